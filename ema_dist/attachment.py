@@ -1,0 +1,47 @@
+"""Updating after each real step of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ema_dist.shards import local_tensor
+
+
+class Attachment:
+    """Calls ``update(found_inf)`` after each step of ``optimizer`` that was meant to train, until `remove`.
+
+    Args:
+        update: its argument is None, or a device tensor that is not zero when a gradient scaler told a fused
+            optimizer to leave this step out.
+    """
+
+    def __init__(self, optimizer: Optimizer, update: Callable[[Tensor | None], None]) -> None:
+        self._update = update
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self.active = True
+
+    def remove(self) -> None:
+        """Stop; the averages stay as they are."""
+        self._handle.remove()
+        self.active = False
+
+    def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not _only_fills_state(optimizer, kwargs):
+            # GradScaler sets found_inf for the time of the step on optimizers that skip by themselves (fused ones).
+            self._update(getattr(optimizer, "found_inf", None))
+
+
+def _only_fills_state(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
+    """Whether this step moved nothing: ``step(closure=None)`` with learning rates and gradients that are all zero.
+
+    ``torch.distributed.checkpoint.state_dict`` takes one on an optimizer without state, before saving and loading.
+    """
+    if kwargs.get("closure", optimizer) is not None:
+        return False
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    return not any(rates) and not any(local_tensor(grad).any() for grad in gradients if grad is not None)

@@ -1,0 +1,78 @@
+"""How much of the old average stays: the weights of an exponential moving average as equations, then as settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+def decay_from_half_life(half_life: float, steps: float = 1) -> float:
+    """Decay of ``steps`` steps at once, after which ``half_life`` steps leave half of the old average.
+
+    Source: Composer's EMA, ``smoothing = exp(-log(2) / half_life)``, here ``2 ** (-steps / half_life)``.
+    """
+    if half_life == 0:
+        return 0.0
+    return 2.0 ** (-steps / half_life)
+
+
+@dataclass(frozen=True)
+class HalfLife:
+    """Decay by half-life: after ``steps`` optimizer steps, half of what was in the average is left.
+
+    It does not depend on how often the average is taken. ``HalfLife(0)`` means no averaging (the average is the last
+    live value), ``HalfLife(math.inf)`` no update (it stays at the first).
+
+    Raises: ValueError for a negative number or NaN.
+    """
+
+    steps: float
+
+    def __post_init__(self) -> None:
+        if not self.steps >= 0:
+            raise ValueError(f"a half-life is 0 or more optimizer steps, got {self.steps!r}")
+
+    def decay(self, interval: int) -> float:
+        """The factor of the old average when one is taken every ``interval`` steps."""
+        return decay_from_half_life(self.steps, interval)
+
+    def state(self) -> dict[str, str | float]:
+        """What a checkpoint records of it."""
+        return {"kind": "half_life", "steps": float(self.steps)}
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same factor of the old average at every update, however many steps lie between two.
+
+    Raises: ValueError outside [0, 1].
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 1:
+            raise ValueError(f"a decay lies in [0, 1], got {self.value!r}; for a half-life in steps use HalfLife(steps)")
+
+    def decay(self, interval: int) -> float:  # noqa: ARG002 - the same signature as HalfLife
+        """The factor of the old average, whatever the interval."""
+        return self.value
+
+    def state(self) -> dict[str, str | float]:
+        """What a checkpoint records of it."""
+        return {"kind": "constant", "decay": float(self.value)}
+
+
+Decay = HalfLife | Constant
+
+
+def as_decay(decay: HalfLife | float) -> Decay:
+    """The setting that a user's ``decay`` argument names.
+
+    Raises: TypeError for anything but a HalfLife or a number, ValueError for a number outside [0, 1].
+    """
+    if isinstance(decay, HalfLife | Constant):
+        return decay
+    if isinstance(decay, bool) or not isinstance(decay, int | float):
+        raise TypeError(f"decay is a number in [0, 1] or HalfLife(steps), got {decay!r}")
+    return Constant(float(decay))

@@ -1,0 +1,328 @@
+"""The exponential moving average of a model's weights, sharded as the model is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from ema_dist.attachment import Attachment
+from ema_dist.averages import Averages, BufferPolicy
+from ema_dist.clock import Clock
+from ema_dist.decay import HalfLife, as_decay
+from ema_dist.exchange import Exchange
+from ema_dist.gather import copy_into, gather, scatter, unite
+from ema_dist.meeting import meet
+from ema_dist.replicas import check_replicas
+from ema_dist.shards import Layout, Replicas
+from ema_dist.state import read_state, write_state
+
+
+class ShardedEMA:
+    """The exponential moving average (EMA) of a model's weights, kept as shards beside the live ones on every rank.
+
+    How the model is wrapped is found out from the model: plain, DDP, FSDP1, FSDP2 (``fully_shard``), HSDP, tensor
+    parallel, any of these compiled or with activation checkpointing. Wrap it and move it to its device first.
+
+    Args:
+        model: whose weights are averaged.
+        decay: `HalfLife` in optimizer steps, or the factor of the old average at each update, in [0, 1].
+        start: until this optimizer step the average simply follows the live weights.
+        update_interval: average every k-th optimizer step; a `HalfLife` accounts for it, a factor does not.
+        dtype: of the averages. None: float32 for weights narrower than float32, else the weight's own.
+        replicas: ``"shard"`` splits averages of weights that replicas hold alike (DDP, HSDP) among the replicas,
+            ``"copy"`` keeps them whole on each. A process group says over which ranks an unwrapped model is replicated.
+        buffers: ``"average"`` or ``"copy"`` for floating buffers; integer buffers are always copied. Non-persistent
+            buffers are left alone.
+        select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
+        timeout: seconds that ranks wait for each other at the start of a collective call before it fails.
+
+    Collective: construction compares the replicas once when averages are split among them; otherwise not.
+    Memory: one average per selected parameter's shard: 1/R of it where R replicas share it.
+    Raises: ValueError for a setting out of range, a model on the meta device, or when nothing is selected;
+        RuntimeError when replicas differ.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        decay: HalfLife | float = HalfLife(1000),  # noqa: B008 - frozen
+        start: int = 0,
+        update_interval: int = 1,
+        dtype: torch.dtype | None = None,
+        replicas: Replicas = "shard",
+        buffers: BufferPolicy = "average",
+        select: Callable[[str, Tensor], bool] | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"averages are floating-point, got dtype={dtype}")
+        if not isinstance(replicas, ProcessGroup) and replicas not in ("shard", "copy"):
+            raise ValueError(f'replicas is "shard", "copy" or a process group, got {replicas!r}')
+        if buffers not in ("average", "copy"):
+            raise ValueError(f'buffers is "average" or "copy", got {buffers!r}')
+        self._clock = Clock(as_decay(decay), start=start, interval=update_interval)
+        self._replicas = replicas
+        self._select = select or _requires_grad
+        self._timeout = timeout
+        self._attachment: Attachment | None = None
+        self._exchange: Exchange | None = None
+        self._layout = Layout(model, replicas)
+        self._ranks = self._layout.ranks
+        self._left_out = {name for name, shard in self._layout.parameters.items() if not self._selects(name)}
+        selected = [name for name in self._layout.parameters if name not in self._left_out]
+        if not selected:
+            raise ValueError(
+                f"nothing to average: none of the {len(self._left_out)} parameters "
+                + ("requires a gradient" if select is None else "is selected by select(name, parameter)")
+            )
+        self._is_split = any(shard.is_split for shard in self._layout.shards)
+        self._is_spread = any(shard.ranks or shard.part.ranks for shard in self._layout.shards)
+        if isinstance(replicas, ProcessGroup) and all(s.replicas is not replicas for s in self._layout.shards):
+            warnings.warn("replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=2)
+        if self._is_split:
+            meet("ShardedEMA(model)", self._ranks, timeout=timeout)
+            check_replicas(self._layout.parameters.values())
+        self._averages = Averages(self._layout, selected, dtype=dtype, buffers=buffers)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps seen; those that a gradient scaler skipped are not counted."""
+        return self._clock.steps
+
+    @property
+    def updates(self) -> int:
+        """Averages taken; following the live weights until ``start`` does not count."""
+        return self._clock.updates
+
+    def update(self) -> None:
+        """Average the live weights as they are now: call it once after each optimizer step.
+
+        Collective: no. Memory: nothing where dtypes are equal, else a constant scratch. Never waits for the device.
+        Raises: RuntimeError inside `swapped`, ValueError when the model has changed.
+        """
+        self._update(None)
+
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Update after each real step of ``optimizer`` from now on, until ``remove()`` of the returned handle.
+
+        Steps that a gradient scaler lets a fused optimizer skip are left out on the device, and so are the dummy
+        steps by which ``torch.distributed.checkpoint`` fills a fresh optimizer's state.
+
+        Collective: no.
+        Raises: RuntimeError when an optimizer is attached already: with several, attach the one that steps last.
+        """
+        if self._attachment is not None and self._attachment.active:
+            raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
+        self._attachment = Attachment(optimizer, self._update)
+        return self._attachment
+
+    @contextmanager
+    def swapped(self) -> Iterator[nn.Module]:
+        """The model holds its averages inside the ``with`` block, and its live weights again after it, to the bit.
+
+        They come back when the block returns and when it raises. Inside, buffers may be written (``update_bn``): what
+        is written stays in the averages. Parameters may not. A graph that was built before cannot run backward inside
+        or after: autograd notices that its weights were written to, and raises.
+
+        Collective: where averages are split among replicas (the default under DDP and HSDP), entering and leaving;
+        with ``replicas="copy"`` never, so that one rank may evaluate alone under DDP.
+        Memory: at most 64 MiB; where averages have another dtype than the live weights, one live shard on top.
+        Raises: RuntimeError when swapped already, when ranks do not come within ``timeout``, when replicas differ, and on
+            leaving, when parameters were written to. ValueError when the model has changed, or when a parameter became
+            trainable that has no average.
+        """
+        if self._exchange is not None:
+            raise RuntimeError("the averages are in the model already; leave swapped() before entering it again")
+        self._prepare("swapped()", together=self._is_split)
+        if self._is_split:
+            self.check_replicas()
+        self._exchange = Exchange(self._layout, self._averages)
+        try:
+            yield self._layout.model
+        finally:
+            self._leave_swap()
+
+    def check_replicas(self) -> None:
+        """Compare the live weights of ranks that should hold the same ones (DDP, HSDP), bit for bit by checksums.
+
+        Collective: over all ranks that hold the model. Memory: 8 bytes per tensor and replica.
+        Raises: RuntimeError naming the tensors that differ and the ranks on which they do.
+        """
+        self._prepare("check_replicas()", together=True)
+        check_replicas(self._layout.parameters.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages and counts as `torch.distributed.checkpoint` (DCP) saves and reshards them.
+
+        The tensors share storage with the averages. Inside `swapped`, too, they are the averages.
+
+        Collective: over all ranks that hold the model, when they hold shards of it (they meet; nothing is sent).
+        Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {"default": {"decay": {...}, "averages":
+            {name: tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
+        """
+        self._prepare("state_dict()", together=self._is_spread)
+        return write_state(self._clock, self._layout, self._averages, self._current())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned: on this layout, resharded by DCP, or with full tensors.
+
+        The decay given to the constructor stays; a different one in ``state`` is a warning.
+
+        Collective: no.
+        Raises: RuntimeError inside `swapped`; ValueError when format, names or shapes differ, before anything changes.
+        """
+        self._refuse_inside_swap("load_state_dict()")
+        self._reread()
+        read_state(state, self._clock, self._layout, self._averages)
+
+    def gather(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Any]]:
+        """The entries of `full_state_dict`, one at a time: (name, CPU tensor) on the first rank, (name, None) elsewhere.
+
+        Collective: over all ranks that hold the model; each must exhaust the iterator.
+        Memory: one full tensor beyond those handed out on the first rank, one elsewhere.
+        """
+        self._prepare("gather()", together=self._is_spread)
+        return gather(self._layout, self._current(), dtype=dtype, keep=self._is_first)
+
+    def full_state_dict(
+        self, *, dtype: torch.dtype | None = None, pipeline: ProcessGroup | None = None
+    ) -> dict[str, Any]:
+        """The averaged model on the first rank (rank 0), ``{}`` elsewhere: loads strictly into the unwrapped model.
+
+        Frozen parameters, tied names, buffers and extra states are in it, so that nothing is missing. Without
+        ``pipeline``, what a pipeline stage returns is that stage: its own first rank gets its own modules only.
+
+        Args:
+            dtype: of floating tensors; None for the dtype of each live one.
+            pipeline: the group of pipeline stages to unite: its first rank gets the entries of all of them.
+
+        Collective: over all ranks that hold the model, and over ``pipeline``.
+        Memory: the result and one more full tensor on the first rank, one full tensor elsewhere.
+        Shape: full tensors, contiguous, on the CPU; tied names share one.
+        Raises: RuntimeError when ranks do not come within ``timeout``; ValueError when the model has changed, or when
+            stages hold different tensors under one name.
+        """
+        entries = self.gather(dtype=dtype)
+        if pipeline is not None:
+            meet("full_state_dict(pipeline=...)", dist.get_process_group_ranks(pipeline), timeout=self._timeout)
+            entries = unite(entries, pipeline, self._layout.shards[0].device)
+        full: dict[str, Any] = {}
+        for name, value in entries:
+            if value is None and not self._is_first:
+                continue
+            if name in full and not torch.equal(full[name], value):
+                raise ValueError(f"pipeline stages hold different tensors under the name {name!r}")
+            full.setdefault(name, value)
+        return full
+
+    def load_full_state_dict(self, full: Mapping[str, Any]) -> None:
+        """The reverse of `full_state_dict`: the first rank's full tensors become everyone's averages.
+
+        Live weights, frozen parameters and counts stay as they are. Other ranks' ``full`` is not looked at.
+
+        Collective: over all ranks that hold the model. Memory: one full tensor on each rank.
+        Raises: RuntimeError inside `swapped`; ValueError on every rank when names or shapes differ, before anything changes.
+        """
+        self._refuse_inside_swap("load_full_state_dict()")
+        self._prepare("load_full_state_dict()", together=True)
+        scatter(self._layout, self._averages.all, full)
+        self._averages.note_infinities()
+        self._averages.bind(self._layout)
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite the live weights of ``model`` with the averages, and the rest with this model's.
+
+        Args:
+            model: the one given at construction, one wrapped the same way, or an unwrapped one on every rank.
+
+        Collective: over all ranks that hold the model. Memory: one full tensor on each rank.
+        Raises: RuntimeError inside `swapped`; ValueError when names or shapes differ, before anything changes.
+        """
+        self._refuse_inside_swap("copy_to()")
+        self._prepare("copy_to()", together=self._is_spread)
+        copy_into(Layout(model, "copy"), self._layout, self._averages.all)
+
+    def __repr__(self) -> str:
+        numel = sum(average.numel() for average in self._averages.parameters.values())
+        return (
+            f"{type(self).__name__}({len(self._averages.parameters)} parameters, {numel:,} elements on this rank, "
+            f"{self._clock.decay}, start={self._clock.start}, update_interval={self._clock.interval})"
+        )
+
+    @property
+    def _is_first(self) -> bool:
+        return not self._ranks or dist.get_rank() == self._ranks[0]
+
+    def _update(self, found_inf: Tensor | None) -> None:
+        self._refuse_inside_swap("update()")
+        if self._layout.has_moved():
+            self._reread()
+        elif self._layout.follow_buffers():
+            self._averages.bind_buffers(self._layout)
+        self._averages.follow(self._clock.tick(found_inf))
+
+    def _current(self) -> dict[str, Tensor]:
+        return self._averages.all if self._exchange is None else self._exchange.current(self._layout)
+
+    def _leave_swap(self) -> None:
+        assert self._exchange is not None
+        self._prepare("leaving swapped()", together=self._is_split)
+        written = self._exchange.leave(self._layout)
+        self._exchange = None
+        if written:
+            raise RuntimeError(
+                f"parameters were written to inside swapped(): {written}. The live weights are back, but what was written "
+                "is in the averages now; load them from a checkpoint, and train outside swapped()"
+            )
+
+    def _refuse_inside_swap(self, call: str) -> None:
+        if self._exchange is not None:
+            raise RuntimeError(f"{call} inside swapped(): the model holds the averages there; call it after the block")
+
+    def _prepare(self, call: str, *, together: bool) -> None:
+        """Meet the other ranks if ``together``, then look at the model as it is now."""
+        if together:
+            meet(call, self._ranks, timeout=self._timeout)
+        self._reread()
+        if late := [name for name in self._left_out if self._selects(name)]:
+            raise ValueError(
+                f"parameters {late} became trainable after ShardedEMA(model) and have no average; "
+                "construct it after unfreezing, or leave them out with select="
+            )
+
+    def _reread(self) -> None:
+        """Follow the live weights to where they are now."""
+        layout = Layout(self._layout.model, self._replicas)
+        if changes := _changes(self._layout, layout):
+            raise ValueError(
+                f"the model is not the one that ShardedEMA(model) was given (then, now): {changes}; "
+                "construct it again after changing or wrapping a model"
+            )
+        self._layout = layout
+        self._averages.bind(layout)
+
+    def _selects(self, name: str) -> bool:
+        return self._select(name, self._layout.parameters[name].owner)
+
+
+def _requires_grad(_name: str, parameter: Tensor) -> bool:
+    return parameter.requires_grad
+
+
+def _changes(before: Layout, now: Layout) -> dict[str, tuple[str, str]]:
+    old, new = _descriptions(before), _descriptions(now)
+    differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return {name: (old.get(name, "absent"), new.get(name, "absent")) for name in differing}
+
+
+def _descriptions(layout: Layout) -> dict[str, str]:
+    return {name: f"{shard.part.describe()} on {shard.local.device}" for name, shard in layout.by_any_name().items()}

@@ -1,0 +1,75 @@
+"""Live weights and averages change places in the model's own storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ema_dist.averages import Averages
+from ema_dist.kernels import exchange_, paired
+from ema_dist.replicas import fill_from_parts
+from ema_dist.shards import Layout
+
+SWAP_BYTES = 64 * 2**20
+"""Largest temporary of an exchange, whatever the model's size; a stash of narrower live weights comes on top."""
+
+
+class Exchange:
+    """One stay of the averages in the model, from construction until `leave`.
+
+    Where dtypes are equal, an average changes places with the part of the live weight beside it. Where they differ
+    that would round the average, so it stays where it is: the live part is stashed, a rounded copy goes in its place.
+    Either way, weights that replicas share are then filled from every replica's part.
+
+    Collective: over the replicas of split weights. Memory: `SWAP_BYTES`, and one live part where dtypes differ.
+    """
+
+    def __init__(self, layout: Layout, averages: Averages) -> None:
+        self._averages = averages
+        pairs = _pairs(layout, averages)
+        self._stash = {name: live.clone() for name, (average, live) in pairs.items() if average.dtype != live.dtype}
+        self._exchange(pairs)
+        _copy(pairs[name][::-1] for name in self._stash)
+        fill_from_parts(layout.parameters.values(), limit=SWAP_BYTES)
+        self._versions = {name: layout.parameters[name].version for name in averages.parameters}
+
+    def current(self, layout: Layout) -> dict[str, Tensor]:
+        """The averages, wherever they are now: parameters' parts and buffers by name."""
+        return {
+            name: average if name in self._stash else live
+            for name, (average, live) in _pairs(layout, self._averages).items()
+        }
+
+    def leave(self, layout: Layout) -> list[str]:
+        """Put the live weights back, to the bit; the names of parameters that were written to meanwhile."""
+        written = [name for name, version in self._versions.items() if layout.parameters[name].version != version]
+        pairs = _pairs(layout, self._averages)
+        self._keep_written_buffers(pairs)
+        self._exchange(pairs)
+        _copy((pairs[name][1], stashed) for name, stashed in self._stash.items())
+        fill_from_parts(layout.parameters.values(), limit=SWAP_BYTES)
+        return written
+
+    def _exchange(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+        for averages, lives in paired(pair for name, pair in pairs.items() if name not in self._stash):
+            exchange_(averages, lives, limit=SWAP_BYTES)
+
+    def _keep_written_buffers(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+        for name in self._stash.keys() & self._averages.buffers.keys():
+            average, live = pairs[name]
+            if not torch.equal(average.to(live.dtype), live):
+                average.copy_(live)
+
+
+def _pairs(layout: Layout, averages: Averages) -> dict[str, tuple[Tensor, Tensor]]:
+    """Average and live tensor beside it, by name: buffers are averaged whole."""
+    parameters = {name: (average, layout.parameters[name].part.local) for name, average in averages.parameters.items()}
+    return parameters | {name: (average, layout.buffers[name].local) for name, average in averages.buffers.items()}
+
+
+@torch.no_grad()
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for targets, sources in paired(pairs):
+        torch._foreach_copy_(targets, sources)

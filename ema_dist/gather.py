@@ -1,0 +1,154 @@
+"""Full tensors: from everyone's shards to rank 0, from rank 0 back into the shards, and into another model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ema_dist.shards import Layout, Shard
+
+
+@torch.no_grad()
+def gather(
+    layout: Layout, averages: Mapping[str, Tensor], *, dtype: torch.dtype | None, keep: bool
+) -> Iterator[tuple[str, Any]]:
+    """Everything the unwrapped model's ``state_dict()`` holds, one full CPU tensor at a time.
+
+    Args:
+        averages: this rank's averaged parts and buffers by name; what has no average is taken from the live model.
+        dtype: of floating tensors; None for each live one's own.
+        keep: whether this rank gets the tensors; otherwise it gets None for each, and only helps.
+
+    Collective: over the layout's ranks, all of which must exhaust it. Memory: one tensor beyond those handed out.
+    """
+    for shard, local in _averaged(layout, averages):
+        full = shard.full(local)
+        value = _on_cpu(full, local, dtype or shard.owner.dtype) if keep else None
+        del full
+        for name in shard.names:
+            yield name, value
+    for name, module in layout.extra_states.items():
+        yield name, module.get_extra_state() if keep else None
+
+
+def unite(entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch.device) -> Iterator[tuple[str, Any]]:
+    """The entries of all pipeline stages on the first rank of ``group``, one after the other; nothing elsewhere.
+
+    Args:
+        entries: of this rank's stage; they are exhausted on every rank.
+        device: through which ``group`` sends.
+
+    Collective: over ``group``. Memory: one full tensor beyond those handed out.
+    """
+    first, *others = dist.get_process_group_ranks(group)
+    if dist.get_rank() == first:
+        yield from entries
+        for source in others:
+            yield from _received(source, group, device)
+        return
+    for name, value in entries:
+        if value is None:
+            continue
+        tensor = value if isinstance(value, Tensor) else None
+        header = (name, value) if tensor is None else (name, tensor.to("meta"))
+        dist.send_object_list([header], dst=first, group=group)
+        if tensor is not None:
+            dist.send(tensor.to(device), dst=first, group=group)
+    dist.send_object_list([None], dst=first, group=group)
+
+
+def _received(source: int, group: ProcessGroup, device: torch.device) -> Iterator[tuple[str, Any]]:
+    while True:
+        header: list[Any] = [None]
+        dist.recv_object_list(header, src=source, group=group)
+        if header[0] is None:
+            return
+        name, value = header[0]
+        if isinstance(value, Tensor):
+            arriving = torch.empty_like(value, device=device)
+            dist.recv(arriving, src=source, group=group)
+            value = arriving.to("cpu")
+        yield name, value
+
+
+@torch.no_grad()
+def scatter(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, Any]) -> None:
+    """The reverse: every average becomes this rank's part of the full tensor that the first rank holds.
+
+    Collective: over the layout's ranks. Memory: one full tensor on each rank.
+    Raises: ValueError on every rank, before anything changes, when names or shapes are not the model's.
+    """
+    group, ranks = layout.group, layout.ranks
+    source = ranks[0] if ranks else 0
+    plan: list[Any] = [None]
+    if group is None or dist.get_rank() == source:
+        plan = [_plan(layout, averages, full)]
+    if group is not None:
+        dist.broadcast_object_list(plan, src=source, group=group)
+    dtypes = plan[0]
+    if isinstance(dtypes, str):
+        raise ValueError(dtypes)
+    for shard, average in _averaged(layout, averages):
+        if shard.name not in averages:
+            continue
+        value = next((full[name] for name in shard.names if name in full), None)
+        if group is not None:
+            if dist.get_rank() != source:
+                value = torch.empty(shard.shape, dtype=dtypes[shard.name], device=shard.device)
+            value = value.to(shard.device).contiguous()
+            dist.broadcast(value, src=source, group=group)
+        average.copy_(shard.cut(value))
+
+
+@torch.no_grad()
+def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) -> None:
+    """Everything that `gather` would hand out, written into the live tensors of another layout.
+
+    Collective: over the layout's ranks, except where both models are cut alike. Memory: one full tensor on each rank.
+    Raises: ValueError when names or shapes differ, before anything changes.
+    """
+    theirs = target.by_any_name()
+    ours = layout.by_any_name()
+    if theirs.keys() != ours.keys():
+        raise ValueError(f"the models differ in {sorted(theirs.keys() ^ ours.keys())}")
+    if wrong := [name for name, shard in ours.items() if theirs[name].shape != shard.shape]:
+        raise ValueError(f"the models differ in the shapes of {wrong}")
+    for shard, local in _averaged(layout, averages):
+        goal = theirs[shard.name]
+        if goal.local is local:
+            continue
+        alike = goal.same_cut(shard)
+        goal.local.copy_(local if alike else goal.cut(shard.full(local)))
+
+
+def _averaged(layout: Layout, averages: Mapping[str, Tensor]) -> Iterator[tuple[Shard, Tensor]]:
+    """The part that is averaged and its average, or the live shard and its tensor where there is none."""
+    for shard in layout.shards:
+        average = averages.get(shard.name)
+        yield (shard, shard.local) if average is None else (shard.part, average)
+
+
+def _on_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
+    """``full`` as a contiguous CPU tensor of its own."""
+    wanted = dtype if full.is_floating_point() else full.dtype
+    shares_storage = full.untyped_storage().data_ptr() == local.untyped_storage().data_ptr()
+    return full.to("cpu", wanted, copy=shares_storage).contiguous()
+
+
+def _plan(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, Any]) -> dict[str, torch.dtype] | str:
+    """The dtype of each tensor to be sent, or what is wrong with ``full``."""
+    known = layout.by_any_name()
+    unknown = sorted(full.keys() - known.keys() - layout.extra_states.keys())
+    found = {s.name: next((n for n in s.names if n in full), None) for s in layout.shards if s.name in averages}
+    missing = sorted(name for name, there in found.items() if there is None)
+    if unknown or missing:
+        return f"these full tensors belong to another model: unknown names {unknown}, missing names {missing}"
+    wrong = {n: (tuple(known[n].shape), tuple(full[there].shape)) for n, there in found.items() if full[there].shape != known[n].shape}
+    if wrong:
+        return f"these full tensors have other shapes than the model (expected, got): {wrong}"
+    return {name: full[there].dtype for name, there in found.items()}

@@ -1,0 +1,133 @@
+"""Arithmetic on lists of plain local tensors: no names, no modules, no collectives.
+
+The tensors of one list share a device and a dtype; lists are paired by position and pairs have equal shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+CPU_SCRATCH_BYTES = 2 * 2**20
+"""Largest temporary of an update on the CPU: it stays in the cache."""
+
+DEVICE_SCRATCH_BYTES = 64 * 2**20
+"""Largest temporary of an update elsewhere: few launches for large models."""
+
+
+@torch.no_grad()
+def lerp_(
+    averages: Sequence[Tensor], values: Sequence[Tensor], weight: float | Tensor, *, finite: bool = True
+) -> None:
+    """Move each average towards its value: ``average + weight * (value - average)``, in place.
+
+    Args:
+        weight: in [0, 1]; a 0-d tensor stays on the device, so that a step can be left out there without asking it.
+        finite: False where infinities may occur (attention masks, observers): such elements follow the value, as the
+            difference of two infinities is NaN and would stay.
+
+    Memory: nothing for finite tensors of equal dtypes and a weight known here; else one scratch of
+    `CPU_SCRATCH_BYTES` or `DEVICE_SCRATCH_BYTES`, whatever the tensors' sizes.
+    """
+    if not averages or (isinstance(weight, float) and weight == 0):
+        return
+    if isinstance(weight, float) and weight == 1:
+        torch._foreach_copy_(averages, values)
+        return
+    if isinstance(weight, float) and finite and averages[0].dtype == values[0].dtype:
+        torch._foreach_lerp_(averages, values, weight)
+        return
+    limit = CPU_SCRATCH_BYTES if averages[0].device.type == "cpu" else DEVICE_SCRATCH_BYTES
+    for targets, sources in chunks(averages, values, limit=limit // 2):
+        scratch = _converted(sources, targets)
+        if isinstance(weight, Tensor):
+            weight = weight.to(targets[0].device, non_blocking=True)
+            # Exact for weights of 0 and 1, as lerp is: those are the steps that were left out, and the first ones.
+            torch._foreach_mul_(targets, 1 - weight)
+            torch._foreach_mul_(scratch, weight)
+            torch._foreach_add_(targets, scratch)
+        else:
+            torch._foreach_lerp_(targets, scratch, weight)
+        if not finite:
+            for target, value in zip(targets, _converted(sources, targets), strict=True):
+                target.copy_(value.where(~target.isfinite(), target))
+
+
+@torch.no_grad()
+def exchange_(ours: Sequence[Tensor], theirs: Sequence[Tensor], *, limit: int) -> None:
+    """Let the contents of each pair change places, to the bit.
+
+    Memory: one scratch of ``limit`` bytes; when there is no room for it, everything is as it was before.
+    """
+    done: list[tuple[list[Tensor], ...]] = []
+    try:
+        for left, right in chunks(ours, theirs, limit=limit):
+            _exchange_chunk_(left, right)
+            done.append((left, right))
+    except BaseException:
+        for left, right in done:
+            _exchange_chunk_(left, right)
+        raise
+
+
+def _exchange_chunk_(left: list[Tensor], right: list[Tensor]) -> None:
+    scratch = [piece.clone() for piece in left]
+    torch._foreach_copy_(left, right)
+    torch._foreach_copy_(right, scratch)
+
+
+def _converted(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+    scratch = [torch.empty_like(target) for target in targets]
+    torch._foreach_copy_(scratch, sources)
+    return scratch
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> Tensor:
+    """A 0-d int64 tensor on the same device that two tensors of equal bytes share. Memory: none on top."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    as_integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.view(as_integers).sum(dtype=torch.int64)
+
+
+def paired(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The pairs as lists that one call takes: of one device, and of one dtype on either side."""
+    lists: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+    for left, right in pairs:
+        lefts, rights = lists.setdefault((left.device, left.dtype, right.dtype), ([], []))
+        lefts.append(left)
+        rights.append(right)
+    return list(lists.values())
+
+
+def chunks(*lists: Sequence[Tensor], limit: int) -> Iterator[tuple[list[Tensor], ...]]:
+    """The same tensors in runs of at most ``limit`` bytes (counted in the first list); large ones are cut into views."""
+    batch: tuple[list[Tensor], ...] = tuple([] for _ in lists)
+    filled = 0
+    for row in zip(*lists, strict=True):
+        for pieces in _cut(row, limit):
+            size = pieces[0].numel() * pieces[0].element_size()
+            if filled and filled + size > limit:
+                yield batch
+                batch, filled = tuple([] for _ in lists), 0
+            for column, piece in zip(batch, pieces, strict=True):
+                column.append(piece)
+            filled += size
+    if filled:
+        yield batch
+
+
+def _cut(row: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
+    """One tensor of each list, along the longest dimension until a piece fits into ``limit`` bytes."""
+    first = row[0]
+    size = first.numel() * first.element_size()
+    if size <= limit or first.numel() == 1:
+        yield row
+        return
+    dim = max(range(first.dim()), key=first.size)
+    per_piece = max(1, first.size(dim) * limit // size)
+    for pieces in zip(*(tensor.split(per_piece, dim) for tensor in row), strict=True):
+        yield from _cut(pieces, limit)

@@ -1,0 +1,87 @@
+"""Ranks meet before they communicate, so that a call which some of them never make fails fast instead of hanging."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import DistStoreError, Store
+
+from ema_dist.shards import world_store
+
+_held: Counter[tuple[int, ...]] = Counter()
+"""Meetings held by each set of ranks. A failed one is not counted, so the ranks agree on the number of the next."""
+
+
+def meet(call: str, ranks: list[int], *, timeout: float) -> None:
+    """Return once all of ``ranks`` have come to ``call``.
+
+    Args:
+        call: what they are about to do, as the user spells it.
+        ranks: global ranks, in order; with fewer than two there is nobody to wait for.
+        timeout: seconds.
+
+    Collective: over ``ranks``, through the process group's store; no tensor is sent.
+    Raises: RuntimeError without a process group, and naming the ranks that did not come in time or came to another call.
+    """
+    if len(ranks) < 2:
+        return
+    if not dist.is_initialized():
+        raise RuntimeError(
+            f"{call} needs ranks {ranks} together, and there is no process group any more; "
+            "call it before dist.destroy_process_group()"
+        )
+    key = tuple(ranks)
+    room = _Room(world_store(), ranks, _held[key])
+    calls = room.wait_for_all(call, timeout)
+    _held[key] += 1
+    if _held[key] > 1:
+        _Room(world_store(), ranks, _held[key] - 2).clear()
+    if set(calls.values()) != {call}:
+        raise RuntimeError(f"all ranks must make the same call, but they made {calls}")
+
+
+class _Room:
+    """The keys in the store that belong to one meeting."""
+
+    def __init__(self, store: Store, ranks: list[int], number: int) -> None:
+        self._store = store
+        self._ranks = ranks
+        self._me = dist.get_rank()
+        self._prefix = f"ema_dist/{hash(tuple(ranks))}/{number}"
+
+    def wait_for_all(self, call: str, timeout: float) -> dict[int, str]:
+        """The call that each rank came with."""
+        self._store.set(self._key(self._me), call)
+        if self._store.add(self._key("came"), 1) == len(self._ranks):
+            self._store.set(self._key("complete"), "")
+        try:
+            self._store.wait([self._key("complete")], timedelta(seconds=timeout))
+        except DistStoreError:
+            self._leave(call, timeout)
+        return {rank: self._store.get(self._key(rank)).decode() for rank in self._ranks}
+
+    def clear(self) -> None:
+        """Delete the keys of a meeting that everyone has left, which a later one proves."""
+        self._store.delete_key(self._key(self._me))
+        if self._me == self._ranks[0]:
+            self._store.delete_key(self._key("came"))
+            self._store.delete_key(self._key("complete"))
+
+    def _leave(self, call: str, timeout: float) -> None:
+        if self._store.add(self._key("came"), -1) == len(self._ranks) - 1:
+            self._store.add(self._key("came"), 1)  # the last one came in this very moment
+            return
+        self._store.set(self._key(self._me), "")
+        never = [rank for rank in self._ranks if not self._store.check([self._key(rank)])]
+        left = [r for r in self._ranks if r != self._me and r not in never and not self._store.get(self._key(r))]
+        raise RuntimeError(
+            f"rank {self._me} waited {timeout:g} s in {call} for ranks {never}, which did not come"
+            + (f" (ranks {left} came and gave up before)" if left else "")
+            + f". {call} needs ranks {self._ranks} together: call it on each of them, not under `if rank == 0:`; "
+            "where some are slower than that, ShardedEMA(..., timeout=seconds) waits longer"
+        )
+
+    def _key(self, name: int | str) -> str:
+        return f"{self._prefix}/{name}"

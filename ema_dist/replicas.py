@@ -1,0 +1,115 @@
+"""Ranks that hold the same weights: checking that they do, and filling each other's copies from their parts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ema_dist.kernels import checksum
+from ema_dist.shards import Shard, flat
+
+# The older name of the same call warns since torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def check_replicas(shards: Iterable[Shard]) -> None:
+    """Compare what replicas hold alike, bit for bit, by checksums.
+
+    Collective: over the replicas of each shard. Memory: 8 bytes per tensor and replica.
+    Raises: RuntimeError naming the tensors that differ, and the ranks on which they do.
+    """
+    for group, alike in _by_group(shards):
+        sums = torch.stack([checksum(shard.local).to(shard.device) for shard in alike])
+        everyones = sums.new_empty(group.size(), len(alike))
+        _all_gather(everyones.view(-1), sums, group=group)
+        ranks = dist.get_process_group_ranks(group)
+        drifted = {
+            shard.name: [rank for rank, its in zip(ranks, column, strict=True) if its != column[0]]
+            for shard, column in zip(alike, everyones.t().tolist(), strict=True)
+            if len(set(column)) > 1
+        }
+        if drifted:
+            raise RuntimeError(
+                f"replicas {ranks} should hold the same weights, but these differ from rank {ranks[0]}'s: {drifted} "
+                "(name: ranks). Averaging would mix them; broadcast the weights from one replica first"
+            )
+
+
+@torch.no_grad()
+def fill_from_parts(shards: Iterable[Shard], *, limit: int) -> None:
+    """Fill every replica's ``local`` with the parts that the replicas hold in theirs.
+
+    Collective: over the replicas of each split shard. Memory: buffers of ``limit`` bytes in all.
+    """
+    for group, split in _by_group(shard for shard in shards if shard.is_split):
+        by_dtype = defaultdict(list)
+        for shard in split:
+            by_dtype[shard.local.dtype].append(shard)
+        for dtype, alike in by_dtype.items():
+            count = group.size()
+            per_rank = max(1, limit // (dtype.itemsize * (count + 1)))
+            sent = torch.empty(per_rank, dtype=dtype, device=alike[0].device)
+            received = torch.empty(count, per_rank, dtype=dtype, device=alike[0].device)
+            for bucket in _buckets(alike, count, per_rank):
+                _fill(bucket, sent, received, group)
+
+
+class _Slice(NamedTuple):
+    """Elements ``start .. stop`` of every replica's part of one shard, as far as its part goes."""
+
+    local: Tensor
+    per_part: int
+    start: int
+    stop: int
+
+    def of(self, replica: int) -> Tensor:
+        first = replica * self.per_part
+        last = min(first + self.per_part, self.local.numel())
+        return self.local[min(first + self.start, last) : min(first + self.stop, last)]
+
+
+def _buckets(shards: Sequence[Shard], count: int, per_rank: int) -> Iterator[list[_Slice]]:
+    bucket: list[_Slice] = []
+    room = per_rank
+    for shard in shards:
+        local = flat(shard.local)
+        rows = shard.local.shape[0]
+        per_part = -(-rows // count) * (local.numel() // max(rows, 1))
+        start = 0
+        while start < per_part:
+            stop = min(start + room, per_part)
+            bucket.append(_Slice(local, per_part, start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield bucket
+                bucket, room = [], per_rank
+    if bucket:
+        yield bucket
+
+
+def _fill(bucket: list[_Slice], sent: Tensor, received: Tensor, group: ProcessGroup) -> None:
+    sizes = [piece.stop - piece.start for piece in bucket]
+    sent, received = sent[: sum(sizes)], received.view(-1)[: sum(sizes) * group.size()].view(group.size(), -1)
+    mine = [piece.of(group.rank()) for piece in bucket]
+    torch._foreach_copy_([at[: len(it)] for at, it in zip(sent.split(sizes), mine, strict=True)], mine)
+    _all_gather(received.view(-1), sent, group=group)
+    for replica in range(group.size()):
+        if replica != group.rank():
+            theirs = [piece.of(replica) for piece in bucket]
+            arrived = received[replica].split(sizes)
+            torch._foreach_copy_(theirs, [at[: len(it)] for at, it in zip(arrived, theirs, strict=True)])
+
+
+def _by_group(shards: Iterable[Shard]) -> list[tuple[ProcessGroup, list[Shard]]]:
+    groups: dict[ProcessGroup, list[Shard]] = {}
+    for shard in shards:
+        if shard.replicas is not None and shard.replicas.size() > 1:
+            groups.setdefault(shard.replicas, []).append(shard)
+    return list(groups.items())

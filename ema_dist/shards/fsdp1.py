@@ -1,0 +1,133 @@
+"""FSDP1: where each original tensor lies in the flat parameters, and dropping what a forward pass left gathered."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
+
+from ema_dist.shards.flat import FlatShard, Run
+from ema_dist.shards.shard import Shard
+from ema_dist.shards.whole import WholeShard
+
+# FSDP1 is in maintenance and has no public way to see its cut or to drop gathered weights without gathering
+# them first. These are the private attributes read here; without one of them FSDP1 is refused, by name.
+HANDLE_ATTRIBUTES = ("flat_param", "process_group", "uses_sharded_strategy", "device")
+FLAT_PARAM_ATTRIBUTES = (
+    "_param_infos",
+    "_shared_param_infos",
+    "_shapes",
+    "_strides",
+    "_numels_with_padding",
+    "_is_padding_mask",
+    "_sharded_size",
+    "_params",
+)
+
+
+@dataclass(frozen=True)
+class FlatTensor:
+    """One original tensor in a flat parameter: equal keys are tied; the shard is made once its names are complete."""
+
+    key: object
+    make: Callable[[tuple[str, ...]], Shard]
+
+
+def units(model: nn.Module) -> list[FullyShardedDataParallel]:
+    """The FSDP1 modules in ``model`` that own a flat parameter.
+
+    Raises: RuntimeError when this version of torch hides what must be read of FSDP1.
+    """
+    found = [unit for unit in FullyShardedDataParallel.fsdp_modules(model) if getattr(unit, "_handle", None)]
+    for unit in found:
+        missing = [name for name in HANDLE_ATTRIBUTES if not hasattr(unit._handle, name)]
+        missing += [name for name in FLAT_PARAM_ATTRIBUTES if not hasattr(unit._handle.flat_param, name)]
+        if missing:
+            raise RuntimeError(
+                f"FSDP1 in torch {torch.__version__} lacks {missing}, which ema_dist reads; "
+                "use fully_shard (FSDP2), or a version of torch that CHANGELOG names as tested"
+            )
+    return found
+
+
+def flat_tensors(model: nn.Module) -> dict[int, dict[str, FlatTensor]]:
+    """Every original tensor in a flat parameter, by the id of its module and its own name there."""
+    found: dict[int, dict[str, FlatTensor]] = defaultdict(dict)
+    for unit in units(model):
+        flat_param = unit._handle.flat_param
+        for index, (info, start) in enumerate(zip(flat_param._param_infos, _starts(flat_param), strict=True)):
+            found[id(info.module)][info.param_name] = FlatTensor((id(flat_param), index), _maker(unit, index, start))
+        for info in flat_param._shared_param_infos:
+            found[id(info.module)][info.param_name] = found[id(info.prim_module)][info.prim_param_name]
+    return found
+
+
+def local_shard(flat_param: FlatParameter) -> Tensor:
+    """This rank's piece of a flat parameter, also while the parameter shows the gathered weights."""
+    # Before the first forward there is no _local_shard yet, and the parameter itself is still the piece.
+    local: Tensor = getattr(flat_param, "_local_shard", flat_param)
+    return local.detach()
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop gathered weights, so that the next forward gathers the pieces as they are then."""
+    for unit in units(model):
+        handle = unit._handle
+        if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
+            handle.reshard(True)
+            handle.post_reshard()
+            handle._prefetched = False  # else a unit prefetched in the pass before would not be gathered again
+
+
+def _starts(flat_param: FlatParameter) -> Iterator[int]:
+    """First element of each original tensor in the whole flat parameter, alignment padding counted."""
+    *starts, _ = accumulate(flat_param._numels_with_padding, initial=0)
+    for start, is_padding in zip(starts, flat_param._is_padding_mask, strict=True):
+        if not is_padding:
+            yield start
+
+
+def _maker(unit: FullyShardedDataParallel, index: int, start: int) -> Callable[[tuple[str, ...]], Shard]:
+    handle = unit._handle
+    flat_param = handle.flat_param
+    group: ProcessGroup = handle.process_group
+    shape: torch.Size = flat_param._shapes[index]
+    stride: tuple[int, ...] = tuple(flat_param._strides[index])
+    owner: Tensor = flat_param if flat_param._params is None else flat_param._params[index]
+    local = local_shard(flat_param)
+
+    if not handle.uses_sharded_strategy:
+        whole = local.as_strided(shape, stride, local.storage_offset() + start)
+        return lambda names: WholeShard(names, whole, owner, replicas=group)
+
+    per_rank = flat_param._sharded_size.numel()
+    runs = [_run(start, shape.numel(), rank * per_rank, per_rank) for rank in range(group.size())]
+    mine = runs[group.rank()]
+    offset = start + mine[0] - group.rank() * per_rank
+    piece = local[offset : offset + mine[1] - mine[0]] if mine[0] < mine[1] else local[:0]
+    replicas: ProcessGroup | None = getattr(unit, "_inter_node_pg", None)
+    return lambda names: FlatShard(
+        names,
+        piece,
+        owner,
+        runs=runs,
+        shape=shape,
+        stride=stride,
+        group=group,
+        device=handle.device,
+        replicas=replicas,
+    )
+
+
+def _run(start: int, numel: int, shard_start: int, per_rank: int) -> Run:
+    """What the elements ``start .. start + numel`` have in common with one rank's piece, counted from ``start``."""
+    first = min(max(shard_start - start, 0), numel)
+    last = min(max(shard_start + per_rank - start, 0), numel)
+    return (first, last) if first < last else (0, 0)

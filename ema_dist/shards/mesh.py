@@ -1,0 +1,108 @@
+"""Tensors cut over a device mesh: FSDP2, HSDP, tensor parallelism, and averages split over replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as Rows
+from torch.distributed.tensor.placement_types import Placement
+
+from ema_dist.shards.shard import Shard
+
+
+class MeshShard(Shard):
+    """A block of the tensor, cut by DTensor placements."""
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        local: Tensor,
+        owner: Tensor,
+        *,
+        mesh: DeviceMesh,
+        placements: Sequence[Placement],
+        shape: torch.Size,
+        stride: tuple[int, ...],
+        replicas: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(names, local, owner, replicas=replicas)
+        self.mesh = mesh
+        self.placements = tuple(placements)
+        self._shape = shape
+        self.stride = stride
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.mesh.device_type)
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        return frozenset(self.mesh.mesh.flatten().tolist())
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        return self.mesh.get_group() if self.mesh.ndim == 1 else None
+
+    def wrap(self, local: Tensor) -> Tensor:
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=self._shape, stride=self.stride
+        )
+
+    def unwrap(self, value: Tensor) -> Tensor:
+        if not isinstance(value, DTensor):
+            return self.cut(value)
+        if value.shape != self.shape or value.device_mesh != self.mesh or value.placements != self.placements:
+            raise ValueError(
+                f"expected {tuple(self.shape)} placed {self.placements} on {self.mesh}, "
+                f"got {tuple(value.shape)} placed {value.placements} on {value.device_mesh}"
+            )
+        return local_of(value)
+
+    def full(self, local: Tensor) -> Tensor:
+        return self.wrap(local.to(self.device)).full_tensor()  # type: ignore[attr-defined, no-any-return]
+
+    def cut(self, full: Tensor) -> Tensor:
+        if full.shape != self.shape:
+            raise ValueError(f"expected {tuple(self.shape)}, got {tuple(full.shape)}")
+        everywhere = DTensor.from_local(
+            full.to(self.device), self.mesh, [Replicate()] * self.mesh.ndim, run_check=False
+        )
+        return local_of(everywhere.redistribute(placements=self.placements))
+
+    def describe(self) -> str:
+        return f"{tuple(self._shape)}, placed {self.placements} over ranks {self.mesh.mesh.tolist()}"
+
+
+def local_of(value: DTensor) -> Tensor:
+    """The very tensor that ``value`` keeps on this rank."""
+    with torch.no_grad():  # with autograd on, to_local() hands out a view that records history
+        return value.to_local()
+
+
+def split_rows(shard: Shard, mesh: DeviceMesh, placements: Sequence[Placement], stride: tuple[int, ...]) -> MeshShard:
+    """The rows of ``shard.local`` that this rank averages among its replicas: the last dimension of ``mesh``."""
+    rows = chunk_rows(shard.local, mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
+    return MeshShard(
+        shard.names,
+        rows,
+        shard.owner,
+        mesh=mesh,
+        placements=[*placements, Rows(0)],
+        shape=shard.shape,
+        stride=stride,
+    )
+
+
+def chunk_rows(tensor: Tensor, count: int) -> list[Tensor]:
+    """``tensor`` cut into ``count`` runs of rows as ``Shard(0)`` cuts: the last ones smaller, or without rows."""
+    chunks = list(tensor.chunk(count, 0)) if tensor.shape[0] else []
+    return chunks + [tensor[tensor.shape[0] :]] * (count - len(chunks))

@@ -1,0 +1,131 @@
+"""The part of one tensor that this rank holds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class Shard(ABC):
+    """What this rank holds of one tensor, and how to dress, gather and cut it.
+
+    Args:
+        names: canonical names, as the unwrapped model's ``state_dict()`` says them: more than one when the tensor is tied.
+        local: this rank's plain tensor, detached: the model's own storage, not a copy.
+        owner: the parameter or buffer that ``named_parameters()`` or ``named_buffers()`` shows for it.
+        replicas: the ranks that hold an identical ``local``, this one among them; ``None`` when it is alone.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        local: Tensor,
+        owner: Tensor,
+        *,
+        replicas: ProcessGroup | None = None,
+    ) -> None:
+        self.names = names
+        self.local = local
+        self.owner = owner
+        self.replicas = replicas
+        self.part: Shard = self
+        """What this rank averages of ``local``: all of it, or its rows among the replicas'."""
+
+    @property
+    def name(self) -> str:
+        """The first canonical name."""
+        return self.names[0]
+
+    @property
+    def is_split(self) -> bool:
+        """Whether this rank averages only a part of what it holds."""
+        return self.part is not self
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes when somebody writes in place to the parameter or to its storage, except through ``.data``."""
+        # Autograd's version counter has no public name.
+        return self.owner._version, self.local._version
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Shape of the full tensor."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where ranks exchange this tensor; ``local`` may be offloaded from there."""
+
+    @property
+    @abstractmethod
+    def ranks(self) -> frozenset[int]:
+        """Global ranks that must call `full` together; empty when it communicates with nobody."""
+
+    @property
+    @abstractmethod
+    def group(self) -> ProcessGroup | None:
+        """The process group of exactly `ranks`, where there is one."""
+
+    @abstractmethod
+    def wrap(self, local: Tensor) -> Tensor:
+        """``local`` dressed like its owner, sharing its storage, so that DCP saves and reshards it.
+
+        Shape: ``local`` has the shape of ``self.local``; the result stands for ``self.shape``.
+        """
+
+    @abstractmethod
+    def unwrap(self, value: Tensor) -> Tensor:
+        """This rank's plain tensor inside a `wrap`-ped ``value``, or cut from a full plain one.
+
+        Raises: ValueError when ``value`` stands for another shape or cut.
+        """
+
+    @abstractmethod
+    def full(self, local: Tensor) -> Tensor:
+        """The full tensor of which every rank passes its ``local``; may share storage with ``local``.
+
+        Collective: over `ranks`. Memory: two full tensors at most, while gathering.
+        """
+
+    @abstractmethod
+    def cut(self, full: Tensor) -> Tensor:
+        """This rank's part of a full plain tensor: a view of it wherever the cut allows one."""
+
+    def same_cut(self, other: Shard) -> bool:
+        """Whether both hold the same part of a tensor of the same shape, on every rank."""
+        return self.describe() == other.describe()
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Shape of the full tensor and everything that decides which part of it each rank holds."""
+
+
+def memory_order(shape: Iterable[int], stride: Iterable[int]) -> list[int] | None:
+    """Dimensions from the outermost to the innermost in memory, or None for a tensor with holes or overlaps."""
+    extents = list(zip(shape, stride, strict=True))
+    order = sorted(range(len(extents)), key=lambda dim: (extents[dim][0] != 1, -extents[dim][1], dim))
+    expected = 1
+    for dim in reversed(order):
+        size, step = extents[dim]
+        if size != 1 and step != expected:
+            return None
+        expected *= size
+    return order
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A 1-D view of a dense tensor in memory order."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def splits_by_rows(tensor: Tensor) -> bool:
+    """Whether chunks of rows are contiguous in memory: a dense tensor whose first dimension is outermost."""
+    order = memory_order(tensor.shape, tensor.stride())
+    if not order:
+        return False
+    return tensor.shape[0] == 1 or next(dim for dim in order if tensor.shape[dim] != 1) == 0
