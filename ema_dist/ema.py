@@ -275,7 +275,11 @@ class ShardedEMA:
 
     def _leave_swap(self) -> None:
         assert self._exchange is not None
-        self._prepare("leaving swapped()", together=self._is_split)
+        try:
+            self._prepare("leaving swapped()", together=self._is_split)
+        except RuntimeError as error:
+            error.args = (f"{error}. The averages are still in the model, and the live weights where the averages were",)
+            raise
         written = self._exchange.leave(self._layout)
         self._exchange = None
         if written:

@@ -6,7 +6,7 @@ from collections import Counter
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import DistStoreError, Store
+from torch.distributed import Store
 
 from ema_dist.shards import world_store
 
@@ -58,7 +58,7 @@ class _Room:
             self._store.set(self._key("complete"), "")
         try:
             self._store.wait([self._key("complete")], timedelta(seconds=timeout))
-        except DistStoreError:
+        except RuntimeError:  # DistStoreError from some stores, its parent from others
             self._leave(call, timeout)
         return {rank: self._store.get(self._key(rank)).decode() for rank in self._ranks}
 

@@ -1,0 +1,67 @@
+"""What every test gets: one thread a rank, and the markers `world_size` and `gpu`."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch loads: the ranks of a test share two cores
+
+import dataclasses
+import pickle
+
+import hypothesis
+import pytest
+import torch
+
+import world
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the markers."""
+    config.addinivalue_line("markers", "world_size(size, timeout=60): run the body on `size` ranks, so many seconds")
+    config.addinivalue_line("markers", "gpu: needs CUDA, one device a rank; the ranks talk through NCCL there")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Warm up once we know that ranks will be needed."""
+    if any(item.get_closest_marker("world_size") for item in session.items):
+        world.start_server()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run."""
+    if item.get_closest_marker("gpu"):
+        ranks = _world(item).size
+        if not torch.cuda.is_available():
+            pytest.skip("needs CUDA")
+        if torch.cuda.device_count() < ranks:
+            pytest.skip(f"needs {ranks} CUDA devices, one a rank")
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    """Send the body of a `world_size` test to its ranks; with hypothesis, each example to a world of its own."""
+    if pyfuncitem.get_closest_marker("world_size") is None:
+        return
+
+    test = pyfuncitem.function
+    filters = (*pyfuncitem.config.getini("filterwarnings"), *_marked_warning_filters(pyfuncitem))
+
+    def run(**arguments: object) -> None:
+        body = world.Body(test.__module__, test.__name__, pickle.dumps(arguments), filters)
+        world.run(body, _world(pyfuncitem))
+
+    if hypothesis.is_hypothesis_test(test):
+        run.__name__ = test.__name__
+        test.hypothesis.inner_test = run
+    else:
+        pyfuncitem.obj = run
+
+
+def _world(item: pytest.Item) -> world.World:
+    marker = item.get_closest_marker("world_size")
+    asked = world.World(*marker.args, **marker.kwargs) if marker else world.World(1)
+    return dataclasses.replace(asked, backend="cpu:gloo,cuda:nccl") if item.get_closest_marker("gpu") else asked
+
+
+def _marked_warning_filters(item: pytest.Item) -> list[str]:
+    return [text for marker in item.iter_markers("filterwarnings") for text in marker.args]

@@ -1,0 +1,175 @@
+"""The layers of the library, read off its syntax trees: who imports whom, and who may know a wrapper."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ema_dist
+
+PACKAGE = Path(ema_dist.__file__).parent
+
+# A module imports only from rows below its own. The package's own `__init__` stands above them all.
+ROWS = {
+    "__init__": 8,
+    "cli": 7,
+    "composer": 6,
+    "checkpoint": 5,
+    "ema": 4,
+    "functional": 4,
+    "exchange": 3,
+    "gather": 3,
+    "state": 3,
+    "attachment": 2,
+    "averages": 2,
+    "clock": 2,
+    "meeting": 2,
+    "replicas": 2,
+    "decay": 1,
+    "kernels": 1,
+    "shards": 1,
+}
+
+WRAPPERS = {"DTensor", "FullyShardedDataParallel", "DistributedDataParallel", "_orig_mod", "_fsdp_wrapped_module"}
+IN_WORDS_TOO = WRAPPERS - {"DTensor"}  # a message may say DTensor, the others would be matched against names
+
+# torch's multi-tensor operations have no other spelling.
+PUBLIC_IN_PRACTICE = "_foreach_"
+
+
+def faults(source: str, path: Path) -> list[str]:
+    """What the source of `path` (relative to the package) does that its layer must not, one line each."""
+    tree = ast.parse(source)
+    component = path.parts[0].removesuffix(".py")
+    found = list(_import_faults(tree, component, path))
+    if component != "shards":
+        found += [f"spells {name}: only ema_dist.shards knows the wrappers" for name in _wrappers_spelled(tree)]
+        found += [f"uses the private {name}: only ema_dist.shards may" for name in _private_names(tree)]
+    return [f"{path}: {fault}" for fault in found]
+
+
+def _import_faults(tree: ast.Module, component: str, path: Path) -> Iterator[str]:
+    if component not in ROWS:
+        yield f"{component} has no row: add it to ROWS in tests/test_layers.py"
+        return
+    for target in sorted(_components_imported(tree, path)):
+        if target == component:
+            continue
+        if target not in ROWS:
+            yield f"imports {target} from the package itself or from no known module: name the module that defines it"
+        elif ROWS[target] >= ROWS[component]:
+            yield f"row {ROWS[component]} imports {target}, which is in row {ROWS[target]}"
+
+
+def _components_imported(tree: ast.Module, path: Path) -> set[str]:
+    """The first name behind `ema_dist.` in each import, relative ones included."""
+    return {
+        name.split(".")[1] if "." in name else "__init__"
+        for name in _modules_imported(tree, path)
+        if name.split(".")[0] == "ema_dist"
+    }
+
+
+def _modules_imported(tree: ast.Module, path: Path) -> Iterator[str]:
+    package = ("ema_dist", *path.parts[:-1])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _wrappers_spelled(tree: ast.Module) -> list[str]:
+    words = {word for text in _strings(tree) for word in re.findall(r"\w+", text)}
+    return sorted(WRAPPERS & set(_identifiers(tree)) | IN_WORDS_TOO & words)
+
+
+def _identifiers(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name):
+                yield name
+            case ast.alias(name=name):
+                yield from name.split(".")
+
+
+def _strings(tree: ast.Module) -> Iterator[str]:
+    """Every string but the docstrings."""
+    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare:
+            yield node.value
+
+
+def _private_names(tree: ast.Module) -> list[str]:
+    """Private attributes of anything but `self` and `cls`, and private parts of torch's module paths."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                continue
+            case ast.Attribute(attr=name):
+                names.add(name)
+            case ast.Import(names=aliases):
+                names.update(part for alias in aliases for part in alias.name.split("."))
+            case ast.ImportFrom(module=str(module), names=aliases) if module.split(".")[0] == "torch":
+                names.update([*module.split("."), *(alias.name for alias in aliases)])
+    return sorted(name for name in names if _is_private(name))
+
+
+def _is_private(name: str) -> bool:
+    dunder = name.startswith("__") and name.endswith("__")
+    return name.startswith("_") and not dunder and not name.startswith(PUBLIC_IN_PRACTICE)
+
+
+SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_modules_keep_to_their_layer(path: Path) -> None:
+    assert faults((PACKAGE / path).read_text(), path) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "fault"),
+    [
+        ("clock.py", "from ema_dist.ema import ShardedEMA", "row 2 imports ema, which is in row 4"),
+        ("clock.py", "from ema_dist import averages", "row 2 imports averages, which is in row 2"),
+        ("clock.py", "def later():\n    from . import gather", "row 2 imports gather, which is in row 3"),
+        ("shards/mesh.py", "from ..kernels import lerp_", "row 1 imports kernels, which is in row 1"),
+        ("shards/mesh.py", "import ema_dist.ema", "row 1 imports ema, which is in row 4"),
+        ("ema.py", "import ema_dist", "row 4 imports __init__, which is in row 8"),
+        ("ema.py", "from ema_dist import ShardedEMA", "name the module that defines it"),
+        ("helpers.py", "", "helpers has no row: add it"),
+        ("ema.py", "from torch.distributed.tensor import DTensor", "spells DTensor"),
+        ("ema.py", "isinstance(model, nn.parallel.DistributedDataParallel)", "spells DistributedDataParallel"),
+        ("ema.py", "name.replace('_orig_mod.', '')", "spells _orig_mod"),
+        ("ema.py", "model._fsdp_wrapped_module", "spells _fsdp_wrapped_module"),
+        ("ema.py", "self.tensor._version", "uses the private _version"),
+        ("ema.py", "from torch.optim.optimizer import _use_grad", "uses the private _use_grad"),
+        ("ema.py", "import torch._dynamo", "uses the private _dynamo"),
+        ("ema.py", "from torch.utils._pytree import tree_map", "uses the private _pytree"),
+    ],
+)
+def test_a_breach_is_found(path: str, source: str, fault: str) -> None:
+    assert any(fault in found for found in faults(source, Path(path)))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("ema.py", '"""Stores a DTensor, strips _orig_mod."""\nfrom ema_dist.shards import Shard\nself._shards = []'),
+        ("ema.py", "raise ValueError('expected a DTensor')\nself.__class__.__name__"),
+        ("kernels.py", "torch._foreach_lerp_(averages, values, weight)"),
+        ("shards/mesh.py", "from ema_dist.shards.shard import Shard\nfrom .names import places"),
+        ("shards/mesh.py", "from torch.distributed.tensor import DTensor\ntensor._local_tensor"),
+    ],
+)
+def test_what_is_allowed_passes(path: str, source: str) -> None:
+    assert faults(source, Path(path)) == []

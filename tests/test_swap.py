@@ -1,0 +1,220 @@
+"""Inside `swapped` the model computes with the averages, and afterwards the live weights are back to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ema_dist import ShardedEMA
+from layouts import Net, evaluate, full_weights, layouts, make_net, train_step, wrap
+
+
+def trained(layout: str, **settings: object) -> tuple[nn.Module, ShardedEMA]:
+    model = wrap(layout, make_net(layout))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    ema = ShardedEMA(model, decay=0.8, **settings)
+    for step in range(3):
+        train_step(model, optimizer, step)
+        ema.update()
+    return model, ema
+
+
+def unwrapped_output(layout: str, weights: dict[str, Tensor]) -> Tensor:
+    net = make_net(layout)
+    net.load_state_dict({name: value.to(net.state_dict()[name].dtype) for name, value in weights.items()})
+    return evaluate(net)
+
+
+def assert_bitwise_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+
+
+@layouts()
+def test_evaluating_before_inside_and_after_a_swap(layout: str) -> None:
+    """Also right after a no-grad forward, which leaves weights gathered that nobody would gather again (failure 1)."""
+    model, ema = trained(layout)
+    live = full_weights(model)
+    before = evaluate(model)
+    with ema.swapped():
+        inside = evaluate(model)
+        averaged = full_weights(model)
+    after = evaluate(model)
+    with ema.swapped():
+        again = evaluate(model)
+    assert_bitwise_equal(full_weights(model), live)
+    torch.testing.assert_close(inside, unwrapped_output(layout, averaged), rtol=1e-4, atol=1e-5)
+    assert torch.equal(after, before)
+    assert torch.equal(again, inside)
+    assert not torch.equal(inside, before)
+    full = ema.full_state_dict()
+    assert_bitwise_equal({name: value.double() for name, value in full.items()}, averaged if full else {})
+
+
+@layouts("plain", "ddp", "ddp-3", "fsdp1", "fsdp1-flat-grad-op", "fsdp1-hybrid", "fsdp2-3", "hsdp", "tp", "fsdp2-tp")
+def test_a_swap_into_narrower_weights_does_not_touch_the_average(layout: str) -> None:
+    """Exchanged through bfloat16, the average would be rounded at each validation (failure 6)."""
+    net = make_net(layout)
+    for parameter in net.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model = wrap(layout, net)
+    live = full_weights(model)
+    ema = ShardedEMA(model, decay=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    ema.update()
+    moved = full_weights(model)
+    before = ema.full_state_dict(dtype=torch.float32)
+    with ema.swapped():
+        inside = full_weights(model)
+    assert_bitwise_equal(full_weights(model), moved)
+    assert_bitwise_equal(ema.full_state_dict(dtype=torch.float32), before)
+    for name, value in before.items():
+        assert torch.equal(inside[name], value.to(live[name].dtype if "stats" in name else torch.bfloat16).double() if value.is_floating_point() and "stats" not in name and name != "mask" else value.double()), name
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp")
+def test_live_comes_back_when_the_block_raises(layout: str) -> None:
+    model, ema = trained(layout)
+    live = full_weights(model)
+    with pytest.raises(ZeroDivisionError), ema.swapped():
+        raise ZeroDivisionError
+    assert_bitwise_equal(full_weights(model), live)
+    ema.update()
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "fsdp2-keep", "hsdp", "tp")
+def test_writing_parameters_inside_is_an_error_after_live_is_back(layout: str) -> None:
+    model, ema = trained(layout)
+    live = full_weights(model)
+    with pytest.raises(RuntimeError, match=r"written to inside swapped\(\).*out\.weight"), ema.swapped(), torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    assert_bitwise_equal(full_weights(model), live)
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp2")
+def test_buffers_written_inside_stay_in_the_average(layout: str) -> None:
+    """As `torch.optim.swa_utils.update_bn` does."""
+    model, ema = trained(layout)
+    live = full_weights(model)
+    batches = [torch.randn(16, 6, generator=torch.Generator().manual_seed(step)) for step in range(3)]
+    with ema.swapped():
+        torch.optim.swa_utils.update_bn(batches, model)
+        recalibrated = full_weights(model)
+    assert_bitwise_equal(full_weights(model), live)
+    full = ema.full_state_dict()
+    assert not torch.equal(recalibrated["stats.running_mean"], live["stats.running_mean"])
+    assert_bitwise_equal({name: value.double() for name, value in full.items()}, recalibrated if full else {})
+
+
+@layouts("plain")
+def test_a_graph_from_before_the_swap_refuses_to_run_backward(layout: str) -> None:
+    """Its weights were written to: autograd says so, and we let it (failure 9)."""
+    model, ema = trained(layout)
+    loss = model(torch.randn(8, 6)).sum()
+    with ema.swapped():
+        pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@layouts("plain", "ddp", "fsdp2")
+def test_update_and_a_second_swap_inside_a_swap_are_refused(layout: str) -> None:
+    _, ema = trained(layout)
+    with ema.swapped():
+        with pytest.raises(RuntimeError, match=r"update\(\) inside swapped\(\)"):
+            ema.update()
+        with pytest.raises(RuntimeError, match="in the model already"), ema.swapped():
+            pass
+
+
+@pytest.mark.world_size(2)
+def test_one_rank_evaluates_alone_with_copies() -> None:
+    """Common under DDP: with whole copies a swap needs nobody else (failure 13)."""
+    _, ema = trained("ddp", replicas="copy")
+    if torch.distributed.get_rank() == 0:
+        with ema.swapped() as model:
+            evaluate(model.module)
+
+
+@pytest.mark.world_size(2)
+def test_one_rank_that_swaps_alone_is_told_who_did_not_come() -> None:
+    model, ema = trained("ddp", timeout=0.5)
+    live = full_weights(model)
+    if torch.distributed.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"0.5 s in swapped\(\) for ranks \[1\]"), ema.swapped():
+            pass
+        with pytest.raises(RuntimeError, match=r"in full_state_dict\(\)|in gather\(\) for ranks \[1\]"):
+            ema.full_state_dict()
+    torch.distributed.barrier()
+    with ema.swapped():
+        pass
+    assert_bitwise_equal(full_weights(model), live)
+
+
+@pytest.mark.world_size(3)
+def test_ranks_that_make_different_calls_are_told() -> None:
+    _, ema = trained("ddp-3")
+    with pytest.raises(RuntimeError, match=r"same call, but they made .*swapped\(\).*gather\(\)"):
+        if torch.distributed.get_rank() == 1:
+            ema.full_state_dict()
+        else:
+            with ema.swapped():
+                pass
+
+
+@pytest.mark.world_size(2)
+def test_when_one_rank_leaves_alone_everyone_gets_an_error_and_no_mosaic() -> None:
+    model, ema = trained("ddp", timeout=0.5)
+    with ema.swapped():
+        averaged = full_weights(model)
+    with pytest.raises(RuntimeError, match=r"leaving swapped\(\) for ranks"):
+        with ema.swapped():
+            if torch.distributed.get_rank() == 0:
+                raise ZeroDivisionError
+            torch.multiprocessing.get_context  # noqa: B018
+            import time
+
+            time.sleep(1.5)
+    torch.distributed.barrier()
+    assert_bitwise_equal(full_weights(model), averaged)
+
+
+@pytest.mark.world_size(2)
+def test_drifted_replicas_are_noticed_before_anything_is_mixed() -> None:
+    model, ema = trained("ddp")
+    if torch.distributed.get_rank() == 1:
+        model.module.blocks[1].out.weight.data[0, 0] += 1
+    live = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight': \[1\]"), ema.swapped():
+        pass
+    assert_bitwise_equal(model.state_dict(), live)
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight"):
+        ema.check_replicas()
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight"):
+        ShardedEMA(model)
+
+
+def test_a_swap_of_a_large_model_needs_a_constant_scratch() -> None:
+    """The largest temporary stays within the bound for a tensor four times its size."""
+    from ema_dist.exchange import SWAP_BYTES
+
+    model = nn.Linear(8192, 8192, bias=False)
+    ema = ShardedEMA(model)
+    with torch.profiler.profile(profile_memory=True) as profile, ema.swapped():
+        pass
+    peak = current = 0
+    for event in profile.profiler.kineto_results.events():
+        current += event.nbytes() if event.name() == "[memory]" else 0
+        peak = max(peak, current)
+    assert 0 < peak <= SWAP_BYTES
+
+
+def test_net_has_tied_and_frozen_parts() -> None:
+    net = Net()
+    assert net.head.weight is net.embed.weight
+    assert not net.frozen.weight.requires_grad
