@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+
+from ema_dist import ShardedEMA
 
 CPU = torch.device("cpu")
 
@@ -58,10 +61,10 @@ class Net(nn.Module):
         return self.head(self.stats(x)) + self.embed(x)
 
 
-def make_net(layout: str, seed: int = 0) -> Net:
-    """The same weights on every rank."""
+def make_net(*layouts: str, seed: int = 0) -> Net:
+    """The same weights on every rank, in shapes that each of ``layouts`` can wrap."""
     torch.manual_seed(seed)
-    return Net(LAYOUTS[layout].hidden)
+    return Net(min(LAYOUTS[layout].hidden for layout in layouts))
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ LAYOUTS = {
 TORCH_WARNS = (
     pytest.mark.filterwarnings("ignore:The `NO_SHARD` sharding strategy is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo
+    pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning"),  # what FSDP1 saves as
     pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning"),
 )
 
@@ -197,6 +201,23 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
     model(batch).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def trained(layout: str, net: Net | None = None, **settings: Any) -> tuple[nn.Module, ShardedEMA]:
+    """A wrapped model after three steps, and its averages."""
+    model = wrap(layout, net or make_net(layout))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    ema = ShardedEMA(model, **{"decay": 0.8} | settings)
+    for step in range(3):
+        train_step(model, optimizer, step)
+        ema.update()
+    return model, ema
+
+
+def assert_bitwise_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names, and the same values to the bit (compared in float64)."""
+    assert found.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(found[name].double(), value.double())] == []
 
 
 @torch.no_grad()

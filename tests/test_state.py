@@ -1,0 +1,202 @@
+"""What is saved on one layout and world loads on another, and a state that does not fit changes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ema_dist import HalfLife, ShardedEMA
+from layouts import TORCH_WARNS, assert_bitwise_equal, full_weights, layouts, make_net, trained, wrap
+
+MOVES = [
+    ("fsdp2", 4, "fsdp2", 2),
+    ("fsdp2", 4, "fsdp2", 3),
+    ("fsdp2", 2, "fsdp2", 4),
+    ("fsdp2", 2, "ddp", 2),
+    ("ddp", 2, "fsdp2", 2),
+    ("ddp", 3, "ddp", 2),
+    ("fsdp1", 2, "fsdp2", 2),
+    ("fsdp1-flat", 3, "fsdp2", 2),
+    ("fsdp1", 4, "fsdp1-flat", 3),
+    ("fsdp2", 3, "fsdp1", 2),
+    ("fsdp1-hybrid", 4, "fsdp2", 3),
+    ("fsdp1-no-shard", 2, "plain", 1),
+    ("hsdp", 4, "fsdp2", 2),
+    ("plain", 1, "hsdp", 4),
+    ("fsdp2", 2, "plain", 1),
+    ("tp", 2, "fsdp2", 3),
+    ("fsdp2-tp", 4, "plain", 1),
+    ("ddp", 2, "fsdp2-tp", 4),
+]
+
+
+def in_world(size: int, directory: Path, body: Callable[[], None]) -> None:
+    """Run ``body`` on the first ranks in a world of their own; the next world starts when they are done."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    rank = int(os.environ["RANK"])
+    if rank < size:
+        store = dist.FileStore(str(directory / f"store-of-{body.__name__}"), size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+        body()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("saved_as", "saved_on", "loaded_as", "loaded_on"),
+    [pytest.param(*move, marks=(pytest.mark.world_size(max(move[1], move[3])), *TORCH_WARNS)) for move in MOVES],
+)
+def test_a_checkpoint_loads_under_another_layout_and_world(
+    saved_as: str, saved_on: int, loaded_as: str, loaded_on: int, tmp_path: Path
+) -> None:
+    def save() -> None:
+        _, ema = trained(saved_as, make_net(saved_as, loaded_as))
+        full = ema.full_state_dict()
+        if full:
+            torch.save(full, tmp_path / "full.pt")
+        dcp.save({"ema": ema}, checkpoint_id=tmp_path / "checkpoint")
+
+    def load() -> None:
+        model = wrap(loaded_as, make_net(saved_as, loaded_as, seed=1))
+        ema = ShardedEMA(model, decay=0.8)
+        dcp.load({"ema": ema}, checkpoint_id=tmp_path / "checkpoint")
+        assert (ema.steps, ema.updates) == (3, 3)
+        full = ema.full_state_dict()
+        expected = torch.load(tmp_path / "full.pt")
+        averaged = {name: value for name, value in expected.items() if not name.startswith("frozen")}
+        if full:
+            assert_bitwise_equal({name: full[name] for name in averaged}, averaged)
+        ema.update()
+
+    in_world(saved_on, tmp_path, save)
+    in_world(loaded_on, tmp_path, load)
+
+
+@layouts("plain", "ddp-3", "fsdp1-flat", "fsdp2-4", "hsdp", "fsdp2-tp")
+def test_loading_its_own_state_changes_nothing(layout: str) -> None:
+    _, ema = trained(layout)
+    before = ema.full_state_dict()
+    ema.load_state_dict(ema.state_dict())
+    assert_bitwise_equal(ema.full_state_dict(), before)
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
+def test_the_state_inside_a_swap_is_the_averages(layout: str, tmp_path: Path) -> None:
+    model, ema = trained(layout)
+    before = ema.full_state_dict()
+    with ema.swapped():
+        assert_bitwise_equal(ema.full_state_dict(), before)
+        dcp.save({"ema": ema}, checkpoint_id=tmp_path)
+    live = full_weights(model)
+    ema.load_full_state_dict(make_net(layout, seed=1).state_dict())
+    dcp.load({"ema": ema}, checkpoint_id=tmp_path)
+    assert_bitwise_equal(ema.full_state_dict(), before)
+    assert_bitwise_equal(full_weights(model), live)
+
+
+@layouts("plain", "ddp", "ddp-3", "fsdp1", "fsdp1-flat", "fsdp1-hybrid", "fsdp2-3", "hsdp", "tp", "fsdp2-tp")
+def test_full_tensors_scatter_back_into_shards(layout: str) -> None:
+    _, ema = trained(layout)
+    new = make_net(layout, seed=1)
+    new.stats.running_mean.fill_(3)
+    weights = new.state_dict() if dist.get_rank() == 0 else {}
+    ema.load_full_state_dict(weights)
+    full = ema.full_state_dict()
+    if full:
+        assert_bitwise_equal(full, weights | {name: full[name] for name in full if name.startswith("frozen")})
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp2")
+def test_full_tensors_of_another_model_change_nothing(layout: str) -> None:
+    """Every rank gets the error, though only the first has seen the tensors."""
+    _, ema = trained(layout)
+    before = ema.full_state_dict()
+    other = make_net(layout).state_dict()
+    other["stranger"] = other.pop("blocks.0.scale")
+    with pytest.raises(ValueError, match=r"unknown names \['stranger'\], missing names \['blocks.0.scale'\]"):
+        ema.load_full_state_dict(other if dist.get_rank() == 0 else {})
+    other = make_net(layout).state_dict() | {"blocks.0.scale": torch.ones(2, 6)}
+    with pytest.raises(ValueError, match=r"blocks.0.scale': \(\(1, 6\), \(2, 6\)\)"):
+        ema.load_full_state_dict(other if dist.get_rank() == 0 else {})
+    assert_bitwise_equal(ema.full_state_dict(), before)
+
+
+@layouts("plain", "fsdp2")
+def test_a_state_of_another_model_changes_nothing(layout: str) -> None:
+    _, ema = trained(layout)
+    before = ema.full_state_dict()
+    good = ema.state_dict()
+    averages = dict(good["tracks"]["default"]["averages"])
+    averages["stranger"] = averages.pop("blocks.0.scale")
+    bad_names = good | {"tracks": {"default": good["tracks"]["default"] | {"averages": averages}}}
+    with pytest.raises(ValueError, match=r"another model.*blocks.0.scale.*stranger"):
+        ema.load_state_dict(bad_names)
+    averages["blocks.0.scale"] = torch.zeros(5, 6)
+    del averages["stranger"]
+    with pytest.raises(ValueError, match=r"blocks.0.scale.*expected \(1, 6\), got \(5, 6\)"):
+        ema.load_state_dict(bad_names)
+    with pytest.raises(ValueError, match="format 1"):
+        ema.load_state_dict(good | {"format": 2})
+    assert_bitwise_equal(ema.full_state_dict(), before)
+
+
+@layouts("plain", "fsdp2")
+def test_a_checkpoint_of_another_model_loses_nothing(layout: str, tmp_path: Path) -> None:
+    """DCP refuses before it reads."""
+    _, ema = trained(layout)
+    before = ema.full_state_dict()
+    dcp.save({"ema": ShardedEMA(nn.Linear(2, 2))}, checkpoint_id=tmp_path)
+    with pytest.raises((CheckpointException, RuntimeError), match="Missing key"):
+        dcp.load({"ema": ema}, checkpoint_id=tmp_path)
+    assert_bitwise_equal(ema.full_state_dict(), before)
+
+
+def test_the_constructor_decides_the_decay_and_says_so() -> None:
+    """On load a different saved one is a warning."""
+    saved = ShardedEMA(nn.Linear(2, 2), decay=0.5).state_dict()
+    with pytest.warns(UserWarning, match=r"taken with .*0\.5.* go on with .*half_life"):
+        ShardedEMA(nn.Linear(2, 2), decay=HalfLife(10)).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("layout", [pytest.param("ddp", marks=pytest.mark.world_size(2))])
+def test_counts_and_averages_resume_as_if_never_stopped(layout: str, tmp_path: Path) -> None:
+    """The step counter is in the state: `start` and `update_interval` go on where they were (failure 10)."""
+    settings = {"decay": 0.5, "start": 2, "update_interval": 2}
+    model, ema = trained(layout, **settings)
+    dcp.save({"ema": ema}, checkpoint_id=tmp_path)
+    again = ShardedEMA(model, **settings)
+    dcp.load({"ema": again}, checkpoint_id=tmp_path)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        ema.update()
+        again.update()
+    assert (again.steps, again.updates) == (ema.steps, ema.updates) == (6, 2)
+    assert_bitwise_equal(again.full_state_dict(), ema.full_state_dict())
+
+
+def test_the_state_layout_is_fixed() -> None:
+    """DCP, the command line and Composer depend on it."""
+    state = ShardedEMA(nn.BatchNorm1d(2), decay=0.5).state_dict()
+    averages, buffers = state["tracks"]["default"].pop("averages"), state["tracks"]["default"].pop("buffers")
+    assert state == {
+        "format": 1,
+        "steps": 0,
+        "updates": 0,
+        "tracks": {"default": {"decay": {"kind": "constant", "decay": 0.5}}},
+    }
+    assert list(averages) == ["weight", "bias"]
+    assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
+    assert all(isinstance(tensor, Tensor) for tensor in [*averages.values(), *buffers.values()])
