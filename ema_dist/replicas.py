@@ -12,11 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ema_dist.kernels import checksum
-from ema_dist.shards import Shard, flat
-
-# The older name of the same call warns since torch 2.13.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
+from ema_dist.shards import Shard, all_gather, flat
 
 def check_replicas(shards: Iterable[Shard]) -> None:
     """Compare what replicas hold alike, bit for bit, by checksums.
@@ -27,7 +23,7 @@ def check_replicas(shards: Iterable[Shard]) -> None:
     for group, alike in _by_group(shards):
         sums = torch.stack([checksum(shard.local).to(shard.device) for shard in alike])
         everyones = sums.new_empty(group.size(), len(alike))
-        _all_gather(everyones.view(-1), sums, group=group)
+        all_gather(everyones.view(-1), sums, group=group)
         ranks = dist.get_process_group_ranks(group)
         drifted = {
             shard.name: [rank for rank, its in zip(ranks, column, strict=True) if its != column[0]]
@@ -99,7 +95,7 @@ def _fill(bucket: list[_Slice], sent: Tensor, received: Tensor, group: ProcessGr
     sent, received = sent[: sum(sizes)], received.view(-1)[: sum(sizes) * group.size()].view(group.size(), -1)
     mine = [piece.of(group.rank()) for piece in bucket]
     torch._foreach_copy_([at[: len(it)] for at, it in zip(sent.split(sizes), mine, strict=True)], mine)
-    _all_gather(received.view(-1), sent, group=group)
+    all_gather(received.view(-1), sent, group=group)
     for replica in range(group.size()):
         if replica != group.rank():
             theirs = [piece.of(replica) for piece in bucket]

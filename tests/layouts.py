@@ -162,6 +162,7 @@ TORCH_WARNS = (
     pytest.mark.filterwarnings("ignore:The `NO_SHARD` sharding strategy is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo
     pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning"),  # what FSDP1 saves as
+    pytest.mark.filterwarnings("ignore:`_get_pg_default_device` will be deprecated:UserWarning"),  # FSDP1's own call
     pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning"),
 )
 
@@ -225,3 +226,16 @@ def evaluate(model: nn.Module) -> Tensor:
     """The outputs on a fixed batch."""
     model.eval()
     return model(torch.randn(4, 6, generator=torch.Generator().manual_seed(-1))).clone()
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Most bytes of tensors that ``call`` held at any moment beyond those that were there before it."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        kept = call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = current = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    del kept
+    return peak

@@ -1,8 +1,9 @@
 """The only code that knows wrappers: everyone else sees a `Layout` of `Shard`s of plain local tensors."""
 
+from ema_dist.shards.compat import all_gather, world_store
 from ema_dist.shards.find import Replicas, local_tensor
 from ema_dist.shards.layout import Layout
 from ema_dist.shards.shard import Shard, flat
-from ema_dist.shards.store import world_store
 
-__all__ = ["Layout", "Replicas", "Shard", "flat", "local_tensor", "world_store"]
+
+__all__ = ["Layout", "Replicas", "Shard", "all_gather", "flat", "local_tensor", "world_store"]

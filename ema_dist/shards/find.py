@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor, Replicate
@@ -97,8 +97,10 @@ class _Maker:
             shard.part = split_rows(shard, self._meshes[key], [], tensor.stride())
         return shard
 
-    def _on_mesh(self, names: tuple[str, ...], tensor: DTensor, ddp: ProcessGroup | None, *, split: bool) -> Shard:
+    def _on_mesh(self, names: tuple[str, ...], tensor: DTensor, around: ProcessGroup | None, *, split: bool) -> Shard:
         mesh, placements = tensor.device_mesh, tensor.placements
+        if around is not None and len({*get_process_group_ranks(around)} & {*mesh.mesh.flatten().tolist()}) > 1:
+            around = None  # ranks of one mesh hold different blocks, whatever is said of the model
         if partial := [placement for placement in placements if placement.is_partial()]:
             raise ValueError(f"{names[0]!r} is placed {partial}: a sum still to be made is not a weight to average")
         alike = [dim for dim, at in enumerate(placements) if at.is_replicate() and mesh.size(dim) > 1]
@@ -110,7 +112,7 @@ class _Maker:
             placements=placements,
             shape=tensor.shape,
             stride=tensor.stride(),
-            replicas=mesh.get_group(alike[0]) if alike else ddp,
+            replicas=mesh.get_group(alike[0]) if alike else around,
         )
         # A strided placement (FSDP2 over TP) already orders its dimensions in its own way: such a block stays whole.
         simple = all(type(placement) in (Rows, Replicate) for placement in placements)

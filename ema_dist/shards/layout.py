@@ -45,7 +45,7 @@ class Layout:
             else:
                 self.parameters[shard.name] = shard
                 self._parameter_sites += tensor.sites
-        self._watch = _Watch(self._parameter_sites, fsdp1.units(model))
+        self._watch = _Watch(model, self._parameter_sites)
 
     @property
     def shards(self) -> list[Shard]:
@@ -107,20 +107,28 @@ class Layout:
 
 
 class _Watch:
-    """Notices, in a few C-level passes over the parameters, when one is no longer where it was."""
+    """Notices, in a few C-level passes over the registries, that a module or parameter is not what or where it was."""
 
-    def __init__(self, sites: list[Site], units: list[object]) -> None:
-        self._registries = [registry for registry, _ in sites]
-        self._names = [name for _, name in sites]
-        self._owners = [registry[name] for registry, name in sites]
-        self._plain = [owner for owner in self._owners if not isinstance(owner, DTensor)]
-        self._on_mesh = [owner for owner in self._owners if isinstance(owner, DTensor)]
-        self._units = units
+    def __init__(self, model: nn.Module, sites: list[Site]) -> None:
+        modules = list(model.modules())
+        children = [(module._modules, name) for module in modules for name in module._modules]
+        self._registries = [registry for registry, _ in children + sites]
+        self._names = [name for _, name in children + sites]
+        self._entries = list(map(dict.get, self._registries, self._names))
+        self._grown = [registry for module in modules for registry in (module._modules, module._parameters)]
+        self._lengths = list(map(len, self._grown))
+        parameters = [registry[name] for registry, name in sites]
+        self._plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        self._on_mesh = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+        self._units = fsdp1.units(model)
         self._addresses = self._current_addresses()
 
     def differs(self) -> bool:
-        now = map(dict.get, self._registries, self._names)
-        return not all(map(is_, now, self._owners)) or self._current_addresses() != self._addresses
+        return (
+            not all(map(is_, map(dict.get, self._registries, self._names), self._entries))
+            or list(map(len, self._grown)) != self._lengths
+            or self._current_addresses() != self._addresses
+        )
 
     def _current_addresses(self) -> list[int]:
         flat = [fsdp1.local_shard(unit._handle.flat_param) for unit in self._units]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Rows
 from torch.distributed.tensor.placement_types import Placement
 
+from ema_dist.shards.compat import all_gather
 from ema_dist.shards.shard import Shard
 
 
@@ -68,7 +70,15 @@ class MeshShard(Shard):
         return local_of(value)
 
     def full(self, local: Tensor) -> Tensor:
-        return self.wrap(local.to(self.device)).full_tensor()  # type: ignore[attr-defined, no-any-return]
+        local = local.to(self.device)
+        if any(type(placement) not in (Rows, Replicate) for placement in self.placements):
+            return self.wrap(local).full_tensor()  # strided placements (FSDP2 over TP): only DTensor knows their order
+        lengths = self._lengths()
+        for mesh_dim in reversed(range(self.mesh.ndim)):
+            placement = self.placements[mesh_dim]
+            if isinstance(placement, Rows):
+                local = _gather_dim(local, placement.dim, lengths[mesh_dim], self.mesh.get_group(mesh_dim))
+        return local
 
     def cut(self, full: Tensor) -> Tensor:
         if full.shape != self.shape:
@@ -78,8 +88,46 @@ class MeshShard(Shard):
         )
         return local_of(everywhere.redistribute(placements=self.placements))
 
+    def _lengths(self) -> list[int]:
+        """Length, before each mesh dimension cuts it, of the tensor dimension that it cuts."""
+        sizes, lengths = list(self._shape), []
+        for mesh_dim, placement in enumerate(self.placements):
+            dim = placement.dim if isinstance(placement, Rows) else 0
+            lengths.append(sizes[dim])
+            if isinstance(placement, Rows):
+                run = -(-sizes[dim] // self.mesh.size(mesh_dim))
+                sizes[dim] = max(0, min(run, sizes[dim] - run * self.mesh.get_local_rank(mesh_dim)))
+        return lengths
+
     def describe(self) -> str:
         return f"{tuple(self._shape)}, placed {self.placements} over ranks {self.mesh.mesh.tolist()}"
+
+
+GATHER_PADDING_BYTES = 2**20
+"""How much longer than the tensor a gather's buffer may be; beyond, the few ranks that hold rows send them in turn."""
+
+
+def _gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Tensor:
+    """The ``length`` slices along ``dim`` of which each rank of ``group`` has a run, cut as ``torch.chunk`` cuts.
+
+    Collective: over ``group``. Memory: one tensor of the result's size for the first dimension, two for others.
+    """
+    local = local.movedim(dim, 0).contiguous()
+    shape = local.shape[1:]
+    run = -(-length // group.size())
+    padded = run * group.size()
+    if (padded - length) * shape.numel() * local.element_size() <= GATHER_PADDING_BYTES:
+        gathered = local.new_empty((padded, *shape))
+        sent = local if len(local) == run else local.new_empty((run, *shape))
+        sent[: len(local)].copy_(local)
+        all_gather(gathered.view(-1), sent.view(-1), group=group)
+    else:
+        gathered = local.new_empty((length, *shape))
+        for index, rows in enumerate(gathered.split(run)):
+            if index == group.rank():
+                rows.copy_(local)
+            dist.broadcast(rows, dist.get_global_rank(group, index), group=group)
+    return gathered[:length].movedim(0, dim)
 
 
 def local_of(value: DTensor) -> Tensor:

@@ -1,9 +1,12 @@
-"""The key-value store through which the ranks of a process group found each other."""
+"""What versions of torch name differently."""
 
 from __future__ import annotations
 
 import torch.distributed as dist
 from torch.distributed import Store
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Every rank's tensor, one after the other, into one; the older name of the same call warns since torch 2.13."""
 
 
 def world_store() -> Store:

@@ -1,0 +1,144 @@
+"""Wrong use gets an error that says what was expected, found and to be done, and loses nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ema_dist import HalfLife, ShardedEMA, compute_ema
+from layouts import assert_bitwise_equal, full_weights, layouts, make_net, trained, wrap
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay": 1.5}, r"a decay lies in \[0, 1\], got 1.5"),
+        ({"decay": -0.1}, r"a decay lies in \[0, 1\]"),
+        ({"decay": float("nan")}, r"a decay lies in \[0, 1\]"),
+        ({"decay": 1000}, r"HalfLife\(steps\)"),
+        ({"start": -1}, "start is an optimizer step"),
+        ({"update_interval": 0}, "update_interval is a number of optimizer steps"),
+        ({"dtype": torch.int32}, "floating-point, got dtype=torch.int32"),
+        ({"replicas": "all"}, '"shard", "copy" or a process group, got \'all\''),
+        ({"buffers": "mean"}, '"average" or "copy", got \'mean\''),
+        ({"select": lambda _name, _parameter: False}, "nothing to average: none of the 2 parameters is selected"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShardedEMA(nn.Linear(2, 2), **settings)
+
+
+def test_a_half_life_is_not_negative() -> None:
+    with pytest.raises(ValueError, match="0 or more"):
+        HalfLife(-1)
+
+
+def test_a_decay_that_is_no_number_is_refused() -> None:
+    with pytest.raises(TypeError, match="'0.9'"):
+        ShardedEMA(nn.Linear(2, 2), decay="0.9")  # pyrefly: ignore[bad-argument-type]
+
+
+def test_a_model_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="none of the 2 parameters requires a gradient"):
+        ShardedEMA(nn.Linear(2, 2).requires_grad_(requires_grad=False))
+
+
+@layouts("plain", "fsdp2")
+def test_a_model_on_meta_is_refused(layout: str) -> None:
+    with pytest.raises(ValueError, match=r"'mask' is on the meta device; materialise"):
+        ShardedEMA(wrap(layout, make_net(layout).to("meta")))
+
+
+@layouts("plain", "ddp", "fsdp2")
+def test_a_changed_model_is_named_and_nothing_is_averaged(layout: str) -> None:
+    model, ema = trained(layout)
+    before = ema.full_state_dict()
+    net = model.module if layout == "ddp" else model
+    kept = net.blocks[1].out
+    net.blocks[1].out = nn.Sequential(nn.Linear(7, 6))
+    with pytest.raises(ValueError, match=r"blocks.1.out.0.weight.*absent.*blocks.1.out.bias"):
+        ema.update()
+    with pytest.raises(ValueError, match=r"blocks.1.out.0.weight"), ema.swapped():
+        pass
+    net.blocks[1].out = kept
+    assert_bitwise_equal(ema.full_state_dict(), before)
+
+
+@pytest.mark.world_size(2)
+def test_a_model_wrapped_after_construction_is_noticed() -> None:
+    net = make_net("fsdp2")
+    ema = ShardedEMA(net)
+    wrap("fsdp2", net)
+    with pytest.raises(ValueError, match=r"embed.weight.*whole on cpu.*placed .*over ranks \[0, 1\]"):
+        ema.update()
+
+
+def test_a_parameter_of_another_shape_is_named() -> None:
+    model = nn.Linear(2, 3)
+    ema = ShardedEMA(model)
+    model.weight = nn.Parameter(torch.zeros(4, 2))
+    with pytest.raises(ValueError, match=r"\(3, 2\), whole.*\(4, 2\), whole"):
+        ema.update()
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp2")
+def test_a_parameter_that_became_trainable_is_named(layout: str) -> None:
+    """It would ship untracked."""
+    model, ema = trained(layout)
+    for name, parameter in model.named_parameters():
+        if "frozen" in name:
+            parameter.requires_grad_()
+    with pytest.raises(ValueError, match=r"\['frozen.weight', 'frozen.bias'\] became trainable"), ema.swapped():
+        pass
+    with pytest.raises(ValueError, match="became trainable"):
+        ema.full_state_dict()
+    with pytest.raises(ValueError, match="became trainable"):
+        ema.state_dict()
+
+
+@pytest.mark.world_size(2)
+def test_calls_after_the_process_group_is_gone() -> None:
+    _, ema = trained("ddp")
+    dist.barrier()
+    dist.destroy_process_group()
+    with pytest.raises(RuntimeError, match=r"swapped\(\) needs ranks \[0, 1\] together, and there is no process group"):
+        with ema.swapped():
+            pass
+    with pytest.raises(RuntimeError, match="no process group"):
+        ema.full_state_dict()
+    ema.update()
+
+
+@layouts("fsdp1", "fsdp2")
+def test_gathering_on_rank_0_alone_is_told_within_the_timeout(layout: str) -> None:
+    _, ema = trained(layout, timeout=0.5)
+    if dist.get_rank() == 0:
+        for call in (ema.full_state_dict, ema.state_dict, lambda: ema.load_full_state_dict({})):
+            with pytest.raises(RuntimeError, match=r"waited 0.5 s in .* for ranks \[1\], which did not come"):
+                call()
+    dist.barrier()
+    ema.full_state_dict()
+
+
+def test_compute_ema_refuses_models_that_differ() -> None:
+    with pytest.raises(ValueError, match=r"differ in the names, shapes or cuts of \['weight'\]"):
+        compute_ema(nn.Linear(2, 2), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"\[0, 1\], got 2"):
+        compute_ema(nn.Linear(2, 2), nn.Linear(2, 2), smoothing=2)
+
+
+def test_copying_to_another_model_is_refused() -> None:
+    _, ema = trained("plain")
+    other = make_net("plain", seed=1)
+    other.blocks[0].out = nn.Linear(7, 5)
+    before = full_weights(other)
+    with pytest.raises(ValueError, match=r"shapes of \['blocks.0.out.weight', 'blocks.0.out.bias'\]"):
+        ema.copy_to(other)
+    assert_bitwise_equal(full_weights(other), before)
+    with pytest.raises(ValueError, match="stranger"):
+        ema.copy_to(nn.ModuleDict({"stranger": nn.Linear(2, 2)}))
