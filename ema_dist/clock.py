@@ -1,4 +1,4 @@
-"""When an average is taken, and with which weight: on the host, or on the device where only it knows of skipped steps."""
+"""When an average is taken and with which weight, also where only the device knows of skipped steps."""
 
 from __future__ import annotations
 

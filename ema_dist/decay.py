@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 
@@ -52,7 +51,9 @@ class Constant:
 
     def __post_init__(self) -> None:
         if not 0 <= self.value <= 1:
-            raise ValueError(f"a decay lies in [0, 1], got {self.value!r}; for a half-life in steps use HalfLife(steps)")
+            raise ValueError(
+                f"a decay lies in [0, 1], got {self.value!r}; for a half-life in steps use HalfLife(steps)"
+            )
 
     def decay(self, interval: int) -> float:  # noqa: ARG002 - the same signature as HalfLife
         """The factor of the old average, whatever the interval."""

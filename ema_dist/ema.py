@@ -70,7 +70,7 @@ class ShardedEMA:
         if buffers not in ("average", "copy"):
             raise ValueError(f'buffers is "average" or "copy", got {buffers!r}')
         self._clock = Clock(as_decay(decay), start=start, interval=update_interval)
-        self._replicas = replicas
+        self._replicas: Replicas = replicas
         self._select = select or _requires_grad
         self._timeout = timeout
         self._attachment: Attachment | None = None
@@ -87,7 +87,9 @@ class ShardedEMA:
         self._is_split = any(shard.is_split for shard in self._layout.shards)
         self._is_spread = any(shard.ranks or shard.part.ranks for shard in self._layout.shards)
         if isinstance(replicas, ProcessGroup) and all(s.replicas is not replicas for s in self._layout.shards):
-            warnings.warn("replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=2)
+            warnings.warn(
+                "replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=2
+            )
         if self._is_split:
             meet("ShardedEMA(model)", self._ranks, timeout=timeout)
             check_replicas(self._layout.parameters.values())
@@ -136,9 +138,9 @@ class ShardedEMA:
         Collective: where averages are split among replicas (the default under DDP and HSDP), entering and leaving;
         with ``replicas="copy"`` never, so that one rank may evaluate alone under DDP.
         Memory: at most 64 MiB; where averages have another dtype than the live weights, one live shard on top.
-        Raises: RuntimeError when swapped already, when ranks do not come within ``timeout``, when replicas differ, and on
-            leaving, when parameters were written to. ValueError when the model has changed, or when a parameter became
-            trainable that has no average.
+        Raises: RuntimeError when swapped already, when ranks do not come within ``timeout``, when replicas differ, and
+            on leaving, when parameters were written to. ValueError when the model has changed, or when a parameter
+            became trainable that has no average.
         """
         if self._exchange is not None:
             raise RuntimeError("the averages are in the model already; leave swapped() before entering it again")
@@ -185,7 +187,7 @@ class ShardedEMA:
         read_state(state, self._clock, self._layout, self._averages)
 
     def gather(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Any]]:
-        """The entries of `full_state_dict`, one at a time: (name, CPU tensor) on the first rank, (name, None) elsewhere.
+        """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.
 
         Collective: over all ranks that hold the model; each must exhaust the iterator.
         Memory: one full tensor beyond those handed out on the first rank, one elsewhere.
@@ -230,7 +232,8 @@ class ShardedEMA:
         Live weights, frozen parameters and counts stay as they are. Other ranks' ``full`` is not looked at.
 
         Collective: over all ranks that hold the model. Memory: one full tensor on each rank.
-        Raises: RuntimeError inside `swapped`; ValueError on every rank when names or shapes differ, before anything changes.
+        Raises: RuntimeError inside `swapped`; ValueError on every rank when names or shapes differ, before anything
+            changes.
         """
         self._refuse_inside_swap("load_full_state_dict()")
         self._prepare("load_full_state_dict()", together=True)
@@ -278,14 +281,16 @@ class ShardedEMA:
         try:
             self._prepare("leaving swapped()", together=self._is_split)
         except RuntimeError as error:
-            error.args = (f"{error}. The averages are still in the model, and the live weights where the averages were",)
+            error.args = (
+                f"{error}. The averages are still in the model, and the live weights where the averages were",
+            )
             raise
         written = self._exchange.leave(self._layout)
         self._exchange = None
         if written:
             raise RuntimeError(
-                f"parameters were written to inside swapped(): {written}. The live weights are back, but what was written "
-                "is in the averages now; load them from a checkpoint, and train outside swapped()"
+                f"parameters were written to inside swapped(): {written}. The live weights are back, but what was "
+                "written is in the averages now; load them from a checkpoint, and train outside swapped()"
             )
 
     def _refuse_inside_swap(self, call: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from ema_dist.decay import Constant
 from ema_dist.kernels import lerp_, paired
@@ -10,7 +10,7 @@ from ema_dist.shards import Layout
 
 
 def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:
-    """Move the weights of ``ema_model`` towards those of ``model``, in place: ``ema * smoothing + (1 - smoothing) * model``.
+    """Move the weights of ``ema_model`` in place: ``ema_model * smoothing + model * (1 - smoothing)``.
 
     Parameters and floating buffers are averaged; integer buffers are copied, as averages of counts would be truncated.
     Both models may be wrapped, in the same way: then each rank averages what it holds.
@@ -25,10 +25,13 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     weight = 1 - Constant(smoothing).value
     lives, averages = Layout(model, "copy"), Layout(ema_model, "copy")
     ours, theirs = averages.by_any_name(), lives.by_any_name()
-    different = [n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or not ours[n].same_cut(theirs[n])]
+    different = [
+        n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or not ours[n].same_cut(theirs[n])
+    ]
     if different:
         raise ValueError(f"the models differ in the names, shapes or cuts of {sorted(different)}")
-    averaged, copied = [], []
+    averaged: list[tuple[Tensor, Tensor]] = []
+    copied: list[tuple[Tensor, Tensor]] = []
     for name, shard in (averages.parameters | averages.buffers).items():
         pair = shard.local, theirs[name].local
         is_inexact = shard.owner.is_floating_point() or shard.owner.is_complex()

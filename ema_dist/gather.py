@@ -84,25 +84,25 @@ def scatter(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, A
     Raises: ValueError on every rank, before anything changes, when names or shapes are not the model's.
     """
     group, ranks = layout.group, layout.ranks
-    source = ranks[0] if ranks else 0
-    plan: list[Any] = [None]
-    if group is None or dist.get_rank() == source:
-        plan = [_plan(layout, averages, full)]
+    is_source = group is None or dist.get_rank() == ranks[0]
+    shards = {shard.name: shard for shard, _ in _averaged(layout, averages) if shard.name in averages}
+    values = {
+        first: full[name] for first, shard in shards.items() for name in shard.names if is_source and name in full
+    }
+    told: list[Any] = [(_mismatch(layout, shards, full, values), _dtypes(values))]
     if group is not None:
-        dist.broadcast_object_list(plan, src=source, group=group)
-    dtypes = plan[0]
-    if isinstance(dtypes, str):
-        raise ValueError(dtypes)
-    for shard, average in _averaged(layout, averages):
-        if shard.name not in averages:
-            continue
-        value = next((full[name] for name in shard.names if name in full), None)
+        dist.broadcast_object_list(told, src=ranks[0], group=group)
+    mismatch, dtypes = told[0]
+    if mismatch:
+        raise ValueError(f"these full tensors belong to another model: {mismatch}")
+    for name, shard in shards.items():
+        if is_source:
+            value = values[name].to(shard.device).contiguous()
+        else:
+            value = torch.empty(shard.shape, dtype=dtypes[name], device=shard.device)
         if group is not None:
-            if dist.get_rank() != source:
-                value = torch.empty(shard.shape, dtype=dtypes[shard.name], device=shard.device)
-            value = value.to(shard.device).contiguous()
-            dist.broadcast(value, src=source, group=group)
-        average.copy_(shard.cut(value))
+            dist.broadcast(value, src=ranks[0], group=group)
+        averages[name].copy_(shard.cut(value))
 
 
 @torch.no_grad()
@@ -140,15 +140,20 @@ def _on_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
     return full.to("cpu", wanted, copy=shares_storage).contiguous()
 
 
-def _plan(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, Any]) -> dict[str, torch.dtype] | str:
-    """The dtype of each tensor to be sent, or what is wrong with ``full``."""
-    known = layout.by_any_name()
-    unknown = sorted(full.keys() - known.keys() - layout.extra_states.keys())
-    found = {s.name: next((n for n in s.names if n in full), None) for s in layout.shards if s.name in averages}
-    missing = sorted(name for name, there in found.items() if there is None)
-    if unknown or missing:
-        return f"these full tensors belong to another model: unknown names {unknown}, missing names {missing}"
-    wrong = {n: (tuple(known[n].shape), tuple(full[there].shape)) for n, there in found.items() if full[there].shape != known[n].shape}
-    if wrong:
-        return f"these full tensors have other shapes than the model (expected, got): {wrong}"
-    return {name: full[there].dtype for name, there in found.items()}
+def _mismatch(
+    layout: Layout, shards: Mapping[str, Shard], full: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What keeps ``full`` from being taken over; empty when nothing does."""
+    shapes = {name: getattr(value, "shape", type(value).__name__) for name, value in values.items()}
+    found = {
+        "unknown names": sorted(full.keys() - layout.by_any_name().keys() - layout.extra_states.keys()),
+        "missing names": sorted(shards.keys() - values.keys()),
+        "shapes (expected, got)": {
+            name: (tuple(shards[name].shape), shape) for name, shape in shapes.items() if shape != shards[name].shape
+        },
+    }
+    return {what: where for what, where in found.items() if where}
+
+
+def _dtypes(values: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    return {name: value.dtype for name, value in values.items() if isinstance(value, Tensor)}

@@ -5,7 +5,7 @@ The tensors of one list share a device and a dtype; lists are paired by position
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ DEVICE_SCRATCH_BYTES = 64 * 2**20
 
 
 @torch.no_grad()
-def lerp_(
-    averages: Sequence[Tensor], values: Sequence[Tensor], weight: float | Tensor, *, finite: bool = True
-) -> None:
+def lerp_(averages: list[Tensor], values: list[Tensor], weight: float | Tensor, *, finite: bool = True) -> None:
     """Move each average towards its value: ``average + weight * (value - average)``, in place.
 
     Args:
@@ -56,7 +54,7 @@ def lerp_(
 
 
 @torch.no_grad()
-def exchange_(ours: Sequence[Tensor], theirs: Sequence[Tensor], *, limit: int) -> None:
+def exchange_(ours: list[Tensor], theirs: list[Tensor], *, limit: int) -> None:
     """Let the contents of each pair change places, to the bit.
 
     Memory: one scratch of ``limit`` bytes; when there is no room for it, everything is as it was before.
@@ -78,7 +76,7 @@ def _exchange_chunk_(left: list[Tensor], right: list[Tensor]) -> None:
     torch._foreach_copy_(right, scratch)
 
 
-def _converted(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+def _converted(sources: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
     scratch = [torch.empty_like(target) for target in targets]
     torch._foreach_copy_(scratch, sources)
     return scratch
@@ -103,21 +101,25 @@ def paired(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], l
     return list(lists.values())
 
 
-def chunks(*lists: Sequence[Tensor], limit: int) -> Iterator[tuple[list[Tensor], ...]]:
-    """The same tensors in runs of at most ``limit`` bytes (counted in the first list); large ones are cut into views."""
-    batch: tuple[list[Tensor], ...] = tuple([] for _ in lists)
+def chunks(*lists: list[Tensor], limit: int) -> Iterator[tuple[list[Tensor], ...]]:
+    """The same tensors in runs of at most ``limit`` bytes, counted in the first list; large ones are cut into views."""
+    batch = _empty(len(lists))
     filled = 0
     for row in zip(*lists, strict=True):
         for pieces in _cut(row, limit):
             size = pieces[0].numel() * pieces[0].element_size()
             if filled and filled + size > limit:
                 yield batch
-                batch, filled = tuple([] for _ in lists), 0
+                batch, filled = _empty(len(lists)), 0
             for column, piece in zip(batch, pieces, strict=True):
                 column.append(piece)
             filled += size
     if filled:
         yield batch
+
+
+def _empty(count: int) -> tuple[list[Tensor], ...]:
+    return tuple([] for _ in range(count))
 
 
 def _cut(row: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:

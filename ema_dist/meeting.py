@@ -23,7 +23,7 @@ def meet(call: str, ranks: list[int], *, timeout: float) -> None:
         timeout: seconds.
 
     Collective: over ``ranks``, through the process group's store; no tensor is sent.
-    Raises: RuntimeError without a process group, and naming the ranks that did not come in time or came to another call.
+    Raises: RuntimeError without a process group, or naming the ranks that did not come in time or made another call.
     """
     if len(ranks) < 2:
         return

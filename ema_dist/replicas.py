@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from ema_dist.kernels import checksum
 from ema_dist.shards import Shard, all_gather, flat
 
+
 def check_replicas(shards: Iterable[Shard]) -> None:
     """Compare what replicas hold alike, bit for bit, by checksums.
 
@@ -44,7 +45,7 @@ def fill_from_parts(shards: Iterable[Shard], *, limit: int) -> None:
     Collective: over the replicas of each split shard. Memory: buffers of ``limit`` bytes in all.
     """
     for group, split in _by_group(shard for shard in shards if shard.is_split):
-        by_dtype = defaultdict(list)
+        by_dtype: dict[torch.dtype, list[Shard]] = defaultdict(list)
         for shard in split:
             by_dtype[shard.local.dtype].append(shard)
         for dtype, alike in by_dtype.items():
@@ -85,7 +86,7 @@ def _buckets(shards: Sequence[Shard], count: int, per_rank: int) -> Iterator[lis
             start = stop
             if not room:
                 yield bucket
-                bucket, room = [], per_rank
+                bucket, room = list[_Slice](), per_rank
     if bucket:
         yield bucket
 

@@ -45,28 +45,32 @@ def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, averages:
         )
     track = tracks[TRACK]
     parts = {name: layout.parameters[name].part for name in averages.parameters}
-    values = _local_values("averages", parts, track["averages"]) | _local_values("buffers", layout.buffers, track["buffers"])
+    _check("averages", parts, track["averages"])
+    _check("buffers", layout.buffers, track["buffers"])
     if track["decay"] != clock.decay.state():
         warnings.warn(
-            f"the averages were taken with {track['decay']} and go on with {clock.decay.state()}, as this ShardedEMA says",
+            f"the averages were taken with {track['decay']} and go on with {clock.decay.state()}",
             stacklevel=3,
         )
-    for name, average in (averages.parameters | averages.buffers).items():
-        average.copy_(values[name])
+    for name, average in averages.parameters.items():
+        average.copy_(parts[name].unwrap(track["averages"][name]))
+    for name, average in averages.buffers.items():
+        average.copy_(layout.buffers[name].unwrap(track["buffers"][name]))
     clock.set(steps=int(state["steps"]), updates=int(state["updates"]))
     averages.note_infinities()
     averages.bind(layout)
 
 
-def _local_values(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _check(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> None:
     if differing := shards.keys() ^ saved.keys():
         raise ValueError(f"these {kind} belong to another model: it and the state differ in {sorted(differing)}")
-    values, wrong = {}, {}
+    wrong: dict[str, str] = {}
     for name, shard in shards.items():
         try:
-            values[name] = shard.unwrap(saved[name])
-        except ValueError as error:
+            shard.unwrap(saved[name])
+        except ValueError as error:  # noqa: PERF203  all that is wrong is named at once
             wrong[name] = str(error)
     if wrong:
-        raise ValueError(f"these {kind} are cut or shaped differently: {wrong}; load the state through torch.distributed.checkpoint")
-    return values
+        raise ValueError(
+            f"these {kind} are cut or shaped differently: {wrong}; load the state through torch.distributed.checkpoint"
+        )

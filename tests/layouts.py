@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Block(nn.Module):
-    """Seven rows, which no world of 2, 3 or 4 divides; one row, which leaves ranks without any; a child called module."""
+    """Seven rows, which no world of 2 to 4 divides; one row, which leaves ranks without any; a child called module."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -163,6 +163,7 @@ TORCH_WARNS = (
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo
     pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning"),  # what FSDP1 saves as
     pytest.mark.filterwarnings("ignore:`_get_pg_default_device` will be deprecated:UserWarning"),  # FSDP1's own call
+    pytest.mark.filterwarnings("ignore:Multiple backends are registered with this ProcessGroup:UserWarning"),  # and its
     pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning"),
 )
 
@@ -188,7 +189,9 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
         return {name: tensor.detach().clone().double() for name, tensor in state.items()}
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        return {_without_wrappers(name): tensor.detach().clone().double() for name, tensor in named if "scratch" not in name}
+        return {
+            _without_wrappers(name): tensor.detach().clone().double() for name, tensor in named if "scratch" not in name
+        }
 
 
 def _without_wrappers(name: str) -> str:
@@ -204,7 +207,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
     optimizer.zero_grad()
 
 
-def trained(layout: str, net: Net | None = None, **settings: Any) -> tuple[nn.Module, ShardedEMA]:
+def trained(layout: str, net: Net | None = None, **settings: Any) -> tuple[nn.Module, ShardedEMA]:  # noqa: ANN401
     """A wrapped model after three steps, and its averages."""
     model = wrap(layout, net or make_net(layout))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)

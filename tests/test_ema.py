@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ema_dist import HalfLife, ShardedEMA
-from layouts import evaluate, full_weights, layouts, make_net, train_step, wrap
+from ema_dist import ShardedEMA
+from layouts import full_weights, layouts, make_net, train_step, wrap
 
 
 def reference_step(average: dict[str, Tensor], live: dict[str, Tensor], decay: float, averaged: set[str]) -> None:
@@ -43,7 +43,9 @@ def test_average_equals_the_float64_reference(layout: str) -> None:
     if ema_is_here(full):
         assert full.keys() == reference.keys()
         for name, value in reference.items():
-            torch.testing.assert_close(full[name].double(), value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                full[name].double(), value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
         make_net(layout).load_state_dict(full, strict=True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -55,10 +54,10 @@ def test_full_tensors_are_copies() -> None:
 class Counted(nn.Linear):
     """A module with an extra state."""
 
-    def get_extra_state(self) -> Any:
+    def get_extra_state(self) -> dict[str, int]:
         return {"count": 3}
 
-    def set_extra_state(self, state: Any) -> None:
+    def set_extra_state(self, state: dict[str, int]) -> None:
         self.count = state["count"]
 
 
@@ -93,12 +92,16 @@ def test_the_functional_form_between_two_wrapped_models(layout: str) -> None:
     live, average = full_weights(model), full_weights(ema_model)
     compute_ema(model, ema_model, smoothing=0.75)
     for name, value in full_weights(ema_model).items():
-        expected = 0.75 * average[name] + 0.25 * live[name] if name.split(".")[-1] not in {"mask", "num_batches_tracked"} else live[name]
-        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        expected = (
+            0.75 * average[name] + 0.25 * live[name]
+            if name.split(".")[-1] not in {"mask", "num_batches_tracked"}
+            else live[name]
+        )
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.world_size(2)
-def test_pipeline_stages_alone_and_united(tmp_path) -> None:
+def test_pipeline_stages_alone_and_united(tmp_path: Path) -> None:
     """Plain names: each stage averages, swaps, saves and loads its own modules; together they are the whole model."""
     torch.manual_seed(0)
     layers = nn.ModuleDict({str(index): nn.Linear(3, 3) for index in range(4)})
@@ -132,7 +135,9 @@ def test_sharded_pipeline_stages_unite() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "data"))
     torch.manual_seed(0)
     layers = {str(index): nn.Linear(3, 5) for index in range(2)}
-    whole = {f"{key}.{name}": value.clone() for key, layer in layers.items() for name, value in layer.state_dict().items()}
+    whole = {
+        f"{key}.{name}": value.clone() for key, layer in layers.items() for name, value in layer.state_dict().items()
+    }
     own = str(mesh.get_local_rank("pipeline"))
     stage = fully_shard(nn.Sequential(OrderedDict({own: layers[own]})), mesh=mesh["data"])
     united = ShardedEMA(stage).full_state_dict(pipeline=mesh.get_group("pipeline"))

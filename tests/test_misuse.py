@@ -39,7 +39,7 @@ def test_a_half_life_is_not_negative() -> None:
 
 
 def test_a_decay_that_is_no_number_is_refused() -> None:
-    with pytest.raises(TypeError, match="'0.9'"):
+    with pytest.raises(TypeError, match=r"'0\.9'"):
         ShardedEMA(nn.Linear(2, 2), decay="0.9")  # pyrefly: ignore[bad-argument-type]
 
 
@@ -106,9 +106,8 @@ def test_calls_after_the_process_group_is_gone() -> None:
     _, ema = trained("ddp")
     dist.barrier()
     dist.destroy_process_group()
-    with pytest.raises(RuntimeError, match=r"swapped\(\) needs ranks \[0, 1\] together, and there is no process group"):
-        with ema.swapped():
-            pass
+    with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] together, and there is no process group"), ema.swapped():
+        pass
     with pytest.raises(RuntimeError, match="no process group"):
         ema.full_state_dict()
     ema.update()

@@ -52,7 +52,7 @@ def test_chunks_cover_everything_within_the_limit(shapes: list[list[int]], limit
     for (batch,) in chunks(tensors, limit=limit):
         assert sum(piece.numel() * 4 for piece in batch) <= max(limit, 4)
         for piece in batch:
-            piece += 1
+            piece.add_(1)
     assert all((tensor == 1).all() for tensor in tensors)
 
 
@@ -124,7 +124,9 @@ def test_any_sequence_of_calls_on_any_shapes(wrapper: str, tmp_path: Path) -> No
             elif call == "swap":
                 before = live_in_float32(model, names)
                 with ema.swapped():
-                    assert_close(live_in_float32(model, names), reference, tolerance=1e-2 if dtype == torch.bfloat16 else 1e-6)
+                    assert_close(
+                        live_in_float32(model, names), reference, tolerance=1e-2 if dtype == torch.bfloat16 else 1e-6
+                    )
                 assert_bitwise_equal(live_in_float32(model, names), before)
             elif call == "save":
                 path = tmp_path / str(next(numbers))
@@ -150,14 +152,18 @@ def live_in_float32(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             found = dict(model.module.named_parameters(remove_duplicate=False))
             return {name: found[name].detach().clone().float() for name in names if name != "count"}
-    found = dict((model.module if isinstance(model, DistributedDataParallel) else model).named_parameters(remove_duplicate=False))
+    found = dict(
+        (model.module if isinstance(model, DistributedDataParallel) else model).named_parameters(remove_duplicate=False)
+    )
     full = {name: found[name].detach() for name in names if name != "count"}
     return {n: (v.full_tensor() if hasattr(v, "full_tensor") else v).clone().float() for n, v in full.items()}
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float) -> None:
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.world_size(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema_dist import HalfLife, ShardedEMA
+from ema_dist.kernels import CPU_SCRATCH_BYTES
 from layouts import Net, assert_bitwise_equal, full_weights, layouts, make_net, peak_memory, train_step, trained, wrap
 
 
@@ -25,8 +27,14 @@ class Ops(TorchDispatchMode):
         self.names: list[str] = []
         self.saw_dtensor = False
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN201 - torch's signature
-        self.names.append(function._schema.name)  # noqa: SLF001 - no public name
+    def __torch_dispatch__(
+        self,
+        function: torch._ops.OpOverload,
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        self.names.append(function.name().split(".")[0])
         self.saw_dtensor |= any(issubclass(kind, DTensor) for kind in types)
         return function(*args, **(kwargs or {}))
 
@@ -52,7 +60,10 @@ def test_an_update_is_one_foreach_pass_over_plain_tensors_and_asks_the_device_no
     assert set(ops.names) <= {"aten::_foreach_lerp_", "aten::_foreach_copy_", "aten::detach"}
 
 
-@pytest.mark.parametrize(("live", "average"), [(torch.bfloat16, None), (torch.float16, None), (torch.float32, torch.bfloat16), (torch.float64, None)])
+@pytest.mark.parametrize(
+    ("live", "average"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.float32, torch.bfloat16), (torch.float64, None)],
+)
 def test_mixed_dtypes_follow_the_reference(live: torch.dtype, average: torch.dtype | None) -> None:
     """`_foreach_lerp_` alone refuses them (failure 5)."""
     model = nn.Linear(33, 17).to(live)
@@ -70,8 +81,6 @@ def test_mixed_dtypes_follow_the_reference(live: torch.dtype, average: torch.dty
 
 
 def test_the_scratch_of_mixed_dtypes_is_bounded() -> None:
-    from ema_dist.kernels import CPU_SCRATCH_BYTES
-
     model = nn.Linear(4096, 4096, bias=False).bfloat16()
     ema = ShardedEMA(model, decay=0.5)
     assert peak_memory(ema.update) <= CPU_SCRATCH_BYTES
@@ -105,7 +114,7 @@ def test_buffers_can_be_copied() -> None:
 
 
 def test_equal_infinities_stay_and_others_follow() -> None:
-    """The difference of two infinities is NaN, and stays NaN: masks are kept as buffers, observers start at infinity."""
+    """The difference of two infinities is NaN, and stays: masks are kept as buffers, observers start at infinity."""
     model = nn.Module()
     model.weight = nn.Parameter(torch.tensor([1.0, float("inf")]))
     model.register_buffer("mask", torch.tensor([float("-inf"), 0.0, float("inf")]))
@@ -135,7 +144,9 @@ def test_non_persistent_buffers_are_left_alone() -> None:
         assert model.scratch is kept
 
 
-@pytest.mark.parametrize(("decay", "expected"), [(HalfLife(0), 8.0), (HalfLife(math.inf), 0.0), (0.0, 8.0), (1.0, 0.0), (HalfLife(1), 6.0)])
+@pytest.mark.parametrize(
+    ("decay", "expected"), [(HalfLife(0), 8.0), (HalfLife(math.inf), 0.0), (0.0, 8.0), (1.0, 0.0), (HalfLife(1), 6.0)]
+)
 def test_the_ends_of_the_range(decay: HalfLife | float, expected: float) -> None:
     """No averaging, and no update."""
     model = nn.Linear(1, 1, bias=False)
@@ -229,11 +240,9 @@ def test_averages_follow_weights_that_move_to_other_storage(layout: str) -> None
     before = ema.full_state_dict()
     if layout.startswith("fsdp1"):
         for unit in torch.distributed.fsdp.FullyShardedDataParallel.fsdp_modules(model):
-            flat_param = unit._handle.flat_param  # noqa: SLF001 - what CPU offloading does at the first forward
-            flat_param._local_shard = flat_param._local_shard.clone()  # noqa: SLF001
-            flat_param.data = flat_param._local_shard  # noqa: SLF001
-            if unit._handle._use_orig_params:
-                unit._handle._use_sharded_views()
+            handle = unit._handle  # noqa: SLF001  as CPU offloading moves it at the first forward
+            handle.flat_param._local_shard = handle.flat_param._local_shard.clone()  # noqa: SLF001
+            handle.reshard(free_unsharded_flat_param=True)
     else:
         inner = model.module if layout == "ddp" else model
         inner.load_state_dict({name: value.clone() for name, value in inner.state_dict().items()}, assign=True)

@@ -5,5 +5,4 @@ from ema_dist.shards.find import Replicas, local_tensor
 from ema_dist.shards.layout import Layout
 from ema_dist.shards.shard import Shard, flat
 
-
 __all__ = ["Layout", "Replicas", "Shard", "all_gather", "flat", "local_tensor", "world_store"]

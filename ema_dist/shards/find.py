@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
@@ -19,10 +19,10 @@ from ema_dist.shards.names import Place, places
 from ema_dist.shards.shard import Shard, splits_by_rows
 from ema_dist.shards.whole import WholeShard
 
-Replicas = Literal["shard", "copy"] | ProcessGroup
+Replicas: TypeAlias = Literal["shard", "copy"] | ProcessGroup
 """What is kept of weights that replicas hold alike; a process group says over which ranks an unwrapped model is one."""
 
-Site = tuple[dict[str, Tensor | None], str]
+Site = tuple[dict[str, Any], str]
 """The registry of the module that owns a tensor, and the tensor's name there."""
 
 
@@ -37,7 +37,7 @@ class Found:
 
 
 def find(model: nn.Module, replicas: Replicas) -> tuple[list[Found], dict[str, nn.Module]]:
-    """Everything the unwrapped model's ``state_dict()`` holds: tensors, and the modules with an extra state by its name."""
+    """Everything the unwrapped model's ``state_dict()`` holds: tensors, and modules with an extra state by its name."""
     flat = fsdp1.flat_tensors(model)
     make = _Maker(split=replicas != "copy")
     found: dict[object, Found] = {}
@@ -50,7 +50,7 @@ def find(model: nn.Module, replicas: Replicas) -> tuple[list[Found], dict[str, n
         for is_buffer, registry, name, value in _registered(module):
             if name in in_flat:
                 continue
-            tensor = found.setdefault(id(value), Found(make.for_tensor(value, place, is_buffer), is_buffer))
+            tensor = found.setdefault(id(value), Found(make.for_tensor(value, place, is_buffer=is_buffer), is_buffer))
             tensor.names.append(place.prefix + name)
             tensor.sites.append((registry, name))
         if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -63,7 +63,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return local_of(tensor) if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _registered(module: nn.Module) -> Iterator[tuple[bool, dict[str, Tensor | None], str, Tensor]]:
+def _registered(module: nn.Module) -> Iterator[tuple[bool, dict[str, Any], str, Tensor]]:
     # named_parameters() and named_buffers() hide which buffers are persistent, and the registries themselves,
     # in which Layout looks a tensor up again.
     for name, parameter in module._parameters.items():
@@ -81,7 +81,7 @@ class _Maker:
         self._split = split
         self._meshes: dict[object, DeviceMesh] = {}
 
-    def for_tensor(self, tensor: Tensor, place: Place, is_buffer: bool) -> Callable[[tuple[str, ...]], Shard]:
+    def for_tensor(self, tensor: Tensor, place: Place, *, is_buffer: bool) -> Callable[[tuple[str, ...]], Shard]:
         alone = is_buffer or id(tensor) in place.unsynchronised
         replicas = None if alone or place.replicas is None or place.replicas.size() == 1 else place.replicas
         if isinstance(tensor, DTensor):

@@ -71,7 +71,8 @@ class FlatShard(Shard):
 
     def wrap(self, local: Tensor) -> Tensor:
         offset = self.runs[self._group.rank()][0]
-        blocks, metadata = [], []
+        blocks: list[Block] = []
+        metadata: list[ShardMetadata] = []
         for group_rank, run in enumerate(self.runs):
             place = f"rank:{dist.get_global_rank(self._group, group_rank)}/{local.device}"
             for start, corner, sizes in self._rectangles(run):
@@ -79,11 +80,13 @@ class FlatShard(Shard):
                 if group_rank == self._group.rank():
                     block = self._view(local[start - offset : start - offset + prod(sizes)], sizes)
                     blocks.append(Block(block, metadata[-1]))
-        return ShardedTensor._init_from_local_shards_and_global_metadata(  # the public form gathers what each rank knows
-            blocks,
-            ShardedTensorMetadata(metadata, self._shape, TensorProperties(dtype=local.dtype)),
-            process_group=self._group,
-            sharding_spec=EnumerableShardingSpec(metadata),
+        return (
+            ShardedTensor._init_from_local_shards_and_global_metadata(  # the public form gathers what each rank knows
+                blocks,
+                ShardedTensorMetadata(metadata, self._shape, TensorProperties(dtype=local.dtype)),
+                process_group=self._group,
+                sharding_spec=EnumerableShardingSpec(metadata),
+            )
         )
 
     def unwrap(self, value: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from ema_dist.shards.flat import FlatShard, Run
 from ema_dist.shards.shard import Shard
@@ -40,15 +40,16 @@ class FlatTensor:
     make: Callable[[tuple[str, ...]], Shard]
 
 
-def units(model: nn.Module) -> list[FullyShardedDataParallel]:
-    """The FSDP1 modules in ``model`` that own a flat parameter.
+def handles(model: nn.Module) -> list[tuple[FullyShardedDataParallel, FlatParamHandle]]:
+    """The FSDP1 modules in ``model`` that own a flat parameter, and its handle.
 
     Raises: RuntimeError when this version of torch hides what must be read of FSDP1.
     """
-    found = [unit for unit in FullyShardedDataParallel.fsdp_modules(model) if getattr(unit, "_handle", None)]
-    for unit in found:
-        missing = [name for name in HANDLE_ATTRIBUTES if not hasattr(unit._handle, name)]
-        missing += [name for name in FLAT_PARAM_ATTRIBUTES if not hasattr(unit._handle.flat_param, name)]
+    units = FullyShardedDataParallel.fsdp_modules(model)
+    found = [(unit, handle) for unit in units if (handle := getattr(unit, "_handle", None)) is not None]
+    for _, handle in found:
+        missing = [name for name in HANDLE_ATTRIBUTES if not hasattr(handle, name)]
+        missing += [name for name in FLAT_PARAM_ATTRIBUTES if not hasattr(handle.flat_param, name)]
         if missing:
             raise RuntimeError(
                 f"FSDP1 in torch {torch.__version__} lacks {missing}, which ema_dist reads; "
@@ -60,28 +61,29 @@ def units(model: nn.Module) -> list[FullyShardedDataParallel]:
 def flat_tensors(model: nn.Module) -> dict[int, dict[str, FlatTensor]]:
     """Every original tensor in a flat parameter, by the id of its module and its own name there."""
     found: dict[int, dict[str, FlatTensor]] = defaultdict(dict)
-    for unit in units(model):
-        flat_param = unit._handle.flat_param
+    for unit, handle in handles(model):
+        flat_param = handle.flat_param
         for index, (info, start) in enumerate(zip(flat_param._param_infos, _starts(flat_param), strict=True)):
-            found[id(info.module)][info.param_name] = FlatTensor((id(flat_param), index), _maker(unit, index, start))
+            found[id(info.module)][info.param_name] = FlatTensor(
+                (id(flat_param), index), _maker(unit, handle, index, start)
+            )
         for info in flat_param._shared_param_infos:
             found[id(info.module)][info.param_name] = found[id(info.prim_module)][info.prim_param_name]
     return found
 
 
-def local_shard(flat_param: FlatParameter) -> Tensor:
+def local_shard(handle: FlatParamHandle) -> Tensor:
     """This rank's piece of a flat parameter, also while the parameter shows the gathered weights."""
     # Before the first forward there is no _local_shard yet, and the parameter itself is still the piece.
-    local: Tensor = getattr(flat_param, "_local_shard", flat_param)
+    local: Tensor = getattr(handle.flat_param, "_local_shard", handle.flat_param)
     return local.detach()
 
 
 def reshard(model: nn.Module) -> None:
     """Drop gathered weights, so that the next forward gathers the pieces as they are then."""
-    for unit in units(model):
-        handle = unit._handle
+    for _, handle in handles(model):
         if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
-            handle.reshard(True)
+            handle.reshard(free_unsharded_flat_param=True)
             handle.post_reshard()
             handle._prefetched = False  # else a unit prefetched in the pass before would not be gathered again
 
@@ -94,14 +96,15 @@ def _starts(flat_param: FlatParameter) -> Iterator[int]:
             yield start
 
 
-def _maker(unit: FullyShardedDataParallel, index: int, start: int) -> Callable[[tuple[str, ...]], Shard]:
-    handle = unit._handle
+def _maker(
+    unit: FullyShardedDataParallel, handle: FlatParamHandle, index: int, start: int
+) -> Callable[[tuple[str, ...]], Shard]:
     flat_param = handle.flat_param
     group: ProcessGroup = handle.process_group
     shape: torch.Size = flat_param._shapes[index]
     stride: tuple[int, ...] = tuple(flat_param._strides[index])
     owner: Tensor = flat_param if flat_param._params is None else flat_param._params[index]
-    local = local_shard(flat_param)
+    local = local_shard(handle)
 
     if not handle.uses_sharded_strategy:
         whole = local.as_strided(shape, stride, local.storage_offset() + start)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from operator import attrgetter, is_
-
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from ema_dist.shards import fsdp1
 from ema_dist.shards.find import Replicas, Site, find, local_tensor
 from ema_dist.shards.shard import Shard
+from ema_dist.shards.watch import Watch
 
 
 class Layout:
@@ -32,7 +29,7 @@ class Layout:
         self.reshard()
         self.parameters: dict[str, Shard] = {}
         self.buffers: dict[str, Shard] = {}
-        self._parameter_sites: list[Site] = []
+        parameter_sites: list[Site] = []
         self._buffer_sites: dict[str, Site] = {}
         found, self.extra_states = find(model, replicas)
         for tensor in found:
@@ -44,8 +41,8 @@ class Layout:
                 self._buffer_sites[shard.name] = tensor.sites[0]
             else:
                 self.parameters[shard.name] = shard
-                self._parameter_sites += tensor.sites
-        self._watch = _Watch(model, self._parameter_sites)
+                parameter_sites += tensor.sites
+        self._watch = Watch(model, parameter_sites)
 
     @property
     def shards(self) -> list[Shard]:
@@ -104,36 +101,3 @@ class Layout:
             shard.owner, shard.local = buffer, local_tensor(buffer)
             replaced = True
         return replaced
-
-
-class _Watch:
-    """Notices, in a few C-level passes over the registries, that a module or parameter is not what or where it was."""
-
-    def __init__(self, model: nn.Module, sites: list[Site]) -> None:
-        modules = list(model.modules())
-        children = [(module._modules, name) for module in modules for name in module._modules]
-        self._registries = [registry for registry, _ in children + sites]
-        self._names = [name for _, name in children + sites]
-        self._entries = list(map(dict.get, self._registries, self._names))
-        self._grown = [registry for module in modules for registry in (module._modules, module._parameters)]
-        self._lengths = list(map(len, self._grown))
-        parameters = [registry[name] for registry, name in sites]
-        self._plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-        self._on_mesh = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
-        self._units = fsdp1.units(model)
-        self._addresses = self._current_addresses()
-
-    def differs(self) -> bool:
-        return (
-            not all(map(is_, map(dict.get, self._registries, self._names), self._entries))
-            or list(map(len, self._grown)) != self._lengths
-            or self._current_addresses() != self._addresses
-        )
-
-    def _current_addresses(self) -> list[int]:
-        flat = [fsdp1.local_shard(unit._handle.flat_param) for unit in self._units]
-        return list(map(torch.Tensor.data_ptr, [*self._plain, *map(_local, self._on_mesh), *flat]))
-
-
-# to_local() costs a microsecond per parameter and step; it is the fallback where the attribute is not there.
-_local = attrgetter("_local_tensor") if "_local_tensor" in DTensor.__slots__ else local_tensor

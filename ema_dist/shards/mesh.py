@@ -54,7 +54,7 @@ class MeshShard(Shard):
     def group(self) -> ProcessGroup | None:
         return self.mesh.get_group() if self.mesh.ndim == 1 else None
 
-    def wrap(self, local: Tensor) -> Tensor:
+    def wrap(self, local: Tensor) -> DTensor:
         return DTensor.from_local(
             local, self.mesh, self.placements, run_check=False, shape=self._shape, stride=self.stride
         )
@@ -90,7 +90,8 @@ class MeshShard(Shard):
 
     def _lengths(self) -> list[int]:
         """Length, before each mesh dimension cuts it, of the tensor dimension that it cuts."""
-        sizes, lengths = list(self._shape), []
+        sizes = list(self._shape)
+        lengths: list[int] = []
         for mesh_dim, placement in enumerate(self.placements):
             dim = placement.dim if isinstance(placement, Rows) else 0
             lengths.append(sizes[dim])
@@ -118,8 +119,10 @@ def _gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Te
     padded = run * group.size()
     if (padded - length) * shape.numel() * local.element_size() <= GATHER_PADDING_BYTES:
         gathered = local.new_empty((padded, *shape))
-        sent = local if len(local) == run else local.new_empty((run, *shape))
-        sent[: len(local)].copy_(local)
+        sent = local
+        if len(local) < run:
+            sent = local.new_empty((run, *shape))
+            sent[: len(local)] = local
         all_gather(gathered.view(-1), sent.view(-1), group=group)
     else:
         gathered = local.new_empty((length, *shape))

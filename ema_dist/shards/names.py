@@ -51,9 +51,7 @@ def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def unwrap_once(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper that adds a segment to names; None for any other module."""
-    if isinstance(module, DistributedDataParallel | DataParallel):
-        return module.module
-    if isinstance(module, FullyShardedDataParallel):
+    if isinstance(module, (DistributedDataParallel, DataParallel, FullyShardedDataParallel)):
         return module.module
     if isinstance(module, ActivationWrapper):
         return module._checkpoint_wrapped_module

@@ -14,7 +14,7 @@ class Shard(ABC):
     """What this rank holds of one tensor, and how to dress, gather and cut it.
 
     Args:
-        names: canonical names, as the unwrapped model's ``state_dict()`` says them: more than one when the tensor is tied.
+        names: canonical names, as the unwrapped model's ``state_dict()`` says them; several when the tensor is tied.
         local: this rank's plain tensor, detached: the model's own storage, not a copy.
         owner: the parameter or buffer that ``named_parameters()`` or ``named_buffers()`` shows for it.
         replicas: the ranks that hold an identical ``local``, this one among them; ``None`` when it is alone.
