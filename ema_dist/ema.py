@@ -121,9 +121,16 @@ class ShardedEMA:
 
         Collective: no.
         Raises: RuntimeError when an optimizer is attached already: with several, attach the one that steps last.
+            ValueError when this one steps none of the averaged parameters.
         """
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(self._layout.parameters[name].owner) in stepped for name in self._averages.parameters):
+            raise ValueError(
+                "this optimizer steps none of the averaged parameters (was it built before the model was wrapped?); "
+                "attach the one that does, or call update() after its steps"
+            )
         self._attachment = Attachment(optimizer, self._update)
         return self._attachment
 

@@ -32,7 +32,13 @@ class Exchange:
         self._stash = {name: live.clone() for name, (average, live) in pairs.items() if average.dtype != live.dtype}
         self._exchange(pairs)
         _copy(pairs[name][::-1] for name in self._stash)
-        fill_from_parts(layout.parameters.values(), limit=SWAP_BYTES)
+        try:
+            fill_from_parts(layout.parameters.values(), limit=SWAP_BYTES)
+        except BaseException:
+            self._restore(
+                pairs
+            )  # a replica is gone: at least each part that is left is live again, and averages averages
+            raise
         self._versions = {name: layout.parameters[name].version for name in averages.parameters}
 
     def current(self, layout: Layout) -> dict[str, Tensor]:
@@ -47,10 +53,13 @@ class Exchange:
         written = [name for name, version in self._versions.items() if layout.parameters[name].version != version]
         pairs = _pairs(layout, self._averages)
         self._keep_written_buffers(pairs)
-        self._exchange(pairs)
-        _copy((pairs[name][1], stashed) for name, stashed in self._stash.items())
+        self._restore(pairs)
         fill_from_parts(layout.parameters.values(), limit=SWAP_BYTES)
         return written
+
+    def _restore(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self._exchange(pairs)
+        _copy((pairs[name][1], stashed) for name, stashed in self._stash.items())
 
     def _exchange(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         for averages, lives in paired(pair for name, pair in pairs.items() if name not in self._stash):

@@ -141,3 +141,10 @@ def test_copying_to_another_model_is_refused() -> None:
     assert_bitwise_equal(full_weights(other), before)
     with pytest.raises(ValueError, match="stranger"):
         ema.copy_to(nn.ModuleDict({"stranger": nn.Linear(2, 2)}))
+
+
+def test_attaching_the_optimizer_of_another_model_is_refused() -> None:
+    """Of the discriminator, say."""
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="none of the averaged parameters"):
+        ShardedEMA(nn.Linear(2, 2)).attach(other)

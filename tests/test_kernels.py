@@ -1,0 +1,96 @@
+"""The arithmetic on plain lists, against float64."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from ema_dist import kernels
+from ema_dist.kernels import checksum, exchange_, lerp_
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
+SHAPES = [(), (0, 3), (7, 5), (1, 2, 3)]
+
+
+def alike(average: torch.dtype, live: torch.dtype) -> bool:
+    """Averages of complex weights are complex, others are not."""
+    return average.is_complex == live.is_complex
+
+
+def tensors(dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+
+@pytest.mark.parametrize(("average", "live"), [pair for pair in product(DTYPES, repeat=2) if alike(*pair)])
+@pytest.mark.parametrize("weight", [0.0, 0.125, 0.75, 1.0])
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("finite", [False, True])
+def test_lerp_equals_the_float64_reference(
+    average: torch.dtype,
+    live: torch.dtype,
+    weight: float,
+    on_device: bool,  # noqa: FBT001
+    finite: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every pair of dtypes, a weight of the host or of the device, the careful way or not; in small chunks."""
+    monkeypatch.setattr(kernels, "CPU_SCRATCH_BYTES", 64)
+    averages, values = tensors(average), tensors(live)
+    wide = torch.complex128 if average.is_complex else torch.float64
+    expected = [a.to(wide) * (1 - weight) + v.to(wide) * weight for a, v in zip(averages, values, strict=True)]
+    lerp_(averages, values, torch.tensor(weight, dtype=torch.float64) if on_device else weight, finite=finite)
+    eps = 4 * torch.finfo(average).eps
+    for found, reference in zip(averages, expected, strict=True):
+        assert found.dtype == average
+        torch.testing.assert_close(found.to(wide), reference, rtol=eps, atol=eps)
+
+
+def test_weights_of_zero_and_one_are_exact() -> None:
+    """Also on the device: those are the steps that were left out, and the ones that only follow."""
+    for dtype in (torch.float32, torch.bfloat16):
+        averages, values = tensors(dtype), tensors(dtype)
+        kept = [average.clone() for average in averages]
+        lerp_(averages, values, torch.tensor(0.0))
+        assert all(torch.equal(a, k) for a, k in zip(averages, kept, strict=True))
+        lerp_(averages, values, torch.tensor(1.0))
+        assert all(torch.equal(a, v) for a, v in zip(averages, values, strict=True))
+
+
+def test_exchange_is_to_the_bit_and_its_own_inverse() -> None:
+    left = [torch.randn(40, 3), torch.tensor([float("nan"), -0.0, float("inf")])]
+    right = [torch.randn(40, 3), torch.zeros(3)]
+    before = [tensor.view(torch.int32).clone() for tensor in left + right]
+    exchange_(left, right, limit=100)
+    assert [checksum(tensor) for tensor in right + left] == [checksum(tensor) for tensor in before]
+    exchange_(left, right, limit=100)
+    assert all(torch.equal(t.view(torch.int32), b) for t, b in zip(left + right, before, strict=True))
+
+
+def test_an_exchange_without_room_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = [torch.zeros(40)], [torch.ones(40)]
+    original, calls = kernels._exchange_chunk_, []
+
+    def runs_out(*lists: list[Tensor]) -> None:
+        calls.append(lists)
+        if len(calls) == 3:
+            raise MemoryError
+        original(*lists)
+
+    monkeypatch.setattr(kernels, "_exchange_chunk_", runs_out)
+    with pytest.raises(MemoryError):
+        exchange_(left, right, limit=32)
+    assert not left[0].any()
+    assert right[0].all()
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_checksums_tell_one_changed_bit(dtype: torch.dtype) -> None:
+    tensor = torch.ones(9).to(dtype)
+    before = checksum(tensor)
+    assert checksum(tensor.clone()) == before
+    tensor[4] = 0
+    assert checksum(tensor) != before
