@@ -33,13 +33,12 @@ def meet(call: str, ranks: list[int], *, timeout: float) -> None:
             "call it before dist.destroy_process_group()"
         )
     key = tuple(ranks)
-    room = _Room(world_store(), ranks, _held[key])
-    calls = room.wait_for_all(call, timeout)
+    different_calls = _Room(world_store(), ranks, _held[key]).wait_for_all(call, timeout)
     _held[key] += 1
     if _held[key] > 1:
         _Room(world_store(), ranks, _held[key] - 2).clear()
-    if set(calls.values()) != {call}:
-        raise RuntimeError(f"all ranks must make the same call, but they made {calls}")
+    if different_calls:
+        raise RuntimeError(f"all ranks must make the same call, but they made (rank: call) {different_calls}")
 
 
 class _Room:
@@ -51,27 +50,29 @@ class _Room:
         self._me = dist.get_rank()
         self._prefix = f"ema_dist/{hash(tuple(ranks))}/{number}"
 
-    def wait_for_all(self, call: str, timeout: float) -> dict[int, str]:
-        """The call that each rank came with."""
+    def wait_for_all(self, call: str, timeout: float) -> str:
+        """Return when all have come: what they came for if that was not the same, else an empty string."""
         self._store.set(self._key(self._me), call)
         if self._store.add(self._key("came"), 1) == len(self._ranks):
-            self._store.set(self._key("complete"), "")
+            calls = {rank: self._store.get(self._key(rank)).decode() for rank in self._ranks}
+            self._store.set(self._key("verdict"), "" if set(calls.values()) == {call} else str(calls))
         try:
-            self._store.wait([self._key("complete")], timedelta(seconds=timeout))
+            self._store.wait([self._key("verdict")], timedelta(seconds=timeout))
         except RuntimeError:  # DistStoreError from some stores, its parent from others
-            self._leave(call, timeout)
-        return {rank: self._store.get(self._key(rank)).decode() for rank in self._ranks}
+            self._give_up(call, timeout)
+        return self._store.get(self._key("verdict")).decode()
 
     def clear(self) -> None:
         """Delete the keys of a meeting that everyone has left, which a later one proves."""
         self._store.delete_key(self._key(self._me))
         if self._me == self._ranks[0]:
             self._store.delete_key(self._key("came"))
-            self._store.delete_key(self._key("complete"))
+            self._store.delete_key(self._key("verdict"))
 
-    def _leave(self, call: str, timeout: float) -> None:
+    def _give_up(self, call: str, timeout: float) -> None:
         if self._store.add(self._key("came"), -1) == len(self._ranks) - 1:
-            self._store.add(self._key("came"), 1)  # the last one came in this very moment
+            self._store.add(self._key("came"), 1)  # the last one came in this very moment, and is about to say so
+            self._store.wait([self._key("verdict")], timedelta(seconds=timeout))
             return
         self._store.set(self._key(self._me), "")
         never = [rank for rank in self._ranks if not self._store.check([self._key(rank)])]
