@@ -181,17 +181,17 @@ class ShardedEMA:
         self._prepare("state_dict()", together=self._is_spread)
         return write_state(self._clock, self._layout, self._averages, self._current())
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned: on this layout, resharded by DCP, or with full tensors.
 
-        The decay given to the constructor stays; a different one in ``state`` is a warning.
+        The decay given to the constructor stays; a different one in ``state_dict`` is a warning.
 
         Collective: no.
         Raises: RuntimeError inside `swapped`; ValueError when format, names or shapes differ, before anything changes.
         """
         self._refuse_inside_swap("load_state_dict()")
         self._reread()
-        read_state(state, self._clock, self._layout, self._averages)
+        read_state(state_dict, self._clock, self._layout, self._averages)
 
     def gather(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Any]]:
         """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.

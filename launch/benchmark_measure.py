@@ -1,0 +1,121 @@
+"""How the benchmark measures: ranks of their own for each case, competitors in turn, memory as the system counts it."""
+
+import ctypes
+import gc
+import pickle
+import random
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from parallel import BACKENDS
+from stopwatch import stopwatch
+
+T = TypeVar("T")
+LOOPBACK = "127.0.0.1"
+
+
+def on_ranks(measure: Callable[[torch.device], T], ranks: int, device_type: str) -> T:
+    """What `measure` returns on the first of so many ranks, each a fresh process that shares the CPU's cores fairly.
+
+    Args:
+        measure: runs on every rank, inside a process group; it travels there by pickle, and so does its answer back.
+    """
+    forkserver.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
+    store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    threads = max(1, torch.get_num_threads() // ranks)
+    arguments = (measure, ranks, device_type, store.port, threads)
+    mp.start_processes(_main, arguments, nprocs=ranks, start_method="forkserver")
+    return pickle.loads(bytes.fromhex(store.get("answer").decode()))
+
+
+def _main(
+    rank: int, measure: Callable[[torch.device], object], ranks: int, device_type: str, port: int, threads: int
+) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    store = dist.TCPStore(LOOPBACK, port, is_master=False)
+    dist.init_process_group(BACKENDS[device_type], store=store, rank=rank, world_size=ranks)
+    answer = measure(device)
+    if rank == 0:
+        store.set("answer", pickle.dumps(answer).hex())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def in_turn(
+    competitors: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each competitor on this rank, one for each round.
+
+    Every round runs all of them once, in an order of its own: drifting load and a cache left warm hit each alike. All
+    ranks start together.
+    """
+    shuffle = random.Random(0)
+    watch = stopwatch(device)
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    gc.disable()
+    for _ in range(repeats):
+        for name in shuffle.sample(list(competitors), len(competitors)):
+            dist.barrier()
+            with watch:
+                competitors[name]()
+            seconds[name].append(watch.read())
+    gc.enable()
+    return seconds
+
+
+def highest(values: Sequence[float], device: torch.device) -> list[float]:
+    """The highest of all ranks at each place. Collective: every rank."""
+    worst = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return worst.tolist()
+
+
+class HostMemory:
+    """The most memory that this process had resident at once since `reset()`, beyond what it had then.
+
+    Linux with glibc. What was freed before goes back to the system first, so that taking it again counts.
+    """
+
+    def reset(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = _resident("VmRSS")
+
+    def read(self) -> int:
+        """Bytes."""
+        return _resident("VmHWM") - self._before
+
+
+class CudaMemory:
+    """The most memory that this process had allocated on its GPU at once since `reset()`, beyond what it had then."""
+
+    def reset(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+
+    def read(self) -> int:
+        """Bytes."""
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - self._before
+
+
+def peak_memory(device: torch.device) -> HostMemory | CudaMemory:
+    """The gauge for memory of `device`."""
+    return CudaMemory() if device.type == "cuda" else HostMemory()
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,0 +1,84 @@
+"""scikit-learn's bundled handwritten digits, whole on the device, in an order that depends on seed and epoch alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+TRAIN_IMAGES = 1297
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images (count, 1, 8, 8) with pixels in [-1, 1], and their labels (count,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_images(device: torch.device) -> tuple[Images, Images]:
+    """1297 training and 500 test images: the same split in every run."""
+    pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    pixels = pixels.float().view(-1, 1, 8, 8) / 8 - 1
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    train, test = order[:TRAIN_IMAGES], order[TRAIN_IMAGES:]
+    return (
+        Images(pixels[train].to(device), labels[train].to(device)),
+        Images(pixels[test].to(device), labels[test].to(device)),
+    )
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Shuffled and randomly shifted training batches; this rank takes its own part of each.
+
+    All that is random in an epoch is drawn from one generator, seeded by `seed` and the epoch: a resumed run needs no
+    generator state, and every layout and world size trains on the same batches.
+    """
+
+    images: Images
+    batch_size: int
+    seed: int
+    data_rank: int
+    data_ranks: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.batch_size <= len(self.images):
+            raise ValueError(f"a batch of {self.batch_size} images cannot be drawn from {len(self.images)}")
+        if self.batch_size % self.data_ranks:
+            raise ValueError(
+                f"a batch of {self.batch_size} images does not divide over {self.data_ranks} data-parallel ranks: "
+                f"pass --batch-size with a multiple of {self.data_ranks}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The (pixels, labels) of this rank for every step of one epoch; the images left over sit this epoch out."""
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+        device = self.images.labels.device
+        order = torch.randperm(len(self.images), generator=generator).to(device)
+        shifts = torch.randint(3, (len(self.images), 2), generator=generator).to(device)
+        for step in range(len(self)):
+            first = step * self.batch_size + self.data_rank
+            chosen = order[first : (step + 1) * self.batch_size : self.data_ranks]
+            yield shifted(self.images.pixels[chosen], shifts[chosen]), self.images.labels[chosen]
+
+
+def shifted(pixels: Tensor, shifts: Tensor) -> Tensor:
+    """Each image moved by up to one pixel in each direction, its border filled with paper.
+
+    Shape: pixels (count, 1, side, side), shifts (count, 2) of 0, 1 or 2.
+    """
+    side = pixels.shape[-1]
+    windows = F.pad(pixels, (1, 1, 1, 1), value=-1.0).unfold(2, side, 1).unfold(3, side, 1)
+    rows, columns = shifts.unbind(dim=1)
+    return windows[torch.arange(len(pixels), device=pixels.device), :, rows, columns]
