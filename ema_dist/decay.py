@@ -37,7 +37,7 @@ class HalfLife:
 
     def state(self) -> dict[str, str | float]:
         """What a checkpoint records of it."""
-        return {"kind": "half_life", "steps": float(self.steps)}
+        return {"kind": "half_life", "value": float(self.steps)}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Constant:
 
     def state(self) -> dict[str, str | float]:
         """What a checkpoint records of it."""
-        return {"kind": "constant", "decay": float(self.value)}
+        return {"kind": "constant", "value": float(self.value)}
 
 
 Decay = HalfLife | Constant

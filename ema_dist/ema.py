@@ -42,7 +42,7 @@ class ShardedEMA:
         buffers: ``"average"`` or ``"copy"`` for floating buffers; integer buffers are always copied. Non-persistent
             buffers are left alone.
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
-        timeout: seconds that ranks wait for each other at the start of a collective call before it fails.
+        timeout: seconds that ranks wait for each other before a collective call fails, and on leaving `swapped`.
 
     Collective: construction compares the replicas once when averages are split among them; otherwise not.
     Memory: one average per selected parameter's shard: 1/R of it where R replicas share it.
@@ -77,13 +77,16 @@ class ShardedEMA:
         self._exchange: Exchange | None = None
         self._layout = Layout(model, replicas)
         self._ranks = self._layout.ranks
-        self._left_out = {name for name, shard in self._layout.parameters.items() if not self._selects(name)}
-        selected = [name for name in self._layout.parameters if name not in self._left_out]
+        selected = [name for name in self._layout.parameters if self._selects(name)]
+        self._left_out = [name for name in self._layout.parameters if name not in set(selected)]
         if not selected:
             raise ValueError(
                 f"nothing to average: none of the {len(self._left_out)} parameters "
                 + ("requires a gradient" if select is None else "is selected by select(name, parameter)")
             )
+        owners = {name: self._layout.parameters[name].owner for name in selected}
+        if whole := [name for name, at in owners.items() if not (at.is_floating_point() or at.is_complex())]:
+            raise ValueError(f"select picked {whole}, which are not floating-point and have no average")
         self._is_split = any(shard.is_split for shard in self._layout.shards)
         self._is_spread = any(shard.ranks or shard.part.ranks for shard in self._layout.shards)
         if isinstance(replicas, ProcessGroup) and all(s.replicas is not replicas for s in self._layout.shards):
@@ -97,7 +100,7 @@ class ShardedEMA:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps seen; those that a gradient scaler skipped are not counted."""
+        """Optimizer steps seen, without those that a gradient scaler skipped; asks the device if it counted them."""
         return self._clock.steps
 
     @property
@@ -106,9 +109,10 @@ class ShardedEMA:
         return self._clock.updates
 
     def update(self) -> None:
-        """Average the live weights as they are now: call it once after each optimizer step.
+        """Average the live weights as they are now: call it once after each optimizer step. Never waits for the device.
 
-        Collective: no. Memory: nothing where dtypes are equal, else a constant scratch. Never waits for the device.
+        Collective: no.
+        Memory: nothing where dtypes are equal, else a constant scratch.
         Raises: RuntimeError inside `swapped`, ValueError when the model has changed.
         """
         self._update(None)
@@ -142,15 +146,19 @@ class ShardedEMA:
         is written stays in the averages. Parameters may not. A graph that was built before cannot run backward inside
         or after: autograd notices that its weights were written to, and raises.
 
-        Collective: where averages are split among replicas (the default under DDP and HSDP), entering and leaving;
-        with ``replicas="copy"`` never, so that one rank may evaluate alone under DDP.
+        Collective: where averages are split among replicas (the default under DDP, HSDP, and for tensor-parallel
+            parameters placed ``Replicate()``), entering and leaving. With ``replicas="copy"`` never, so that one rank
+            may evaluate alone under DDP.
         Memory: at most 64 MiB; where averages have another dtype than the live weights, one live shard on top.
         Raises: RuntimeError when swapped already, when ranks do not come within ``timeout``, when replicas differ, and
             on leaving, when parameters were written to. ValueError when the model has changed, or when a parameter
             became trainable that has no average.
         """
         if self._exchange is not None:
-            raise RuntimeError("the averages are in the model already; leave swapped() before entering it again")
+            raise RuntimeError(
+                "the averages are in the model already: leave swapped() before entering it again, "
+                "or resume from a checkpoint if ranks could not leave it together"
+            )
         self._prepare("swapped()", together=self._is_split)
         if self._is_split:
             self.check_replicas()
@@ -161,7 +169,7 @@ class ShardedEMA:
             self._leave_swap()
 
     def check_replicas(self) -> None:
-        """Compare the live weights of ranks that should hold the same ones (DDP, HSDP), bit for bit by checksums.
+        """Compare the live weights of ranks that should hold the same ones (DDP, HSDP), by checksums of their bits.
 
         Collective: over all ranks that hold the model. Memory: 8 bytes per tensor and replica.
         Raises: RuntimeError naming the tensors that differ and the ranks on which they do.
@@ -174,7 +182,8 @@ class ShardedEMA:
 
         The tensors share storage with the averages. Inside `swapped`, too, they are the averages.
 
-        Collective: over all ranks that hold the model, when they hold shards of it (they meet; nothing is sent).
+        Collective: over all ranks that hold the model, when several hold parts of its averages: they meet, and send
+            nothing.
         Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {"default": {"decay": {...}, "averages":
             {name: tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
         """
@@ -190,37 +199,38 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped`; ValueError when format, names or shapes differ, before anything changes.
         """
         self._refuse_inside_swap("load_state_dict()")
-        self._reread()
+        self._prepare("load_state_dict()", together=False)
         read_state(state_dict, self._clock, self._layout, self._averages)
 
     def gather(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Any]]:
         """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.
 
-        Collective: over all ranks that hold the model; each must exhaust the iterator.
+        Collective: over all ranks that hold the model, when several hold parts of its averages; each must exhaust the
+            iterator.
         Memory: one full tensor beyond those handed out on the first rank, one elsewhere.
         """
-        self._prepare("gather()", together=self._is_spread)
-        return gather(self._layout, self._current(), dtype=dtype, keep=self._is_first)
+        return self._gather("gather()", dtype)
 
     def full_state_dict(
         self, *, dtype: torch.dtype | None = None, pipeline: ProcessGroup | None = None
     ) -> dict[str, Any]:
         """The averaged model on the first rank (rank 0), ``{}`` elsewhere: loads strictly into the unwrapped model.
 
-        Frozen parameters, tied names, buffers and extra states are in it, so that nothing is missing. Without
-        ``pipeline``, what a pipeline stage returns is that stage: its own first rank gets its own modules only.
+        Frozen parameters, tied names, buffers and extra states are in it, so that nothing is missing. A model that
+        each rank holds alone, wrapped in nothing, is each rank's own, and each gets its own dictionary. So does the
+        first rank of each pipeline stage: without ``pipeline`` it holds the modules of that stage only.
 
         Args:
             dtype: of floating tensors; None for the dtype of each live one.
             pipeline: the group of pipeline stages to unite: its first rank gets the entries of all of them.
 
-        Collective: over all ranks that hold the model, and over ``pipeline``.
+        Collective: over all ranks that hold the model, when several hold parts of its averages; over ``pipeline``.
         Memory: the result and one more full tensor on the first rank, one full tensor elsewhere.
         Shape: full tensors, contiguous, on the CPU; tied names share one.
         Raises: RuntimeError when ranks do not come within ``timeout``; ValueError when the model has changed, or when
             stages hold different tensors under one name.
         """
-        entries = self.gather(dtype=dtype)
+        entries = self._gather("full_state_dict()", dtype)
         if pipeline is not None:
             meet("full_state_dict(pipeline=...)", dist.get_process_group_ranks(pipeline), timeout=self._timeout)
             entries = unite(entries, pipeline, self._layout.shards[0].device)
@@ -249,12 +259,13 @@ class ShardedEMA:
         self._averages.bind(self._layout)
 
     def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the live weights of ``model`` with the averages, and the rest with this model's.
+        """Overwrite the live weights of ``model`` with the averages, and all else in its state with this model's.
 
         Args:
             model: the one given at construction, one wrapped the same way, or an unwrapped one on every rank.
 
-        Collective: over all ranks that hold the model. Memory: one full tensor on each rank.
+        Collective: over all ranks that hold the model, when several hold parts of its averages.
+        Memory: one full tensor on each rank.
         Raises: RuntimeError inside `swapped`; ValueError when names or shapes differ, before anything changes.
         """
         self._refuse_inside_swap("copy_to()")
@@ -275,7 +286,7 @@ class ShardedEMA:
     def _update(self, found_inf: Tensor | None) -> None:
         self._refuse_inside_swap("update()")
         if self._layout.has_moved():
-            self._reread()
+            self._prepare("update()", together=False)
         elif self._layout.follow_buffers():
             self._averages.bind_buffers(self._layout)
         self._averages.follow(self._clock.tick(found_inf))
@@ -283,17 +294,23 @@ class ShardedEMA:
     def _current(self) -> dict[str, Tensor]:
         return self._averages.all if self._exchange is None else self._exchange.current(self._layout)
 
+    def _gather(self, call: str, dtype: torch.dtype | None) -> Iterator[tuple[str, Any]]:
+        self._prepare(call, together=self._is_spread)
+        return gather(self._layout, self._current(), dtype=dtype, keep=self._is_first)
+
     def _leave_swap(self) -> None:
+        """Put the live weights back first, and only then look at what has happened to the model meanwhile."""
         assert self._exchange is not None
-        try:
-            self._prepare("leaving swapped()", together=self._is_split)
-        except RuntimeError as error:
-            error.args = (
-                f"{error}. The averages are still in the model, and the live weights where the averages were",
-            )
-            raise
+        if self._is_split:
+            try:
+                meet("leaving swapped()", self._ranks, timeout=self._timeout)
+            except RuntimeError as error:
+                error.args = (f"{error}. The averages are still in the model, the live weights where those were",)
+                raise
+        changes = self._follow()
         written = self._exchange.leave(self._layout)
         self._exchange = None
+        self._refuse(changes)
         if written:
             raise RuntimeError(
                 f"parameters were written to inside swapped(): {written}. The live weights are back, but what was "
@@ -308,23 +325,28 @@ class ShardedEMA:
         """Meet the other ranks if ``together``, then look at the model as it is now."""
         if together:
             meet(call, self._ranks, timeout=self._timeout)
-        self._reread()
+        self._refuse(self._follow())
+
+    def _follow(self) -> dict[str, tuple[str, str]]:
+        """Follow the live weights to where they are now; what has changed about them (then, now), if they cannot be."""
+        layout = Layout(self._layout.model, self._replicas)
+        changes = _changes(self._layout, layout)
+        if not changes:
+            self._layout = layout
+            self._averages.bind(layout)
+        return changes
+
+    def _refuse(self, changes: dict[str, tuple[str, str]]) -> None:
+        if changes:
+            raise ValueError(
+                f"the model is not the one that ShardedEMA(model) was given (then, now): {changes}; "
+                "construct it again after changing or wrapping a model"
+            )
         if late := [name for name in self._left_out if self._selects(name)]:
             raise ValueError(
                 f"parameters {late} became trainable after ShardedEMA(model) and have no average; "
                 "construct it after unfreezing, or leave them out with select="
             )
-
-    def _reread(self) -> None:
-        """Follow the live weights to where they are now."""
-        layout = Layout(self._layout.model, self._replicas)
-        if changes := _changes(self._layout, layout):
-            raise ValueError(
-                f"the model is not the one that ShardedEMA(model) was given (then, now): {changes}; "
-                "construct it again after changing or wrapping a model"
-            )
-        self._layout = layout
-        self._averages.bind(layout)
 
     def _selects(self, name: str) -> bool:
         return self._select(name, self._layout.parameters[name].owner)

@@ -13,7 +13,9 @@ from ema_dist.replicas import fill_from_parts
 from ema_dist.shards import Layout
 
 SWAP_BYTES = 64 * 2**20
-"""Largest temporary of an exchange, whatever the model's size; a stash of narrower live weights comes on top."""
+"""What a swap takes at most, whatever the model's size; a stash of narrower live weights comes on top."""
+
+_SCRATCH_BYTES = SWAP_BYTES // 2  # the other half is for what gloo and malloc have not given back yet
 
 
 class Exchange:
@@ -33,11 +35,10 @@ class Exchange:
         self._exchange(pairs)
         _copy(pairs[name][::-1] for name in self._stash)
         try:
-            fill_from_parts(layout.parameters.values(), limit=SWAP_BYTES)
+            fill_from_parts(layout.parameters.values(), limit=_SCRATCH_BYTES)
         except BaseException:
-            self._restore(
-                pairs
-            )  # a replica is gone: at least each part that is left is live again, and averages averages
+            # A replica is gone: at least this rank's parts of the live weights, and its averages, are themselves again.
+            self._restore(pairs)
             raise
         self._versions = {name: layout.parameters[name].version for name in averages.parameters}
 
@@ -54,7 +55,7 @@ class Exchange:
         pairs = _pairs(layout, self._averages)
         self._keep_written_buffers(pairs)
         self._restore(pairs)
-        fill_from_parts(layout.parameters.values(), limit=SWAP_BYTES)
+        fill_from_parts(layout.parameters.values(), limit=_SCRATCH_BYTES)
         return written
 
     def _restore(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -63,7 +64,7 @@ class Exchange:
 
     def _exchange(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         for averages, lives in paired(pair for name, pair in pairs.items() if name not in self._stash):
-            exchange_(averages, lives, limit=SWAP_BYTES)
+            exchange_(averages, lives, limit=_SCRATCH_BYTES)
 
     def _keep_written_buffers(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         for name in self._stash.keys() & self._averages.buffers.keys():

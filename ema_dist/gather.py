@@ -107,15 +107,14 @@ def scatter(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, A
 
 @torch.no_grad()
 def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) -> None:
-    """Everything that `gather` would hand out, written into the live tensors of another layout.
+    """Everything that `gather` would hand out, written into the live model of another layout.
 
     Collective: over the layout's ranks, except where both models are cut alike. Memory: one full tensor on each rank.
     Raises: ValueError when names or shapes differ, before anything changes.
     """
-    theirs = target.by_any_name()
-    ours = layout.by_any_name()
-    if theirs.keys() != ours.keys():
-        raise ValueError(f"the models differ in {sorted(theirs.keys() ^ ours.keys())}")
+    theirs, ours = target.by_any_name(), layout.by_any_name()
+    if names := (theirs | target.extra_states).keys() ^ (ours | layout.extra_states).keys():
+        raise ValueError(f"the models differ in {sorted(names)}")
     if wrong := [name for name, shard in ours.items() if theirs[name].shape != shard.shape]:
         raise ValueError(f"the models differ in the shapes of {wrong}")
     for shard, local in _averaged(layout, averages):
@@ -124,6 +123,9 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
             continue
         alike = goal.same_cut(shard)
         goal.local.copy_(local if alike else goal.cut(shard.full(local)))
+    for name, module in layout.extra_states.items():
+        if target.extra_states[name] is not module:
+            target.extra_states[name].set_extra_state(module.get_extra_state())
 
 
 def _averaged(layout: Layout, averages: Mapping[str, Tensor]) -> Iterator[tuple[Shard, Tensor]]:

@@ -37,8 +37,7 @@ def lerp_(averages: list[Tensor], values: list[Tensor], weight: float | Tensor, 
     if isinstance(weight, float) and finite and averages[0].dtype == values[0].dtype:
         torch._foreach_lerp_(averages, values, weight)
         return
-    limit = CPU_SCRATCH_BYTES if averages[0].device.type == "cpu" else DEVICE_SCRATCH_BYTES
-    for targets, sources in chunks(averages, values, limit=limit // 2):
+    for targets, sources in chunks(averages, values, limit=_scratch_bytes(averages[0]) // 2):
         scratch = _converted(sources, targets)
         if isinstance(weight, Tensor):
             weight = weight.to(targets[0].device, non_blocking=True)
@@ -84,11 +83,19 @@ def _converted(sources: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Tensor:
-    """A 0-d int64 tensor on the same device that two tensors of equal bytes share. Memory: none on top."""
+    """A 0-d int64 tensor on the same device that two tensors of equal bytes share. Memory: a constant scratch."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     as_integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.view(as_integers).sum(dtype=torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for (pieces,) in chunks([tensor], limit=_scratch_bytes(tensor) // 8):  # on the CPU, a sum of int8 makes int64 of it
+        for piece in pieces:
+            total += piece.view(as_integers).sum(dtype=torch.int64)
+    return total
+
+
+def _scratch_bytes(tensor: Tensor) -> int:
+    return CPU_SCRATCH_BYTES if tensor.device.type == "cpu" else DEVICE_SCRATCH_BYTES
 
 
 def paired(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:

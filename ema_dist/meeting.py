@@ -75,13 +75,14 @@ class _Room:
             self._store.wait([self._key("verdict")], timedelta(seconds=timeout))
             return
         self._store.set(self._key(self._me), "")
-        never = [rank for rank in self._ranks if not self._store.check([self._key(rank)])]
-        left = [r for r in self._ranks if r != self._me and r not in never and not self._store.get(self._key(r))]
+        others = [rank for rank in self._ranks if rank != self._me]
+        never = [rank for rank in others if not self._store.check([self._key(rank)])]
+        before = [rank for rank in others if rank not in never and not self._store.get(self._key(rank))]
+        absent = [f"ranks {never} did not come"] * bool(never) + [f"ranks {before} had given up before"] * bool(before)
         raise RuntimeError(
-            f"rank {self._me} waited {timeout:g} s in {call} for ranks {never}, which did not come"
-            + (f" (ranks {left} came and gave up before)" if left else "")
-            + f". {call} needs ranks {self._ranks} together: call it on each of them, not under `if rank == 0:`; "
-            "where some are slower than that, ShardedEMA(..., timeout=seconds) waits longer"
+            f"rank {self._me} waited {timeout:g} s in {call}: {' and '.join(absent)}. It needs ranks {self._ranks} "
+            "together: call it on each of them, not under `if rank == 0:`; where some are slower than that, "
+            "ShardedEMA(..., timeout=seconds) waits longer"
         )
 
     def _key(self, name: int | str) -> str:

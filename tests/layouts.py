@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,3 +243,16 @@ def peak_memory(call: Callable[[], object]) -> int:
         peak = max(peak, current)
     del kept
     return peak
+
+
+def resident_peak(call: Callable[[], object]) -> int:
+    """Most bytes that the process held at any moment of ``call`` beyond what it held before."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

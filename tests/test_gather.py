@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ema_dist import ShardedEMA, compute_ema
-from layouts import assert_bitwise_equal, evaluate, full_weights, layouts, make_net, trained, wrap
+from layouts import assert_bitwise_equal, evaluate, full_weights, layouts, make_net, resident_peak, trained, wrap
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp", "ddp-compiled", "fsdp2-checkpointed")
@@ -67,6 +66,9 @@ def test_extra_states_are_in_it() -> None:
     fresh = nn.Sequential(Counted(2, 2))
     fresh.load_state_dict(full, strict=True)
     assert fresh[0].count == 3
+    other = nn.Sequential(Counted(2, 2))
+    ShardedEMA(model).copy_to(other)
+    assert other[0].count == 3
 
 
 @layouts("plain", "ddp", "ddp-3", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp", "fsdp2-tp")
@@ -155,16 +157,3 @@ def test_peak_memory_is_one_tensor_beyond_the_result() -> None:
     one = side * side * 4
     result = count * one if dist.get_rank() == 0 else 0
     assert resident_peak(ema.full_state_dict) <= result + 2.5 * one
-
-
-def resident_peak(call: Callable[[], object]) -> int:
-    """Most bytes that the process held at any moment of ``call`` beyond what it held before."""
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    call()
-    return status("VmHWM") - before
-
-
-def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

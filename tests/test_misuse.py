@@ -33,6 +33,13 @@ def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: st
         ShardedEMA(nn.Linear(2, 2), **settings)
 
 
+def test_selecting_an_integer_parameter_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"\['codes'\], which are not floating-point"):
+        ShardedEMA(model, select=lambda _name, _parameter: True)
+
+
 def test_a_half_life_is_not_negative() -> None:
     with pytest.raises(ValueError, match="0 or more"):
         HalfLife(-1)
@@ -118,7 +125,7 @@ def test_gathering_on_rank_0_alone_is_told_within_the_timeout(layout: str) -> No
     _, ema = trained(layout, timeout=0.5)
     if dist.get_rank() == 0:
         for call in (ema.full_state_dict, ema.state_dict, lambda: ema.load_full_state_dict({})):
-            with pytest.raises(RuntimeError, match=r"waited 0.5 s in .* for ranks \[1\], which did not come"):
+            with pytest.raises(RuntimeError, match=r"waited 0.5 s in .*: ranks \[1\] did not come"):
                 call()
     dist.barrier()
     ema.full_state_dict()

@@ -162,11 +162,12 @@ def test_a_checkpoint_of_another_model_loses_nothing(layout: str, tmp_path: Path
     assert_bitwise_equal(ema.full_state_dict(), before)
 
 
-def test_the_constructor_decides_the_decay_and_says_so() -> None:
-    """On load a different saved one is a warning."""
-    saved = ShardedEMA(nn.Linear(2, 2), decay=0.5).state_dict()
+@pytest.mark.world_size(1)
+def test_the_constructor_decides_the_decay_and_says_so(tmp_path: Path) -> None:
+    """On load a different saved one is a warning, through DCP as well."""
+    dcp.save({"ema": ShardedEMA(nn.Linear(2, 2), decay=0.5)}, checkpoint_id=tmp_path)
     with pytest.warns(UserWarning, match=r"taken with .*0\.5.* go on with .*half_life"):
-        ShardedEMA(nn.Linear(2, 2), decay=HalfLife(10)).load_state_dict(saved)
+        dcp.load({"ema": ShardedEMA(nn.Linear(2, 2), decay=HalfLife(10))}, checkpoint_id=tmp_path)
 
 
 @pytest.mark.parametrize("layout", [pytest.param("ddp", marks=pytest.mark.world_size(2))])
@@ -195,7 +196,7 @@ def test_the_state_layout_is_fixed() -> None:
         "format": 1,
         "steps": 0,
         "updates": 0,
-        "tracks": {"default": {"decay": {"kind": "constant", "decay": 0.5}}},
+        "tracks": {"default": {"decay": {"kind": "constant", "value": 0.5}}},
     }
     assert list(averages) == ["weight", "bias"]
     assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
