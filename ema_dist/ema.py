@@ -19,8 +19,8 @@ from ema_dist.clock import Clock
 from ema_dist.decay import HalfLife, as_decay
 from ema_dist.exchange import Exchange
 from ema_dist.gather import copy_into, gather, scatter, unite
-from ema_dist.meeting import meet
-from ema_dist.replicas import check_replicas
+from ema_dist.meeting import meet, require_world
+from ema_dist.replicas import drift
 from ema_dist.shards import Layout, Replicas
 from ema_dist.state import read_state, write_state
 
@@ -89,13 +89,17 @@ class ShardedEMA:
             raise ValueError(f"select picked {whole}, which are not floating-point and have no average")
         self._is_split = any(shard.is_split for shard in self._layout.shards)
         self._is_spread = any(shard.ranks or shard.part.ranks for shard in self._layout.shards)
-        if isinstance(replicas, ProcessGroup) and all(s.replicas is not replicas for s in self._layout.shards):
+        if (
+            isinstance(replicas, ProcessGroup)
+            and replicas.size() > 1
+            and all(s.replicas is not replicas for s in self._layout.shards)
+        ):
             warnings.warn(
                 "replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=2
             )
         if self._is_split:
             meet("ShardedEMA(model)", self._ranks, timeout=timeout)
-            check_replicas(self._layout.parameters.values())
+            self._refuse_drift("ShardedEMA(model)")
         self._averages = Averages(self._layout, selected, dtype=dtype, buffers=buffers)
 
     @property
@@ -157,15 +161,23 @@ class ShardedEMA:
         if self._exchange is not None:
             raise RuntimeError(
                 "the averages are in the model already: leave swapped() before entering it again, "
-                "or resume from a checkpoint if ranks could not leave it together"
+                "or call restore() on every rank if they could not leave it together"
             )
         self._prepare("swapped()", together=self._is_split)
         if self._is_split:
-            self.check_replicas()
+            self._refuse_drift("swapped()")
         self._exchange = Exchange(self._layout, self._averages)
         try:
             yield self._layout.model
         finally:
+            self.restore()
+
+    def restore(self) -> None:
+        """Leave `swapped`: for ranks that could not leave it together, or to end it early; else nothing happens.
+
+        Collective: as `swapped`. Memory: as `swapped`. Raises: as `swapped` on leaving.
+        """
+        if self._exchange is not None:
             self._leave_swap()
 
     def check_replicas(self) -> None:
@@ -175,12 +187,13 @@ class ShardedEMA:
         Raises: RuntimeError naming the tensors that differ and the ranks on which they do.
         """
         self._prepare("check_replicas()", together=True)
-        check_replicas(self._layout.parameters.values())
+        self._refuse_drift("check_replicas()")
 
     def state_dict(self) -> dict[str, Any]:
         """The averages and counts as `torch.distributed.checkpoint` (DCP) saves and reshards them.
 
-        The tensors share storage with the averages. Inside `swapped`, too, they are the averages.
+        The tensors share storage with the averages, so that DCP loads into them; names are all it compares before that.
+        Inside `swapped` they are copies of the averages.
 
         Collective: over all ranks that hold the model, when several hold parts of its averages: they meet, and send
             nothing.
@@ -188,7 +201,10 @@ class ShardedEMA:
             {name: tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
         """
         self._prepare("state_dict()", together=self._is_spread)
-        return write_state(self._clock, self._layout, self._averages, self._current())
+        current = self._current()
+        if self._exchange is not None:  # they lie in the model: nothing must be loaded into them there
+            current = {name: tensor.clone() for name, tensor in current.items()}
+        return write_state(self._clock, self._layout, self._averages, current)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned: on this layout, resharded by DCP, or with full tensors.
@@ -232,13 +248,18 @@ class ShardedEMA:
         """
         entries = self._gather("full_state_dict()", dtype)
         if pipeline is not None:
-            meet("full_state_dict(pipeline=...)", dist.get_process_group_ranks(pipeline), timeout=self._timeout)
+            stages = dist.get_process_group_ranks(pipeline)
+            if len({*stages} & {*self._ranks}) > 1:
+                raise ValueError(
+                    f"pipeline={stages} should hold one rank of each stage, but this stage is held by {self._ranks}"
+                )
+            meet("full_state_dict(pipeline=...)", stages, timeout=self._timeout)
             entries = unite(entries, pipeline, self._layout.shards[0].device)
         full: dict[str, Any] = {}
         for name, value in entries:
             if value is None and not self._is_first:
                 continue
-            if name in full and not torch.equal(full[name], value):
+            if isinstance(value, Tensor) and name in full and not torch.equal(full[name], value):
                 raise ValueError(f"pipeline stages hold different tensors under the name {name!r}")
             full.setdefault(name, value)
         return full
@@ -296,7 +317,13 @@ class ShardedEMA:
 
     def _gather(self, call: str, dtype: torch.dtype | None) -> Iterator[tuple[str, Any]]:
         self._prepare(call, together=self._is_spread)
-        return gather(self._layout, self._current(), dtype=dtype, keep=self._is_first)
+        return self._entries(gather(self._layout, self._current(), dtype=dtype, keep=self._is_first), self._exchange)
+
+    def _entries(self, entries: Iterator[tuple[str, Any]], exchange: Exchange | None) -> Iterator[tuple[str, Any]]:
+        for entry in entries:
+            if self._exchange is not exchange:
+                raise RuntimeError("swapped() was entered or left while gather() was under way; exhaust it before that")
+            yield entry
 
     def _leave_swap(self) -> None:
         """Put the live weights back first, and only then look at what has happened to the model meanwhile."""
@@ -305,12 +332,13 @@ class ShardedEMA:
             try:
                 meet("leaving swapped()", self._ranks, timeout=self._timeout)
             except RuntimeError as error:
-                error.args = (f"{error}. The averages are still in the model, the live weights where those were",)
-                raise
-        changes = self._follow()
+                hint = "The averages are still in the model; restore() on every rank puts the live weights back"
+                raise RuntimeError(f"{error}. {hint}") from None
+        problem = self._follow()
         written = self._exchange.leave(self._layout)
         self._exchange = None
-        self._refuse(changes)
+        if problem:
+            raise ValueError(problem)
         if written:
             raise RuntimeError(
                 f"parameters were written to inside swapped(): {written}. The live weights are back, but what was "
@@ -322,31 +350,41 @@ class ShardedEMA:
             raise RuntimeError(f"{call} inside swapped(): the model holds the averages there; call it after the block")
 
     def _prepare(self, call: str, *, together: bool) -> None:
-        """Meet the other ranks if ``together``, then look at the model as it is now."""
+        """Look at the model as it is now; if ``together``, meet the other ranks, and go on only if all can."""
         if together:
-            meet(call, self._ranks, timeout=self._timeout)
-        self._refuse(self._follow())
+            require_world(call, self._ranks)
+        problem = self._follow()
+        try:
+            if together:
+                meet(call, self._ranks, timeout=self._timeout, problem=problem)
+        finally:
+            if problem:
+                raise ValueError(problem)
 
-    def _follow(self) -> dict[str, tuple[str, str]]:
-        """Follow the live weights to where they are now; what has changed about them (then, now), if they cannot be."""
-        layout = Layout(self._layout.model, self._replicas)
-        changes = _changes(self._layout, layout)
-        if not changes:
-            self._layout = layout
-            self._averages.bind(layout)
-        return changes
-
-    def _refuse(self, changes: dict[str, tuple[str, str]]) -> None:
-        if changes:
-            raise ValueError(
+    def _follow(self) -> str:
+        """Follow the live weights to where they are now; what is wrong with them, or an empty string."""
+        try:
+            layout = Layout(self._layout.model, self._replicas)
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+        if changes := self._layout.changes_to(layout):
+            return (
                 f"the model is not the one that ShardedEMA(model) was given (then, now): {changes}; "
                 "construct it again after changing or wrapping a model"
             )
+        self._layout = layout
+        self._averages.bind(layout)
         if late := [name for name in self._left_out if self._selects(name)]:
-            raise ValueError(
+            return (
                 f"parameters {late} became trainable after ShardedEMA(model) and have no average; "
                 "construct it after unfreezing, or leave them out with select="
             )
+        return ""
+
+    def _refuse_drift(self, call: str) -> None:
+        """Compare replicas; all ranks get to know, also those whose own replicas agree."""
+        found = drift(self._layout.parameters.values())
+        meet(f"{call}, comparing replicas", self._ranks, timeout=self._timeout, problem=found)
 
     def _selects(self, name: str) -> bool:
         return self._select(name, self._layout.parameters[name].owner)
@@ -354,13 +392,3 @@ class ShardedEMA:
 
 def _requires_grad(_name: str, parameter: Tensor) -> bool:
     return parameter.requires_grad
-
-
-def _changes(before: Layout, now: Layout) -> dict[str, tuple[str, str]]:
-    old, new = _descriptions(before), _descriptions(now)
-    differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return {name: (old.get(name, "absent"), new.get(name, "absent")) for name in differing}
-
-
-def _descriptions(layout: Layout) -> dict[str, str]:
-    return {name: f"{shard.part.describe()} on {shard.local.device}" for name, shard in layout.by_any_name().items()}

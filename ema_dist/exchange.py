@@ -33,8 +33,8 @@ class Exchange:
         pairs = _pairs(layout, averages)
         self._stash = {name: live.clone() for name, (average, live) in pairs.items() if average.dtype != live.dtype}
         self._exchange(pairs)
-        _copy(pairs[name][::-1] for name in self._stash)
         try:
+            _copy(pairs[name][::-1] for name in self._stash)
             fill_from_parts(layout.parameters.values(), limit=_SCRATCH_BYTES)
         except BaseException:
             # A replica is gone: at least this rank's parts of the live weights, and its averages, are themselves again.

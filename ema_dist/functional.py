@@ -18,7 +18,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     Args:
         smoothing: the factor of the old average, in [0, 1] (`ShardedEMA` calls it decay).
 
-    Collective: no. Memory: nothing where dtypes are equal, else a constant scratch.
+    Collective: no. Memory: a constant scratch.
     Raises: ValueError when the models differ in names, shapes or in how they are cut, before anything changes.
     Source: ``composer.algorithms.ema.compute_ema``, whose half-life is ``-log(2) / log(smoothing)``.
     """

@@ -118,11 +118,13 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
     if wrong := [name for name, shard in ours.items() if theirs[name].shape != shard.shape]:
         raise ValueError(f"the models differ in the shapes of {wrong}")
     for shard, local in _averaged(layout, averages):
-        goal = theirs[shard.name]
-        if goal.local is local:
-            continue
-        alike = goal.same_cut(shard)
-        goal.local.copy_(local if alike else goal.cut(shard.full(local)))
+        goals = list(
+            {id(theirs[name]): theirs[name] for name in shard.names}.values()
+        )  # several where they are not tied
+        full = local if all(goal.same_cut(shard) for goal in goals) else shard.full(local)
+        for goal in goals:
+            if goal.local is not local:
+                goal.local.copy_(full if full is local else goal.cut(full))
     for name, module in layout.extra_states.items():
         if target.extra_states[name] is not module:
             target.extra_states[name].set_extra_state(module.get_extra_state())
@@ -150,6 +152,12 @@ def _mismatch(
     found = {
         "unknown names": sorted(full.keys() - layout.by_any_name().keys() - layout.extra_states.keys()),
         "missing names": sorted(shards.keys() - values.keys()),
+        "tied names with different values": sorted(
+            name
+            for first, shard in shards.items()
+            for name in shard.names
+            if name in full and first in values and not torch.equal(full[name], values[first])
+        ),
         "shapes (expected, got)": {
             name: (tuple(shards[name].shape), shape) for name, shape in shapes.items() if shape != shards[name].shape
         },

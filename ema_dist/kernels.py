@@ -37,19 +37,36 @@ def lerp_(averages: list[Tensor], values: list[Tensor], weight: float | Tensor, 
     if isinstance(weight, float) and finite and averages[0].dtype == values[0].dtype:
         torch._foreach_lerp_(averages, values, weight)
         return
-    for targets, sources in chunks(averages, values, limit=_scratch_bytes(averages[0]) // 2):
-        scratch = _converted(sources, targets)
-        if isinstance(weight, Tensor):
-            weight = weight.to(targets[0].device, non_blocking=True)
-            # Exact for weights of 0 and 1, as lerp is: those are the steps that were left out, and the first ones.
-            torch._foreach_mul_(targets, 1 - weight)
-            torch._foreach_mul_(scratch, weight)
-            torch._foreach_add_(targets, scratch)
-        else:
-            torch._foreach_lerp_(targets, scratch, weight)
-        if not finite:
-            for target, value in zip(targets, _converted(sources, targets), strict=True):
-                target.copy_(value.where(~target.isfinite(), target))
+    limit = _scratch_bytes(averages[0])
+    if isinstance(weight, float) and finite:
+        for targets, sources in chunks(averages, values, limit=limit):
+            torch._foreach_lerp_(targets, _converted(sources, targets), weight)
+        return
+    if isinstance(weight, Tensor):
+        weight = weight.to(averages[0].device)
+    for targets, sources in chunks(averages, values, limit=limit // 8):
+        _lerp_carefully_(targets, _converted(sources, targets), weight)
+
+
+def _converted(sources: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
+    scratch = [torch.empty_like(target) for target in targets]
+    torch._foreach_copy_(scratch, sources)
+    return scratch
+
+
+def _lerp_carefully_(targets: list[Tensor], values: list[Tensor], weight: float | Tensor) -> None:
+    """As one flat tensor, in a few launches however many there are; exact for weights of 0 and 1."""
+    average = torch.cat([target.reshape(-1) for target in targets])
+    value = torch.cat([value.reshape(-1) for value in values])
+    if isinstance(weight, Tensor):
+        moved = average + (value - average) * weight
+        moved = torch.where(moved.isfinite() & (weight < 1), moved, value)
+        moved = torch.where(weight > 0, moved, average)
+    else:
+        moved = torch.lerp(average, value, weight)
+        moved = torch.where(moved.isfinite(), moved, value)
+    pieces = moved.split([target.numel() for target in targets])
+    torch._foreach_copy_(targets, [piece.view_as(target) for piece, target in zip(pieces, targets, strict=True)])
 
 
 @torch.no_grad()
@@ -75,12 +92,6 @@ def _exchange_chunk_(left: list[Tensor], right: list[Tensor]) -> None:
     torch._foreach_copy_(right, scratch)
 
 
-def _converted(sources: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
-    scratch = [torch.empty_like(target) for target in targets]
-    torch._foreach_copy_(scratch, sources)
-    return scratch
-
-
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Tensor:
     """A 0-d int64 tensor on the same device that two tensors of equal bytes share. Memory: a constant scratch."""
@@ -88,9 +99,14 @@ def checksum(tensor: Tensor) -> Tensor:
         tensor = torch.view_as_real(tensor)
     as_integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for (pieces,) in chunks([tensor], limit=_scratch_bytes(tensor) // 8):  # on the CPU, a sum of int8 makes int64 of it
+    limit = tensor.element_size() * _scratch_bytes(tensor) // 32  # each element takes three times eight bytes here
+    for (pieces,) in chunks([tensor], limit=limit):
         for piece in pieces:
-            total += piece.view(as_integers).sum(dtype=torch.int64)
+            bits = piece.view(as_integers).reshape(-1).long()
+            places = torch.arange(
+                1, 2 * bits.numel(), 2, device=tensor.device
+            )  # odd, so that no bit is multiplied away
+            total = total * 31 + (bits * places).sum()
     return total
 
 

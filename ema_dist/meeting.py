@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+from collections import Counter, defaultdict
+from collections.abc import MutableMapping
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed import Store
 
 from ema_dist.shards import world_store
 
-_held: Counter[tuple[int, ...]] = Counter()
-"""Meetings held by each set of ranks. A failed one is not counted, so the ranks agree on the number of the next."""
+_held: MutableMapping[object, Counter[tuple[int, ...]]] = WeakKeyDictionary()
+"""Meetings held in each world by each set of ranks; a failed one is not counted, so that they agree on the next."""
+
+GAVE_UP = json.dumps(["", "this rank had given up waiting"])
 
 
-def meet(call: str, ranks: list[int], *, timeout: float) -> None:
-    """Return once all of ``ranks`` have come to ``call``.
+def require_world(call: str, ranks: list[int]) -> None:
+    """Raise RuntimeError when ``ranks`` are several and there is no process group through which they could meet."""
+    if len(ranks) > 1 and not dist.is_initialized():
+        raise RuntimeError(
+            f"{call} needs ranks {ranks} together, and there is no process group any more; "
+            "call it before dist.destroy_process_group()"
+        )
+
+
+def meet(call: str, ranks: list[int], *, timeout: float, problem: str = "") -> None:
+    """Return once all of ``ranks`` have come to ``call``, none of them with a problem.
 
     Args:
         call: what they are about to do, as the user spells it.
         ranks: global ranks, in order; with fewer than two there is nobody to wait for.
         timeout: seconds.
+        problem: what keeps this rank from going on; then none goes on.
 
     Collective: over ``ranks``, through the process group's store; no tensor is sent.
-    Raises: RuntimeError without a process group, or naming the ranks that did not come in time or made another call.
+    Raises: RuntimeError on every rank that came, when one has a problem or made another call; on those that waited in
+        vain, naming the ranks that did not come; and without a process group.
     """
     if len(ranks) < 2:
+        if problem:
+            raise RuntimeError(problem)
         return
-    if not dist.is_initialized():
-        raise RuntimeError(
-            f"{call} needs ranks {ranks} together, and there is no process group any more; "
-            "call it before dist.destroy_process_group()"
-        )
+    require_world(call, ranks)
+    held = _held.setdefault(dist.group.WORLD, Counter())
     key = tuple(ranks)
-    different_calls = _Room(world_store(), ranks, _held[key]).wait_for_all(call, timeout)
-    _held[key] += 1
-    if _held[key] > 1:
-        _Room(world_store(), ranks, _held[key] - 2).clear()
-    if different_calls:
-        raise RuntimeError(f"all ranks must make the same call, but they made (rank: call) {different_calls}")
+    verdict = _Room(world_store(), ranks, held[key]).wait_for_all(call, problem, timeout)
+    held[key] += 1
+    if held[key] > 1:
+        _Room(world_store(), ranks, held[key] - 2).clear()
+    if verdict:
+        raise RuntimeError(verdict)
 
 
 class _Room:
@@ -50,17 +65,27 @@ class _Room:
         self._me = dist.get_rank()
         self._prefix = f"ema_dist/{hash(tuple(ranks))}/{number}"
 
-    def wait_for_all(self, call: str, timeout: float) -> str:
-        """Return when all have come: what they came for if that was not the same, else an empty string."""
-        self._store.set(self._key(self._me), call)
+    def wait_for_all(self, call: str, problem: str, timeout: float) -> str:
+        """Return when all have come: an empty string, or why none of them can go on."""
+        self._store.set(self._key(self._me), json.dumps([call, problem]))
         if self._store.add(self._key("came"), 1) == len(self._ranks):
-            calls = {rank: self._store.get(self._key(rank)).decode() for rank in self._ranks}
-            self._store.set(self._key("verdict"), "" if set(calls.values()) == {call} else str(calls))
+            self._store.set(self._key("verdict"), self._judge())
         try:
             self._store.wait([self._key("verdict")], timedelta(seconds=timeout))
         except RuntimeError:  # DistStoreError from some stores, its parent from others
             self._give_up(call, timeout)
         return self._store.get(self._key("verdict")).decode()
+
+    def _judge(self) -> str:
+        came = {rank: json.loads(self._said(rank)) for rank in self._ranks}
+        calls = {rank: call for rank, (call, _) in came.items()}
+        if len(set(calls.values())) > 1:
+            return f"all ranks must make the same call, but they made (rank: call) {calls}"
+        problems: dict[str, list[int]] = defaultdict(list)
+        for rank, (_, problem) in came.items():
+            problems[problem].append(rank)
+        problems.pop("", None)
+        return "; ".join(f"on ranks {ranks}: {problem}" for problem, ranks in problems.items())
 
     def clear(self) -> None:
         """Delete the keys of a meeting that everyone has left, which a later one proves."""
@@ -74,16 +99,19 @@ class _Room:
             self._store.add(self._key("came"), 1)  # the last one came in this very moment, and is about to say so
             self._store.wait([self._key("verdict")], timedelta(seconds=timeout))
             return
-        self._store.set(self._key(self._me), "")
+        self._store.set(self._key(self._me), GAVE_UP)
         others = [rank for rank in self._ranks if rank != self._me]
         never = [rank for rank in others if not self._store.check([self._key(rank)])]
-        before = [rank for rank in others if rank not in never and not self._store.get(self._key(rank))]
+        before = [rank for rank in others if rank not in never and self._said(rank) == GAVE_UP]
         absent = [f"ranks {never} did not come"] * bool(never) + [f"ranks {before} had given up before"] * bool(before)
         raise RuntimeError(
             f"rank {self._me} waited {timeout:g} s in {call}: {' and '.join(absent)}. It needs ranks {self._ranks} "
             "together: call it on each of them, not under `if rank == 0:`; where some are slower than that, "
             "ShardedEMA(..., timeout=seconds) waits longer"
         )
+
+    def _said(self, rank: int) -> str:
+        return self._store.get(self._key(rank)).decode()
 
     def _key(self, name: int | str) -> str:
         return f"{self._prefix}/{name}"

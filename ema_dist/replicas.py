@@ -15,27 +15,26 @@ from ema_dist.kernels import checksum
 from ema_dist.shards import Shard, all_gather, flat
 
 
-def check_replicas(shards: Iterable[Shard]) -> None:
-    """Compare what replicas hold alike, by checksums of their bits.
+def drift(shards: Iterable[Shard]) -> str:
+    """How what replicas hold alike differs among them, by checksums of their bits; empty when it does not.
 
-    Collective: over the replicas of each shard. Memory: 8 bytes per tensor and replica.
-    Raises: RuntimeError naming the tensors that differ, and the ranks on which they do.
+    Collective: over the replicas of each shard, which alone get to know. Memory: 8 bytes per tensor and replica.
     """
+    drifted: dict[str, list[int]] = {}
     for group, alike in _by_group(shards):
         sums = torch.stack([checksum(shard.local).to(shard.device) for shard in alike])
         everyones = sums.new_empty(group.size(), len(alike))
         all_gather(everyones.view(-1), sums, group=group)
         ranks = dist.get_process_group_ranks(group)
-        drifted = {
-            shard.name: [rank for rank, its in zip(ranks, column, strict=True) if its != column[0]]
-            for shard, column in zip(alike, everyones.t().tolist(), strict=True)
-            if len(set(column)) > 1
-        }
-        if drifted:
-            raise RuntimeError(
-                f"replicas {ranks} should hold the same weights, but these differ from rank {ranks[0]}'s: {drifted} "
-                "(name: ranks). Averaging would mix them; broadcast the weights from one replica first"
-            )
+        for shard, column in zip(alike, everyones.t().tolist(), strict=True):
+            if different := [rank for rank, its in zip(ranks, column, strict=True) if its != column[0]]:
+                drifted[shard.name] = different
+    if not drifted:
+        return ""
+    return (
+        f"replicas should hold the same weights, but these differ from the first one's (name: ranks): {drifted}. "
+        "Averaging would mix them; broadcast the weights from one replica first"
+    )
 
 
 @torch.no_grad()
@@ -48,14 +47,26 @@ def fill_from_parts(shards: Iterable[Shard], *, limit: int) -> None:
         by_dtype: dict[torch.dtype, list[Shard]] = defaultdict(list)
         for shard in split:
             by_dtype[shard.local.dtype].append(shard)
-        for dtype, alike in by_dtype.items():
-            count = group.size()
-            # What is sent and what is received, of which gloo holds up to four copies (measured).
-            per_rank = max(1, limit // (dtype.itemsize * (5 * count + 1)))
-            sent = torch.empty(per_rank, dtype=dtype, device=alike[0].device)
-            received = torch.empty(count, per_rank, dtype=dtype, device=alike[0].device)
-            for bucket in _buckets(alike, count, per_rank):
-                _fill(bucket, sent, received, group)
+        for alike in by_dtype.values():
+            _fill_alike(alike, group, limit)
+
+
+def _fill_alike(shards: list[Shard], group: ProcessGroup, limit: int) -> None:
+    """Fill weights of one dtype."""
+    dtype, count = shards[0].local.dtype, group.size()
+    # What is sent and what is received, of which gloo holds up to four copies (measured).
+    affordable = max(1, limit // (dtype.itemsize * (5 * count + 1)))
+    per_rank = min(affordable, sum(_per_part(shard.local, count) for shard in shards))
+    sent = torch.empty(per_rank, dtype=dtype, device=shards[0].device)
+    received = torch.empty(count, per_rank, dtype=dtype, device=shards[0].device)
+    for bucket in _buckets(shards, count, per_rank):
+        _fill(bucket, sent, received, group)
+
+
+def _per_part(local: Tensor, count: int) -> int:
+    """Elements in the largest part when ``count`` replicas share the rows."""
+    rows = local.shape[0]
+    return -(-rows // count) * (local.numel() // max(rows, 1))
 
 
 class _Slice(NamedTuple):
@@ -77,8 +88,7 @@ def _buckets(shards: Sequence[Shard], count: int, per_rank: int) -> Iterator[lis
     room = per_rank
     for shard in shards:
         local = flat(shard.local)
-        rows = shard.local.shape[0]
-        per_part = -(-rows // count) * (local.numel() // max(rows, 1))
+        per_part = _per_part(shard.local, count)
         start = 0
         while start < per_part:
             stop = min(start + room, per_part)

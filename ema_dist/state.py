@@ -37,40 +37,44 @@ def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, averages:
 
     Raises: ValueError when its format, names or shapes are not these, before anything changes.
     """
-    tracks = state.get("tracks", {})
-    if state.get("format") != FORMAT or TRACK not in tracks:
+    try:
+        version, steps, updates = state["format"], int(state["steps"]), int(state["updates"])
+        track = state["tracks"][TRACK]
+        decay, saved_averages, saved_buffers = track["decay"], track["averages"], track["buffers"]
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"expected a state of ShardedEMA with format {FORMAT} and track {TRACK!r}, "
-            f"got format {state.get('format')!r} and tracks {sorted(tracks)}"
-        )
-    track = tracks[TRACK]
+            f"expected a state of ShardedEMA with a track {TRACK!r}; its part is missing: {error}"
+        ) from None
+    if version != FORMAT:
+        raise ValueError(f"expected a state of ShardedEMA with format {FORMAT}, got format {version!r}")
     parts = {name: layout.parameters[name].part for name in averages.parameters}
-    _check("averages", parts, track["averages"])
-    _check("buffers", layout.buffers, track["buffers"])
-    if track["decay"] != clock.decay.state():
-        warnings.warn(
-            f"the averages were taken with {track['decay']} and go on with {clock.decay.state()}",
-            stacklevel=3,
-        )
-    for name, average in averages.parameters.items():
-        average.copy_(parts[name].unwrap(track["averages"][name]))
-    for name, average in averages.buffers.items():
-        average.copy_(layout.buffers[name].unwrap(track["buffers"][name]))
-    clock.set(steps=int(state["steps"]), updates=int(state["updates"]))
+    pairs = _paired("averages", averages.parameters, parts, saved_averages)
+    pairs += _paired("buffers", averages.buffers, layout.buffers, saved_buffers)
+    if decay != clock.decay.state():
+        warnings.warn(f"the averages were taken with {decay} and go on with {clock.decay.state()}", stacklevel=3)
+    for average, value in pairs:
+        if value.data_ptr() != average.data_ptr():  # DCP has read into the averages themselves
+            average.copy_(value)
+    clock.set(steps=steps, updates=updates)
     averages.note_infinities()
     averages.bind(layout)
 
 
-def _check(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> None:
+def _paired(
+    kind: str, averages: Mapping[str, Tensor], shards: Mapping[str, Shard], saved: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Each average and the local tensor to be copied there."""
     if differing := shards.keys() ^ saved.keys():
         raise ValueError(f"these {kind} belong to another model: it and the state differ in {sorted(differing)}")
+    pairs: list[tuple[Tensor, Tensor]] = []
     wrong: dict[str, str] = {}
     for name, shard in shards.items():
         try:
-            shard.unwrap(saved[name])
+            pairs.append((averages[name], shard.unwrap(saved[name])))
         except ValueError as error:  # noqa: PERF203  all that is wrong is named at once
             wrong[name] = str(error)
     if wrong:
         raise ValueError(
             f"these {kind} are cut or shaped differently: {wrong}; load the state through torch.distributed.checkpoint"
         )
+    return pairs

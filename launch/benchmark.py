@@ -44,7 +44,9 @@ def measure(args: argparse.Namespace, console: Console) -> Results:
     device_type = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     small, large = (SmallTensors(20, 8), Transformer(2, 16, 97)) if args.quick else (SmallTensors(), Transformer())
     results = Results(Environment.here(device_type))
-    console.print(f"{results.environment}\n", highlight=False, soft_wrap=True)
+    console.print(str(results.environment), highlight=False, soft_wrap=True)
+    if args.quick:
+        console.print("Tiny models: the times and the memory of these say nothing.")
 
     def run(measured: Callable[..., T], case: Case, collected: list[T]) -> None:
         if device_type == "cuda" and case.ranks > torch.cuda.device_count():

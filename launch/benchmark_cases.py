@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -125,22 +126,23 @@ def update_times(device: torch.device, *, case: Case, repeats: int) -> UpdateTim
     competitors = COMPETITORS[case.parallel](model)
     for competitor in competitors.values():
         competitor.update()  # AveragedModel's first one only copies; all others find nothing to average yet either
-    _move(model)
-    seconds = in_turn({name: competitor.update for name, competitor in competitors.items()}, repeats, device)
-    _assert_alike(competitors.values())
-    parameters = list(model.parameters())
-    return UpdateTimes(
-        case,
-        len(parameters),
-        sum(parameter.numel() for parameter in parameters),
-        {name: highest(samples, device) for name, samples in seconds.items()},
+    _step(model, factor=1.5)
+    seconds = in_turn(
+        {name: competitor.update for name, competitor in competitors.items()},
+        before=partial(_step, model, factor=1.0),
+        repeats=repeats,
+        device=device,
     )
+    _assert_alike(competitors.values())
+    elements = [parameter.numel() for parameter in model.parameters()]
+    slowest = {name: highest(samples, device) for name, samples in seconds.items()}
+    return UpdateTimes(case, len(elements), sum(elements), slowest)
 
 
 def swap_costs(device: torch.device, *, case: Case, repeats: int) -> SwapCosts:
     model = case.wrapped(device)
     ema = ShardedEMA(model, decay=DECAY)
-    _move(model)
+    _step(model, factor=1.5)
     time_in, time_out, memory = stopwatch(device), stopwatch(device), peak_memory(device)
     seconds_in: list[float] = []
     seconds_out: list[float] = []
@@ -252,10 +254,10 @@ COMPETITORS: dict[str, Callable[[nn.Module], dict[str, Competitor]]] = {
 
 
 @torch.no_grad()
-def _move(model: nn.Module) -> None:
-    """Give the averages something to follow, the same on every rank."""
-    for parameter in model.parameters():
-        parameter.mul_(1.5)
+def _step(model: nn.Module, *, factor: float) -> None:
+    """Write to every weight, as an optimizer does just before an update; by a factor of 1 they stay what they are."""
+    weights: list[Tensor] = list(model.parameters())
+    torch._foreach_mul_(weights, factor)
 
 
 def _assert_alike(competitors: Iterable[Competitor]) -> None:

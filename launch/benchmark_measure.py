@@ -18,6 +18,7 @@ from stopwatch import stopwatch
 
 T = TypeVar("T")
 LOOPBACK = "127.0.0.1"
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
 
 
 def on_ranks(measure: Callable[[torch.device], T], ranks: int, device_type: str) -> T:
@@ -26,7 +27,7 @@ def on_ranks(measure: Callable[[torch.device], T], ranks: int, device_type: str)
     Args:
         measure: runs on every rank, inside a process group; it travels there by pickle, and so does its answer back.
     """
-    forkserver.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
+    forkserver.set_forkserver_preload(PRELOADED)
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     threads = max(1, torch.get_num_threads() // ranks)
     arguments = (measure, ranks, device_type, store.port, threads)
@@ -53,12 +54,16 @@ def _main(
 
 
 def in_turn(
-    competitors: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+    competitors: Mapping[str, Callable[[], object]],
+    *,
+    before: Callable[[], object],
+    repeats: int,
+    device: torch.device,
 ) -> dict[str, list[float]]:
     """Seconds of each competitor on this rank, one for each round.
 
     Every round runs all of them once, in an order of its own: drifting load and a cache left warm hit each alike. All
-    ranks start together.
+    ranks start together, each time after `before`, which is not counted.
     """
     shuffle = random.Random(0)
     watch = stopwatch(device)
@@ -66,6 +71,7 @@ def in_turn(
     gc.disable()
     for _ in range(repeats):
         for name in shuffle.sample(list(competitors), len(competitors)):
+            before()
             dist.barrier()
             with watch:
                 competitors[name]()

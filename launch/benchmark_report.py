@@ -31,7 +31,7 @@ class Table:
     def as_markdown(self) -> str:
         rule = [":---" if index < self.words else "---:" for index in range(len(self.columns))]
         rows = "\n".join(f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self.rows))
-        return f"### {self.title}\n\n{rows}\n".replace("_", r"\_")
+        return f"### {self.title}\n\n{rows}".replace("_", r"\_")
 
 
 def tables(results: Results) -> list[Table]:
@@ -68,7 +68,7 @@ def as_markdown(results: Results) -> str:
     where = results.environment
     lines = [f"## Measured on {where.date}", f"`{where.command}`", f"{where}."]
     lines += [f"Not measured: {what}." for what in results.not_measured]
-    return "\n\n".join([*lines, *(table.as_markdown() for table in tables(results))])
+    return "\n\n".join([*lines, *(table.as_markdown() for table in tables(results))]) + "\n"
 
 
 def _target_rows(targets: Iterable[Target]) -> Iterator[Sequence[str]]:

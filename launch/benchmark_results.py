@@ -53,7 +53,7 @@ class Environment:
     def __str__(self) -> str:
         gpu = self.gpu or "no GPU, so nothing is measured on one"
         return (
-            f"{self.cpu}, {self.threads} CPU threads shared by the ranks, load {self.load} before; {gpu}; "
+            f"{self.cpu}, threads: {self.threads}, shared by the ranks, load before: {self.load}; {gpu}; "
             f"torch {self.torch}, Python {self.python}, {self.system}"
         )
 

@@ -24,8 +24,8 @@ Run = tuple[int, int]
 class FlatShard(Shard):
     """A run of the tensor's elements, one-dimensional, often empty.
 
-    In checkpoints a run becomes the few rectangles it covers, which view the same storage: nothing is
-    copied or sent, and DCP reshards them like any other tensor.
+    In checkpoints a run becomes the few rectangles it covers, which view the same storage unless dimensions are
+    permuted in memory: nothing is sent, and DCP reshards them like any other tensor.
 
     Args:
         runs: the run of each rank of ``group``, by group rank.
@@ -132,7 +132,8 @@ class FlatShard(Shard):
     def _view(self, run: Tensor, sizes: Sequence[int]) -> Tensor:
         order = self._memory_order()
         ordered = run.view([sizes[dim] for dim in order])
-        return ordered.permute([order.index(dim) for dim in range(len(order))])
+        # ShardedTensor takes contiguous blocks only; where dimensions are permuted in memory, that is a copy.
+        return ordered.permute([order.index(dim) for dim in range(len(order))]).contiguous()
 
     def _rectangles(self, run: Run) -> list[tuple[int, list[int], list[int]]]:
         """Start in memory order, corner and sizes of each rectangle that ``run`` covers; one without rows if none."""

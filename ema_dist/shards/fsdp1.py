@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import HandleTrainingState
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from ema_dist.shards.flat import FlatShard, Run
@@ -19,7 +20,7 @@ from ema_dist.shards.whole import WholeShard
 
 # FSDP1 is in maintenance and has no public way to see its cut or to drop gathered weights without gathering
 # them first. These are the private attributes read here; without one of them FSDP1 is refused, by name.
-HANDLE_ATTRIBUTES = ("flat_param", "process_group", "uses_sharded_strategy", "device")
+HANDLE_ATTRIBUTES = ("flat_param", "process_group", "uses_sharded_strategy", "device", "_training_state")
 FLAT_PARAM_ATTRIBUTES = (
     "_param_infos",
     "_shared_param_infos",
@@ -29,6 +30,7 @@ FLAT_PARAM_ATTRIBUTES = (
     "_is_padding_mask",
     "_sharded_size",
     "_params",
+    "_param_extensions",
 )
 
 
@@ -63,6 +65,8 @@ def flat_tensors(model: nn.Module) -> dict[int, dict[str, FlatTensor]]:
     found: dict[int, dict[str, FlatTensor]] = defaultdict(dict)
     for unit, handle in handles(model):
         flat_param = handle.flat_param
+        if any(extension is not None for extension in flat_param._param_extensions):
+            raise ValueError("FSDP1 around tensor-parallel parameters is not supported; use fully_shard (FSDP2) there")
         for index, (info, start) in enumerate(zip(flat_param._param_infos, _starts(flat_param), strict=True)):
             found[id(info.module)][info.param_name] = FlatTensor(
                 (id(flat_param), index), _maker(unit, handle, index, start)
@@ -80,8 +84,13 @@ def local_shard(handle: FlatParamHandle) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop gathered weights, so that the next forward gathers the pieces as they are then."""
+    """Drop gathered weights, so that the next forward gathers the pieces as they are then.
+
+    Raises: RuntimeError inside ``summon_full_params``, which is still to write its gathered weights back.
+    """
     for _, handle in handles(model):
+        if handle._training_state == HandleTrainingState.SUMMON_FULL_PARAMS:
+            raise RuntimeError("inside FullyShardedDataParallel.summon_full_params(); leave it first")
         if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
             handle.reshard(free_unsharded_flat_param=True)
             handle.post_reshard()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 
@@ -27,6 +27,8 @@ class Layout:
     def __init__(self, model: nn.Module, replicas: Replicas = "shard") -> None:
         self.model = model
         self.reshard()
+        self.shards: list[Shard] = []
+        """Parameters and buffers, each where ``state_dict()`` has its first name."""
         self.parameters: dict[str, Shard] = {}
         self.buffers: dict[str, Shard] = {}
         parameter_sites: list[Site] = []
@@ -36,6 +38,7 @@ class Layout:
             shard = tensor.make(tuple(tensor.names))
             if shard.local.is_meta:
                 raise ValueError(f"{shard.name!r} is on the meta device; materialise the model first")
+            self.shards.append(shard)
             if tensor.is_buffer:
                 self.buffers[shard.name] = shard
                 self._buffer_sites[shard.name] = tensor.sites[0]
@@ -43,11 +46,6 @@ class Layout:
                 self.parameters[shard.name] = shard
                 parameter_sites += tensor.sites
         self._watch = Watch(model, parameter_sites)
-
-    @property
-    def shards(self) -> list[Shard]:
-        """Parameters, then buffers."""
-        return [*self.parameters.values(), *self.buffers.values()]
 
     @property
     def ranks(self) -> list[int]:
@@ -84,6 +82,12 @@ class Layout:
                 module.reshard()
         fsdp1.reshard(self.model)
 
+    def changes_to(self, other: Layout) -> dict[str, tuple[str, str]]:
+        """What is differently shaped, cut, placed or tied in ``other``: here and there, by name."""
+        here, there = self._descriptions(), other._descriptions()
+        differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        return {name: (here.get(name, "absent"), there.get(name, "absent")) for name in differing}
+
     def has_moved(self) -> bool:
         """Whether the live weights left the storage that the shards show (``.to()``, ``assign=True``, offloading)."""
         return self._watch.differs()
@@ -93,7 +97,7 @@ class Layout:
         replaced = False
         for name, (registry, own_name) in self._buffer_sites.items():
             shard, buffer = self.buffers[name], registry.get(own_name)
-            if buffer is shard.owner:
+            if buffer is shard.owner and _place(buffer) == _place(shard.local):
                 continue
             if buffer is None or buffer.shape != shard.owner.shape:
                 now = None if buffer is None else tuple(buffer.shape)
@@ -101,3 +105,16 @@ class Layout:
             shard.owner, shard.local = buffer, local_tensor(buffer)
             replaced = True
         return replaced
+
+    def _descriptions(self) -> dict[str, str]:
+        return {name: _description(name, shard) for name, shard in self.by_any_name().items()}
+
+
+def _description(name: str, shard: Shard) -> str:
+    tied = f", tied to {sorted({*shard.names} - {name})}" if len(shard.names) > 1 else ""
+    return f"{shard.part.describe()} on {shard.local.device}{tied}"
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    local = local_tensor(tensor)
+    return local.data_ptr(), local.dtype

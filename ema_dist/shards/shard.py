@@ -46,10 +46,10 @@ class Shard(ABC):
         return self.part is not self
 
     @property
-    def version(self) -> tuple[int, int]:
-        """Changes when somebody writes in place to the parameter or to its storage, except through ``.data``."""
+    def version(self) -> tuple[object, ...]:
+        """Changes when somebody writes to the parameter in place, replaces its storage, or casts it."""
         # Autograd's version counter has no public name.
-        return self.owner._version, self.local._version
+        return self.owner._version, self.local._version, self.local.data_ptr(), self.local.dtype
 
     @property
     @abstractmethod

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed._shard.sharded_tensor import ShardedTensor  # no public name
+from torch.distributed.tensor import DTensor
 
 from ema_dist.shards.shard import Shard
 
@@ -32,6 +34,8 @@ class WholeShard(Shard):
         return local
 
     def unwrap(self, value: Tensor) -> Tensor:
+        if isinstance(value, (DTensor, ShardedTensor)):
+            raise ValueError(f"expected a plain tensor, got this rank's part of one ({type(value).__name__})")
         return self.cut(value)
 
     def full(self, local: Tensor) -> Tensor:
