@@ -12,11 +12,6 @@ from ema_dist.kernels import exchange_, paired
 from ema_dist.replicas import fill_from_parts
 from ema_dist.shards import Layout
 
-SWAP_BYTES = 64 * 2**20
-"""What a swap takes at most, whatever the model's size; a stash of narrower live weights comes on top."""
-
-_SCRATCH_BYTES = SWAP_BYTES // 2  # the other half is for what gloo and malloc have not given back yet
-
 
 class Exchange:
     """One stay of the averages in the model, from construction until `leave`.
@@ -25,7 +20,8 @@ class Exchange:
     that would round the average, so it stays where it is: the live part is stashed, a rounded copy goes in its place.
     Either way, weights that replicas share are then filled from every replica's part.
 
-    Collective: over the replicas of split weights. Memory: `SWAP_BYTES`, and one live part where dtypes differ.
+    Collective: over the replicas of split weights.
+    Memory: one scratch of `ema_dist.kernels`, and one live part where dtypes differ.
     """
 
     def __init__(self, layout: Layout, averages: Averages) -> None:
@@ -35,7 +31,7 @@ class Exchange:
         self._exchange(pairs)
         try:
             _copy(pairs[name][::-1] for name in self._stash)
-            fill_from_parts(layout.parameters.values(), limit=_SCRATCH_BYTES)
+            fill_from_parts(layout.parameters.values())
         except BaseException:
             # A replica is gone: at least this rank's parts of the live weights, and its averages, are themselves again.
             self._restore(pairs)
@@ -55,7 +51,7 @@ class Exchange:
         pairs = _pairs(layout, self._averages)
         self._keep_written_buffers(pairs)
         self._restore(pairs)
-        fill_from_parts(layout.parameters.values(), limit=_SCRATCH_BYTES)
+        fill_from_parts(layout.parameters.values())
         return written
 
     def _restore(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -64,7 +60,7 @@ class Exchange:
 
     def _exchange(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         for averages, lives in paired(pair for name, pair in pairs.items() if name not in self._stash):
-            exchange_(averages, lives, limit=_SCRATCH_BYTES)
+            exchange_(averages, lives)
 
     def _keep_written_buffers(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         for name in self._stash.keys() & self._averages.buffers.keys():

@@ -87,7 +87,7 @@ def scatter(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, A
     is_source = group is None or dist.get_rank() == ranks[0]
     shards = {shard.name: shard for shard, _ in _averaged(layout, averages) if shard.name in averages}
     values = {
-        first: full[name] for first, shard in shards.items() for name in shard.names if is_source and name in full
+        first: full[name] for first, shard in shards.items() for name in shard.names[::-1] if is_source and name in full
     }
     told: list[Any] = [(_mismatch(layout, shards, full, values), _dtypes(values))]
     if group is not None:

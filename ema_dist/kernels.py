@@ -70,26 +70,32 @@ def _lerp_carefully_(targets: list[Tensor], values: list[Tensor], weight: float 
 
 
 @torch.no_grad()
-def exchange_(ours: list[Tensor], theirs: list[Tensor], *, limit: int) -> None:
+def exchange_(ours: list[Tensor], theirs: list[Tensor]) -> None:
     """Let the contents of each pair change places, to the bit.
 
-    Memory: one scratch of ``limit`` bytes; when there is no room for it, everything is as it was before.
+    Memory: one scratch of `CPU_SCRATCH_BYTES` or `DEVICE_SCRATCH_BYTES`, taken before anything changes.
     """
-    done: list[tuple[list[Tensor], ...]] = []
-    try:
-        for left, right in chunks(ours, theirs, limit=limit):
-            _exchange_chunk_(left, right)
-            done.append((left, right))
-    except BaseException:
-        for left, right in done:
-            _exchange_chunk_(left, right)
-        raise
+    scratch = make_scratch(ours)
+    for left, right in chunks(ours, theirs, limit=scratch.nbytes):
+        kept = views(scratch, left)
+        torch._foreach_copy_(kept, left)
+        torch._foreach_copy_(left, right)
+        torch._foreach_copy_(right, kept)
 
 
-def _exchange_chunk_(left: list[Tensor], right: list[Tensor]) -> None:
-    scratch = [piece.clone() for piece in left]
-    torch._foreach_copy_(left, right)
-    torch._foreach_copy_(right, scratch)
+def make_scratch(tensors: list[Tensor]) -> Tensor:
+    """A flat tensor of their dtype on their device that holds all of them, or as many as one scratch may."""
+    first = tensors[0]
+    needed = sum(tensor.numel() for tensor in tensors)
+    return torch.empty(
+        min(needed, _scratch_bytes(first) // first.element_size()), dtype=first.dtype, device=first.device
+    )
+
+
+def views(scratch: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Consecutive pieces of ``scratch`` in the shapes of ``tensors``."""
+    sizes = [tensor.numel() for tensor in tensors]
+    return [piece.view(tensor.shape) for piece, tensor in zip(scratch[: sum(sizes)].split(sizes), tensors, strict=True)]
 
 
 @torch.no_grad()

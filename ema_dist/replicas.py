@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ema_dist.kernels import checksum
+from ema_dist.kernels import checksum, chunks, make_scratch, views
 from ema_dist.shards import Shard, all_gather, flat
 
 
@@ -38,81 +37,38 @@ def drift(shards: Iterable[Shard]) -> str:
 
 
 @torch.no_grad()
-def fill_from_parts(shards: Iterable[Shard], *, limit: int) -> None:
+def fill_from_parts(shards: Iterable[Shard]) -> None:
     """Fill every replica's ``local`` with the parts that the replicas hold in theirs.
 
-    Collective: over the replicas of each split shard. Memory: buffers of ``limit`` bytes in all.
+    Collective: over the replicas of each split shard. Memory: one scratch of `ema_dist.kernels`.
     """
     for group, split in _by_group(shard for shard in shards if shard.is_split):
         by_dtype: dict[torch.dtype, list[Shard]] = defaultdict(list)
         for shard in split:
             by_dtype[shard.local.dtype].append(shard)
         for alike in by_dtype.values():
-            _fill_alike(alike, group, limit)
+            _broadcast_parts(alike, group)
 
 
-def _fill_alike(shards: list[Shard], group: ProcessGroup, limit: int) -> None:
-    """Fill weights of one dtype."""
-    dtype, count = shards[0].local.dtype, group.size()
-    # What is sent and what is received, of which gloo holds up to four copies (measured).
-    affordable = max(1, limit // (dtype.itemsize * (5 * count + 1)))
-    per_rank = min(affordable, sum(_per_part(shard.local, count) for shard in shards))
-    sent = torch.empty(per_rank, dtype=dtype, device=shards[0].device)
-    received = torch.empty(count, per_rank, dtype=dtype, device=shards[0].device)
-    for bucket in _buckets(shards, count, per_rank):
-        _fill(bucket, sent, received, group)
+def _broadcast_parts(shards: list[Shard], group: ProcessGroup) -> None:
+    """One replica after the other sends its parts: bounded buffers, and nothing for those that hold no rows."""
+    scratch = make_scratch([shard.local for shard in shards]).to(shards[0].device)
+    for replica, rank in enumerate(dist.get_process_group_ranks(group)):
+        parts = [_part(shard.local, replica, group.size()) for shard in shards]
+        for (pieces,) in chunks(parts, limit=scratch.nbytes):
+            sent = views(scratch, pieces)
+            if replica == group.rank():
+                torch._foreach_copy_(sent, pieces)
+            dist.broadcast(scratch[: sum(piece.numel() for piece in pieces)], rank, group=group)
+            if replica != group.rank():
+                torch._foreach_copy_(pieces, sent)
 
 
-def _per_part(local: Tensor, count: int) -> int:
-    """Elements in the largest part when ``count`` replicas share the rows."""
+def _part(local: Tensor, replica: int, count: int) -> Tensor:
+    """The elements of one replica's rows, flat."""
     rows = local.shape[0]
-    return -(-rows // count) * (local.numel() // max(rows, 1))
-
-
-class _Slice(NamedTuple):
-    """Elements ``start .. stop`` of every replica's part of one shard, as far as its part goes."""
-
-    local: Tensor
-    per_part: int
-    start: int
-    stop: int
-
-    def of(self, replica: int) -> Tensor:
-        first = replica * self.per_part
-        last = min(first + self.per_part, self.local.numel())
-        return self.local[min(first + self.start, last) : min(first + self.stop, last)]
-
-
-def _buckets(shards: Sequence[Shard], count: int, per_rank: int) -> Iterator[list[_Slice]]:
-    bucket: list[_Slice] = []
-    room = per_rank
-    for shard in shards:
-        local = flat(shard.local)
-        per_part = _per_part(shard.local, count)
-        start = 0
-        while start < per_part:
-            stop = min(start + room, per_part)
-            bucket.append(_Slice(local, per_part, start, stop))
-            room -= stop - start
-            start = stop
-            if not room:
-                yield bucket
-                bucket, room = list[_Slice](), per_rank
-    if bucket:
-        yield bucket
-
-
-def _fill(bucket: list[_Slice], sent: Tensor, received: Tensor, group: ProcessGroup) -> None:
-    sizes = [piece.stop - piece.start for piece in bucket]
-    sent, received = sent[: sum(sizes)], received.view(-1)[: sum(sizes) * group.size()].view(group.size(), -1)
-    mine = [piece.of(group.rank()) for piece in bucket]
-    torch._foreach_copy_([at[: len(it)] for at, it in zip(sent.split(sizes), mine, strict=True)], mine)
-    all_gather(received.view(-1), sent, group=group)
-    for replica in range(group.size()):
-        if replica != group.rank():
-            theirs = [piece.of(replica) for piece in bucket]
-            arrived = received[replica].split(sizes)
-            torch._foreach_copy_(theirs, [at[: len(it)] for at, it in zip(arrived, theirs, strict=True)])
+    per_part = -(-rows // count) * (local.numel() // max(rows, 1))
+    return flat(local)[replica * per_part : (replica + 1) * per_part]
 
 
 def _by_group(shards: Iterable[Shard]) -> list[tuple[ProcessGroup, list[Shard]]]:

@@ -155,7 +155,13 @@ LAYOUTS = {
     "fsdp1-checkpointed": Layout(partial(_checkpointed, then=_fsdp1)),
     "fsdp2-checkpointed": Layout(partial(_checkpointed, then=_fsdp2)),
     "ddp-compiled": Layout(partial(_compiled, then=_ddp)),
+    "hsdp-checkpointed": Layout(partial(_checkpointed, then=partial(_fsdp2, replicas=2)), ranks=4),
+    "tp-checkpointed": Layout(lambda net: _checkpointed(_tp(net), then=lambda wrapped: wrapped), hidden=6),
+    "plain-compiled": Layout(partial(_compiled, then=lambda net: net), ranks=1),
+    "fsdp1-compiled": Layout(partial(_compiled, then=_fsdp1)),
     "fsdp2-compiled": Layout(partial(_compiled, then=_fsdp2)),
+    "hsdp-compiled": Layout(partial(_compiled, then=partial(_fsdp2, replicas=2)), ranks=4),
+    "tp-compiled": Layout(partial(_compiled, then=_tp), hidden=6),
 }
 
 
@@ -196,7 +202,9 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _without_wrappers(name: str) -> str:
-    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+    for segment in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(segment, "")
+    return name
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -18,12 +18,10 @@ from layouts import assert_bitwise_equal, evaluate, full_weights, layouts, make_
 
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp", "ddp-compiled", "fsdp2-checkpointed")
 def test_names_are_those_of_the_unwrapped_state_dict(layout: str) -> None:
-    """In its order; a user's submodule may be called `module` (failure 11)."""
-    net = make_net(layout)
-    names = list(net.state_dict())
+    """All of them, once; a user's submodule may be called `module` (failure 11)."""
+    names = list(make_net(layout).state_dict())
     _, ema = trained(layout)
-    parameters_first = sorted(name for name, _ in ema.gather())
-    assert parameters_first == sorted(names)
+    assert sorted(name for name, _ in ema.gather()) == sorted(names)
     for name, value in ema.gather():
         assert (value is None) == (dist.get_rank() > 0), name
 
@@ -84,6 +82,18 @@ def test_copy_to_overwrites_live_weights(layout: str) -> None:
     for other in (same_way, unwrapped, model):
         assert_bitwise_equal(full_weights(other), averaged)
     torch.testing.assert_close(evaluate(model), evaluate(unwrapped), rtol=1e-4, atol=1e-5)
+
+
+@layouts("plain", "ddp")
+def test_copy_to_reaches_every_name_of_a_target_that_is_not_tied(layout: str) -> None:
+    _, ema = trained(layout)
+    target = make_net(layout, seed=1)
+    target.head.weight = nn.Parameter(torch.zeros(5, 6))
+    ema.copy_to(target)
+    assert torch.equal(target.head.weight, target.embed.weight)
+    full = target.state_dict() | {"head.weight": torch.ones(5, 6)}
+    with pytest.raises(ValueError, match=r"tied names with different values': \['head.weight'\]"):
+        ema.load_full_state_dict(full)
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2-3", "hsdp", "tp")

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
-from ema_dist.exchange import SWAP_BYTES
+from ema_dist.kernels import DEVICE_SCRATCH_BYTES
 from layouts import assert_bitwise_equal, full_weights
 
 
@@ -113,4 +113,4 @@ def test_a_swap_takes_a_constant_amount_of_device_memory() -> None:
     before = torch.cuda.memory_allocated()
     with ema.swapped():
         pass
-    assert torch.cuda.max_memory_allocated() - before <= SWAP_BYTES
+    assert torch.cuda.max_memory_allocated() - before <= DEVICE_SCRATCH_BYTES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import HalfLife, ShardedEMA
 from layouts import TORCH_WARNS, assert_bitwise_equal, full_weights, layouts, make_net, trained, wrap
@@ -149,6 +152,69 @@ def test_a_state_of_another_model_changes_nothing(layout: str) -> None:
     with pytest.raises(ValueError, match="format 1"):
         ema.load_state_dict(good | {"format": 2})
     assert_bitwise_equal(ema.full_state_dict(), before)
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp2")
+def test_an_incomplete_state_changes_nothing(layout: str) -> None:
+    model, ema = trained(layout)
+    before = ema.full_state_dict()
+    other = ShardedEMA(model, decay=0.8).state_dict()
+    for key in ("format", "steps", "updates", "tracks"):
+        with pytest.raises(ValueError, match=key):
+            ema.load_state_dict({name: value for name, value in other.items() if name != key})
+    track = other["tracks"]["default"]
+    for key in ("decay", "averages", "buffers"):
+        broken = {"default": {name: value for name, value in track.items() if name != key}}
+        with pytest.raises(ValueError, match=key):
+            ema.load_state_dict(other | {"tracks": broken})
+    assert_bitwise_equal(ema.full_state_dict(), before)
+    assert ema.steps == 3
+
+
+@pytest.mark.world_size(2)
+def test_a_state_with_split_averages_does_not_load_into_whole_ones() -> None:
+    """Not by itself, that is: DCP reshards it."""
+    model, split = trained("ddp")
+    whole = ShardedEMA(model, decay=0.8, replicas="copy")
+    before = whole.full_state_dict()
+    with pytest.raises(ValueError, match=r"torch.distributed.checkpoint"):
+        whole.load_state_dict(split.state_dict())
+    assert_bitwise_equal(whole.full_state_dict(), before)
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp2")
+def test_loading_inside_a_swap_is_refused_and_loses_nothing(layout: str, tmp_path: Path) -> None:
+    model, ema = trained(layout)
+    dcp.save({"ema": ShardedEMA(model, decay=0.8)}, checkpoint_id=tmp_path)
+    before, live = ema.full_state_dict(), full_weights(model)
+    with ema.swapped(), pytest.raises(RuntimeError, match=r"inside swapped"):
+        dcp.load({"ema": ema}, checkpoint_id=tmp_path)
+    assert_bitwise_equal(ema.full_state_dict(), before)
+    assert_bitwise_equal(full_weights(model), live)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=(pytest.mark.world_size(2), *TORCH_WARNS)) for name in ("ddp", "fsdp1")],
+)
+def test_weights_permuted_in_memory_are_saved_and_loaded(layout: str, tmp_path: Path) -> None:
+    """Channels last, transposed; a first dimension of one row, whose stride means nothing."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Conv2d(2, 5, 1)).to(memory_format=torch.channels_last)
+    net.turned = nn.Parameter(torch.randn(10, 6).t())
+    wrapper = {
+        "ddp": DistributedDataParallel,
+        "fsdp1": partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu")),
+    }[layout]
+    expected = {name: value.clone() for name, value in net.state_dict().items()}
+    ema = ShardedEMA(wrapper(net), decay=0.5)
+    ema.load_state_dict(ema.state_dict())
+    dcp.save({"ema": ema}, checkpoint_id=tmp_path)
+    ema.load_full_state_dict({name: torch.zeros_like(value) for name, value in expected.items()})
+    dcp.load({"ema": ema}, checkpoint_id=tmp_path)
+    full = ema.full_state_dict()
+    if full:
+        assert_bitwise_equal(full, expected)
 
 
 @layouts("plain", "fsdp2")

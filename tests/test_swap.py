@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
-from ema_dist.exchange import SWAP_BYTES
+from ema_dist.kernels import DEVICE_SCRATCH_BYTES
 from layouts import Net, assert_bitwise_equal, evaluate, full_weights, layouts, make_net, resident_peak, trained, wrap
 
 
@@ -105,6 +105,18 @@ def test_live_comes_back_also_when_the_model_was_changed_inside(layout: str) -> 
         with pytest.raises(ValueError, match=r"blocks.1.out.weight"), ema.swapped():
             model.blocks[1].out = nn.Identity()
         assert torch.equal(changed.weight.double(), kept)
+
+
+@layouts("plain", "ddp", "fsdp2")
+def test_casting_or_replacing_weights_inside_is_an_error(layout: str) -> None:
+    """The averages were among them, and have been rounded or lost."""
+    model, ema = trained(layout)
+    with pytest.raises(RuntimeError, match=r"written to inside.*out\.weight"), ema.swapped():
+        model.to(torch.bfloat16)
+        model.to(torch.float32)
+    if layout == "plain":
+        with pytest.raises(RuntimeError, match=r"written to inside.*'embed\.weight'\]"), ema.swapped():
+            model.embed.weight.data = torch.zeros(5, 6)
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2")
@@ -220,7 +232,7 @@ def test_a_swap_of_a_large_model_needs_a_constant_scratch(layout: str) -> None:
             pass
 
     swap()
-    assert resident_peak(swap) <= SWAP_BYTES
+    assert resident_peak(swap) <= DEVICE_SCRATCH_BYTES
 
 
 def test_net_has_tied_and_frozen_parts() -> None:

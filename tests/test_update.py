@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +51,7 @@ def test_an_update_sends_nothing(layout: str) -> None:
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp", "fsdp2-tp")
 def test_an_update_is_one_foreach_pass_over_plain_tensors_and_asks_the_device_nothing(layout: str) -> None:
-    """One lerp per device and dtype, however many parameters; the rest is for buffers, which may hold infinities."""
+    """One lerp per device and dtype, however many parameters."""
     model = wrap(layout, make_net(layout))
     ema = ShardedEMA(model, decay=0.5, buffers="copy")
     with Ops() as ops:
@@ -58,6 +59,16 @@ def test_an_update_is_one_foreach_pass_over_plain_tensors_and_asks_the_device_no
     assert not ops.saw_dtensor
     assert ops.names.count("aten::_foreach_lerp_") == 1
     assert set(ops.names) <= {"aten::_foreach_lerp_", "aten::_foreach_copy_", "aten::detach"}
+
+
+def test_averaging_buffers_takes_few_operators_however_many_there_are() -> None:
+    """They take the careful way, as they may hold infinities: on a GPU each operator is a launch."""
+    model = nn.Sequential(*[nn.BatchNorm1d(4) for _ in range(50)])
+    ema = ShardedEMA(model, decay=0.5)
+    with Ops() as ops:
+        ema.update()
+    launches = [name for name in ops.names if name.split("::")[1] not in {"detach", "view", "empty_like", "split"}]
+    assert len(launches) < 20
 
 
 @pytest.mark.parametrize(
@@ -134,6 +145,50 @@ def test_buffers_that_are_replaced_are_followed() -> None:
     model.running_mean = torch.full((3,), 4.0)
     ema.update()
     assert torch.equal(ema.full_state_dict()["running_mean"], torch.full((3,), 2.0))
+
+
+def test_buffers_whose_storage_is_replaced_are_followed() -> None:
+    """As FSDP1 does it at the first forward, with a dtype of its own for buffers."""
+    model = nn.BatchNorm1d(3)
+    ema = ShardedEMA(model, decay=0.5)
+    model.running_mean.data = torch.full((3,), 4.0, dtype=torch.bfloat16)
+    ema.update()
+    assert torch.equal(ema.full_state_dict()["running_mean"], torch.full((3,), 2.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_mixed_precision(use_orig_params: bool) -> None:  # noqa: FBT001
+    """Averages follow the full-precision pieces; buffers change their dtype at the first forward."""
+    precision = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
+    net = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Linear(7, 5))
+    model = FullyShardedDataParallel(
+        net, device_id=torch.device("cpu"), use_orig_params=use_orig_params, mixed_precision=precision
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = ShardedEMA(model, decay=0.5)
+    reference = full_weights(model)
+    for step in range(3):
+        train_step(model, optimizer, step)
+        ema.update()
+        live = full_weights(model)
+        reference = {name: value.lerp(live[name], 0.5) for name, value in reference.items()}
+    with ema.swapped():
+        pass
+    assert_bitwise_equal(full_weights(model), live)
+    for name, value in ema.full_state_dict(dtype=torch.float32).items():
+        if "num_batches" not in name:
+            torch.testing.assert_close(value.double(), reference[name], rtol=1e-5, atol=1e-6)
+
+
+@layouts("plain", "ddp", "fsdp2")
+def test_weights_that_are_no_longer_tied_are_named(layout: str) -> None:
+    """The one that is left would ship its live values (`assign=True` and `to_empty()` do it)."""
+    model, ema = trained(layout)
+    inner = model.module if layout == "ddp" else model
+    inner.load_state_dict({name: value.clone() for name, value in inner.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match=r"tied to \['embed.weight'\]"):
+        ema.update()
 
 
 def test_non_persistent_buffers_are_left_alone() -> None:
@@ -239,7 +294,7 @@ def test_averages_follow_weights_that_move_to_other_storage(layout: str) -> None
     twin = {name: value.clone() for name, value in full_weights(model).items()}
     before = ema.full_state_dict()
     if layout.startswith("fsdp1"):
-        for unit in torch.distributed.fsdp.FullyShardedDataParallel.fsdp_modules(model):
+        for unit in FullyShardedDataParallel.fsdp_modules(model):
             handle = unit._handle  # noqa: SLF001  as CPU offloading moves it at the first forward
             handle.flat_param._local_shard = handle.flat_param._local_shard.clone()  # noqa: SLF001
             handle.reshard(free_unsharded_flat_param=True)

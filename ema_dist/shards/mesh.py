@@ -39,6 +39,10 @@ class MeshShard(Shard):
         self.stride = stride
 
     @property
+    def version(self) -> tuple[object, ...]:
+        return *super().version, self.local._version  # the owner is another tensor, with a counter of its own
+
+    @property
     def shape(self) -> torch.Size:
         return self._shape
 
@@ -104,8 +108,11 @@ class MeshShard(Shard):
         return f"{tuple(self._shape)}, placed {self.placements} over ranks {self.mesh.mesh.tolist()}"
 
 
-GATHER_PADDING_BYTES = 2**20
-"""How much longer than the tensor a gather's buffer may be; beyond, the few ranks that hold rows send them in turn."""
+FEW_SENDERS = 8
+"""Up to so many ranks send their runs in turn: gloo needs no second copy for that, as it does for an all-gather."""
+
+PADDING_BYTES = 2**20
+"""How much longer than the tensor the buffer of an all-gather may be, where the last runs are short or empty."""
 
 
 def _gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Tensor:
@@ -115,21 +122,22 @@ def _gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Te
     """
     local = local.movedim(dim, 0).contiguous()
     shape = local.shape[1:]
-    run = -(-length // group.size())
+    run = max(1, -(-length // group.size()))
     padded = run * group.size()
-    if (padded - length) * shape.numel() * local.element_size() <= GATHER_PADDING_BYTES:
+    padding = (padded - length) * shape.numel() * local.element_size()
+    if length <= FEW_SENDERS * run or padding > PADDING_BYTES:
+        gathered = local.new_empty((length, *shape))
+        for index, rows in enumerate(gathered.split(run)):
+            if index == group.rank():
+                rows.copy_(local)
+            dist.broadcast(rows, dist.get_global_rank(group, index), group=group)
+    else:
         gathered = local.new_empty((padded, *shape))
         sent = local
         if len(local) < run:
             sent = local.new_empty((run, *shape))
             sent[: len(local)] = local
         all_gather(gathered.view(-1), sent.view(-1), group=group)
-    else:
-        gathered = local.new_empty((length, *shape))
-        for index, rows in enumerate(gathered.split(run)):
-            if index == group.rank():
-                rows.copy_(local)
-            dist.broadcast(rows, dist.get_global_rank(group, index), group=group)
     return gathered[:length].movedim(0, dim)
 
 

@@ -49,7 +49,7 @@ class Shard(ABC):
     def version(self) -> tuple[object, ...]:
         """Changes when somebody writes to the parameter in place, replaces its storage, or casts it."""
         # Autograd's version counter has no public name.
-        return self.owner._version, self.local._version, self.local.data_ptr(), self.local.dtype
+        return self.owner._version, self.local.data_ptr(), self.local.dtype
 
     @property
     @abstractmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from operator import attrgetter, is_
+from collections.abc import Iterator
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,38 +16,50 @@ from ema_dist.shards.fsdp1 import handles, local_shard
 
 
 class Watch:
-    """Compares registries and storage addresses with what they were, in a few passes that run in C.
+    """Compares modules and storage addresses with what they were, in a few passes that run in C.
 
     Without it an average would go on following a tensor that the model has put aside (``.to()``, ``assign=True``,
-    offloading, a replaced module).
+    offloading, a replaced module). An address says enough: the storage that the average follows is kept alive by it,
+    so no other tensor can come to lie there. What is added to a module is noticed by its neighbours.
     """
 
     def __init__(self, model: nn.Module, parameter_sites: list[Site]) -> None:
-        modules = list(model.modules())
-        children = [(module._modules, name) for module in modules for name in module._modules]
-        sites: list[tuple[dict[str, Any], str]] = [*children, *parameter_sites]
-        self._registries = [registry for registry, _ in sites]
-        self._names = [name for _, name in sites]
-        self._entries = list(map(dict.get, self._registries, self._names))
-        self._growing = [kind for module in modules for kind in (module._modules, module._parameters, module._buffers)]
-        self._lengths = list(map(len, self._growing))
-        parameters = [registry[name] for registry, name in parameter_sites]
-        self._plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-        self._on_mesh = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+        self._children = [module._modules.values() for module in model.modules() if module._modules]
+        self._modules = list(chain.from_iterable(self._children))
+        on_mesh = [site for site in parameter_sites if isinstance(site[0][site[1]], DTensor)]
+        self._mesh = _Sites(on_mesh)
+        self._plain = _Sites([site for site in parameter_sites if not isinstance(site[0][site[1]], DTensor)])
         self._handles = [handle for _, handle in handles(model)]
         self._addresses = self._current_addresses()
 
     def differs(self) -> bool:
         """Whether a module or parameter was added, replaced or removed, or lies in other storage."""
-        return (
-            not all(map(is_, map(dict.get, self._registries, self._names), self._entries))
-            or list(map(len, self._growing)) != self._lengths
-            or self._current_addresses() != self._addresses
-        )
+        if list(chain.from_iterable(self._children)) != self._modules:
+            return True
+        try:
+            return self._current_addresses() != self._addresses
+        except (AttributeError, TypeError):  # a sharded parameter has become a plain one, or one is gone
+            return True
 
     def _current_addresses(self) -> list[int]:
-        tensors = [*self._plain, *map(_local, self._on_mesh), *map(local_shard, self._handles)]
+        tensors = chain(self._plain.current(), map(_local, self._mesh.current()), map(local_shard, self._handles))
         return list(map(torch.Tensor.data_ptr, tensors))
+
+
+class _Sites:
+    """Reads registries: whole ones at once where all that they hold is asked for."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        asked: dict[int, tuple[dict[str, Any], list[str]]] = {}
+        for registry, name in sites:
+            asked.setdefault(id(registry), (registry, []))[1].append(name)
+        self._whole = [registry.values() for registry, names in asked.values() if len(names) == len(registry)]
+        rest = [(registry, name) for registry, names in asked.values() if len(names) < len(registry) for name in names]
+        self._registries = [registry for registry, _ in rest]
+        self._names = [name for _, name in rest]
+
+    def current(self) -> Iterator[Any]:
+        return chain(chain.from_iterable(self._whole), map(dict.get, self._registries, self._names))
 
 
 # to_local() costs a microsecond per parameter and step; it is the fallback where the attribute is not there.
