@@ -157,11 +157,13 @@ LAYOUTS = {
     "ddp-compiled": Layout(partial(_compiled, then=_ddp)),
     "hsdp-checkpointed": Layout(partial(_checkpointed, then=partial(_fsdp2, replicas=2)), ranks=4),
     "tp-checkpointed": Layout(lambda net: _checkpointed(_tp(net), then=lambda wrapped: wrapped), hidden=6),
+    "fsdp2-tp-checkpointed": Layout(lambda net: _checkpointed(_fsdp2_tp(net), then=lambda it: it), ranks=4, hidden=6),
     "plain-compiled": Layout(partial(_compiled, then=lambda net: net), ranks=1),
     "fsdp1-compiled": Layout(partial(_compiled, then=_fsdp1)),
     "fsdp2-compiled": Layout(partial(_compiled, then=_fsdp2)),
     "hsdp-compiled": Layout(partial(_compiled, then=partial(_fsdp2, replicas=2)), ranks=4),
     "tp-compiled": Layout(partial(_compiled, then=_tp), hidden=6),
+    "fsdp2-tp-compiled": Layout(partial(_compiled, then=_fsdp2_tp), ranks=4, hidden=6),
 }
 
 
