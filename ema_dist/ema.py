@@ -256,12 +256,15 @@ class ShardedEMA:
             meet("full_state_dict(pipeline=...)", stages, timeout=self._timeout)
             entries = unite(entries, pipeline, self._layout.shards[0].device)
         full: dict[str, Any] = {}
+        different: list[str] = []
         for name, value in entries:
             if value is None and not self._is_first:
                 continue
             if isinstance(value, Tensor) and name in full and not torch.equal(full[name], value):
-                raise ValueError(f"pipeline stages hold different tensors under the name {name!r}")
+                different.append(name)
             full.setdefault(name, value)
+        if different:
+            raise ValueError(f"pipeline stages hold different tensors under the names {different}")
         return full
 
     def load_full_state_dict(self, full: Mapping[str, Any]) -> None:
@@ -326,19 +329,19 @@ class ShardedEMA:
             yield entry
 
     def _leave_swap(self) -> None:
-        """Put the live weights back first, and only then look at what has happened to the model meanwhile."""
+        """Put the live weights back, whatever has happened to the model meanwhile, and only then complain about it."""
         assert self._exchange is not None
         if self._is_split:
             try:
                 meet("leaving swapped()", self._ranks, timeout=self._timeout)
             except RuntimeError as error:
                 hint = "The averages are still in the model; restore() on every rank puts the live weights back"
-                raise RuntimeError(f"{error}. {hint}") from None
+                raise RuntimeError(f"{error}. {hint}") from error
         problem = self._follow()
         written = self._exchange.leave(self._layout)
         self._exchange = None
         if problem:
-            raise ValueError(problem)
+            raise problem
         if written:
             raise RuntimeError(
                 f"parameters were written to inside swapped(): {written}. The live weights are back, but what was "
@@ -354,32 +357,36 @@ class ShardedEMA:
         if together:
             require_world(call, self._ranks)
         problem = self._follow()
-        try:
-            if together:
-                meet(call, self._ranks, timeout=self._timeout, problem=problem)
-        finally:
-            if problem:
-                raise ValueError(problem)
+        if together:
+            try:
+                meet(call, self._ranks, timeout=self._timeout, problem=str(problem or ""))
+            except RuntimeError:
+                if problem is None:
+                    raise
+        if problem is not None:
+            raise problem
 
-    def _follow(self) -> str:
-        """Follow the live weights to where they are now; what is wrong with them, or an empty string."""
+    def _follow(self) -> ValueError | None:
+        """Follow the live weights to where they are now; what is wrong with them, if anything."""
         try:
             layout = Layout(self._layout.model, self._replicas)
-        except (RuntimeError, ValueError) as error:
-            return str(error)
-        if changes := self._layout.changes_to(layout):
-            return (
-                f"the model is not the one that ShardedEMA(model) was given (then, now): {changes}; "
-                "construct it again after changing or wrapping a model"
+            if changes := self._layout.changes_to(layout):
+                return ValueError(
+                    f"the model is not the one that ShardedEMA(model) was given (then, now): {changes}; "
+                    "construct it again after changing or wrapping a model"
+                )
+            self._layout = layout
+            self._averages.bind(layout)
+            if late := [name for name in self._left_out if self._selects(name)]:
+                return ValueError(
+                    f"parameters {late} became trainable after ShardedEMA(model) and have no average; "
+                    "construct it after unfreezing, or leave them out with select="
+                )
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
+            return ValueError(f"the model cannot be read: {type(error).__name__}: {error}").with_traceback(
+                error.__traceback__
             )
-        self._layout = layout
-        self._averages.bind(layout)
-        if late := [name for name in self._left_out if self._selects(name)]:
-            return (
-                f"parameters {late} became trainable after ShardedEMA(model) and have no average; "
-                "construct it after unfreezing, or leave them out with select="
-            )
-        return ""
+        return None
 
     def _refuse_drift(self, call: str) -> None:
         """Compare replicas; all ranks get to know, also those whose own replicas agree."""

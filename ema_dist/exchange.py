@@ -26,6 +26,8 @@ class Exchange:
 
     def __init__(self, layout: Layout, averages: Averages) -> None:
         self._averages = averages
+        self._is_restored = False
+        self._written: list[str] = []
         pairs = _pairs(layout, averages)
         self._stash = {name: live.clone() for name, (average, live) in pairs.items() if average.dtype != live.dtype}
         self._exchange(pairs)
@@ -41,27 +43,33 @@ class Exchange:
     def current(self, layout: Layout) -> dict[str, Tensor]:
         """The averages, wherever they are now: parameters' parts and buffers by name."""
         return {
-            name: average if name in self._stash else live
+            name: average if self._is_restored or name in self._stash else live
             for name, (average, live) in _pairs(layout, self._averages).items()
         }
 
     def leave(self, layout: Layout) -> list[str]:
-        """Put the live weights back, to the bit; the names of parameters that were written to meanwhile."""
-        written = [name for name, version in self._versions.items() if layout.parameters[name].version != version]
-        pairs = _pairs(layout, self._averages)
-        self._keep_written_buffers(pairs)
-        self._restore(pairs)
+        """Put the live weights back, to the bit; the names of parameters that were written to meanwhile.
+
+        When replicas fail while they fill each other's weights, it can be called again.
+        """
+        if not self._is_restored:
+            now = {name: layout.parameters[name].version for name in self._versions}
+            self._written = [name for name, version in self._versions.items() if now[name] != version]
+            pairs = _pairs(layout, self._averages)
+            self._keep_written_buffers(pairs)
+            self._restore(pairs)
+            self._is_restored = True
         fill_from_parts(layout.parameters.values())
-        return written
+        return self._written
 
     def _restore(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         self._exchange(pairs)
         _copy((pairs[name][1], stashed) for name, stashed in self._stash.items())
 
     def _exchange(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-        for averages, lives in paired(pair for name, pair in pairs.items() if name not in self._stash):
-            exchange_(averages, lives)
+        exchange_(paired(pair for name, pair in pairs.items() if name not in self._stash))
 
+    @torch.no_grad()
     def _keep_written_buffers(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         for name in self._stash.keys() & self._averages.buffers.keys():
             average, live = pairs[name]

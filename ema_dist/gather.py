@@ -89,7 +89,7 @@ def scatter(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, A
     values = {
         first: full[name] for first, shard in shards.items() for name in shard.names[::-1] if is_source and name in full
     }
-    told: list[Any] = [(_mismatch(layout, shards, full, values), _dtypes(values))]
+    told: list[Any] = [(_mismatch(layout, shards, full, values), _dtypes(values))] if is_source else [None]
     if group is not None:
         dist.broadcast_object_list(told, src=ranks[0], group=group)
     mismatch, dtypes = told[0]
@@ -124,7 +124,7 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
         full = local if all(goal.same_cut(shard) for goal in goals) else shard.full(local)
         for goal in goals:
             if goal.local is not local:
-                goal.local.copy_(full if full is local else goal.cut(full))
+                goal.local.copy_(local if goal.same_cut(shard) else goal.cut(full))
     for name, module in layout.extra_states.items():
         if target.extra_states[name] is not module:
             target.extra_states[name].set_extra_state(module.get_extra_state())
@@ -156,13 +156,18 @@ def _mismatch(
             name
             for first, shard in shards.items()
             for name in shard.names
-            if name in full and first in values and not torch.equal(full[name], values[first])
+            if name in full and full[name] is not values[first] and not _equal(full[name], values[first])
         ),
+        "not tensors": sorted(name for name, value in values.items() if not isinstance(value, Tensor)),
         "shapes (expected, got)": {
             name: (tuple(shards[name].shape), shape) for name, shape in shapes.items() if shape != shards[name].shape
         },
     }
     return {what: where for what, where in found.items() if where}
+
+
+def _equal(left: object, right: object) -> bool:
+    return isinstance(left, Tensor) and isinstance(right, Tensor) and torch.equal(left.cpu(), right.cpu())
 
 
 def _dtypes(values: Mapping[str, Any]) -> dict[str, torch.dtype]:

@@ -70,17 +70,25 @@ def _lerp_carefully_(targets: list[Tensor], values: list[Tensor], weight: float 
 
 
 @torch.no_grad()
-def exchange_(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    """Let the contents of each pair change places, to the bit.
+def exchange_(lists: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+    """Let the contents of each pair change places, to the bit; ``lists`` as `paired` makes them.
 
-    Memory: one scratch of `CPU_SCRATCH_BYTES` or `DEVICE_SCRATCH_BYTES`, taken before anything changes.
+    Memory: one scratch of `CPU_SCRATCH_BYTES` or `DEVICE_SCRATCH_BYTES` per device, taken before anything changes.
     """
-    scratch = make_scratch(ours)
-    for left, right in chunks(ours, theirs, limit=scratch.nbytes):
-        kept = views(scratch, left)
-        torch._foreach_copy_(kept, left)
-        torch._foreach_copy_(left, right)
-        torch._foreach_copy_(right, kept)
+    most: dict[torch.device, Tensor] = {}
+    for left, _ in lists:
+        scratch = make_scratch(left).view(torch.uint8)
+        if scratch.nbytes > most.get(scratch.device, scratch[:0]).nbytes:
+            most[scratch.device] = scratch
+    for left, right in lists:
+        size = left[0].element_size()
+        room = most.get(left[0].device, left[0].new_empty(0).view(torch.uint8))
+        scratch = room[: room.nbytes // size * size].view(left[0].dtype)
+        for ours, theirs in chunks(left, right, limit=scratch.nbytes):
+            kept = views(scratch, ours)
+            torch._foreach_copy_(kept, ours)
+            torch._foreach_copy_(ours, theirs)
+            torch._foreach_copy_(theirs, kept)
 
 
 def make_scratch(tensors: list[Tensor]) -> Tensor:

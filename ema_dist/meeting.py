@@ -95,7 +95,7 @@ class _Room:
             self._store.delete_key(self._key("verdict"))
 
     def _give_up(self, call: str, timeout: float) -> None:
-        if self._store.add(self._key("came"), -1) == len(self._ranks) - 1:
+        if self._store.add(self._key("came"), -1) == len(self._ranks) - 1 or self._store.check([self._key("verdict")]):
             self._store.add(self._key("came"), 1)  # the last one came in this very moment, and is about to say so
             self._store.wait([self._key("verdict")], timedelta(seconds=timeout))
             return

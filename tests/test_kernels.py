@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ema_dist import kernels
-from ema_dist.kernels import checksum, exchange_, lerp_
+from ema_dist.kernels import checksum, exchange_, lerp_, paired
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
 SHAPES = [(), (0, 3), (7, 5), (1, 2, 3)]
@@ -68,13 +68,31 @@ def test_weights_of_zero_and_one_are_exact() -> None:
 
 def test_exchange_is_to_the_bit_and_its_own_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CPU_SCRATCH_BYTES", 100)
-    left = [torch.randn(40, 3), torch.tensor([float("nan"), -0.0, float("inf")])]
-    right = [torch.randn(3, 40).t(), torch.zeros(3)]
-    before = [tensor.view(torch.int32).clone() for tensor in left + right]
-    exchange_(left, right)
-    assert all(torch.equal(t.view(torch.int32), b) for t, b in zip(right + left, before, strict=True))
-    exchange_(left, right)
-    assert all(torch.equal(t.view(torch.int32), b) for t, b in zip(left + right, before, strict=True))
+    left = [torch.randn(40, 3), torch.tensor([float("nan"), -0.0, float("inf")]), torch.arange(30), torch.zeros(0)]
+    right = [torch.randn(3, 40).t(), torch.zeros(3), torch.zeros(30, dtype=torch.int64), torch.zeros(0)]
+    before = [tensor.view(torch.uint8 if tensor.numel() == 0 else torch.int32).clone() for tensor in left + right]
+    exchange_(paired(zip(left, right, strict=True)))
+    assert all(torch.equal(t.view(b.dtype), b) for t, b in zip(right + left, before, strict=True))
+    exchange_(paired(zip(left, right, strict=True)))
+    assert all(torch.equal(t.view(b.dtype), b) for t, b in zip(left + right, before, strict=True))
+
+
+def test_an_exchange_without_room_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scratches are taken before the first list is touched."""
+    left = [torch.zeros(40), torch.zeros(40, dtype=torch.int64)]
+    right = [torch.ones(40), torch.ones(40, dtype=torch.int64)]
+    original = kernels.make_scratch
+
+    def runs_out(tensors: list[Tensor]) -> Tensor:
+        if tensors[0].dtype == torch.int64:
+            raise MemoryError
+        return original(tensors)
+
+    monkeypatch.setattr(kernels, "make_scratch", runs_out)
+    with pytest.raises(MemoryError):
+        exchange_(paired(zip(left, right, strict=True)))
+    assert not any(tensor.any() for tensor in left)
+    assert all(tensor.all() for tensor in right)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])

@@ -113,11 +113,15 @@ def test_full_tensors_scatter_back_into_shards(layout: str) -> None:
     _, ema = trained(layout)
     new = make_net(layout, seed=1)
     new.stats.running_mean.fill_(3)
-    weights = new.state_dict() if dist.get_rank() == 0 else {}
-    ema.load_full_state_dict(weights)
+    new.stats.running_var[0] = float("nan")
+    weights = new.state_dict() if dist.get_rank() == 0 else None
+    ema.load_full_state_dict(weights)  # pyrefly: ignore[bad-argument-type]
     full = ema.full_state_dict()
     if full:
-        assert_bitwise_equal(full, weights | {name: full[name] for name in full if name.startswith("frozen")})
+        assert full["stats.running_var"][0].isnan()
+        kept = {name: full[name] for name in full if name.startswith(("frozen", "stats.running_var"))}
+        for name in weights.keys() - kept.keys():
+            assert torch.equal(full[name], weights[name]), name
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2")
@@ -132,6 +136,8 @@ def test_full_tensors_of_another_model_change_nothing(layout: str) -> None:
     other = make_net(layout).state_dict() | {"blocks.0.scale": torch.ones(2, 6)}
     with pytest.raises(ValueError, match=r"blocks.0.scale': \(\(1, 6\), torch.Size\(\[2, 6\]\)\)"):
         ema.load_full_state_dict(other if dist.get_rank() == 0 else {})
+    with pytest.raises(ValueError, match=r"not tensors': \['blocks.0.scale'\]"):
+        ema.load_full_state_dict(other | {"blocks.0.scale": [1.0]} if dist.get_rank() == 0 else {})
     assert_bitwise_equal(ema.full_state_dict(), before)
 
 

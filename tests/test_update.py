@@ -138,6 +138,15 @@ def test_equal_infinities_stay_and_others_follow() -> None:
     assert torch.equal(ema.full_state_dict()["mask"], torch.tensor([2.0, 1.0, 2.0]))
 
 
+def test_a_shared_module_without_bias_is_read_once() -> None:
+    model = nn.Module()
+    model.first = nn.Linear(3, 3, bias=False)
+    model.second = model.first
+    ema = ShardedEMA(model, decay=0.5)
+    ema.update()
+    assert sorted(ema.full_state_dict()) == ["first.weight", "second.weight"]
+
+
 def test_buffers_that_are_replaced_are_followed() -> None:
     """Modules may register a new tensor in any forward pass; the old one is dead storage."""
     model = nn.BatchNorm1d(3)

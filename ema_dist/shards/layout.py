@@ -94,17 +94,18 @@ class Layout:
 
     def follow_buffers(self) -> bool:
         """Show the buffers that are registered now, and whether any is another tensor: modules may replace theirs."""
-        replaced = False
+        replaced: list[tuple[Shard, Tensor]] = []
         for name, (registry, own_name) in self._buffer_sites.items():
             shard, buffer = self.buffers[name], registry.get(own_name)
             if buffer is shard.owner and _place(buffer) == _place(shard.local):
                 continue
-            if buffer is None or buffer.shape != shard.owner.shape:
+            if buffer is None or buffer.shape != shard.shape:
                 now = None if buffer is None else tuple(buffer.shape)
-                raise ValueError(f"buffer {name!r} had the shape {tuple(shard.owner.shape)} and now has {now}")
+                raise ValueError(f"buffer {name!r} had the shape {tuple(shard.shape)} and now has {now}")
+            replaced.append((shard, buffer))
+        for shard, buffer in replaced:
             shard.owner, shard.local = buffer, local_tensor(buffer)
-            replaced = True
-        return replaced
+        return bool(replaced)
 
     def _descriptions(self) -> dict[str, str]:
         return {name: _description(name, shard) for name, shard in self.by_any_name().items()}

@@ -20,7 +20,8 @@ class Watch:
 
     Without it an average would go on following a tensor that the model has put aside (``.to()``, ``assign=True``,
     offloading, a replaced module). An address says enough: the storage that the average follows is kept alive by it,
-    so no other tensor can come to lie there. What is added to a module is noticed by its neighbours.
+    so no other tensor can come to lie there. What is added to a module without children, or put where None was, is not
+    noticed here but when the model is read again.
     """
 
     def __init__(self, model: nn.Module, parameter_sites: list[Site]) -> None:
@@ -33,7 +34,7 @@ class Watch:
         self._addresses = self._current_addresses()
 
     def differs(self) -> bool:
-        """Whether a module or parameter was added, replaced or removed, or lies in other storage."""
+        """Whether a module or parameter was replaced or removed, or lies in other storage."""
         if list(chain.from_iterable(self._children)) != self._modules:
             return True
         try:
@@ -50,9 +51,9 @@ class _Sites:
     """Reads registries: whole ones at once where all that they hold is asked for."""
 
     def __init__(self, sites: list[Site]) -> None:
-        asked: dict[int, tuple[dict[str, Any], list[str]]] = {}
+        asked: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}  # a shared module lists its sites at each place
         for registry, name in sites:
-            asked.setdefault(id(registry), (registry, []))[1].append(name)
+            asked.setdefault(id(registry), (registry, {}))[1][name] = None
         self._whole = [registry.values() for registry, names in asked.values() if len(names) == len(registry)]
         rest = [(registry, name) for registry, names in asked.values() if len(names) < len(registry) for name in names]
         self._registries = [registry for registry, _ in rest]
@@ -63,4 +64,4 @@ class _Sites:
 
 
 # to_local() costs a microsecond per parameter and step; it is the fallback where the attribute is not there.
-_local = attrgetter("_local_tensor") if "_local_tensor" in DTensor.__slots__ else local_tensor
+_local = attrgetter("_local_tensor") if "_local_tensor" in getattr(DTensor, "__slots__", ()) else local_tensor
