@@ -383,9 +383,7 @@ class ShardedEMA:
                     "construct it after unfreezing, or leave them out with select="
                 )
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
-            return ValueError(f"the model cannot be read: {type(error).__name__}: {error}").with_traceback(
-                error.__traceback__
-            )
+            return ValueError(f"the model cannot be read: {error!r}").with_traceback(error.__traceback__)
         return None
 
     def _refuse_drift(self, call: str) -> None:
