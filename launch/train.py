@@ -10,6 +10,8 @@ On several nodes: see slurm.sbatch.
 
 import argparse
 import json
+import os
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,3 +128,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     main()
+    # All is written and the process group gone; but gloo's threads sometimes abort the interpreter while it ends (torch
+    # 2.13: "terminate called without an active exception"), and torchrun would take the run for a failed one.
+    sys.stdout.flush()
+    os._exit(0)
