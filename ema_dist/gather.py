@@ -118,9 +118,8 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
     if wrong := [name for name, shard in ours.items() if theirs[name].shape != shard.shape]:
         raise ValueError(f"the models differ in the shapes of {wrong}")
     for shard, local in _averaged(layout, averages):
-        goals = list(
-            {id(theirs[name]): theirs[name] for name in shard.names}.values()
-        )  # several where they are not tied
+        # Several, where the other model's are not tied.
+        goals = list({id(theirs[name]): theirs[name] for name in shard.names}.values())
         full = local if all(goal.same_cut(shard) for goal in goals) else shard.full(local)
         for goal in goals:
             if goal.local is not local:

@@ -117,9 +117,8 @@ def checksum(tensor: Tensor) -> Tensor:
     for (pieces,) in chunks([tensor], limit=limit):
         for piece in pieces:
             bits = piece.view(as_integers).reshape(-1).long()
-            places = torch.arange(
-                1, 2 * bits.numel(), 2, device=tensor.device
-            )  # odd, so that no bit is multiplied away
+            # Places count by odd numbers, so that no bit is multiplied away.
+            places = torch.arange(1, 2 * bits.numel(), 2, device=tensor.device)
             total = total * 31 + (bits * places).sum()
     return total
 

@@ -61,13 +61,6 @@ def unwrap_once(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module under all the wrappers around it."""
-    while (inner := unwrap_once(module)) is not None:
-        module = inner
-    return module
-
-
 def ignored_by_ddp(ddp: DistributedDataParallel) -> frozenset[int]:
     """Ids of the tensors that DDP does not keep identical, because the user asked so."""
     ignored = set(getattr(ddp, "parameters_to_ignore", ()))
