@@ -47,13 +47,21 @@ class Averages:
         """Averages of parameters and buffers by name."""
         return self.parameters | self.buffers
 
+    def parameter_pairs(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each average, and the part of the live parameter beside it."""
+        return {name: (average, layout.parameters[name].part.local) for name, average in self.parameters.items()}
+
+    def buffer_pairs(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each average, and the live buffer beside it: buffers are averaged whole."""
+        return {name: (average, layout.buffers[name].local) for name, average in self.buffers.items()}
+
     def note_infinities(self) -> None:
         """Look once for averages with infinities (masks): they take the careful kernel. Waits for the device."""
         self._infinite = {name for name, average in self.parameters.items() if not average.isfinite().all()}
 
     def bind(self, layout: Layout) -> None:
         """Follow the live weights that ``layout`` shows from now on."""
-        pairs = {name: (average, layout.parameters[name].part.local) for name, average in self.parameters.items()}
+        pairs = self.parameter_pairs(layout)
         self._parameter_lists = [
             (*lists, finite)
             for finite in (True, False)
@@ -63,7 +71,7 @@ class Averages:
 
     def bind_buffers(self, layout: Layout) -> None:
         """Follow the buffers that ``layout`` shows from now on."""
-        pairs = {name: (average, layout.buffers[name].local) for name, average in self.buffers.items()}
+        pairs = self.buffer_pairs(layout)
         lerped = paired(pair for name, pair in pairs.items() if name in self._lerped_buffers)
         self._buffer_lists = [(*lists, False) for lists in lerped]
         self._copied_lists = paired(pair for name, pair in pairs.items() if name not in self._lerped_buffers)

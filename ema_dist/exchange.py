@@ -78,9 +78,7 @@ class Exchange:
 
 
 def _pairs(layout: Layout, averages: Averages) -> dict[str, tuple[Tensor, Tensor]]:
-    """Average and live tensor beside it, by name: buffers are averaged whole."""
-    parameters = {name: (average, layout.parameters[name].part.local) for name, average in averages.parameters.items()}
-    return parameters | {name: (average, layout.buffers[name].local) for name, average in averages.buffers.items()}
+    return averages.parameter_pairs(layout) | averages.buffer_pairs(layout)
 
 
 @torch.no_grad()
