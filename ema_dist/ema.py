@@ -18,7 +18,7 @@ from ema_dist.averages import Averages, BufferPolicy
 from ema_dist.clock import Clock
 from ema_dist.decay import HalfLife, as_decay
 from ema_dist.exchange import Exchange
-from ema_dist.gather import copy_into, gather, scatter, unite
+from ema_dist.gather import copy_into, full_shapes, gather, scatter, unite
 from ema_dist.meeting import meet, require_world
 from ema_dist.replicas import drift
 from ema_dist.shards import Layout, Replicas
@@ -267,14 +267,22 @@ class ShardedEMA:
             raise ValueError(f"pipeline stages hold different tensors under the names {different}")
         return full
 
+    def full_shapes(self, *, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
+        """The entries of `full_state_dict` as tensors on the meta device; None for extra states that are not tensors.
+
+        Collective: no.
+        """
+        return full_shapes(self._layout, dtype=dtype)
+
     def load_full_state_dict(self, full: Mapping[str, Any]) -> None:
         """The reverse of `full_state_dict`: the first rank's full tensors become everyone's averages.
 
-        Live weights, frozen parameters and counts stay as they are. Other ranks' ``full`` is not looked at.
+        Live weights, frozen parameters and counts stay as they are. Other ranks' ``full`` is not looked at. Each value
+        is asked for twice, and only one at a time is held, so that a mapping may read them from files.
 
         Collective: over all ranks that hold the model. Memory: one full tensor on each rank.
-        Raises: RuntimeError inside `swapped`; ValueError on every rank when names or shapes differ, before anything
-            changes.
+        Raises: RuntimeError inside `swapped`, and on every rank when a value cannot be read; ValueError on every rank
+            when names or shapes differ, before anything changes.
         """
         self._refuse_inside_swap("load_full_state_dict()")
         self._prepare("load_full_state_dict()", together=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, MutableSet
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ema_dist.averages import Averages
 from ema_dist.kernels import exchange_, paired
 from ema_dist.replicas import fill_from_parts
-from ema_dist.shards import Layout
+from ema_dist.shards import Layout, Shard
+
+_under_way: MutableSet[Exchange] = WeakSet()
+"""Every exchange in this process that has not been left yet."""
 
 
 class Exchange:
@@ -25,6 +29,7 @@ class Exchange:
     """
 
     def __init__(self, layout: Layout, averages: Averages) -> None:
+        self._layout = layout
         self._averages = averages
         self._is_restored = False
         self._written: list[str] = []
@@ -39,6 +44,7 @@ class Exchange:
             self._restore(pairs)
             raise
         self._versions = {name: layout.parameters[name].version for name in averages.parameters}
+        _under_way.add(self)
 
     def current(self, layout: Layout) -> dict[str, Tensor]:
         """The averages, wherever they are now: parameters' parts and buffers by name."""
@@ -60,7 +66,26 @@ class Exchange:
             self._restore(pairs)
             self._is_restored = True
         fill_from_parts(layout.parameters.values())
+        _under_way.discard(self)
         return self._written
+
+    def concerns(self, model: nn.Module) -> bool:
+        """Whether it has to do with ``model``: they share modules."""
+        return not {*map(id, self._layout.model.modules())}.isdisjoint(map(id, model.modules()))
+
+    def live(self) -> Iterator[tuple[Shard, Tensor]]:
+        """What the model holds in exchange for each of its live tensors, and the live one as DCP saves it.
+
+        The second shares storage with this rank's part of the live tensor, wherever that lies now.
+        Raises: RuntimeError when the model left the storage in which they changed places.
+        """
+        self._layout.follow_buffers()
+        if self._layout.has_moved():
+            raise RuntimeError("the model was moved or cast inside swapped(); leave the block before saving")
+        for name, (average, live) in _pairs(self._layout, self._averages).items():
+            away = live if self._is_restored else self._stash.get(name, average)
+            shard = self._layout.parameters[name] if name in self._averages.parameters else self._layout.buffers[name]
+            yield shard, shard.part.wrap(away)
 
     def _restore(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         self._exchange(pairs)
@@ -75,6 +100,11 @@ class Exchange:
             average, live = pairs[name]
             if not torch.equal(average.to(live.dtype), live):
                 average.copy_(live)
+
+
+def exchanges_in(model: nn.Module) -> list[Exchange]:
+    """The exchanges that are under way in ``model``, or in a part of it, or in something that it is a part of."""
+    return [exchange for exchange in _under_way if exchange.concerns(model)]
 
 
 def _pairs(layout: Layout, averages: Averages) -> dict[str, tuple[Tensor, Tensor]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ema_dist.shards import Layout, Shard
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -34,6 +37,19 @@ def gather(
             yield name, value
     for name, module in layout.extra_states.items():
         yield name, module.get_extra_state() if keep else None
+
+
+def full_shapes(layout: Layout, *, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
+    """The entries that `gather` would hand out, on the meta device; None for extra states that are not tensors."""
+    shapes: dict[str, Tensor | None] = {}
+    for shard in layout.shards:
+        wanted = dtype if dtype and shard.owner.is_floating_point() else shard.owner.dtype
+        for name in shard.names:
+            shapes[name] = torch.empty(shard.shape, dtype=wanted, device="meta")
+    for name, module in layout.extra_states.items():
+        state = module.get_extra_state()
+        shapes[name] = state.to("meta") if isinstance(state, Tensor) else None
+    return shapes
 
 
 def unite(entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch.device) -> Iterator[tuple[str, Any]]:
@@ -80,29 +96,21 @@ def _received(source: int, group: ProcessGroup, device: torch.device) -> Iterato
 def scatter(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, Any]) -> None:
     """The reverse: every average becomes this rank's part of the full tensor that the first rank holds.
 
-    Collective: over the layout's ranks. Memory: one full tensor on each rank.
-    Raises: ValueError on every rank, before anything changes, when names or shapes are not the model's.
+    Args:
+        full: looked at on the first rank, each value twice: it may read them when it is asked for them.
+
+    Collective: over the layout's ranks. Memory: one full tensor on each rank; two while tied ones are compared.
+    Raises: ValueError on every rank, before anything changes, when names or shapes are not the model's; RuntimeError
+        on every rank when a value cannot be read.
     """
-    group, ranks = layout.group, layout.ranks
-    is_source = group is None or dist.get_rank() == ranks[0]
     shards = {shard.name: shard for shard, _ in _averaged(layout, averages) if shard.name in averages}
-    values = {
-        first: full[name] for first, shard in shards.items() for name in shard.names[::-1] if is_source and name in full
-    }
-    told: list[Any] = [(_mismatch(layout, shards, full, values), _dtypes(values))] if is_source else [None]
-    if group is not None:
-        dist.broadcast_object_list(told, src=ranks[0], group=group)
-    mismatch, dtypes = told[0]
+    first = _First(layout)
+    mismatch, outlines = first.says(lambda: _compare(layout, shards, full))
     if mismatch:
         raise ValueError(f"these full tensors belong to another model: {mismatch}")
-    for name, shard in shards.items():
-        if is_source:
-            value = values[name].to(shard.device).contiguous()
-        else:
-            value = torch.empty(shard.shape, dtype=dtypes[name], device=shard.device)
-        if group is not None:
-            dist.broadcast(value, src=ranks[0], group=group)
-        averages[name].copy_(shard.cut(value))
+    for name, (source, outline) in outlines.items():
+        value = first.sends(partial(full.__getitem__, source), outline, shards[name].device)
+        averages[name].copy_(shards[name].cut(value))
 
 
 @torch.no_grad()
@@ -143,31 +151,84 @@ def _on_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
     return full.to("cpu", wanted, copy=shares_storage).contiguous()
 
 
-def _mismatch(
-    layout: Layout, shards: Mapping[str, Shard], full: Mapping[str, Any], values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What keeps ``full`` from being taken over; empty when nothing does."""
-    shapes = {name: getattr(value, "shape", type(value).__name__) for name, value in values.items()}
-    found = {
+class _First:
+    """The first rank speaks, and what goes wrong there is raised on all: they would wait for it forever."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._group = layout.group
+        self._rank = layout.ranks[0] if layout.ranks else 0
+        self._is_me = self._group is None or dist.get_rank() == self._rank
+
+    def says(self, call: Callable[[], T], hint: str = "") -> T:
+        """What ``call`` returns there, on every rank."""
+        told: list[Any] = [None, ""]
+        cause = None
+        if self._is_me:
+            try:
+                told[0] = call()
+            except Exception as error:  # noqa: BLE001
+                cause = error
+                told[1] = f"the full tensors cannot be read: {error!r}{hint}"
+        if self._group is not None:
+            dist.broadcast_object_list(told, src=self._rank, group=self._group)
+        result, problem = told
+        if problem:
+            raise RuntimeError(problem) from cause
+        return result
+
+    def sends(self, read: Callable[[], Tensor], outline: Tensor, device: torch.device) -> Tensor:
+        """The full tensor that ``read`` returns there, on every rank."""
+        values: list[Tensor] = []
+        self.says(
+            lambda: values.append(_fitting(read(), outline).to(device).contiguous()),
+            hint="; the averages are new in part only, so load them again",
+        )
+        value = values.pop() if values else torch.empty_like(outline, device=device)
+        if self._group is not None:
+            dist.broadcast(value, src=self._rank, group=self._group)
+        return value
+
+
+def _compare(
+    layout: Layout, shards: Mapping[str, Shard], full: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
+    """What keeps ``full`` from being taken over, if anything; and which of its values is whose, and its outline."""
+    names = {first: [name for name in shard.names if name in full] for first, shard in shards.items()}
+    outlines = {first: (found[0], _outline(full[found[0]])) for first, found in names.items() if found}
+    mismatch = {
         "unknown names": sorted(full.keys() - layout.by_any_name().keys() - layout.extra_states.keys()),
-        "missing names": sorted(shards.keys() - values.keys()),
+        "missing names": sorted(first for first, found in names.items() if not found),
         "tied names with different values": sorted(
-            name
-            for first, shard in shards.items()
-            for name in shard.names
-            if name in full and full[name] is not values[first] and not _equal(full[name], values[first])
+            name for found in names.values() for name in found[1:] if not _same(full[name], full[found[0]])
         ),
-        "not tensors": sorted(name for name, value in values.items() if not isinstance(value, Tensor)),
+        "not tensors": sorted(first for first, (_, outline) in outlines.items() if not isinstance(outline, Tensor)),
         "shapes (expected, got)": {
-            name: (tuple(shards[name].shape), shape) for name, shape in shapes.items() if shape != shards[name].shape
+            first: (tuple(shards[first].shape), getattr(outline, "shape", outline))
+            for first, (_, outline) in outlines.items()
+            if getattr(outline, "shape", None) != shards[first].shape
         },
     }
-    return {what: where for what, where in found.items() if where}
+    return {what: where for what, where in mismatch.items() if where}, outlines
 
 
-def _equal(left: object, right: object) -> bool:
-    return isinstance(left, Tensor) and isinstance(right, Tensor) and torch.equal(left.cpu(), right.cpu())
+def _outline(value: object) -> Tensor | str:
+    """Shape and dtype of a tensor, on the meta device; the type of anything else."""
+    if isinstance(value, Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return type(value).__name__
 
 
-def _dtypes(values: Mapping[str, Any]) -> dict[str, torch.dtype]:
-    return {name: value.dtype for name, value in values.items() if isinstance(value, Tensor)}
+def _fitting(value: Tensor, outline: Tensor) -> Tensor:
+    if (value.shape, value.dtype) != (outline.shape, outline.dtype):
+        found = f"{value.dtype} of {tuple(value.shape)}"
+        raise ValueError(f"expected {outline.dtype} of {tuple(outline.shape)} as at first, found {found}")
+    return value
+
+
+def _same(left: object, right: object) -> bool:
+    """Whether two values are the same one, or tensors alike to the bit; NaN is like NaN there."""
+    if left is right or not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return left is right
+    if (left.shape, left.dtype) != (right.shape, right.dtype):
+        return False
+    return torch.equal(*(it.cpu().contiguous().flatten().view(torch.uint8) for it in (left, right)))

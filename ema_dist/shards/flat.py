@@ -94,7 +94,8 @@ class FlatShard(Shard):
             return self.cut(value)
         mine = self._rectangles(self.runs[self._group.rank()])
         expected = self._shape, [(corner, sizes) for _, corner, sizes in mine]
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch deprecates what FSDP1 saves as
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch deprecates what FSDP1 saves as
             blocks, size = value.local_shards(), value.size()
         found = size, [(list(b.metadata.shard_offsets), list(b.metadata.shard_sizes)) for b in blocks]
         if found != expected:
@@ -119,6 +120,11 @@ class FlatShard(Shard):
             raise ValueError(f"expected {tuple(self._shape)}, got {tuple(full.shape)}")
         start, stop = self.runs[self._group.rank()]
         return full.permute(self._memory_order()).reshape(-1)[start:stop]
+
+    @property
+    def layout(self) -> str:
+        copies = "" if self.replicas is None else f", on each of {self.replicas.size()} replicas"
+        return f"flat over {self._group.size()} ranks{copies}"
 
     def describe(self) -> str:
         ranks = dist.get_process_group_ranks(self._group)

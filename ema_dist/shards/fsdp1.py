@@ -115,26 +115,32 @@ def _maker(
     owner: Tensor = flat_param if flat_param._params is None else flat_param._params[index]
     local = local_shard(handle)
 
+    def in_owner(shard: Shard, offset: int) -> Shard:
+        shard.offset = offset if owner is flat_param else None
+        return shard
+
     if not handle.uses_sharded_strategy:
         whole = local.as_strided(shape, stride, local.storage_offset() + start)
-        return lambda names: WholeShard(names, whole, owner, replicas=group)
+        return lambda names: in_owner(WholeShard(names, whole, owner, replicas=group), start)
 
     per_rank = flat_param._sharded_size.numel()
     runs = [_run(start, shape.numel(), rank * per_rank, per_rank) for rank in range(group.size())]
     mine = runs[group.rank()]
-    offset = start + mine[0] - group.rank() * per_rank
-    piece = local[offset : offset + mine[1] - mine[0]] if mine[0] < mine[1] else local[:0]
+    offset = start + mine[0] - group.rank() * per_rank if mine[0] < mine[1] else 0
     replicas: ProcessGroup | None = getattr(unit, "_inter_node_pg", None)
-    return lambda names: FlatShard(
-        names,
-        piece,
-        owner,
-        runs=runs,
-        shape=shape,
-        stride=stride,
-        group=group,
-        device=handle.device,
-        replicas=replicas,
+    return lambda names: in_owner(
+        FlatShard(
+            names,
+            local[offset : offset + mine[1] - mine[0]],
+            owner,
+            runs=runs,
+            shape=shape,
+            stride=stride,
+            group=group,
+            device=handle.device,
+            replicas=replicas,
+        ),
+        offset,
     )
 
 

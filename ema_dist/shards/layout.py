@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -70,6 +72,17 @@ class Layout:
             if group is not None and dist.get_process_group_ranks(group) == ranks:
                 return group
         raise RuntimeError(f"the model is spread over ranks {ranks}, which have no process group of their own")
+
+    @property
+    def summary(self) -> str:
+        """How its tensors are cut, in words: each way once, with the number of tensors cut so."""
+        ways = Counter(shard.layout for shard in self.shards)
+        return "; ".join(f"{count} tensors {way}" for way, count in ways.items())
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """The second names of tied tensors, and the first one of each."""
+        return {name: shard.name for shard in self.shards for name in shard.names[1:]}
 
     def by_any_name(self) -> dict[str, Shard]:
         """Parameters and buffers under each of their names, tied ones included."""

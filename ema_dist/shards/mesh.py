@@ -92,6 +92,12 @@ class MeshShard(Shard):
         )
         return local_of(everywhere.redistribute(placements=self.placements))
 
+    def beside(self, state: Tensor) -> Tensor | None:
+        if isinstance(state, DTensor):
+            alike = state.device_mesh == self.mesh and state.placements == self.placements
+            return local_of(state) if alike and state.shape == self.shape else None
+        return state.detach() if state.shape == self.local.shape else None
+
     def _lengths(self) -> list[int]:
         """Length, before each mesh dimension cuts it, of the tensor dimension that it cuts."""
         sizes = list(self._shape)
@@ -103,6 +109,11 @@ class MeshShard(Shard):
                 run = -(-sizes[dim] // self.mesh.size(mesh_dim))
                 sizes[dim] = max(0, min(run, sizes[dim] - run * self.mesh.get_local_rank(mesh_dim)))
         return lengths
+
+    @property
+    def layout(self) -> str:
+        placed = ", ".join(str(placement) for placement in self.placements)
+        return f"{placed} over a mesh of {' x '.join(map(str, self.mesh.mesh.shape))} ranks"
 
     def describe(self) -> str:
         return f"{tuple(self._shape)}, placed {self.placements} over ranks {self.mesh.mesh.tolist()}"

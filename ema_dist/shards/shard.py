@@ -34,6 +34,8 @@ class Shard(ABC):
         self.replicas = replicas
         self.part: Shard = self
         """What this rank averages of ``local``: all of it, or its rows among the replicas'."""
+        self.offset: int | None = None
+        """Where ``local`` begins in an owner that holds the elements of several tensors, one after the other."""
 
     @property
     def name(self) -> str:
@@ -96,9 +98,26 @@ class Shard(ABC):
     def cut(self, full: Tensor) -> Tensor:
         """This rank's part of a full plain tensor: a view of it wherever the cut allows one."""
 
+    def beside(self, state: Tensor) -> Tensor | None:
+        """This rank's part of a tensor that lies beside the owner, as an optimizer's moments do; a view of it.
+
+        Returns: None for one that is not cut as the owner is, such as a step count.
+        """
+        if state.shape != self.owner.shape:
+            return None
+        if self.offset is not None:
+            start = state.storage_offset() + self.offset
+            return state.detach().as_strided(self.local.shape, self.local.stride(), start)
+        return state.detach() if state.shape == self.local.shape else None
+
     def same_cut(self, other: Shard) -> bool:
         """Whether both hold the same part of a tensor of the same shape, on every rank."""
         return self.describe() == other.describe()
+
+    @property
+    @abstractmethod
+    def layout(self) -> str:
+        """How it is cut and how often it is held, in a few words for people."""
 
     @abstractmethod
     def describe(self) -> str:

@@ -46,5 +46,9 @@ class WholeShard(Shard):
             raise ValueError(f"expected {tuple(self.shape)}, got {tuple(full.shape)}")
         return full
 
+    @property
+    def layout(self) -> str:
+        return "whole" if self.replicas is None else f"whole on each of {self.replicas.size()} ranks"
+
     def describe(self) -> str:
         return f"{tuple(self.shape)}, whole"

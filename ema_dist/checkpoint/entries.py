@@ -1,0 +1,234 @@
+"""The values that users save and load: how each becomes tensors for DCP, and takes back what DCP has read."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
+
+from ema_dist.checkpoint.contents import Contents
+from ema_dist.checkpoint.plain import Path, flattened, nested, restored, storable
+from ema_dist.ema import ShardedEMA
+from ema_dist.exchange import exchanges_in
+from ema_dist.shards import Layout, Shard
+
+
+class Entry(ABC):
+    """One value of the dictionary that is saved or loaded.
+
+    Args:
+        key: its name there, and in the checkpoint.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    @abstractmethod
+    def saved(self) -> Any:
+        """Nested dictionaries of tensors (cut, where other ranks hold other parts) and plain values."""
+
+    @abstractmethod
+    def targets(self, contents: Contents) -> dict[str, Tensor]:
+        """The tensors to read into, by their names in the checkpoint; nothing is changed yet.
+
+        Raises: ValueError when what is stored does not fit.
+        """
+
+    @abstractmethod
+    def take(self, contents: Contents) -> None:
+        """Take over what has been read into the targets, and the plain values."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """This rank's part of a tensor, and the same dressed for DCP to read into."""
+
+    shard: Shard
+    local: Tensor
+    wrapped: Tensor
+
+    @classmethod
+    def of(cls, shard: Shard, local: Tensor) -> Target:
+        return cls(shard, local, shard.wrap(local))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Dressed, a part may have become a copy (permuted in memory, or offloaded)."""
+        value = self.shard.unwrap(self.wrapped)
+        if value.data_ptr() != self.local.data_ptr():
+            self.local.copy_(value)
+
+
+class FreshTensors:
+    """Values that nobody here has a place for: their tensors are read into new ones on the CPU, or into ``present``.
+
+    Args:
+        names: in the checkpoint, by their paths in the value.
+    """
+
+    def __init__(self, names: Mapping[Path, str], contents: Contents, present: Mapping[Path, Tensor] = {}) -> None:  # noqa: B006
+        self._names = names
+        self.tensors: dict[str, Tensor] = {}
+        for path, name in names.items():
+            if contents.is_tensor(name):
+                fresh = torch.empty(contents.shape(name), dtype=contents.dtype(name))
+                self.tensors[name] = present.get(path, fresh)
+
+    def value(self, contents: Contents) -> Any:
+        """The whole value, after the tensors have been read."""
+        values = contents.scalars | self.tensors
+        return restored(nested({path: values[name] for path, name in self._names.items()}))
+
+
+class Model(Entry):
+    """A module, by the names of the unwrapped module's ``state_dict()``; its live weights, also during a swap.
+
+    Reading an entry of averages, it gets these as its weights, and what has no average from the model beside them.
+    """
+
+    def __init__(self, key: str, module: nn.Module) -> None:
+        super().__init__(key)
+        self.layout = Layout(module, "copy")
+        self._targets: list[Target] = []
+        self._extra_states: dict[str, FreshTensors] = {}
+
+    def saved(self) -> dict[str, Any]:
+        exchanges = exchanges_in(self.layout.model)
+        away = {_place(shard): tensor for exchange in exchanges for shard, tensor in exchange.live() if _place(shard)}
+        weights = {
+            name: away[_place(shard)] if _place(shard) in away else shard.wrap(shard.local)
+            for shard in self.layout.shards
+            for name in shard.names
+        }
+        states = {name: module.get_extra_state() for name, module in self.layout.extra_states.items()}
+        return weights | {name: storable(state, f"{self.key}.{name}") for name, state in states.items()}
+
+    def targets(self, contents: Contents) -> dict[str, Tensor]:
+        if exchanges_in(self.layout.model):
+            raise ValueError("the model holds its averages, inside swapped(); load after the block")
+        averages = contents.averages(self.key)
+        source = contents.model_with(averages) if averages else self.key
+        weights = (contents.weights(source) if source else {}) | averages
+        states = contents.extra_states(source) if source else {}
+        missing = {shard.name for shard in self.layout.shards} - weights.keys()
+        unknown = weights.keys() - self.layout.by_any_name().keys()
+        if differing := missing | unknown | (states.keys() ^ self.layout.extra_states.keys()):
+            raise ValueError(f"it is of another model: it and the checkpoint differ in {sorted(differing)}")
+        refuse_other_shapes({weights[shard.name]: shard.shape for shard in self.layout.shards}, contents)
+        self._targets = [Target.of(shard, shard.local) for shard in self.layout.shards]
+        self._extra_states = {name: FreshTensors(names, contents) for name, names in states.items()}
+        of_states = {name: tensor for state in self._extra_states.values() for name, tensor in state.tensors.items()}
+        return {weights[target.shard.name]: target.wrapped for target in self._targets} | of_states
+
+    def take(self, contents: Contents) -> None:
+        for target in self._targets:
+            target.finish()
+        for name, state in self._extra_states.items():
+            self.layout.extra_states[name].set_extra_state(state.value(contents))
+
+
+class Average(Entry):
+    """A `ShardedEMA`; reading a checkpoint from before there were averages, it starts from the live weights there."""
+
+    def __init__(self, key: str, ema: ShardedEMA) -> None:
+        super().__init__(key)
+        self._ema = ema
+        self._state: dict[Path, Any] = {}
+
+    def saved(self) -> dict[str, Any]:
+        return self._ema.state_dict()
+
+    def targets(self, contents: Contents) -> dict[str, Tensor]:
+        self._state = flattened(self._ema.state_dict())
+        tensors = {path: value for path, value in self._state.items() if isinstance(value, Tensor)}
+        stored = contents.under(self.key)
+        if not stored:
+            model = contents.model_with([str(path[-1]) for path in tensors])
+            if model is None:
+                raise ValueError(
+                    f"the checkpoint has neither averages nor live weights of these; it has {contents.keys()}"
+                )
+            weights = contents.weights(model)
+            return self._fitting({path: weights[str(path[-1])] for path in tensors}, contents)
+        averaged = {path for path, name in stored.items() if contents.is_tensor(name)}
+        if differing := averaged ^ tensors.keys():
+            names = sorted(str(path[-1]) for path in differing)
+            raise ValueError(f"these averages belong to another model: it and the checkpoint differ in {names}")
+        expected = self._state["format",]
+        if (found := contents.scalars.get(stored.get(("format",), ""))) != expected:
+            raise ValueError(f"expected averages of format {expected}, found format {found!r}")
+        return self._fitting({path: stored[path] for path in tensors}, contents)
+
+    def _fitting(self, sources: Mapping[Path, str], contents: Contents) -> dict[str, Tensor]:
+        refuse_other_shapes({name: self._state[path].size() for path, name in sources.items()}, contents)
+        return {name: self._state[path] for path, name in sources.items()}
+
+    def take(self, contents: Contents) -> None:
+        stored = contents.under(self.key)
+        if stored:
+            counted = {path: contents.scalars[name] for path, name in stored.items() if not contents.is_tensor(name)}
+        else:
+            counted = {("steps",): 0, ("updates",): 0}
+            warnings.warn(
+                f"the checkpoint has no averages under {self.key!r}: they start from its live weights, at step 0",
+                stacklevel=4,
+            )
+        self._ema.load_state_dict(nested(self._state | counted))
+
+
+class Other(Entry):
+    """Any Stateful object, or a plain value, which takes its place in the user's dictionary."""
+
+    def __init__(self, key: str, state: dict[str, Any]) -> None:
+        super().__init__(key)
+        self._state = state
+        self._read: FreshTensors | None = None
+
+    def saved(self) -> Any:
+        return storable(self._current(), self.key)
+
+    def targets(self, contents: Contents) -> dict[str, Tensor]:
+        stored = contents.under(self.key)
+        if not stored:
+            raise ValueError(f"the checkpoint has no such entry; it has {contents.keys()}")
+        present = {path: leaf for path, leaf in flattened(self._current()).items() if isinstance(leaf, Tensor)}
+        if missing := present.keys() - stored.keys():
+            raise ValueError(f"the checkpoint lacks the tensors {sorted('.'.join(map(str, path)) for path in missing)}")
+        refuse_other_shapes({stored[path]: leaf.size() for path, leaf in present.items()}, contents)
+        self._read = FreshTensors(stored, contents, present)
+        return self._read.tensors
+
+    def take(self, contents: Contents) -> None:
+        assert self._read is not None, "targets() comes first"
+        value = self._read.value(contents)
+        if isinstance(stateful := self._state[self.key], Stateful):
+            stateful.load_state_dict(value)
+        else:
+            self._state[self.key] = value
+
+    def _current(self) -> Any:
+        value = self._state[self.key]
+        return value.state_dict() if isinstance(value, Stateful) else value
+
+
+def _place(shard: Shard) -> tuple[int, torch.Size] | None:
+    """Where the model holds this rank's part; None for a part without elements, which all look alike."""
+    return (shard.local.data_ptr(), shard.local.shape) if shard.local.numel() else None
+
+
+def refuse_other_shapes(shapes: Mapping[str, torch.Size], contents: Contents) -> None:
+    """Raise ValueError when tensors, by their names in the checkpoint, are stored in other shapes, or are none."""
+    plain = sorted(name for name in shapes if not contents.is_tensor(name))
+    different = {
+        name: (tuple(shape), tuple(contents.shape(name)))
+        for name, shape in shapes.items()
+        if contents.is_tensor(name) and contents.shape(name) != shape
+    }
+    if plain or different:
+        raise ValueError(f"not tensors: {plain}; other shapes (expected, stored): {different}")

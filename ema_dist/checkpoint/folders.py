@@ -1,0 +1,114 @@
+"""A root of checkpoints: one folder a step, which has its name only when it is complete."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+from ema_dist.checkpoint.errors import CheckpointError
+
+REPLACED = ".replaced"
+"""What a complete checkpoint is called for the moment in which another of the same step takes its name."""
+
+COMPLETE = re.compile(rf"step-(\d{{10,}})({re.escape(REPLACED)})?")
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies once it is complete."""
+    return root / f"step-{step:010}"
+
+
+def complete_steps(root: Path) -> dict[int, Path]:
+    """The complete checkpoints in ``root`` by step, oldest first."""
+    found: dict[int, Path] = {}
+    for path in sorted(root.iterdir(), reverse=True) if root.is_dir() else ():
+        if (match := COMPLETE.fullmatch(path.name)) and path.is_dir():
+            found[int(match[1])] = path  # in this order a name without a suffix comes last, and wins
+    return dict(sorted(found.items()))
+
+
+def begin(root: Path, step: int) -> Path:
+    """An empty folder in which to write the checkpoint of a step; what an earlier attempt left there is gone."""
+    partial = folder_of(root, step).with_suffix(".partial")
+    root.mkdir(parents=True, exist_ok=True)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    return partial
+
+
+def commit(partial: Path, *, keep: int | None) -> None:
+    """Give a finished checkpoint its name, and drop all but the newest ``keep`` and what was never finished.
+
+    Checkpoints of later steps belong to a run that has been rolled back: they are set aside, with a warning.
+    """
+    root, final = partial.parent, partial.with_suffix("")
+    step = int(final.name.removeprefix("step-"))
+    _sync(partial)
+    replaced = final.with_name(final.name + REPLACED)
+    if final.exists():
+        _remove(replaced)
+        final.rename(replaced)
+    partial.rename(final)
+    _sync(root)
+    _remove(replaced)
+    complete = complete_steps(root)
+    for later in [other for other in complete if other > step]:
+        _set_aside(complete.pop(later), step)
+    for old in list(complete)[: -keep if keep else 0]:
+        _remove(complete[old])
+    for unfinished in root.glob("step-*.partial"):
+        _remove(unfinished)
+
+
+def locate(path: Path, step: int | None = None) -> Path:
+    """The folder of a checkpoint: ``path`` itself, or the newest complete step (or ``step``) in that root.
+
+    Raises: CheckpointError when there is none.
+    """
+    if (path / ".metadata").exists():
+        if step is not None:
+            raise CheckpointError(f"{path} is a checkpoint, not a root with several: leave out the step")
+        return path
+    complete = complete_steps(path)
+    if step is not None and step in complete:
+        return complete[step]
+    if complete and step is None:
+        return complete[max(complete)]
+    found = f"the complete steps {list(complete)}" if complete else "no complete checkpoint"
+    raise CheckpointError(
+        f"expected {'a checkpoint' if step is None else f'step {step}'} in {path}, found {found}"
+        + ("" if path.exists() else "; there is no such folder")
+    )
+
+
+def _set_aside(later: Path, step: int) -> None:
+    names = (later.with_suffix(f".superseded{number or ''}") for number in range(1000))
+    aside = next(name for name in names if not name.exists())
+    later.rename(aside)
+    warnings.warn(
+        f"{later} is of a later step than the one saved now ({step}), so it is from a run that was rolled back: "
+        f"set aside as {aside.name}; delete it when you do not need it",
+        stacklevel=2,
+    )
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; under another name first, so that no half of it is ever taken for a whole one."""
+    if folder.exists():
+        doomed = folder.with_suffix(".removed")
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""Loading: the newest complete checkpoint that is sound, into whatever is here, however it is cut."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.metadata import Metadata
+
+from ema_dist.checkpoint.contents import Contents
+from ema_dist.checkpoint.entries import Entry
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.folders import complete_steps, locate
+from ema_dist.checkpoint.manifest import problems, read_manifest, share
+from ema_dist.checkpoint.metadata import read_metadata
+from ema_dist.checkpoint.ranks import come, on_first, together
+from ema_dist.checkpoint.reading import read
+from ema_dist.checkpoint.saving import entries_of, wait
+
+
+def latest(root: str | os.PathLike[str]) -> int | None:
+    """The newest step with a complete checkpoint in ``root``; None when there is none. Whether it is sound, `load` sees.
+
+    Collective: no.
+    """
+    return max(complete_steps(Path(root)), default=None)
+
+
+def load(
+    state: MutableMapping[str, Any], root: str | os.PathLike[str], *, step: int | None = None, timeout: float = 60.0
+) -> int | None:
+    """Put a checkpoint into everything in ``state``, whatever layout and number of ranks saved it; the step it is of.
+
+    Modules, optimizers, `ShardedEMA` and ``Stateful`` objects take over what was saved under their key; a plain value
+    is replaced in ``state``. All files are checked against their checksums before anything changes.
+
+    - A `ShardedEMA` under a key that the checkpoint lacks starts from the live weights in it, with a warning.
+    - A module under a key that holds averages gets them as its weights, and from the model saved beside them what has
+      no average.
+
+    Args:
+        root: a folder in which `save` has saved; or one checkpoint, also of plain ``dcp.save`` (unchecked, then).
+        step: which one; None for the newest, or the newest that is sound, with a warning naming what is wrong with it.
+        timeout: seconds that ranks wait for each other before they start.
+
+    Returns: the step; None for a checkpoint of plain ``dcp.save``.
+
+    Collective: over all ranks.
+    Memory: one stored piece of a tensor at a time; an optimizer without a state gets one.
+    Raises: `CheckpointError` when there is no checkpoint, none is sound, or a save in the background has failed;
+        RuntimeError on every rank, before anything changes, when names or shapes are not those of ``state``, inside
+        `ShardedEMA.swapped`, or when a rank does not come.
+    """
+    wait()
+    root = Path(root)
+    group = come("checkpoint.load()", timeout=timeout)
+    folder, metadata = _soundest(root, step, group)
+    names = [name for name, kept in metadata.state_dict_metadata.items() if not hasattr(kept, "chunks")]
+    scalars: dict[str, Any] = dict.fromkeys(names)
+    read(folder, scalars, metadata=metadata, group=group)
+    contents = Contents(metadata, scalars)
+    entries: dict[str, Entry] = {}
+    targets: dict[str, dict[str, Tensor]] = {}
+    wrong: list[str] = []
+    try:
+        entries = entries_of(state)
+    except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
+        wrong.append(str(error))
+    for key, entry in entries.items():
+        try:
+            targets[key] = entry.targets(contents)
+        except Exception as error:  # noqa: BLE001, PERF203  all that is wrong is named at once
+            wrong.append(f"{key!r}: {error}")
+    come(f"checkpoint.load() of {folder}", timeout=timeout, problem="; ".join(wrong))
+    for key, entry in entries.items():
+        read(folder, dict(targets[key]), metadata=metadata, group=group)
+        entry.take(contents)
+    manifest = read_manifest(folder)
+    return manifest.step if manifest else None
+
+
+def _soundest(root: Path, step: int | None, group: ProcessGroup | None) -> tuple[Path, Metadata]:
+    """The newest checkpoint in which nothing is damaged, and its metadata."""
+    newest_first = on_first(lambda: _candidates(root, step), group)
+    damaged: list[str] = []
+    for folder in newest_first:
+        found, metadata = _checked(folder, group)
+        if metadata is not None and not found:
+            if damaged and (group is None or group.rank() == 0):
+                warnings.warn(f"passed over, and loaded {folder.name} instead: {'; '.join(damaged)}", stacklevel=3)
+            return folder, metadata
+        damaged += found
+    raise CheckpointError(f"no sound checkpoint in {root}: {'; '.join(damaged)}")
+
+
+def _candidates(root: Path, step: int | None) -> list[Path]:
+    found = locate(root, step)
+    return [found] if step is not None or found == root else [*complete_steps(root).values()][::-1]
+
+
+def _checked(folder: Path, group: ProcessGroup | None) -> tuple[list[str], Metadata | None]:
+    """What is wrong with a checkpoint, all ranks reading about as much of it; its metadata, if that can be read.
+
+    Collective: over ``group``.
+    """
+    mine: list[str] = []
+    metadata: Metadata | None = None
+    try:
+        if manifest := read_manifest(folder):
+            rank, count = (group.rank(), group.size()) if group else (0, 1)
+            mine = problems(folder, share(manifest.files, rank, count))
+        metadata = read_metadata(folder)
+    except CheckpointError as error:
+        mine.append(str(error))
+    return together(mine, group), metadata

@@ -1,0 +1,69 @@
+"""What the ranks of a checkpoint need to agree on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, MutableMapping
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.meeting import meet
+
+T = TypeVar("T")
+
+_groups: MutableMapping[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
+
+
+def come(call: str, *, timeout: float, problem: str = "") -> ProcessGroup | None:
+    """Meet all ranks in ``call``; the group over which a checkpoint is agreed on, or None in a process on its own.
+
+    It is a group of its own, over gloo: a save in the background must not get between the collectives of training.
+
+    Collective: over the default process group.
+    Raises: RuntimeError when a rank does not come, or comes with a problem.
+    """
+    if not dist.is_initialized():
+        # torch warns of the obvious at each single-process save and load, some of them in a thread.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        meet(call, [], timeout=timeout, problem=problem)
+        return None
+    meet(call, list(range(dist.get_world_size())), timeout=timeout, problem=problem)
+    world = dist.group.WORLD
+    if world not in _groups:
+        _groups[world] = dist.new_group(backend="gloo")
+    return _groups[world]
+
+
+def on_first(call: Callable[[], T], group: ProcessGroup | None) -> T:
+    """What ``call`` returns on the first rank, on every rank; its CheckpointError or OSError likewise.
+
+    Collective: over ``group``.
+    """
+    told: list[tuple[T | None, str]] = [(None, "")]
+    if group is None or group.rank() == 0:
+        try:
+            told = [(call(), "")]
+        except (CheckpointError, OSError) as error:
+            told = [(None, str(error))]
+    if group is not None:
+        dist.broadcast_object_list(told, src=0, group=group)
+    result, problem = told[0]
+    if problem:
+        raise CheckpointError(problem)
+    return result  # pyrefly: ignore  a call that did not raise has returned its own type
+
+
+def together(problems: list[str], group: ProcessGroup | None) -> list[str]:
+    """The problems of all ranks, in their order, each once.
+
+    Collective: over ``group``.
+    """
+    if group is None:
+        return problems
+    of_ranks: list[list[str]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(of_ranks, problems, group=group)
+    return list(dict.fromkeys(problem for of_rank in of_ranks for problem in of_rank))

@@ -1,0 +1,157 @@
+"""Saving: everything in a dictionary becomes one folder, visible only when it is complete."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
+
+from ema_dist.checkpoint.entries import Average, Entry, Model, Other
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.folders import begin, folder_of
+from ema_dist.checkpoint.manifest import Manifest
+from ema_dist.checkpoint.optimizers import OptimizerEntry
+from ema_dist.checkpoint.ranks import come, on_first
+from ema_dist.checkpoint.writing import Writer
+from ema_dist.ema import ShardedEMA
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A save in the background."""
+
+    folder: Path
+    done: Future[Any]
+
+
+_pending: list[Pending] = []
+"""The save in the background, if there is one."""
+
+
+def save(
+    state: Mapping[str, Any],
+    root: str | os.PathLike[str],
+    *,
+    step: int,
+    keep: int | None = 3,
+    block: bool = True,
+    timeout: float = 60.0,
+) -> None:
+    """Write ``state`` into ``root/step-NNNNNNNNNN``, which has its name only when every rank has written its part.
+
+    Modules are saved by their live weights, also inside `ShardedEMA.swapped`, under the names that the unwrapped
+    module's ``state_dict()`` has; optimizers by the names of the parameters, so the modules that they step must be in
+    ``state`` too. Of plain values, and of what other ``Stateful`` objects return that is not cut over ranks, one
+    rank's is kept.
+
+    Args:
+        state: modules, optimizers, `ShardedEMA`, other ``Stateful`` objects and plain values.
+        step: non-negative; a checkpoint of the same step is replaced, those of later ones are set aside.
+        keep: how many complete checkpoints stay in ``root``; None for all.
+        block: otherwise return when everything has been copied to the memory of the CPU, and write in the background;
+            see `wait`.
+        timeout: seconds that ranks wait for each other before they start.
+
+    Collective: over all ranks.
+    Memory: nothing; one copy of this rank's part of ``state`` in the CPU's memory with ``block=False``, or inside
+        `ShardedEMA.swapped` one of its averages.
+    Raises: ValueError for a step or ``keep`` out of range; RuntimeError on every rank when a value cannot be saved, or
+        a rank does not come; `CheckpointError` when writing fails, or a save in the background has failed.
+    """
+    if step < 0 or (keep is not None and keep < 1):
+        raise ValueError(f"expected a step of 0 or more and keep of 1 or more, got step={step}, keep={keep}")
+    root = Path(os.path.abspath(root))
+    call = f"checkpoint.save(step={step})"
+    contents: dict[str, Any] = {}
+    layouts: dict[str, Model] = {}
+    problem = _failure()
+    if not problem:
+        try:
+            entries = entries_of(state)
+            contents = {key: entry.saved() for key, entry in entries.items()}
+            layouts = {key: entry for key, entry in entries.items() if isinstance(entry, Model)}
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
+            problem = str(error)
+    group = come(call, timeout=timeout, problem=problem)
+    manifest = Manifest(
+        step=step,
+        world_size=group.size() if group else 1,
+        layouts={key: model.layout.summary for key, model in layouts.items()},
+        ties={key: model.layout.ties for key, model in layouts.items()},
+    )
+    writer = Writer(on_first(lambda: begin(root, step), group), manifest, keep=keep)
+    if block:
+        try:
+            dcp.save(contents, storage_writer=writer, process_group=group)
+        except CheckpointException as error:
+            raise CheckpointError(f"{folder_of(root, step)} was not saved: {reasons(error)}") from error
+    else:
+        done = dcp.async_save(contents, storage_writer=writer, process_group=group)
+        done.add_done_callback(_tell_failure)
+        _pending.append(Pending(folder_of(root, step), done))
+
+
+def wait() -> None:
+    """Return when no save is going on in the background; call it before the process group is destroyed.
+
+    Collective: no, but the save ends only when it does on every rank.
+    Raises: `CheckpointError` when it failed.
+    """
+    if problem := _failure():
+        raise CheckpointError(problem)
+
+
+def entries_of(state: Mapping[str, Any]) -> dict[str, Entry]:
+    """The values of ``state`` as what they are, in the order of their keys, which is the same on every rank."""
+    entries: dict[str, Entry] = {}
+    models = {key: Model(key, value) for key, value in state.items() if isinstance(value, nn.Module)}
+    for key, value in sorted(state.items()):
+        match value:
+            case nn.Module():
+                entries[key] = models[key]
+            case Optimizer():
+                entries[key] = OptimizerEntry(key, value, [model.layout for model in models.values()])
+            case ShardedEMA():
+                entries[key] = Average(key, value)
+            case _:
+                entries[key] = Other(key, state)
+    return entries
+
+
+def reasons(error: CheckpointException) -> str:
+    """What went wrong, and where: DCP collects the failures of all ranks."""
+    of_ranks: dict[str, list[int]] = {}
+    for rank, (failure, _) in error.failures.items():
+        of_ranks.setdefault(f"{type(failure).__name__}: {failure}", []).append(rank)
+    return "; ".join(f"on ranks {ranks}: {reason}" for reason, ranks in of_ranks.items())
+
+
+def _failure() -> str:
+    """Wait for the save in the background; why it failed, or an empty string."""
+    if not _pending:
+        return ""
+    pending = _pending.pop()
+    error = pending.done.exception()
+    return f"{pending.folder} was not saved, in the background: {_reason(error)}" if error else ""
+
+
+def _reason(error: BaseException) -> str:
+    return reasons(error) if isinstance(error, CheckpointException) else f"{type(error).__name__}: {error}"
+
+
+def _tell_failure(done: Future[Any]) -> None:
+    # The next call raises it; but there may be none.
+    if error := done.exception():
+        _log.error("a checkpoint was not saved: %s", _reason(error))

@@ -1,0 +1,116 @@
+"""A DCP writer that hashes what it writes, and gives the checkpoint its name when every rank has written."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from ema_dist.checkpoint.folders import commit
+from ema_dist.checkpoint.manifest import FileRecord, Manifest
+from ema_dist.shards import cpu_copy
+
+
+class Writer(FileSystemWriter):
+    """Writes the files of one checkpoint into ``partial``; the first rank adds the manifest, renames and prunes.
+
+    Args:
+        manifest: all but its files.
+        keep: how many complete checkpoints stay in the root; None for all.
+    """
+
+    def __init__(self, partial: Path, manifest: Manifest, *, keep: int | None) -> None:
+        super().__init__(partial)
+        self._files = HashingFileSystem()
+        self.fs = self._files
+        self._partial = partial
+        self._manifest = manifest
+        self._keep = keep
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results = super().write_data(plan, planner).wait()
+        # DCP carries results to the first rank, so the records of the files travel among those of the items.
+        records = [WriteResult(MetadataIndex(name), file.size, file) for name, file in self._files.records.items()]
+        self._files.records.clear()
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results + records)
+        return done
+
+    def stage(self, state_dict: Any) -> Any:
+        return _copied(state_dict)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        everything = [result for of_rank in results for result in of_rank]
+        files = {it.index.fqn: it.storage_data for it in everything if isinstance(it.storage_data, FileRecord)}
+        super().finish(metadata, [[it for it in everything if not isinstance(it.storage_data, FileRecord)]])
+        files |= {name.removesuffix(".tmp"): record for name, record in self._files.records.items()}
+        replace(self._manifest, files=files).write(self._partial)
+        commit(self._partial, keep=self._keep)
+
+
+def _copied(value: Any) -> Any:
+    """Nested dictionaries and lists with a copy of every tensor in them."""
+    match value:
+        case Tensor():
+            return cpu_copy(value)
+        case dict():
+            return {key: _copied(item) for key, item in value.items()}
+        case list():
+            return [_copied(item) for item in value]
+    return copy.deepcopy(value)
+
+
+class HashingFileSystem(FileSystem):
+    """Files on disk, and the size and checksum of each that was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: dict[str, FileRecord] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[IO[bytes], None, None]:
+        with super().create_stream(path, mode) as stream:
+            hashing = HashingStream(stream)
+            yield hashing
+            self.records[Path(path).name] = FileRecord(hashing.size, hashing.digest.hexdigest())
+
+
+class HashingStream(io.RawIOBase):
+    """Passes on what is written, and hashes it on the way."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.digest = xxhash.xxh3_128()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        written: int = self._stream.write(data)
+        self.size += written
+        return written
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        self._stream.flush()  # whoever asks is about to sync the file, and torch does not flush before that
+        return self._stream.fileno()
