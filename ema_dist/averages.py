@@ -57,7 +57,7 @@ class Averages:
 
     def note_infinities(self) -> None:
         """Look once for averages with infinities (masks): they take the careful kernel. Waits for the device."""
-        self._infinite = {name for name, average in self.parameters.items() if not average.isfinite().all()}
+        self._infinite = {name for name, average in self.parameters.items() if not _is_finite(average)}
 
     def bind(self, layout: Layout) -> None:
         """Follow the live weights that ``layout`` shows from now on."""
@@ -92,6 +92,11 @@ def _average_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype
 
 def _is_inexact(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A finite sum proves it without the temporaries of the exact look, which is only needed where the sum overflows.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

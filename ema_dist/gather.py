@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from operator import getitem
 from typing import Any, TypeVar
 
 import torch
@@ -109,7 +110,7 @@ def scatter(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, A
     if mismatch:
         raise ValueError(f"these full tensors belong to another model: {mismatch}")
     for name, (source, outline) in outlines.items():
-        value = first.sends(partial(full.__getitem__, source), outline, shards[name].device)
+        value = first.sends(partial(getitem, full, source), outline, shards[name].device)
         averages[name].copy_(shards[name].cut(value))
 
 

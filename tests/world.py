@@ -41,7 +41,7 @@ _processes.set_forkserver_preload(
         "torch._dynamo",
         "torch.distributed.fsdp",
         "torch.distributed.checkpoint",
-        "ema_dist",
+        "ema_dist.checkpoint",
     ]
 )
 

@@ -4,18 +4,16 @@
 ``checkpoint``: ``pip install "ema-dist[checkpoint]"``.
 """
 
-try:
-    import huggingface_hub as _  # noqa: F401
-    import safetensors as _  # noqa: F401
-    import xxhash as _  # noqa: F401
-except ModuleNotFoundError as error:
+from importlib.util import find_spec
+
+if missing := [name for name in ("huggingface_hub", "safetensors", "xxhash") if find_spec(name) is None]:
     raise ModuleNotFoundError(
-        f'ema_dist.checkpoint needs {error.name}, which is not installed: pip install "ema-dist[checkpoint]"',
-        name=error.name,
-    ) from None
+        f'ema_dist.checkpoint needs {", ".join(missing)}: pip install "ema-dist[checkpoint]"', name=missing[0]
+    )
 
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.full import gather, scatter
 from ema_dist.checkpoint.loading import latest, load
 from ema_dist.checkpoint.saving import save, wait
 
-__all__ = ["CheckpointError", "latest", "load", "save", "wait"]
+__all__ = ["CheckpointError", "gather", "latest", "load", "save", "scatter", "wait"]

@@ -40,8 +40,9 @@ class Contents:
         """Whether a tensor lies under that name, rather than a plain value."""
         return isinstance(self.metadata.state_dict_metadata[name], TensorStorageMetadata)
 
-    def keys(self) -> list[str]:
-        """The entries."""
+    @property
+    def entries(self) -> list[str]:
+        """Their names."""
         return list(dict.fromkeys(str(self.path(name)[0]) for name in self.metadata.state_dict_metadata))
 
     def under(self, key: str) -> dict[Path, str]:
@@ -60,9 +61,9 @@ class Contents:
     def extra_states(self, key: str) -> dict[str, dict[Path, str]]:
         """What modules keep beside their tensors, by the model's own names, each by the paths in it."""
         found: dict[str, dict[Path, str]] = {}
-        for (first, *rest), name in self.under(key).items():
-            if _is_extra_state((first,)):
-                found.setdefault(str(first), {})[tuple(rest)] = name
+        for path, name in self.under(key).items():
+            if _is_extra_state(path):
+                found.setdefault(str(path[0]), {})[path[1:]] = name
         return found
 
     def averages(self, key: str) -> dict[str, str]:
@@ -81,7 +82,7 @@ class Contents:
 
     def model_with(self, names: Collection[str]) -> str | None:
         """The entry that holds a model with tensors of these names; None if none does."""
-        for key in sorted(self.keys(), key=lambda it: it != "model"):
+        for key in sorted(self.entries, key=lambda it: it != "model"):
             if self.weights(key).keys() >= set(names):
                 return key
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +66,14 @@ class Target:
 
 
 class FreshTensors:
-    """Values that nobody here has a place for: their tensors are read into new ones on the CPU, or into ``present``.
+    """Values that are rebuilt from the checkpoint: their tensors are read into new ones on the CPU.
 
     Args:
         names: in the checkpoint, by their paths in the value.
+        present: tensors that are read into in place, by their paths.
     """
 
-    def __init__(self, names: Mapping[Path, str], contents: Contents, present: Mapping[Path, Tensor] = {}) -> None:  # noqa: B006
+    def __init__(self, names: Mapping[Path, str], contents: Contents, present: Mapping[Path, Tensor]) -> None:
         self._names = names
         self.tensors: dict[str, Tensor] = {}
         for path, name in names.items():
@@ -82,7 +83,7 @@ class FreshTensors:
 
     def value(self, contents: Contents) -> Any:
         """The whole value, after the tensors have been read."""
-        values = contents.scalars | self.tensors
+        values: dict[str, Any] = {**contents.scalars, **self.tensors}
         return restored(nested({path: values[name] for path, name in self._names.items()}))
 
 
@@ -122,7 +123,7 @@ class Model(Entry):
             raise ValueError(f"it is of another model: it and the checkpoint differ in {sorted(differing)}")
         refuse_other_shapes({weights[shard.name]: shard.shape for shard in self.layout.shards}, contents)
         self._targets = [Target.of(shard, shard.local) for shard in self.layout.shards]
-        self._extra_states = {name: FreshTensors(names, contents) for name, names in states.items()}
+        self._extra_states = {name: FreshTensors(names, contents, {}) for name, names in states.items()}
         of_states = {name: tensor for state in self._extra_states.values() for name, tensor in state.tensors.items()}
         return {weights[target.shard.name]: target.wrapped for target in self._targets} | of_states
 
@@ -152,7 +153,7 @@ class Average(Entry):
             model = contents.model_with([str(path[-1]) for path in tensors])
             if model is None:
                 raise ValueError(
-                    f"the checkpoint has neither averages nor live weights of these; it has {contents.keys()}"
+                    f"the checkpoint has neither averages nor live weights of these; it has {contents.entries}"
                 )
             weights = contents.weights(model)
             return self._fitting({path: weights[str(path[-1])] for path in tensors}, contents)
@@ -185,7 +186,7 @@ class Average(Entry):
 class Other(Entry):
     """Any Stateful object, or a plain value, which takes its place in the user's dictionary."""
 
-    def __init__(self, key: str, state: dict[str, Any]) -> None:
+    def __init__(self, key: str, state: MutableMapping[str, Any]) -> None:
         super().__init__(key)
         self._state = state
         self._read: FreshTensors | None = None
@@ -196,7 +197,7 @@ class Other(Entry):
     def targets(self, contents: Contents) -> dict[str, Tensor]:
         stored = contents.under(self.key)
         if not stored:
-            raise ValueError(f"the checkpoint has no such entry; it has {contents.keys()}")
+            raise ValueError(f"the checkpoint has no such entry; it has {contents.entries}")
         present = {path: leaf for path, leaf in flattened(self._current()).items() if isinstance(leaf, Tensor)}
         if missing := present.keys() - stored.keys():
             raise ValueError(f"the checkpoint lacks the tensors {sorted('.'.join(map(str, path)) for path in missing)}")

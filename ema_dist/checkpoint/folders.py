@@ -60,8 +60,7 @@ def commit(partial: Path, *, keep: int | None) -> None:
         _set_aside(complete.pop(later), step)
     for old in list(complete)[: -keep if keep else 0]:
         _remove(complete[old])
-    for unfinished in root.glob("step-*.partial"):
-        _remove(unfinished)
+    _clear_away(root, complete)
 
 
 def locate(path: Path, step: int | None = None) -> Path:
@@ -83,6 +82,13 @@ def locate(path: Path, step: int | None = None) -> Path:
         f"expected {'a checkpoint' if step is None else f'step {step}'} in {path}, found {found}"
         + ("" if path.exists() else "; there is no such folder")
     )
+
+
+def _clear_away(root: Path, complete: dict[int, Path]) -> None:
+    """Remove what saves that were killed have left: unfinished, replaced or half removed."""
+    for leftover in [*root.glob("step-*.partial"), *root.glob("step-*.removed"), *root.glob(f"step-*{REPLACED}")]:
+        if leftover not in complete.values():
+            shutil.rmtree(leftover)
 
 
 def _set_aside(later: Path, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ema_dist.checkpoint.saving import entries_of, wait
 
 
 def latest(root: str | os.PathLike[str]) -> int | None:
-    """The newest step with a complete checkpoint in ``root``; None when there is none. Whether it is sound, `load` sees.
+    """The newest step with a complete checkpoint in ``root``, sound or not; None when there is none.
 
     Collective: no.
     """
@@ -59,11 +60,8 @@ def load(
     wait()
     root = Path(root)
     group = come("checkpoint.load()", timeout=timeout)
-    folder, metadata = _soundest(root, step, group)
-    names = [name for name, kept in metadata.state_dict_metadata.items() if not hasattr(kept, "chunks")]
-    scalars: dict[str, Any] = dict.fromkeys(names)
-    read(folder, scalars, metadata=metadata, group=group)
-    contents = Contents(metadata, scalars)
+    sound = _soundest(root, step, group)
+    contents = Contents(sound.metadata, _plain_values(sound, state, group))
     entries: dict[str, Entry] = {}
     targets: dict[str, dict[str, Tensor]] = {}
     wrong: list[str] = []
@@ -76,24 +74,51 @@ def load(
             targets[key] = entry.targets(contents)
         except Exception as error:  # noqa: BLE001, PERF203  all that is wrong is named at once
             wrong.append(f"{key!r}: {error}")
-    come(f"checkpoint.load() of {folder}", timeout=timeout, problem="; ".join(wrong))
+    come(f"checkpoint.load() of {sound.folder}", timeout=timeout, problem="; ".join(wrong))
+    for tensors in targets.values():
+        read(sound.folder, dict(tensors), metadata=sound.metadata, group=group)
     for key, entry in entries.items():
-        read(folder, dict(targets[key]), metadata=metadata, group=group)
-        entry.take(contents)
-    manifest = read_manifest(folder)
-    return manifest.step if manifest else None
+        try:
+            entry.take(contents)
+        except Exception as error:  # noqa: BLE001, PERF203  this rank's weights are read; the other ranks must get to know
+            wrong.append(f"{key!r} does not take over what was saved: {error!r}")
+    come(f"the end of checkpoint.load() of {sound.folder}", timeout=timeout, problem="; ".join(wrong))
+    return sound.step
 
 
-def _soundest(root: Path, step: int | None, group: ProcessGroup | None) -> tuple[Path, Metadata]:
-    """The newest checkpoint in which nothing is damaged, and its metadata."""
-    newest_first = on_first(lambda: _candidates(root, step), group)
+@dataclass(frozen=True)
+class Sound:
+    """A checkpoint in which nothing is damaged."""
+
+    folder: Path
+    metadata: Metadata
+    step: int | None
+
+
+def _plain_values(sound: Sound, state: MutableMapping[str, Any], group: ProcessGroup | None) -> dict[str, Any]:
+    """What is not a tensor in the entries that are asked for, and in extra states beside them, by DCP's names."""
+    everything = Contents(sound.metadata)
+    wanted = [name for key in state for name in everything.under(key).values()]
+    wanted += [
+        name for key in everything.entries for of in everything.extra_states(key).values() for name in of.values()
+    ]
+    values: dict[str, Any] = {name: None for name in wanted if not everything.is_tensor(name)}
+    read(sound.folder, values, metadata=sound.metadata, group=group)
+    return values
+
+
+def _soundest(root: Path, step: int | None, group: ProcessGroup | None) -> Sound:
+    """The newest checkpoint in which nothing is damaged.
+
+    Collective: over ``group``.
+    """
     damaged: list[str] = []
-    for folder in newest_first:
-        found, metadata = _checked(folder, group)
-        if metadata is not None and not found:
+    for folder in on_first(lambda: _candidates(root, step), group):
+        found, sound = _checked(folder, group)
+        if sound is not None and not found:
             if damaged and (group is None or group.rank() == 0):
                 warnings.warn(f"passed over, and loaded {folder.name} instead: {'; '.join(damaged)}", stacklevel=3)
-            return folder, metadata
+            return sound
         damaged += found
     raise CheckpointError(f"no sound checkpoint in {root}: {'; '.join(damaged)}")
 
@@ -103,18 +128,15 @@ def _candidates(root: Path, step: int | None) -> list[Path]:
     return [found] if step is not None or found == root else [*complete_steps(root).values()][::-1]
 
 
-def _checked(folder: Path, group: ProcessGroup | None) -> tuple[list[str], Metadata | None]:
-    """What is wrong with a checkpoint, all ranks reading about as much of it; its metadata, if that can be read.
-
-    Collective: over ``group``.
-    """
+def _checked(folder: Path, group: ProcessGroup | None) -> tuple[list[str], Sound | None]:
+    """What is wrong with a checkpoint, of which each rank checks its share; the checkpoint, if it can be read here."""
     mine: list[str] = []
-    metadata: Metadata | None = None
+    sound: Sound | None = None
     try:
         if manifest := read_manifest(folder):
             rank, count = (group.rank(), group.size()) if group else (0, 1)
             mine = problems(folder, share(manifest.files, rank, count))
-        metadata = read_metadata(folder)
+        sound = Sound(folder, read_metadata(folder), manifest.step if manifest else None)
     except CheckpointError as error:
         mine.append(str(error))
-    return together(mine, group), metadata
+    return together(mine, group), sound

@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.metadata import inside
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -73,15 +74,17 @@ def problems(
     """
     found: list[str] = []
     for name, expected in files.items():
-        path = folder / name
         try:
+            path = inside(folder, name)
             size = path.stat().st_size
             if size != expected.size:
                 found.append(f"{path} has {size} bytes, not the {expected.size} that were written")
             elif _checksum(path, on_bytes) != expected.xxh3_128:
                 found.append(f"{path} has another checksum than when it was written: some of its bytes changed")
-        except OSError as error:
-            found.append(f"{path} cannot be read: {error.strerror}")
+        except OSError as error:  # noqa: PERF203  all that is wrong is named at once
+            found.append(f"{folder / name} cannot be read: {error.strerror}")
+        except CheckpointError as error:
+            found.append(str(error))
     return found
 
 
@@ -109,21 +112,18 @@ def _checksum(path: Path, on_bytes: Callable[[int], object]) -> str:
 
 def _parse(text: bytes) -> Manifest:
     content = json.loads(text)
-    checksum, version = content.pop("xxh3_128"), content["format"]
-    if version != FORMAT:
-        raise ValueError(f"expected format {FORMAT}, found {version!r}")
+    checksum = content.pop("xxh3_128")
+    if content["format"] != FORMAT:
+        raise ValueError(f"expected format {FORMAT}, found {content['format']!r}")
     if _digest(content) != checksum:
         raise ValueError("its own checksum does not fit")
     del content["format"]
-    files = {_plain_name(name): FileRecord(**record) for name, record in content.pop("files").items()}
-    return Manifest(files=files, **content)
+    files = {str(name): FileRecord(int(it["size"]), str(it["xxh3_128"])) for name, it in content.pop("files").items()}
+    manifest = Manifest(files=files, **content)
+    if type(manifest.step) is not int or type(manifest.world_size) is not int:
+        raise ValueError(f"expected numbers, found step {manifest.step!r} of {manifest.world_size!r} ranks")
+    return manifest
 
 
 def _digest(content: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
-def _plain_name(name: str) -> str:
-    if Path(name).name != name or name in {"", ".", ".."}:
-        raise ValueError(f"{name!r} is not the name of a file in this folder")
-    return name

@@ -70,7 +70,7 @@ class OptimizerEntry(Entry):
                     targets[name] = self._targets[-1].wrapped
                 case _:
                     rest[path] = name
-        self._rest = FreshTensors(rest, contents)
+        self._rest = FreshTensors(rest, contents, {})
         return targets | self._rest.tensors
 
     def take(self, contents: Contents) -> None:
@@ -119,7 +119,8 @@ class OptimizerEntry(Entry):
             path[1]: name for path, name in stored.items() if path[0] == "param_groups" and path[2:] == ("params",)
         }
         theirs = [contents.scalars[saved[index]] for index in sorted(saved, key=int)]
-        if mine != theirs:
+        # A flat parameter holds its tensors in an order of its own.
+        if [*map(sorted, mine)] != [*map(sorted, theirs)]:
             raise ValueError(f"its parameter groups are others: expected {mine}, the checkpoint has {theirs}")
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[str]]]:

@@ -54,8 +54,11 @@ def restored(value: Any) -> Any:
 
 
 def flattened(value: object, path: Path = ()) -> dict[Path, Any]:
-    """Every value in nested mappings and lists by its path, cut up as DCP cuts: lists of plain values stay whole."""
-    if isinstance(value, Mapping):
+    """Every value in nested mappings and lists by its path, cut up as DCP cuts: lists of plain values stay whole.
+
+    DCP drops empty mappings; here they are values.
+    """
+    if isinstance(value, Mapping) and value:
         items = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, list) and _holds_tensors_or_mappings(value):
         items = list(enumerate(value))

@@ -15,7 +15,8 @@ from ema_dist.meeting import meet
 
 T = TypeVar("T")
 
-_groups: MutableMapping[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
+_groups: MutableMapping[object, ProcessGroup] = WeakKeyDictionary()
+"""The group for checkpoints in each world."""
 
 
 def come(call: str, *, timeout: float, problem: str = "") -> ProcessGroup | None:
@@ -34,7 +35,9 @@ def come(call: str, *, timeout: float, problem: str = "") -> ProcessGroup | None
     meet(call, list(range(dist.get_world_size())), timeout=timeout, problem=problem)
     world = dist.group.WORLD
     if world not in _groups:
-        _groups[world] = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, ProcessGroup), "every rank of the world is in it"
+        _groups[world] = group
     return _groups[world]
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -72,14 +71,14 @@ def save(
     """
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"expected a step of 0 or more and keep of 1 or more, got step={step}, keep={keep}")
-    root = Path(os.path.abspath(root))
+    root = Path(root).absolute()
     call = f"checkpoint.save(step={step})"
     contents: dict[str, Any] = {}
     layouts: dict[str, Model] = {}
     problem = _failure()
     if not problem:
         try:
-            entries = entries_of(state)
+            entries = entries_of(dict(state))
             contents = {key: entry.saved() for key, entry in entries.items()}
             layouts = {key: entry for key, entry in entries.items() if isinstance(entry, Model)}
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
@@ -99,6 +98,7 @@ def save(
             raise CheckpointError(f"{folder_of(root, step)} was not saved: {reasons(error)}") from error
     else:
         done = dcp.async_save(contents, storage_writer=writer, process_group=group)
+        assert isinstance(done, Future), "the writer has staged by the time it returns"
         done.add_done_callback(_tell_failure)
         _pending.append(Pending(folder_of(root, step), done))
 
@@ -113,7 +113,7 @@ def wait() -> None:
         raise CheckpointError(problem)
 
 
-def entries_of(state: Mapping[str, Any]) -> dict[str, Entry]:
+def entries_of(state: MutableMapping[str, Any]) -> dict[str, Entry]:
     """The values of ``state`` as what they are, in the order of their keys, which is the same on every rank."""
     entries: dict[str, Entry] = {}
     models = {key: Model(key, value) for key, value in state.items() if isinstance(value, nn.Module)}

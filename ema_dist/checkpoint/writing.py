@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import xxhash
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import commit
 from ema_dist.checkpoint.manifest import FileRecord, Manifest
 from ema_dist.shards import cpu_copy
@@ -57,6 +58,11 @@ class Writer(FileSystemWriter):
         files = {it.index.fqn: it.storage_data for it in everything if isinstance(it.storage_data, FileRecord)}
         super().finish(metadata, [[it for it in everything if not isinstance(it.storage_data, FileRecord)]])
         files |= {name.removesuffix(".tmp"): record for name, record in self._files.records.items()}
+        if elsewhere := sorted(name for name in files if not (self._partial / name).exists()):
+            raise CheckpointError(
+                f"other ranks wrote {elsewhere}, which are not in {self._partial} as the first rank sees it: "
+                "save into a file system that all ranks share"
+            )
         replace(self._manifest, files=files).write(self._partial)
         commit(self._partial, keep=self._keep)
 
@@ -81,7 +87,7 @@ class HashingFileSystem(FileSystem):
         self.records: dict[str, FileRecord] = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[IO[bytes], None, None]:
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
         with super().create_stream(path, mode) as stream:
             hashing = HashingStream(stream)
             yield hashing

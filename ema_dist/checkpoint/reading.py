@@ -1,0 +1,225 @@
+"""DCP's reader and load planner without what would run code from a checkpoint, and a load in two agreed phases."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.futures import Future
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.metadata import Item, inside, read_metadata
+from ema_dist.checkpoint.ranks import together
+from ema_dist.shards import is_cut
+
+T = TypeVar("T")
+
+ZIP = b"PK\x03\x04"
+"""How a file begins that `torch.save` wrote; older formats go through older code, and DCP never used them."""
+
+
+def read(
+    folder: Path, wanted: dict[str, Any], *, metadata: Metadata | None = None, group: ProcessGroup | None = None
+) -> None:
+    """Fill ``wanted``: entries of a checkpoint by their DCP names, without running anything that it holds.
+
+    Args:
+        wanted: tensors (plain, DTensor or ShardedTensor) are read into in place, resharded, cast to their dtype;
+            anything else is replaced by the value stored, a tensor on the CPU or what a byte entry holds.
+        metadata: of this folder, when it has been read already.
+        group: the ranks that read together; None for this process alone, whether or not there is a process group.
+
+    Collective: over ``group``, where a problem of one rank is an error on all.
+    Memory: one chunk of the checkpoint at a time, beside what is wanted.
+    Raises: CheckpointError, before anything is read, when names are missing or shapes differ, naming them all, or when
+        the metadata is damaged; and when an entry is: then tensors read before it have their new values already.
+    """
+    reader = Reader(folder, metadata=metadata)
+    planner = Planner()
+    plan = _agreed(lambda: _plan(reader, planner, wanted), group)
+    _agreed(lambda: reader.read_data(plan, planner).wait(), group)
+    wanted.update(planner.state_dict)
+
+
+class Reader(FileSystemReader):
+    """Reads a folder that DCP wrote; nothing in it can make it run code or open a file elsewhere.
+
+    Memory: one chunk at a time.
+    Raises: CheckpointError for a checkpoint that is damaged, naming the file and the entry; also `read_metadata`.
+    """
+
+    def __init__(self, folder: Path, *, metadata: Metadata | None = None) -> None:
+        super().__init__(folder)
+        self._folder = folder
+        self._metadata = metadata
+
+    def read_metadata(self, *_: object, **kwargs: object) -> Metadata:
+        if kwargs.get("rank") is not None:  # torch asks so once there is none for all ranks
+            raise CheckpointError(f"{self._folder} has metadata of single ranks only; expected one .metadata")
+        if self._metadata is None:
+            self._metadata = read_metadata(self._folder)
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for name, requests in self._by_file(plan).items():
+            path = inside(self._folder, name)
+            with path.open("rb") as file:
+                for item, same in requests:
+                    self._read_item(path, file, item, same, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _by_file(self, plan: LoadPlan) -> dict[str, list[tuple[Item, list[ReadItem]]]]:
+        """What to read from each file, in the order in which it lies there, everything once."""
+        requests: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
+        for request in plan.items:
+            if request.type == LoadItemType.BYTE_IO or 0 not in request.lengths:
+                requests[request.storage_index].append(request)
+        by_file: dict[str, list[tuple[Item, list[ReadItem]]]] = defaultdict(list)
+        for index in sorted(requests, key=lambda index: self.storage_data[index].offset):
+            item = self.storage_data[index]
+            by_file[item.relative_path].append((item, requests[index]))
+        return by_file
+
+    def _read_item(
+        self, path: Path, file: IO[bytes], item: Item, requests: list[ReadItem], planner: LoadPlanner
+    ) -> None:
+        index = requests[0].storage_index
+        try:
+            stream = self._stream(file, item, requests[0])
+            if requests[0].type == LoadItemType.BYTE_IO:
+                planner.load_bytes(requests[0], io.BytesIO(stream.read(item.length)))
+                return
+            tensor = self._checked(unpack(stream), index)
+        except Exception as error:
+            place = f"bytes {item.offset} to {item.offset + item.length}"
+            raise CheckpointError(f"{path}: the entry {index.fqn!r}, {place}, cannot be read: {error}") from error
+        for request in requests:
+            part = tensor
+            for dim, (start, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
+                part = part.narrow(dim, start, length)
+            target = planner.resolve_tensor(request).detach()
+            target.copy_(part)
+            planner.commit_tensor(request, target)
+
+    def _stream(self, file: IO[bytes], item: Item, request: ReadItem) -> IO[bytes]:
+        stream = self._slice_file(file, item)  # pyrefly: ignore[bad-argument-type]  it looks at what an Item has
+        if not item.transform_descriptors:
+            return stream
+        if not hasattr(self, "transforms"):
+            raise CheckpointError(f"it is stored through {item.transform_descriptors}, which needs torch 2.7 or later")
+        return io.BytesIO(self.transforms.transform_load_stream(request, item.transform_descriptors, stream).read(-1))
+
+    def _checked(self, found: object, index: MetadataIndex) -> Tensor:
+        entry = self.read_metadata().state_dict_metadata[index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        assert index.index is not None
+        size, dtype = entry.chunks[index.index].sizes, entry.properties.dtype
+        if type(found) is not Tensor or (found.shape, found.dtype, found.layout) != (size, dtype, torch.strided):
+            stored = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise CheckpointError(f"expected {dtype} {list(size)} as the metadata says, found {stored}")
+        return found
+
+
+class Planner(DefaultLoadPlanner):
+    """Plans the reading of a flat dict; byte entries are read without running what they hold.
+
+    Raises: CheckpointError for a byte entry that is damaged or holds more than torch reads safely.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = unpack(value)
+
+
+def unpack(stream: IO[bytes]) -> Any:
+    """What `torch.save` wrote, tensors on the CPU: plain values, and classes admitted by `add_safe_globals`, no others.
+
+    Raises: CheckpointError when it holds anything else, naming it; and whatever damaged bytes make `torch.load` raise.
+    """
+    if stream.read(len(ZIP)) != ZIP:
+        raise CheckpointError("expected an archive as torch.save writes it, found something else")
+    stream.seek(0)
+    try:
+        return torch.load(stream, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        stream.seek(0)
+        if not (refused := get_unsafe_globals_in_checkpoint(stream)):
+            raise
+        names = ", ".join(sorted(refused))
+        raise CheckpointError(
+            f"it holds {names}, which torch does not read unless told to, as it could run code; if you trust "
+            f"the checkpoint, admit it: torch.serialization.add_safe_globals([{names}])"
+        ) from error
+
+
+def _plan(reader: Reader, planner: Planner, wanted: dict[str, Any]) -> LoadPlan:
+    metadata = reader.read_metadata()
+    stored = metadata.state_dict_metadata
+    if missing := wanted.keys() - stored:
+        raise CheckpointError(f"{reader.path} has no entries {sorted(missing)}; expected them among its {len(stored)}")
+    problems = {name: _misfit(value, stored[name]) for name, value in wanted.items()}
+    if wrong := [f"{name!r} {problem}" for name, problem in problems.items() if problem]:
+        raise CheckpointError(f"{reader.path} does not fit: {'; '.join(wrong)}")
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    planner.set_up_planner({name: _target(value, stored[name]) for name, value in wanted.items()}, metadata)
+    return planner.finish_plan(planner.create_local_plan())
+
+
+def _misfit(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) -> str:
+    if not isinstance(value, Tensor):
+        return ""
+    if isinstance(entry, BytesStorageMetadata):
+        return f"is a tensor of shape {list(value.size())} here, and not a tensor there"
+    if value.size() != entry.size:
+        return f"has shape {list(value.size())} here, and {list(entry.size)} there"
+    return "is on the meta device here; materialise it first" if not is_cut(value) and value.is_meta else ""
+
+
+def _target(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) -> Tensor | None:
+    """What to read into; None for what will be replaced."""
+    if isinstance(entry, BytesStorageMetadata):
+        return None
+    return value if isinstance(value, Tensor) else torch.empty(entry.size, dtype=entry.properties.dtype)
+
+
+def _agreed(work: Callable[[], T], group: ProcessGroup | None) -> T:
+    """What ``work`` returns, once it has returned on every rank of ``group``.
+
+    Raises: CheckpointError when it has raised one, or OSError, anywhere; what else it raises here, and CheckpointError
+        on the other ranks.
+    """
+    try:
+        result = work()
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError("; ".join(together([_told(str(error), group)], group))) from error
+    except Exception as error:
+        together([_told(f"{type(error).__name__}: {error}", group)], group)
+        raise
+    if problems := together([], group):
+        raise CheckpointError("; ".join(problems))
+    return result
+
+
+def _told(problem: str, group: ProcessGroup | None) -> str:
+    return problem if group is None else f"rank {dist.get_rank()}: {problem}"

@@ -1,0 +1,511 @@
+"""What is saved is what was there, in every layout and moment, and loads into every other layout and world."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import AdamW, Optimizer
+
+from ema_dist import ShardedEMA, checkpoint
+from ema_dist.checkpoint.metadata import read_metadata
+from ema_dist.checkpoint.reading import read
+from ema_dist.shards import local_tensor
+from layouts import LAYOUTS, TORCH_WARNS, Net, assert_bitwise_equal, full_weights, layouts, make_net, train_step, wrap
+from test_state import MOVES, in_world
+
+Run = tuple[nn.Module, Optimizer, ShardedEMA]
+
+
+def start(layout: str, net: Net | None = None, **settings: Any) -> Run:  # noqa: ANN401
+    """A wrapped model with its optimizer and averages."""
+    model = wrap(layout, net or make_net(layout))
+    return model, AdamW(model.parameters(), lr=0.05), ShardedEMA(model, **{"decay": 0.8} | settings)
+
+
+def train(run: Run, *steps: int) -> None:
+    model, optimizer, ema = run
+    for step in steps:
+        train_step(model, optimizer, step)
+        ema.update()
+
+
+@torch.no_grad()
+def mark_moments(optimizer: Optimizer) -> None:
+    """Make moments of the weights, so that there is an oracle for them, whatever they are cut into."""
+    for parameter, state in optimizer.state.items():
+        local_tensor(state["exp_avg"]).copy_(local_tensor(parameter))
+        local_tensor(state["exp_avg_sq"]).copy_(local_tensor(parameter).abs())
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    return dict(zip(("model", "optim", "ema"), run, strict=True))
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """Everything in a checkpoint, read by this process alone."""
+    metadata = read_metadata(folder)
+    values: dict[str, Any] = dict.fromkeys(metadata.state_dict_metadata)
+    read(folder, values, metadata=metadata)
+    return values
+
+
+def under(prefix: str, values: dict[str, Any]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_alike(found[name], sorted(value) if name.endswith(".params") else value, name)
+
+
+def assert_alike(found: Any, expected: Any, name: str = "") -> None:  # noqa: ANN401
+    match expected:
+        case Tensor():
+            assert torch.equal(found, expected), name
+        case dict():
+            assert found.keys() == expected.keys()
+            for key, value in expected.items():
+                assert_alike(found[key], value, f"{name}.{key}")
+        case list():
+            found = sorted(found) if name.endswith(".params") else found
+            for index, (item, value) in enumerate(zip(found, expected, strict=True)):
+                assert_alike(item, value, f"{name}.{index}")
+        case _:
+            assert found == expected, name
+
+
+@layouts()
+def test_a_checkpoint_holds_the_weights_moments_and_averages_and_gives_them_back(layout: str, tmp_path: Path) -> None:
+    run = start(layout)
+    train(run, 0, 1, 2)
+    model, optimizer, ema = run
+    mark_moments(optimizer)
+    checkpoint.save(state_of(run), tmp_path, step=3)
+    weights, averages = full_weights(model), ema.full_state_dict()
+    saved = stored(tmp_path / "step-0000000003")
+    assert_bitwise_equal(under("model.", saved), weights)
+    for name in dict(make_net(layout).named_parameters()).keys() - {"frozen.weight", "frozen.bias"}:
+        assert torch.equal(saved[f"optim.state.{name}.exp_avg"].double(), weights[name]), name
+        assert torch.equal(saved[f"optim.state.{name}.exp_avg_sq"].double(), weights[name].abs()), name
+        assert saved[f"optim.state.{name}.step"] == 3
+
+    other = start(layout, make_net(layout, seed=1))
+    assert checkpoint.load(state_of(other), tmp_path) == 3
+    assert_bitwise_equal(full_weights(other[0]), weights)
+    assert_bitwise_equal(other[2].full_state_dict(), averages)
+    checkpoint.save(state_of(other), tmp_path, step=4)
+    assert_same(stored(tmp_path / "step-0000000004"), saved)
+    train(run, 3)
+    train(other, 3)
+    assert_bitwise_equal(full_weights(other[0]), full_weights(model))
+    assert_bitwise_equal(other[2].full_state_dict(), ema.full_state_dict())
+
+
+@layouts()
+def test_a_checkpoint_taken_inside_a_swap_has_the_live_weights(layout: str, tmp_path: Path) -> None:
+    run = start(layout)
+    train(run, 0, 1)
+    model, _, ema = run
+    checkpoint.save(state_of(run), tmp_path, step=1)
+    with ema.swapped():
+        checkpoint.save(state_of(run), tmp_path, step=2)
+        checkpoint.save({"model": model}, tmp_path, step=3)
+    outside = stored(tmp_path / "step-0000000001")
+    assert not torch.equal(outside["model.blocks.0.scale"], outside["ema.tracks.default.averages.blocks.0.scale"])
+    assert_same(stored(tmp_path / "step-0000000002"), outside)
+    assert_bitwise_equal(under("model.", stored(tmp_path / "step-0000000003")), under("model.", outside))
+
+
+@pytest.mark.parametrize(
+    ("saved_as", "saved_on", "loaded_as", "loaded_on"),
+    [pytest.param(*move, marks=(pytest.mark.world_size(max(move[1], move[3])), *TORCH_WARNS)) for move in MOVES],
+)
+def test_everything_loads_under_another_layout_and_world(
+    saved_as: str, saved_on: int, loaded_as: str, loaded_on: int, tmp_path: Path
+) -> None:
+    def save() -> None:
+        run = start(saved_as, make_net(saved_as, loaded_as))
+        train(run, 0, 1)
+        mark_moments(run[1])
+        with run[2].swapped():
+            checkpoint.save(state_of(run), tmp_path, step=2)
+
+    def load() -> None:
+        run = start(loaded_as, make_net(saved_as, loaded_as, seed=1))
+        train(run, 7)  # there is a state already, which must not shine through
+        checkpoint.load(state_of(run), tmp_path)
+        checkpoint.save(state_of(run), tmp_path / "again", step=2)
+        assert_bitwise_equal(full_weights(run[0]), under("model.", stored(tmp_path / "step-0000000002")))
+        assert_same(stored(tmp_path / "again" / "step-0000000002"), stored(tmp_path / "step-0000000002"))
+        train(run, 2)
+
+    in_world(saved_on, tmp_path, save)
+    in_world(loaded_on, tmp_path, load)
+
+
+@layouts("plain", "ddp", "fsdp2", "hsdp")
+def test_a_part_of_a_model_is_saved_live_inside_a_swap(layout: str, tmp_path: Path) -> None:
+    net = make_net(layout)
+    run = start(layout, net)
+    train(run, 0, 1)
+    checkpoint.save({"block": net.blocks[0]}, tmp_path, step=1)
+    with run[2].swapped():
+        checkpoint.save({"block": net.blocks[0]}, tmp_path, step=2)
+    assert_same(stored(tmp_path / "step-0000000002"), stored(tmp_path / "step-0000000001"))
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp")
+def test_what_happens_after_a_save_in_the_background_does_not_leak_into_it(layout: str, tmp_path: Path) -> None:
+    run = start(layout)
+    train(run, 0)
+    for step in (1, 2, 3):
+        checkpoint.save(state_of(run), tmp_path / "blocking", step=step, keep=None)
+        checkpoint.save(state_of(run), tmp_path / "background", step=step, keep=None, block=False)
+        train(run, step)
+    checkpoint.wait()
+    for step in (1, 2, 3):
+        name = f"step-000000000{step}"
+        assert_same(stored(tmp_path / "background" / name), stored(tmp_path / "blocking" / name))
+
+
+@layouts("plain", "ddp", "fsdp2", "tp")
+def test_torch_itself_reads_what_was_saved(layout: str, tmp_path: Path) -> None:
+    run = start(layout)
+    train(run, 0, 1)
+    checkpoint.save(state_of(run), tmp_path, step=2)
+    model, optimizer, ema = start(layout, make_net(layout, seed=1))
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optim": moments, "ema": ema}, checkpoint_id=tmp_path / "step-0000000002")
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    train(run, 2)
+    train((model, optimizer, ema), 2)
+    assert_bitwise_equal(full_weights(model), full_weights(run[0]))
+    assert_bitwise_equal(ema.full_state_dict(), run[2].full_state_dict())
+
+
+@layouts("plain", "ddp", "fsdp2", "tp")
+def test_what_torch_saved_is_read(layout: str, tmp_path: Path) -> None:
+    run = start(layout)
+    train(run, 0, 1)
+    weights, moments = get_state_dict(run[0], run[1])
+    dcp.save({"model": weights, "optim": moments, "ema": run[2]}, checkpoint_id=tmp_path / "torch")
+    other = start(layout, make_net(layout, seed=1))
+    assert checkpoint.load(state_of(other), tmp_path / "torch") is None
+    train(run, 2)
+    train(other, 2)
+    assert_bitwise_equal(full_weights(other[0]), full_weights(run[0]))
+    assert_bitwise_equal(other[2].full_state_dict(), run[2].full_state_dict())
+
+
+@layouts("plain", "ddp", "fsdp1-flat", "fsdp2-3", "hsdp", "fsdp2-tp")
+def test_a_checkpoint_from_before_the_averages_starts_them_from_its_live_weights(layout: str, tmp_path: Path) -> None:
+    model, optimizer, ema = start(layout)
+    train((model, optimizer, ema), 0, 1)
+    checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=2)
+    run = start(layout, make_net(layout, seed=1))
+    train(run, 0)
+    with pytest.warns(UserWarning, match=r"no averages under 'ema': they start from its live weights, at step 0"):
+        checkpoint.load(state_of(run), tmp_path)
+    averages = run[2].full_state_dict()
+    if averages:
+        assert_bitwise_equal(averages, under("model.", stored(tmp_path / "step-0000000002")))
+    assert (run[2].steps, run[2].updates) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
+def test_averages_load_into_a_plain_model_as_its_weights(layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    run = start(layout)
+    train(run, 0, 1)
+    checkpoint.save(state_of(run), tmp_path, step=2)
+    averages = run[2].full_state_dict(dtype=dtype)
+    plain = make_net(layout, seed=1).to(dtype)
+    checkpoint.load({"ema": plain}, tmp_path)
+    if averages:
+        assert_bitwise_equal(dict(plain.state_dict()), averages)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("live", [torch.bfloat16, torch.float32])
+def test_live_weights_stashed_during_a_swap_are_saved(live: torch.dtype, tmp_path: Path) -> None:
+    run = start("fsdp2", make_net("fsdp2").to(live), dtype=torch.float64)
+    for parameter in run[0].parameters():
+        local_tensor(parameter).mul_(1.7)
+    run[2].update()
+    checkpoint.save(state_of(run), tmp_path, step=1)
+    with run[2].swapped():
+        checkpoint.save(state_of(run), tmp_path, step=2)
+    outside, inside = (stored(tmp_path / f"step-000000000{step}") for step in (1, 2))
+    assert_same(inside, outside)
+    assert outside["model.blocks.0.scale"].dtype == live
+    assert outside["ema.tracks.default.averages.blocks.0.scale"].dtype == torch.float64
+
+
+class Counter:
+    """A Stateful with what DCP would change: keys that are not strings, empty containers, a list that grows."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+@pytest.mark.world_size(2)
+def test_plain_values_and_stateful_objects_come_back_equal(tmp_path: Path) -> None:
+    counter, fresh = Counter(), Counter()
+    counter.state = {
+        "milestones": {30: 1, 60: 2},
+        "empty": {},
+        "list": [],
+        "rows": [{"loss": 0.5, "tensor": torch.arange(3)}, {"loss": 0.25, "tensor": torch.arange(2)}],
+        "pair": (1, "two"),
+        "nothing": None,
+    }
+    plain = {"epoch": 3, "names": ["a", "b"], "nested": {"tensor": torch.ones(2)}, "layers": {7: {"x": 1}}}
+    checkpoint.save({"counter": counter, "plain": plain, "seed": 5}, tmp_path, step=0)
+    state = {"counter": fresh, "plain": None, "seed": 0}
+    checkpoint.load(state, tmp_path)
+    assert_alike(fresh.state, counter.state)
+    assert_alike(state, {"counter": fresh, "plain": plain, "seed": 5})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({0: torch.ones(2)}, "keys that are not strings"),
+        (Path("somewhere"), "'x' is a PosixPath, which could not be loaded again"),
+        ([object()], "'x.0' is a object"),
+    ],
+)
+@pytest.mark.world_size(2)
+def test_what_could_not_be_loaded_again_is_not_saved(value: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        checkpoint.save({"x": value}, tmp_path, step=0)
+    assert not list(tmp_path.glob("step*"))
+
+
+@pytest.mark.world_size(2)
+def test_an_optimizer_without_its_model_is_not_saved(tmp_path: Path) -> None:
+    _, optimizer, _ = start("fsdp2")
+    with pytest.raises(RuntimeError, match="pass the model as well"):
+        checkpoint.save({"optim": optimizer}, tmp_path, step=0)
+
+
+@layouts("plain", "ddp", "fsdp2")
+def test_a_checkpoint_that_does_not_fit_changes_nothing(layout: str, tmp_path: Path) -> None:
+    run = start(layout)
+    train(run, 0)
+    checkpoint.save(state_of(run), tmp_path, step=1)
+    other = wrap(layout, nn.Sequential(make_net(layout))) if layout != "fsdp2" else None
+    small = start(layout, Net(hidden=6))
+    before = full_weights(small[0]), small[2].full_state_dict()
+    with pytest.raises(RuntimeError, match=r"other shapes \(expected, stored\).*blocks.0.module.weight"):
+        checkpoint.load(state_of(small), tmp_path)
+    with pytest.raises(RuntimeError, match="has no such entry; it has"):
+        checkpoint.load({**state_of(small), "stranger": 1}, tmp_path)
+    if other is not None:
+        with pytest.raises(RuntimeError, match=r"another model.*'0.blocks.0.module.bias'"):
+            checkpoint.load({"model": other}, tmp_path)
+    assert_bitwise_equal(full_weights(small[0]), before[0])
+    assert_bitwise_equal(small[2].full_state_dict(), before[1])
+
+
+@pytest.mark.world_size(2)
+def test_a_model_is_not_loaded_while_it_holds_its_averages(tmp_path: Path) -> None:
+    run = start("fsdp2")
+    checkpoint.save(state_of(run), tmp_path, step=0)
+    with run[2].swapped(), pytest.raises(RuntimeError, match="inside swapped"):
+        checkpoint.load({"model": run[0]}, tmp_path)
+
+
+@pytest.mark.world_size(2)
+def test_a_problem_of_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    value = object() if dist.get_rank() == 1 else 1
+    with pytest.raises(RuntimeError, match=r"on ranks \[1\]: 'x' is a object"):
+        checkpoint.save({"x": value}, tmp_path, step=0)
+    with pytest.raises(RuntimeError, match=r"all ranks must make the same call"):
+        checkpoint.save({"x": 1}, tmp_path, step=dist.get_rank())
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"checkpoint.save\(step=3\): ranks \[1\] did not come"):
+            checkpoint.save({"x": 1}, tmp_path, step=3, timeout=0.3)
+    dist.barrier()
+
+
+@pytest.mark.parametrize("settings", [{"step": -1}, {"step": 0, "keep": 0}])
+def test_settings_out_of_range_are_refused(settings: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a step of 0 or more and keep of 1 or more"):
+        checkpoint.save({"x": 1}, tmp_path, **settings)
+
+
+def save_numbers(root: Path, *steps: int, **settings: Any) -> None:  # noqa: ANN401
+    for step in steps:
+        checkpoint.save({"x": torch.full((100,), float(step)), "n": step}, root, step=step, **settings)
+
+
+def loaded_number(root: Path) -> float:
+    state = {"x": torch.zeros(100)}
+    checkpoint.load(state, root)
+    return state["x"][0].item()
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    save_numbers(tmp_path, 1, 2, 3, 4, keep=2)
+    assert names(tmp_path) == ["step-0000000003", "step-0000000004"]
+    save_numbers(tmp_path, 5, 6, keep=None)
+    assert checkpoint.latest(tmp_path) == 6
+    assert len(names(tmp_path)) == 4
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    save_numbers(tmp_path, 1)
+    checkpoint.save({"x": torch.full((100,), 8.0)}, tmp_path, step=1)
+    assert names(tmp_path) == ["step-0000000001"]
+    assert loaded_number(tmp_path) == 8
+
+
+def test_checkpoints_of_a_run_that_was_rolled_back_are_set_aside(tmp_path: Path) -> None:
+    save_numbers(tmp_path, 1, 2, 3)
+    with pytest.warns(UserWarning, match=r"step-0000000003 is of a later step than the one saved now \(2\)"):
+        save_numbers(tmp_path, 2)
+    assert names(tmp_path) == ["step-0000000001", "step-0000000002", "step-0000000003.superseded"]
+    assert loaded_number(tmp_path) == 2
+
+
+def test_what_was_never_finished_is_not_loaded_and_is_cleared_away(tmp_path: Path) -> None:
+    save_numbers(tmp_path, 1, 2)
+    (tmp_path / "step-0000000002").rename(tmp_path / "step-0000000002.partial")
+    assert loaded_number(tmp_path) == 1
+    save_numbers(tmp_path, 3)
+    assert names(tmp_path) == ["step-0000000001", "step-0000000003"]
+
+
+def test_a_checkpoint_about_to_be_replaced_counts_until_the_other_has_its_name(tmp_path: Path) -> None:
+    save_numbers(tmp_path, 1, 2)
+    (tmp_path / "step-0000000002").rename(tmp_path / "step-0000000002.replaced")
+    assert loaded_number(tmp_path) == 2
+    save_numbers(tmp_path, 2)
+    assert names(tmp_path) == ["step-0000000001", "step-0000000002"]
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
+def test_a_damaged_checkpoint_is_named_and_passed_over(damage: Any, name: str, tmp_path: Path) -> None:  # noqa: ANN401
+    save_numbers(tmp_path, 1, 2)
+    if (damage, name) == (Path.unlink, "manifest.json"):
+        return  # it is one of plain DCP then
+    damage(tmp_path / "step-0000000002" / name)
+    with pytest.warns(UserWarning, match=rf"loaded step-0000000001 instead.*step-0000000002.*{name}"):
+        assert loaded_number(tmp_path) == 1
+    with pytest.raises(checkpoint.CheckpointError, match=rf"no sound checkpoint.*{name}"):
+        checkpoint.load({"x": torch.zeros(100)}, tmp_path, step=2)
+    shutil.rmtree(tmp_path / "step-0000000001")
+    state = {"x": torch.zeros(100)}
+    with pytest.raises(checkpoint.CheckpointError, match=rf"no sound checkpoint.*{name}"):
+        checkpoint.load(state, tmp_path)
+    assert not state["x"].any()
+
+
+@pytest.mark.world_size(3)
+def test_damage_that_one_rank_finds_is_passed_over_by_all(tmp_path: Path) -> None:
+    run = start("fsdp2-3")
+    for step in (1, 2):
+        train(run, step)
+        checkpoint.save(state_of(run), tmp_path, step=step)
+    if dist.get_rank() == 0:
+        flip_a_bit(tmp_path / "step-0000000002" / "__1_0.distcp")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        with pytest.warns(UserWarning, match="__1_0.distcp has another checksum"):
+            assert checkpoint.load(state_of(run), tmp_path) == 1
+    else:
+        assert checkpoint.load(state_of(run), tmp_path) == 1
+    assert run[2].steps == 1
+
+
+def test_nothing_to_load_is_an_error(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+    with pytest.raises(checkpoint.CheckpointError, match="no complete checkpoint; there is no such folder"):
+        checkpoint.load({}, tmp_path / "nowhere")
+    save_numbers(tmp_path, 1)
+    with pytest.raises(checkpoint.CheckpointError, match=r"expected step 5 in .*, found the complete steps \[1\]"):
+        checkpoint.load({}, tmp_path, step=5)
+
+
+@pytest.mark.world_size(2)
+def test_a_failed_save_leaves_the_older_ones_and_raises_on_every_rank(tmp_path: Path) -> None:
+    save_numbers(tmp_path, 1)
+    make_writing_fail()
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"step-0000000002 was not saved: on ranks \[1\]: OSError: full"
+    ):
+        save_numbers(tmp_path, 2)
+    assert loaded_number(tmp_path) == 1
+
+
+@pytest.mark.world_size(2)
+def test_a_save_that_failed_in_the_background_is_raised_by_the_next_call(tmp_path: Path) -> None:
+    save_numbers(tmp_path, 1)
+    make_writing_fail()
+    save_numbers(tmp_path, 2, block=False)
+    with pytest.raises(
+        RuntimeError, match=r"step-0000000002 was not saved, in the background: on ranks \[1\]: OSError"
+    ):
+        save_numbers(tmp_path, 3)
+    assert loaded_number(tmp_path) == 1
+    save_numbers(tmp_path, 4, block=False)
+    with pytest.raises(checkpoint.CheckpointError, match="step-0000000004 was not saved"):
+        checkpoint.wait()
+    checkpoint.wait()
+
+
+def make_writing_fail() -> None:
+    """From now on rank 1 cannot write, as on a full disk."""
+    from ema_dist.checkpoint import writing  # noqa: PLC0415  in this rank's process only
+
+    def write(*_: object) -> int:
+        raise OSError("full")
+
+    if dist.get_rank() == 1:
+        writing.HashingStream.write = write
+
+
+def test_the_manifest_says_how_it_was_saved(tmp_path: Path) -> None:
+    run = start("plain")
+    checkpoint.save(state_of(run), tmp_path, step=5)
+    manifest = json.loads((tmp_path / "step-0000000005" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["world_size"]) == (5, 1)
+    assert manifest["ties"] == {"model": {"head.weight": "embed.weight"}}
+    assert manifest["layouts"] == {"model": f"{len(run[0].state_dict()) - 1} tensors whole"}
+    assert manifest["files"].keys() == {"__0_0.distcp", ".metadata"}
+
+
+def test_all_layouts_are_known_here() -> None:
+    assert {layout for layout, *_ in MOVES} <= LAYOUTS.keys()
