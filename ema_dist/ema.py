@@ -18,7 +18,7 @@ from ema_dist.averages import Averages, BufferPolicy
 from ema_dist.clock import Clock
 from ema_dist.decay import HalfLife, as_decay
 from ema_dist.exchange import Exchange
-from ema_dist.gather import copy_into, full_shapes, gather, scatter, unite
+from ema_dist.gather import collect, copy_into, full_shapes, gather, scatter, unite
 from ema_dist.meeting import meet, require_world
 from ema_dist.replicas import drift
 from ema_dist.shards import Layout, Replicas
@@ -255,17 +255,7 @@ class ShardedEMA:
                 )
             meet("full_state_dict(pipeline=...)", stages, timeout=self._timeout)
             entries = unite(entries, pipeline, self._layout.shards[0].device)
-        full: dict[str, Any] = {}
-        different: list[str] = []
-        for name, value in entries:
-            if value is None and not self._is_first:
-                continue
-            if isinstance(value, Tensor) and name in full and not torch.equal(full[name], value):
-                different.append(name)
-            full.setdefault(name, value)
-        if different:
-            raise ValueError(f"pipeline stages hold different tensors under the names {different}")
-        return full
+        return collect(entries, keep=self._is_first)
 
     def full_shapes(self, *, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
         """The entries of `full_state_dict` as tensors on the meta device; None for extra states that are not tensors.

@@ -79,6 +79,24 @@ def unite(entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch
     dist.send_object_list([None], dst=first, group=group)
 
 
+def collect(entries: Iterator[tuple[str, Any]], *, keep: bool) -> dict[str, Any]:
+    """All entries in one dictionary; those without a value only where this rank gets the tensors.
+
+    Raises: ValueError when pipeline stages hold different tensors under one name.
+    """
+    full: dict[str, Any] = {}
+    different: list[str] = []
+    for name, value in entries:
+        if value is None and not keep:
+            continue
+        if isinstance(value, Tensor) and name in full and not torch.equal(full[name], value):
+            different.append(name)
+        full.setdefault(name, value)
+    if different:
+        raise ValueError(f"pipeline stages hold different tensors under the names {different}")
+    return full
+
+
 def _received(source: int, group: ProcessGroup, device: torch.device) -> Iterator[tuple[str, Any]]:
     while True:
         header: list[Any] = [None]
@@ -110,8 +128,8 @@ def scatter(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, A
     if mismatch:
         raise ValueError(f"these full tensors belong to another model: {mismatch}")
     for name, (source, outline) in outlines.items():
-        value = first.sends(partial(getitem, full, source), outline, shards[name].device)
-        averages[name].copy_(shards[name].cut(value))
+        shard = shards[name]
+        averages[name].copy_(shard.cut(first.sends(partial(getitem, full, source), outline, shard.device)))
 
 
 @torch.no_grad()

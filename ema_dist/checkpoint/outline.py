@@ -104,17 +104,19 @@ class Outline:
         return {path: names for path, names in floating.items() if not any(_is_under(it, [path]) for it in floating)}
 
     def models_of(self, averages: Path) -> list[Path]:
-        """The models that share most names with a state of averages; none when no model shares any."""
-        names = {name for track in self.averages[averages].values() for name in track.all}
-        shared = {path: len(names & tensors.keys()) for path, tensors in self.models.items()}
-        return [path for path, count in shared.items() if count and count == max(shared.values())]
+        """The models that share most names with a state of averages, those of the same shapes if there are any."""
+        averaged = {name: it for track in self.averages[averages].values() for name, it in track.all.items()}
+        shared = {path: len(averaged.keys() & tensors.keys()) for path, tensors in self.models.items()}
+        best = [path for path, count in shared.items() if count and count == max(shared.values())]
+        return [path for path in best if self._same_shapes(averaged, self.models[path])] or best
 
     def entries(self) -> Iterator[tuple[Path, str]]:
         """Every model, optimizer and state of averages with its kind, and the first keys of all beside them."""
         kinds = {**dict.fromkeys(self.models, "model"), **dict.fromkeys(self.optimizers, "optimizer")}
         kinds |= dict.fromkeys(self.averages, "averages")
+        deepest = sorted(kinds, key=len, reverse=True)
         known = dict.fromkeys(
-            next((kin for kin in kinds if _is_under(path, [kin])), path[:1]) for path in self.paths.values()
+            next((entry for entry in deepest if _is_under(path, [entry])), path[:1]) for path in self.paths.values()
         )
         return ((path, kinds.get(path, "other")) for path in known)
 
@@ -151,6 +153,10 @@ class Outline:
     def pieces(self, name: str) -> int:
         """Into how many pieces a tensor was cut when it was saved."""
         return len(self.tensors[name].chunks)
+
+    def _same_shapes(self, averaged: dict[str, str], tensors: dict[str, str]) -> bool:
+        both = averaged.keys() & tensors.keys()
+        return all(self.shape(averaged[name]) == self.shape(tensors[name]) for name in both)
 
 
 def dotted(path: Sequence[str | int]) -> str:

@@ -17,11 +17,13 @@ def cpu_copy(tensor: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch deprecates what FSDP1 saves as
         blocks = [Block(block.tensor.to("cpu", copy=True), block.metadata) for block in tensor.local_shards()]
-        return ShardedTensor._init_from_local_shards_and_global_metadata(  # the public form gathers what each rank knows
-            blocks,
-            tensor.metadata(),
-            process_group=tensor._process_group,
-            sharding_spec=tensor.sharding_spec(),
+        return (
+            ShardedTensor._init_from_local_shards_and_global_metadata(  # the public form gathers what each rank knows
+                blocks,
+                tensor.metadata(),
+                process_group=tensor._process_group,
+                sharding_spec=tensor.sharding_spec(),
+            )
         )
 
 

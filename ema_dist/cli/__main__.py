@@ -1,0 +1,5 @@
+"""``python -m ema_dist.cli`` is ``ema-dist``."""
+
+from ema_dist.cli import main
+
+main()

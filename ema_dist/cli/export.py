@@ -1,0 +1,106 @@
+"""``ema-dist export``: the weights in a checkpoint, averaged or live, as files that others load."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors import SafetensorError
+
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.folders import locate
+from ema_dist.checkpoint.manifest import problems
+from ema_dist.checkpoint.stored import Stored, Weights
+from ema_dist.checkpoint.weight_files import WeightWriter
+from ema_dist.cli.options import CheckpointArgument, EntryOption, StepOption, TrackOption, Which, WhichOption
+from ema_dist.cli.terminal import few, in_bytes, output, progress, say
+
+
+class FileFormat(str, Enum):
+    """What files to write."""
+
+    SAFETENSORS = "safetensors"
+    TORCH = "torch"
+
+
+DTYPES = {str(it).removeprefix("torch."): it for it in vars(torch).values() if isinstance(it, torch.dtype)}
+"""Every dtype of torch by its name."""
+
+
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The floating dtype of that name.
+
+    Raises: typer.BadParameter when there is none.
+    """
+    dtype = DTYPES.get(str(name).removeprefix("torch."))
+    if dtype is None or not dtype.is_floating_point:
+        raise typer.BadParameter(f"{name!r} is no floating dtype of torch, such as float32, bfloat16 or float16")
+    return dtype
+
+
+def export(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write into.", show_default=False)],
+    *,
+    weights: WhichOption = Which.EMA,
+    dtype: Annotated[
+        torch.dtype | None,
+        typer.Option(
+            parser=parse_dtype,
+            metavar="DTYPE",
+            help="Of floating tensors, such as bfloat16; that of each live one otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of the tensors in one file: bytes, or as in 500MB.")
+    ] = "5GB",
+    format: Annotated[FileFormat, typer.Option(help="What files to write.")] = FileFormat.SAFETENSORS,  # noqa: A002
+    step: StepOption = None,
+    track: TrackOption = None,
+    entry: EntryOption = None,
+) -> None:
+    """Write the averaged (or live) weights of a checkpoint into files in the Hugging Face layout.
+
+    One process, by stream: at most one output file and one tensor are in memory. Nothing is written unless all is well,
+    the checksums of the checkpoint's files included; an earlier export of the same format in OUT is replaced then.
+    """
+    stored = Stored(locate(checkpoint, step))
+    chosen = stored.weights(weights.value, track=track, entry=entry, dtype=dtype)
+    _tell_exceptions(stored, chosen)
+    limit = int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size
+    writer = WeightWriter(out, planned=stored.shapes(chosen), max_shard_size=limit, file_format=format.value)
+    total = sum(stored.outline.nbytes(source) for source, _ in chosen.sources.values())
+    with ThreadPoolExecutor(1) as pool, progress("exporting", total) as advance, writer:
+        damage = pool.submit(problems, stored.folder, stored.manifest.files if stored.manifest else {})
+        for name, tensor in stored.read_weights(chosen, on_bytes=advance):
+            _add(writer, name, tensor)
+        if format is FileFormat.TORCH:
+            for name, parts in chosen.extra_states.items():
+                _add(writer, name, stored.extra_state(parts))
+        if found := damage.result():
+            raise CheckpointError(f"the checkpoint is damaged, nothing is exported: {'; '.join(found)}")
+    for path in writer.paths:
+        output().print(f"{path}  {in_bytes(path.stat().st_size)}", soft_wrap=True)
+
+
+def _add(writer: WeightWriter, name: str, value: object) -> None:
+    try:
+        writer.add(name, value)
+    except (RuntimeError, SafetensorError) as error:  # what the formats' own code raises where Python raises OSError
+        raise OSError(f"{writer.paths[0].parent} cannot be written (is the disk full?): {error}") from error
+
+
+def _tell_exceptions(stored: Stored, chosen: Weights) -> None:
+    """Say what a user would not expect of these weights."""
+    if chosen.alone:
+        say(f"{stored.folder} holds no live model: the averages are exported, and nothing that has none")
+    if names := chosen.without_average:
+        say(
+            f"{len(names)} tensors have no average and are exported with their live values (frozen ones, or second "
+            f"names of tied ones: the checkpoint does not tell): {few(names)}"
+        )

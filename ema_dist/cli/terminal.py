@@ -1,0 +1,106 @@
+"""What the commands share: how they talk, show that they are at work, and fail."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from ema_dist.checkpoint.errors import CheckpointError
+
+P = ParamSpec("P")
+
+WIDE = 160
+"""Columns of a table that goes into a file or a pipe, where nothing tells how wide it may be."""
+
+
+def output() -> Console:
+    """Where results go."""
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(WIDE, console.width))
+
+
+def say(message: str) -> None:
+    """Tell the user something beside the results, on stderr."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(message))
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """End the command with an error on stderr."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    raise typer.Exit(code)
+
+
+def clean_errors(command: Callable[P, None], *, code: int = 1) -> Callable[P, None]:
+    """The command, whose foreseeable errors end it with a message and this exit code, and without a traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            with _plain_warnings():
+                command(*args, **kwargs)
+        except BrokenPipeError:
+            sys.stderr.close()  # else Python complains, when it ends, that it cannot flush
+            raise typer.Exit(code) from None
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            fail(f"{where}{error.strerror or error}", code)
+        except (CheckpointError, ValueError) as error:
+            fail(str(error), code)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+
+    return run
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr, if that is a terminal, gone when all is done; the caller advances it by bytes."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def in_bytes(size: int) -> str:
+    """A size as people read it."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def few(names: list[str], count: int = 5) -> str:
+    """The first of these names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as a sentence on stderr, without the line of code that gave them."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        say(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,121 @@
+"""Whatever happens to the bytes of a checkpoint: it loads, or it is refused by name."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.metadata import read_metadata
+from ema_dist.checkpoint.reading import read
+
+EXAMPLES = 300
+
+MEMORY = 2 * 2**30
+"""What a reader may take for a checkpoint of some kilobytes; beyond it the machine would be in danger."""
+
+Mutation = tuple[str, int, int, bytes]
+
+MUTATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "overwrite", "insert", "delete", "truncate", "splice"]),
+        st.integers(0, 2**16),
+        st.integers(0, 2**16),
+        st.binary(min_size=1, max_size=8),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+def mutated(data: bytes, mutations: list[Mutation]) -> bytes:
+    for kind, at, other, new in mutations:
+        at, other = at % (len(data) + 1), other % (len(data) + 1)  # noqa: PLW2901  positions in what is left
+        length = 1 + new[0] % 16
+        match kind:
+            case "flip":
+                data = data[:at] + bytes(byte ^ 1 << other % 8 for byte in data[at : at + 1]) + data[at + 1 :]
+            case "overwrite":
+                data = data[:at] + new + data[at + len(new) :]
+            case "insert":
+                data = data[:at] + new + data[at:]
+            case "delete":
+                data = data[:at] + data[at + length :]
+            case "truncate":
+                data = data[:at]
+            case "splice":
+                data = data[:at] + data[other : other + length] + data[at:]
+    return data
+
+
+def test_every_mutation_changes_something() -> None:
+    data = bytes(range(64))
+    for kind in ["flip", "overwrite", "insert", "delete", "truncate", "splice"]:
+        assert mutated(data, [(kind, 20, 40, b"abc")]) != data
+
+
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """Let this process have `MEMORY` more than it has, so that what takes more fails here and now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def fuzz(path: Path, folder: Path) -> tuple[int, int]:
+    """Read the checkpoint with mutated bytes in one of its files; how often it loads, and is refused by its name."""
+    original = path.read_bytes()
+    loaded = refused = 0
+
+    @given(MUTATIONS)
+    @settings(max_examples=EXAMPLES)
+    def run(mutations: list[Mutation]) -> None:
+        nonlocal loaded, refused
+        path.write_bytes(mutated(original, mutations))
+        try:
+            read(folder, dict.fromkeys(read_metadata(folder).state_dict_metadata))
+            loaded += 1
+        except CheckpointError as error:
+            refused += str(folder) in str(error)
+
+    with limited_memory():
+        run()
+    return loaded, refused
+
+
+def save(folder: Path) -> None:
+    """Tensors cut into chunks, whole ones, and values that are no tensors."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    state = {
+        "model": {"weight": distribute_tensor(torch.randn(7, 3), mesh, [Shard(0)]), "bias": torch.randn(3).bfloat16()},
+        "optim": [{"lr": 0.1, "betas": (0.9, 0.999)}, torch.arange(4)],
+        "note": "as it was",
+    }
+    dcp.save(state, checkpoint_id=folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory the way Linux counts it")
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "__1_0.distcp"])
+@pytest.mark.world_size(2)
+def test_a_mutated_checkpoint_loads_or_is_refused(name: str, tmp_path: Path) -> None:
+    save(tmp_path / "saved")
+    if dist.get_rank() == 0:
+        loaded, refused = fuzz(tmp_path / "saved" / name, tmp_path / "saved")
+        assert refused > EXAMPLES / 10
+        assert loaded + refused >= EXAMPLES
