@@ -52,12 +52,11 @@ def gather(
             "ema.full_state_dict(pipeline=...), and write that"
         )
     writer = WeightWriter(folder, planned=planned, max_shard_size=max_shard_size, file_format=file_format)
-    if group is None or group.rank() == 0:
-        on_first(lambda: _write(writer, entries), group)
-        return writer.paths
-    _exhaust(entries)
-    on_first(list, group)
-    return []
+    is_first = group is None or group.rank() == 0
+    if not is_first:
+        _exhaust(entries)
+    on_first(lambda: _write(writer, entries), group)
+    return writer.paths if is_first else []
 
 
 def scatter(ema: ShardedEMA, folder: str | os.PathLike[str]) -> None:

@@ -77,7 +77,7 @@ class Reader(FileSystemReader):
             self._metadata = read_metadata(self._folder)
         return self._metadata
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+    def read_data(self, plan: LoadPlan, planner: Planner) -> Future[None]:
         for name, requests in self._by_file(plan).items():
             path = inside(self._folder, name)
             with path.open("rb") as file:
@@ -100,7 +100,7 @@ class Reader(FileSystemReader):
         return by_file
 
     def _read_item(
-        self, path: Path, file: IO[bytes], item: Item, requests: list[ReadItem], planner: LoadPlanner
+        self, path: Path, file: IO[bytes], item: Item, requests: list[ReadItem], planner: Planner
     ) -> None:
         index = requests[0].storage_index
         try:
@@ -116,9 +116,7 @@ class Reader(FileSystemReader):
             part = tensor
             for dim, (start, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
                 part = part.narrow(dim, start, length)
-            target = planner.resolve_tensor(request).detach()
-            target.copy_(part)
-            planner.commit_tensor(request, target)
+            planner.take(request, part)
 
     def _stream(self, file: IO[bytes], item: Item, request: ReadItem) -> IO[bytes]:
         stream = self._slice_file(file, item)  # pyrefly: ignore[bad-argument-type]  it looks at what an Item has
@@ -148,8 +146,26 @@ class Planner(DefaultLoadPlanner):
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict = state_dict
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = unpack(value)
+
+    def take(self, read_item: ReadItem, part: Tensor) -> None:
+        """Copy what was read to where it belongs; a tensor on the meta device becomes a real one, or ``part`` itself."""
+        name = read_item.dest_index.fqn
+        target = self.state_dict[name]
+        if not is_cut(target) and target.is_meta:
+            if part.shape == target.shape and part.is_contiguous():
+                self.state_dict[name] = part
+                return
+            self.state_dict[name] = torch.empty(target.shape, dtype=target.dtype)
+        self.resolve_tensor(read_item).detach().copy_(part)
 
 
 def unpack(stream: IO[bytes]) -> Any:
@@ -197,10 +213,10 @@ def _misfit(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) 
 
 
 def _target(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) -> Tensor | None:
-    """What to read into; None for what will be replaced."""
+    """What to read into; None, or a tensor on the meta device, for what will be replaced."""
     if isinstance(entry, BytesStorageMetadata):
         return None
-    return value if isinstance(value, Tensor) else torch.empty(entry.size, dtype=entry.properties.dtype)
+    return value if isinstance(value, Tensor) else torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
 
 
 def _agreed(work: Callable[[], T], group: ProcessGroup | None) -> T:

@@ -242,7 +242,7 @@ class Stored:
         return source, (dtype or self.outline.dtype(live)) if own.is_floating_point else own
 
     def _track(self, place: Place, track: str | None) -> Track:
-        tracks = self.outline.averages[place]
+        tracks = self.averages[place].tracks
         wanted = track or (next(iter(tracks)) if len(tracks) == 1 else "default")
         if wanted not in tracks:
             raise CheckpointError(
