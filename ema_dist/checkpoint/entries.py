@@ -77,7 +77,7 @@ class FreshTensors:
         self._names = names
         self.tensors: dict[str, Tensor] = {}
         for path, name in names.items():
-            if contents.is_tensor(name):
+            if name in contents.tensors:
                 fresh = torch.empty(contents.shape(name), dtype=contents.dtype(name))
                 self.tensors[name] = present.get(path, fresh)
 
@@ -113,10 +113,10 @@ class Model(Entry):
     def targets(self, contents: Contents) -> dict[str, Tensor]:
         if exchanges_in(self.layout.model):
             raise ValueError("the model holds its averages, inside swapped(); load after the block")
-        averages = contents.averages(self.key)
+        averages = contents.averaged(self.key)
         source = contents.model_with(averages) if averages else self.key
         weights = (contents.weights(source) if source else {}) | averages
-        states = contents.extra_states(source) if source else {}
+        states = contents.states(source) if source else {}
         missing = {shard.name for shard in self.layout.shards} - weights.keys()
         unknown = weights.keys() - self.layout.by_any_name().keys()
         if differing := missing | unknown | (states.keys() ^ self.layout.extra_states.keys()):
@@ -148,16 +148,16 @@ class Average(Entry):
     def targets(self, contents: Contents) -> dict[str, Tensor]:
         self._state = flattened(self._ema.state_dict())
         tensors = {path: value for path, value in self._state.items() if isinstance(value, Tensor)}
-        stored = contents.under(self.key)
+        stored = contents.of(self.key)
         if not stored:
             model = contents.model_with([str(path[-1]) for path in tensors])
             if model is None:
                 raise ValueError(
-                    f"the checkpoint has neither averages nor live weights of these; it has {contents.entries}"
+                    f"the checkpoint has neither averages nor live weights of these; it has {contents.keys}"
                 )
             weights = contents.weights(model)
             return self._fitting({path: weights[str(path[-1])] for path in tensors}, contents)
-        averaged = {path for path, name in stored.items() if contents.is_tensor(name)}
+        averaged = {path for path, name in stored.items() if name in contents.tensors}
         if differing := averaged ^ tensors.keys():
             names = sorted(str(path[-1]) for path in differing)
             raise ValueError(f"these averages belong to another model: it and the checkpoint differ in {names}")
@@ -171,9 +171,9 @@ class Average(Entry):
         return {name: self._state[path] for path, name in sources.items()}
 
     def take(self, contents: Contents) -> None:
-        stored = contents.under(self.key)
+        stored = contents.of(self.key)
         if stored:
-            counted = {path: contents.scalars[name] for path, name in stored.items() if not contents.is_tensor(name)}
+            counted = {path: contents.scalars[name] for path, name in stored.items() if name not in contents.tensors}
         else:
             counted = {("steps",): 0, ("updates",): 0}
             warnings.warn(
@@ -195,9 +195,9 @@ class Other(Entry):
         return storable(self._current(), self.key)
 
     def targets(self, contents: Contents) -> dict[str, Tensor]:
-        stored = contents.under(self.key)
+        stored = contents.of(self.key)
         if not stored:
-            raise ValueError(f"the checkpoint has no such entry; it has {contents.entries}")
+            raise ValueError(f"the checkpoint has no such entry; it has {contents.keys}")
         present = {path: leaf for path, leaf in flattened(self._current()).items() if isinstance(leaf, Tensor)}
         if missing := present.keys() - stored.keys():
             raise ValueError(f"the checkpoint lacks the tensors {sorted('.'.join(map(str, path)) for path in missing)}")
@@ -225,11 +225,11 @@ def _place(shard: Shard) -> tuple[int, torch.Size] | None:
 
 def refuse_other_shapes(shapes: Mapping[str, torch.Size], contents: Contents) -> None:
     """Raise ValueError when tensors, by their names in the checkpoint, are stored in other shapes, or are none."""
-    plain = sorted(name for name in shapes if not contents.is_tensor(name))
+    plain = sorted(name for name in shapes if name not in contents.tensors)
     different = {
         name: (tuple(shape), tuple(contents.shape(name)))
         for name, shape in shapes.items()
-        if contents.is_tensor(name) and contents.shape(name) != shape
+        if name in contents.tensors and contents.shape(name) != shape
     }
     if plain or different:
         raise ValueError(f"not tensors: {plain}; other shapes (expected, stored): {different}")

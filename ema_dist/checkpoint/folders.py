@@ -47,13 +47,13 @@ def commit(partial: Path, *, keep: int | None) -> None:
     """
     root, final = partial.parent, partial.with_suffix("")
     step = int(final.name.removeprefix("step-"))
-    _sync(partial)
+    sync(partial)
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():
         _remove(replaced)
         final.rename(replaced)
     partial.rename(final)
-    _sync(root)
+    sync(root)
     _remove(replaced)
     complete = complete_steps(root)
     for later in [other for other in complete if other > step]:
@@ -112,8 +112,9 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -98,11 +98,9 @@ class Sound:
 def _plain_values(sound: Sound, state: MutableMapping[str, Any], group: ProcessGroup | None) -> dict[str, Any]:
     """What is not a tensor in the entries that are asked for, and in extra states beside them, by DCP's names."""
     everything = Contents(sound.metadata)
-    wanted = [name for key in state for name in everything.under(key).values()]
-    wanted += [
-        name for key in everything.entries for of in everything.extra_states(key).values() for name in of.values()
-    ]
-    values: dict[str, Any] = {name: None for name in wanted if not everything.is_tensor(name)}
+    wanted = [name for key in state for name in everything.of(key).values()]
+    wanted += [name for key in everything.keys for of in everything.states(key).values() for name in of.values()]
+    values: dict[str, Any] = {name: None for name in wanted if name not in everything.tensors}
     read(sound.folder, values, metadata=sound.metadata, group=group)
     return values
 

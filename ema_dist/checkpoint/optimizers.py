@@ -54,7 +54,7 @@ class OptimizerEntry(Entry):
 
     def targets(self, contents: Contents) -> dict[str, Tensor]:
         shards = {shard.name: shard for of_owner in self._shards.values() for shard in of_owner}
-        stored = contents.under(self.key)
+        stored = contents.of(self.key)
         self._refuse_other_groups(contents, stored)
         rest: dict[Path, str] = {}
         targets: dict[str, Tensor] = {}
@@ -62,7 +62,7 @@ class OptimizerEntry(Entry):
             match path:
                 case ("state", parameter, str(key)) if (
                     (shard := shards.get(str(parameter)))
-                    and contents.is_tensor(name)
+                    and name in contents.tensors
                     and contents.shape(name) == shard.shape
                     and (shard.shape or key != "step")
                 ):

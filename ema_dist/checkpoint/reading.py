@@ -35,6 +35,10 @@ ZIP = b"PK\x03\x04"
 """How a file begins that `torch.save` wrote; older formats go through older code, and DCP never used them."""
 
 
+SMALL_BYTES = 4 * 2**20
+"""Up to so many are read at once: torch.load makes many small reads, which through a view of a file are slow."""
+
+
 def read(
     folder: Path, wanted: dict[str, Any], *, metadata: Metadata | None = None, group: ProcessGroup | None = None
 ) -> None:
@@ -77,7 +81,8 @@ class Reader(FileSystemReader):
             self._metadata = read_metadata(self._folder)
         return self._metadata
 
-    def read_data(self, plan: LoadPlan, planner: Planner) -> Future[None]:
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        assert isinstance(planner, Planner), "only ours reads byte entries safely"
         for name, requests in self._by_file(plan).items():
             path = inside(self._folder, name)
             with path.open("rb") as file:
@@ -99,9 +104,7 @@ class Reader(FileSystemReader):
             by_file[item.relative_path].append((item, requests[index]))
         return by_file
 
-    def _read_item(
-        self, path: Path, file: IO[bytes], item: Item, requests: list[ReadItem], planner: Planner
-    ) -> None:
+    def _read_item(self, path: Path, file: IO[bytes], item: Item, requests: list[ReadItem], planner: Planner) -> None:
         index = requests[0].storage_index
         try:
             stream = self._stream(file, item, requests[0])
@@ -119,6 +122,9 @@ class Reader(FileSystemReader):
             planner.take(request, part)
 
     def _stream(self, file: IO[bytes], item: Item, request: ReadItem) -> IO[bytes]:
+        if item.length <= SMALL_BYTES and not item.transform_descriptors:
+            file.seek(item.offset)
+            return io.BytesIO(file.read(item.length))
         stream = self._slice_file(file, item)  # pyrefly: ignore[bad-argument-type]  it looks at what an Item has
         if not item.transform_descriptors:
             return stream
@@ -146,8 +152,11 @@ class Planner(DefaultLoadPlanner):
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    def set_up_planner(  # not as torch does it, which would give memory to tensors on the meta device
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,  # noqa: FBT001, FBT002  torch's signature
     ) -> None:
         self.state_dict = state_dict
         self.metadata = metadata
@@ -157,7 +166,7 @@ class Planner(DefaultLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = unpack(value)
 
     def take(self, read_item: ReadItem, part: Tensor) -> None:
-        """Copy what was read to where it belongs; a tensor on the meta device becomes a real one, or ``part`` itself."""
+        """Copy what was read to where it belongs; a tensor on the meta device becomes a real one, or just ``part``."""
         name = read_item.dest_index.fqn
         target = self.state_dict[name]
         if not is_cut(target) and target.is_meta:

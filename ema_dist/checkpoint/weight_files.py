@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.folders import sync
 from ema_dist.checkpoint.weight_formats import FORMATS, INDEX, FileFormat, Opened, dtype_name, format_of, holdable
 
 ASIDE = ".export-incomplete"
@@ -74,6 +76,8 @@ class WeightWriter:
         )
         self._waiting: dict[str, dict[str, Any]] = {}
         self._missing = dict.fromkeys(self._planned)
+        self._background = ThreadPoolExecutor(1, "sync")
+        self._syncing: list[Future[None]] = []
 
     @property
     def paths(self) -> list[Path]:
@@ -109,6 +113,7 @@ class WeightWriter:
                 self._publish()
         finally:
             self._waiting.clear()
+            self._background.shutdown()
             shutil.rmtree(self._aside, ignore_errors=True)  # the next export removes what stays
 
     def add(self, name: str, value: Any) -> None:
@@ -129,7 +134,8 @@ class WeightWriter:
         waiting[name] = _plain(value) if isinstance(value, Tensor) else value
         if len(waiting) == len(self._split.filename_to_tensors[file]):
             self._format.write(self._aside / file, self._waiting.pop(file))
-            _sync(self._aside / file)
+            # Meanwhile the tensors of the next file come.
+            self._syncing.append(self._background.submit(sync, self._aside / file))
 
     @property
     def _aside(self) -> Path:
@@ -138,20 +144,22 @@ class WeightWriter:
     def _publish(self) -> None:
         if self._missing:
             raise ValueError(f"these tensors were planned for {self.folder} and did not come: {[*self._missing]}")
+        for synced in self._syncing:
+            synced.result()
         if self._split.is_sharded:
             index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
             (self._aside / self._format.index).write_text(json.dumps(index, indent=2) + "\n")
-            _sync(self._aside / self._format.index)
+            sync(self._aside / self._format.index)
         *shards, entry = self.paths
         for path in self._format.files(self.folder):
             if path != entry or shards:
                 path.unlink()
-        _sync(self.folder)
+        sync(self.folder)
         for path in shards:
             (self._aside / path.name).replace(path)
-        _sync(self.folder)
+        sync(self.folder)
         (self._aside / entry.name).replace(entry)
-        _sync(self.folder)
+        sync(self.folder)
 
 
 class WeightFiles(Mapping[str, Any]):
@@ -275,12 +283,3 @@ def _plain(tensor: Tensor) -> Tensor:
     """The tensor's own bytes in order on the CPU, in a storage that holds nothing else."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
-
-
-def _sync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
