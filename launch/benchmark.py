@@ -1,8 +1,8 @@
-"""Measures what averages cost: update() against other ways to average, swaps and exports by time and memory.
+"""Measures what averages and their checkpoints cost, by time and memory, beside other ways to do the same.
 
-    python launch/benchmark.py                                      # minutes; better with nothing else running
+    python launch/benchmark.py                                      # many minutes; better with nothing else running
     python launch/benchmark.py --quick                              # the same on tiny models: whether it works at all
-    python launch/benchmark.py --output-dir docs/benchmarks         # the page of the documentation
+    python launch/benchmark.py --only checkpoints --output-dir docs/benchmarks      # one page of the documentation
 
 It starts the ranks it needs by itself. Linux only, as it asks the kernel for the memory it used.
 """
@@ -10,7 +10,9 @@ It starts the ranks it needs by itself. Linux only, as it asks the kernel for th
 import argparse
 import json
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,70 +20,128 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
-from benchmark_cases import Case, Parallel, SmallTensors, Transformer, export_costs, swap_costs, update_times
-from benchmark_measure import on_ranks
-from benchmark_report import as_markdown, tables
+from benchmark_average_report import AverageResults, average_tables
+from benchmark_cases import Case, Parallel, SmallTensors, Transformer, full_state_costs, swap_costs, update_times
+from benchmark_checkpoint_report import CheckpointResults, checkpoint_tables
+from benchmark_checkpoints import checkpoint_costs, reshard_costs
+from benchmark_exports import export_costs, gather_costs
+from benchmark_measure import file_system, on_ranks
+from benchmark_report import Table, as_markdown
 from benchmark_results import Environment, Results, describe
 
 T = TypeVar("T")
-UPDATED: list[tuple[Parallel, int]] = [("plain", 1), ("fsdp2", 1), ("ddp", 2)]
-SWAPPED: list[tuple[Parallel, int]] = [("plain", 1), ("ddp", 2), ("fsdp2", 2)]
+Layout = tuple[Parallel, int]
+UPDATED: list[Layout] = [("plain", 1), ("fsdp2", 1), ("ddp", 2)]
+SWAPPED: list[Layout] = [("plain", 1), ("ddp", 2), ("fsdp2", 2)]
+SAVED: list[Layout] = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)]
+RESHARDED: list[Layout] = [("fsdp2", 1), ("fsdp2", 4), ("ddp", 2)]
+RESHARDED_FROM: Layout = ("fsdp2", 2)
 MARKER = "<!-- Below this line launch/benchmark.py writes. -->\n\n"
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one run of the program measures."""
+
+    device_type: str
+    quick: bool
+    scratch: Path
+    console: Console
+
+    def measure(self, measured: Callable[..., T], case: Case, not_measured: list[str]) -> list[T]:
+        """What `measured` returns for a case, on ranks of its own; nothing where there are too few GPUs."""
+        if self.device_type == "cuda" and case.ranks > torch.cuda.device_count():
+            not_measured.append(f"{describe(case)} (needs {case.ranks} GPUs)")
+            return []
+        with self.console.status(describe(case)):
+            return [on_ranks(partial(measured, case=case), case.ranks, self.device_type)]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One page of results, and the rounds that it takes."""
+
+    measure: Callable[[Run, int], tuple[Results, list[Table]]]
+    repeats: int
+    data: str
+    page: str
+
+
+def measure_averages(run: Run, repeats: int) -> tuple[AverageResults, list[Table]]:
+    small, large = (SmallTensors(20, 8), Transformer(2, 16, 97)) if run.quick else (SmallTensors(), Transformer())
+    results = AverageResults(Environment.here(run.device_type))
+    for parallel, ranks in UPDATED:
+        for shape in (small, large):
+            case = Case(parallel, ranks, shape)
+            results.updates += run.measure(partial(update_times, repeats=repeats), case, results.not_measured)
+    for parallel, ranks in SWAPPED:
+        case = Case(parallel, ranks, large)
+        results.swaps += run.measure(partial(swap_costs, repeats=repeats), case, results.not_measured)
+        results.exports += run.measure(partial(full_state_costs, repeats=repeats), case, results.not_measured)
+    return results, average_tables(results)
+
+
+def measure_checkpoints(run: Run, repeats: int) -> tuple[CheckpointResults, list[Table]]:
+    shape = Transformer(2, 16, 97) if run.quick else Transformer(blocks=16)
+    results = CheckpointResults(Environment.here(run.device_type), file_system=file_system(run.scratch))
+    for layout in SAVED:
+        with tempfile.TemporaryDirectory(dir=run.scratch) as folder:
+            case = Case(*layout, shape)
+            settings = {"repeats": repeats, "folder": Path(folder)}
+            measured = [(checkpoint_costs, case), (gather_costs, case)]
+            if layout == RESHARDED_FROM:
+                reshard, export = (partial(costs, saved=case) for costs in (reshard_costs, export_costs))
+                measured += [(reshard, Case(*other, shape)) for other in RESHARDED]
+                measured += [(export, Case("plain", 1, shape))]
+            for costs, on in measured:
+                for found in run.measure(partial(costs, **settings), on, results.not_measured):
+                    results.costs += found
+    return results, checkpoint_tables(results)
+
+
+SECTIONS = {
+    "averages": Section(measure_averages, repeats=20, data="results.json", page="index.md"),
+    "checkpoints": Section(measure_checkpoints, repeats=7, data="checkpoints.json", page="checkpoints.md"),
+}
 
 
 def main() -> None:
     args = parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 120)
-    results = measure(args, console)
-    for table in tables(results):
-        console.print(table.for_terminal())
-    write(results, args.output_dir)
-    console.print(f"in {args.output_dir}: results.json, index.md")
-
-
-def measure(args: argparse.Namespace, console: Console) -> Results:
-    """Case by case, each on ranks of its own."""
     device_type = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    small, large = (SmallTensors(20, 8), Transformer(2, 16, 97)) if args.quick else (SmallTensors(), Transformer())
-    results = Results(Environment.here(device_type))
-    console.print(str(results.environment), highlight=False, soft_wrap=True)
+    run = Run(device_type, args.quick, args.scratch, console)
+    console.print(str(Environment.here(device_type)), highlight=False, soft_wrap=True)
     if args.quick:
         console.print("Tiny models: the times and the memory of these say nothing.")
-
-    def run(measured: Callable[..., T], case: Case, collected: list[T]) -> None:
-        if device_type == "cuda" and case.ranks > torch.cuda.device_count():
-            results.not_measured.append(f"{describe(case)} (needs {case.ranks} GPUs)")
-            return
-        with console.status(describe(case)):
-            collected.append(on_ranks(partial(measured, case=case, repeats=args.repeats), case.ranks, device_type))
-
-    for parallel, ranks in UPDATED:
-        for shape in (small, large):
-            run(update_times, Case(parallel, ranks, shape), results.updates)
-    for parallel, ranks in SWAPPED:
-        run(swap_costs, Case(parallel, ranks, large), results.swaps)
-        run(export_costs, Case(parallel, ranks, large), results.exports)
-    return results
+    for name in args.only or SECTIONS:
+        section = SECTIONS[name]
+        results, tables = section.measure(run, args.repeats or section.repeats)
+        for table in tables:
+            console.print(table.for_terminal())
+        write(results, tables, args.output_dir, section)
+        console.print(f"in {args.output_dir}: {section.data}, {section.page}")
 
 
-def write(results: Results, folder: Path) -> None:
+def write(results: Results, tables: Iterable[Table], folder: Path, section: Section) -> None:
     """Everything as JSON, and the tables on a page of which the part above the marker is kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results.as_json(), indent=1) + "\n")
-    page = folder / "index.md"
+    (folder / section.data).write_text(json.dumps(results.as_json(), indent=1) + "\n")
+    page = folder / section.page
     introduction = page.read_text().partition(MARKER)[0] if page.exists() else ""
-    page.write_text(introduction + MARKER + as_markdown(results))
+    page.write_text(introduction + MARKER + as_markdown(results, tables))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
+    option("--only", choices=SECTIONS, nargs="+", help="one of the pages, or some; everything otherwise")
     option("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    option("--repeats", type=int, default=20, help="rounds of each case, 2 or more")
+    option("--repeats", type=int, help="rounds of each case, 2 or more; 20 for averages, 7 for checkpoints otherwise")
     option("--quick", action="store_true", help="on tiny models, whose times and memory say nothing")
-    option("--output-dir", type=Path, default=Path("runs/benchmark"), help="where results.json and index.md go")
+    option("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to save on; 8 GB")
+    option("--output-dir", type=Path, default=Path("runs/benchmark"), help="where pages and their JSON go")
     args = parser.parse_args()
-    if args.repeats < 2:
+    if args.repeats is not None and args.repeats < 2:
         parser.error("--repeats: quartiles need 2 rounds or more")
     return args
 

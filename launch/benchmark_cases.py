@@ -7,7 +7,6 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -126,10 +125,10 @@ def update_times(device: torch.device, *, case: Case, repeats: int) -> UpdateTim
     competitors = COMPETITORS[case.parallel](model)
     for competitor in competitors.values():
         competitor.update()  # AveragedModel's first one only copies; all others find nothing to average yet either
-    _step(model, factor=1.5)
+    change_weights(model, factor=1.5)
     seconds = in_turn(
         {name: competitor.update for name, competitor in competitors.items()},
-        before=partial(_step, model, factor=1.0),
+        before=lambda _: change_weights(model, factor=1.0),
         repeats=repeats,
         device=device,
     )
@@ -142,7 +141,7 @@ def update_times(device: torch.device, *, case: Case, repeats: int) -> UpdateTim
 def swap_costs(device: torch.device, *, case: Case, repeats: int) -> SwapCosts:
     model = case.wrapped(device)
     ema = ShardedEMA(model, decay=DECAY)
-    _step(model, factor=1.5)
+    change_weights(model, factor=1.5)
     time_in, time_out, memory = stopwatch(device), stopwatch(device), peak_memory(device)
     seconds_in: list[float] = []
     seconds_out: list[float] = []
@@ -159,11 +158,11 @@ def swap_costs(device: torch.device, *, case: Case, repeats: int) -> SwapCosts:
         seconds_in.append(time_in.read())
         seconds_out.append(time_out.read())
     averages = ema.state_dict()["tracks"]["default"]["averages"].values()
-    shard_bytes, extra = highest([_bytes(map(_local, averages)), max(extra_bytes)], device)
+    shard_bytes, extra = highest([nbytes(map(local, averages)), max(extra_bytes)], device)
     return SwapCosts(case, int(shard_bytes), int(extra), highest(seconds_in, device), highest(seconds_out, device))
 
 
-def export_costs(device: torch.device, *, case: Case, repeats: int) -> ExportCosts:
+def full_state_costs(device: torch.device, *, case: Case, repeats: int) -> ExportCosts:
     ema = ShardedEMA(case.wrapped(device), decay=DECAY)
     watch, memory = stopwatch(device), peak_memory(device)
     seconds: list[float] = []
@@ -174,7 +173,7 @@ def export_costs(device: torch.device, *, case: Case, repeats: int) -> ExportCos
         memory.reset()
         with watch:
             full = ema.full_state_dict()
-        sizes = [_bytes([tensor]) for tensor in full.values()]
+        sizes = [nbytes([tensor]) for tensor in full.values()]
         extra_bytes.append(memory.read() - (sum(sizes) if device.type == "cpu" else 0))
         seconds.append(watch.read())
         del full
@@ -198,7 +197,7 @@ def ours(model: nn.Module, replicas: Literal["shard", "copy"] = "shard") -> Comp
 
 def foreach(model: nn.Module) -> Competitor:
     """The floor: nothing but the arithmetic, on this rank's tensors."""
-    lives = {name: _local(parameter.detach()) for name, parameter in model.named_parameters()}
+    lives = {name: local(parameter.detach()) for name, parameter in model.named_parameters()}
     averages = {name: live.clone() for name, live in lives.items()}
     lists = list(averages.values()), list(lives.values())
     return Competitor(lambda: torch._foreach_lerp_(*lists, 1 - DECAY), lambda: averages)
@@ -230,7 +229,7 @@ def dtensor_loop(model: nn.Module) -> Competitor:
         for average, live in zip(averages.values(), lives.values(), strict=True):
             average.mul_(DECAY).add_(live, alpha=1 - DECAY)
 
-    return Competitor(update, lambda: {name: _local(average) for name, average in averages.items()})
+    return Competitor(update, lambda: {name: local(average) for name, average in averages.items()})
 
 
 COMPETITORS: dict[str, Callable[[nn.Module], dict[str, Competitor]]] = {
@@ -254,7 +253,7 @@ COMPETITORS: dict[str, Callable[[nn.Module], dict[str, Competitor]]] = {
 
 
 @torch.no_grad()
-def _step(model: nn.Module, *, factor: float) -> None:
+def change_weights(model: nn.Module, *, factor: float) -> None:
     """Write to every weight, as an optimizer does just before an update; by a factor of 1 they stay what they are."""
     weights: list[Tensor] = list(model.parameters())
     torch._foreach_mul_(weights, factor)
@@ -268,9 +267,9 @@ def _assert_alike(competitors: Iterable[Competitor]) -> None:
             torch.testing.assert_close(average, first[name], rtol=1e-4, atol=1e-6, check_device=False)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import pickle
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,12 @@ from stopwatch import stopwatch
 
 T = TypeVar("T")
 LOOPBACK = "127.0.0.1"
-PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
+PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+]
 
 
 def on_ranks(measure: Callable[[torch.device], T], ranks: int, device_type: str) -> T:
@@ -56,14 +62,15 @@ def _main(
 def in_turn(
     competitors: Mapping[str, Callable[[], object]],
     *,
-    before: Callable[[], object],
+    before: Callable[[str], object],
+    after: Callable[[str], object] = lambda _: None,
     repeats: int,
     device: torch.device,
 ) -> dict[str, list[float]]:
     """Seconds of each competitor on this rank, one for each round.
 
     Every round runs all of them once, in an order of its own: drifting load and a cache left warm hit each alike. All
-    ranks start together, each time after `before`, which is not counted.
+    ranks start together, each time after `before`; it gets the competitor's name, as `after` does, and neither counts.
     """
     shuffle = random.Random(0)
     watch = stopwatch(device)
@@ -71,11 +78,12 @@ def in_turn(
     gc.disable()
     for _ in range(repeats):
         for name in shuffle.sample(list(competitors), len(competitors)):
-            before()
+            before(name)
             dist.barrier()
             with watch:
                 competitors[name]()
             seconds[name].append(watch.read())
+            after(name)
     gc.enable()
     return seconds
 
@@ -120,6 +128,21 @@ class CudaMemory:
 def peak_memory(device: torch.device) -> HostMemory | CudaMemory:
     """The gauge for memory of `device`."""
     return CudaMemory() if device.type == "cuda" else HostMemory()
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Make the system forget the files in `folder`, which are on the disk: who reads them next reads from there."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def file_system(folder: Path) -> str:
+    """The kind of the file system that `folder` is on."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    above = [(mount, kind) for mount, kind in mounts if folder.resolve().is_relative_to(mount)]
+    return max(above, key=lambda found: len(found[0]))[1]
 
 
 def _resident(field: str) -> int:

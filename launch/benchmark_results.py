@@ -5,7 +5,8 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,13 +14,10 @@ from typing import Any
 
 import torch
 
-from benchmark_cases import AVERAGED_MODEL, FOREACH, OURS, Case, ExportCosts, SwapCosts, Transformer, UpdateTimes
+from benchmark_cases import Case
 
 MIB = 2**20
 LAYOUTS = {"plain": "plain", "ddp": "DDP", "fsdp2": "FSDP2"}
-LIMIT_TIMES_FOREACH = 1.15
-LIMIT_TIMES_AVERAGED_MODEL = 0.65
-LIMIT_SWAP_MIB = 64.0
 
 
 @dataclass(frozen=True)
@@ -76,54 +74,37 @@ class Target:
 
 
 @dataclass
-class Results:
-    """Everything that one run measured."""
+class Results(ABC):
+    """Everything that one run measured of one kind."""
 
     environment: Environment
-    updates: list[UpdateTimes] = field(default_factory=list)
-    swaps: list[SwapCosts] = field(default_factory=list)
-    exports: list[ExportCosts] = field(default_factory=list)
     not_measured: list[str] = field(default_factory=list)
 
-    def targets(self) -> Iterator[Target]:
-        for times in self.updates:
-            yield from _update_targets(times)
-        for swap in self.swaps:
-            what = f"{describe(swap.case)}: a swap, beyond live weights and averages"
-            yield Target(what, LIMIT_SWAP_MIB, swap.extra_bytes / MIB, "MiB")
-        for export in self.exports:
-            one_tensor = export.largest_tensor_bytes / MIB
-            what = f"{describe(export.case)}: full_state_dict()"
-            yield Target(f"{what}, beyond the result on rank 0", one_tensor, export.extra_bytes / MIB, "MiB")
-            if export.case.ranks > 1:
-                yield Target(f"{what}, on other ranks", one_tensor, export.others_bytes / MIB, "MiB")
+    @abstractmethod
+    def targets(self) -> Iterable[Target]:
+        """What was to be reached."""
 
     def as_json(self) -> dict[str, Any]:
-        updates = [asdict(times) | {"times_reference": times_reference(times)} for times in self.updates]
-        targets = [asdict(target) | {"reached": target.reached} for target in self.targets()]
-        return asdict(self) | {"updates": updates, "targets": targets}
+        return asdict(self) | {"targets": [asdict(target) | {"reached": target.reached} for target in self.targets()]}
 
 
 def describe(case: Case) -> str:
-    ranks = "1 rank" if case.ranks == 1 else f"{case.ranks} ranks"
-    return f"{LAYOUTS[case.parallel]}, {ranks}, {case.shape}"
+    return f"{layout(case)}, {case.shape}"
 
 
-def times_reference(times: UpdateTimes) -> dict[str, float]:
-    """Each competitor's time over the first one's in the same round: the median of the rounds."""
-    reference = next(iter(times.seconds.values()))
-    return {
-        name: statistics.median(its / base for its, base in zip(seconds, reference, strict=True))
-        for name, seconds in times.seconds.items()
-    }
+def layout(case: Case) -> str:
+    return f"{LAYOUTS[case.parallel]}, {case.ranks} {'rank' if case.ranks == 1 else 'ranks'}"
 
 
-def _update_targets(times: UpdateTimes) -> Iterator[Target]:
-    ratio = times_reference(times)[OURS]
-    if FOREACH in times.seconds:
-        yield Target(f"{describe(times.case)}: update() over {FOREACH}", LIMIT_TIMES_FOREACH, ratio, "x")
-    elif isinstance(times.case.shape, Transformer):
-        yield Target(f"{describe(times.case)}: update() over {AVERAGED_MODEL}", LIMIT_TIMES_AVERAGED_MODEL, ratio, "x")
+def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Each competitor's time over the first one's in the same round."""
+    reference = next(iter(seconds.values()))
+    return {name: [its / base for its, base in zip(own, reference, strict=True)] for name, own in seconds.items()}
+
+
+def times_reference(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median of these ratios."""
+    return {name: statistics.median(of_rounds) for name, of_rounds in ratios(seconds).items()}
 
 
 def _cpu() -> str:

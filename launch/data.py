@@ -61,15 +61,19 @@ class Batches:
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The (pixels, labels) of this rank for every step of one epoch; the images left over sit this epoch out."""
+    def epoch(self, epoch: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The (pixels, labels) of this rank for every step of one epoch; the images left over sit this epoch out.
+
+        Args:
+            first: how many steps a resumed run has behind it in this epoch.
+        """
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
         device = self.images.labels.device
         order = torch.randperm(len(self.images), generator=generator).to(device)
         shifts = torch.randint(3, (len(self.images), 2), generator=generator).to(device)
-        for step in range(len(self)):
-            first = step * self.batch_size + self.data_rank
-            chosen = order[first : (step + 1) * self.batch_size : self.data_ranks]
+        for step in range(first, len(self)):
+            start = step * self.batch_size + self.data_rank
+            chosen = order[start : (step + 1) * self.batch_size : self.data_ranks]
             yield shifted(self.images.pixels[chosen], shifts[chosen]), self.images.labels[chosen]
 
 

@@ -4,6 +4,7 @@ python launch/evaluate.py runs/digits/model.safetensors
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from torch import nn
 
 from data import Images, load_images
 from model import VisionTransformer
+
+BATCH_SIZE = 100
 
 
 class Scores(NamedTuple):
@@ -27,12 +30,20 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images) -> Scores:
-    """The scores of `model` on all `images`, the same on every rank."""
+def evaluate(model: nn.Module, images: Images, *, before_batch: Callable[[], object] = lambda: None) -> Scores:
+    """The scores of `model` on all `images`, the same on every rank.
+
+    Args:
+        before_batch: called before each; what it raises ends the evaluation.
+    """
     model.eval()
-    logits = model(images.pixels)
-    hits = logits.argmax(dim=1) == images.labels
-    return Scores(F.cross_entropy(logits, images.labels).item(), hits.double().mean().item())
+    loss, hits = torch.zeros(2, dtype=torch.float64, device=images.pixels.device)
+    for pixels, labels in zip(images.pixels.split(BATCH_SIZE), images.labels.split(BATCH_SIZE), strict=True):
+        before_batch()
+        logits = model(pixels)
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        hits += (logits.argmax(dim=1) == labels).sum()
+    return Scores(loss.item() / len(images), hits.item() / len(images))
 
 
 def main() -> None:

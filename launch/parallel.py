@@ -28,13 +28,24 @@ def process_group(device_type: str) -> Iterator[torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(BACKENDS[device_type])
+        store, rank, ranks = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt {_attempt()}", store)
+        dist.init_process_group(BACKENDS[device_type], store=store, rank=rank, world_size=ranks)
     else:
         dist.init_process_group(BACKENDS[device_type], store=dist.HashStore(), rank=0, world_size=1)
     yield device
     # Only on success: a rank that failed must not wait here for its peers, torchrun ends them.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    """How many times torchrun has restarted the ranks.
+
+    torch 2.13 gives ranks that were restarted the store of those before them, with the addresses of those in it. On
+    several nodes the agents count differently; there the environment of slurm.sbatch makes torchrun start a new store.
+    """
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else "0"
 
 
 def wrap(model: VisionTransformer, parallel: str, device: torch.device) -> nn.Module:
@@ -61,7 +72,12 @@ def _plain(model: VisionTransformer) -> nn.Module:
 
 
 def _ddp(model: VisionTransformer) -> nn.Module:
-    return DistributedDataParallel(model)
+    wrapped = DistributedDataParallel(model)
+    # DDP arranges its buckets, and with them the order in which gradients are added, anew after the first backward: in a
+    # resumed run that would be another step than in one that never stopped.
+    wrapped(torch.zeros(1, 1, 8, 8, device=model.position.device)).sum().backward()
+    wrapped.zero_grad()
+    return wrapped
 
 
 def _fsdp1(model: VisionTransformer) -> nn.Module:

@@ -2,61 +2,47 @@
 
     torchrun --nproc-per-node 2 launch/train.py                          # DDP, CPU or GPUs
     torchrun --nproc-per-node 2 launch/train.py --parallel fsdp2
-    torchrun --nproc-per-node 2 launch/train.py --checkpoint-dir runs/checkpoints --resume
     python launch/train.py                                               # one process
+    torchrun --nproc-per-node 2 --max-restarts 3 launch/train.py --checkpoint-dir runs/checkpoints --resume
 
-On several nodes: see slurm.sbatch.
+Stopped by SIGTERM, or killed and started again, the last one goes on from its newest checkpoint: docs/resuming.md. On
+several nodes: see slurm.sbatch.
 """
 
 import argparse
-import json
+import math
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LinearLR, LRScheduler
+from torch.optim.lr_scheduler import LinearLR
 
-import checkpoint
 from data import Batches, load_images
-from ema_dist import HalfLife, ShardedEMA
+from ema_dist import HalfLife, ShardedEMA, checkpoint
 from evaluate import evaluate
 from model import VisionTransformer
 from parallel import WRAPS, data_shard, default_parallel, process_group, wrap
+from preemption import Preempted, Preemption
 from report import HEADING, Row, progress_bar, write_csv, write_curves
+from resuming import Checkpoints, Progress
 from stopwatch import stopwatch
-
-
-@dataclass
-class Progress:
-    """How far a run has come: a DCP `Stateful`."""
-
-    schedule: LRScheduler
-    rows: list[Row] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        # One string: DCP would give each row keys of its own, which a run that has yet to load them cannot ask for.
-        return {"schedule": self.schedule.state_dict(), "rows": json.dumps([asdict(row) for row in self.rows])}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.schedule.load_state_dict(state_dict["schedule"])
-        self.rows = [Row(**row) for row in json.loads(state_dict["rows"])]
 
 
 def main() -> None:
     args = parse_arguments()
-    with process_group(args.device) as device:
+    with process_group(args.device) as device, suppress(Preempted):
         train(args, device)
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """The recipe: data, model, optimizer, average; then epochs of training, evaluation and a checkpoint."""
+    """The recipe: data, model, optimizer, average; then epochs of training and evaluation, with checkpoints."""
+    preemption = Preemption()
     torch.manual_seed(args.seed)
     training, test = load_images(device)
     batches = Batches(training, args.batch_size, args.seed, *data_shard(args.parallel))
@@ -64,20 +50,27 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     schedule = LinearLR(optimizer, start_factor=0.1, total_iters=len(batches))
     ema = ShardedEMA(model, decay=HalfLife(args.half_life))
-
     progress = Progress(schedule)
-    if args.checkpoint_dir and (path := checkpoint.latest(args.checkpoint_dir)):
-        if not args.resume:
-            raise ValueError(f"{path} is from an earlier run: pass --resume to continue it or another --checkpoint-dir")
-        checkpoint.load(path, model, optimizer, ema=ema, progress=progress)
+    checkpoints = Checkpoints(
+        args.checkpoint_dir, {"model": model, "optim": optimizer, "ema": ema, "progress": progress}
+    )
+    every = args.checkpoint_every or len(batches)
+
+    def stop_if_told() -> None:
+        if preemption.agreed():
+            checkpoints.save(ema.steps, block=True)  # also inside swapped(), which changes nothing about what is saved
+            bar.console.print(f"told to stop: stopped at step {ema.steps}")
+            raise Preempted
 
     step_time, update_time = stopwatch(device), stopwatch(device)
     with progress_bar(dist.get_rank()) as bar:
+        bar.console.print(checkpoints.resume(asked=args.resume))
         task = bar.add_task("steps", total=args.epochs * len(batches), completed=ema.steps)
         bar.console.print(HEADING)
         for epoch in range(len(progress.rows) + 1, args.epochs + 1):
             model.train()
-            for pixels, labels in batches.epoch(epoch):
+            for pixels, labels in batches.epoch(epoch, first=ema.steps - (epoch - 1) * len(batches)):
+                stop_if_told()
                 with step_time:
                     optimizer.zero_grad()
                     F.cross_entropy(model(pixels), labels).backward()
@@ -86,15 +79,19 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                     with update_time:
                         ema.update()
                 bar.advance(task)
+                if ema.steps % every == 0 and ema.steps % len(batches):  # the last of an epoch comes with its scores
+                    checkpoints.save(ema.steps, block=not args.async_checkpoints)
 
-            live = evaluate(model, test)
+            live = evaluate(model, test, before_batch=stop_if_told)
             with ema.swapped():
-                average = evaluate(model, test)
-            row = Row(epoch, ema.steps, *live, *average, update_time.read() / step_time.read())
+                average = evaluate(model, test, before_batch=stop_if_told)
+            # A run that resumed right here has taken no step of this epoch.
+            row = Row(epoch, ema.steps, *live, *average, update_time.read() / (step_time.read() or math.nan))
             progress.rows.append(row)
             bar.console.print(str(row))
-            if args.checkpoint_dir:
-                checkpoint.save(args.checkpoint_dir, epoch, model, optimizer, ema=ema, progress=progress)
+            if ema.steps % every == 0 or epoch == args.epochs:
+                checkpoints.save(ema.steps, block=not args.async_checkpoints)
+    checkpoint.wait()
 
     averaged_weights = ema.full_state_dict()
     if dist.get_rank() == 0:
@@ -115,14 +112,18 @@ def parse_arguments() -> argparse.Namespace:
     option("--batch-size", type=int, default=48, help="images in a step, over all ranks together")
     option("--learning-rate", type=float, default=2e-3)
     option("--seed", type=int, default=0)
-    option("--checkpoint-dir", type=Path, help="write a checkpoint here after every epoch")
+    option("--checkpoint-dir", type=Path, help="write checkpoints here")
+    option("--checkpoint-every", type=int, metavar="STEPS", help="default: every epoch")
+    option("--async-checkpoints", action="store_true", help="write them in the background")
     option("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
     option("--output-dir", type=Path, default=Path("runs/digits"), help="for metrics, curves and the averaged model")
     args = parser.parse_args()
     if args.epochs < 1:
         parser.error("--epochs must be at least 1")
-    if args.resume and not args.checkpoint_dir:
-        parser.error("--resume needs --checkpoint-dir")
+    if args.checkpoint_every is not None and args.checkpoint_every < 1:
+        parser.error("--checkpoint-every must be at least 1")
+    if (args.resume or args.checkpoint_every or args.async_checkpoints) and not args.checkpoint_dir:
+        parser.error("--resume, --checkpoint-every and --async-checkpoints need --checkpoint-dir")
     return args
 
 

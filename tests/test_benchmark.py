@@ -12,35 +12,35 @@ import pytest
 
 BENCHMARK = Path(__file__).parent.parent / "launch" / "benchmark.py"
 REPEATS = 3
+INTRODUCTION = "# By hand\n\n<!-- Below this line launch/benchmark.py writes. -->\n\n"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a quick run has left its results; the page there had an introduction before."""
-    folder = tmp_path_factory.mktemp("benchmark")
-    (folder / "index.md").write_text(
-        "# By hand\n\n<!-- Below this line launch/benchmark.py writes. -->\n\nold results\n"
-    )
-    command = [
-        sys.executable,
-        BENCHMARK,
-        "--device",
-        "cpu",
-        "--quick",
-        "--repeats",
-        str(REPEATS),
-        "--output-dir",
-        folder,
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def measured(folder: Path, *, only: str) -> Path:
+    """The folder, in which a quick run has left one kind of results; the pages there had an introduction before."""
+    for page in ("index.md", "checkpoints.md"):
+        (folder / page).write_text(f"{INTRODUCTION}old results\n")
+    settings = ["--device", "cpu", "--quick", "--repeats", str(REPEATS), "--only", only]
+    command = [sys.executable, BENCHMARK, *settings, "--scratch", folder, "--output-dir", folder]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "times the first" in ended.stdout
     return folder
 
 
 @pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return measured(tmp_path_factory.mktemp("averages"), only="averages")
+
+
+@pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = measured(tmp_path_factory.mktemp("checkpoints"), only="checkpoints")
+    return json.loads((folder / "checkpoints.json").read_text())
 
 
 def test_every_way_to_average_is_timed_in_every_round(results: dict[str, Any]) -> None:
@@ -84,3 +84,34 @@ def test_the_page_keeps_its_introduction_and_says_where_it_was_measured(folder: 
     rows = [line for line in page.splitlines() if line.startswith("| ")]
     assert all(row.endswith(" |") for row in rows)
     assert sum("ShardedEMA" in row for row in rows) == 8
+
+
+def test_checkpoints_are_measured_on_every_layout_beside_other_tools(checkpoints: dict[str, Any]) -> None:
+    found: dict[str, list[tuple[str, int, bool]]] = {}
+    for costs in checkpoints["costs"]:
+        case = costs["case"]
+        kind = costs["what"] if costs["saved"] == case or costs["what"] == "export" else "reshard"
+        found.setdefault(kind, []).append((case["parallel"], case["ranks"], costs["cold"]))
+        assert all(len(seconds) == REPEATS and min(seconds) > 0 for seconds in costs["seconds"].values())
+        assert costs["extra_bytes"].keys() == costs["seconds"].keys() > costs["allowed_bytes"].keys()
+    layouts = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)]
+    assert found == {
+        "save": [(*layout, False) for layout in layouts],
+        "load": [(*layout, cold) for layout in layouts for cold in (False, True)],
+        "reshard": [("fsdp2", 1, False), ("fsdp2", 4, False), ("ddp", 2, False)],
+        "gather": [(*layout, False) for layout in layouts],
+        "export": [("plain", 1, False), ("plain", 1, True)],
+    }
+
+
+def test_targets_of_checkpoints_are_times_of_the_plain_tool_and_memory(checkpoints: dict[str, Any]) -> None:
+    times = [target["limit"] for target in checkpoints["targets"] if target["unit"] == "x"]
+    memory = [target for target in checkpoints["targets"] if target["unit"] == "MiB"]
+    assert sorted(times) == [1.1] * 15 + [1.5] * 2
+    assert len(memory) == 2 * (4 + 2)
+    assert all(target["limit"] > 0 for target in memory)
+
+
+def test_a_page_that_was_not_asked_for_stays(folder: Path) -> None:
+    assert (folder / "checkpoints.md").read_text() == f"{INTRODUCTION}old results\n"
+    assert not (folder / "checkpoints.json").exists()
