@@ -32,6 +32,9 @@ class CheckpointResults(Results):
                 what = f"{_case(costs)}: {name}, memory"
                 yield Target(what, allowed / MIB, costs.extra_bytes[name] / MIB, "MiB")
 
+    def notes(self) -> list[str]:
+        return [f"Files on {self.file_system}.", *super().notes()]
+
     def as_json(self) -> dict[str, Any]:
         costs = [asdict(it) | {"times_reference": times_reference(it.seconds)} for it in self.costs]
         return super().as_json() | {"costs": costs}

@@ -39,8 +39,7 @@ def target_table(targets: Iterable[Target]) -> Table:
 def as_markdown(results: Results, tables: Iterable[Table]) -> str:
     """The part of a page below its introduction."""
     where = results.environment
-    lines = [f"## Measured on {where.date}", f"`{where.command}`", f"{where}."]
-    lines += [f"Not measured: {what}." for what in results.not_measured]
+    lines = [f"## Measured on {where.date}", f"`{where.command}`", f"{where}.", *results.notes()]
     return "\n\n".join([*lines, *(table.as_markdown() for table in tables)]) + "\n"
 
 

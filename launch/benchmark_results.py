@@ -84,6 +84,10 @@ class Results(ABC):
     def targets(self) -> Iterable[Target]:
         """What was to be reached."""
 
+    def notes(self) -> list[str]:
+        """Sentences on how this was measured, for the page."""
+        return [f"Not measured: {what}." for what in self.not_measured]
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"targets": [asdict(target) | {"reached": target.reached} for target in self.targets()]}
 

@@ -73,8 +73,8 @@ def _plain(model: VisionTransformer) -> nn.Module:
 
 def _ddp(model: VisionTransformer) -> nn.Module:
     wrapped = DistributedDataParallel(model)
-    # DDP arranges its buckets, and with them the order in which gradients are added, anew after the first backward: in a
-    # resumed run that would be another step than in one that never stopped.
+    # DDP arranges its buckets, and with them the order in which gradients are added, anew after the first backward. In
+    # a resumed run that would be at another step than in one that never stopped.
     wrapped(torch.zeros(1, 1, 8, 8, device=model.position.device)).sum().backward()
     wrapped.zero_grad()
     return wrapped

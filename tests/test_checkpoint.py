@@ -351,6 +351,16 @@ def test_settings_out_of_range_are_refused(settings: dict[str, int], tmp_path: P
         checkpoint.save({"x": 1}, tmp_path, **settings)
 
 
+def test_a_model_without_buffers_is_loaded(tmp_path: Path) -> None:
+    net = nn.Linear(3, 2)
+    ema = ShardedEMA(net)
+    checkpoint.save({"model": net, "ema": ema}, tmp_path, step=0)
+    averages = ema.full_state_dict()
+    ema.load_full_state_dict(nn.Linear(3, 2).state_dict())
+    checkpoint.load({"ema": ema}, tmp_path)
+    assert_bitwise_equal(ema.full_state_dict(), averages)
+
+
 def save_numbers(root: Path, *steps: int, **settings: Any) -> None:  # noqa: ANN401
     for step in steps:
         checkpoint.save({"x": torch.full((100,), float(step)), "n": step}, root, step=step, **settings)
