@@ -20,7 +20,16 @@ from torch import Tensor
 
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import sync
-from ema_dist.checkpoint.weight_formats import FORMATS, INDEX, FileFormat, Opened, dtype_name, format_of, holdable
+from ema_dist.checkpoint.weight_formats import (
+    FORMATS,
+    INDEX,
+    FileFormat,
+    FileWriter,
+    Opened,
+    dtype_name,
+    format_of,
+    holdable,
+)
 
 ASIDE = ".export-incomplete"
 """The folder inside an export's own in which its files are written."""
@@ -41,7 +50,7 @@ class WeightWriter:
         max_shard_size: bytes of tensors in a file, as a number or like ``"5GB"``; one larger tensor has its own file.
         file_format: ``"torch"`` writes ``pytorch_model.bin`` by ``torch.save``, and keeps what is no tensor.
 
-    Memory: the tensors of one file.
+    Memory: nothing beside the tensor that is written; the tensors of one file with ``"torch"``.
     Raises: ValueError for a dtype that the format cannot hold or a size that is none, before anything is written; on
         entering, FileExistsError when the folder holds weights in the other format.
     """
@@ -74,7 +83,7 @@ class WeightWriter:
             filename_pattern=self._format.stem + "{suffix}" + self._format.suffix,
             max_shard_size=max_shard_size,
         )
-        self._waiting: dict[str, dict[str, Any]] = {}
+        self._open: dict[str, FileWriter] = {}
         self._missing = dict.fromkeys(self._planned)
         self._background = ThreadPoolExecutor(1, "sync")
         self._syncing: list[Future[None]] = []
@@ -112,7 +121,7 @@ class WeightWriter:
             if kind is None:
                 self._publish()
         finally:
-            self._waiting.clear()
+            self._open.clear()
             self._background.shutdown()
             shutil.rmtree(self._aside, ignore_errors=True)  # the next export removes what stays
 
@@ -130,10 +139,12 @@ class WeightWriter:
             raise ValueError(f"{name!r} was planned as {_outline(planned)}, got {_outline(value)}")
         del self._missing[name]
         file = self._split.tensor_to_filename[name]
-        waiting = self._waiting.setdefault(file, {})
-        waiting[name] = _plain(value) if isinstance(value, Tensor) else value
-        if len(waiting) == len(self._split.filename_to_tensors[file]):
-            self._format.write(self._aside / file, self._waiting.pop(file))
+        names = self._split.filename_to_tensors[file]
+        if file not in self._open:
+            self._open[file] = self._format.write(self._aside / file, {it: self._planned[it] for it in names})
+        self._open[file].add(name, _plain(value) if isinstance(value, Tensor) else value)
+        if not self._missing.keys() & set(names):
+            self._open.pop(file).close()
             # Meanwhile the tensors of the next file come.
             self._syncing.append(self._background.submit(sync, self._aside / file))
 
@@ -280,6 +291,5 @@ def _outline(value: Any) -> tuple[str, tuple[int, ...]] | str:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """The tensor's own bytes in order on the CPU, in a storage that holds nothing else."""
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
+    """The tensor on the CPU, with nothing that is only noted about its values."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg()

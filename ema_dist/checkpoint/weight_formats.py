@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize
 from torch import Tensor
 
 from ema_dist.checkpoint.errors import CheckpointError
@@ -28,6 +31,16 @@ class Opened:
     read: Callable[[str], Any]
 
 
+class FileWriter(Protocol):
+    """Takes the entries of one file, and is closed when all have come."""
+
+    def add(self, name: str, value: Any) -> None:
+        """Take one entry: a tensor on the CPU, or what else the format holds."""
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+
+
 @dataclass(frozen=True)
 class Format:
     """How one format names its files, writes and opens them."""
@@ -36,7 +49,8 @@ class Format:
     suffix: str
     suffixes: tuple[str, ...]
     """Of files that are read, whoever wrote them."""
-    write: Callable[[Path, Mapping[str, Any]], None]
+    write: Callable[[Path, Mapping[str, Any]], FileWriter]
+    """Starts a file of planned entries."""
     open: Callable[[Path], Opened]
 
     @property
@@ -57,13 +71,48 @@ class Format:
         return entries + [path for path in paths if shard.fullmatch(path.name)]
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Not save_file: it refuses tied tensors, and older releases copy every tensor once more.
-    specs = {
-        name: TensorSpec(dtype=dtype_name(it), shape=it.shape, data_ptr=it.data_ptr(), data_len=it.nbytes)
-        for name, it in tensors.items()
-    }
-    serialize_file(specs, path, metadata={"format": "pt"})
+class SafetensorsFile:
+    """Writes the header at once and each tensor's bytes when it comes: the library's writers want all tensors at once.
+
+    Memory: nothing beside the tensor that is written.
+    """
+
+    def __init__(self, path: Path, planned: Mapping[str, Tensor]) -> None:
+        self._starts: dict[str, int] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, it in planned.items():
+            start, end = end, end + it.nbytes
+            self._starts[name] = start
+            header[name] = {"dtype": _code(it.dtype), "shape": [*it.shape], "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._path = path
+        self._data = path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Write the bytes of one tensor where they belong."""
+        plain = value.contiguous()
+        if not plain.nbytes:
+            return
+        # numpy's view of them is not to be had where numpy is not, nor of every dtype.
+        left = memoryview((ctypes.c_char * plain.nbytes).from_address(plain.data_ptr()))
+        with self._path.open("r+b", buffering=0) as file:
+            file.seek(self._data + self._starts[name])
+            while left:
+                left = left[file.write(left) :]
+
+    def close(self) -> None:
+        """Let the library read what it will have to read."""
+        _open_safetensors(self._path)
+
+
+@cache
+def _code(dtype: torch.dtype) -> str:
+    """The dtype as headers of safetensors spell it."""
+    empty = TensorSpec(dtype=dtype_name(torch.empty(0, dtype=dtype)), shape=[0], data_ptr=0, data_len=0)
+    header: dict[str, Any] = json.loads(serialize({"it": empty})[8:])
+    return str(header["it"]["dtype"])
 
 
 def holdable(value: Tensor) -> bool:
@@ -80,11 +129,28 @@ def _open_safetensors(path: Path) -> Opened:
     return Opened(list(file.keys()), file.get_tensor)
 
 
-def _write_torch(path: Path, entries: Mapping[str, Any]) -> None:
-    for name, value in entries.items():
-        if not isinstance(value, Tensor):
+class TorchFile:
+    """Collects everything, and writes it by ``torch.save`` in the end.
+
+    Memory: the tensors of the file.
+    """
+
+    def __init__(self, path: Path, _planned: Mapping[str, Any]) -> None:
+        self._path = path
+        self._entries: dict[str, Any] = {}
+
+    def add(self, name: str, value: Any) -> None:
+        """Keep an entry, which must not change until `close`."""
+        if isinstance(value, Tensor):
+            plain = value.contiguous()
+            value = plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
+        else:
             _require_loadable(name, value)
-    torch.save(dict(entries), path)
+        self._entries[name] = value
+
+    def close(self) -> None:
+        """Write the file."""
+        torch.save(self._entries, self._path)
 
 
 def _open_torch(path: Path) -> Opened:
@@ -95,8 +161,8 @@ def _open_torch(path: Path) -> Opened:
 
 
 FORMATS: dict[FileFormat, Format] = {
-    "safetensors": Format("model", ".safetensors", (".safetensors",), _write_safetensors, _open_safetensors),
-    "torch": Format("pytorch_model", ".bin", (".bin", ".pt", ".pth"), _write_torch, _open_torch),
+    "safetensors": Format("model", ".safetensors", (".safetensors",), SafetensorsFile, _open_safetensors),
+    "torch": Format("pytorch_model", ".bin", (".bin", ".pt", ".pth"), TorchFile, _open_torch),
 }
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import typer
-from safetensors import SafetensorError
 
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import locate
@@ -18,6 +18,8 @@ from ema_dist.checkpoint.stored import Stored, Weights
 from ema_dist.checkpoint.weight_files import WeightWriter
 from ema_dist.cli.options import CheckpointArgument, EntryOption, StepOption, TrackOption, Which, WhichOption
 from ema_dist.cli.terminal import few, in_bytes, output, progress, say
+
+T = TypeVar("T")
 
 
 class FileFormat(str, Enum):
@@ -77,7 +79,7 @@ def export(
     total = sum(stored.outline.nbytes(source) for source, _ in chosen.sources.values())
     with ThreadPoolExecutor(1) as pool, progress("exporting", total) as advance, writer:
         damage = pool.submit(problems, stored.folder, stored.manifest.files if stored.manifest else {})
-        for name, tensor in stored.read_weights(chosen, on_bytes=advance):
+        for name, tensor in _ahead(stored.read_weights(chosen, on_bytes=advance)):
             _add(writer, name, tensor)
         if format is FileFormat.TORCH:
             for name, parts in chosen.extra_states.items():
@@ -88,10 +90,19 @@ def export(
         output().print(f"{path}  {in_bytes(path.stat().st_size)}", soft_wrap=True)
 
 
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; the next one is read while one is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
 def _add(writer: WeightWriter, name: str, value: object) -> None:
     try:
         writer.add(name, value)
-    except (RuntimeError, SafetensorError) as error:  # what the formats' own code raises where Python raises OSError
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
         raise OSError(f"{writer.paths[0].parent} cannot be written (is the disk full?): {error}") from error
 
 
