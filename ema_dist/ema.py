@@ -71,7 +71,7 @@ class ShardedEMA:
             raise ValueError(f'buffers is "average" or "copy", got {buffers!r}')
         self._clock = Clock(as_decay(decay), start=start, interval=update_interval)
         self._replicas: Replicas = replicas
-        self._select = select or _requires_grad
+        self._select = select or (lambda _, parameter: parameter.requires_grad)
         self._timeout = timeout
         self._attachment: Attachment | None = None
         self._exchange: Exchange | None = None
@@ -101,6 +101,11 @@ class ShardedEMA:
             meet("ShardedEMA(model)", self._ranks, timeout=timeout)
             self._refuse_drift("ShardedEMA(model)")
         self._averages = Averages(self._layout, selected, dtype=dtype, buffers=buffers)
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that was given to the constructor."""
+        return self._layout.model
 
     @property
     def steps(self) -> int:
@@ -391,7 +396,3 @@ class ShardedEMA:
 
     def _selects(self, name: str) -> bool:
         return self._select(name, self._layout.parameters[name].owner)
-
-
-def _requires_grad(_name: str, parameter: Tensor) -> bool:
-    return parameter.requires_grad

@@ -429,8 +429,6 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
 def test_a_damaged_checkpoint_is_named_and_passed_over(damage: Any, name: str, tmp_path: Path) -> None:  # noqa: ANN401
     save_numbers(tmp_path, 1, 2)
-    if (damage, name) == (Path.unlink, "manifest.json"):
-        return  # it is one of plain DCP then
     damage(tmp_path / "step-0000000002" / name)
     with pytest.warns(UserWarning, match=rf"loaded step-0000000001 instead.*step-0000000002.*{name}"):
         assert loaded_number(tmp_path) == 1
@@ -458,6 +456,28 @@ def test_damage_that_one_rank_finds_is_passed_over_by_all(tmp_path: Path) -> Non
     else:
         assert checkpoint.load(state_of(run), tmp_path) == 1
     assert run[2].steps == 1
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_taken_for_it(tmp_path: Path) -> None:
+    save_numbers(tmp_path, 1, 2)
+    (tmp_path / "step-0000000001").rename(tmp_path / "step-0000000007")
+    with pytest.warns(UserWarning, match=r"step-0000000007 was renamed: manifest.json in it is of step 1"):
+        assert loaded_number(tmp_path) == 2
+
+
+@pytest.mark.world_size(2)
+def test_averages_of_twins_are_told_apart(tmp_path: Path) -> None:
+    """Two models of the same names and shapes: what has no average comes from the right one."""
+    twins = {key: start("fsdp2", make_net("fsdp2", seed=seed)) for seed, key in enumerate("ab")}
+    for key, run in twins.items():
+        train(run, ord(key))
+    state = {f"model-{key}": run[0] for key, run in twins.items()} | {f"ema-{key}": run[2] for key, run in twins.items()}
+    checkpoint.save(state, tmp_path, step=1)
+    for key, run in twins.items():
+        expected, net = run[2].full_state_dict(), make_net("fsdp2", seed=5)
+        checkpoint.load({f"ema-{key}": net}, tmp_path)
+        if expected:
+            assert_bitwise_equal(dict(net.state_dict()), expected)
 
 
 def test_nothing_to_load_is_an_error(tmp_path: Path) -> None:
@@ -513,6 +533,7 @@ def test_the_manifest_says_how_it_was_saved(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "step-0000000005" / "manifest.json").read_text())
     assert (manifest["step"], manifest["world_size"]) == (5, 1)
     assert manifest["ties"] == {"model": {"head.weight": "embed.weight"}}
+    assert manifest["models"] == {"ema": "model"}
     assert manifest["layouts"] == {"model": f"{len(run[0].state_dict()) - 1} tensors whole"}
     assert manifest["files"].keys() == {"__0_0.distcp", ".metadata"}
 

@@ -16,9 +16,11 @@ class Contents(Outline):
 
     Args:
         scalars: what is not a tensor, by DCP's name.
+        model_keys: the entry of the model whose averages an entry holds, where that is known.
     """
 
     scalars: Mapping[str, Any] = field(default_factory=dict)
+    model_keys: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
@@ -55,12 +57,16 @@ class Contents(Outline):
             raise ValueError(f"expected one track of averages, found {list(tracks)}")
         return next((track.all for track in tracks.values()), {})
 
-    def model_with(self, names: Collection[str]) -> str | None:
-        """The entry that holds a model with tensors of these names; None if none does."""
-        for key in sorted(self.keys, key=lambda it: it != "model"):
-            if self.weights(key).keys() >= set(names):
-                return key
-        return None
+    def model_of(self, key: str, names: Collection[str]) -> str | None:
+        """The entry of the model whose averages another entry holds, or would hold; None if there is none.
+
+        Args:
+            names: of tensors that it has.
+        """
+        if key in self.model_keys:
+            return self.model_keys[key]
+        others = sorted(self.keys, key=lambda it: it != "model")
+        return next((other for other in others if self.weights(other).keys() >= set(names)), None)
 
 
 def _is_extra_state(path: Path) -> bool:

@@ -114,7 +114,7 @@ class Model(Entry):
         if exchanges_in(self.layout.model):
             raise ValueError("the model holds its averages, inside swapped(); load after the block")
         averages = contents.averaged(self.key)
-        source = contents.model_with(averages) if averages else self.key
+        source = contents.model_of(self.key, averages) if averages else self.key
         weights = (contents.weights(source) if source else {}) | averages
         states = contents.states(source) if source else {}
         missing = {shard.name for shard in self.layout.shards} - weights.keys()
@@ -139,18 +139,22 @@ class Average(Entry):
 
     def __init__(self, key: str, ema: ShardedEMA) -> None:
         super().__init__(key)
-        self._ema = ema
+        self.ema = ema
         self._state: dict[Path, Any] = {}
 
+    def is_of(self, model: Model) -> bool:
+        """Whether these are averages of that model: wrapped or not, it has the parameters that they follow."""
+        return {*map(id, self.ema.model.parameters())} == {*map(id, model.layout.model.parameters())}
+
     def saved(self) -> dict[str, Any]:
-        return self._ema.state_dict()
+        return self.ema.state_dict()
 
     def targets(self, contents: Contents) -> dict[str, Tensor]:
-        self._state = flattened(self._ema.state_dict())
+        self._state = flattened(self.ema.state_dict())
         tensors = {path: value for path, value in self._state.items() if isinstance(value, Tensor)}
         stored = contents.of(self.key)
         if not stored:
-            model = contents.model_with([str(path[-1]) for path in tensors])
+            model = contents.model_of(self.key, [str(path[-1]) for path in tensors])
             if model is None:
                 raise ValueError(
                     f"the checkpoint has neither averages nor live weights of these; it has {contents.keys}"
@@ -180,7 +184,7 @@ class Average(Entry):
                 f"the checkpoint has no averages under {self.key!r}: they start from its live weights, at step 0",
                 stacklevel=4,
             )
-        self._ema.load_state_dict(nested(self._state | counted))
+        self.ema.load_state_dict(nested(self._state | counted))
 
 
 class Other(Entry):

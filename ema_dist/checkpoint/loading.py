@@ -17,7 +17,7 @@ from ema_dist.checkpoint.contents import Contents
 from ema_dist.checkpoint.entries import Entry
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import complete_steps, locate
-from ema_dist.checkpoint.manifest import problems, read_manifest, share
+from ema_dist.checkpoint.manifest import Manifest, problems, read_manifest, share
 from ema_dist.checkpoint.metadata import read_metadata
 from ema_dist.checkpoint.ranks import come, on_first, together
 from ema_dist.checkpoint.reading import read
@@ -61,7 +61,8 @@ def load(
     root = Path(root)
     group = come("checkpoint.load()", timeout=timeout)
     sound = _soundest(root, step, group)
-    contents = Contents(sound.metadata, _plain_values(sound, state, group))
+    models = sound.manifest.models if sound.manifest else {}
+    contents = Contents(sound.metadata, _plain_values(sound, state, group), models)
     entries: dict[str, Entry] = {}
     targets: dict[str, dict[str, Tensor]] = {}
     wrong: list[str] = []
@@ -83,7 +84,7 @@ def load(
         except Exception as error:  # noqa: BLE001, PERF203  this rank's weights are read; the other ranks must get to know
             wrong.append(f"{key!r} does not take over what was saved: {error!r}")
     come(f"the end of checkpoint.load() of {sound.folder}", timeout=timeout, problem="; ".join(wrong))
-    return sound.step
+    return sound.manifest.step if sound.manifest else None
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Sound:
 
     folder: Path
     metadata: Metadata
-    step: int | None
+    manifest: Manifest | None
 
 
 def _plain_values(sound: Sound, state: MutableMapping[str, Any], group: ProcessGroup | None) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def _checked(folder: Path, group: ProcessGroup | None) -> tuple[list[str], Sound
         if manifest := read_manifest(folder):
             rank, count = (group.rank(), group.size()) if group else (0, 1)
             mine = problems(folder, share(manifest.files, rank, count))
-        sound = Sound(folder, read_metadata(folder), manifest.step if manifest else None)
-    except CheckpointError as error:
-        mine.append(str(error))
+        sound = Sound(folder, read_metadata(folder), manifest)
+    except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
+        mine.append(str(error) if isinstance(error, CheckpointError) else f"{folder}: {error!r}")
     return together(mine, group), sound

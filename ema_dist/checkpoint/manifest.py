@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.folders import COMPLETE
 from ema_dist.checkpoint.metadata import inside
 
 NAME = "manifest.json"
@@ -38,6 +39,8 @@ class Manifest:
     """How each model in it was cut, in words, by the name of its entry."""
     ties: dict[str, dict[str, str]] = field(default_factory=dict)
     """Second names of tied tensors and the first one of each, by the name of the model's entry."""
+    models: dict[str, str] = field(default_factory=dict)
+    """The entry of the model whose averages an entry holds, by the name of the latter."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     torch: str = str(torch.__version__)
 
@@ -53,15 +56,23 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a checkpoint; None for one that plain ``dcp.save`` has written.
 
-    Raises: CheckpointError when it is damaged.
+    Raises: CheckpointError when it is damaged, or missing in a folder that `save` has named, or of another step.
     """
-    path = folder / NAME
-    if not path.exists():
+    path = inside(folder, NAME)
+    saved_as = COMPLETE.fullmatch(folder.resolve().name)
+    if not os.path.lexists(path):
+        if saved_as:
+            raise CheckpointError(f"{path} is missing: it was there when {folder.name} got its name")
         return None
     try:
-        return _parse(path.read_bytes())
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        if not path.is_file():
+            raise ValueError("it is not a file")  # noqa: TRY301  and everything else is caught here
+        manifest = _parse(path.read_bytes())
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
+    if saved_as and int(saved_as[1]) != manifest.step:
+        raise CheckpointError(f"{folder} was renamed: {NAME} in it is of step {manifest.step}")
+    return manifest
 
 
 def problems(
@@ -76,8 +87,10 @@ def problems(
     for name, expected in files.items():
         try:
             path = inside(folder, name)
-            size = path.stat().st_size
-            if size != expected.size:
+            size = path.stat().st_size if path.is_file() else -1
+            if size < 0:
+                found.append(f"{path} is missing, or not a file")
+            elif size != expected.size:
                 found.append(f"{path} has {size} bytes, not the {expected.size} that were written")
             elif _checksum(path, on_bytes) != expected.xxh3_128:
                 found.append(f"{path} has another checksum than when it was written: some of its bytes changed")
@@ -118,11 +131,28 @@ def _parse(text: bytes) -> Manifest:
     if _digest(content) != checksum:
         raise ValueError("its own checksum does not fit")
     del content["format"]
-    files = {str(name): FileRecord(int(it["size"]), str(it["xxh3_128"])) for name, it in content.pop("files").items()}
-    manifest = Manifest(files=files, **content)
-    if type(manifest.step) is not int or type(manifest.world_size) is not int:
-        raise ValueError(f"expected numbers, found step {manifest.step!r} of {manifest.world_size!r} ranks")
-    return manifest
+    files = {name: FileRecord(_whole(it["size"]), str(it["xxh3_128"])) for name, it in content.pop("files").items()}
+    return Manifest(
+        step=_whole(content.pop("step")),
+        world_size=_whole(content.pop("world_size")),
+        layouts=_texts(content.pop("layouts")),
+        ties={key: _texts(ties) for key, ties in content.pop("ties").items()},
+        models=_texts(content.pop("models")),
+        files=files,
+        **_texts(content),
+    )
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a whole number, found {value!r}")
+    return value
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f"expected texts, found {value!r}")
+    return dict(value)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -65,7 +65,11 @@ def inside(folder: Path, name: str) -> Path:
             f"{folder} speaks of a file {reprlib.repr(name)}; expected the plain name of a file in it"
         )
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        leads_out = not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or a name that no file can have
+        raise CheckpointError(f"{folder} speaks of a file {reprlib.repr(name)}, which cannot be: {error}") from None
+    if leads_out:
         raise CheckpointError(f"{path} is a link out of the checkpoint's folder; put the file itself there")
     return path
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
@@ -74,22 +75,16 @@ def save(
     root = Path(root).absolute()
     call = f"checkpoint.save(step={step})"
     contents: dict[str, Any] = {}
-    layouts: dict[str, Model] = {}
+    entries: dict[str, Entry] = {}
     problem = _failure()
     if not problem:
         try:
             entries = entries_of(dict(state))
             contents = {key: entry.saved() for key, entry in entries.items()}
-            layouts = {key: entry for key, entry in entries.items() if isinstance(entry, Model)}
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
             problem = str(error)
     group = come(call, timeout=timeout, problem=problem)
-    manifest = Manifest(
-        step=step,
-        world_size=group.size() if group else 1,
-        layouts={key: model.layout.summary for key, model in layouts.items()},
-        ties={key: model.layout.ties for key, model in layouts.items()},
-    )
+    manifest = _manifest(step, entries, group)
     writer = Writer(on_first(lambda: begin(root, step), group), manifest, keep=keep)
     if block:
         try:
@@ -128,6 +123,19 @@ def entries_of(state: MutableMapping[str, Any]) -> dict[str, Entry]:
             case _:
                 entries[key] = Other(key, state)
     return entries
+
+
+def _manifest(step: int, entries: Mapping[str, Entry], group: ProcessGroup | None) -> Manifest:
+    """What can be said before anything is written."""
+    models = {key: entry for key, entry in entries.items() if isinstance(entry, Model)}
+    averages = {key: entry for key, entry in entries.items() if isinstance(entry, Average)}
+    return Manifest(
+        step=step,
+        world_size=group.size() if group else 1,
+        layouts={key: model.layout.summary for key, model in models.items()},
+        ties={key: model.layout.ties for key, model in models.items()},
+        models={key: name for key, its in averages.items() for name, model in models.items() if its.is_of(model)},
+    )
 
 
 def reasons(error: CheckpointException) -> str:
