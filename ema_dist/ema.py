@@ -17,7 +17,7 @@ from ema_dist.attachment import Attachment
 from ema_dist.averages import Averages, BufferPolicy
 from ema_dist.clock import Clock
 from ema_dist.decay import HalfLife, as_decay
-from ema_dist.exchange import Exchange
+from ema_dist.exchange import Exchange, exchanges_in
 from ema_dist.gather import collect, copy_into, full_shapes, gather, scatter, unite
 from ema_dist.meeting import meet, require_world
 from ema_dist.replicas import drift
@@ -168,6 +168,8 @@ class ShardedEMA:
                 "the averages are in the model already: leave swapped() before entering it again, "
                 "or call restore() on every rank if they could not leave it together"
             )
+        if exchanges_in(self.model):
+            raise RuntimeError("another ShardedEMA has its averages in this model: leave its swapped() first")
         self._prepare("swapped()", together=self._is_split)
         if self._is_split:
             self._refuse_drift("swapped()")

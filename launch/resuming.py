@@ -1,6 +1,7 @@
 """The checkpoints of a run: what is in them, and where it continues."""
 
 from collections.abc import MutableMapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Checkpoints:
         return f"continuing from step {checkpoint.load(self.state, self.root)} in {self.root}"
 
     def save(self, step: int, *, block: bool) -> None:
-        """Save, in the background unless `block`; collective."""
+        """Save, in the background unless `block`; collective. A failure of the save before it is told, and no more."""
         if self.root:
+            with suppress(checkpoint.CheckpointError):  # it was logged when it happened
+                checkpoint.wait()
             checkpoint.save(self.state, self.root, step=step, block=block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,7 @@ def test_plain_values_and_stateful_objects_come_back_equal(tmp_path: Path) -> No
     [
         ({0: torch.ones(2)}, "keys that are not strings"),
         (Path("somewhere"), "'x' is a PosixPath, which could not be loaded again"),
+        (HTTPStatus.OK, "'x' is a HTTPStatus, which could not be loaded again"),
         ([object()], "'x.0' is a object"),
     ],
 )
@@ -335,7 +337,7 @@ def test_a_model_is_not_loaded_while_it_holds_its_averages(tmp_path: Path) -> No
 @pytest.mark.world_size(2)
 def test_a_problem_of_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
     value = object() if dist.get_rank() == 1 else 1
-    with pytest.raises(RuntimeError, match=r"on ranks \[1\]: 'x' is a object"):
+    with pytest.raises(RuntimeError, match=r"step 0 is not saved: rank 1: 'x': 'x' is a object"):
         checkpoint.save({"x": value}, tmp_path, step=0)
     with pytest.raises(RuntimeError, match=r"all ranks must make the same call"):
         checkpoint.save({"x": 1}, tmp_path, step=dist.get_rank())
@@ -471,13 +473,114 @@ def test_averages_of_twins_are_told_apart(tmp_path: Path) -> None:
     twins = {key: start("fsdp2", make_net("fsdp2", seed=seed)) for seed, key in enumerate("ab")}
     for key, run in twins.items():
         train(run, ord(key))
-    state = {f"model-{key}": run[0] for key, run in twins.items()} | {f"ema-{key}": run[2] for key, run in twins.items()}
+    state = {f"model-{key}": run[0] for key, run in twins.items()} | {
+        f"ema-{key}": run[2] for key, run in twins.items()
+    }
     checkpoint.save(state, tmp_path, step=1)
     for key, run in twins.items():
         expected, net = run[2].full_state_dict(), make_net("fsdp2", seed=5)
         checkpoint.load({f"ema-{key}": net}, tmp_path)
         if expected:
             assert_bitwise_equal(dict(net.state_dict()), expected)
+
+
+@pytest.mark.world_size(2)
+def test_optimizers_of_models_with_equal_names_keep_their_own_moments(tmp_path: Path) -> None:
+    runs = [start("fsdp2", make_net("fsdp2", seed=seed)) for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        train(run, seed)
+    state = {f"model-{i}": run[0] for i, run in enumerate(runs)} | {f"optim-{i}": run[1] for i, run in enumerate(runs)}
+    checkpoint.save(state, tmp_path, step=1)
+    train(runs[0], 2)
+    train(runs[1], 2)
+    expected = [full_weights(run[0]) for run in runs]
+    checkpoint.load(state, tmp_path)
+    train(runs[0], 2)
+    train(runs[1], 2)
+    for run, weights in zip(runs, expected, strict=True):
+        assert_bitwise_equal(full_weights(run[0]), weights)
+    both = AdamW([*runs[0][0].parameters(), *runs[1][0].parameters()])
+    with pytest.raises(RuntimeError, match="give each an optimizer of its own"):
+        checkpoint.save({"a": runs[0][0], "b": runs[1][0], "optim": both}, tmp_path, step=2)
+
+
+def test_moments_of_another_dtype_than_the_weights_come_back_to_the_bit(tmp_path: Path) -> None:
+    net = nn.Linear(3, 2).bfloat16()
+    optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
+    optimizer.state[net.weight]["momentum_buffer"] = torch.full((2, 3), 1 / 3)
+    checkpoint.save({"model": net, "optim": optimizer}, tmp_path, step=0)
+    optimizer.state.clear()
+    checkpoint.load({"model": net, "optim": optimizer}, tmp_path)
+    assert torch.equal(optimizer.state[net.weight]["momentum_buffer"], torch.full((2, 3), 1 / 3))
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("odd", [torch.ones(2), [torch.ones(3)], {"row": torch.ones(1)}])
+def test_a_state_whose_cut_cannot_be_seen_is_not_saved(odd: object, tmp_path: Path) -> None:
+    model, optimizer, ema = start("fsdp2")
+    train((model, optimizer, ema), 0)
+    optimizer.state[model.blocks[0].out.weight]["odd"] = odd
+    with pytest.raises(RuntimeError, match=r"'odd' of 'blocks\.0\.out\.weight' is not cut as the parameter is"):
+        checkpoint.save(state_of((model, optimizer, ema)), tmp_path, step=0)
+
+
+@layouts("fsdp1")
+def test_what_is_inside_fsdp1_is_not_taken_for_a_model(layout: str, tmp_path: Path) -> None:
+    model, _, _ = start(layout)
+    with pytest.raises(RuntimeError, match="pass the FullyShardedDataParallel module itself"):
+        checkpoint.save({"model": model.module}, tmp_path, step=0)
+
+
+def test_averages_of_two_do_not_enter_one_model(tmp_path: Path) -> None:
+    run = start("plain")
+    other = ShardedEMA(run[0])
+    with run[2].swapped():
+        with pytest.raises(RuntimeError, match="another ShardedEMA has its averages in this model"), other.swapped():
+            pass
+        checkpoint.save({"model": run[0]}, tmp_path, step=0)
+
+
+@pytest.mark.world_size(2)
+def test_ranks_with_different_models_or_keys_are_told(tmp_path: Path) -> None:
+    rank = dist.get_rank()
+    stage = nn.ModuleDict({f"part{rank}": nn.Linear(2, 2)})
+    with pytest.raises(RuntimeError, match=r"ranks 0 and 1 differ in \['model.part0.bias'"):
+        checkpoint.save({"model": stage}, tmp_path, step=0)
+    checkpoint.save({"x": 1, "y": 2}, tmp_path, step=0)
+    with pytest.raises(RuntimeError, match=r"the keys of what is loaded .* differ in \['y'\]"):
+        checkpoint.load({"x": 1} if rank else {"x": 1, "y": 2}, tmp_path)
+
+
+@pytest.mark.world_size(2)
+def test_a_problem_of_one_rank_is_told_beside_averages_that_meet(tmp_path: Path) -> None:
+    run = start("fsdp2")
+    state = {"a": object() if dist.get_rank() else 1, **state_of(run)}
+    with pytest.raises(RuntimeError, match="step 0 is not saved: rank 1: 'a': 'a' is a object"):
+        checkpoint.save(state, tmp_path, step=0)
+
+
+@pytest.mark.parametrize("step", [True, 2.0, "2"])
+def test_a_step_that_is_no_whole_number_is_refused(step: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    with pytest.raises((TypeError, ValueError), match=r"step|integer"):
+        checkpoint.save({"x": 1}, tmp_path, step=step)
+    assert not names(tmp_path)
+
+
+def test_a_tensor_of_another_dtype_is_not_cast_on_the_way(tmp_path: Path) -> None:
+    checkpoint.save({"x": torch.tensor(0.75)}, tmp_path, step=torch.tensor(1))
+    state = {"x": torch.tensor(0)}
+    assert checkpoint.load(state, tmp_path) == 1
+    assert torch.equal(state["x"], torch.tensor(0.75))
+
+
+def test_what_cannot_be_tidied_up_does_not_fail_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rmtree(_: object) -> None:
+        raise OSError("busy")
+
+    save_numbers(tmp_path, 1, 2)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    save_numbers(tmp_path, 3, keep=1)
+    assert loaded_number(tmp_path) == 3
 
 
 def test_nothing_to_load_is_an_error(tmp_path: Path) -> None:

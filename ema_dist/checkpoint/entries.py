@@ -16,7 +16,7 @@ from ema_dist.checkpoint.contents import Contents
 from ema_dist.checkpoint.plain import Path, flattened, nested, restored, storable
 from ema_dist.ema import ShardedEMA
 from ema_dist.exchange import exchanges_in
-from ema_dist.shards import Layout, Shard
+from ema_dist.shards import Layout, Shard, is_cut
 
 
 class Entry(ABC):
@@ -70,7 +70,7 @@ class FreshTensors:
 
     Args:
         names: in the checkpoint, by their paths in the value.
-        present: tensors that are read into in place, by their paths.
+        present: tensors that are read into in place, by their paths, where the dtype is theirs.
     """
 
     def __init__(self, names: Mapping[Path, str], contents: Contents, present: Mapping[Path, Tensor]) -> None:
@@ -78,8 +78,10 @@ class FreshTensors:
         self.tensors: dict[str, Tensor] = {}
         for path, name in names.items():
             if name in contents.tensors:
+                here = present.get(path)
+                fits = here is not None and here.dtype == contents.dtype(name)
                 fresh = torch.empty(contents.shape(name), dtype=contents.dtype(name))
-                self.tensors[name] = present.get(path, fresh)
+                self.tensors[name] = here if here is not None and (fits or is_cut(here)) else fresh
 
     def value(self, contents: Contents) -> Any:
         """The whole value, after the tensors have been read."""
@@ -102,11 +104,10 @@ class Model(Entry):
     def saved(self) -> dict[str, Any]:
         exchanges = exchanges_in(self.layout.model)
         away = {_place(shard): tensor for exchange in exchanges for shard, tensor in exchange.live() if _place(shard)}
-        weights = {
-            name: away[_place(shard)] if _place(shard) in away else shard.wrap(shard.local)
-            for shard in self.layout.shards
-            for name in shard.names
-        }
+        weights: dict[str, Any] = {}
+        for shard in self.layout.shards:
+            place = _place(shard)
+            weights |= dict.fromkeys(shard.names, away[place] if place in away else shard.wrap(shard.local))
         states = {name: module.get_extra_state() for name, module in self.layout.extra_states.items()}
         return weights | {name: storable(state, f"{self.key}.{name}") for name, state in states.items()}
 

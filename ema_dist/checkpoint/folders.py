@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -9,6 +10,8 @@ import warnings
 from pathlib import Path
 
 from ema_dist.checkpoint.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
 
 REPLACED = ".replaced"
 """What a complete checkpoint is called for the moment in which another of the same step takes its name."""
@@ -31,36 +34,41 @@ def complete_steps(root: Path) -> dict[int, Path]:
 
 
 def begin(root: Path, step: int) -> Path:
-    """An empty folder in which to write the checkpoint of a step; what an earlier attempt left there is gone."""
-    partial = folder_of(root, step).with_suffix(".partial")
+    """An empty folder in which to write the checkpoint of a step; what an earlier attempt left there is gone.
+
+    Checkpoints of later steps belong to a run that has been rolled back: they are set aside, with a warning.
+    """
+    final = folder_of(root, step)
+    if final.exists() and not final.is_dir():
+        raise CheckpointError(f"{final} is not a folder: move it away")
+    partial = final.with_suffix(".partial")
     root.mkdir(parents=True, exist_ok=True)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
+    for other, later in complete_steps(root).items():
+        if other > step:
+            _set_aside(later, step)
     return partial
 
 
 def commit(partial: Path, *, keep: int | None) -> None:
-    """Give a finished checkpoint its name, and drop all but the newest ``keep`` and what was never finished.
-
-    Checkpoints of later steps belong to a run that has been rolled back: they are set aside, with a warning.
-    """
+    """Give a finished checkpoint its name, and drop all but the newest ``keep`` and what was never finished."""
     root, final = partial.parent, partial.with_suffix("")
-    step = int(final.name.removeprefix("step-"))
     sync(partial)
-    replaced = final.with_name(final.name + REPLACED)
     if final.exists():
-        _remove(replaced)
-        final.rename(replaced)
+        _remove(_replaced(final))
+        final.rename(_replaced(final))
     partial.rename(final)
     sync(root)
-    _remove(replaced)
-    complete = complete_steps(root)
-    for later in [other for other in complete if other > step]:
-        _set_aside(complete.pop(later), step)
-    for old in list(complete)[: -keep if keep else 0]:
-        _remove(complete[old])
-    _clear_away(root, complete)
+    try:
+        _remove(_replaced(final))
+        complete = complete_steps(root)
+        for old in list(complete)[: -keep if keep else 0]:
+            _remove(complete.pop(old))
+        _clear_away(root, complete)
+    except OSError as error:  # the checkpoint is there
+        _log.warning("%s is saved, but what is old in %s could not be removed: %s", final.name, root, error)
 
 
 def locate(path: Path, step: int | None = None) -> Path:
@@ -89,6 +97,10 @@ def _clear_away(root: Path, complete: dict[int, Path]) -> None:
     for leftover in [*root.glob("step-*.partial"), *root.glob("step-*.removed"), *root.glob(f"step-*{REPLACED}")]:
         if leftover not in complete.values():
             shutil.rmtree(leftover)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(final.name + REPLACED)
 
 
 def _set_aside(later: Path, step: int) -> None:

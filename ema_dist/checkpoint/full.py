@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.ranks import come, on_first, together
@@ -28,7 +29,7 @@ def gather(
     """Write the averaged model from rank 0 into files that others load: the entries of ``ema.full_state_dict()``.
 
     Args:
-        folder: of rank 0; an earlier export in it stays until the new one is complete.
+        folder: of rank 0, other ranks' is not looked at; an earlier export in it stays until the new one is complete.
         dtype: of floating tensors; None for the dtype of each live one.
         max_shard_size: bytes of tensors in a file, as a number or like ``"5GB"``; one larger tensor has its own file.
         file_format: ``"safetensors"``, or ``"torch"`` for files by ``torch.save``, which also hold what is no tensor.
@@ -51,12 +52,12 @@ def gather(
             f"ranks hold different models: {'; '.join(problems)}; unite pipeline stages by "
             "ema.full_state_dict(pipeline=...), and write that"
         )
-    writer = WeightWriter(folder, planned=planned, max_shard_size=max_shard_size, file_format=file_format)
-    is_first = group is None or group.rank() == 0
-    if not is_first:
+    writer = _made(
+        lambda: WeightWriter(folder, planned=planned, max_shard_size=max_shard_size, file_format=file_format), group
+    )
+    if writer is None:
         _exhaust(entries)
-    on_first(lambda: _write(writer, entries), group)
-    return writer.paths if is_first else []
+    return on_first(lambda: _write(writer, entries), group) if writer else on_first(list, group) and []
 
 
 def scatter(ema: ShardedEMA, folder: str | os.PathLike[str]) -> None:

@@ -19,7 +19,7 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import complete_steps, locate
 from ema_dist.checkpoint.manifest import Manifest, problems, read_manifest, share
 from ema_dist.checkpoint.metadata import read_metadata
-from ema_dist.checkpoint.ranks import come, on_first, together
+from ema_dist.checkpoint.ranks import alike, come, on_first, together
 from ema_dist.checkpoint.reading import read
 from ema_dist.checkpoint.saving import entries_of, wait
 
@@ -58,8 +58,9 @@ def load(
         `ShardedEMA.swapped`, or when a rank does not come.
     """
     wait()
-    root = Path(root)
+    root = Path(root).absolute()
     group = come("checkpoint.load()", timeout=timeout)
+    alike("the keys of what is loaded", [str(key) for key in state], group)
     sound = _soundest(root, step, group)
     models = sound.manifest.models if sound.manifest else {}
     contents = Contents(sound.metadata, _plain_values(sound, state, group), models)

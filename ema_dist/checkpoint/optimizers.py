@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch.optim import Optimizer
 
 from ema_dist.checkpoint.contents import Contents
 from ema_dist.checkpoint.entries import Entry, FreshTensors, Target
-from ema_dist.checkpoint.plain import Path, storable
-from ema_dist.shards import Layout, Shard, is_cut
+from ema_dist.checkpoint.plain import Path, flattened, storable
+from ema_dist.shards import Layout, Shard
 
 
 class OptimizerEntry(Entry):
@@ -23,22 +24,28 @@ class OptimizerEntry(Entry):
     Args:
         layouts: of the models whose parameters it steps.
 
-    Raises: ValueError when it steps a parameter that none of them holds.
+    Raises: ValueError when it steps a parameter that none of them holds, or several of one name.
     """
 
     def __init__(self, key: str, optimizer: Optimizer, layouts: Iterable[Layout]) -> None:
         super().__init__(key)
         self._optimizer = optimizer
-        self._shards: dict[int, list[Shard]] = {}
-        for layout in layouts:
+        everything: dict[int, list[Shard]] = {}
+        for layout in sorted(layouts, key=lambda it: len(it.parameters)):  # a model goes before a part of it
+            of_layout: dict[int, list[Shard]] = {}
             for shard in layout.parameters.values():
-                self._shards.setdefault(id(shard.owner), []).append(shard)
-        if unknown := [
-            p.shape for group in optimizer.param_groups for p in group["params"] if id(p) not in self._shards
-        ]:
+                of_layout.setdefault(id(shard.owner), []).append(shard)
+            everything |= of_layout
+        self._shards = {id(p): everything[id(p)] for p in self._parameters() if id(p) in everything}
+        if unknown := [p.shape for p in self._parameters() if id(p) not in everything]:
             raise ValueError(
                 f"it steps {len(unknown)} parameters (of shapes {[*map(tuple, unknown[:5])]}) that no module beside it "
                 'holds: pass the model as well, {"model": model, "optim": optimizer}'
+            )
+        names = Counter(shard.name for shards in self._shards.values() for shard in shards)
+        if double := [name for name, count in names.items() if count > 1]:
+            raise ValueError(
+                f"it steps several models with parameters called {double}: give each an optimizer of its own"
             )
         self._moments: dict[tuple[int, str], Tensor] = {}
         self._targets: list[Target] = []
@@ -90,15 +97,19 @@ class OptimizerEntry(Entry):
             for group, mine in zip(read["param_groups"], self._optimizer.param_groups, strict=True)
         ]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        owners = {id(p): p for p in self._parameters()}
+        for (owner, key), moment in self._moments.items():  # torch has cast them to the dtype of their parameter
+            self._optimizer.state[owners[owner]][key] = moment
 
     def _cut(self, shard: Shard, key: str, value: Any) -> Any:
         part = shard.beside(value) if isinstance(value, Tensor) else None
         if part is not None:
             return shard.wrap(part)
-        if isinstance(value, Tensor) and value.dim() and shard.ranks and not is_cut(value):
+        tensors = [leaf for leaf in flattened(value).values() if isinstance(leaf, Tensor)]
+        if shard.ranks and any(tensor.dim() for tensor in tensors):
             raise ValueError(
-                f"{key!r} of {shard.name!r} has the shape {tuple(value.shape)} on this rank, and how it is cut cannot "
-                "be seen: only states of the parameter's own shape, scalars and DTensor can be saved"
+                f"{key!r} of {shard.name!r} is not cut as the parameter is, and other ranks hold other parts: only "
+                "states of the parameter's own shape and scalars can be saved; get_optimizer_state_dict may know how"
             )
         return storable(value, f"{self.key}.state.{shard.name}.{key}")
 

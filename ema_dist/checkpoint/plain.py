@@ -36,7 +36,7 @@ def storable(value: object, name: str) -> Any:
         return _checked((PACKED, list(value.items())), name)
     if isinstance(value, list):
         return [storable(item, f"{name}.{index}") for index, item in enumerate(value)]
-    if isinstance(value, (Tensor, *HARMLESS)):
+    if isinstance(value, Tensor) or type(value) in HARMLESS:
         return value
     return _checked(value, name)
 

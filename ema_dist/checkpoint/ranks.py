@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -42,7 +42,7 @@ def come(call: str, *, timeout: float, problem: str = "") -> ProcessGroup | None
 
 
 def on_first(call: Callable[[], T], group: ProcessGroup | None) -> T:
-    """What ``call`` returns on the first rank, on every rank; its CheckpointError or OSError likewise.
+    """What ``call`` returns on the first rank, on every rank; what it raises there becomes a CheckpointError on all.
 
     Collective: over ``group``.
     """
@@ -50,14 +50,30 @@ def on_first(call: Callable[[], T], group: ProcessGroup | None) -> T:
     if group is None or group.rank() == 0:
         try:
             told = [(call(), "")]
-        except (CheckpointError, OSError) as error:
-            told = [(None, str(error))]
+        except Exception as error:  # noqa: BLE001  the other ranks wait for it
+            told = [(None, str(error) if isinstance(error, (CheckpointError, OSError)) else repr(error))]
     if group is not None:
         dist.broadcast_object_list(told, src=0, group=group)
     result, problem = told[0]
     if problem:
         raise CheckpointError(problem)
     return result  # pyrefly: ignore  a call that did not raise has returned its own type
+
+
+def alike(what: str, value: Sequence[str], group: ProcessGroup | None) -> None:
+    """Raise RuntimeError on every rank unless ``value`` is the same on all of them.
+
+    Collective: over ``group``.
+    """
+    if group is None:
+        return
+    of_ranks: list[Sequence[str]] = [()] * group.size()
+    dist.all_gather_object(of_ranks, value, group=group)
+    for rank, theirs in enumerate(of_ranks):
+        if differing := {*theirs} ^ {*of_ranks[0]}:
+            raise RuntimeError(
+                f"{what} must be the same on every rank, but ranks 0 and {rank} differ in {sorted(differing)}"
+            )
 
 
 def together(problems: list[str], group: ProcessGroup | None) -> list[str]:

@@ -137,8 +137,14 @@ class Reader(FileSystemReader):
         assert isinstance(entry, TensorStorageMetadata)
         assert index.index is not None
         size, dtype = entry.chunks[index.index].sizes, entry.properties.dtype
-        if type(found) is not Tensor or (found.shape, found.dtype, found.layout) != (size, dtype, torch.strided):
-            stored = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        if (
+            type(found) is not Tensor
+            or (found.shape, found.dtype, found.layout) != (size, dtype, torch.strided)
+            or found.device.type != "cpu"
+        ):
+            stored = type(found).__name__
+            if isinstance(found, Tensor):
+                stored = f"{found.dtype} {list(found.shape)}, {found.layout} on {found.device}"
             raise CheckpointError(f"expected {dtype} {list(size)} as the metadata says, found {stored}")
         return found
 
@@ -225,7 +231,10 @@ def _target(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) 
     """What to read into; None, or a tensor on the meta device, for what will be replaced."""
     if isinstance(entry, BytesStorageMetadata):
         return None
-    return value if isinstance(value, Tensor) else torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+    if isinstance(value, Tensor):
+        return value
+    device = "meta" if entry.size.numel() else "cpu"  # nothing is read that would replace an empty one
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
 
 
 def _agreed(work: Callable[[], T], group: ProcessGroup | None) -> T:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import operator
 import os
 from collections.abc import Mapping, MutableMapping
 from concurrent.futures import Future
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
@@ -21,9 +23,10 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import begin, folder_of
 from ema_dist.checkpoint.manifest import Manifest
 from ema_dist.checkpoint.optimizers import OptimizerEntry
-from ema_dist.checkpoint.ranks import come, on_first
+from ema_dist.checkpoint.ranks import alike, come, on_first, together
 from ema_dist.checkpoint.writing import Writer
 from ema_dist.ema import ShardedEMA
+from ema_dist.shards import cpu_copy
 
 _log = logging.getLogger(__name__)
 
@@ -67,23 +70,36 @@ def save(
     Collective: over all ranks.
     Memory: nothing; one copy of this rank's part of ``state`` in the CPU's memory with ``block=False``, or inside
         `ShardedEMA.swapped` one of its averages.
-    Raises: ValueError for a step or ``keep`` out of range; RuntimeError on every rank when a value cannot be saved, or
-        a rank does not come; `CheckpointError` when writing fails, or a save in the background has failed.
+    Raises: ValueError for a step or ``keep`` out of range; RuntimeError on every rank when a value cannot be saved, a
+        save in the background has failed, ranks hold different models, or one does not come; `CheckpointError`, which
+        is one, when writing fails.
     """
-    if step < 0 or (keep is not None and keep < 1):
-        raise ValueError(f"expected a step of 0 or more and keep of 1 or more, got step={step}, keep={keep}")
+    step = _checked_step(step, keep)
     root = Path(root).absolute()
-    call = f"checkpoint.save(step={step})"
-    contents: dict[str, Any] = {}
     entries: dict[str, Entry] = {}
+    contents: dict[str, Any] = {}
     problem = _failure()
     if not problem:
         try:
             entries = entries_of(dict(state))
-            contents = {key: entry.saved() for key, entry in entries.items()}
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
             problem = str(error)
-    group = come(call, timeout=timeout, problem=problem)
+    group = come(f"checkpoint.save(step={step})", timeout=timeout, problem=problem)
+    alike(
+        "the names of what is saved (pipeline stages: save them by torch.distributed.checkpoint)",
+        _names(entries),
+        group,
+    )
+    wrong: list[str] = []
+    for key, entry in sorted(entries.items(), key=lambda item: not isinstance(item[1], Average)):  # those meet
+        try:
+            contents[key] = entry.saved()
+            if not block:
+                contents[key] = _copied(contents[key], {})
+        except Exception as error:  # noqa: BLE001, PERF203  all that is wrong is named at once
+            wrong.append(f"{_rank(group)}{key!r}: {error}")
+    if wrong := together(wrong, group):
+        raise RuntimeError(f"step {step} is not saved: {'; '.join(wrong)}")
     manifest = _manifest(step, entries, group)
     writer = Writer(on_first(lambda: begin(root, step), group), manifest, keep=keep)
     if block:
@@ -110,6 +126,8 @@ def wait() -> None:
 
 def entries_of(state: MutableMapping[str, Any]) -> dict[str, Entry]:
     """The values of ``state`` as what they are, in the order of their keys, which is the same on every rank."""
+    if wrong := [key for key in state if not isinstance(key, str)]:
+        raise ValueError(f"expected the names of what is saved as keys, got {wrong}")
     entries: dict[str, Entry] = {}
     models = {key: Model(key, value) for key, value in state.items() if isinstance(value, nn.Module)}
     for key, value in sorted(state.items()):
@@ -123,6 +141,36 @@ def entries_of(state: MutableMapping[str, Any]) -> dict[str, Entry]:
             case _:
                 entries[key] = Other(key, state)
     return entries
+
+
+def _checked_step(step: int, keep: int | None) -> int:
+    whole = operator.index(step)
+    if isinstance(step, bool) or whole < 0 or (keep is not None and keep < 1):
+        raise ValueError(f"expected a step of 0 or more and keep of 1 or more, got step={step}, keep={keep}")
+    return whole
+
+
+def _names(entries: Mapping[str, Entry]) -> list[str]:
+    models = {key: entry for key, entry in entries.items() if isinstance(entry, Model)}
+    return [*entries, *(f"{key}.{name}" for key, model in models.items() for name in model.layout.by_any_name())]
+
+
+def _rank(group: ProcessGroup | None) -> str:
+    return "" if group is None else f"rank {group.rank()}: "
+
+
+def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
+    """Nested dictionaries and lists with a copy of every tensor in them, each made once."""
+    match value:
+        case Tensor():
+            if id(value) not in copies:
+                copies[id(value)] = cpu_copy(value)
+            return copies[id(value)]
+        case dict():
+            return {key: _copied(item, copies) for key, item in value.items()}
+        case list():
+            return [_copied(item, copies) for item in value]
+    return copy.deepcopy(value)
 
 
 def _manifest(step: int, entries: Mapping[str, Entry], group: ProcessGroup | None) -> Manifest:
@@ -150,8 +198,9 @@ def _failure() -> str:
     """Wait for the save in the background; why it failed, or an empty string."""
     if not _pending:
         return ""
-    pending = _pending.pop()
+    pending = _pending[0]
     error = pending.done.exception()
+    _pending.clear()
     return f"{pending.folder} was not saved, in the background: {_reason(error)}" if error else ""
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ema_dist.checkpoint.casts import cast
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import Manifest, read_manifest
 from ema_dist.checkpoint.metadata import read_metadata
@@ -68,6 +69,11 @@ class Averages:
     tracks: dict[str, Track]
     decays: dict[str, SavedDecay]
 
+    @property
+    def stale(self) -> bool:
+        """Whether steps were seen, and no average taken: these are the weights that they began with, or followed."""
+        return self.steps > 0 and self.updates == 0
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -75,11 +81,15 @@ class Weights:
 
     sources: dict[str, tuple[str, torch.dtype]]
     without_average: list[str] = field(default_factory=list)
-    """Names that have their live values among averages, though nothing says that they should."""
+    """Names that have their live values among averages."""
+    guessed_ties: dict[str, str] = field(default_factory=dict)
+    """Names that have the average of another one, because their live values are equal and no manifest tells."""
     extra_states: dict[str, dict[Place, str]] = field(default_factory=dict)
     """What is no tensor, by name: the DCP names of its parts."""
+    averages: Averages | None = None
+    """Where averages come from."""
     alone: bool = False
-    """Whether the checkpoint holds no live model beside its averages."""
+    """Whether the checkpoint holds no live model of its averages."""
 
     def only(self, names: Iterable[str]) -> Weights:
         """The tensors of these names, in this order."""
@@ -123,20 +133,29 @@ class Stored:
         states = {} if model is None else self.outline.extra_states(model)
         if which == "live" or place is None:
             return Weights({name: self._source(it, it, dtype) for name, it in tensors.items()}, extra_states=states)
-        chosen = self._track(place, track)
-        averaged = chosen.all
+        averages = self.averages[place]
+        chosen = self._track(averages, track)
         if model is None:
-            return Weights({name: self._source(it, it, dtype) for name, it in averaged.items()}, alone=True)
+            sources = {name: self._source(it, it, dtype) for name, it in chosen.all.items()}
+            return Weights(sources, averages=averages, alone=True)
         if lost := self.unfit(chosen, tensors):
             raise CheckpointError(
                 f"{self.folder}: the averages in {dotted(place)!r} and the model in {dotted(model)!r} differ: {lost}"
             )
-        averaged = self.averages_for(model, chosen)
+        ties = self._ties(model, chosen)
+        averaged = self._averaged(model, chosen, ties)
         return Weights(
             {name: self._source(averaged.get(name, live), live, dtype) for name, live in tensors.items()},
-            without_average=[] if self.manifest else [name for name in tensors if name not in averaged],
+            without_average=[name for name in tensors if name not in averaged],
+            guessed_ties={} if self.manifest else ties,
             extra_states=states,
+            averages=averages,
         )
+
+    def models_of(self, averages: Place) -> list[Place]:
+        """The models whose averages these may be: the one that the manifest tells, else all whose names fit best."""
+        told = self.manifest.models.get(dotted(averages)) if self.manifest else None
+        return [it for it in self.outline.models if dotted(it) == told] or self.outline.models_of(averages)
 
     def averages_for(self, model: Place, track: Track) -> dict[str, str]:
         """The DCP name of the average of each tensor of a model that has one, in the model's order.
@@ -144,10 +163,7 @@ class Stored:
         Averages are stored under the first name of a tied tensor. Which second names there are, a manifest tells; in a
         checkpoint without one, a matrix counts as tied to the averaged one that has the same live values, to the bit.
         """
-        tensors, averaged = self.outline.models[model], track.all
-        ties = self.manifest.ties.get(dotted(model), {}) if self.manifest else self._alike(tensors, track)
-        names = {name: averaged.get(ties.get(name, name)) for name in tensors}
-        return {name: average for name, average in names.items() if average is not None}
+        return self._averaged(model, track, self._ties(model, track))
 
     def unfit(self, track: Track, tensors: Mapping[str, str]) -> dict[str, Any]:
         """Averages that the model with these tensors has no tensor for, or one of another shape; empty if they fit."""
@@ -192,10 +208,11 @@ class Stored:
         """The names and full CPU tensors of `weights`, in the model's order, without extra states.
 
         Memory: as `stream`, and a cast one.
+        Raises: CheckpointError when a finite value is beyond the range of the dtype that it shall have.
         """
         tensors = self.stream([source for source, _ in weights.sources.values()], on_bytes=on_bytes)
         for (name, (_, dtype)), tensor in zip(weights.sources.items(), tensors, strict=True):
-            yield name, tensor.to(dtype)
+            yield name, cast(name, tensor, dtype)
 
     def shapes(self, weights: Weights) -> dict[str, Tensor | None]:
         """What `read_weights` will give, on the meta device; None for what is no tensor."""
@@ -209,6 +226,24 @@ class Stored:
         """One extra state of a module, as it was saved."""
         found = self.values(parts.values())
         return restored(nested({place: found[name] for place, name in parts.items()}))
+
+    def _ties(self, model: Place, track: Track) -> dict[str, str]:
+        """Second names of tied tensors of a model, and the first name of each."""
+        if self.manifest:
+            return self.manifest.ties.get(dotted(model), {})
+        return self._alike(self.outline.models[model], track)
+
+    def _averaged(self, model: Place, track: Track, ties: Mapping[str, str]) -> dict[str, str]:
+        tensors, averaged = self.outline.models[model], track.all
+        sources = {name: averaged.get(ties.get(name, name)) for name in tensors}
+        found = {name: average for name, average in sources.items() if average is not None}
+        shapes = {
+            name: (tuple(self.outline.shape(tensors[name])), tuple(self.outline.shape(found[name])))
+            for name in ties.keys() & found
+        }
+        if wrong := {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}:
+            raise CheckpointError(f"{self.folder} ties tensors of different shapes (model, average): {wrong}")
+        return found
 
     def _alike(self, tensors: Mapping[str, str], track: Track) -> dict[str, str]:
         """The matrices without an average, and the averaged one that each equals."""
@@ -241,8 +276,8 @@ class Stored:
         own = self.outline.dtype(source)
         return source, (dtype or self.outline.dtype(live)) if own.is_floating_point else own
 
-    def _track(self, place: Place, track: str | None) -> Track:
-        tracks = self.averages[place].tracks
+    def _track(self, averages: Averages, track: str | None) -> Track:
+        tracks = averages.tracks
         wanted = track or (next(iter(tracks)) if len(tracks) == 1 else "default")
         if wanted not in tracks:
             raise CheckpointError(
@@ -253,7 +288,7 @@ class Stored:
     def _choose(self, which: Which, entry: str | None) -> tuple[Place | None, Place | None]:
         """The places of the averages and of the model that are meant."""
         outline = self.outline
-        pairs = [(averages, model) for averages in outline.averages for model in outline.models_of(averages) or [None]]
+        pairs = [(averages, model) for averages in outline.averages for model in self.models_of(averages) or [None]]
         paired = {model for _, model in pairs}
         alone = [(None, model) for model in outline.models if model not in paired]
         named = [pair for pair in [*pairs, *alone] if entry in {None, *(dotted(it) for it in pair if it is not None)}]
@@ -283,12 +318,17 @@ class Stored:
             raise CheckpointError(f"{where} lack {missing}")
         stored = self.values(names[at] for at in keys.values())
         found = {key: stored[names[at]] for key, at in keys.items()}
-        if found["format"] != FORMAT:
+        if type(found["format"]) is not int or found["format"] != FORMAT:
             raise CheckpointError(f"{where} have format {found['format']!r}, expected {FORMAT}")
         try:
             decays = {track: _decay(found[f"{track} kind"], found[f"{track} value"]) for track in tracks}
             return Averages(place, int(found["steps"]), int(found["updates"]), tracks, decays)
-        except (TypeError, ValueError) as error:
+        except (
+            TypeError,
+            ValueError,
+            OverflowError,
+            RuntimeError,
+        ) as error:  # the latter of a tensor that is no number
             raise CheckpointError(f"{where} are damaged: {error}") from None
 
 

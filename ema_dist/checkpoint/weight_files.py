@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -28,11 +30,25 @@ from ema_dist.checkpoint.weight_formats import (
     Opened,
     dtype_name,
     format_of,
-    holdable,
+    unholdable,
 )
 
 ASIDE = ".export-incomplete"
 """The folder inside an export's own in which its files are written."""
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def size_in_bytes(size: int | str) -> int:
+    """A number of bytes, or a text like ``"5GB"``, as a number.
+
+    Raises: ValueError for what is neither, or no positive size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    unit = UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or (count := int(float(found[1]) * unit)) < 1:
+        raise ValueError(f'max_shard_size is a positive number of bytes or a text like "5GB", got {size!r}')
+    return count
 
 
 @final
@@ -42,7 +58,8 @@ class WeightWriter:
     A ``with`` block: files are written aside, in a folder inside ``folder``, and all are put in their places when the
     block returns; when it raises, nothing is left. An earlier export of the same format stays whole until then and is
     replaced: first its index goes, then its files, then the new files come, and the new index, or the only file, last.
-    Whoever is killed in between leaves files without an index, which nobody loads as a model.
+    Whoever is killed in between leaves files without an index, which nobody loads as a model. Only one process at a
+    time writes into a folder, where the file system can lock it.
 
     Args:
         folder: made if need be.
@@ -52,7 +69,8 @@ class WeightWriter:
 
     Memory: nothing beside the tensor that is written; the tensors of one file with ``"torch"``.
     Raises: ValueError for a dtype that the format cannot hold or a size that is none, before anything is written; on
-        entering, FileExistsError when the folder holds weights in the other format.
+        entering, FileExistsError when the folder holds weights in the other format, or folders called as files will
+        be; BlockingIOError when another export into it is going on.
     """
 
     def __init__(
@@ -65,8 +83,6 @@ class WeightWriter:
     ) -> None:
         if file_format not in FORMATS:
             raise ValueError(f"file_format is one of {[*FORMATS]}, got {file_format!r}")
-        if isinstance(max_shard_size, int) and max_shard_size < 1:
-            raise ValueError(f'max_shard_size is a positive number of bytes or a text like "5GB", got {max_shard_size}')
         self.folder = Path(folder)
         self._format = FORMATS[file_format]
         keeps_all = file_format == "torch"
@@ -75,18 +91,19 @@ class WeightWriter:
         if not self._planned:
             raise ValueError(f"there is no tensor to write into {self.folder}")
         tensors = {name: value for name, value in self._planned.items() if value is not None}
-        if not keeps_all and (wrong := {n: dtype_name(value) for n, value in tensors.items() if not holdable(value)}):
-            raise ValueError(f'safetensors files cannot hold {wrong}; cast them, or use file_format="torch"')
+        if not keeps_all and (wrong := {n: why for n, value in tensors.items() if (why := unholdable(n, value))}):
+            raise ValueError(f'safetensors files cannot hold {wrong}; cast or rename them, or use file_format="torch"')
         self._split = split_state_dict_into_shards_factory(
             self._planned,
             get_storage_size=lambda value: 0 if value is None else value.nbytes,
             filename_pattern=self._format.stem + "{suffix}" + self._format.suffix,
-            max_shard_size=max_shard_size,
+            max_shard_size=size_in_bytes(max_shard_size),
         )
         self._open: dict[str, FileWriter] = {}
         self._missing = dict.fromkeys(self._planned)
         self._background = ThreadPoolExecutor(1, "sync")
         self._syncing: list[Future[None]] = []
+        self._held = ExitStack()
 
     @property
     def paths(self) -> list[Path]:
@@ -96,34 +113,47 @@ class WeightWriter:
 
     def __enter__(self) -> WeightWriter:
         """Make the folder in which the files are written."""
+        with ExitStack() as held:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_locked(self.folder))
+            self._require_room()
+            if self._left_out:
+                warnings.warn(
+                    f"{sorted(self._left_out)} are no tensors, and {self._format.suffix} files hold nothing else: they "
+                    'are left out; file_format="torch" keeps them',
+                    stacklevel=2,
+                )
+            if self._aside.exists():
+                shutil.rmtree(self._aside)
+            self._aside.mkdir()
+            self._held = held.pop_all()
+        return self
+
+    def _require_room(self) -> None:
         if others := [path.name for f in FORMATS.values() if f is not self._format for path in f.files(self.folder)]:
             raise FileExistsError(
                 f"{self.folder} holds weights in another format, which readers could take for the new ones: "
                 f"{sorted(others)}; remove them, or choose another folder"
             )
-        if self._left_out:
-            warnings.warn(
-                f"{sorted(self._left_out)} are no tensors, and {self._format.suffix} files hold nothing else: they are "
-                'left out; file_format="torch" keeps them',
-                stacklevel=2,
+        replaced = {*self.paths, *self._format.files(self.folder)}
+        if folders := [path.name for path in sorted(replaced) if path.is_dir() and not path.is_symlink()]:
+            raise FileExistsError(
+                f"{self.folder} holds folders that are called as files of this export: {folders}; remove them, or "
+                "choose another folder"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self._aside.exists():
-            shutil.rmtree(self._aside)
-        self._aside.mkdir()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Put the files in their places, or remove them."""
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            self._open.clear()
-            self._background.shutdown()
-            shutil.rmtree(self._aside, ignore_errors=True)  # the next export removes what stays
+        with self._held:
+            try:
+                if kind is None:
+                    self._publish()
+            finally:
+                self._open.clear()
+                self._background.shutdown()
+                shutil.rmtree(self._aside, ignore_errors=True)  # the next export removes what stays
 
     def add(self, name: str, value: Any) -> None:
         """Take the next entry, and write its file if it completes one; until then the tensor must not change.
@@ -186,8 +216,13 @@ class WeightFiles(Mapping[str, Any]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self._given = path
         self._last: tuple[Path, Opened] | None = None
+
+    @cached_property
+    def path(self) -> Path:
+        """Where reading begins."""
+        return Path(self._given)
 
     @cached_property
     def shapes(self) -> dict[str, Tensor | None]:
@@ -229,6 +264,25 @@ class WeightFiles(Mapping[str, Any]):
             with _blaming(path):
                 self._last = path, format_of(path).open(path)
         return self._last[1]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it from a folder; the system lets them in when this one dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BlockingIOError(
+            f"another export into {folder} is going on; wait for its end, or choose another folder"
+        ) from None
+    except OSError:
+        pass  # NFS, for one, locks no folders
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _entry(path: Path) -> Path:

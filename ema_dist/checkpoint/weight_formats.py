@@ -21,6 +21,8 @@ from ema_dist.checkpoint.errors import CheckpointError
 FileFormat = Literal["safetensors", "torch"]
 
 INDEX = ".index.json"
+METADATA = "__metadata__"
+"""What headers of safetensors call what is no tensor."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,10 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, planned: Mapping[str, Tensor]) -> None:
         self._starts: dict[str, int] = {}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {METADATA: {"format": "pt"}}
         end = 0
-        for name, it in planned.items():
+        # The widest first: so each lies where a multiple of its width is, and readers may take it as it lies there.
+        for name, it in sorted(planned.items(), key=lambda item: -item[1].itemsize):
             start, end = end, end + it.nbytes
             self._starts[name] = start
             header[name] = {"dtype": _code(it.dtype), "shape": [*it.shape], "data_offsets": [start, end]}
@@ -115,13 +118,16 @@ def _code(dtype: torch.dtype) -> str:
     return str(header["it"]["dtype"])
 
 
-def holdable(value: Tensor) -> bool:
-    """Whether a safetensors file can hold tensors of this dtype."""
+def unholdable(name: str, value: Tensor) -> str:
+    """Why a safetensors file cannot hold this tensor: its dtype, or what is wrong with its name; empty if it can."""
     try:
         TensorSpec(dtype=dtype_name(value), shape=[0], data_ptr=0, data_len=0)
+        name.encode()
     except SafetensorError:
-        return False
-    return True
+        return dtype_name(value)
+    except UnicodeEncodeError:
+        return "a name that is no Unicode"
+    return "a name that the format has for itself" if name == METADATA else ""
 
 
 def _open_safetensors(path: Path) -> Opened:
@@ -149,8 +155,14 @@ class TorchFile:
         self._entries[name] = value
 
     def close(self) -> None:
-        """Write the file."""
-        torch.save(self._entries, self._path)
+        """Write the file.
+
+        Raises: OSError when it cannot be.
+        """
+        try:
+            torch.save(self._entries, self._path)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"{self._path} cannot be written: {error}") from error
 
 
 def _open_torch(path: Path) -> Opened:

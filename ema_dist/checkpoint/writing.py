@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import os
 from collections.abc import Generator
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -22,7 +20,6 @@ from torch.futures import Future
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import commit
 from ema_dist.checkpoint.manifest import FileRecord, Manifest
-from ema_dist.shards import cpu_copy
 
 
 class Writer(FileSystemWriter):
@@ -51,7 +48,7 @@ class Writer(FileSystemWriter):
         return done
 
     def stage(self, state_dict: Any) -> Any:
-        return _copied(state_dict)
+        return state_dict  # `save` has copied it already, when ranks could still agree not to save
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         everything = [result for of_rank in results for result in of_rank]
@@ -65,18 +62,6 @@ class Writer(FileSystemWriter):
             )
         replace(self._manifest, files=files).write(self._partial)
         commit(self._partial, keep=self._keep)
-
-
-def _copied(value: Any) -> Any:
-    """Nested dictionaries and lists with a copy of every tensor in them."""
-    match value:
-        case Tensor():
-            return cpu_copy(value)
-        case dict():
-            return {key: _copied(item) for key, item in value.items()}
-        case list():
-            return [_copied(item) for item in value]
-    return copy.deepcopy(value)
 
 
 class HashingFileSystem(FileSystem):

@@ -50,6 +50,11 @@ def find(model: nn.Module, replicas: Replicas) -> tuple[list[Found], dict[str, n
         for is_buffer, registry, name, value in _registered(module):
             if name in in_flat:
                 continue
+            if getattr(value, "_fsdp_flattened", False):  # set by FSDP1 on what it shows of a flat parameter
+                raise ValueError(
+                    f"{place.prefix + name!r} is a piece of a flat parameter of FSDP1, which is wrapped around this "
+                    "module: pass the FullyShardedDataParallel module itself"
+                )
             tensor = found.setdefault(id(value), Found(make.for_tensor(value, place, is_buffer=is_buffer), is_buffer))
             tensor.names.append(place.prefix + name)
             tensor.sites.append((registry, name))
