@@ -119,8 +119,8 @@ def scatter(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, A
         full: looked at on the first rank, each value twice: it may read them when it is asked for them.
 
     Collective: over the layout's ranks. Memory: one full tensor on each rank; two while tied ones are compared.
-    Raises: ValueError on every rank, before anything changes, when names or shapes are not the model's; RuntimeError
-        on every rank when a value cannot be read.
+    Raises: ValueError on every rank, before anything changes, when names, shapes or kinds of dtype are not the
+        model's; RuntimeError on every rank when a value cannot be read.
     """
     shards = {shard.name: shard for shard, _ in _averaged(layout, averages) if shard.name in averages}
     first = _First(layout)
@@ -226,6 +226,11 @@ def _compare(
             for first, (_, outline) in outlines.items()
             if getattr(outline, "shape", None) != shards[first].shape
         },
+        "kinds of dtype (expected, got)": {
+            first: (_kind(shards[first].owner.dtype), _kind(outline.dtype))
+            for first, (_, outline) in outlines.items()
+            if isinstance(outline, Tensor) and _kind(outline.dtype) != _kind(shards[first].owner.dtype)
+        },
     }
     return {what: where for what, where in mismatch.items() if where}, outlines
 
@@ -235,6 +240,13 @@ def _outline(value: object) -> Tensor | str:
     if isinstance(value, Tensor):
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     return type(value).__name__
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """Casts between two of one kind round, at most; others drop what they cannot hold."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return "floating" if dtype.is_floating_point else "complex"
+    return "boolean" if dtype is torch.bool else "integer"
 
 
 def _fitting(value: Tensor, outline: Tensor) -> Tensor:

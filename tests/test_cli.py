@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,59 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from typer.testing import CliRunner, Result
 
+from commands import exported, foreign, ok, ours, plainly_saved, run
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.cli import NEEDED
-from ema_dist.cli.app import app
-from layouts import assert_bitwise_equal, full_weights, layouts, make_net, resident_peak, trained
-
-
-def run(*arguments: object) -> Result:
-    """The command in this process; whatever it raised beyond an exit code is a bug."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert "Traceback" not in result.output
-    return result
-
-
-def ok(*arguments: object) -> str:
-    """The standard output of a command that ends well."""
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def plainly_saved(folder: Path, state: dict[str, Any]) -> Path:
-    """What plain DCP writes."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    return folder
-
-
-def foreign(folder: Path, **settings: Any) -> tuple[Path, ShardedEMA]:  # noqa: ANN401
-    """A checkpoint of plain DCP with a model and its averages, and the averages."""
-    model, ema = trained("plain", **settings)
-    return plainly_saved(folder, {"model": get_model_state_dict(model), "ema": ema}), ema
-
-
-def ours(root: Path, step: int = 3, **more: Any) -> tuple[Path, nn.Module, ShardedEMA]:  # noqa: ANN401
-    """A root with one checkpoint of ours, the model and the averages."""
-    model, ema = trained("plain")
-    checkpoint.save({"model": model, "ema": ema, **more}, root, step=step)
-    return root, model, ema
-
-
-def exported(folder: Path) -> dict[str, Tensor]:
-    """Every tensor in an export, read by safetensors itself."""
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
+from layouts import assert_bitwise_equal, full_weights, layouts, make_net, trained
 
 SOURCES: dict[str, Callable[[Path], tuple[Path, ShardedEMA]]] = {
     "ours": lambda path: ours(path / "root")[::2],
@@ -371,12 +325,14 @@ def test_verify_finds_averages_of_another_model(tmp_path: Path) -> None:
     state = get_model_state_dict(model)
     del state["blocks.1.out.weight"]
     state["stats.weight"] = torch.zeros(2)
+    state["stats.bias"] = state["stats.bias"].long()
     path = plainly_saved(tmp_path / "dcp", {"model": state, "ema": ema})
     for command in (["verify", path], ["export", path, tmp_path / "out"]):
         result = run(*command)
         assert result.exit_code == 1
         assert "blocks.1.out.weight" in result.output
         assert "stats.weight" in result.output
+        assert "'floating on one side only': ['stats.bias']" in result.output
 
 
 class Hostile:
@@ -424,6 +380,40 @@ def test_diff_measures_as_the_formula_says(tmp_path: Path) -> None:
     assert "1 of 2 tensors compared are equal" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (torch.tensor([2**60]), torch.tensor([2**60 + 1])),
+        (torch.tensor([1e300, 5e-324], dtype=torch.float64), torch.tensor([1e300, 1e-323], dtype=torch.float64)),
+        (torch.tensor([1.7e308, 1.7e308], dtype=torch.float64), torch.tensor([1.7e308, 1.6e308], dtype=torch.float64)),
+        (torch.tensor([0.0, torch.nan]), torch.tensor([0.0, torch.inf])),
+    ],
+    ids=["integers", "underflow", "overflow", "NaN"],
+)
+def test_diff_calls_nothing_equal_that_is_not(left: Tensor, right: Tensor, tmp_path: Path) -> None:
+    save_file({"it": left}, tmp_path / "a.safetensors")
+    save_file({"it": right}, tmp_path / "b.safetensors")
+    assert "1 of 1 tensors compared are equal" in ok("diff", tmp_path / "a.safetensors", tmp_path / "a.safetensors")
+    result = run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert result.exit_code == 1
+    assert "0 of 1 tensors compared are equal" in result.stdout
+
+
+def test_no_name_steers_the_terminal(tmp_path: Path) -> None:
+    name = "weight\x1b]0;owned\x07\u202e"
+    path = plainly_saved(tmp_path / "dcp", {"model": {name: torch.tensor([torch.nan])}})
+    save_file({name: torch.ones(1)}, tmp_path / "a.safetensors")
+    for command in (
+        ["inspect", path],
+        ["verify", path],
+        ["export", path, tmp_path / "out"],
+        ["diff", path, tmp_path / "a.safetensors", "--weights", "live"],
+    ):
+        output = run(*command).output
+        assert all(it.isprintable() or it == "\n" for it in output)
+        assert command[0] == "export" or "weight\\x1b]0;owned\\x07\\u202e" in output
+
+
 def test_diff_compares_averages_with_live_weights(tmp_path: Path) -> None:
     path, _ = foreign(tmp_path / "dcp")
     result = run("diff", path, path, "--weights-b", "live")
@@ -441,7 +431,11 @@ def test_diff_compares_averages_with_live_weights(tmp_path: Path) -> None:
         (["export", "{}/dcp", "{}/out", "--dtype", "bfloat17"], 2, "no floating dtype"),
         (["export", "{}/dcp", "{}/out", "--dtype", "int8"], 2, "no floating dtype"),
         (["export", "{}/dcp", "{}/out", "--weights", "both"], 2, "both"),
-        (["export", "{}/dcp", "{}/out", "--max-shard-size", "5 apples"], 1, "5 apples"),
+        (["export", "{}/dcp", "{}/out", "--dtype", "float4_e2m1fn_x2"], 2, "no floating dtype"),
+        (["export", "{}/dcp", "{}/out", "--max-shard-size", "5 apples"], 2, "5 apples"),
+        (["export", "{}/dcp", "{}/out", "--max-shard-size=infGB"], 2, "infGB"),
+        (["export", "{}/dcp", "{}/out", "--max-shard-size=0MB"], 2, "0MB"),
+        (["export", "{}/dcp", "{}/out", "--max-shard-size=-5MB"], 2, "-5MB"),
         (["export", "{}/dcp", "{}/out", "--track", "slow"], 1, "found ['default']"),
         (["export", "{}/dcp", "{}/out", "--entry", "teacher"], 1, "'teacher'"),
         (["export", "{}/dcp", "{}/out", "--step", "3"], 1, "leave out the step"),
@@ -516,15 +510,3 @@ def test_without_the_extra_it_says_what_to_install(name: str) -> None:
     assert result.returncode == 1
     assert f'ema-dist needs {name}, which is not installed: pip install "ema-dist[cli]"' in result.stderr
     assert "Traceback" not in result.stderr
-
-
-@pytest.mark.world_size(1)
-def test_export_holds_one_file_and_one_tensor(tmp_path: Path) -> None:
-    mebibyte = 2**20
-    model = nn.ParameterDict({f"layer{index:02}": nn.Parameter(torch.ones(2, mebibyte)) for index in range(48)})
-    checkpoint.save({"model": model, "ema": ShardedEMA(model)}, tmp_path / "root", step=1)
-    del model
-    peak = resident_peak(lambda: ok("export", tmp_path / "root", tmp_path / "out", "--max-shard-size", "64MB"))
-    file, tensor, constant = 64 * mebibyte, 8 * mebibyte, 64 * mebibyte
-    assert len(exported(tmp_path / "out")) == 48  # 384 MiB
-    assert peak < file + tensor + constant

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,14 +13,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from ema_dist import ShardedEMA, checkpoint
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.metadata import read_metadata
 from ema_dist.checkpoint.reading import read
+from ema_dist.checkpoint.stored import Stored
 
 EXAMPLES = 300
+FEW = 60
 
 MEMORY = 2 * 2**30
 """What a reader may take for a checkpoint of some kilobytes; beyond it the machine would be in danger."""
@@ -77,18 +81,30 @@ def limited_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def fuzz(path: Path, folder: Path) -> tuple[int, int]:
-    """Read the checkpoint with mutated bytes in one of its files; how often it loads, and is refused by its name."""
+def load(folder: Path) -> None:
+    """Every value, as a process that loads sees it."""
+    read(folder, dict.fromkeys(read_metadata(folder).state_dict_metadata))
+
+
+def look(folder: Path) -> None:
+    """What the command line looks at."""
+    stored = Stored(folder)
+    for _ in stored.read_weights(stored.weights("ema")):
+        pass
+
+
+def fuzz(path: Path, folder: Path, use: Callable[[Path], None] = load, examples: int = EXAMPLES) -> tuple[int, int]:
+    """Use the checkpoint with mutated bytes in one of its files; how often it works, and is refused by its name."""
     original = path.read_bytes()
     loaded = refused = 0
 
     @given(MUTATIONS)
-    @settings(max_examples=EXAMPLES)
+    @settings(max_examples=examples)
     def run(mutations: list[Mutation]) -> None:
         nonlocal loaded, refused
         path.write_bytes(mutated(original, mutations))
         try:
-            read(folder, dict.fromkeys(read_metadata(folder).state_dict_metadata))
+            use(folder)
             loaded += 1
         except CheckpointError as error:
             refused += str(folder) in str(error)
@@ -119,3 +135,14 @@ def test_a_mutated_checkpoint_loads_or_is_refused(name: str, tmp_path: Path) -> 
         loaded, refused = fuzz(tmp_path / "saved" / name, tmp_path / "saved")
         assert refused > EXAMPLES / 10
         assert loaded + refused >= EXAMPLES
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory the way Linux counts it")
+@pytest.mark.parametrize("name", ["manifest.json", ".metadata", "__0_0.distcp"])
+def test_the_command_line_refuses_a_mutated_checkpoint_by_name(name: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Embedding(0, 2))
+    checkpoint.save({"model": model, "ema": ShardedEMA(model)}, tmp_path, step=1)
+    folder = tmp_path / "step-0000000001"
+    working, refused = fuzz(folder / name, folder, look, FEW)
+    assert refused > FEW / 10
+    assert working + refused >= FEW

@@ -262,7 +262,15 @@ def test_crafted_bytes_of_a_tensor_run_nothing(folder: Path, marker: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "value", [torch.ones(4, 3).double(), torch.ones(3), torch.ones(1, 3), [1.0], torch.ones(4, 3).to_sparse()]
+    "value",
+    [
+        torch.ones(4, 3).double(),
+        torch.ones(3),
+        torch.ones(1, 3),
+        [1.0],
+        torch.ones(4, 3).to_sparse(),
+        torch.ones(4, 3, device="meta"),
+    ],
 )
 def test_a_stored_tensor_is_what_the_metadata_says(value: object, folder: Path) -> None:
     """DCP would cast and broadcast."""

@@ -100,6 +100,19 @@ def test_odd_tensors_come_back_to_the_bit(tmp_path: Path, file_format: FileForma
         assert max(path.stat().st_size for path in paths) < 20_000
 
 
+@pytest.mark.parametrize("max_shard_size", [1, 64, "5GB"])
+def test_every_tensor_lies_aligned_in_its_file(tmp_path: Path, max_shard_size: int | str) -> None:
+    """Readers that map files into memory need a float32 at a multiple of 4 bytes."""
+    tensors = {"odd": torch.zeros(3, dtype=torch.uint8), **ODD, "double": torch.zeros(2, dtype=torch.float64)}
+    write(tmp_path, tensors, max_shard_size=max_shard_size)
+    for path in tmp_path.glob("*.safetensors"):
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        for name, entry in json.loads(content[8 : 8 + length]).items():
+            if name != "__metadata__":
+                assert (8 + length + entry["data_offsets"][0]) % tensors[name].itemsize == 0, name
+
+
 @layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp")
 def test_files_hold_the_full_state_dict(layout: str, tmp_path: Path) -> None:
     """Loads strictly, with the index that transformers expects, through readers that are not ours."""
@@ -275,13 +288,31 @@ def test_weights_in_the_other_format_are_not_left_beside_new_ones(tmp_path: Path
     assert_same(dict(WeightFiles(tmp_path / "model.safetensors")), OLD)
 
 
+@pytest.mark.parametrize("size", [16, "5GB"])
+def test_a_folder_in_the_place_of_a_file_stops_an_export_before_it_begins(tmp_path: Path, size: int | str) -> None:
+    write(tmp_path, OLD, max_shard_size=16)
+    (tmp_path / "model.safetensors").mkdir()
+    (tmp_path / "model-00001-of-00004.safetensors").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match=r"folders that are called as files of this export: .*remove them"):
+        write(tmp_path, NEW, max_shard_size=size)
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "model.safetensors").rmdir()
+    (tmp_path / "model-00001-of-00004.safetensors").rmdir()
+    assert_same(dict(WeightFiles(tmp_path)), OLD)
+
+
 @pytest.mark.parametrize(
     ("settings", "entries", "message"),
     [
         ({}, {}, "there is no tensor to write"),
         ({}, {"a": torch.zeros(2, dtype=torch.complex128)}, "safetensors files cannot hold {'a': 'complex128'}"),
         ({"max_shard_size": 0}, OLD, "max_shard_size is a positive number"),
-        ({"max_shard_size": "5 apples"}, OLD, "Unit 'ES' not supported"),
+        ({"max_shard_size": "5 apples"}, OLD, "max_shard_size is a positive number of bytes or .*, got '5 apples'"),
+        ({"max_shard_size": "infGB"}, OLD, "max_shard_size is a positive number"),
+        ({"max_shard_size": "0MB"}, OLD, "max_shard_size is a positive number"),
+        ({}, {"__metadata__": torch.zeros(2)}, "'__metadata__': 'a name that the format has for itself'"),
+        ({}, {"a\udc80": torch.zeros(2)}, "a name that is no Unicode"),
         ({"file_format": "npz"}, OLD, "file_format is one of"),
     ],
 )
@@ -402,6 +433,43 @@ def test_files_of_another_model_or_none_are_refused_on_every_rank(tmp_path: Path
     for what in ("'other'", "'blocks.0.scale'", "'stats.bias': ((6,), torch.Size([7]))", "'head.weight'"):
         assert what in str(caught.value)
     assert_bitwise_equal(ema.full_state_dict(), before)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int8])
+def test_averages_are_not_taken_from_another_kind_of_number(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A cast would drop the imaginary part, or the fraction."""
+    _, ema = trained("fsdp2")
+    before = ema.full_state_dict()
+    if before:
+        write(tmp_path, {name: value.to(dtype) for name, value in before.items()})
+    dist.barrier()
+    with pytest.raises(ValueError, match=r"another model: .*kinds of dtype.*'embed.weight': \('floating', "):
+        scatter(ema, tmp_path)
+    assert_bitwise_equal(ema.full_state_dict(), before)
+    halves = {name: value.bfloat16() if value.is_floating_point() else value for name, value in before.items()}
+    if before:
+        write(tmp_path, halves)
+    dist.barrier()
+    scatter(ema, tmp_path)
+    assert_bitwise_equal(
+        ema.full_state_dict(), {n: it if "frozen" in n else halves[n].to(it) for n, it in before.items()}
+    )
+
+
+@pytest.mark.world_size(2)
+def test_only_the_first_rank_needs_to_know_the_folder(tmp_path: Path) -> None:
+    _, ema = trained("fsdp2")
+    before = ema.full_state_dict()
+    folder: Any = tmp_path if dist.get_rank() == 0 else None
+    gather(ema, folder)
+    scatter(ema, folder)
+    assert_bitwise_equal(ema.full_state_dict(), before)
+    nowhere: Any = None
+    with pytest.raises(ValueError, match="NoneType"):
+        gather(ema, nowhere)
+    with pytest.raises(RuntimeError, match="NoneType"):
+        scatter(ema, nowhere)
 
 
 def test_tied_tensors_from_files_may_hold_nan(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def gather(
     )
     if writer is None:
         _exhaust(entries)
-    return on_first(lambda: _write(writer, entries), group) if writer else on_first(list, group) and []
+    paths = on_first(lambda: _write(writer, entries) if writer else [], group)
+    return paths if writer else []
 
 
 def scatter(ema: ShardedEMA, folder: str | os.PathLike[str]) -> None:
@@ -72,7 +73,23 @@ def scatter(ema: ShardedEMA, folder: str | os.PathLike[str]) -> None:
     ema.load_full_state_dict(WeightFiles(folder))
 
 
-def _write(writer: WeightWriter, entries: Iterator[tuple[str, Any]]) -> None:
+def _made(make: Callable[[], WeightWriter], group: ProcessGroup | None) -> WeightWriter | None:
+    """What ``make`` returns on the first rank; None elsewhere.
+
+    Collective: over ``group``. Raises: ValueError on every rank when it raises one, or TypeError.
+    """
+    writer, cause = None, None
+    if group is None or group.rank() == 0:
+        try:
+            writer = make()
+        except (TypeError, ValueError) as error:
+            cause = error
+    if problems := together([str(cause)] if cause else [], group):
+        raise ValueError("; ".join(problems)) from cause
+    return writer
+
+
+def _write(writer: WeightWriter, entries: Iterator[tuple[str, Any]]) -> list[Path]:
     try:
         with writer:
             for name, value in entries:
@@ -80,6 +97,7 @@ def _write(writer: WeightWriter, entries: Iterator[tuple[str, Any]]) -> None:
     except Exception as error:
         _exhaust(entries)
         raise CheckpointError(f"{writer.folder} cannot be written: {type(error).__name__}: {error}") from error
+    return writer.paths
 
 
 def _exhaust(entries: Iterator[tuple[str, Any]]) -> None:

@@ -162,11 +162,13 @@ class Stored:
 
         Averages are stored under the first name of a tied tensor. Which second names there are, a manifest tells; in a
         checkpoint without one, a matrix counts as tied to the averaged one that has the same live values, to the bit.
+
+        Raises: CheckpointError when the manifest ties tensors of different shapes.
         """
         return self._averaged(model, track, self._ties(model, track))
 
     def unfit(self, track: Track, tensors: Mapping[str, str]) -> dict[str, Any]:
-        """Averages that the model with these tensors has no tensor for, or one of another shape; empty if they fit."""
+        """Averages that the model with these tensors has none for, or of another shape or kind; empty if they fit."""
         averaged = track.all
         missing = sorted(averaged.keys() - tensors.keys())
         shapes = {
@@ -174,7 +176,16 @@ class Stored:
             for name, it in averaged.items()
             if name in tensors and self.outline.shape(it) != self.outline.shape(tensors[name])
         }
-        found = {"names that the model lacks": missing, "shapes (model, average)": shapes}
+        kinds = sorted(
+            name
+            for name, it in averaged.items()
+            if name in tensors and self.outline.is_floating_point(it) != self.outline.is_floating_point(tensors[name])
+        )
+        found = {
+            "names that the model lacks": missing,
+            "shapes (model, average)": shapes,
+            "floating on one side only": kinds,
+        }
         return {what: where for what, where in found.items() if where}
 
     def values(self, dcp_names: Iterable[str]) -> dict[str, Any]:
@@ -237,12 +248,8 @@ class Stored:
         tensors, averaged = self.outline.models[model], track.all
         sources = {name: averaged.get(ties.get(name, name)) for name in tensors}
         found = {name: average for name, average in sources.items() if average is not None}
-        shapes = {
-            name: (tuple(self.outline.shape(tensors[name])), tuple(self.outline.shape(found[name])))
-            for name in ties.keys() & found
-        }
-        if wrong := {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}:
-            raise CheckpointError(f"{self.folder} ties tensors of different shapes (model, average): {wrong}")
+        if lost := self.unfit(Track({name: found[name] for name in ties.keys() & found}), tensors):
+            raise CheckpointError(f"{self.folder}: its {dotted(model)!r} ties tensors that differ: {lost}")
         return found
 
     def _alike(self, tensors: Mapping[str, str], track: Track) -> dict[str, str]:

@@ -62,7 +62,7 @@ def diff(
     ]
     distances = dict(_distances(ours, theirs, pairs))
     _show_distances(distances)
-    if different or any(it.largest for it in distances.values()):
+    if different or not all(it.equal for it in distances.values()):
         raise typer.Exit(1)
 
 
@@ -108,7 +108,7 @@ def _distances(ours: Side, theirs: Side, names: list[str]) -> Iterator[tuple[str
 
 
 def _show_distances(distances: dict[str, Distance]) -> None:
-    apart = {name: it for name, it in distances.items() if it.largest}
+    apart = {name: it for name, it in distances.items() if not it.equal}
     equal = len(distances) - len(apart)
     if apart:
         table = Table(box=SIMPLE_HEAD)

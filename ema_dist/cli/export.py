@@ -14,8 +14,9 @@ import typer
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import locate
 from ema_dist.checkpoint.manifest import problems
+from ema_dist.checkpoint.outline import dotted
 from ema_dist.checkpoint.stored import Stored, Weights
-from ema_dist.checkpoint.weight_files import WeightWriter
+from ema_dist.checkpoint.weight_files import WeightWriter, size_in_bytes
 from ema_dist.cli.options import CheckpointArgument, EntryOption, StepOption, TrackOption, Which, WhichOption
 from ema_dist.cli.terminal import few, in_bytes, output, progress, say
 
@@ -29,8 +30,11 @@ class FileFormat(str, Enum):
     TORCH = "torch"
 
 
-DTYPES = {str(it).removeprefix("torch."): it for it in vars(torch).values() if isinstance(it, torch.dtype)}
-"""Every dtype of torch by its name."""
+DTYPES = {
+    name: getattr(torch, name)
+    for name in ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "double", "float", "half")
+}
+"""The dtypes that weights can be cast to, by their names."""
 
 
 def parse_dtype(name: str | torch.dtype) -> torch.dtype:
@@ -39,9 +43,21 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     Raises: typer.BadParameter when there is none.
     """
     dtype = DTYPES.get(str(name).removeprefix("torch."))
-    if dtype is None or not dtype.is_floating_point:
-        raise typer.BadParameter(f"{name!r} is no floating dtype of torch, such as float32, bfloat16 or float16")
+    if dtype is None:
+        raise typer.BadParameter(f"{name!r} is no floating dtype to cast to: choose one of {', '.join(DTYPES)}")
     return dtype
+
+
+def parse_size(text: str) -> str:
+    """The same text, which says how many bytes.
+
+    Raises: typer.BadParameter when it is no size.
+    """
+    try:
+        size_in_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
 
 
 def export(
@@ -59,7 +75,8 @@ def export(
         ),
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of the tensors in one file: bytes, or as in 500MB.")
+        str,
+        typer.Option(parser=parse_size, metavar="SIZE", help="Of the tensors in one file: bytes, or as in 500MB."),
     ] = "5GB",
     format: Annotated[FileFormat, typer.Option(help="What files to write.")] = FileFormat.SAFETENSORS,  # noqa: A002
     step: StepOption = None,
@@ -74,8 +91,8 @@ def export(
     stored = Stored(locate(checkpoint, step))
     chosen = stored.weights(weights.value, track=track, entry=entry, dtype=dtype)
     _tell_exceptions(stored, chosen)
-    limit = int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size
-    writer = WeightWriter(out, planned=stored.shapes(chosen), max_shard_size=limit, file_format=format.value)
+    planned = stored.shapes(chosen)
+    writer = WeightWriter(out, planned=planned, max_shard_size=max_shard_size, file_format=format.value)
     total = sum(stored.outline.nbytes(source) for source, _ in chosen.sources.values())
     with ThreadPoolExecutor(1) as pool, progress("exporting", total) as advance, writer:
         damage = pool.submit(problems, stored.folder, stored.manifest.files if stored.manifest else {})
@@ -102,16 +119,32 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
 def _add(writer: WeightWriter, name: str, value: object) -> None:
     try:
         writer.add(name, value)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
-        raise OSError(f"{writer.paths[0].parent} cannot be written (is the disk full?): {error}") from error
+    except OSError as error:
+        raise OSError(f"{writer.folder} cannot be written (is the disk full?): {error}") from error
 
 
 def _tell_exceptions(stored: Stored, chosen: Weights) -> None:
     """Say what a user would not expect of these weights."""
     if chosen.alone:
-        say(f"{stored.folder} holds no live model: the averages are exported, and nothing that has none")
-    if names := chosen.without_average:
+        others = ", ".join(repr(dotted(place)) for place in stored.outline.models)
+        of_these = f" with the names of these averages (it holds {others})" if others else ""
+        say(f"{stored.folder} holds no live model{of_these}: the averages are exported, and nothing that has none")
+    if chosen.averages and chosen.averages.stale:
+        say(f"the averages saw {chosen.averages.steps} steps, and no average was taken yet")
+    if trained := [name for name in chosen.without_average if name in stored.outline.optimized]:
         say(
-            f"{len(names)} tensors have no average and are exported with their live values (frozen ones, or second "
-            f"names of tied ones: the checkpoint does not tell): {few(names)}"
+            f"{len(trained)} tensors that an optimizer in the checkpoint trains have no average and are exported with "
+            f"their live values: {few(trained)}"
+        )
+    untold = [name for name in chosen.without_average if name not in trained]
+    if untold and not stored.manifest:
+        say(
+            f"{len(untold)} tensors have no average and are exported with their live values (frozen ones, or second "
+            f"names of tied ones: the checkpoint does not tell): {few(untold)}"
+        )
+    if ties := chosen.guessed_ties:
+        pairs = [f"{name} (that of {first})" for name, first in ties.items()]
+        say(
+            f"{len(pairs)} tensors are exported with the average of another, whose live values they equal (tied ones, "
+            f"most likely: the checkpoint does not tell): {few(pairs)}"
         )

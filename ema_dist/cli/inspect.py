@@ -99,7 +99,7 @@ def _sums(outline: Outline, names: list[str]) -> dict[str, Any]:
 
 
 def _averages(stored: Stored, averages: Averages) -> dict[str, Any]:
-    model = next(iter(stored.outline.models_of(averages.place)), None)
+    model = next(iter(stored.models_of(averages.place)), None)
     return {
         "model": None if model is None else dotted(model),
         "steps": averages.steps,

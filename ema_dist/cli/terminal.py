@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.text import Text
 
 from ema_dist.checkpoint.errors import CheckpointError
 
@@ -22,20 +23,28 @@ WIDE = 160
 """Columns of a table that goes into a file or a pipe, where nothing tells how wide it may be."""
 
 
+class _Console(Console):
+    """Shows what is no printable character by its code: names in a checkpoint could otherwise steer the terminal."""
+
+    def render_str(self, text: str, **settings: Any) -> Text:  # noqa: ANN401  as in rich
+        shown = "".join(it if it.isprintable() or it == "\n" else ascii(it)[1:-1] for it in text)
+        return super().render_str(shown, **settings)
+
+
 def output() -> Console:
     """Where results go."""
-    console = Console(highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(WIDE, console.width))
+    console = _Console(highlight=False, emoji=False)
+    return console if console.is_terminal else _Console(highlight=False, emoji=False, width=max(WIDE, console.width))
 
 
 def say(message: str) -> None:
     """Tell the user something beside the results, on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(escape(message))
+    _errors().print(escape(message))
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """End the command with an error on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    _errors().print(f"[bold red]error:[/] {escape(message)}")
     raise typer.Exit(code)
 
 
@@ -91,6 +100,10 @@ def few(names: list[str], count: int = 5) -> str:
     """The first of these names, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
+
+
+def _errors() -> Console:
+    return _Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import locate
 from ema_dist.checkpoint.manifest import problems, read_manifest
-from ema_dist.checkpoint.outline import Outline, dotted
+from ema_dist.checkpoint.outline import dotted
 from ema_dist.checkpoint.plain import Path as Place
 from ema_dist.checkpoint.stored import Stored
 from ema_dist.cli.options import CheckpointArgument, StepOption
@@ -79,8 +79,13 @@ def _check_averages(stored: Stored, report: Report) -> None:
     """The averages' names and shapes must be those of a model beside them."""
     for place in stored.outline.averages:
         with report.collecting():
-            tracks = stored.averages[place].tracks
-            models = {model: stored.outline.models[model] for model in stored.outline.models_of(place)}
+            averages = stored.averages[place]
+            tracks = averages.tracks
+            if averages.stale:
+                report.notes.append(
+                    f"the averages in {dotted(place)!r} saw {averages.steps} steps, and no average was taken yet"
+                )
+            models = {model: stored.outline.models[model] for model in stored.models_of(place)}
             if not models:
                 report.notes.append(f"{stored.folder} holds no model for the averages in {dotted(place)!r}")
             for name, track in tracks.items() if models else ():
@@ -96,7 +101,7 @@ def _check_averages(stored: Stored, report: Report) -> None:
 def _check_values(stored: Stored, report: Report) -> None:
     """Everything must be readable, and floating tensors finite."""
     outline = stored.outline
-    weights = _weights(outline)
+    weights = _weights(stored)
     with progress("values", sum(map(outline.nbytes, outline.tensors))) as advance:
         for name in outline.paths:
             with report.collecting():
@@ -112,17 +117,18 @@ def _check_values(stored: Stored, report: Report) -> None:
                     )
 
 
-def _weights(outline: Outline) -> set[str]:
+def _weights(stored: Stored) -> set[str]:
     """The DCP names of what must never be infinite: weights, their averages, and optimizer states.
 
     Which of a model's tensors are weights, its averages tell, or its optimizer; if there is neither, all count as such.
     """
+    outline = stored.outline
     found = {name for place in outline.optimizers for name in outline.under(place)}
     buffers: dict[Place, set[str]] = {}
     for place, tracks in outline.averages.items():
         for track in tracks.values():
             found |= {*track.averages.values()}
-            for model in outline.models_of(place):
+            for model in stored.models_of(place):
                 buffers.setdefault(model, set()).update(track.buffers)
     for model, tensors in outline.models.items():
         trained = tensors.keys() & outline.optimized or tensors.keys()
