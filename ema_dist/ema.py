@@ -279,7 +279,7 @@ class ShardedEMA:
 
         Collective: over all ranks that hold the model. Memory: one full tensor on each rank.
         Raises: RuntimeError inside `swapped`, and on every rank when a value cannot be read; ValueError on every rank
-            when names or shapes differ, before anything changes.
+            when names, shapes or kinds of dtype differ, before anything changes.
         """
         self._refuse_inside_swap("load_full_state_dict()")
         self._prepare("load_full_state_dict()", together=True)

@@ -79,6 +79,17 @@ def nested(values: Mapping[Path, Any]) -> Any:
     return {key: nested(group) for key, group in groups.items()}
 
 
+def require_loadable(value: Any, otherwise: str) -> None:
+    """Raise ValueError, with what there is to say ``otherwise``, for what torch would not load without running code."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{otherwise} ({error})") from error
+
+
 def _holds_tensors_or_mappings(value: list[Any]) -> bool:
     return any(
         isinstance(item, (Tensor, Mapping)) or (isinstance(item, list) and _holds_tensors_or_mappings(item))
@@ -89,16 +100,11 @@ def _holds_tensors_or_mappings(value: list[Any]) -> bool:
 def _checked(value: Any, name: str) -> Any:
     if isinstance(value, tuple):
         _refuse_tensors_in([item for item in value if isinstance(item, Tensor) and is_cut(item)], name)
-    buffer = io.BytesIO()
-    try:
-        torch.save(value, buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{name!r} is a {type(value).__name__}, which could not be loaded again without running code from the "
-            f"checkpoint: save numbers, strings, lists, dictionaries and tensors instead ({error})"
-        ) from error
+    require_loadable(
+        value,
+        f"{name!r} is a {type(value).__name__}, which could not be loaded again without running code from the "
+        "checkpoint: save numbers, strings, lists, dictionaries and tensors instead",
+    )
     return value
 
 

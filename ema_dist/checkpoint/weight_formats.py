@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize
 from torch import Tensor
 
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.plain import require_loadable
 
 FileFormat = Literal["safetensors", "torch"]
 
@@ -151,7 +151,11 @@ class TorchFile:
             plain = value.contiguous()
             value = plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
         else:
-            _require_loadable(name, value)
+            require_loadable(
+                value,
+                f"{name!r} holds a {type(value).__name__}, which torch.load(weights_only=True) does not read back; "
+                'file_format="safetensors" leaves it out',
+            )
         self._entries[name] = value
 
     def close(self) -> None:
@@ -185,19 +189,6 @@ def format_of(path: Path) -> Format:
             return known
     expected = [suffix for known in FORMATS.values() for suffix in known.suffixes]
     raise CheckpointError(f"{path} is no file of weights: expected a name that ends in one of {expected}")
-
-
-def _require_loadable(name: str, value: Any) -> None:
-    """Refuse an object that would make its file one that runs code when it is loaded."""
-    buffer = io.BytesIO()
-    try:
-        torch.save(value, buffer)
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{name!r} holds a {type(value).__name__}, which torch.load(weights_only=True) does not read back; "
-            'file_format="safetensors" leaves it out'
-        ) from error
 
 
 def dtype_name(value: Tensor) -> str:
