@@ -66,9 +66,9 @@ def measured(
     def before(name: str) -> None:
         way = ways[name]
         if is_first():
-            os.sync()
             if way.writes:
                 shutil.rmtree(way.writes, ignore_errors=True)
+            os.sync()
             if forgotten:
                 drop_from_cache(forgotten)
         way.before()
