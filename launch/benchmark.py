@@ -36,6 +36,8 @@ SWAPPED: list[Layout] = [("plain", 1), ("ddp", 2), ("fsdp2", 2)]
 SAVED: list[Layout] = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)]
 RESHARDED: list[Layout] = [("fsdp2", 1), ("fsdp2", 4), ("ddp", 2)]
 RESHARDED_FROM: Layout = ("fsdp2", 2)
+LARGE = Transformer(blocks=76)
+"""2.15 GiB, to be gathered in the memory of a few hundred MiB."""
 MARKER = "<!-- Below this line launch/benchmark.py writes. -->\n\n"
 
 
@@ -96,6 +98,11 @@ def measure_checkpoints(run: Run, repeats: int) -> tuple[CheckpointResults, list
             for costs, on in measured:
                 for found in run.measure(partial(costs, **settings), on, results.not_measured):
                     results.costs += found
+    with tempfile.TemporaryDirectory(dir=run.scratch) as folder:
+        measured_large = partial(gather_costs, repeats=2, folder=Path(folder))
+        large = Case(*RESHARDED_FROM, shape if run.quick else LARGE)
+        for found in run.measure(measured_large, large, results.not_measured):
+            results.costs += found
     return results, checkpoint_tables(results)
 
 

@@ -29,7 +29,7 @@ class CheckpointResults(Results):
                 what = f"{_case(costs)}: {name} over {next(iter(costs.seconds))}"
                 yield Target(what, limit, times_reference(costs.seconds)[name], "x")
             for name, allowed in costs.allowed_bytes.items():
-                what = f"{_case(costs)}: {name}, memory"
+                what = f"{_case(costs)}, {costs.total_bytes / MIB:.0f} MiB: {name}, memory"
                 yield Target(what, allowed / MIB, costs.extra_bytes[name] / MIB, "MiB")
 
     def notes(self) -> list[str]:
