@@ -99,7 +99,7 @@ def test_checkpoints_are_measured_on_every_layout_beside_other_tools(checkpoints
         "save": [(*layout, False) for layout in layouts],
         "load": [(*layout, cold) for layout in layouts for cold in (False, True)],
         "reshard": [("fsdp2", 1, False), ("fsdp2", 4, False), ("ddp", 2, False)],
-        "gather": [(*layout, False) for layout in layouts],
+        "gather": [(*layout, False) for layout in [*layouts, ("fsdp2", 2)]],
         "export": [("plain", 1, False), ("plain", 1, True)],
     }
 
