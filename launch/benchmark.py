@@ -99,7 +99,7 @@ def measure_checkpoints(run: Run, repeats: int) -> tuple[CheckpointResults, list
                 for found in run.measure(partial(costs, **settings), on, results.not_measured):
                     results.costs += found
     with tempfile.TemporaryDirectory(dir=run.scratch) as folder:
-        measured_large = partial(gather_costs, repeats=2, folder=Path(folder))
+        measured_large = partial(gather_costs, repeats=repeats, folder=Path(folder))
         large = Case(*RESHARDED_FROM, shape if run.quick else LARGE)
         for found in run.measure(measured_large, large, results.not_measured):
             results.costs += found

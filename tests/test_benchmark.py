@@ -108,7 +108,7 @@ def test_targets_of_checkpoints_are_times_of_the_plain_tool_and_memory(checkpoin
     times = [target["limit"] for target in checkpoints["targets"] if target["unit"] == "x"]
     memory = [target for target in checkpoints["targets"] if target["unit"] == "MiB"]
     assert sorted(times) == [1.1] * 15 + [1.5] * 2
-    assert len(memory) == 2 * (4 + 2)
+    assert len(memory) == 2 * (4 + 2 + 1)
     assert all(target["limit"] > 0 for target in memory)
 
 
