@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -13,6 +14,13 @@ def decay_from_half_life(half_life: float, steps: float = 1) -> float:
     if half_life == 0:
         return 0.0
     return 2.0 ** (-steps / half_life)
+
+
+def half_life_from_decay(decay: float) -> float:
+    """The number of updates, each with this decay, that leave half of the old average."""
+    if decay in {0.0, 1.0}:
+        return math.inf if decay else 0.0
+    return -1 / math.log2(decay)
 
 
 @dataclass(frozen=True)

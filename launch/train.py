@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
@@ -93,12 +92,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 checkpoints.save(ema.steps, block=not args.async_checkpoints)
     checkpoint.wait()
 
-    averaged_weights = ema.full_state_dict()
     if dist.get_rank() == 0:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        save_file(averaged_weights, args.output_dir / "model.safetensors")
         write_csv(progress.rows, args.output_dir / "metrics.csv")
         write_curves(progress.rows, args.output_dir / "curves.png")
+    if checkpoint.gather(ema, args.output_dir):
         print(f"averaged model: test {progress.rows[-1].average}; in {args.output_dir}")
 
 

@@ -387,7 +387,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Pat
 @pytest.mark.world_size(2)
 def test_pipeline_stages_are_not_written_over_each_other(tmp_path: Path) -> None:
     stage = nn.ModuleDict({f"layer{dist.get_rank()}": nn.Linear(2, 2)})
-    with pytest.raises(ValueError, match=r"ranks hold different models: rank 0 and another differ in .*layer0.*layer1"):
+    with pytest.raises(ValueError, match=r"ranks hold different models: ranks 0 and 1 differ in .*layer0.*layer1"):
         gather(ShardedEMA(stage), tmp_path)
 
 

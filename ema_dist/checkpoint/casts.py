@@ -24,9 +24,14 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
+def calculable(tensor: Tensor) -> Tensor:
+    """A floating or complex tensor with the same values, in a dtype that torch calculates in."""
+    return tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no arithmetic of its own
+
+
 def _largest(tensor: Tensor) -> float:
     """The largest absolute value that is finite; 0 where there is none."""
-    wide = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no arithmetic of its own
+    wide = calculable(tensor)
     if wide.numel() == 0:
         return 0.0
     low, high = wide.aminmax()

@@ -15,11 +15,11 @@ class Contents(Outline):
     """The names in a checkpoint by entry: an entry is what lies under the first key of a path.
 
     Args:
-        scalars: what is not a tensor, by DCP's name.
+        scalars: what is not a tensor, by DCP's name, once it has been read.
         model_keys: the entry of the model whose averages an entry holds, where that is known.
     """
 
-    scalars: Mapping[str, Any] = field(default_factory=dict)
+    scalars: dict[str, Any] = field(default_factory=dict)
     model_keys: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -38,14 +38,6 @@ class Contents(Outline):
             for path, name in self.of(key).items()
             if name in self.tensors and not _is_extra_state(path)
         }
-
-    def states(self, key: str) -> dict[str, dict[Path, str]]:
-        """The extra states of a model, by the model's own names, each by the paths in it; tensors too."""
-        found: dict[str, dict[Path, str]] = {}
-        for path, name in self.of(key).items():
-            if _is_extra_state(path):
-                found.setdefault(str(path[0]), {})[path[1:]] = name
-        return found
 
     def averaged(self, key: str) -> dict[str, str]:
         """The names of averages and averaged buffers in an entry, by the model's own names; none in other entries.

@@ -117,7 +117,7 @@ class Model(Entry):
         averages = contents.averaged(self.key)
         source = contents.model_of(self.key, averages) if averages else self.key
         weights = (contents.weights(source) if source else {}) | averages
-        states = contents.states(source) if source else {}
+        states = contents.extra_states((source,)) if source else {}
         missing = {shard.name for shard in self.layout.shards} - weights.keys()
         unknown = weights.keys() - self.layout.by_any_name().keys()
         if differing := missing | unknown | (states.keys() ^ self.layout.extra_states.keys()):

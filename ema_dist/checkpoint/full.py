@@ -11,7 +11,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.ranks import come, on_first, together
+from ema_dist.checkpoint.ranks import come, differences, on_first, together
 from ema_dist.checkpoint.weight_files import WeightFiles, WeightWriter
 from ema_dist.checkpoint.weight_formats import FileFormat
 from ema_dist.ema import ShardedEMA
@@ -46,11 +46,10 @@ def gather(
     group = come("gather(ema, folder)", timeout=timeout)
     entries = ema.gather(dtype=dtype)
     planned = ema.full_shapes(dtype=dtype)
-    differing = planned.keys() ^ set(on_first(lambda: list(planned), group))
-    if problems := together([f"rank 0 and another differ in {sorted(differing)}"] if differing else [], group):
+    if different := differences([*planned], group):
         raise ValueError(
-            f"ranks hold different models: {'; '.join(problems)}; unite pipeline stages by "
-            "ema.full_state_dict(pipeline=...), and write that"
+            f"ranks hold different models: {different}; unite pipeline stages by ema.full_state_dict(pipeline=...), "
+            "and write that"
         )
     writer = _made(
         lambda: WeightWriter(folder, planned=planned, max_shard_size=max_shard_size, file_format=file_format), group

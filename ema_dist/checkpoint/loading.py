@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,9 @@ def load(
     group = come("checkpoint.load()", timeout=timeout)
     alike("the keys of what is loaded", [str(key) for key in state], group)
     sound = _soundest(root, step, group)
-    models = sound.manifest.models if sound.manifest else {}
-    contents = Contents(sound.metadata, _plain_values(sound, state, group), models)
+    contents = Contents(sound.metadata, model_keys=sound.manifest.models if sound.manifest else {})
+    contents.scalars.update(_plain_values(contents, state))
+    read(sound.folder, contents.scalars, metadata=sound.metadata, group=group)
     entries: dict[str, Entry] = {}
     targets: dict[str, dict[str, Tensor]] = {}
     wrong: list[str] = []
@@ -77,8 +78,7 @@ def load(
         except Exception as error:  # noqa: BLE001, PERF203  all that is wrong is named at once
             wrong.append(f"{key!r}: {error}")
     come(f"checkpoint.load() of {sound.folder}", timeout=timeout, problem="; ".join(wrong))
-    for tensors in targets.values():
-        read(sound.folder, dict(tensors), metadata=sound.metadata, group=group)
+    read(sound.folder, *map(dict, targets.values()), metadata=sound.metadata, group=group)
     for key, entry in entries.items():
         try:
             entry.take(contents)
@@ -97,14 +97,11 @@ class Sound:
     manifest: Manifest | None
 
 
-def _plain_values(sound: Sound, state: MutableMapping[str, Any], group: ProcessGroup | None) -> dict[str, Any]:
-    """What is not a tensor in the entries that are asked for, and in extra states beside them, by DCP's names."""
-    everything = Contents(sound.metadata)
-    wanted = [name for key in state for name in everything.of(key).values()]
-    wanted += [name for key in everything.keys for of in everything.states(key).values() for name in of.values()]
-    values: dict[str, Any] = {name: None for name in wanted if name not in everything.tensors}
-    read(sound.folder, values, metadata=sound.metadata, group=group)
-    return values
+def _plain_values(contents: Contents, keys: Iterable[str]) -> dict[str, Any]:
+    """What is to be read that is not a tensor, by DCP's names: in these entries, and in extra states beside them."""
+    wanted = [name for key in keys for name in contents.of(key).values()]
+    wanted += [name for key in contents.keys for of in contents.extra_states((key,)).values() for name in of.values()]
+    return {name: None for name in wanted if name not in contents.tensors}
 
 
 def _soundest(root: Path, step: int | None, group: ProcessGroup | None) -> Sound:

@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.folders import COMPLETE
+from ema_dist.checkpoint.folders import COMPLETE, sync
 from ema_dist.checkpoint.metadata import inside
 
 NAME = "manifest.json"
@@ -47,10 +47,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it into ``folder``, down to the disk."""
         content = {"format": FORMAT, **asdict(self)}
-        with (folder / NAME).open("w") as file:
-            json.dump(content | {"xxh3_128": _digest(content)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        (folder / NAME).write_text(json.dumps(content | {"xxh3_128": _digest(content)}, indent=1))
+        sync(folder / NAME)
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -47,7 +47,7 @@ class OptimizerEntry(Entry):
             raise ValueError(
                 f"it steps several models with parameters called {double}: give each an optimizer of its own"
             )
-        self._moments: dict[tuple[int, str], Tensor] = {}
+        self._moments: dict[int, dict[str, Tensor]] = {owner: {} for owner in self._shards}
         self._targets: list[Target] = []
         self._rest: FreshTensors | None = None
 
@@ -88,18 +88,16 @@ class OptimizerEntry(Entry):
         numbers = {id(p): number for number, p in enumerate(self._parameters())}
         state: dict[int, dict[str, Any]] = {}
         for owner, shards in self._shards.items():
-            if owner in numbers:
-                values = dict(read.get("state", {}).get(shards[0].name, {}))
-                values |= {key: moment for (of, key), moment in self._moments.items() if of == owner}
-                state |= {numbers[owner]: values} if values else {}
+            if values := {**read.get("state", {}).get(shards[0].name, {}), **self._moments[owner]}:
+                state[numbers[owner]] = values
         groups = [
             {**group, "params": [numbers[id(p)] for p in mine["params"]]}
             for group, mine in zip(read["param_groups"], self._optimizer.param_groups, strict=True)
         ]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        owners = {id(p): p for p in self._parameters()}
-        for (owner, key), moment in self._moments.items():  # torch has cast them to the dtype of their parameter
-            self._optimizer.state[owners[owner]][key] = moment
+        for parameter in self._parameters():  # torch has cast the moments to the dtype of their parameter
+            if moments := self._moments[id(parameter)]:
+                self._optimizer.state[parameter].update(moments)
 
     def _cut(self, shard: Shard, key: str, value: Any) -> Any:
         part = shard.beside(value) if isinstance(value, Tensor) else None
@@ -115,12 +113,12 @@ class OptimizerEntry(Entry):
 
     def _moment(self, shard: Shard, key: str, dtype: torch.dtype) -> Tensor:
         """This rank's part of a state of the owner of ``shard``, of which there is one for all tensors in the owner."""
-        at = id(shard.owner), key
-        if at not in self._moments:
+        moments = self._moments[id(shard.owner)]
+        if key not in moments:
             present = self._optimizer.state.get(shard.owner, {}).get(key)
             fits = isinstance(present, Tensor) and (present.shape, present.dtype) == (shard.owner.shape, dtype)
-            self._moments[at] = present if fits else torch.zeros_like(shard.owner.detach(), dtype=dtype)
-        part = shard.beside(self._moments[at])
+            moments[key] = present if fits else torch.zeros_like(shard.owner.detach(), dtype=dtype)
+        part = shard.beside(moments[key])
         assert part is not None, f"{key} was made like the parameter {shard.name}"
         return part
 

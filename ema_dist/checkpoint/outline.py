@@ -121,12 +121,12 @@ class Outline:
         return ((path, kinds.get(path, "other")) for path in known)
 
     def extra_states(self, model: Path) -> dict[str, dict[Path, str]]:
-        """The extra states in a model that are no tensors, by name: the DCP names of their parts by path."""
+        """The extra states in a model, by name: the DCP names of their parts by path."""
         found: defaultdict[str, dict[Path, str]] = defaultdict(dict)
         for name, path in self.paths.items():
             if _is_under(path, [model]):
                 key, *rest = path[len(model) :]
-                if str(key).endswith(EXTRA_STATE) and (rest or name not in self.tensors):
+                if str(key).endswith(EXTRA_STATE):
                     found[str(key)][tuple(rest)] = name
         return dict(found)
 

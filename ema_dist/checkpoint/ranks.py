@@ -7,6 +7,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -60,20 +61,23 @@ def on_first(call: Callable[[], T], group: ProcessGroup | None) -> T:
     return result  # pyrefly: ignore  a call that did not raise has returned its own type
 
 
-def alike(what: str, value: Sequence[str], group: ProcessGroup | None) -> None:
-    """Raise RuntimeError on every rank unless ``value`` is the same on all of them.
+def alike(what: str, names: Sequence[str], group: ProcessGroup | None) -> None:
+    """Raise RuntimeError on every rank unless the same names are there on all of them.
 
     Collective: over ``group``.
     """
-    if group is None:
-        return
-    of_ranks: list[Sequence[str]] = [()] * group.size()
-    dist.all_gather_object(of_ranks, value, group=group)
-    for rank, theirs in enumerate(of_ranks):
-        if differing := {*theirs} ^ {*of_ranks[0]}:
-            raise RuntimeError(
-                f"{what} must be the same on every rank, but ranks 0 and {rank} differ in {sorted(differing)}"
-            )
+    if different := differences(names, group):
+        raise RuntimeError(f"{what} must be the same on every rank, but {different}")
+
+
+def differences(names: Sequence[str], group: ProcessGroup | None) -> str:
+    """Which of the names are not on all ranks, in words, the same on every rank; empty where all are.
+
+    Collective: over ``group``.
+    """
+    mine = sorted({*names} ^ {*on_first(lambda: names, group)})
+    told = f"ranks 0 and {group.rank()} differ in {mine}" if mine and group else ""
+    return "; ".join(together([told] * bool(told), group))
 
 
 def together(problems: list[str], group: ProcessGroup | None) -> list[str]:
@@ -83,6 +87,14 @@ def together(problems: list[str], group: ProcessGroup | None) -> list[str]:
     """
     if group is None:
         return problems
+    some = torch.tensor(bool(problems), dtype=torch.int32)
+    dist.all_reduce(some, dist.ReduceOp.MAX, group)
     of_ranks: list[list[str]] = [[] for _ in range(group.size())]
-    dist.all_gather_object(of_ranks, problems, group=group)
+    if some:
+        dist.all_gather_object(of_ranks, problems, group=group)
     return list(dict.fromkeys(problem for of_rank in of_ranks for problem in of_rank))
+
+
+def by_rank(problem: str, group: ProcessGroup | None) -> str:
+    """The problem, and whose it is."""
+    return problem if group is None else f"rank {group.rank()}: {problem}"

@@ -6,12 +6,13 @@ import io
 import pickle
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import (
@@ -24,9 +25,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from ema_dist.checkpoint.archive import Window, data_start, memory_of
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.metadata import Item, inside, read_metadata
-from ema_dist.checkpoint.ranks import together
+from ema_dist.checkpoint.ranks import by_rank, together
 from ema_dist.shards import is_cut
 
 T = TypeVar("T")
@@ -34,15 +36,14 @@ T = TypeVar("T")
 ZIP = b"PK\x03\x04"
 """How a file begins that `torch.save` wrote; older formats go through older code, and DCP never used them."""
 
-
 SMALL_BYTES = 4 * 2**20
 """Up to so many are read at once: torch.load makes many small reads, which through a view of a file are slow."""
 
 
 def read(
-    folder: Path, wanted: dict[str, Any], *, metadata: Metadata | None = None, group: ProcessGroup | None = None
+    folder: Path, *wanted: dict[str, Any], metadata: Metadata | None = None, group: ProcessGroup | None = None
 ) -> None:
-    """Fill ``wanted``: entries of a checkpoint by their DCP names, without running anything that it holds.
+    """Fill each of ``wanted``: entries of a checkpoint by their DCP names, without running anything that it holds.
 
     Args:
         wanted: tensors (plain, DTensor or ShardedTensor) are read into in place, resharded, cast to their dtype;
@@ -56,10 +57,10 @@ def read(
         the metadata is damaged; and when an entry is: then tensors read before it have their new values already.
     """
     reader = Reader(folder, metadata=metadata)
-    planner = Planner()
-    plan = _agreed(lambda: _plan(reader, planner, wanted), group)
-    _agreed(lambda: reader.read_data(plan, planner).wait(), group)
-    wanted.update(planner.state_dict)
+    plans = _agreed(lambda: [_plan(reader, of_one) for of_one in wanted], group)
+    _agreed(lambda: [reader.read_data(plan, planner).wait() for plan, planner in plans], group)
+    for of_one, (_, planner) in zip(wanted, plans, strict=True):
+        of_one.update(planner.state_dict)
 
 
 class Reader(FileSystemReader):
@@ -111,32 +112,34 @@ class Reader(FileSystemReader):
             if requests[0].type == LoadItemType.BYTE_IO:
                 planner.load_bytes(requests[0], io.BytesIO(stream.read(item.length)))
                 return
-            tensor = self._checked(unpack(stream), index)
+            piece = self._piece(stream, index)
+            for request in requests:
+                piece.copy(request, planner.target(request))
         except Exception as error:
             place = f"bytes {item.offset} to {item.offset + item.length}"
             raise CheckpointError(f"{path}: the entry {index.fqn!r}, {place}, cannot be read: {error}") from error
-        for request in requests:
-            part = tensor
-            for dim, (start, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
-                part = part.narrow(dim, start, length)
-            planner.take(request, part)
 
     def _stream(self, file: IO[bytes], item: Item, request: ReadItem) -> IO[bytes]:
         if item.length <= SMALL_BYTES and not item.transform_descriptors:
             file.seek(item.offset)
             return io.BytesIO(file.read(item.length))
-        stream = self._slice_file(file, item)  # pyrefly: ignore[bad-argument-type]  it looks at what an Item has
+        stream: Any = Window(file, item.offset, item.length)
         if not item.transform_descriptors:
             return stream
         if not hasattr(self, "transforms"):
             raise CheckpointError(f"it is stored through {item.transform_descriptors}, which needs torch 2.7 or later")
         return io.BytesIO(self.transforms.transform_load_stream(request, item.transform_descriptors, stream).read(-1))
 
-    def _checked(self, found: object, index: MetadataIndex) -> Tensor:
+    def _piece(self, stream: IO[bytes], index: MetadataIndex) -> LoadedPiece | StoredPiece:
         entry = self.read_metadata().state_dict_metadata[index.fqn]
         assert isinstance(entry, TensorStorageMetadata)
         assert index.index is not None
         size, dtype = entry.chunks[index.index].sizes, entry.properties.dtype
+        start = data_start(stream, dtype, size)
+        if start is not None:
+            return StoredPiece(stream, start, dtype, size)
+        stream.seek(0)
+        found = unpack(stream)
         if (
             type(found) is not Tensor
             or (found.shape, found.dtype, found.layout) != (size, dtype, torch.strided)
@@ -146,7 +149,54 @@ class Reader(FileSystemReader):
             if isinstance(found, Tensor):
                 stored = f"{found.dtype} {list(found.shape)}, {found.layout} on {found.device}"
             raise CheckpointError(f"expected {dtype} {list(size)} as the metadata says, found {stored}")
-        return found
+        return LoadedPiece(found)
+
+
+@dataclass(frozen=True)
+class LoadedPiece:
+    """A stored piece of a tensor that `torch.load` had to read."""
+
+    tensor: Tensor
+
+    def copy(self, request: ReadItem, target: Tensor) -> None:
+        """Copy the part that is asked for to where it belongs."""
+        part = self.tensor
+        for dim, (start, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        target.copy_(part)
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """A stored piece of a tensor whose elements begin at ``start``: only the rows that are asked for are read."""
+
+    stream: Any
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def copy(self, request: ReadItem, target: Tensor) -> None:
+        """Read the part that is asked for to where it belongs: straight to there, where it lies in the same order."""
+        whole_rows = request.lengths[1:] == self.shape[1:]
+        if whole_rows and target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous():
+            self._read_rows(request, target)
+            increment_version(target)  # a graph that saved the tensor must notice
+            return
+        rows = torch.empty((*request.lengths[:1], *self.shape[1:]), dtype=self.dtype)
+        self._read_rows(request, rows)
+        for dim, (start, length) in enumerate(zip(request.storage_offsets[1:], request.lengths[1:], strict=True), 1):
+            rows = rows.narrow(dim, start, length)
+        target.copy_(rows)
+
+    def _read_rows(self, request: ReadItem, rows: Tensor) -> None:
+        first = request.storage_offsets[0] if self.shape else 0
+        self.stream.seek(self.start + first * self.shape[1:].numel() * self.dtype.itemsize)
+        left = memory_of(rows)
+        while left:
+            count = self.stream.readinto(left)
+            if not count:
+                raise CheckpointError(f"it ends {len(left)} bytes too early")
+            left = left[count:]
 
 
 class Planner(DefaultLoadPlanner):
@@ -171,16 +221,13 @@ class Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = unpack(value)
 
-    def take(self, read_item: ReadItem, part: Tensor) -> None:
-        """Copy what was read to where it belongs; a tensor on the meta device becomes a real one, or just ``part``."""
+    def target(self, read_item: ReadItem) -> Tensor:
+        """Where what was read belongs; instead of a tensor on the meta device, a real one."""
         name = read_item.dest_index.fqn
-        target = self.state_dict[name]
-        if not is_cut(target) and target.is_meta:
-            if part.shape == target.shape and part.is_contiguous():
-                self.state_dict[name] = part
-                return
-            self.state_dict[name] = torch.empty(target.shape, dtype=target.dtype)
-        self.resolve_tensor(read_item).detach().copy_(part)
+        tensor = self.state_dict[name]
+        if not is_cut(tensor) and tensor.is_meta:
+            self.state_dict[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return self.resolve_tensor(read_item).detach()
 
 
 def unpack(stream: IO[bytes]) -> Any:
@@ -204,7 +251,7 @@ def unpack(stream: IO[bytes]) -> Any:
         ) from error
 
 
-def _plan(reader: Reader, planner: Planner, wanted: dict[str, Any]) -> LoadPlan:
+def _plan(reader: Reader, wanted: dict[str, Any]) -> tuple[LoadPlan, Planner]:
     metadata = reader.read_metadata()
     stored = metadata.state_dict_metadata
     if missing := wanted.keys() - stored:
@@ -213,8 +260,9 @@ def _plan(reader: Reader, planner: Planner, wanted: dict[str, Any]) -> LoadPlan:
     if wrong := [f"{name!r} {problem}" for name, problem in problems.items() if problem]:
         raise CheckpointError(f"{reader.path} does not fit: {'; '.join(wrong)}")
     reader.set_up_storage_reader(metadata, is_coordinator=False)
+    planner = Planner()
     planner.set_up_planner({name: _target(value, stored[name]) for name, value in wanted.items()}, metadata)
-    return planner.finish_plan(planner.create_local_plan())
+    return planner.finish_plan(planner.create_local_plan()), planner
 
 
 def _misfit(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) -> str:
@@ -246,14 +294,10 @@ def _agreed(work: Callable[[], T], group: ProcessGroup | None) -> T:
     try:
         result = work()
     except (CheckpointError, OSError) as error:
-        raise CheckpointError("; ".join(together([_told(str(error), group)], group))) from error
+        raise CheckpointError("; ".join(together([by_rank(str(error), group)], group))) from error
     except Exception as error:
-        together([_told(f"{type(error).__name__}: {error}", group)], group)
+        together([by_rank(f"{type(error).__name__}: {error}", group)], group)
         raise
     if problems := together([], group):
         raise CheckpointError("; ".join(problems))
     return result
-
-
-def _told(problem: str, group: ProcessGroup | None) -> str:
-    return problem if group is None else f"rank {dist.get_rank()}: {problem}"

@@ -23,7 +23,7 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import begin, folder_of
 from ema_dist.checkpoint.manifest import Manifest
 from ema_dist.checkpoint.optimizers import OptimizerEntry
-from ema_dist.checkpoint.ranks import alike, come, on_first, together
+from ema_dist.checkpoint.ranks import alike, by_rank, come, on_first, together
 from ema_dist.checkpoint.writing import Writer
 from ema_dist.ema import ShardedEMA
 from ema_dist.shards import cpu_copy
@@ -77,7 +77,6 @@ def save(
     step = _checked_step(step, keep)
     root = Path(root).absolute()
     entries: dict[str, Entry] = {}
-    contents: dict[str, Any] = {}
     problem = _failure()
     if not problem:
         try:
@@ -85,20 +84,10 @@ def save(
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
             problem = str(error)
     group = come(f"checkpoint.save(step={step})", timeout=timeout, problem=problem)
-    alike(
-        "the names of what is saved (pipeline stages: save them by torch.distributed.checkpoint)",
-        _names(entries),
-        group,
-    )
-    wrong: list[str] = []
-    for key, entry in sorted(entries.items(), key=lambda item: not isinstance(item[1], Average)):  # those meet
-        try:
-            contents[key] = entry.saved()
-            if not block:
-                contents[key] = _copied(contents[key], {})
-        except Exception as error:  # noqa: BLE001, PERF203  all that is wrong is named at once
-            wrong.append(f"{_rank(group)}{key!r}: {error}")
-    if wrong := together(wrong, group):
+    what = "the names of what is saved (pipeline stages: save them by torch.distributed.checkpoint)"
+    alike(what, _names(entries), group)
+    contents, wrong = _saved(entries, copied=not block)
+    if wrong := together([by_rank(problem, group) for problem in wrong], group):
         raise RuntimeError(f"step {step} is not saved: {'; '.join(wrong)}")
     manifest = _manifest(step, entries, group)
     writer = Writer(on_first(lambda: begin(root, step), group), manifest, keep=keep)
@@ -155,8 +144,17 @@ def _names(entries: Mapping[str, Entry]) -> list[str]:
     return [*entries, *(f"{key}.{name}" for key, model in models.items() for name in model.layout.by_any_name())]
 
 
-def _rank(group: ProcessGroup | None) -> str:
-    return "" if group is None else f"rank {group.rank()}: "
+def _saved(entries: Mapping[str, Entry], *, copied: bool) -> tuple[dict[str, Any], list[str]]:
+    """What DCP is to write, and what cannot be saved."""
+    contents: dict[str, Any] = {}
+    wrong: list[str] = []
+    for key, entry in sorted(entries.items(), key=lambda item: not isinstance(item[1], Average)):  # those meet
+        try:
+            contents[key] = _copied(entry.saved(), {}) if copied else entry.saved()
+        except Exception as error:  # noqa: BLE001, PERF203  all that is wrong is named at once
+            wrong.append(f"{key!r}: {error}")
+    # DCP spreads what several ranks hold in this order, and takes a part of a cut tensor for all of it.
+    return dict(sorted(contents.items(), key=lambda item: isinstance(entries[item[0]], Average))), wrong
 
 
 def _copied(value: Any, copies: dict[int, Tensor]) -> Any:

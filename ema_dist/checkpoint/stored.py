@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +19,7 @@ from ema_dist.checkpoint.outline import Outline, Track, dotted
 from ema_dist.checkpoint.plain import Path as Place
 from ema_dist.checkpoint.plain import nested, restored
 from ema_dist.checkpoint.reading import read
-from ema_dist.decay import Constant, Decay, HalfLife, decay_from_half_life
+from ema_dist.decay import Constant, Decay, HalfLife, decay_from_half_life, half_life_from_decay
 from ema_dist.kernels import checksum
 from ema_dist.state import FORMAT
 
@@ -28,13 +27,6 @@ Which = Literal["ema", "live"]
 
 BATCH_BYTES = 16 * 2**20
 """Smaller tensors are read together up to so many bytes: each call of the reader costs."""
-
-
-def half_life_from_decay(decay: float) -> float:
-    """The number of updates, each with this decay, that leave half of the old average."""
-    if decay in {0.0, 1.0}:
-        return math.inf if decay else 0.0
-    return -1 / math.log2(decay)
 
 
 @dataclass(frozen=True)
@@ -130,7 +122,8 @@ class Stored:
         """
         place, model = self._choose(which, entry)
         tensors: dict[str, str] = {} if model is None else self.outline.models[model]
-        states = {} if model is None else self.outline.extra_states(model)
+        found: dict[str, dict[Place, str]] = {} if model is None else self.outline.extra_states(model)
+        states = {name: parts for name, parts in found.items() if name not in tensors}
         if which == "live" or place is None:
             return Weights({name: self._source(it, it, dtype) for name, it in tensors.items()}, extra_states=states)
         averages = self.averages[place]

@@ -101,6 +101,7 @@ class WeightWriter:
         )
         self._open: dict[str, FileWriter] = {}
         self._missing = dict.fromkeys(self._planned)
+        self._missing_in = {file: len(names) for file, names in self._split.filename_to_tensors.items()}
         self._background = ThreadPoolExecutor(1, "sync")
         self._syncing: list[Future[None]] = []
         self._held = ExitStack()
@@ -169,11 +170,12 @@ class WeightWriter:
             raise ValueError(f"{name!r} was planned as {_outline(planned)}, got {_outline(value)}")
         del self._missing[name]
         file = self._split.tensor_to_filename[name]
-        names = self._split.filename_to_tensors[file]
+        self._missing_in[file] -= 1
         if file not in self._open:
-            self._open[file] = self._format.write(self._aside / file, {it: self._planned[it] for it in names})
+            of_file = {it: self._planned[it] for it in self._split.filename_to_tensors[file]}
+            self._open[file] = self._format.write(self._aside / file, of_file)
         self._open[file].add(name, _plain(value) if isinstance(value, Tensor) else value)
-        if not self._missing.keys() & set(names):
+        if not self._missing_in[file]:
             self._open.pop(file).close()
             # Meanwhile the tensors of the next file come.
             self._syncing.append(self._background.submit(sync, self._aside / file))

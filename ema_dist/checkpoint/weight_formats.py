@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize
 from torch import Tensor
 
+from ema_dist.checkpoint.archive import memory_of
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.plain import require_loadable
 
@@ -98,8 +98,7 @@ class SafetensorsFile:
         plain = value.contiguous()
         if not plain.nbytes:
             return
-        # numpy's view of them is not to be had where numpy is not, nor of every dtype.
-        left = memoryview((ctypes.c_char * plain.nbytes).from_address(plain.data_ptr()))
+        left = memory_of(plain)
         with self._path.open("r+b", buffering=0) as file:
             file.seek(self._data + self._starts[name])
             while left:

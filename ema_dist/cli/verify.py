@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 from torch import Tensor
 
+from ema_dist.checkpoint.casts import calculable
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import locate
 from ema_dist.checkpoint.manifest import problems, read_manifest
@@ -141,7 +142,7 @@ def _not_finite(tensor: Tensor) -> tuple[int, int]:
     """How many NaN and how many infinities are in a tensor."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0, 0
-    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no arithmetic of its own
+    tensor = calculable(tensor)
     if tensor.isfinite().all():
         return 0, 0
     return int(tensor.isnan().sum()), int(tensor.isinf().sum())

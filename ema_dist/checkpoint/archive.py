@@ -1,0 +1,118 @@
+"""Where in an archive that `torch.save` wrote the bytes of its tensor lie, to be read without unpickling anything."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import pickle
+import sys
+import zipfile
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+HEADER_BYTES = 30
+"""Of a record's own header in a zip archive; the lengths of what follows it, a name and padding, are its last four."""
+
+
+class Window(io.RawIOBase):
+    """So many bytes of an open file, from an offset on, as a file of their own."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self._descriptor = file.fileno()
+        self._offset = offset
+        self._length = length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = memoryview(buffer)[: max(0, self._length - self._position)]
+        count = os.preadv(self._descriptor, [wanted], self._offset + self._position)
+        self._position += count
+        return count
+
+
+def data_start(stream: IO[bytes], dtype: torch.dtype, shape: torch.Size) -> int | None:
+    """Where the elements begin, in their order, of a CPU tensor that `torch.save` wrote; the stream is moved.
+
+    None unless the archive is, in all that matters, what it writes for a contiguous tensor of this dtype and shape that
+    has its storage for itself: then `torch.load` has to tell what it is.
+    """
+    expected = _pickled(dtype, shape)
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            head, order, data = (archive.getinfo(f"archive/{name}") for name in ("data.pkl", "byteorder", "data/0"))
+            if (
+                any(record.compress_type != zipfile.ZIP_STORED for record in (head, order, data))
+                or (head.file_size, data.file_size) != (len(expected), shape.numel() * dtype.itemsize)
+                or archive.read(head) != expected
+                or archive.read(order) != sys.byteorder.encode()
+            ):
+                return None
+        stream.seek(data.header_offset)
+        header = stream.read(HEADER_BYTES)
+    except Exception:  # noqa: BLE001  whatever is wrong with it, torch.load names it
+        return None
+    return data.header_offset + HEADER_BYTES + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which must outlive them."""
+    # numpy's view of them is not to be had where numpy is not, nor of every dtype.
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+@lru_cache(maxsize=1024)
+def _pickled(dtype: torch.dtype, shape: torch.Size) -> bytes:
+    """What `torch.save` pickles for a contiguous tensor on the CPU; its elements go into a record of their own."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump(_Likeness(dtype, shape))
+    return buffer.getvalue()
+
+
+class _Likeness:
+    """Is pickled as a tensor of this dtype and shape, and does not have its memory."""
+
+    def __init__(self, dtype: torch.dtype, shape: torch.Size) -> None:
+        self._dtype = dtype
+        self._shape = shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        empty = torch.empty(0, dtype=self._dtype)
+        rebuild, (storage, offset, _, _, *rest) = empty.__reduce_ex__(2)
+        if isinstance(storage, torch.UntypedStorage):  # dtypes that came later than storages of a dtype
+            place = _Place(torch.UntypedStorage, self._shape.numel() * self._dtype.itemsize)
+        else:
+            place = _Place(getattr(torch, empty.type().split(".")[1].replace("Tensor", "Storage")), self._shape.numel())
+        stride = torch.empty(self._shape, device="meta").stride()
+        return rebuild, (place, offset, tuple(self._shape), stride, *rest)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What is pickled instead of a storage: its class, and its size in elements."""
+
+    kind: type
+    size: int
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: object) -> tuple[object, ...] | None:
+        return ("storage", obj.kind, "0", "cpu", obj.size) if isinstance(obj, _Place) else None
