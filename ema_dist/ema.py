@@ -117,14 +117,22 @@ class ShardedEMA:
         """Averages taken; following the live weights until ``start`` does not count."""
         return self._clock.updates
 
-    def update(self) -> None:
+    def update(self, *, found_inf: Tensor | None = None) -> None:
         """Average the live weights as they are now: call it once after each optimizer step. Never waits for the device.
+
+        Args:
+            found_inf: of a gradient scaler, on its device: not zero where the optimizer left the step out, to skip it.
 
         Collective: no.
         Memory: nothing where dtypes are equal, else a constant scratch.
         Raises: RuntimeError inside `swapped`, ValueError when the model has changed.
         """
-        self._update(None)
+        self._refuse_inside_swap("update()")
+        if self._layout.has_moved():
+            self._prepare("update()", together=False)
+        elif self._layout.follow_buffers():
+            self._averages.bind_buffers(self._layout)
+        self._averages.follow(self._clock.tick(found_inf))
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Update after each real step of ``optimizer`` from now on, until ``remove()`` of the returned handle.
@@ -144,7 +152,7 @@ class ShardedEMA:
                 "this optimizer steps none of the averaged parameters (was it built before the model was wrapped?); "
                 "attach the one that does, or call update() after its steps"
             )
-        self._attachment = Attachment(optimizer, self._update)
+        self._attachment = Attachment(optimizer, lambda found_inf: self.update(found_inf=found_inf))
         return self._attachment
 
     @contextmanager
@@ -311,14 +319,6 @@ class ShardedEMA:
     @property
     def _is_first(self) -> bool:
         return not self._ranks or dist.get_rank() == self._ranks[0]
-
-    def _update(self, found_inf: Tensor | None) -> None:
-        self._refuse_inside_swap("update()")
-        if self._layout.has_moved():
-            self._prepare("update()", together=False)
-        elif self._layout.follow_buffers():
-            self._averages.bind_buffers(self._layout)
-        self._averages.follow(self._clock.tick(found_inf))
 
     def _current(self) -> dict[str, Tensor]:
         return self._averages.all if self._exchange is None else self._exchange.current(self._layout)

@@ -42,6 +42,7 @@ _processes.set_forkserver_preload(
         "torch.distributed.fsdp",
         "torch.distributed.checkpoint",
         "ema_dist.checkpoint",
+        "ema_dist.composer",  # where Composer is installed: the server passes over what it cannot import
     ]
 )
 

@@ -1,0 +1,14 @@
+"""Composer's EMA algorithm for every layout: ``from ema_dist.composer import EMA`` instead of ``composer.algorithms``.
+
+Needs Composer: ``pip install "ema-dist[composer]"``.
+"""
+
+from importlib.util import find_spec
+
+if find_spec("composer") is None:
+    raise ModuleNotFoundError('ema_dist.composer needs mosaicml: pip install "ema-dist[composer]"', name="composer")
+
+from ema_dist.composer.algorithm import EMA
+from ema_dist.functional import compute_ema
+
+__all__ = ["EMA", "compute_ema"]

@@ -1,0 +1,300 @@
+"""Composer's algorithm: averages follow the training, are in the model for evaluation, and are in every checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from enum import Enum
+from typing import Any
+
+import torch
+from composer.callbacks import CheckpointSaver
+from composer.core import Algorithm, Event, State, Time
+from composer.loggers import Logger
+from torch import Tensor, nn
+
+from ema_dist.averages import BufferPolicy
+from ema_dist.composer.checkpoints import Checkpoints
+from ema_dist.composer.schedule import DefaultHalfLife, Schedule
+from ema_dist.composer.steps import StepsTaken
+from ema_dist.ema import ShardedEMA
+from ema_dist.shards import Replicas
+
+CHECKPOINT_EVENTS = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT)
+
+
+class Stay(Enum):
+    """Why the averages are in the model; the events during which they stay there."""
+
+    EVALUATION = (Event.EVAL_BATCH_START, Event.EVAL_BEFORE_FORWARD, Event.EVAL_AFTER_FORWARD, Event.EVAL_BATCH_END)
+    PREDICTION = (
+        *(Event.PREDICT_BATCH_START, Event.PREDICT_BEFORE_FORWARD),
+        *(Event.PREDICT_AFTER_FORWARD, Event.PREDICT_BATCH_END),
+    )
+    CHECKPOINT = ()
+
+
+class EMA(Algorithm):
+    """Composer's EMA on every layout: DDP, FSDP1, FSDP2, HSDP. Change one import.
+
+    Evaluation and prediction see the averages, training the live weights. A checkpoint by ``CheckpointSaver`` has the
+    averages as the model's weights, one by ``trainer.save_checkpoint()`` the live ones; from either, training goes on
+    from the live weights and the exact averages.
+
+    Args:
+        half_life: after so many batches (``"1000ba"``) or epochs (``"2ep"``), half of what was in the average is left;
+            ``"0ba"`` is no averaging.
+        smoothing: instead of a half-life, the factor of the old average at each update, in [0, 1].
+        ema_start: how much of the training comes before the averages begin: ``"0.1dur"``, ``"100ba"``, ``"1ep"``.
+        update_interval: an average is taken each so many batches or epochs; a half-life accounts for it, a smoothing
+            does not. None: each batch, or epoch where the half-life is in epochs.
+        train_with_ema_weights: whether training goes on from the averages after each update: an experiment.
+        dtype: of the averages; None: float32 for weights narrower than float32, else the weight's own.
+        replicas: ``"shard"`` splits averages of weights that replicas hold alike among them, ``"copy"`` keeps them
+            whole on each. None: ``"copy"`` with sharded checkpoints, in which Composer saves the first replica alone;
+            else ``"shard"``.
+        buffers: ``"average"`` or ``"copy"`` for floating buffers; integer buffers are always copied.
+        select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
+        timeout: seconds that ranks wait for each other before a collective call fails.
+
+    Collective: an update is not. Everything else is what all ranks of a `Trainer` do together.
+    Memory: as `ShardedEMA`.
+    Raises: ValueError for settings that contradict each other, or are out of range.
+    Source: ``composer.algorithms.EMA`` of Composer 0.32, and ``train_with_ema_weights`` of its first version.
+    """
+
+    def __init__(  # noqa: PLR0913  Composer's arguments, and the core's
+        self,
+        half_life: str | None = DefaultHalfLife("1000ba"),
+        smoothing: float | None = None,
+        ema_start: str = "0.0dur",
+        update_interval: str | None = None,
+        train_with_ema_weights: bool = False,  # noqa: FBT001, FBT002  as Composer had it
+        *,
+        dtype: torch.dtype | None = None,
+        replicas: Replicas | None = None,
+        buffers: BufferPolicy = "average",
+        select: Callable[[str, Tensor], bool] | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        self._schedule = Schedule.parsed(half_life, smoothing, ema_start, update_interval)
+        self.half_life = self._schedule.half_life
+        self.smoothing = self._schedule.smoothing
+        self.ema_start = self._schedule.start
+        self.update_interval = self._schedule.interval
+        self.train_with_ema_weights = train_with_ema_weights
+        self._settings: dict[str, Any] = {"dtype": dtype, "buffers": buffers, "select": select, "timeout": timeout}
+        self._replicas = replicas
+        self._ema: ShardedEMA | None = None
+        self._stay: Stay | None = None
+        self._swap = ExitStack()
+        self._steps: StepsTaken | None = None
+        self._checkpoints: Checkpoints | None = None
+
+    @property
+    def ema(self) -> ShardedEMA | None:
+        """The averages; None until they begin."""
+        return self._ema
+
+    @property
+    def ema_started(self) -> bool:
+        """Whether averages are taken."""
+        return self._ema is not None
+
+    @property
+    def ema_weights_active(self) -> bool:
+        """Whether the averages are in the model."""
+        return self._stay is not None
+
+    def __repr__(self) -> str:
+        return (
+            f"EMA(half_life={_text(self.half_life)}, smoothing={None if self.half_life else self.smoothing}, "
+            f"ema_start={_text(self.ema_start)}, update_interval={_text(self.update_interval)}, "
+            f"train_with_ema_weights={self.train_with_ema_weights})"
+        )
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether `apply` has something to do at this event."""
+        if self._stay is not None and event not in self._stay.value:
+            return True
+        if event in CHECKPOINT_EVENTS:
+            return self._ema is not None and _is_saved(event, state)
+        return event in (
+            *(Event.INIT, Event.BEFORE_LOAD, Event.AFTER_LOAD, Event.FIT_START),
+            *(Event.EVAL_START, Event.PREDICT_START, self._schedule.update_event),
+        )
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:  # noqa: ARG002  Composer's signature
+        """Update, or exchange averages and live weights, as the event wants it."""
+        if self._stay is not None and event not in self._stay.value:
+            self._leave()
+        if event == Event.INIT:
+            self._begin(state)
+        elif event == Event.BEFORE_LOAD:
+            self._of_state().before_load()
+        elif event == Event.AFTER_LOAD:
+            self._of_state().after_load()
+            self._restore()
+        elif event == Event.FIT_START:
+            self._restore()
+            self._watch(state)
+            self._start_late(state)
+        elif event == Event.EVAL_START:
+            self._restore()
+            self._enter(Stay.EVALUATION)
+        elif event == Event.PREDICT_START:
+            self._restore()
+            self._enter(Stay.PREDICTION)
+        elif event in CHECKPOINT_EVENTS:
+            self._enter(Stay.CHECKPOINT)
+        elif event == self._schedule.update_event:
+            self._update(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of this; under FSDP with sharded checkpoints, the tensors go into Composer's State.
+
+        Collective: over all ranks, when several hold parts of the averages.
+        """
+        part = super().state_dict()
+        if self._checkpoints is None:  # not in a Trainer yet
+            return part
+        self._restore()
+        part |= {"ema_weights_active": self.ema_weights_active, "ema_started": self.ema_started}
+        if self._checkpoints.is_loading:
+            return part | self._checkpoints.template(self._made)
+        if self._ema is None:
+            return part
+        live = self._live() if self._stay is not None else None
+        return part | self._checkpoints.write(self._ema, live)
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002
+        """Take over what a checkpoint holds, of this, of Composer's own EMA, or of its older versions.
+
+        Raises: ValueError, when the model is ready for it, for a checkpoint of another model.
+        """
+        self._of_state().note(state)
+
+    def get_ema_model(self, model: nn.Module) -> nn.Module:
+        """The model given, which has the averages now: its parameters and buffers are overwritten.
+
+        Args:
+            model: the trainer's, one wrapped the same way, or an unwrapped one on every rank.
+
+        Collective: over all ranks that hold the averages.
+        Raises: ValueError while the averages are in the trainer's model already, and before they have begun.
+        """
+        if self.ema_weights_active:
+            raise ValueError("The ema weight are currently contained in the composer model.")
+        self._restore()
+        if self._ema is None:
+            raise ValueError(f"there are no averages before ema_start, {_text(self.ema_start)}")
+        self._ema.copy_to(model)
+        return model
+
+    def get_training_model(self, model: nn.Module) -> nn.Module:
+        """The model given, which has the live weights now: its parameters and buffers are overwritten.
+
+        Args:
+            model: as for `get_ema_model`; the trainer's own just gets its live weights back.
+
+        Collective: over all ranks that hold the model.
+        Memory: a copy of the live weights, for a model that is not the trainer's.
+        Raises: ValueError unless the averages are in the trainer's model.
+        """
+        if not self.ema_weights_active:
+            raise ValueError("The training weights are currently contained in the composer model.")
+        assert self._ema is not None
+        stay = self._stay
+        self._leave()
+        if {*map(id, model.parameters())} != {*map(id, self._ema.model.parameters())}:
+            ShardedEMA(self._ema.model, decay=0.0, replicas="copy", timeout=self._settings["timeout"]).copy_to(model)
+            self._enter(stay)
+        return model
+
+    def _begin(self, state: State) -> None:
+        if len(twins := [it for it in state.algorithms if type(it).__qualname__ == "EMA"]) > 1:
+            raise ValueError(
+                f"expected one EMA among the algorithms, found {len(twins)}: {twins}; their averages would be "
+                "exchanged with each other's, and overwrite each other's in checkpoints"
+            )
+        self._checkpoints = Checkpoints(state)
+
+    def _of_state(self) -> Checkpoints:
+        if self._checkpoints is None:
+            raise RuntimeError("EMA is not in a Trainer: pass it as Trainer(algorithms=[EMA(...)])")
+        return self._checkpoints
+
+    def _made(self, model: nn.Module) -> ShardedEMA:
+        """New averages, which are the model's weights."""
+        sharded = self._of_state().is_sharded
+        replicas = self._replicas or ("copy" if sharded else "shard")
+        if sharded and replicas != "copy":
+            raise ValueError(
+                f"replicas={replicas!r} is not to be had with sharded checkpoints: Composer saves the first replica "
+                'alone; leave it out, or pass replicas="copy"'
+            )
+        return ShardedEMA(model, decay=self.smoothing, replicas=replicas, **self._settings)
+
+    def _watch(self, state: State) -> None:
+        if self._steps is not None:
+            self._steps.remove()
+        self._steps = StepsTaken(state.optimizers)
+
+    def _start_late(self, state: State) -> None:
+        """Begin now, if a checkpoint without averages was made when they should have been there."""
+        if self._ema is None and state.timestamp.batch > 0 and self._schedule.has_started(state):
+            warnings.warn(
+                f"training goes on at {state.timestamp.batch} without averages, which begin at "
+                f"{_text(self.ema_start)}: they start from the weights as they are now",
+                stacklevel=2,
+            )
+            self._ema = self._made(state.model)
+
+    def _update(self, state: State) -> None:
+        if self._ema is None:
+            if not self._schedule.has_started(state):
+                return
+            self._ema = self._made(state.model)
+        if not self._schedule.is_due(state):
+            return
+        assert self._steps is not None, "training starts with FIT_START"
+        stepped, found_inf = self._steps.take()
+        if not stepped:
+            return
+        self._ema.update(found_inf=found_inf)
+        if self.train_with_ema_weights:
+            self._ema.copy_to(state.model)
+
+    def _enter(self, stay: Stay | None) -> None:
+        if self._ema is not None:
+            self._swap.enter_context(self._ema.swapped())
+            self._stay = stay
+
+    def _leave(self) -> None:
+        self._stay = None
+        self._of_state().forget()
+        self._swap.close()
+
+    def _live(self) -> Mapping[str, Tensor]:
+        """A copy of the live weights as a state of the model, while the averages are in it."""
+        stay = self._stay
+        self._leave()
+        try:
+            return self._of_state().copied_model()
+        finally:
+            self._enter(stay)
+
+    def _restore(self) -> None:
+        """Take over what a checkpoint held, once the model is wrapped as it will be."""
+        self._ema = self._of_state().restored(self._made) or self._ema
+
+
+def _is_saved(event: Event, state: State) -> bool:
+    """Whether a checkpoint will be saved at this event."""
+    savers = [it for it in state.callbacks if isinstance(it, CheckpointSaver)]
+    return any(it.save_interval(state, event) and it.last_checkpoint_batch != state.timestamp.batch for it in savers)
+
+
+def _text(time: Time | None) -> str | None:
+    return None if time is None else time.to_timestring()

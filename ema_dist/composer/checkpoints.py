@@ -1,0 +1,181 @@
+"""The way of averages into Composer's checkpoints, and out of them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from composer.core import State
+from composer.utils import dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from ema_dist.composer import monolithic
+from ema_dist.composer.sharded import ATTRIBUTE, Loading, Planner
+from ema_dist.ema import ShardedEMA
+from ema_dist.shards import cpu_copy
+
+Make = Callable[[nn.Module], ShardedEMA]
+"""Makes new averages of a model."""
+
+KINDS = ("averages", "buffers")
+
+
+class Checkpoints:
+    """The checkpoints of one State.
+
+    Monolithic ones hold full tensors in the algorithm's part, sharded ones tensors as DCP cuts them, in an attribute of
+    State that this adds. Either holds the averages; but while these are in the model, the live weights, and of the
+    averages only what the model cannot hold as it is, having weights of another dtype.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._loading: Loading | None = None
+        self._part: Mapping[str, Any] | None = None
+        if ATTRIBUTE not in state.serialized_attributes:
+            state.serialized_attributes.append(ATTRIBUTE)
+        self.forget()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank writes its part."""
+        return self._state.fsdp_sharded_state_dict_enabled
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether Composer, when it asks for a state, wants to read into it."""
+        return self._loading is not None and self._loading.is_under_way
+
+    def before_load(self) -> None:
+        """Composer may load a checkpoint now."""
+        if self.is_sharded:
+            self._loading = Loading(self._state)
+
+    def after_load(self) -> None:
+        """Composer has loaded one, or none."""
+        if self._loading is not None:
+            self._loading.end()
+
+    def note(self, part: Mapping[str, Any]) -> None:
+        """Keep the algorithm's part of a checkpoint until `restored`."""
+        self._part = part
+
+    def forget(self) -> None:
+        """Let go of the tensors that were to be written."""
+        setattr(self._state, ATTRIBUTE, None)
+
+    def template(self, make: Make) -> dict[str, Any]:
+        """What there is to read into, from a checkpoint that may hold all of it, or some, or nothing.
+
+        Collective: over all ranks. Memory: the averages, and a copy of the live weights.
+        """
+        assert self._loading is not None
+        self._loading.require_own_planner()
+        setattr(self._state, ATTRIBUTE, {"ema": make(self._state.model).state_dict(), "live": self.copied_model()})
+        return {}
+
+    def write(self, ema: ShardedEMA, live: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The algorithm's part of a checkpoint.
+
+        Args:
+            live: what `copied_model` returned, while the averages are in the model.
+
+        Collective: over all ranks.
+        """
+        if not self.is_sharded:
+            prefix = monolithic.WRAPPED if self._state.is_model_ddp else ""
+            return monolithic.write(ema, live, prefix=prefix)
+        state = ema.state_dict()
+        if live is None:
+            setattr(self._state, ATTRIBUTE, {"ema": state})
+        else:
+            track = state["tracks"]["default"]
+            for kind in KINDS:
+                track[kind] = {name: it for name, it in track[kind].items() if it.dtype != live[name].dtype}
+            setattr(self._state, ATTRIBUTE, {"ema": state, "live": live})
+        return {}
+
+    def copied_model(self) -> dict[str, Any]:
+        """A copy of the model's state as Composer saves it, on the CPU; empty where this rank has nothing to write.
+
+        Collective: over all ranks.
+        """
+        state = self._state.get_model_state_dict()
+        if not self.is_sharded and dist.get_global_rank() != 0:
+            return {}
+        return {name: cpu_copy(it) if isinstance(it, Tensor) else copy.deepcopy(it) for name, it in state.items()}
+
+    def restored(self, make: Make) -> ShardedEMA | None:
+        """The averages of the checkpoint that was loaded, once the model is wrapped; it has its live weights then.
+
+        Collective: over all ranks.
+        Raises: ValueError for a checkpoint of another model.
+        """
+        is_wrapped = self._state.fsdp_enabled or self._state.is_model_ddp or dist.get_world_size() == 1
+        if self._part is None or not is_wrapped:
+            return None
+        part, self._part = self._part, None
+        loading, self._loading = self._loading, None
+        read = getattr(self._state, ATTRIBUTE)
+        self.forget()
+        if not part.get("ema_started", True):
+            return None
+        if "ema_model" in part:
+            return self._from_monolithic(part, make)
+        if loading is not None and loading.planner.found:
+            return self._from_sharded(part, read, loading.planner, make)
+        warnings.warn("the checkpoint was made with averages, and loaded without them", stacklevel=2)
+        return None
+
+    def _from_monolithic(self, part: Mapping[str, Any], make: Make) -> ShardedEMA:
+        model = self._state.model
+        ema = make(model)
+        state = ema.state_dict()
+        bare = model.module if self._state.is_model_ddp else model
+        saved = monolithic.read(
+            part,
+            averaged=[name for kind in KINDS for name in state["tracks"]["default"][kind]],
+            parameters=[name for name, _ in bare.named_parameters()],
+            buffers=[name for name, _ in bare.named_buffers()],
+        )
+        ema.load_state_dict(state | {"steps": saved.steps, "updates": saved.updates})
+        if saved.averages:
+            ema.load_full_state_dict(saved.averages)
+        if saved.live:
+            self._set_model(saved.live)
+        return ema
+
+    def _from_sharded(
+        self, part: Mapping[str, Any], read: Mapping[str, Any], planner: Planner, make: Make
+    ) -> ShardedEMA:
+        is_active = part["ema_weights_active"]
+        ema = make(self._state.model)
+        state = ema.state_dict() | {count: read["ema"][count] for count in ("format", "steps", "updates")}
+        lost: set[str] = set()
+        for kind in KINDS:
+            tensors = state["tracks"]["default"][kind]
+            found = {name for name in tensors if ("ema", "tracks", "default", kind, name) in planner.found}
+            lost |= set() if is_active else tensors.keys() - found
+            tensors |= {name: read["ema"]["tracks"]["default"][kind][name] for name in found}
+        live = {name: it for name, it in read["live"].items() if ("live", name) in planner.found}
+        lost |= read["live"].keys() - live.keys() if is_active else set()
+        if lost or planner.unknown:
+            unknown = sorted(map(".".join, planner.unknown))
+            raise ValueError(
+                f"the checkpoint holds the averages of another model: it lacks {sorted(lost)}, and has {unknown}"
+            )
+        ema.load_state_dict(state)
+        if is_active:
+            self._set_model(live)
+        return ema
+
+    def _set_model(self, live: Mapping[str, Any]) -> None:
+        options = StateDictOptions(
+            full_state_dict=self._state.fsdp_state_dict_type == "full",
+            cpu_offload=self._state.fsdp_enabled,
+            strict=False,
+        )
+        set_model_state_dict(self._state.model, dict(live), options=options)

@@ -1,0 +1,103 @@
+"""When averages are taken, and with which factor: Composer's settings as time strings, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from composer.core import Event, State, Time, TimeUnit
+
+from ema_dist.decay import decay_from_half_life
+
+UPDATE_EVENTS = {TimeUnit.BATCH: Event.BATCH_END, TimeUnit.EPOCH: Event.EPOCH_END}
+START_UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.EPOCH)
+
+
+class DefaultHalfLife(str):
+    """What the half-life is unless it or a smoothing is given: equal to the text, and yet told apart from it."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """From when on, and how often, which part of the old average is kept.
+
+    Args:
+        smoothing: the factor of the old average at each update (`ShardedEMA` calls it decay).
+    """
+
+    half_life: Time | None
+    smoothing: float
+    start: Time
+    interval: Time
+
+    @classmethod
+    def parsed(
+        cls, half_life: str | None, smoothing: float | None, ema_start: str, update_interval: str | None
+    ) -> Schedule:
+        """The schedule that Composer's arguments mean.
+
+        Raises: ValueError where Composer does, and for what it does not notice.
+        """
+        if isinstance(half_life, DefaultHalfLife) and smoothing is not None:
+            half_life = None
+        if half_life is None and smoothing is None:
+            raise ValueError("Either half_life or smoothing must be specified")
+        if half_life is not None and smoothing is not None:
+            raise ValueError("Only one of half_life or smoothing can be specified")
+        if update_interval is not None and not isinstance(update_interval, str):
+            raise ValueError(f"update_interval must be None or a time string, got {update_interval!r}")
+        life = None if half_life is None else _time("half_life", half_life)
+        interval = _interval(update_interval, life)
+        if smoothing is None:
+            assert life is not None
+            smoothing = decay_from_half_life(life.value, interval.value)
+        if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing <= 1:
+            raise ValueError(f"smoothing is the factor of the old average, a number in [0, 1], got {smoothing!r}")
+        start = _time("ema_start", ema_start)
+        if start.unit not in START_UNITS:
+            raise ValueError(f"Invalid time unit for parameter ema_start: {start.unit}; expected 'dur', 'ba' or 'ep'")
+        return cls(life, float(smoothing), start, interval)
+
+    @property
+    def update_event(self) -> Event:
+        """At which an average is taken, if one is due."""
+        return UPDATE_EVENTS[self.interval.unit]
+
+    def has_started(self, state: State) -> bool:
+        """Whether so much of the training is done that averages are taken."""
+        if self.start.unit == TimeUnit.DURATION:
+            elapsed = state.get_elapsed_duration()
+            return elapsed is not None and self.start <= elapsed
+        return self.start <= state.timestamp.get(self.start.unit)
+
+    def is_due(self, state: State) -> bool:
+        """Whether an average is taken at this update event."""
+        return state.timestamp.get(self.interval.unit).value % self.interval.value == 0
+
+
+def _interval(given: str | None, half_life: Time | None) -> Time:
+    if given is None:
+        interval = Time(1, half_life.unit if half_life else TimeUnit.BATCH)
+    else:
+        interval = _time("update_interval", given)
+    if interval.unit not in UPDATE_EVENTS:
+        name = "update_interval" if given else "half_life"
+        raise ValueError(f"Invalid time unit for parameter {name}: {interval.unit}; expected 'ba' or 'ep'")
+    if half_life is not None and half_life.unit != interval.unit:
+        raise ValueError(f"Units of half_life and update_interval must match, got {half_life} and {interval}.")
+    if interval.value < 1:
+        raise ValueError(f"update_interval is 1 or more, got {given!r}")
+    return interval
+
+
+def _time(name: str, text: str) -> Time:
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a time string such as '10ba', got {text!r}")
+    try:
+        time = Time.from_timestring(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} must be a time string such as '10ba', got {text!r}: {error}") from None
+    if time.value < 0:
+        raise ValueError(f"{name} must not be negative, got {text!r}")
+    return time

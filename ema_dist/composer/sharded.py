@@ -1,0 +1,84 @@
+"""Averages in Composer's sharded checkpoints: an attribute of its State, whose tensors DCP cuts up and reshards.
+
+What `Algorithm.state_dict` returns would be one opaque object there, and every rank would load the first one's shard.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from composer.core import State
+from composer.utils import FSDP2Config
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata
+
+ATTRIBUTE = "ema_dist"
+"""Of State: what goes into a sharded checkpoint, and what came out of one."""
+
+PLACE = ("state", ATTRIBUTE)
+
+
+class Loading:
+    """The time in which Composer may read a sharded checkpoint, which need not hold averages.
+
+    Composer asks State for all that is to be read into before it looks at the checkpoint, and DCP does not go on where
+    anything of that is missing. So the configuration gets a planner that leaves out what is missing of ours.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.is_under_way = True
+        self.planner = Planner()
+        self._config: Any = state.fsdp_config
+        self._users = self._config.load_planner
+        if isinstance(self._config, FSDP2Config):
+            self._config.__class__ = _PlannedConfig
+        self._config.load_planner = self.planner
+
+    def require_own_planner(self) -> None:
+        """Raise ValueError where the user has chosen another planner."""
+        if self._users is not None:
+            raise ValueError(
+                f"expected no load_planner in the FSDP configuration, found {self._users!r}: EMA needs its own, as not "
+                "every checkpoint holds averages; leave it out, or load without EMA"
+            )
+
+    def end(self) -> None:
+        """Leave the configuration as it was."""
+        self.is_under_way = False
+        self._config.load_planner = self._users
+        if isinstance(self._config, _PlannedConfig):
+            del self._config.load_planner
+            self._config.__class__ = FSDP2Config
+
+
+class Planner(DefaultLoadPlanner):
+    """Reads what there is of ours, and all of the rest.
+
+    `found` has the paths below `ATTRIBUTE` of what was there, `unknown` those of what was not asked for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[str, ...]] = set()
+        self.unknown: set[tuple[str, ...]] = set()
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,  # noqa: FBT001, FBT002  torch's signature
+    ) -> None:
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        assert metadata is not None
+        stored = metadata.state_dict_metadata
+        asked = {name: path[len(PLACE) :] for name, path in self.mappings.items() if path[: len(PLACE)] == PLACE}
+        self.found = {path for name, path in asked.items() if name in stored}
+        self.state_dict = {name: it for name, it in self.state_dict.items() if name not in asked or name in stored}
+        places = {name: metadata.planner_data[name] for name in stored.keys() - asked.keys()}
+        self.unknown = {path[len(PLACE) :] for path in places.values() if path[: len(PLACE)] == PLACE}
+
+
+class _PlannedConfig(FSDP2Config):
+    """Composer's own has no place for a planner."""
+
+    load_planner: Any = None
