@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import torch
 import typer
@@ -19,8 +17,6 @@ from ema_dist.checkpoint.stored import Stored, Weights
 from ema_dist.checkpoint.weight_files import WeightWriter, size_in_bytes
 from ema_dist.cli.options import CheckpointArgument, EntryOption, StepOption, TrackOption, Which, WhichOption
 from ema_dist.cli.terminal import few, in_bytes, output, progress, say
-
-T = TypeVar("T")
 
 
 class FileFormat(str, Enum):
@@ -94,26 +90,17 @@ def export(
     planned = stored.shapes(chosen)
     writer = WeightWriter(out, planned=planned, max_shard_size=max_shard_size, file_format=format.value)
     total = sum(stored.outline.nbytes(source) for source, _ in chosen.sources.values())
-    with ThreadPoolExecutor(1) as pool, progress("exporting", total) as advance, writer:
-        damage = pool.submit(problems, stored.folder, stored.manifest.files if stored.manifest else {})
-        for name, tensor in _ahead(stored.read_weights(chosen, on_bytes=advance)):
+    with progress("exporting", total) as advance, writer:
+        for name, tensor in stored.read_weights(chosen, on_bytes=advance):
             _add(writer, name, tensor)
         if format is FileFormat.TORCH:
             for name, parts in chosen.extra_states.items():
                 _add(writer, name, stored.extra_state(parts))
-        if found := damage.result():
+        # While the disk takes the last file.
+        if found := problems(stored.folder, stored.manifest.files if stored.manifest else {}):
             raise CheckpointError(f"the checkpoint is damaged, nothing is exported: {'; '.join(found)}")
     for path in writer.paths:
         output().print(f"{path}  {in_bytes(path.stat().st_size)}", soft_wrap=True)
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; the next one is read while one is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
 
 
 def _add(writer: WeightWriter, name: str, value: object) -> None:
