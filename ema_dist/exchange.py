@@ -59,8 +59,7 @@ class Exchange:
         When replicas fail while they fill each other's weights, it can be called again.
         """
         if not self._is_restored:
-            now = {name: layout.parameters[name].version for name in self._versions}
-            self._written = [name for name, version in self._versions.items() if now[name] != version]
+            self._written = [name for name in self._versions if self._was_written(name, layout.parameters[name])]
             pairs = _pairs(layout, self._averages)
             self._keep_written_buffers(pairs)
             self._restore(pairs)
@@ -86,6 +85,13 @@ class Exchange:
             away = live if self._is_restored else self._stash.get(name, average)
             shard = self._layout.parameters[name] if name in self._averages.parameters else self._layout.buffers[name]
             yield shard, shard.part.wrap(away)
+
+    def _was_written(self, name: str, now: Shard) -> bool:
+        then = self._layout.parameters[name]
+        if now.local.numel() and now.local.data_ptr() == then.local.data_ptr():
+            return now.version != self._versions[name]
+        # FSDP2 moves uneven shards when it first runs forward: what matters is whether they are what they were.
+        return now.local.dtype != then.local.dtype or not torch.equal(now.local, then.local)
 
     def _restore(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         self._exchange(pairs)

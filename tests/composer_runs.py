@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 pytest.importorskip("composer", reason="needs Composer, which has an environment of its own: tox -e composer")
 
+import composer.core.state
 from composer import Algorithm, Callback, Trainer
 from composer.core import State
 from composer.loggers import Logger
-from composer.models import ComposerClassifier
+from composer.models import ComposerClassifier, ComposerModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from layouts import Net
@@ -28,6 +28,7 @@ from layouts import Net
 CLASSES = 5
 FSDP1 = {"sharding_strategy": "FULL_SHARD", "mixed_precision": "DEFAULT", "state_dict_type": "sharded"}
 PARALLEL: dict[str, dict[str, Any]] = {
+    "plain": {},
     "ddp": {},
     "fsdp1": {"fsdp": FSDP1},
     "fsdp1-full": {"fsdp": FSDP1 | {"state_dict_type": "full"}},
@@ -37,16 +38,16 @@ PARALLEL: dict[str, dict[str, Any]] = {
 }
 """Composer's parallelism_config by name."""
 
-layouts = pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param("ddp", marks=pytest.mark.world_size(2, timeout=120)),
-        pytest.param("fsdp1", marks=pytest.mark.world_size(2, timeout=120)),
-        pytest.param("fsdp2", marks=pytest.mark.world_size(2, timeout=120)),
-        pytest.param("hsdp", marks=pytest.mark.world_size(4, timeout=120)),
-    ],
-)
-sharded = pytest.mark.parametrize("layout", [pytest.param(it, marks=pytest.mark.world_size(2, timeout=120)) for it in ("fsdp1", "fsdp2")])
+on_ranks = partial(pytest.mark.world_size, timeout=180)
+
+
+def parallel(*names: str) -> pytest.MarkDecorator:
+    """Runs a test under each of these, on the ranks it takes; under all that a checkpoint may come from by default."""
+    chosen = names or ("ddp", "fsdp1", "fsdp2", "hsdp", "fsdp1-full", "fsdp2-full")
+    ranks = {"plain": 1, "hsdp": 4}
+    return pytest.mark.parametrize(
+        "layout", [pytest.param(name, marks=on_ranks(ranks.get(name, 2))) for name in chosen]
+    )
 
 
 class Classifier(ComposerClassifier):
@@ -70,16 +71,16 @@ class Recorder(Callback):
         self.after_batch: list[dict[str, Tensor]] = []
         self.at: list[tuple[str, dict[str, Tensor]]] = []
 
-    def batch_end(self, state: State, logger: Logger) -> None:
+    def batch_end(self, state: State, _: Logger) -> None:
         self.after_batch.append(full_model(state))
 
-    def batch_start(self, state: State, logger: Logger) -> None:
+    def batch_start(self, state: State, _: Logger) -> None:
         self.at.append(("batch_start", full_model(state)))
 
-    def eval_batch_start(self, state: State, logger: Logger) -> None:
+    def eval_batch_start(self, state: State, _: Logger) -> None:
         self.at.append(("eval_batch_start", full_model(state)))
 
-    def predict_batch_start(self, state: State, logger: Logger) -> None:
+    def predict_batch_start(self, state: State, _: Logger) -> None:
         self.at.append(("predict_batch_start", full_model(state)))
 
 
@@ -102,7 +103,12 @@ def batches(size: int = 4, count: int = 12) -> DataLoader[Any]:
     return DataLoader(data, batch_size=size, sampler=sampler)
 
 
-def trainer(layout: str, *algorithms: Algorithm, model: Any = None, **settings: Any) -> Trainer:
+def trainer(  # a Trainer takes anything
+    layout: str,
+    *algorithms: Algorithm,
+    model: ComposerModel | None = None,
+    **settings: Any,  # noqa: ANN401
+) -> Trainer:
     """A real Trainer on this rank."""
     os.environ |= {"LOCAL_WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"), "NODE_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -110,6 +116,9 @@ def trainer(layout: str, *algorithms: Algorithm, model: Any = None, **settings: 
     if layout.startswith(("fsdp1", "hsdp")):
         # Composer asks CUDA for the current device when it prepares FSDP1; nothing else keeps that from a CPU.
         torch.cuda.current_device = lambda: torch.device("cpu")
+    if layout == "fsdp1-full":
+        # torch crashes where a full state that is on a CPU already is to be offloaded to it.
+        composer.core.state.StateDictOptions = lambda **given: StateDictOptions(**given | {"cpu_offload": False})
     model = model or Classifier()
     parameters = [it for it in model.parameters() if it.requires_grad]
     defaults: dict[str, Any] = {
@@ -128,8 +137,35 @@ def trainer(layout: str, *algorithms: Algorithm, model: Any = None, **settings: 
         return Trainer(model=model, algorithms=list(algorithms), device="cpu", **quiet, **defaults | settings)
 
 
+def saved(folder: Path, batch: int) -> str:
+    """The checkpoint of a batch, a file or a folder; the last one, if there are two."""
+    return str(max(path for path in folder.iterdir() if f"-ba{batch}-" in f"{path.name}-"))
+
+
 def fit(it: Trainer, duration: str | None = None) -> None:
     """Train, without the warnings of others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         it.fit(duration=duration)
+
+
+def decayed(weights: list[dict[str, Tensor]], smoothing: float) -> dict[str, Tensor]:
+    """The moving average of full weights in float64: the oracle."""
+    average: dict[str, Tensor] = {}
+    for full in weights:
+        for name, live in full.items():
+            if live.is_floating_point():
+                average[name] = average.get(name, live.double()) * smoothing + live.double() * (1 - smoothing)
+    return average
+
+
+def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    """All that is in ``right`` is in ``left``, nearly."""
+    for name, expected in right.items():
+        torch.testing.assert_close(left[name].double(), expected.double(), rtol=tolerance, atol=tolerance, msg=name)
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """Equal names, and equal tensors to the bit."""
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []

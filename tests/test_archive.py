@@ -7,6 +7,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,12 @@ def repacked(archive: bytes, records: dict[str, bytes], compression: int = zipfi
         for name in old.namelist():
             new.writestr(name, records.get(name.removeprefix("archive/"), old.read(name)))
     return buffer.getvalue()
+
+
+def moved(archive: bytes) -> bytes:
+    """The same archive, in whose directory the elements begin elsewhere."""
+    at = archive.index(b"archive/data/0", archive.index(b"PK\x01\x02")) - 4
+    return archive[:at] + (len(archive) - 20).to_bytes(4, "little") + archive[at + 4 :]
 
 
 def whole(entry: Tensor, folder: Path) -> Tensor:
@@ -109,6 +116,10 @@ def test_archives_that_torch_does_not_write_are_left_to_torch() -> None:
             f"no {record}": plain.replace(f"archive/{record}".encode(), b"archive/" + b"?" * len(record))
             for record in RECORDS
         },
+        "a record elsewhere than the directory says": moved(plain),
+        "much beside the elements": plain[: plain.index(b"PK\x01\x02")]
+        + b"0" * 2**17
+        + plain[plain.index(b"PK\x01\x02") :],
         "no end": plain[:-30],
         "no archive": b"PK\x03\x04" + b"0" * 1000,
         "empty": b"",
@@ -154,19 +165,63 @@ def test_a_graph_notices_that_a_tensor_was_read_into(tmp_path: Path) -> None:
         loss.backward()
 
 
-def test_an_archive_whose_elements_run_out_of_the_file_is_named(tmp_path: Path) -> None:
+def test_an_archive_whose_elements_are_elsewhere_is_named(tmp_path: Path) -> None:
     tensor = torch.rand(4, 4)
-    archive = archive_of(tensor)
-    directory = archive.index(b"PK\x01\x02")
-    entry = archive.index(b"archive/data/0", directory) - 46
-    at = entry + 42  # where the directory says that the record begins: now near the end
-    moved = archive[:at] + (len(archive) - 20).to_bytes(4, "little") + archive[at + 4 :]
     dcp.save({"x": tensor}, checkpoint_id=tmp_path)
     file = tmp_path / "__0_0.distcp"
-    assert file.read_bytes() == archive
-    file.write_bytes(moved)
+    file.write_bytes(moved(file.read_bytes()))
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: the entry 'x', bytes 0 to \d+, cannot be read"):
         whole(tensor, tmp_path)
+
+
+class Wrapped(Tensor):
+    """Has its elements in another tensor, as quantised parameters do."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls: type[Wrapped], inner: Tensor) -> Wrapped:  # noqa: PYI034
+        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # noqa: SLF001  torch has no other
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        plain = torch.utils._pytree.tree_map_only(Wrapped, lambda it: it.inner, args)  # noqa: SLF001
+        out = func(*plain, **(kwargs or {}))
+        return args[0] if func is torch.ops.aten.copy_.default else Wrapped(out)
+
+
+@pytest.mark.parametrize(
+    ("make", "seen"),
+    [
+        (lambda: Wrapped(torch.zeros(6, 4)), lambda it: it.inner),
+        (lambda: torch.zeros(6, 4, dtype=torch.complex64).conj(), lambda it: it.resolve_conj()),
+        (lambda: torch.zeros(6, 4, dtype=torch.complex64).conj().imag, lambda it: it.resolve_neg()),
+    ],
+    ids=["wrapped", "conjugated", "negated"],
+)
+def test_elements_are_not_written_where_a_target_does_not_have_them(
+    make: Callable[[], Tensor], seen: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    target = make()
+    tensor = torch.rand(6, 4).to(seen(target).dtype)
+    dcp.save({"x": tensor}, checkpoint_id=tmp_path)
+    reading.read(tmp_path, {"x": target})
+    assert torch.equal(seen(target), tensor)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["first", "again"])
+def test_the_default_device_is_not_where_pieces_are_read(known: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    tensor = torch.rand(6, 4, dtype=torch.float64 if known else torch.float32)
+    dcp.save({"x": tensor, "y": tensor}, checkpoint_id=tmp_path)
+    if known:
+        whole(tensor, tmp_path)
+    wanted = {"x": torch.empty(4, 6).t(), "y": None}
+    with torch.device("meta"):
+        reading.read(tmp_path, wanted)
+    assert torch.equal(wanted["x"], tensor.float())
+    assert torch.equal(wanted["y"], tensor)
 
 
 def test_a_window_is_a_part_of_a_file(tmp_path: Path) -> None:
@@ -179,5 +234,7 @@ def test_a_window_is_a_part_of_a_file(tmp_path: Path) -> None:
         assert window.read(2) == bytes((25, 26))
         assert window.seek(1, io.SEEK_CUR) == window.tell() == 18
         assert window.read(50) == bytes((28, 29))
+        with pytest.raises(ValueError, match="expected a position in the window, got -1"):
+            window.seek(-21, io.SEEK_END)
         window.seek(40)
         assert window.read(1) == b""

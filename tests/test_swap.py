@@ -239,3 +239,19 @@ def test_net_has_tied_and_frozen_parts() -> None:
     net = Net()
     assert net.head.weight is net.embed.weight
     assert not net.frozen.weight.requires_grad
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize("moves", [False, True], ids=["torch", "moved"])
+def test_weights_that_the_wrapper_moves_inside_were_not_written_to(moves: bool) -> None:  # noqa: FBT001
+    """FSDP2 in torch 2.7 does that to uneven shards when it first runs forward; later versions do not."""
+    model = wrap("fsdp2", make_net("fsdp2"))
+    ema = ShardedEMA(model)
+    live = full_weights(model)
+    with ema.swapped():
+        evaluate(model)
+        model.reshard()
+        for parameter in model.parameters() if moves else ():
+            shard = parameter.to_local().detach()
+            parameter._local_tensor = shard.clone()  # noqa: SLF001  as FSDP2 does it
+    assert_bitwise_equal(full_weights(model), live)

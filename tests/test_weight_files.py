@@ -25,6 +25,8 @@ import world
 from ema_dist import ShardedEMA
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.full import gather, scatter
+from ema_dist.checkpoint.loading import latest
+from ema_dist.checkpoint.saving import save
 from ema_dist.checkpoint.weight_files import WeightFiles, WeightWriter
 from ema_dist.checkpoint.weight_formats import FileFormat
 from layouts import TORCH_WARNS, assert_bitwise_equal, layouts, make_net, resident_peak, trained
@@ -634,3 +636,13 @@ def test_peak_memory_is_one_file_and_one_tensor(tmp_path: Path) -> None:
     dist.barrier()
     # Gloo's threads may hold the one before for a moment longer, and FSDP2 copies a shard as it cuts it.
     assert resident_peak(lambda: scatter(ema, tmp_path)) <= file + 3 * one
+
+
+@pytest.mark.world_size(2)
+def test_gathering_waits_for_a_save_in_the_background(tmp_path: Path) -> None:
+    """Both agree over the same group, one of them in a thread."""
+    model, ema = trained("fsdp2")
+    for step in range(5):
+        save({"model": model, "ema": ema}, tmp_path / "saved", step=step, block=False)
+        gather(ema, tmp_path / "gathered")
+    assert latest(tmp_path / "saved") == 4

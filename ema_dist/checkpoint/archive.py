@@ -18,6 +18,11 @@ from torch import Tensor
 HEADER_BYTES = 30
 """Of a record's own header in a zip archive; the lengths of what follows it, a name and padding, are its last four."""
 
+DATA = b"archive/data/0"
+
+REST_BYTES = 2**16
+"""More than that beside the elements is in no archive of one tensor, and would take long to look through."""
+
 
 class Window(io.RawIOBase):
     """So many bytes of an open file, from an offset on, as a file of their own."""
@@ -38,15 +43,19 @@ class Window(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = start + offset
-        return self._position
+        position = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence] + offset
+        if position < 0:
+            raise ValueError(f"expected a position in the window, got {position}")
+        self._position = position
+        return position
 
     def readinto(self, buffer: Any) -> int:
-        wanted = memoryview(buffer)[: max(0, self._length - self._position)]
-        count = os.preadv(self._descriptor, [wanted], self._offset + self._position)
-        self._position += count
-        return count
+        left = memoryview(buffer)[: max(0, self._length - self._position)]
+        start = self._position
+        while count := os.preadv(self._descriptor, [left], self._offset + self._position) if left else 0:
+            self._position += count
+            left = left[count:]
+        return self._position - start
 
 
 def data_start(stream: IO[bytes], dtype: torch.dtype, shape: torch.Size) -> int | None:
@@ -55,26 +64,41 @@ def data_start(stream: IO[bytes], dtype: torch.dtype, shape: torch.Size) -> int 
     None unless the archive is, in all that matters, what it writes for a contiguous tensor of this dtype and shape that
     has its storage for itself: then `torch.load` has to tell what it is.
     """
-    expected = _pickled(dtype, shape)
     try:
+        expected, size = _pickled(dtype, shape), shape.numel() * dtype.itemsize
+        if stream.seek(0, os.SEEK_END) > size + REST_BYTES:
+            return None
         with zipfile.ZipFile(stream) as archive:
             head, order, data = (archive.getinfo(f"archive/{name}") for name in ("data.pkl", "byteorder", "data/0"))
             if (
                 any(record.compress_type != zipfile.ZIP_STORED for record in (head, order, data))
-                or (head.file_size, data.file_size) != (len(expected), shape.numel() * dtype.itemsize)
+                or (head.file_size, data.file_size) != (len(expected), size)
                 or archive.read(head) != expected
                 or archive.read(order) != sys.byteorder.encode()
             ):
                 return None
         stream.seek(data.header_offset)
-        header = stream.read(HEADER_BYTES)
+        header = stream.read(HEADER_BYTES + len(DATA))
+        name_bytes, padding = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        if not header.startswith(b"PK\x03\x04") or name_bytes != len(DATA) or not header.endswith(DATA):
+            return None
     except Exception:  # noqa: BLE001  whatever is wrong with it, torch.load names it
         return None
-    return data.header_offset + HEADER_BYTES + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    return data.header_offset + HEADER_BYTES + name_bytes + padding
+
+
+def lies_plainly(tensor: Tensor) -> bool:
+    """Whether the elements lie in the CPU's memory one after the other, as they are."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not (tensor.is_conj() or tensor.is_neg())
+    )
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, which must outlive them."""
+    """The bytes of a tensor that `lies_plainly`, and must outlive them."""
     # numpy's view of them is not to be had where numpy is not, nor of every dtype.
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
@@ -95,7 +119,7 @@ class _Likeness:
         self._shape = shape
 
     def __reduce__(self) -> tuple[Any, ...]:
-        empty = torch.empty(0, dtype=self._dtype)
+        empty = torch.empty(0, dtype=self._dtype, device="cpu")
         rebuild, (storage, offset, _, _, *rest) = empty.__reduce_ex__(2)
         if isinstance(storage, torch.UntypedStorage):  # dtypes that came later than storages of a dtype
             place = _Place(torch.UntypedStorage, self._shape.numel() * self._dtype.itemsize)

@@ -80,7 +80,7 @@ class FreshTensors:
             if name in contents.tensors:
                 here = present.get(path)
                 fits = here is not None and here.dtype == contents.dtype(name)
-                fresh = torch.empty(contents.shape(name), dtype=contents.dtype(name))
+                fresh = torch.empty(contents.shape(name), dtype=contents.dtype(name), device="cpu")
                 self.tensors[name] = here if here is not None and (fits or is_cut(here)) else fresh
 
     def value(self, contents: Contents) -> Any:

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.ranks import come, differences, on_first, together
+from ema_dist.checkpoint.saving import wait
 from ema_dist.checkpoint.weight_files import WeightFiles, WeightWriter
 from ema_dist.checkpoint.weight_formats import FileFormat
 from ema_dist.ema import ShardedEMA
@@ -39,10 +40,12 @@ def gather(
 
     Collective: over all ranks of the process group, whatever the layout.
     Memory: one file and one full tensor on rank 0, one full tensor elsewhere.
-    Raises: CheckpointError on every rank when rank 0 cannot write; RuntimeError when ranks do not come; ValueError for
+    Raises: CheckpointError on every rank when rank 0 cannot write, or when a save in the background, which is waited
+        for, has failed; RuntimeError when ranks do not come; ValueError for
         a dtype that the format cannot hold, and where ranks hold different models, as pipeline stages do: unite those
         by ``full_state_dict(pipeline=...)``.
     """
+    wait()
     group = come("gather(ema, folder)", timeout=timeout)
     entries = ema.gather(dtype=dtype)
     planned = ema.full_shapes(dtype=dtype)

@@ -87,7 +87,7 @@ def together(problems: list[str], group: ProcessGroup | None) -> list[str]:
     """
     if group is None:
         return problems
-    some = torch.tensor(bool(problems), dtype=torch.int32)
+    some = torch.tensor(bool(problems), dtype=torch.int32, device="cpu")
     dist.all_reduce(some, dist.ReduceOp.MAX, group)
     of_ranks: list[list[str]] = [[] for _ in range(group.size())]
     if some:

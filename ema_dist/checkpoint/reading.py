@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from ema_dist.checkpoint.archive import Window, data_start, memory_of
+from ema_dist.checkpoint.archive import Window, data_start, lies_plainly, memory_of
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.metadata import Item, inside, read_metadata
 from ema_dist.checkpoint.ranks import by_rank, together
@@ -114,7 +114,8 @@ class Reader(FileSystemReader):
                 return
             piece = self._piece(stream, index)
             for request in requests:
-                piece.copy(request, planner.target(request))
+                if not (isinstance(piece, LoadedPiece) and planner.adopts(request, piece.tensor)):
+                    piece.copy(request, planner.target(request))
         except Exception as error:
             place = f"bytes {item.offset} to {item.offset + item.length}"
             raise CheckpointError(f"{path}: the entry {index.fqn!r}, {place}, cannot be read: {error}") from error
@@ -178,11 +179,11 @@ class StoredPiece:
     def copy(self, request: ReadItem, target: Tensor) -> None:
         """Read the part that is asked for to where it belongs: straight to there, where it lies in the same order."""
         whole_rows = request.lengths[1:] == self.shape[1:]
-        if whole_rows and target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous():
+        if whole_rows and target.dtype == self.dtype and lies_plainly(target):
             self._read_rows(request, target)
             increment_version(target)  # a graph that saved the tensor must notice
             return
-        rows = torch.empty((*request.lengths[:1], *self.shape[1:]), dtype=self.dtype)
+        rows = torch.empty((*request.lengths[:1], *self.shape[1:]), dtype=self.dtype, device="cpu")
         self._read_rows(request, rows)
         for dim, (start, length) in enumerate(zip(request.storage_offsets[1:], request.lengths[1:], strict=True), 1):
             rows = rows.narrow(dim, start, length)
@@ -221,12 +222,21 @@ class Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = unpack(value)
 
+    def adopts(self, read_item: ReadItem, tensor: Tensor) -> bool:
+        """Whether a tensor that was read becomes the entry itself: it is all of one that was on the meta device."""
+        name = read_item.dest_index.fqn
+        target = self.state_dict[name]
+        if is_cut(target) or not target.is_meta or not target.shape == read_item.lengths == tensor.shape:
+            return False
+        self.state_dict[name] = tensor
+        return True
+
     def target(self, read_item: ReadItem) -> Tensor:
         """Where what was read belongs; instead of a tensor on the meta device, a real one."""
         name = read_item.dest_index.fqn
         tensor = self.state_dict[name]
         if not is_cut(tensor) and tensor.is_meta:
-            self.state_dict[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self.state_dict[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         return self.resolve_tensor(read_item).detach()
 
 

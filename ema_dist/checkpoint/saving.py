@@ -153,7 +153,8 @@ def _saved(entries: Mapping[str, Entry], *, copied: bool) -> tuple[dict[str, Any
             contents[key] = _copied(entry.saved(), {}) if copied else entry.saved()
         except Exception as error:  # noqa: BLE001, PERF203  all that is wrong is named at once
             wrong.append(f"{key!r}: {error}")
-    # DCP spreads what several ranks hold in this order, and takes a part of a cut tensor for all of it.
+    # DCP spreads tensors that several ranks hold, in this order, over those with least to write so far; of a cut tensor
+    # it counts the whole, so that averages, cut by DDP's replicas, would make it believe that the first had most.
     return dict(sorted(contents.items(), key=lambda item: isinstance(entries[item[0]], Average))), wrong
 
 

@@ -90,17 +90,23 @@ def export(
     planned = stored.shapes(chosen)
     writer = WeightWriter(out, planned=planned, max_shard_size=max_shard_size, file_format=format.value)
     total = sum(stored.outline.nbytes(source) for source, _ in chosen.sources.values())
-    with progress("exporting", total) as advance, writer:
-        for name, tensor in stored.read_weights(chosen, on_bytes=advance):
-            _add(writer, name, tensor)
+    with writer:
+        with progress("exporting", total) as advance:
+            for name, tensor in stored.read_weights(chosen, on_bytes=advance):
+                _add(writer, name, tensor)
         if format is FileFormat.TORCH:
             for name, parts in chosen.extra_states.items():
                 _add(writer, name, stored.extra_state(parts))
-        # While the disk takes the last file.
-        if found := problems(stored.folder, stored.manifest.files if stored.manifest else {}):
-            raise CheckpointError(f"the checkpoint is damaged, nothing is exported: {'; '.join(found)}")
+        _require_sound(stored)  # while the disk takes the last file
     for path in writer.paths:
         output().print(f"{path}  {in_bytes(path.stat().st_size)}", soft_wrap=True)
+
+
+def _require_sound(stored: Stored) -> None:
+    files = stored.manifest.files if stored.manifest else {}
+    with progress("checksums", sum(file.size for file in files.values())) as advance:
+        if found := problems(stored.folder, files, on_bytes=advance):
+            raise CheckpointError(f"the checkpoint is damaged, nothing is exported: {'; '.join(found)}")
 
 
 def _add(writer: WeightWriter, name: str, value: object) -> None:

@@ -74,6 +74,9 @@ def clean_errors(command: Callable[P, None], *, code: int = 1) -> Callable[P, No
 def progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
     """A bar on stderr, if that is a terminal, gone when all is done; the caller advances it by bytes."""
     console = Console(stderr=True)
+    if not console.is_terminal:  # a bar that is disabled ends with an empty line before rich 14
+        yield lambda _count: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -81,7 +84,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
 

@@ -138,6 +138,7 @@ class Checkpoints:
         saved = monolithic.read(
             part,
             averaged=[name for kind in KINDS for name in state["tracks"]["default"][kind]],
+            known=ema.full_shapes(),
             parameters=[name for name, _ in bare.named_parameters()],
             buffers=[name for name, _ in bare.named_buffers()],
         )

@@ -60,11 +60,14 @@ def write(ema: ShardedEMA, live: Mapping[str, Tensor] | None, *, prefix: str) ->
     return part if live is None else part | {"averages": averages}
 
 
-def read(part: Mapping[str, Any], averaged: Iterable[str], parameters: list[str], buffers: list[str]) -> Saved:
+def read(
+    part: Mapping[str, Any], averaged: list[str], known: Iterable[str], parameters: list[str], buffers: list[str]
+) -> Saved:
     """What a part of a checkpoint holds: of ours, of Composer's own, or of its older versions.
 
     Args:
         averaged: canonical names of what has an average.
+        known: all names in the model's state.
         parameters: every parameter that the model has, in its order: the oldest format lists them without names.
         buffers: every buffer.
 
@@ -78,9 +81,8 @@ def read(part: Mapping[str, Any], averaged: Iterable[str], parameters: list[str]
     else:
         others = {**ema_model["named_parameters_dict"], **ema_model["named_buffers_dict"]}
         averages, live = (part.get("averages", {}), others) if is_active else (others, {})
-    wanted = {*averaged}
-    spare = {*parameters, *buffers} - wanted  # frozen, in the older formats; buffers that are not saved, in Composer's
-    found = [_fitting(it, wanted, spare) if it else {} for it in (averages, live)]
+    spare = {*known, *buffers}  # frozen and tied ones, in the older formats; buffers that are not saved, in Composer's
+    found = [_fitting(it, averaged, spare) if it else {} for it in (averages, live)]
     return Saved(*found, steps=int(part.get("steps", 0)), updates=int(part.get("updates", 0)))
 
 
@@ -111,12 +113,12 @@ def _listed(values: Iterable[Tensor], names: list[str], kind: str) -> list[tuple
     return list(zip(names, found, strict=True))
 
 
-def _fitting(values: Mapping[str, Tensor], wanted: set[str], spare: set[str]) -> dict[str, Tensor]:
-    """The values by canonical names, without those that are not wanted."""
+def _fitting(values: Mapping[str, Tensor], wanted: list[str], spare: set[str]) -> dict[str, Tensor]:
+    """The values by canonical names, in the order wanted: on every rank the same, as each is sent."""
     plain = dict(values)
-    if not plain.keys() & wanted and all(name.startswith(WRAPPED) for name in plain):
+    if plain.keys().isdisjoint(wanted) and all(name.startswith(WRAPPED) for name in plain):
         plain = {name.removeprefix(WRAPPED): value for name, value in plain.items()}
-    if differing := (wanted - plain.keys()) | (plain.keys() - wanted - spare):
+    if differing := ({*wanted} - plain.keys()) | (plain.keys() - {*wanted} - spare):
         raise ValueError(
             f"the checkpoint holds the averages of another model: it and this one differ in {sorted(differing)}"
         )

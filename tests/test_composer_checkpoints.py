@@ -1,0 +1,301 @@
+"""Composer's checkpoints: whatever saved them, training goes on from the live weights and the exact averages."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import composer.algorithms
+import pytest
+import torch
+import torch.distributed as dist
+from composer import Trainer
+from composer.models import ComposerClassifier
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner
+
+from composer_runs import (
+    Classifier,
+    Recorder,
+    assert_close,
+    assert_same,
+    batches,
+    decayed,
+    fit,
+    full_model,
+    on_ranks,
+    parallel,
+    saved,
+    trainer,
+)
+from ema_dist.composer import EMA
+from moves import in_world
+
+HALF_LIFE = "3ba"
+
+
+def own(full: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what Composer keeps of one rank only: each rank's statistics of its own batches."""
+    return {name: it for name, it in full.items() if "stats" not in name}
+
+
+def averages(ema: EMA) -> dict[str, Tensor]:
+    """Full averages in their own dtype on the first rank."""
+    assert ema.ema is not None
+    return own({name: it for name, it in ema.ema.gather() if isinstance(it, Tensor)})
+
+
+def run(layout: str, folder: Path, **settings: Any) -> tuple[Trainer, EMA, Recorder]:  # noqa: ANN401
+    """Eight batches, with a checkpoint by the saver after the fourth."""
+    recorder, ema = Recorder(), EMA(half_life=HALF_LIFE)
+    given = {"save_folder": str(folder), "save_interval": "4ba", "callbacks": [recorder], **settings}
+    return trainer(layout, ema, **given), ema, recorder
+
+
+def loaded(layout: str, path: str, **settings: Any) -> tuple[Trainer, EMA, Recorder]:  # noqa: ANN401
+    """A trainer that has loaded a checkpoint, its model having begun with other weights."""
+    recorder, ema = Recorder(), EMA(half_life=HALF_LIFE)
+    given = {"model": Classifier(seed=1), "callbacks": [recorder], "load_path": path, **settings}
+    return trainer(layout, ema, **given), ema, recorder
+
+
+@parallel()
+def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(layout: str, tmp_path: Path) -> None:
+    it, ema, undisturbed = run(layout, tmp_path)
+    fit(it)
+    again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 4))
+    fit(again)
+    assert again.state.timestamp.batch == 8
+    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
+        assert_same(own(weights), own(expected))
+    assert resumed_ema.ema is not None
+    assert ema.ema is not None
+    assert (resumed_ema.ema.updates, ema.ema.updates) == (8, 8)
+    assert_same(averages(resumed_ema), averages(ema))
+
+
+@parallel()
+def test_a_run_resumed_from_an_explicit_save_equals_an_undisturbed_one(layout: str, tmp_path: Path) -> None:
+    it, ema, undisturbed = run(layout, tmp_path / "saver", max_duration="8ba")
+    fit(it, "4ba")
+    it.eval()
+    it.save_checkpoint(str(tmp_path / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
+    fit(it, "4ba")
+    again, resumed_ema, resumed = loaded(layout, saved(tmp_path / "explicit", 4))
+    fit(again)
+    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
+        assert_same(own(weights), own(expected))
+    assert_same(averages(resumed_ema), averages(ema))
+
+
+@parallel("ddp")
+def test_which_weights_are_whose_in_a_monolithic_checkpoint(layout: str, tmp_path: Path) -> None:
+    it, _, recorder = run(layout, tmp_path / "saver")
+    fit(it, "4ba")
+    it.save_checkpoint(str(tmp_path / "explicit.pt"))
+    live, average = recorder.after_batch[-1], decayed(recorder.after_batch, 2 ** (-1 / 3))
+    for path, model, other, is_active in (
+        (saved(tmp_path / "saver", 4), average, live, True),
+        (tmp_path / "explicit.pt", live, average, False),
+    ):
+        state = torch.load(path, weights_only=False)["state"]
+        part = dict(state["algorithms"])["EMA"]
+        assert part["ema_weights_active"] is is_active
+        assert_close({name: state["model"][name] for name in model}, model)
+        of_part = {**part["ema_model"]["named_parameters_dict"], **part["ema_model"]["named_buffers_dict"]}
+        named = {name.removeprefix("module."): it for name, it in of_part.items()}
+        assert_close(other, {name: it for name, it in named.items() if name in other})
+
+
+WORLDS = [
+    ("fsdp2", 2, 1),
+    ("fsdp2", 2, 4),
+    ("fsdp2", 4, 2),
+    ("fsdp1", 2, 1),
+    ("fsdp1", 2, 4),
+    ("ddp", 2, 1),
+    ("ddp", 2, 4),
+]
+
+
+@pytest.mark.parametrize("by_saver", [True, False], ids=["saver", "explicit"])
+@pytest.mark.parametrize(
+    ("layout", "before", "after"), [pytest.param(*it, marks=on_ranks(max(it[1:]))) for it in WORLDS]
+)
+def test_checkpoints_load_on_other_worlds(
+    layout: str,
+    before: int,
+    after: int,
+    by_saver: bool,  # noqa: FBT001
+    tmp_path: Path,
+) -> None:
+    def save() -> None:
+        os.environ["WORLD_SIZE"] = str(before)
+        it, ema, recorder = run(layout, tmp_path / "saver", max_duration="4ba", train_dataloader=batches(count=20))
+        fit(it)
+        it.save_checkpoint(str(tmp_path / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
+        expected = averages(ema)
+        if dist.get_rank() == 0:
+            torch.save((own(recorder.after_batch[-1]), expected), tmp_path / "expected.pt")
+
+    def load() -> None:
+        os.environ["WORLD_SIZE"] = str(after)
+        it, ema, _ = loaded(layout, saved(tmp_path / ("saver" if by_saver else "explicit"), 4))
+        it.eval()
+        live, average = torch.load(tmp_path / "expected.pt")
+        assert_same(own(full_model(it.state)), live)
+        if found := averages(ema):
+            assert_same(found, average)
+
+    in_world(before, tmp_path, save)
+    in_world(after, tmp_path, load)
+
+
+class Narrow(ComposerClassifier):
+    """Weights in bfloat16, of which float32 averages would be rounded as the model's weights."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        layers = [torch.nn.Linear(6, 7), torch.nn.ReLU(), torch.nn.Linear(7, 5)]
+        super().__init__(torch.nn.Sequential(*layers).bfloat16(), num_classes=5)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.module(batch[0].bfloat16()).float()
+
+
+@parallel("ddp", "fsdp2")
+def test_wide_averages_of_narrow_weights_come_back_exactly(layout: str, tmp_path: Path) -> None:
+    it, ema, undisturbed = run(layout, tmp_path, model=Narrow())
+    fit(it)
+    again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 4), model=Narrow(seed=1))
+    fit(again)
+    assert_same(resumed.after_batch[-1], undisturbed.after_batch[-1])
+    assert ema.ema is not None
+    assert resumed_ema.ema is not None
+    exact = ema.ema.full_state_dict(dtype=torch.float32)
+    assert_same(resumed_ema.ema.full_state_dict(dtype=torch.float32), exact)
+
+
+@parallel("ddp", "fsdp1", "fsdp2")
+def test_a_checkpoint_without_averages_starts_them_from_its_weights(layout: str, tmp_path: Path) -> None:
+    before = Recorder()
+    fit(trainer(layout, callbacks=[before], save_folder=str(tmp_path), save_interval="4ba"), "4ba")
+    it, ema, after = loaded(layout, saved(tmp_path, 4))
+    with pytest.warns(UserWarning, match=r"training goes on at .*4.* without averages, which begin at 0.0dur"):
+        it.fit()
+    if found := averages(ema):
+        expected = decayed([before.after_batch[3], *after.after_batch], ema.smoothing)
+        assert_close(found, own(expected))
+
+
+@parallel("ddp", "fsdp1", "fsdp2")
+def test_averages_of_another_model_are_refused(layout: str, tmp_path: Path) -> None:
+    class Other(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.blocks[0].extra = torch.nn.Parameter(torch.ones(1, 6))
+
+    it, _, _ = run(layout, tmp_path)
+    fit(it, "4ba")
+    ignored = ["state/optimizers/*", *["state/model/*"] * (layout != "ddp")]
+    with pytest.raises(ValueError, match=r"the checkpoint holds the averages of another model.*net.blocks.0.extra"):
+        other, _, _ = loaded(
+            layout, saved(tmp_path, 4), model=Other(), load_ignore_keys=["state/optimizers/*"], **ignored
+        )
+        other.eval()
+
+
+def theirs(ema: composer.algorithms.EMA) -> dict[str, Tensor]:
+    """What Composer's own EMA averages, by canonical names; its integer buffers are truncated averages."""
+    everything = {**ema.ema_model.named_parameters_dict, **ema.ema_model.named_buffers_dict}
+    named = {name.removeprefix("module."): it for name, it in everything.items()}
+    return {name: it for name, it in named.items() if it.is_floating_point() and "scratch" not in name}
+
+
+@pytest.mark.parametrize("by_saver", [True, False], ids=["saver", "explicit"])
+@parallel("ddp", "plain")
+def test_checkpoints_go_from_composers_own_ema_to_ours_and_back(layout: str, by_saver: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """Each trains four batches after the other, and all four of them end where Composer alone does."""
+
+    def four_batches(kind: type, folder: Path, path: str | None) -> tuple[Trainer, Any]:
+        ema = kind(half_life=HALF_LIFE)
+        it = trainer(layout, ema, load_path=path, save_folder=str(folder / "saver"), save_interval="4ba")
+        fit(it)
+        it.save_checkpoint(str(folder / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
+        return it, ema
+
+    ends: dict[str, dict[str, Tensor]] = {}
+    for first in (composer.algorithms.EMA, EMA):
+        for second in (composer.algorithms.EMA, EMA):
+            name = f"{first.__module__} to {second.__module__}"
+            folder = tmp_path / name.replace(" ", "-")
+            half = trainer(
+                layout,
+                first(half_life=HALF_LIFE),
+                max_duration="4ba",
+                save_folder=str(folder / "saver"),
+                save_interval="4ba",
+            )
+            fit(half)
+            half.save_checkpoint(str(folder / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
+            path = saved(folder / ("saver" if by_saver else "explicit"), 4)
+            ema = second(half_life=HALF_LIFE)
+            fit(trainer(layout, ema, load_path=path))
+            if second is EMA:
+                assert isinstance(ema, EMA)
+                assert ema.ema is not None
+                ends[name] = {n: t for n, t in ema.ema.full_state_dict().items() if isinstance(t, Tensor)}
+            else:
+                ends[name] = theirs(ema)
+    alone = ends.pop("composer.algorithms.ema.ema to composer.algorithms.ema.ema")
+    for found in filter(None, ends.values()):
+        assert_close(found, alone)
+
+
+def older_formats(model: Classifier, other: Classifier, *, is_active: bool) -> dict[str, dict[str, Any]]:
+    """The algorithm's part as older Composers wrote it: ``model`` holds the averages, ``other`` the live weights."""
+    lists = [
+        {"parameters": [it.detach() for it in one.parameters()], "buffers": list(one.buffers())}
+        for one in (model, other)
+    ]
+    flags = {"ema_weights_active": is_active, "ema_started": True}
+    states = {"ema_model": model.state_dict(), "training_model": other.state_dict()}
+    return {
+        "0.11": {"repr": "EMA()", **states, **flags},
+        "0.7": dict(zip(("ema_model", "training_model"), lists, strict=True)),
+    }
+
+
+@pytest.mark.parametrize(("version", "is_active"), [("0.11", True), ("0.11", False), ("0.7", False)])
+@parallel("plain", "ddp")
+def test_older_formats_are_read(layout: str, version: str, is_active: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    it, _, _ = run(layout, tmp_path / "run")
+    fit(it, "4ba")
+    it.save_checkpoint(str(tmp_path / "now" / "ep{epoch}-ba{batch}-rank{rank}"))
+    path = saved(tmp_path / "now", 4)
+    average, live = Classifier(seed=2), Classifier(seed=3)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        everything = torch.load(path, weights_only=False)
+        everything["state"]["model"] = (average if is_active else live).state_dict()
+        part = older_formats(average, live, is_active=is_active)[version]
+        everything["state"]["algorithms"] = [("EMA", part)]
+        torch.save(everything, path)
+    dist.barrier()
+    again, ema, _ = loaded(layout, path)
+    again.eval()
+    assert_same(own(full_model(again.state)), own(dict(live.state_dict())))
+    if found := averages(ema):
+        expected = own(dict(average.state_dict())) | {
+            name: dict(live.state_dict())[name] for name in found if "frozen" in name
+        }
+        assert_same(found, expected)
+
+
+@on_ranks(2)
+def test_a_planner_of_the_users_own_is_refused_where_it_would_have_to_know_averages(tmp_path: Path) -> None:
+    it, _, _ = run("fsdp1", tmp_path)
+    fit(it, "4ba")
+    settings = {"fsdp": {"state_dict_type": "sharded", "load_planner": DefaultLoadPlanner()}}
+    with pytest.raises(ValueError, match="expected no load_planner in the FSDP configuration, found"):
+        loaded("fsdp1", saved(tmp_path, 4), parallelism_config=settings)
