@@ -34,6 +34,13 @@ from moves import in_world
 
 HALF_LIFE = "3ba"
 
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:Please use DTensor:FutureWarning"
+    ),  # FSDP1's checkpoints, on torch's own account
+    pytest.mark.filterwarnings("ignore:When using ``NO_SHARD``:UserWarning"),  # FSDP1 on one rank
+]
+
 
 def own(full: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without what Composer keeps of one rank only: each rank's statistics of its own batches."""
@@ -102,10 +109,10 @@ def test_which_weights_are_whose_in_a_monolithic_checkpoint(layout: str, tmp_pat
         state = torch.load(path, weights_only=False)["state"]
         part = dict(state["algorithms"])["EMA"]
         assert part["ema_weights_active"] is is_active
-        assert_close({name: state["model"][name] for name in model}, model)
+        assert_close(state["model"], own(model))
         of_part = {**part["ema_model"]["named_parameters_dict"], **part["ema_model"]["named_buffers_dict"]}
         named = {name.removeprefix("module."): it for name, it in of_part.items()}
-        assert_close(other, {name: it for name, it in named.items() if name in other})
+        assert_close(other, {name: it for name, it in own(named).items() if name in other})
 
 
 WORLDS = [
@@ -198,11 +205,9 @@ def test_averages_of_another_model_are_refused(layout: str, tmp_path: Path) -> N
 
     it, _, _ = run(layout, tmp_path)
     fit(it, "4ba")
-    ignored = ["state/optimizers/*", *["state/model/*"] * (layout != "ddp")]
+    ignored = ["state/optimizers/*", "state/model/net.blocks.0.extra"]
     with pytest.raises(ValueError, match=r"the checkpoint holds the averages of another model.*net.blocks.0.extra"):
-        other, _, _ = loaded(
-            layout, saved(tmp_path, 4), model=Other(), load_ignore_keys=["state/optimizers/*"], **ignored
-        )
+        other, _, _ = loaded(layout, saved(tmp_path, 4), model=Other(), load_ignore_keys=ignored)
         other.eval()
 
 
@@ -275,6 +280,7 @@ def test_older_formats_are_read(layout: str, version: str, is_active: bool, tmp_
     it.save_checkpoint(str(tmp_path / "now" / "ep{epoch}-ba{batch}-rank{rank}"))
     path = saved(tmp_path / "now", 4)
     average, live = Classifier(seed=2), Classifier(seed=3)
+    average.net.frozen.load_state_dict(live.net.frozen.state_dict())
     if not dist.is_initialized() or dist.get_rank() == 0:
         everything = torch.load(path, weights_only=False)
         everything["state"]["model"] = (average if is_active else live).state_dict()
@@ -286,10 +292,7 @@ def test_older_formats_are_read(layout: str, version: str, is_active: bool, tmp_
     again.eval()
     assert_same(own(full_model(again.state)), own(dict(live.state_dict())))
     if found := averages(ema):
-        expected = own(dict(average.state_dict())) | {
-            name: dict(live.state_dict())[name] for name in found if "frozen" in name
-        }
-        assert_same(found, expected)
+        assert_same(found, own(dict(average.state_dict())))
 
 
 @on_ranks(2)
