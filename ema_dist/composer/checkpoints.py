@@ -89,6 +89,7 @@ class Checkpoints:
             prefix = monolithic.WRAPPED if self._state.is_model_ddp else ""
             return monolithic.write(ema, live, prefix=prefix)
         state = ema.state_dict()
+        averaged = [name for kind in KINDS for name in state["tracks"]["default"][kind]]
         if live is None:
             setattr(self._state, ATTRIBUTE, {"ema": state})
         else:
@@ -96,7 +97,7 @@ class Checkpoints:
             for kind in KINDS:
                 track[kind] = {name: it for name, it in track[kind].items() if it.dtype != live[name].dtype}
             setattr(self._state, ATTRIBUTE, {"ema": state, "live": live})
-        return {}
+        return {"averaged": averaged}
 
     def copied_model(self) -> dict[str, Any]:
         """A copy of the model's state as Composer saves it, on the CPU; empty where this rank has nothing to write.
@@ -156,17 +157,18 @@ class Checkpoints:
         ema = make(self._state.model)
         state = ema.state_dict() | {count: read["ema"][count] for count in ("format", "steps", "updates")}
         lost: set[str] = set()
+        names: set[str] = set()
         for kind in KINDS:
             tensors = state["tracks"]["default"][kind]
             found = {name for name in tensors if ("ema", "tracks", "default", kind, name) in planner.found}
+            names |= tensors.keys()
             lost |= set() if is_active else tensors.keys() - found
             tensors |= {name: read["ema"]["tracks"]["default"][kind][name] for name in found}
         live = {name: it for name, it in read["live"].items() if ("live", name) in planner.found}
         lost |= read["live"].keys() - live.keys() if is_active else set()
-        if lost or planner.unknown:
-            unknown = sorted(map(".".join, planner.unknown))
+        if differing := lost | (names ^ {*part["averaged"]}):
             raise ValueError(
-                f"the checkpoint holds the averages of another model: it lacks {sorted(lost)}, and has {unknown}"
+                f"the checkpoint holds the averages of another model: it and this one differ in {sorted(differing)}"
             )
         ema.load_state_dict(state)
         if is_active:

@@ -54,13 +54,12 @@ class Loading:
 class Planner(DefaultLoadPlanner):
     """Reads what there is of ours, and all of the rest.
 
-    `found` has the paths below `ATTRIBUTE` of what was there, `unknown` those of what was not asked for.
+    `found` has the paths below `ATTRIBUTE` of what was there.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: set[tuple[str, ...]] = set()
-        self.unknown: set[tuple[str, ...]] = set()
 
     def set_up_planner(
         self,
@@ -74,8 +73,6 @@ class Planner(DefaultLoadPlanner):
         asked = {name: path[len(PLACE) :] for name, path in self.mappings.items() if path[: len(PLACE)] == PLACE}
         self.found = {path for name, path in asked.items() if name in stored}
         self.state_dict = {name: it for name, it in self.state_dict.items() if name not in asked or name in stored}
-        places = {name: metadata.planner_data[name] for name in stored.keys() - asked.keys()}
-        self.unknown = {path[len(PLACE) :] for path in places.values() if path[: len(PLACE)] == PLACE}
 
 
 class _PlannedConfig(FSDP2Config):
