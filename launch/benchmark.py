@@ -3,6 +3,7 @@
     python launch/benchmark.py                                      # many minutes; better with nothing else running
     python launch/benchmark.py --quick                              # the same on tiny models: whether it works at all
     python launch/benchmark.py --only checkpoints --output-dir docs/benchmarks      # one page of the documentation
+    python launch/benchmark.py --only composer                     # where Composer is installed; left out elsewhere
 
 It starts the ranks it needs by itself. Linux only, as it asks the kernel for the memory it used.
 """
@@ -14,6 +15,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,8 +58,12 @@ class Run:
         if self.device_type == "cuda" and case.ranks > torch.cuda.device_count():
             not_measured.append(f"{describe(case)} (needs {case.ranks} GPUs)")
             return []
-        with self.console.status(describe(case)):
-            return [on_ranks(partial(measured, case=case), case.ranks, self.device_type)]
+        return [self.on_ranks(partial(measured, case=case), case.ranks, describe(case))]
+
+    def on_ranks(self, measured: Callable[[torch.device], T], ranks: int, name: str) -> T:
+        """What `measured` returns on so many ranks of their own; `name` is shown meanwhile."""
+        with self.console.status(name):
+            return on_ranks(measured, ranks, self.device_type)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class Section:
     repeats: int
     data: str
     page: str
+    obstacle: Callable[[str], str | None] = lambda _: None
+    """What keeps it from being measured on a type of device."""
 
 
 def measure_averages(run: Run, repeats: int) -> tuple[AverageResults, list[Table]]:
@@ -106,22 +115,47 @@ def measure_checkpoints(run: Run, repeats: int) -> tuple[CheckpointResults, list
     return results, checkpoint_tables(results)
 
 
+def measure_composer(run: Run, repeats: int) -> tuple[Results, list[Table]]:
+    # Composer is slow to import, and need not be there.
+    from benchmark_composer import TrainerCase, trainer_costs  # noqa: PLC0415
+    from benchmark_composer_report import ComposerResults, composer_tables  # noqa: PLC0415
+
+    shape = Transformer(2, 16, 97) if run.quick else Transformer()
+    results = ComposerResults(Environment.here(run.device_type), composer=version("mosaicml"))
+    for parallel in ("ddp", "fsdp1"):
+        case = TrainerCase(parallel, 2, shape)
+        measured = partial(trainer_costs, case=case, repeats=repeats)
+        results.costs.append(run.on_ranks(measured, case.ranks, str(case)))
+    return results, composer_tables(results)
+
+
+def composer_obstacle(device_type: str) -> str | None:
+    if find_spec("composer") is None:
+        return 'it needs Composer, which is not installed: pip install "ema-dist[composer]"'
+    return "it is measured on a CPU: --device cpu" if device_type != "cpu" else None
+
+
 SECTIONS = {
     "averages": Section(measure_averages, repeats=20, data="results.json", page="index.md"),
     "checkpoints": Section(measure_checkpoints, repeats=7, data="checkpoints.json", page="checkpoints.md"),
+    "composer": Section(
+        measure_composer, repeats=20, data="composer.json", page="composer.md", obstacle=composer_obstacle
+    ),
 }
 
 
 def main() -> None:
     args = parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 120)
-    device_type = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    run = Run(device_type, args.quick, args.scratch, console)
-    console.print(str(Environment.here(device_type)), highlight=False, soft_wrap=True)
+    run = Run(args.device, args.quick, args.scratch, console)
+    console.print(str(Environment.here(args.device)), highlight=False, soft_wrap=True)
     if args.quick:
         console.print("Tiny models: the times and the memory of these say nothing.")
     for name in args.only or SECTIONS:
         section = SECTIONS[name]
+        if obstacle := section.obstacle(args.device):
+            console.print(f"{name} is left out: {obstacle}", highlight=False, markup=False)
+            continue
         results, tables = section.measure(run, args.repeats or section.repeats)
         for table in tables:
             console.print(table.for_terminal())
@@ -143,13 +177,18 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("--only", choices=SECTIONS, nargs="+", help="one of the pages, or some; everything otherwise")
     option("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    option("--repeats", type=int, help="rounds of each case, 2 or more; 20 for averages, 7 for checkpoints otherwise")
+    option("--repeats", type=int, help="rounds of each case, 2 or more; 20 otherwise, 7 for checkpoints")
     option("--quick", action="store_true", help="on tiny models, whose times and memory say nothing")
     option("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to save on; 8 GB")
     option("--output-dir", type=Path, default=Path("runs/benchmark"), help="where pages and their JSON go")
     args = parser.parse_args()
     if args.repeats is not None and args.repeats < 2:
         parser.error("--repeats: quartiles need 2 rounds or more")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in args.only or ():
+        if obstacle := SECTIONS[name].obstacle(args.device):
+            parser.error(f"--only {name}: {obstacle}")
     return args
 
 

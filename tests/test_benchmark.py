@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from older_torch import holds_on_to_storage
+
 BENCHMARK = Path(__file__).parent.parent / "launch" / "benchmark.py"
 REPEATS = 3
 INTRODUCTION = "# By hand\n\n<!-- Below this line launch/benchmark.py writes. -->\n\n"
@@ -86,6 +88,7 @@ def test_the_page_keeps_its_introduction_and_says_where_it_was_measured(folder: 
     assert sum("ShardedEMA" in row for row in rows) == 8
 
 
+@holds_on_to_storage
 def test_checkpoints_are_measured_on_every_layout_beside_other_tools(checkpoints: dict[str, Any]) -> None:
     found: dict[str, list[tuple[str, int, bool]]] = {}
     for costs in checkpoints["costs"]:
@@ -104,6 +107,7 @@ def test_checkpoints_are_measured_on_every_layout_beside_other_tools(checkpoints
     }
 
 
+@holds_on_to_storage
 def test_targets_of_checkpoints_are_times_of_the_plain_tool_and_memory(checkpoints: dict[str, Any]) -> None:
     times = [target["limit"] for target in checkpoints["targets"] if target["unit"] == "x"]
     memory = [target for target in checkpoints["targets"] if target["unit"] == "MiB"]

@@ -27,12 +27,16 @@ CHECKPOINT_EVENTS = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERA
 class Stay(Enum):
     """Why the averages are in the model; the events during which they stay there."""
 
-    EVALUATION = (Event.EVAL_BATCH_START, Event.EVAL_BEFORE_FORWARD, Event.EVAL_AFTER_FORWARD, Event.EVAL_BATCH_END)
-    PREDICTION = (
-        *(Event.PREDICT_BATCH_START, Event.PREDICT_BEFORE_FORWARD),
-        *(Event.PREDICT_AFTER_FORWARD, Event.PREDICT_BATCH_END),
+    EVALUATION = frozenset(
+        {Event.EVAL_BATCH_START, Event.EVAL_BEFORE_FORWARD, Event.EVAL_AFTER_FORWARD, Event.EVAL_BATCH_END}
     )
-    CHECKPOINT = ()
+    PREDICTION = frozenset(
+        {
+            *(Event.PREDICT_BATCH_START, Event.PREDICT_BEFORE_FORWARD),
+            *(Event.PREDICT_AFTER_FORWARD, Event.PREDICT_BATCH_END),
+        }
+    )
+    CHECKPOINT = frozenset[Event]()
 
 
 class EMA(Algorithm):

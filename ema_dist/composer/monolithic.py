@@ -91,9 +91,9 @@ def rounded_in_model(ema: ShardedEMA) -> bool:
 
     Collective: as ``ema.state_dict()``.
     """
-    live = ema.full_shapes()
+    live = {name: it.dtype for name, it in ema.full_shapes().items() if it is not None}
     track = ema.state_dict()["tracks"]["default"]
-    return any(it.dtype != live[name].dtype for kind in ("averages", "buffers") for name, it in track[kind].items())
+    return any(it.dtype != live[name] for kind in ("averages", "buffers") for name, it in track[kind].items())
 
 
 def _older(model: Mapping[str, Any], parameters: list[str], buffers: list[str]) -> dict[str, Tensor]:

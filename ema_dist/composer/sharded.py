@@ -59,7 +59,7 @@ class Planner(DefaultLoadPlanner):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[tuple[str, ...]] = set()
+        self.found: set[tuple[str | int, ...]] = set()
 
     def set_up_planner(
         self,
