@@ -91,7 +91,7 @@ class Exchange:
         if now.local.numel() and now.local.data_ptr() == then.local.data_ptr():
             return now.version != self._versions[name]
         # FSDP2 moves uneven shards when it first runs forward: what matters is whether they are what they were.
-        return now.local.dtype != then.local.dtype or not torch.equal(now.local, then.local)
+        return now.local.dtype != then.local.dtype or not torch.equal(_bits(now.local), _bits(then.local))
 
     def _restore(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         self._exchange(pairs)
@@ -111,6 +111,11 @@ class Exchange:
 def exchanges_in(model: nn.Module) -> list[Exchange]:
     """The exchanges that are under way in ``model``, or in a part of it, or in something that it is a part of."""
     return [exchange for exchange in _under_way if exchange.concerns(model)]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Equal to those of a tensor with the same values, NaN among them."""
+    return tensor.flatten().view(torch.uint8)
 
 
 def _pairs(layout: Layout, averages: Averages) -> dict[str, tuple[Tensor, Tensor]]:

@@ -168,4 +168,5 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: f
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     """Equal names, and equal tensors to the bit."""
     assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, different

@@ -13,6 +13,7 @@ import hypothesis
 import pytest
 import torch
 
+import older_torch
 import world
 
 
@@ -20,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers."""
     config.addinivalue_line("markers", "world_size(size, timeout=60): run the body on `size` ranks, so many seconds")
     config.addinivalue_line("markers", "gpu: needs CUDA, one device a rank; the ranks talk through NCCL there")
+    for text in older_torch.WARNINGS:
+        config.addinivalue_line("filterwarnings", text)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
+from older_torch import ROWS_UNDER_BOTH
 
 CPU = torch.device("cpu")
 
@@ -150,20 +151,22 @@ LAYOUTS = {
     "fsdp2-keep": Layout(partial(_fsdp2, reshard=False)),
     "hsdp": Layout(partial(_fsdp2, replicas=2), ranks=4),
     "tp": Layout(_tp, hidden=6),
-    "fsdp2-tp": Layout(_fsdp2_tp, ranks=4, hidden=6),
+    "fsdp2-tp": Layout(_fsdp2_tp, ranks=4, hidden=ROWS_UNDER_BOTH),
     "ddp-checkpointed": Layout(partial(_checkpointed, then=_ddp)),
     "fsdp1-checkpointed": Layout(partial(_checkpointed, then=_fsdp1)),
     "fsdp2-checkpointed": Layout(partial(_checkpointed, then=_fsdp2)),
     "ddp-compiled": Layout(partial(_compiled, then=_ddp)),
     "hsdp-checkpointed": Layout(partial(_checkpointed, then=partial(_fsdp2, replicas=2)), ranks=4),
     "tp-checkpointed": Layout(lambda net: _checkpointed(_tp(net), then=lambda wrapped: wrapped), hidden=6),
-    "fsdp2-tp-checkpointed": Layout(lambda net: _checkpointed(_fsdp2_tp(net), then=lambda it: it), ranks=4, hidden=6),
+    "fsdp2-tp-checkpointed": Layout(
+        lambda net: _checkpointed(_fsdp2_tp(net), then=lambda it: it), ranks=4, hidden=ROWS_UNDER_BOTH
+    ),
     "plain-compiled": Layout(partial(_compiled, then=lambda net: net), ranks=1),
     "fsdp1-compiled": Layout(partial(_compiled, then=_fsdp1)),
     "fsdp2-compiled": Layout(partial(_compiled, then=_fsdp2)),
     "hsdp-compiled": Layout(partial(_compiled, then=partial(_fsdp2, replicas=2)), ranks=4),
     "tp-compiled": Layout(partial(_compiled, then=_tp), hidden=6),
-    "fsdp2-tp-compiled": Layout(partial(_compiled, then=_fsdp2_tp), ranks=4, hidden=6),
+    "fsdp2-tp-compiled": Layout(partial(_compiled, then=_fsdp2_tp), ranks=4, hidden=ROWS_UNDER_BOTH),
 }
 
 

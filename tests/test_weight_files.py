@@ -31,6 +31,9 @@ from ema_dist.checkpoint.weight_files import WeightFiles, WeightWriter
 from ema_dist.checkpoint.weight_formats import FileFormat
 from layouts import TORCH_WARNS, assert_bitwise_equal, layouts, make_net, resident_peak, trained
 
+# Before 1.0, huggingface_hub misses in each of several files what the others hold.
+READS_SHARDS_STRICTLY = int(huggingface_hub.__version__.split(".")[0]) >= 1
+
 FORMATS = pytest.mark.parametrize("file_format", ["safetensors", "torch"])
 
 
@@ -139,7 +142,7 @@ def test_files_hold_the_full_state_dict(layout: str, tmp_path: Path) -> None:
         assert found is not None
         assert_same(found, full)
         net = make_net(layout, seed=3)
-        huggingface_hub.load_torch_model(net, folder, strict=True)
+        huggingface_hub.load_torch_model(net, folder, strict=folder.name == "one" or READS_SHARDS_STRICTLY)
         assert_same(net.state_dict(), full)
 
 

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ema_dist.averages import BufferPolicy
 from ema_dist.composer.checkpoints import Checkpoints
+from ema_dist.composer.monolithic import moved
 from ema_dist.composer.schedule import DefaultHalfLife, Schedule
 from ema_dist.composer.steps import StepsTaken
 from ema_dist.ema import ShardedEMA
+from ema_dist.exchange import exchanges_in
 from ema_dist.shards import Replicas
 
 CHECKPOINT_EVENTS = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT)
@@ -136,21 +138,21 @@ class EMA(Algorithm):
         if event == Event.INIT:
             self._begin(state)
         elif event == Event.BEFORE_LOAD:
+            self._require_whole_averages()
             self._of_state().before_load()
         elif event == Event.AFTER_LOAD:
-            self._of_state().after_load()
-            self._restore()
+            self._ema = self._of_state().after_load(self._made)
         elif event == Event.FIT_START:
-            self._restore()
+            self._follow_wrapping(state)
             self._watch(state)
             self._start_late(state)
         elif event == Event.EVAL_START:
-            self._restore()
+            self._follow_wrapping(state)
             self._enter(Stay.EVALUATION)
         elif event == Event.PREDICT_START:
-            self._restore()
+            self._follow_wrapping(state)
             self._enter(Stay.PREDICTION)
-        elif event in CHECKPOINT_EVENTS:
+        elif event in CHECKPOINT_EVENTS and _is_saved(event, state):
             self._enter(Stay.CHECKPOINT)
         elif event == self._schedule.update_event:
             self._update(state)
@@ -163,19 +165,19 @@ class EMA(Algorithm):
         part = super().state_dict()
         if self._checkpoints is None:  # not in a Trainer yet
             return part
-        self._restore()
         part |= {"ema_weights_active": self.ema_weights_active, "ema_started": self.ema_started}
         if self._checkpoints.is_loading:
             return part | self._checkpoints.template(self._made)
         if self._ema is None:
+            self._checkpoints.forget()
             return part
         live = self._live() if self._stay is not None else None
         return part | self._checkpoints.write(self._ema, live)
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002
-        """Take over what a checkpoint holds, of this, of Composer's own EMA, or of its older versions.
+        """Take over what a checkpoint holds, of this, of Composer's own EMA, or of its older versions, after loading.
 
-        Raises: ValueError, when the model is ready for it, for a checkpoint of another model.
+        Raises: ValueError then, for a checkpoint of another model.
         """
         self._of_state().note(state)
 
@@ -190,7 +192,7 @@ class EMA(Algorithm):
         """
         if self.ema_weights_active:
             raise ValueError("The ema weight are currently contained in the composer model.")
-        self._restore()
+        self._of_state()
         if self._ema is None:
             raise ValueError(f"there are no averages before ema_start, {_text(self.ema_start)}")
         self._ema.copy_to(model)
@@ -212,8 +214,11 @@ class EMA(Algorithm):
         stay = self._stay
         self._leave()
         if {*map(id, model.parameters())} != {*map(id, self._ema.model.parameters())}:
-            ShardedEMA(self._ema.model, decay=0.0, replicas="copy", timeout=self._settings["timeout"]).copy_to(model)
-            self._enter(stay)
+            try:
+                live = ShardedEMA(self._ema.model, decay=0.0, replicas="copy", timeout=self._settings["timeout"])
+                live.copy_to(model)
+            finally:
+                self._enter(stay)
         return model
 
     def _begin(self, state: State) -> None:
@@ -222,6 +227,9 @@ class EMA(Algorithm):
                 f"expected one EMA among the algorithms, found {len(twins)}: {twins}; their averages would be "
                 "exchanged with each other's, and overwrite each other's in checkpoints"
             )
+        if self._steps is not None:  # of another Trainer, as the averages are
+            self._steps.remove()
+        self._steps, self._stay, self._swap, self._ema = None, None, ExitStack(), None
         self._checkpoints = Checkpoints(state)
 
     def _of_state(self) -> Checkpoints:
@@ -229,28 +237,35 @@ class EMA(Algorithm):
             raise RuntimeError("EMA is not in a Trainer: pass it as Trainer(algorithms=[EMA(...)])")
         return self._checkpoints
 
+    def _require_whole_averages(self) -> None:
+        if self._of_state().is_sharded and self._replicas not in (None, "copy"):
+            raise ValueError(
+                f"replicas={self._replicas!r} is not to be had with sharded checkpoints: Composer saves the first "
+                'replica alone; leave it out, or pass replicas="copy"'
+            )
+
     def _made(self, model: nn.Module) -> ShardedEMA:
         """New averages, which are the model's weights."""
-        sharded = self._of_state().is_sharded
-        replicas = self._replicas or ("copy" if sharded else "shard")
-        if sharded and replicas != "copy":
-            raise ValueError(
-                f"replicas={replicas!r} is not to be had with sharded checkpoints: Composer saves the first replica "
-                'alone; leave it out, or pass replicas="copy"'
-            )
+        replicas = self._replicas or ("copy" if self._of_state().is_sharded else "shard")
         return ShardedEMA(model, decay=self.smoothing, replicas=replicas, **self._settings)
 
+    def _follow_wrapping(self, state: State) -> None:
+        """Split the averages as the model is: Composer wraps it for DDP when a checkpoint has been loaded."""
+        if self._ema is not None and self._ema.model is not state.model:
+            self._ema = moved(self._ema, self._made(state.model))
+
     def _watch(self, state: State) -> None:
-        if self._steps is not None:
-            self._steps.remove()
-        self._steps = StepsTaken(state.optimizers)
+        if self._steps is None or self._steps.optimizers != [*state.optimizers]:
+            if self._steps is not None:
+                self._steps.remove()
+            self._steps = StepsTaken(state.optimizers, before=self._schedule.is_under_way(state))
 
     def _start_late(self, state: State) -> None:
-        """Begin now, if a checkpoint without averages was made when they should have been there."""
-        if self._ema is None and state.timestamp.batch > 0 and self._schedule.has_started(state):
+        """Begin now, if the checkpoint has no averages, and there should be some."""
+        if self._ema is None and self._of_state().lacks_averages and self._schedule.has_started(state):
             warnings.warn(
-                f"training goes on at {state.timestamp.batch} without averages, which begin at "
-                f"{_text(self.ema_start)}: they start from the weights as they are now",
+                f"training goes on at {_text(state.timestamp.batch)} from a checkpoint without averages, which begin "
+                f"at {_text(self.ema_start)}: they start from the weights as they are now",
                 stacklevel=2,
             )
             self._ema = self._made(state.model)
@@ -276,9 +291,14 @@ class EMA(Algorithm):
             self._stay = stay
 
     def _leave(self) -> None:
-        self._stay = None
-        self._of_state().forget()
-        self._swap.close()
+        assert self._ema is not None
+        try:
+            self._ema.restore()
+        finally:
+            if not exchanges_in(self._ema.model):  # else ranks did not leave together, and the next event tries again
+                self._stay = None
+                self._swap.close()
+                self._of_state().forget()
 
     def _live(self) -> Mapping[str, Tensor]:
         """A copy of the live weights as a state of the model, while the averages are in it."""
@@ -288,10 +308,6 @@ class EMA(Algorithm):
             return self._of_state().copied_model()
         finally:
             self._enter(stay)
-
-    def _restore(self) -> None:
-        """Take over what a checkpoint held, once the model is wrapped as it will be."""
-        self._ema = self._of_state().restored(self._made) or self._ema
 
 
 def _is_saved(event: Event, state: State) -> bool:

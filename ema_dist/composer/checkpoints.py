@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from ema_dist.composer import monolithic
-from ema_dist.composer.sharded import ATTRIBUTE, Loading, Planner
+from ema_dist.composer.sharded import ATTRIBUTE, Loading, Path
 from ema_dist.ema import ShardedEMA
 from ema_dist.shards import cpu_copy
 
@@ -35,6 +34,7 @@ class Checkpoints:
         self._state = state
         self._loading: Loading | None = None
         self._part: Mapping[str, Any] | None = None
+        self.lacks_averages = False
         if ATTRIBUTE not in state.serialized_attributes:
             state.serialized_attributes.append(ATTRIBUTE)
         self.forget()
@@ -47,20 +47,35 @@ class Checkpoints:
     @property
     def is_loading(self) -> bool:
         """Whether Composer, when it asks for a state, wants to read into it."""
-        return self._loading is not None and self._loading.is_under_way
+        return self._loading is not None
 
     def before_load(self) -> None:
         """Composer may load a checkpoint now."""
         if self.is_sharded:
             self._loading = Loading(self._state)
 
-    def after_load(self) -> None:
-        """Composer has loaded one, or none."""
-        if self._loading is not None:
-            self._loading.end()
+    def after_load(self, make: Make) -> ShardedEMA | None:
+        """The averages of the checkpoint that Composer has loaded, if there are some; the model has its live weights.
+
+        Collective: over all ranks.
+        Memory: with sharded checkpoints, two sets of averages and a copy of the live weights.
+        Raises: ValueError for a checkpoint of another model.
+        """
+        found = self._loading.end() if self._loading is not None else set()
+        read = getattr(self._state, ATTRIBUTE)
+        part, self._part, self._loading = self._part, None, None
+        self.forget()
+        if part is not None and not part.get("ema_started", True):
+            return None
+        if part is not None and "ema_model" in part:
+            return self._from_monolithic(part, make)
+        if part is not None and found:
+            return self._from_sharded(part, read, found, make)
+        self.lacks_averages = self._state.timestamp.batch > 0
+        return None
 
     def note(self, part: Mapping[str, Any]) -> None:
-        """Keep the algorithm's part of a checkpoint until `restored`."""
+        """Keep the algorithm's part of a checkpoint until `after_load`."""
         self._part = part
 
     def forget(self) -> None:
@@ -109,39 +124,16 @@ class Checkpoints:
             return {}
         return {name: cpu_copy(it) if isinstance(it, Tensor) else copy.deepcopy(it) for name, it in state.items()}
 
-    def restored(self, make: Make) -> ShardedEMA | None:
-        """The averages of the checkpoint that was loaded, once the model is wrapped; it has its live weights then.
-
-        Collective: over all ranks.
-        Raises: ValueError for a checkpoint of another model.
-        """
-        is_wrapped = self._state.fsdp_enabled or self._state.is_model_ddp or dist.get_world_size() == 1
-        if self._part is None or not is_wrapped:
-            return None
-        part, self._part = self._part, None
-        loading, self._loading = self._loading, None
-        read = getattr(self._state, ATTRIBUTE)
-        self.forget()
-        if not part.get("ema_started", True):
-            return None
-        if "ema_model" in part:
-            return self._from_monolithic(part, make)
-        if loading is not None and loading.planner.found:
-            return self._from_sharded(part, read, loading.planner, make)
-        warnings.warn("the checkpoint was made with averages, and loaded without them", stacklevel=2)
-        return None
-
     def _from_monolithic(self, part: Mapping[str, Any], make: Make) -> ShardedEMA:
         model = self._state.model
         ema = make(model)
         state = ema.state_dict()
-        bare = model.module if self._state.is_model_ddp else model
         saved = monolithic.read(
             part,
             averaged=[name for kind in KINDS for name in state["tracks"]["default"][kind]],
             known=ema.full_shapes(),
-            parameters=[name for name, _ in bare.named_parameters()],
-            buffers=[name for name, _ in bare.named_buffers()],
+            parameters=[name for name, _ in model.named_parameters()],
+            buffers=[name for name, _ in model.named_buffers()],
         )
         ema.load_state_dict(state | {"steps": saved.steps, "updates": saved.updates})
         if saved.averages:
@@ -151,7 +143,7 @@ class Checkpoints:
         return ema
 
     def _from_sharded(
-        self, part: Mapping[str, Any], read: Mapping[str, Any], planner: Planner, make: Make
+        self, part: Mapping[str, Any], read: Mapping[str, Any], stored: set[Path], make: Make
     ) -> ShardedEMA:
         is_active = part["ema_weights_active"]
         ema = make(self._state.model)
@@ -160,11 +152,11 @@ class Checkpoints:
         names: set[str] = set()
         for kind in KINDS:
             tensors = state["tracks"]["default"][kind]
-            found = {name for name in tensors if ("ema", "tracks", "default", kind, name) in planner.found}
+            found = {name for name in tensors if ("ema", "tracks", "default", kind, name) in stored}
             names |= tensors.keys()
             lost |= set() if is_active else tensors.keys() - found
             tensors |= {name: read["ema"]["tracks"]["default"][kind][name] for name in found}
-        live = {name: it for name, it in read["live"].items() if ("live", name) in planner.found}
+        live = {name: it for name, it in read["live"].items() if ("live", name) in stored}
         lost |= read["live"].keys() - live.keys() if is_active else set()
         if differing := lost | (names ^ {*part["averaged"]}):
             raise ValueError(

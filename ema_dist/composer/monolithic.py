@@ -45,12 +45,8 @@ def write(ema: ShardedEMA, live: Mapping[str, Tensor] | None, *, prefix: str) ->
     Collective: over all ranks that hold the model.
     """
     track = ema.state_dict()["tracks"]["default"]
-    averages: dict[str, Tensor] = {}
-    if live is None or rounded_in_model(ema):
-        dtypes = {it.dtype for it in (*track["averages"].values(), *track["buffers"].values())}
-        exact = torch.float64 if torch.float64 in dtypes else torch.float32
-        gathered = ema.gather(dtype=exact if rounded_in_model(ema) else None)
-        averages = {name: it for name, it in gathered if name in track["averages"] or name in track["buffers"]}
+    is_rounded = _is_rounded(ema, track)
+    averages = _exact(ema, track) if live is None or is_rounded else {}
     others = averages if live is None else live
     part: dict[str, Any] = {"steps": ema.steps, "updates": ema.updates}
     part["ema_model"] = {
@@ -58,6 +54,17 @@ def write(ema: ShardedEMA, live: Mapping[str, Tensor] | None, *, prefix: str) ->
         for kind, of in (("parameters", "averages"), ("buffers", "buffers"))
     }
     return part if live is None else part | {"averages": averages}
+
+
+def moved(ema: ShardedEMA, target: ShardedEMA) -> ShardedEMA:
+    """The target, which has the averages and counts of ``ema`` now, whatever the layouts.
+
+    Collective: over all ranks that hold either.
+    """
+    averages = _exact(ema, ema.state_dict()["tracks"]["default"])
+    target.load_state_dict(target.state_dict() | {"steps": ema.steps, "updates": ema.updates})
+    target.load_full_state_dict(averages)
+    return target
 
 
 def read(
@@ -86,14 +93,18 @@ def read(
     return Saved(*found, steps=int(part.get("steps", 0)), updates=int(part.get("updates", 0)))
 
 
-def rounded_in_model(ema: ShardedEMA) -> bool:
-    """Whether the model cannot hold the averages as they are, having weights of another dtype.
-
-    Collective: as ``ema.state_dict()``.
-    """
+def _is_rounded(ema: ShardedEMA, track: Mapping[str, Any]) -> bool:
+    """Whether the model cannot hold the averages as they are, having weights of another dtype."""
     live = {name: it.dtype for name, it in ema.full_shapes().items() if it is not None}
-    track = ema.state_dict()["tracks"]["default"]
     return any(it.dtype != live[name] for kind in ("averages", "buffers") for name, it in track[kind].items())
+
+
+def _exact(ema: ShardedEMA, track: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Full averages as they are, or wider, on the first rank."""
+    dtypes = {it.dtype for it in (*track["averages"].values(), *track["buffers"].values())}
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    gathered = ema.gather(dtype=wide if _is_rounded(ema, track) else None)
+    return {name: it for name, it in gathered if name in track["averages"] or name in track["buffers"]}
 
 
 def _older(model: Mapping[str, Any], parameters: list[str], buffers: list[str]) -> dict[str, Tensor]:

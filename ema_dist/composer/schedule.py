@@ -71,6 +71,12 @@ class Schedule:
             return elapsed is not None and self.start <= elapsed
         return self.start <= state.timestamp.get(self.start.unit)
 
+    def is_under_way(self, state: State) -> bool:
+        """Whether batches have been trained since an average was due."""
+        if self.interval.unit == TimeUnit.EPOCH and state.timestamp.batch_in_epoch > 0:
+            return True
+        return not self.is_due(state)
+
     def is_due(self, state: State) -> bool:
         """Whether an average is taken at this update event."""
         return state.timestamp.get(self.interval.unit).value % self.interval.value == 0

@@ -5,7 +5,8 @@ What `Algorithm.state_dict` returns would be one opaque object there, and every 
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, TypeAlias
 
 from composer.core import State
 from composer.utils import FSDP2Config
@@ -17,6 +18,9 @@ ATTRIBUTE = "ema_dist"
 
 PLACE = ("state", ATTRIBUTE)
 
+Path: TypeAlias = tuple[str | int, ...]
+"""Where a value lies in nested dictionaries."""
+
 
 class Loading:
     """The time in which Composer may read a sharded checkpoint, which need not hold averages.
@@ -26,29 +30,27 @@ class Loading:
     """
 
     def __init__(self, state: State) -> None:
-        self.is_under_way = True
-        self.planner = Planner()
-        self._config: Any = state.fsdp_config
-        self._users = self._config.load_planner
-        if isinstance(self._config, FSDP2Config):
-            self._config.__class__ = _PlannedConfig
-        self._config.load_planner = self.planner
+        self._state = state
+        self._planner = Planner()
+        self._users: Any = state.fsdp_config
+        planned = copy.copy(self._users)
+        if isinstance(planned, FSDP2Config):
+            planned.__class__ = _PlannedConfig
+        planned.load_planner = self._planner
+        state.fsdp_config = planned
 
     def require_own_planner(self) -> None:
         """Raise ValueError where the user has chosen another planner."""
-        if self._users is not None:
+        if self._users.load_planner is not None:
             raise ValueError(
-                f"expected no load_planner in the FSDP configuration, found {self._users!r}: EMA needs its own, as not "
-                "every checkpoint holds averages; leave it out, or load without EMA"
+                f"expected no load_planner in the FSDP configuration, found {self._users.load_planner!r}: EMA needs "
+                "its own, as not every checkpoint holds averages; leave it out, or load without EMA"
             )
 
-    def end(self) -> None:
-        """Leave the configuration as it was."""
-        self.is_under_way = False
-        self._config.load_planner = self._users
-        if isinstance(self._config, _PlannedConfig):
-            del self._config.load_planner
-            self._config.__class__ = FSDP2Config
+    def end(self) -> set[Path]:
+        """Put the user's configuration back; the paths below `ATTRIBUTE` of what was in the checkpoint."""
+        self._state.fsdp_config = self._users
+        return self._planner.found
 
 
 class Planner(DefaultLoadPlanner):
@@ -59,7 +61,7 @@ class Planner(DefaultLoadPlanner):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[tuple[str | int, ...]] = set()
+        self.found: set[Path] = set()
 
     def set_up_planner(
         self,

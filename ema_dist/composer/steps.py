@@ -12,11 +12,16 @@ from ema_dist.attachment import Attachment
 
 
 class StepsTaken:
-    """The real steps of some optimizers since `take` was called last."""
+    """The real steps of some optimizers since `take` was called last.
 
-    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
-        self._handles = [Attachment(optimizer, self._note) for optimizer in optimizers]
-        self._any = False
+    Args:
+        before: whether there were some before this began to count.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer], *, before: bool) -> None:
+        self.optimizers = list(optimizers)
+        self._handles = [Attachment(optimizer, self._note) for optimizer in self.optimizers]
+        self._any = before
         self._left_out: Tensor | None = None
 
     def take(self) -> tuple[bool, Tensor | None]:
