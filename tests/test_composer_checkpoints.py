@@ -381,17 +381,3 @@ def test_only_the_weights_are_loaded_where_only_they_are_asked_for(layout: str, 
     assert_close(own(full_model(again.state)), own(decayed(recorder.after_batch, 2 ** (-1 / 3))))
     fit(again, "1ba")
     assert ema.ema_started
-
-
-@parallel("fsdp2-full")
-def test_one_rank_may_read_a_monolithic_checkpoint_for_all(layout: str, tmp_path: Path) -> None:
-    it, ema, recorder = run(layout, tmp_path)
-    fit(it, "4ba")
-    kind = {"fsdp": {"state_dict_type": "full", "load_monolith_rank0_only": True}}
-    again, resumed_ema, _ = loaded(layout, saved(tmp_path, 4), parallelism_config=kind)
-    live, expected = own(full_model(again.state)), own(recorder.after_batch[-1])
-    # Without EMA, Composer 0.32.1 leaves all weights of the other ranks as they were; frozen ones are not EMA's to set.
-    trained = [name for name in live if "frozen" not in name]
-    assert_same({name: live[name] for name in trained}, {name: expected[name] for name in trained})
-    assert_same(averages(resumed_ema), averages(ema))
-    fit(again)
