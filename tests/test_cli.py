@@ -481,7 +481,8 @@ main()
 @pytest.mark.parametrize("file_format", ["safetensors", "torch"])
 def test_a_full_disk_is_told_and_leaves_nothing(file_format: str, tmp_path: Path) -> None:
     path, _ = foreign(tmp_path / "dcp")
-    command = [sys.executable, "-c", FULL_DISK, "export", path, tmp_path / "out", "--format", file_format]
+    # -B: what Python caches of modules would be cut short too, and would break whoever imports them next.
+    command = [sys.executable, "-B", "-c", FULL_DISK, "export", path, tmp_path / "out", "--format", file_format]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "disk full" in result.stderr

@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import composer.algorithms
 import pytest
+
+pytest.importorskip("composer", reason="needs Composer, which has an environment of its own: tox -e composer")
+
+import composer.algorithms
 import torch
 import torch.distributed as dist
 from composer import Trainer
@@ -381,3 +384,16 @@ def test_only_the_weights_are_loaded_where_only_they_are_asked_for(layout: str, 
     assert_close(own(full_model(again.state)), own(decayed(recorder.after_batch, 2 ** (-1 / 3))))
     fit(again, "1ba")
     assert ema.ema_started
+
+
+@parallel("ddp", "fsdp2")
+def test_averages_may_be_left_out_of_what_is_loaded(layout: str, tmp_path: Path) -> None:
+    it, _, _ = run(layout, tmp_path)
+    fit(it, "4ba")
+    ignored = ["state/algorithms", "state/ema_dist/*"]
+    again, ema, _ = loaded(layout, saved(tmp_path, 4), load_ignore_keys=ignored)
+    assert not ema.ema_started
+    with pytest.warns(UserWarning, match="from a checkpoint without averages"):
+        again.fit()
+    assert ema.ema is not None
+    assert ema.ema.updates == 4

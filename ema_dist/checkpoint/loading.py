@@ -19,7 +19,7 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import complete_steps, locate
 from ema_dist.checkpoint.manifest import Manifest, problems, read_manifest, share
 from ema_dist.checkpoint.metadata import read_metadata
-from ema_dist.checkpoint.ranks import alike, come, on_first, together
+from ema_dist.checkpoint.ranks import alike, by_rank, come, on_first, together
 from ema_dist.checkpoint.reading import read
 from ema_dist.checkpoint.saving import entries_of, wait
 
@@ -84,7 +84,9 @@ def load(
             entry.take(contents)
         except Exception as error:  # noqa: BLE001, PERF203  this rank's weights are read; the other ranks must get to know
             wrong.append(f"{key!r} does not take over what was saved: {error!r}")
-    come(f"the end of checkpoint.load() of {sound.folder}", timeout=timeout, problem="; ".join(wrong))
+    # Not by a meeting: who leaves it first may be the one that has the store, and end.
+    if lost := together([by_rank(problem, group) for problem in wrong], group):
+        raise RuntimeError("; ".join(lost))
     return sound.manifest.step if sound.manifest else None
 
 
