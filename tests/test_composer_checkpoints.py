@@ -408,7 +408,7 @@ def test_averages_may_be_left_out_of_what_is_loaded(layout: str, tmp_path: Path)
 def test_a_checkpoint_at_the_end_of_an_iteration_is_resumed(layout: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_duration": "2ep", "train_dataloader": batches(count=8)}
     it, ema, undisturbed = run(layout, tmp_path, save_interval="1iter", **settings)
-    it.state._iteration_length = "1ep"  # Composer has no public way to it
+    it.state._iteration_length = "1ep"  # noqa: SLF001  Composer has no public way to it
     fit(it)
     again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 4), **settings)
     fit(again)
@@ -431,6 +431,7 @@ def test_each_of_several_savers_writes_the_averages_as_weights(layout: str, tmp_
         assert_close(own(full_model(plain.state)), own(decayed(recorder.after_batch[:batch], ema.smoothing)))
 
 
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint:UserWarning")  # the saver's, at the end of each fit
 @parallel("ddp", "fsdp2")
 def test_a_checkpoint_to_the_save_folder_has_the_live_weights_and_is_resumed(layout: str, tmp_path: Path) -> None:
     it, ema, undisturbed = run(layout, tmp_path)
