@@ -5,7 +5,7 @@ The tensors of one list share a device and a dtype; lists are paired by position
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,17 @@ def lerp_(averages: list[Tensor], values: list[Tensor], weight: float | Tensor, 
         weight = weight.to(averages[0].device)
     for targets, sources in chunks(averages, values, limit=limit // 8):
         _lerp_carefully_(targets, _converted(sources, targets), weight)
+
+
+def follow_(
+    tracks: Sequence[list[Tensor]], values: list[Tensor], weights: Sequence[float | Tensor], *, finite: bool = True
+) -> None:
+    """Move the averages of several tracks towards the same values, as `lerp_` does each.
+
+    Memory: as `lerp_`.
+    """
+    for averages, weight in zip(tracks, weights, strict=True):
+        lerp_(averages, values, weight, finite=finite)
 
 
 def _converted(sources: list[Tensor], targets: list[Tensor]) -> list[Tensor]:
@@ -129,12 +140,17 @@ def _scratch_bytes(tensor: Tensor) -> int:
 
 def paired(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
     """The pairs as lists that one call takes: of one device, and of one dtype on either side."""
-    lists: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
-    for left, right in pairs:
-        lefts, rights = lists.setdefault((left.device, left.dtype, right.dtype), ([], []))
-        lefts.append(left)
-        rights.append(right)
-    return list(lists.values())
+    return [(left, right) for left, right in grouped(pairs)]
+
+
+def grouped(rows: Iterable[Sequence[Tensor]]) -> list[list[list[Tensor]]]:
+    """The columns of a table of tensors as lists that one call takes: of one device, and each of one dtype."""
+    groups: dict[object, list[list[Tensor]]] = {}
+    for row in rows:
+        columns = groups.setdefault((row[0].device, *(it.dtype for it in row)), [[] for _ in row])
+        for column, tensor in zip(columns, row, strict=True):
+            column.append(tensor)
+    return list(groups.values())
 
 
 def chunks(*lists: list[Tensor], limit: int) -> Iterator[tuple[list[Tensor], ...]]:
