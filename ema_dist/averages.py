@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ema_dist.kernels import follow_, grouped, lerp_, paired
+from ema_dist.kernels import bind, grouped, paired
 from ema_dist.shards import Layout
 
 BufferPolicy = Literal["average", "copy"]
@@ -64,6 +64,7 @@ class Tracks(Mapping[str, Averages]):
         parameters: first canonical names of those to average.
         dtype: as for `Averages`.
         buffers: whether floating buffers are averaged or copied.
+        kernel: as for `ema_dist.kernels.bind`.
 
     Memory: as `Averages`, each.
     """
@@ -76,7 +77,9 @@ class Tracks(Mapping[str, Averages]):
         *,
         dtype: torch.dtype | None,
         buffers: BufferPolicy,
+        kernel: str | None,
     ) -> None:
+        self._kernel = kernel
         self._lerped_buffers = {
             name for name, shard in layout.buffers.items() if buffers == "average" and _is_inexact(shard.local.dtype)
         }
@@ -98,8 +101,8 @@ class Tracks(Mapping[str, Averages]):
         """Follow the live weights that ``layout`` shows from now on."""
         live = {name: layout.parameters[name].part.local for name in self._first.parameters}
         infinite = set[str]().union(*(track.infinite for track in self.values()))
-        self._parameter_lists = [
-            (columns[:-1], columns[-1], finite)
+        self._parameters = [
+            bind(columns[:-1], columns[-1], finite=finite, kernel=self._kernel)
             for finite in (True, False)
             for columns in grouped(
                 [*(track.parameters[name] for track in self.values()), live[name]]
@@ -112,15 +115,15 @@ class Tracks(Mapping[str, Averages]):
     def bind_buffers(self, layout: Layout) -> None:
         """Follow the buffers that ``layout`` shows from now on."""
         live = {name: layout.buffers[name].local for name in self._first.buffers}
-        self._buffer_lists = [
-            (columns[:-1], columns[-1], False)
+        self._buffers = [
+            bind(columns[:-1], columns[-1], finite=False, kernel=self._kernel)
             for columns in grouped(
                 [*(track.buffers[name] for track in self.values()), it]
                 for name, it in live.items()
                 if name in self._lerped_buffers
             )
         ]
-        self._copied_lists = paired(
+        self._copied = paired(
             (track.buffers[name], it)
             for track in self.values()
             for name, it in live.items()
@@ -130,10 +133,15 @@ class Tracks(Mapping[str, Averages]):
     def follow(self, weights: Mapping[str, float | Tensor]) -> None:
         """Move the averages towards the live weights: no collective, and nothing waits for the device."""
         in_order = [weights[name] for name in self]
-        for averages, values, finite in [*self._parameter_lists, *self._buffer_lists]:
-            follow_(averages, values, in_order, finite=finite)
-        for copies, values in self._copied_lists:
-            lerp_(copies, values, 1.0)
+        for kernel in [*self._parameters, *self._buffers]:
+            kernel(in_order)
+        for copies, values in self._copied:
+            torch._foreach_copy_(copies, values)
+
+    @property
+    def kernels(self) -> list[str]:
+        """The names of the kernels that move parameters."""
+        return sorted({kernel.name for kernel in self._parameters})
 
     @property
     def _first(self) -> Averages:

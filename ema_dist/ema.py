@@ -42,6 +42,7 @@ class ShardedEMA:
         buffers: ``"average"`` or ``"copy"`` for floating buffers; integer buffers are always copied. Non-persistent
             buffers are left alone.
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
+        kernel: what moves the averages: ``"foreach"``, ``"scratch"`` or ``"triton"``; None for the fastest one here.
         timeout: seconds that ranks wait for each other before a collective call fails, and on leaving `swapped`.
 
     Collective: construction compares the replicas once when averages are split among them; otherwise not.
@@ -61,6 +62,7 @@ class ShardedEMA:
         replicas: Replicas = "shard",
         buffers: BufferPolicy = "average",
         select: Callable[[str, Tensor], bool] | None = None,
+        kernel: str | None = None,
         timeout: float = 60.0,
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
@@ -77,7 +79,12 @@ class ShardedEMA:
             self._live.meet("ShardedEMA(model)")
             self._live.refuse_drift("ShardedEMA(model)")
         self._tracks = Tracks(
-            self._live.layout, self._clock.decays.keys(), self._live.selected, dtype=dtype, buffers=buffers
+            self._live.layout,
+            self._clock.decays.keys(),
+            self._live.selected,
+            dtype=dtype,
+            buffers=buffers,
+            kernel=kernel,
         )
 
     @property
@@ -308,7 +315,7 @@ class ShardedEMA:
         return (
             f"{type(self).__name__}({len(parameters)} parameters, {numel:,} elements on this rank, "
             f"{decays[TRACK] if [*decays] == [TRACK] else decays}, start={self._clock.start}, "
-            f"update_interval={self._clock.interval})"
+            f"update_interval={self._clock.interval}, by {' and '.join(self._tracks.kernels)})"
         )
 
     def _averages(self, track: str | None) -> Averages:
