@@ -20,7 +20,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return original(*args)
 
     monkeypatch.setattr(choose, "_seconds", seconds)
-    monkeypatch.setattr(choose, "MEASURED_ELEMENTS", 2**13)
+    monkeypatch.setattr(choose, "MEASURED_ELEMENTS", 2**12)
     choose._fastest.cache_clear()  # noqa: SLF001
     return calls
 

@@ -12,7 +12,7 @@ from ema_dist.kernels import bind, choose, follow_, one_launch, scratch
 from kernel_lists import assert_close, followed, tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-KERNELS_HERE = [None, "foreach", "scratch"]
+KERNELS_HERE = [None, "foreach", "scratch", "compiled"]
 if os.environ.get("TRITON_INTERPRET") == "1":
     KERNELS_HERE = ["triton"]  # tests/test_kernels_triton.py asks for it, in a process of its own
 WEIGHTS = [0.125, 0.75, 1.0, 0.0]
@@ -23,7 +23,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small tensors are cut, too."""
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
     monkeypatch.setattr(one_launch, "BLOCK", 64)
-    monkeypatch.setattr(choose, "MEASURED_ELEMENTS", 2**13)
+    monkeypatch.setattr(choose, "MEASURED_ELEMENTS", 2**12)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels.chunked import InChunks
+from ema_dist.kernels.compiled import Compiled
 from ema_dist.kernels.follow import Follow, InOneCall, UnfitError
 from ema_dist.kernels.one_launch import InOneLaunch
 
-KERNELS = {"foreach": InOneCall, "scratch": InChunks, "triton": InOneLaunch}
+KERNELS = {"foreach": InOneCall, "scratch": InChunks, "compiled": Compiled, "triton": InOneLaunch}
 """By the names that users give and summaries show."""
 
 MEASURED_ELEMENTS = 2**22

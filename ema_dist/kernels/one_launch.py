@@ -8,10 +8,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.chunked import InChunks
-from ema_dist.kernels.follow import Follow, UnfitError
-from ema_dist.kernels.lists import flattened
+from ema_dist.kernels.follow import UnfitError
 from ema_dist.kernels.move import Weight
+from ema_dist.kernels.tables import Row, flat_rows, tables
 
 BLOCK = 4096
 """Elements that one program moves."""
@@ -42,8 +41,7 @@ class InOneLaunch:
 
     def __init__(self, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool = True) -> None:
         code = _code_for(tracks, values)
-        rows = [(row, flattened(row)) for row in zip(values, *tracks, strict=True) if row[0].numel()]
-        flat = [views for _, views in rows if views]
+        flat, self._others = flat_rows(tracks, values, finite=finite)
         aligned = [row for row in flat if _is_aligned(row)]
         unaligned = [row for row in flat if not _is_aligned(row)]
         self._weights = torch.zeros(len(tracks), dtype=torch.float64, device=values[0].device)
@@ -54,8 +52,6 @@ class InOneLaunch:
             for rows in (aligned, unaligned)
             if rows
         ]
-        others = [row for row, views in rows if not views]
-        self._others = [_in_chunks(others, finite=finite)] if others else []
         self._launch()  # compiles it; weights of zero leave everything as it is
 
     @torch.no_grad()
@@ -83,31 +79,22 @@ class _Launch:
     def __init__(
         self,
         code: ModuleType,
-        rows: Sequence[tuple[Tensor, ...]],
+        rows: Sequence[Row],
         weights: Tensor,
         *,
         finite: bool,
         aligned: bool,
     ) -> None:
         self._rows = rows  # whose addresses are only good as long as they are
-        values, *tracks = zip(*rows, strict=True)
-        device = values[0].device
-        sizes = torch.tensor([value.numel() for value in values])
-        counts = (sizes + BLOCK - 1) // BLOCK
-        tensors = torch.arange(len(rows)).repeat_interleave(counts)
-        starts = (torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]) * BLOCK
-        addresses = [[tensor.data_ptr() for tensor in column] for column in (values, *tracks)]
-        tables = (torch.tensor(addresses[0]), torch.tensor(addresses[1:]), sizes, tensors.int(), starts)
-        wide = torch.float64 if tracks[0][0].dtype == torch.float64 else torch.float32
-        types = [
-            getattr(code.tl, str(dtype).removeprefix("torch.")) for dtype in (values[0].dtype, tracks[0][0].dtype, wide)
-        ]
-        self._arguments = (*(table.to(device) for table in tables), weights, len(rows))
-        self._settings = (*types, len(tracks), finite, aligned, BLOCK)
-        self._kernel = code.follow[(len(tensors),)]
+        live, stored = rows[0][0].dtype, rows[0][1].dtype
+        wide = torch.float64 if stored == torch.float64 else torch.float32
+        types = [getattr(code.tl, str(dtype).removeprefix("torch.")) for dtype in (live, stored, wide)]
+        found = tables(rows, block=BLOCK)
+        self._arguments = (*found, weights, len(rows), *types, len(rows[0]) - 1, finite, aligned, BLOCK)
+        self._kernel = code.follow[(len(found.block_tensors),)]
 
     def __call__(self) -> None:
-        self._kernel(*self._arguments, *self._settings)
+        self._kernel(*self._arguments)
 
 
 def _code_for(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> ModuleType:
@@ -124,10 +111,5 @@ def _code_for(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> ModuleTyp
     return triton_code
 
 
-def _is_aligned(row: Sequence[Tensor]) -> bool:
+def _is_aligned(row: Row) -> bool:
     return all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in row)
-
-
-def _in_chunks(rows: Sequence[tuple[Tensor, ...]], *, finite: bool) -> Follow:
-    values, *tracks = ([*column] for column in zip(*rows, strict=True))
-    return InChunks(tracks, values, finite=finite)
