@@ -37,7 +37,6 @@ def test_lerp_equals_the_float64_reference(
 ) -> None:
     """Every pair of dtypes, a weight of the host or of the device, the careful way or not; in small chunks."""
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 64)
-    monkeypatch.setattr(scratch, "CPU_CHUNK_BYTES", 64)
     averages, values = tensors(average), tensors(live)
     wide = torch.complex128 if average.is_complex else torch.float64
     expected = [a.to(wide) * (1 - weight) + v.to(wide) * weight for a, v in zip(averages, values, strict=True)]

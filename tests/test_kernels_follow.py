@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from itertools import product
 
 import pytest
 import torch
 
-from ema_dist.kernels import follow_, scratch
+from ema_dist.kernels import bind, choose, follow_, one_launch, scratch
 from kernel_lists import assert_close, followed, tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+KERNELS_HERE = [None, "foreach", "scratch", "compiled"]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    KERNELS_HERE = ["triton"]  # tests/test_kernels_triton.py asks for it, in a process of its own
 WEIGHTS = [0.125, 0.75, 1.0, 0.0]
 
 
@@ -18,14 +22,19 @@ WEIGHTS = [0.125, 0.75, 1.0, 0.0]
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small tensors are cut, too."""
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
-    monkeypatch.setattr(scratch, "CPU_CHUNK_BYTES", 256)
+    monkeypatch.setattr(one_launch, "BLOCK", 64)
+    monkeypatch.setattr(choose, "MEASURED_ELEMENTS", 2**12)
 
 
-@pytest.mark.parametrize(("average", "live"), [*product(DTYPES, repeat=2)])
+@pytest.mark.parametrize(
+    ("kernel", "average", "live"),
+    [case for case in product(KERNELS_HERE, DTYPES, DTYPES) if case[0] != "foreach" or case[1] == case[2]],
+)
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("finite", [False, True])
 def test_each_track_equals_the_float64_reference(
+    kernel: str | None,
     average: torch.dtype,
     live: torch.dtype,
     count: int,
@@ -34,16 +43,42 @@ def test_each_track_equals_the_float64_reference(
 ) -> None:
     """Every pair of dtypes, weights of the host and of the device, 0 and 1 among them, the careful way or not."""
     tracks, values = [tensors(average) for _ in range(count)], tensors(live)
-    weights = WEIGHTS[:count]
-    expected = [
-        [followed(a, v, weight) for a, v in zip(track, values, strict=True)]
-        for track, weight in zip(tracks, weights, strict=True)
-    ]
     before = [value.clone() for value in values]
-    follow_(tracks, values, [torch.tensor(weight) if on_device else weight for weight in weights], finite=finite)
-    for track, reference in zip(tracks, expected, strict=True):
-        assert_close(track, reference)
+    follow = bind(tracks, values, finite=finite, kernel=kernel)
+    assert kernel in (None, follow.name)
+    for weights in (WEIGHTS[:count], WEIGHTS[-count:]):
+        expected = [
+            [followed(a, v, weight) for a, v in zip(track, values, strict=True)]
+            for track, weight in zip(tracks, weights, strict=True)
+        ]
+        follow([torch.tensor(weight) if on_device else weight for weight in weights])
+        for track, reference in zip(tracks, expected, strict=True):
+            assert_close(track, reference)
     assert all(map(torch.equal, values, before))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, which interprets Triton
+@pytest.mark.parametrize("kernel", KERNELS_HERE)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_weights_of_zero_and_one_are_exact(kernel: str | None, on_device: bool) -> None:  # noqa: FBT001
+    """Infinities and NaN are left alone by the one, and followed by the other."""
+    averages, values = [torch.full((6,), 2.0)] * 2, [torch.tensor([1.0, -0.0, 1e-45, torch.inf, -torch.inf, torch.nan])]
+    tracks = [[averages[0].clone()], [averages[1].clone()]]
+    follow = bind(tracks, values, finite=False, kernel=kernel)
+    follow([torch.tensor(weight) if on_device else weight for weight in (0.0, 1.0)])
+    assert torch.equal(tracks[0][0], averages[0])
+    assert torch.equal(tracks[1][0].view(torch.int32), values[0].view(torch.int32))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, which interprets Triton
+@pytest.mark.parametrize("kernel", KERNELS_HERE)
+@pytest.mark.parametrize("weight", [0.25, 0.75])
+def test_what_is_not_finite_follows_the_value(kernel: str | None, weight: float) -> None:
+    """Equal infinities stay, and ranges that begin at infinity come back from there."""
+    inf, nan = torch.inf, torch.nan
+    average, value = torch.tensor([inf, -inf, inf, 0.0, nan, 1.0]), torch.tensor([inf, -inf, 1.0, inf, 2.0, nan])
+    bind([[average]], [value], finite=False, kernel=kernel)([weight])
+    torch.testing.assert_close(average, value, rtol=0, atol=0, equal_nan=True)
 
 
 def test_tracks_may_differ_in_dtype() -> None:

@@ -17,10 +17,10 @@ WEIGHT = 1e-4  # decay 0.9999
 LIVE = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-@pytest.fixture(params=[256, 512 * 2**10], ids=["small chunks", "one chunk"])
-def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[256, 2 * 2**20], ids=["small chunks", "one chunk"])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How the tensors are cut must not matter."""
-    monkeypatch.setattr(scratch, "CPU_CHUNK_BYTES", request.param)
+    monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", request.param)
 
 
 def bits_of(tensor: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def test_the_upper_half_is_the_nearest_bfloat16() -> None:
     )
 
 
-@pytest.mark.usefixtures("chunk_bytes")
+@pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("live", LIVE)
 @pytest.mark.parametrize("finite", [False, True])
 def test_compensated_tracks_are_float32_tracks_to_the_bit(live: torch.dtype, finite: bool) -> None:  # noqa: FBT001
@@ -103,7 +103,7 @@ def noise(seed: int, update: int, place: Place, count: int) -> list[int]:
     return [mixed(base + place.first + index) & 0xFFFF for index in range(count)]
 
 
-@pytest.mark.usefixtures("chunk_bytes")
+@pytest.mark.usefixtures("cut")
 def test_rounding_by_chance_is_what_its_bits_say() -> None:
     """An element goes up where its noise and what it has beyond bfloat16 carry, in every chunk and shape."""
     values = [torch.randn(shape) for shape in SHAPES]
@@ -117,7 +117,7 @@ def test_rounding_by_chance_is_what_its_bits_say() -> None:
         assert bits_of(average.flatten()).tolist() == expected
 
 
-@pytest.mark.usefixtures("chunk_bytes")
+@pytest.mark.usefixtures("cut")
 def test_a_shard_is_rounded_as_its_rows_of_the_whole() -> None:
     """Averages go on the same however many ranks a run is resumed on."""
     whole, value = torch.zeros(12, 5).bfloat16(), torch.randn(12, 5)

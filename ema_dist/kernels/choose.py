@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels.chunked import InChunks
-from ema_dist.kernels.follow import Follow, InOneCall
+from ema_dist.kernels.compiled import Compiled
+from ema_dist.kernels.follow import Follow, InOneCall, UnfitError
+from ema_dist.kernels.one_launch import InOneLaunch
 
-KERNELS = {"foreach": InOneCall, "scratch": InChunks}
+KERNELS = {"foreach": InOneCall, "scratch": InChunks, "compiled": Compiled, "triton": InOneLaunch}
 """By the names that users give and summaries show."""
 
 MEASURED_ELEMENTS = 2**22
@@ -37,8 +41,9 @@ def bind(
         tracks: the averages of each track, in the order of ``values``; all tensors of one track have one dtype.
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
-        kernel: one of `KERNELS`, where it can do with the dtypes and the device; None for the fastest one, which is
-            measured once in this process for each device, dtypes, number of tracks, and small or large tensors.
+        kernel: one of `KERNELS`; None for the fastest one, which is measured once in this process for each device,
+            dtypes, number of tracks, and small or large tensors. Where it cannot do, another one does, whose name is
+            in ``name``.
 
     Raises: ValueError when there is no such kernel.
     """
@@ -46,9 +51,18 @@ def bind(
         raise ValueError(f"expected a kernel among {', '.join(KERNELS)}, or None for the fastest; found {kernel!r}")
     if not tracks or not values:
         return InOneCall(tracks, values)
-    possible = _possible(tracks, values)
-    name = kernel if kernel in possible else _fastest(_Kind.of(tracks, values, finite=finite), possible)
-    return KERNELS[name](tracks, values, finite=finite)
+    always = _always_possible(tracks, values)
+    if kernel is None:
+        if values[0].is_cuda:
+            always = (*always, "triton")
+        kernel = _fastest(_Kind.of(tracks, values, finite=finite), always)
+    elif kernel not in always:
+        try:
+            return KERNELS[kernel](tracks, values, finite=finite)
+        except UnfitError as reason:
+            warnings.warn(f"kernel={kernel!r} cannot move these averages, {always[-1]!r} does: {reason}", stacklevel=2)
+            kernel = always[-1]
+    return KERNELS[kernel](tracks, values, finite=finite)
 
 
 @dataclass(frozen=True)
@@ -72,8 +86,8 @@ class _Kind:
         return [torch.zeros(each, dtype=dtype, device=self.device) for _ in range(MEASURED_ELEMENTS // each)]
 
 
-def _possible(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> tuple[str, ...]:
-    """Kernels that can do it and are worth being measured."""
+def _always_possible(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> tuple[str, ...]:
+    """Kernels that need nothing but torch, as far as they may differ in speed."""
     if any(track[0].dtype != values[0].dtype for track in tracks):
         return ("scratch",)
     return ("foreach", "scratch") if len(tracks) > 1 else ("foreach",)
@@ -85,14 +99,17 @@ def _fastest(kind: _Kind, names: tuple[str, ...]) -> str:
         return names[0]
     values = kind.tensors(kind.live)
     tracks = [kind.tensors(dtype) for dtype in kind.averages]
-    bound = {name: KERNELS[name](tracks, values, finite=kind.finite) for name in names}
+    bound: dict[str, Follow] = {}
+    for name in names:
+        with suppress(UnfitError):
+            bound[name] = KERNELS[name](tracks, values, finite=kind.finite)
     times: dict[str, list[float]] = {name: [] for name in names}
     for follow in bound.values():
         _seconds(follow, len(tracks), kind.device)  # what only a first call does
     for _ in range(ROUNDS):
         for name, follow in bound.items():
             times[name].append(_seconds(follow, len(tracks), kind.device))
-    return min(names, key=lambda name: sorted(times[name])[ROUNDS // 2])
+    return min(bound, key=lambda name: sorted(times[name])[ROUNDS // 2])
 
 
 def _seconds(follow: Follow, tracks: int, device: torch.device) -> float:

@@ -23,7 +23,7 @@ class InChunks:
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
 
-    Memory: for each dtype among the tracks that is not the live one, a scratch of one chunk.
+    Memory: a scratch for each dtype among the tracks that is not the live one, kept as long as this.
     """
 
     name = "scratch"

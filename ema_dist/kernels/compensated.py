@@ -40,7 +40,7 @@ class Compensated:
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
 
-    Memory: three chunks of float32.
+    Memory: one scratch, kept as long as this.
     """
 
     name = "compensated"

@@ -25,15 +25,22 @@ class Follow(Protocol):
         ...
 
 
+class UnfitError(Exception):
+    """What a kernel asks for is not there; the message says what."""
+
+
 class InOneCall:
-    """Moves each track by one call of torch; averages and live values have one dtype.
+    """Moves each track by one call of torch.
 
     Memory: nothing for numbers as weights and finite tensors, else a bounded scratch.
+    Raises: UnfitError when averages and live values differ in dtype.
     """
 
     name = "foreach"
 
     def __init__(self, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool = True) -> None:
+        if found := {track[0].dtype for track in tracks if track} - {value.dtype for value in values[:1]}:
+            raise UnfitError(f"torch lerps equal dtypes only; found averages of {found} that follow {values[0].dtype}")
         self._tracks = tracks
         self._values = values
         self._finite = finite
@@ -46,6 +53,7 @@ class InOneCall:
                 move_(averages, self._values, weight, finite=self._finite)
 
 
+@torch.no_grad()
 def follow_(
     tracks: Sequence[list[Tensor]], values: list[Tensor], weights: Sequence[Weight], *, finite: bool = True
 ) -> None:
@@ -65,8 +73,14 @@ def follow_(
     if not moving or not values:
         return
     tracks, weights = zip(*moving, strict=True)
-    kind = InOneCall if _takes_one_call(tracks, values, weights) else InChunks
-    kind(tracks, values, finite=finite)(weights)
+    if all(_copies(weight) for weight in weights):
+        for track in tracks:
+            torch._foreach_copy_(track, values)
+        return
+    # Elsewhere than on the CPU a chunk does not stay in a cache long enough to be worth the launches.
+    is_read_once = len(tracks) == 1 or values[0].device.type != "cpu"
+    is_whole = is_read_once and all(track[0].dtype == values[0].dtype for track in tracks)
+    (InOneCall if is_whole else InChunks)(tracks, values, finite=finite)(weights)
 
 
 def lerp_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool = True) -> None:
@@ -77,7 +91,7 @@ def lerp_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finit
         finite: False where infinities may occur (attention masks, observers): such elements follow the value, as the
             difference of two infinities is NaN and would stay.
 
-    Memory: nothing for finite tensors of equal dtypes and a weight known here; else one scratch of
+    Memory: nothing for finite tensors of equal dtypes and a weight known here; else at most twice
     `CPU_SCRATCH_BYTES` or `DEVICE_SCRATCH_BYTES`, whatever the tensors' sizes.
     """
     follow_([averages], values, [weight], finite=finite)
@@ -87,10 +101,5 @@ def _moves(weight: Weight) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
-def _takes_one_call(tracks: Sequence[list[Tensor]], values: list[Tensor], weights: Sequence[Weight]) -> bool:
-    """Whether nothing is won by chunks: a plain copy converts by itself, and one track reads each value once anyway."""
-    if all(not isinstance(weight, Tensor) and weight == 1 for weight in weights):
-        return True
-    # Elsewhere than on the CPU a chunk does not stay in a cache long enough to be worth the launches.
-    is_once = len(tracks) == 1 or values[0].device.type != "cpu"
-    return is_once and all(track[0].dtype == values[0].dtype for track in tracks)
+def _copies(weight: Weight) -> bool:
+    return not isinstance(weight, Tensor) and weight == 1

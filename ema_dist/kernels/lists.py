@@ -45,12 +45,12 @@ def chunks(*lists: list[Tensor], limit: int) -> Iterator[tuple[list[Tensor], ...
 def flat_chunks(*lists: list[Tensor], elements: int) -> Iterator[tuple[list[Tensor], ...]]:
     """As `chunks`, of so many elements at most; what is dense and laid out alike in all lists comes flat."""
     if lists[0]:
-        rows = [_flattened(row) or row for row in zip(*lists, strict=True)]
+        rows = [flattened(row) or row for row in zip(*lists, strict=True)]
         columns = [list(column) for column in zip(*rows, strict=True)]
         yield from chunks(*columns, limit=elements * lists[0][0].element_size())
 
 
-def _flattened(row: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+def flattened(row: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """Views of the tensors as one dimension in memory order; None unless all are dense and laid out alike."""
     first = row[0]
     if not all(tensor.is_contiguous() for tensor in row):

@@ -8,9 +8,6 @@ from torch import Tensor
 CPU_SCRATCH_BYTES = 2 * 2**20
 """Largest temporary on the CPU: it stays in the cache."""
 
-CPU_CHUNK_BYTES = 512 * 2**10
-"""What an update on the CPU takes at a time: small enough that what one operation reads is there for the next one."""
-
 DEVICE_SCRATCH_BYTES = 64 * 2**20
 """Largest temporary elsewhere: few launches for large models."""
 
@@ -36,6 +33,5 @@ def scratch_bytes(tensor: Tensor) -> int:
 
 
 def chunk_elements(tensors: list[Tensor], *, itemsize: int) -> int:
-    """How many elements an update takes at a time: all of ``tensors``, or what fits into a chunk at ``itemsize``."""
-    limit = CPU_CHUNK_BYTES if tensors[0].device.type == "cpu" else DEVICE_SCRATCH_BYTES
-    return max(1, min(limit // itemsize, sum(tensor.numel() for tensor in tensors)))
+    """How many elements an update takes at a time: all of ``tensors``, or what fits into a scratch at ``itemsize``."""
+    return max(1, min(scratch_bytes(tensors[0]) // itemsize, sum(tensor.numel() for tensor in tensors)))

@@ -38,7 +38,7 @@ class Stochastic:
         seed: not negative.
         finite: False where infinities may occur; see `lerp_`.
 
-    Memory: four chunks of float32.
+    Memory: one scratch, kept as long as this, and an int32 for each of its elements.
     Raises: ValueError when an average is not bfloat16, as others are rounded to nearest without harm.
     """
 
