@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels import lerp_, paired
-from ema_dist.shards import Layout
+from ema_dist.shards import Layout, Shard
 
 BufferPolicy = Literal["average", "copy"]
 """What becomes of floating buffers; all others are copied under either."""
@@ -30,13 +30,13 @@ class Averages:
     def __init__(
         self, layout: Layout, names: Collection[str], *, dtype: torch.dtype | None, buffers: BufferPolicy
     ) -> None:
-        parts = {name: layout.parameters[name].part.local for name in names}
+        parts = {name: layout.parameters[name].part for name in names}
         self._lerped_buffers = {
             name for name, shard in layout.buffers.items() if buffers == "average" and _is_inexact(shard.local.dtype)
         }
-        self.parameters = {name: _copy(part, _average_dtype(part.dtype, dtype)) for name, part in parts.items()}
+        self.parameters = {name: _copy(part, _average_dtype(part.local.dtype, dtype)) for name, part in parts.items()}
         self.buffers = {
-            name: _copy(shard.local, _average_dtype(shard.local.dtype, dtype) if name in self._lerped_buffers else None)
+            name: _copy(shard, _average_dtype(shard.local.dtype, dtype) if name in self._lerped_buffers else None)
             for name, shard in layout.buffers.items()
         }
         self.note_infinities()
@@ -99,5 +99,5 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.detach().to(dtype=dtype or tensor.dtype, copy=True)
+def _copy(shard: Shard, dtype: torch.dtype | None) -> Tensor:
+    return shard.empty(dtype).copy_(shard.local)

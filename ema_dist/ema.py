@@ -21,6 +21,7 @@ from ema_dist.exchange import Exchange, exchanges_in
 from ema_dist.gather import collect, copy_into, full_shapes, gather, scatter, unite
 from ema_dist.meeting import meet, require_world
 from ema_dist.replicas import drift
+from ema_dist.serving import Serving, servings_in
 from ema_dist.shards import Layout, Replicas
 from ema_dist.state import read_state, write_state
 
@@ -101,6 +102,7 @@ class ShardedEMA:
             meet("ShardedEMA(model)", self._ranks, timeout=timeout)
             self._refuse_drift("ShardedEMA(model)")
         self._averages = Averages(self._layout, selected, dtype=dtype, buffers=buffers)
+        self._serving = Serving(self._layout, self._averages)
 
     @property
     def model(self) -> nn.Module:
@@ -176,8 +178,8 @@ class ShardedEMA:
                 "the averages are in the model already: leave swapped() before entering it again, "
                 "or call restore() on every rank if they could not leave it together"
             )
-        if exchanges_in(self.model):
-            raise RuntimeError("another ShardedEMA has its averages in this model: leave its swapped() first")
+        self._refuse_inside_swap("swapped()")
+        self._refuse_if_taken()
         self._prepare("swapped()", together=self._is_split)
         if self._is_split:
             self._refuse_drift("swapped()")
@@ -186,6 +188,31 @@ class ShardedEMA:
             yield self._layout.model
         finally:
             self.restore()
+
+    @contextmanager
+    def serving(self) -> Iterator[nn.Module]:
+        """Forward passes in the ``with`` block read the averages, without gradients; the live weights stay in place.
+
+        It may stand between a forward pass and its backward, for a teacher: the gradients are the same, to the bit.
+        ``state_dict()`` of the model holds the live weights inside. Buffers are copies: what is written to them is
+        dropped. Where the model does not allow it (FSDP1, CUDA graphs), `swapped` does instead, with a warning.
+
+        Collective: entering, where averages are split among replicas; leaving, only with `swapped`.
+        Memory: the buffers. Where `serves_by` says so a copy of this rank's live shards, whole on each replica.
+        Raises: RuntimeError inside `swapped` or `serving`, when ranks do not come within ``timeout``, and on leaving,
+            when parameters were written to. ValueError as `swapped`.
+        """
+        self._refuse_inside_swap("serving()")
+        self._refuse_if_taken()
+        self._prepare("serving()", together=self._is_split, quick=True)
+        with self._current_serving().on(self.swapped) as model:
+            yield model
+
+    @property
+    def serves_by(self) -> str:
+        """What forward passes read inside `serving`: "the averages themselves", "a cast copy" where dtypes differ,
+        "a gathered copy" where replicas share averages, or "swapped(), since" there is no other way."""
+        return self._current_serving().by
 
     def restore(self) -> None:
         """Leave `swapped`: for ranks that could not leave it together, or to end it early; else nothing happens.
@@ -313,7 +340,8 @@ class ShardedEMA:
         numel = sum(average.numel() for average in self._averages.parameters.values())
         return (
             f"{type(self).__name__}({len(self._averages.parameters)} parameters, {numel:,} elements on this rank, "
-            f"{self._clock.decay}, start={self._clock.start}, update_interval={self._clock.interval})"
+            f"{self._clock.decay}, start={self._clock.start}, update_interval={self._clock.interval}, "
+            f"serves by {self.serves_by})"
         )
 
     @property
@@ -356,12 +384,29 @@ class ShardedEMA:
     def _refuse_inside_swap(self, call: str) -> None:
         if self._exchange is not None:
             raise RuntimeError(f"{call} inside swapped(): the model holds the averages there; call it after the block")
+        if self._serving.is_on:
+            raise RuntimeError(f"{call} inside serving(): the model reads the averages there; call it after the block")
 
-    def _prepare(self, call: str, *, together: bool) -> None:
-        """Look at the model as it is now; if ``together``, meet the other ranks, and go on only if all can."""
+    def _refuse_if_taken(self) -> None:
+        if exchanges_in(self.model):
+            raise RuntimeError("another ShardedEMA has its averages in this model: leave its swapped() first")
+        if servings_in(self.model):
+            raise RuntimeError("another ShardedEMA serves this model: leave its serving() first")
+
+    def _current_serving(self) -> Serving:
+        if self._serving.layout is not self._layout and not self._serving.is_on:
+            self._serving = Serving(self._layout, self._averages)
+        return self._serving
+
+    def _prepare(self, call: str, *, together: bool, quick: bool = False) -> None:
+        """Look at the model as it is now; if ``together``, meet the other ranks, and go on only if all can.
+
+        Args:
+            quick: read the model again only if something in it has moved.
+        """
         if together:
             require_world(call, self._ranks)
-        problem = self._follow()
+        problem = self._follow(quick=quick)
         if together:
             try:
                 meet(call, self._ranks, timeout=self._timeout, problem=str(problem or ""))
@@ -371,17 +416,18 @@ class ShardedEMA:
         if problem is not None:
             raise problem
 
-    def _follow(self) -> ValueError | None:
+    def _follow(self, *, quick: bool = False) -> ValueError | None:
         """Follow the live weights to where they are now; what is wrong with them, if anything."""
         try:
-            layout = Layout(self._layout.model, self._replicas)
-            if changes := self._layout.changes_to(layout):
-                return ValueError(
-                    f"the model is not the one that ShardedEMA(model) was given (then, now): {changes}; "
-                    "construct it again after changing or wrapping a model"
-                )
-            self._layout = layout
-            self._averages.bind(layout)
+            if not (quick and self._layout.is_current()):
+                layout = Layout(self._layout.model, self._replicas)
+                if changes := self._layout.changes_to(layout):
+                    return ValueError(
+                        f"the model is not the one that ShardedEMA(model) was given (then, now): {changes}; "
+                        "construct it again after changing or wrapping a model"
+                    )
+                self._layout = layout
+                self._averages.bind(layout)
             if late := [name for name in self._left_out if self._selects(name)]:
                 return ValueError(
                     f"parameters {late} became trainable after ShardedEMA(model) and have no average; "
