@@ -210,8 +210,11 @@ class ShardedEMA:
 
     @property
     def serves_by(self) -> str:
-        """What forward passes read inside `serving`: "the averages themselves", "a cast copy" where dtypes differ,
-        "a gathered copy" where replicas share averages, or "swapped(), since" there is no other way."""
+        """What forward passes read inside `serving`, at the costliest.
+
+        Either "the averages themselves", "a cast copy" where dtypes differ, "a gathered copy" where replicas share
+        averages, or "swapped(), since" there is no other way.
+        """
         return self._current_serving().by
 
     def restore(self) -> None:

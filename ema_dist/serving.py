@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ema_dist.averages import Averages
 from ema_dist.kernels import lerp_, paired
 from ema_dist.replicas import fill_from_parts
-from ema_dist.shards import Layout, Shard, Stage, is_graphed, obstacle
+from ema_dist.shards import Layout, Shard, Stage, obstacle, replays_graphs
 
 THEMSELVES = "the averages themselves"
 CAST = "a cast copy"
@@ -39,6 +39,7 @@ class Serving:
         self.is_on = False
         self._averages = averages
         self._obstacle = obstacle(layout)
+        self._modules = list(layout.model.modules())
         pairs = {name: (layout.parameters[name], average) for name, average in averages.parameters.items()}
         self._copied = {name: shard for name, (shard, average) in pairs.items() if not _fits(average, shard)}
         self._lasting: _Scene | None = None
@@ -82,8 +83,8 @@ class Serving:
         if changed:
             self._lasting = None
             raise RuntimeError(
-                f"parameters were written to, cast, moved or replaced inside serving(): {changed}. The live weights are "
-                "as they were, but what was written may be in the averages now; load them from a checkpoint"
+                f"parameters were written to, cast, moved or replaced inside serving(): {changed}. The live weights "
+                "are as they were, but what was written may be in the averages now; load them from a checkpoint"
             )
 
     def concerns(self, model: nn.Module) -> bool:
@@ -93,7 +94,7 @@ class Serving:
     def _reason_to_swap(self) -> str:
         if self._obstacle:
             return self._obstacle
-        return "a module replays a CUDA graph, which reads fixed addresses" if is_graphed(self.layout.model) else ""
+        return "a module replays a CUDA graph, which reads fixed addresses" if replays_graphs(self._modules) else ""
 
     def _set(self) -> _Scene:
         """What the forward pass is to find, with the averages as they are now."""

@@ -4,7 +4,7 @@ from ema_dist.shards.compat import all_gather, world_store
 from ema_dist.shards.find import Replicas, local_tensor
 from ema_dist.shards.layout import Layout
 from ema_dist.shards.shard import Shard, flat
-from ema_dist.shards.stage import Stage, is_graphed, obstacle
+from ema_dist.shards.stage import Stage, obstacle, replays_graphs
 from ema_dist.shards.staging import cpu_copy, is_cut
 
 __all__ = [
@@ -16,8 +16,8 @@ __all__ = [
     "cpu_copy",
     "flat",
     "is_cut",
-    "is_graphed",
     "local_tensor",
     "obstacle",
+    "replays_graphs",
     "world_store",
 ]

@@ -23,6 +23,7 @@ from ema_dist.shards.whole import WholeShard
 Replicas: TypeAlias = Literal["shard", "copy"] | ProcessGroup
 """What is kept of weights that replicas hold alike; a process group says over which ranks an unwrapped model is one."""
 
+
 @dataclass(frozen=True)
 class Found:
     """One tensor of the model: tied names lead to the same one."""

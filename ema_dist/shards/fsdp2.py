@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # There is no public way to let FSDP2 gather another tensor. These are the private attributes that it takes; where a
 # version of torch lacks one, `Units.missing` names it, and averages are served by a swap instead.
@@ -29,14 +37,15 @@ class Units:
     def __init__(self, model: nn.Module) -> None:
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         states = [module._get_fsdp_state() for module in self._modules if hasattr(module, "_get_fsdp_state")]
-        self.states: list[Any] = list({id(state): state for state in states}.values())
-        self.groups: list[Any] = [group for state in self.states for group in _groups(state)]
-        parameters: list[Any] = [it for group in self.groups for it in getattr(group, "fsdp_params", ())]
+        self.states: list[FSDPState] = list({id(state): state for state in states}.values())
+        self.groups: list[FSDPParamGroup] = [group for state in self.states for group in _groups(state)]
+        parameters: list[FSDPParam] = [it for group in self.groups for it in getattr(group, "fsdp_params", ())]
         self.missing = _missing(self.states, self.groups, parameters)
         """Private attributes that this version of torch lacks."""
         if self._modules and not self.states:
             self.missing = ["_get_fsdp_state"]
-        self.parameters: dict[int, Any] = {} if self.missing else {id(it.sharded_param): it for it in parameters}
+        self._is_settled = False
+        self.parameters: dict[int, FSDPParam] = {} if self.missing else {id(it.sharded_param): it for it in parameters}
         """FSDP2's own records, by the ids of the parameters that the modules show."""
 
     def reshard(self) -> None:
@@ -61,8 +70,10 @@ class Units:
 
     def settle(self) -> None:
         """Let FSDP2 do now what it would put off until its first forward pass: it may move uneven shards for that."""
-        for group in () if self.missing else self.groups:
-            group.lazy_init()
+        if not (self.missing or self._is_settled):
+            for group in self.groups:
+                group.lazy_init()
+            self._is_settled = True
 
     def room(self, parameter: Tensor) -> int | None:
         """Elements of the buffer that FSDP2 gathers for ``parameter``, padding included; None where it does not."""
@@ -105,8 +116,8 @@ class Diversion:
         for context in contexts:
             context.post_optim_event = None  # else gathering waits for the optimizer only, not for the averages
         for state in units.states:
-            state._root_pre_forward = partial(_refuse_graphs, state._root_pre_forward)
-            state._register_root_post_backward_final_callback = _refuse_backward
+            vars(state)["_root_pre_forward"] = partial(_refuse_graphs, state._root_pre_forward)
+            vars(state)["_register_root_post_backward_final_callback"] = _refuse_backward
         self._live = [record._sharded_param_data for record, _ in self._records]
         for record, data in self._records:
             record._sharded_param_data = data
@@ -130,7 +141,7 @@ class Diversion:
         return moved
 
 
-def _groups(state: Any) -> list[Any]:
+def _groups(state: FSDPState) -> list[FSDPParamGroup]:
     several = getattr(state, "_fsdp_param_groups", None)
     if several is None:  # a state has one group in older versions of torch
         one = getattr(state, "_fsdp_param_group", None)
@@ -138,13 +149,13 @@ def _groups(state: Any) -> list[Any]:
     return list(several)
 
 
-def _order(state: Any) -> list[Any] | None:
+def _order(state: FSDPState) -> list[FSDPParamGroup] | None:
     """The groups in the order of their forward passes; there is no such list before the first pass."""
     return getattr(state._comm_ctx, "post_forward_order", None)
 
 
-def _missing(states: list[Any], groups: list[Any], parameters: list[Any]) -> list[str]:
-    asked = [(state, STATE_ATTRIBUTES) for state in states]
+def _missing(states: list[FSDPState], groups: list[FSDPParamGroup], parameters: list[FSDPParam]) -> list[str]:
+    asked: list[tuple[object, tuple[str, ...]]] = [(state, STATE_ATTRIBUTES) for state in states]
     asked += [(getattr(state, "_state_ctx", None), CONTEXT_ATTRIBUTES) for state in states]
     asked += [(group, GROUP_ATTRIBUTES) for group in groups]
     asked += [(parameter, PARAMETER_ATTRIBUTES) for parameter in parameters]
@@ -156,13 +167,13 @@ def _flat_room(units: Units, key: int, local: Tensor) -> Tensor:
     return local.as_strided((room,), (1,))
 
 
-def _refuse_graphs(root_pre_forward: Callable[..., Any], *args: Any) -> Any:
+def _refuse_graphs(root_pre_forward: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "a forward pass with gradients inside serving(): FSDP2 would run its backward with the live weights; "
             "leave out torch.enable_grad(), or use swapped()"
         )
-    return root_pre_forward(*args)
+    return root_pre_forward(*args, **kwargs)
 
 
 def _refuse_backward() -> NoReturn:

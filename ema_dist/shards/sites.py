@@ -53,32 +53,38 @@ class StandIns:
         """The substitutes by the ids of their modules."""
         for it in self._all:
             self.at.setdefault(id(it.site.module), []).append(it)
-        self._modules = list({id(it.site.module): it.site.module for it in self._all}.values())
-        self._registered = [(it.site.registry, it.site.name, it) for it in self._all if not it.has_own_way]
+        self._registered = [(it.site.registry, it.site.name, it.tensor, it.live) for it in self._all]
         self._assigned = [it for it in self._all if it.has_own_way]
+        modules = {id(it.site.module): it.site.module for it in self._all}.values()
+        self._hooks: list[tuple[Any, Any, Any]] = [
+            (module._state_dict_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks)
+            for module in modules
+        ]
 
     def enter(self) -> None:
         """Put every substitute in its place."""
         _on_stage.append(self)
-        for registry, name, it in self._registered:
-            registry[name] = it.tensor
+        for registry, name, tensor, _ in self._registered:
+            registry[name] = tensor
         for it in self._assigned:
             it.put(it.tensor)
         # One dictionary entry each, where nn.Module's own functions would take microseconds for every module.
-        for module in self._modules:
-            module._state_dict_pre_hooks[_KEY] = _show_live
-            module._state_dict_pre_hooks.move_to_end(_KEY, last=False)  # other hooks see the live tensors too
-            module._state_dict_hooks[_KEY] = _show_substitutes
-            module._load_state_dict_pre_hooks[_KEY] = _refuse_loading
+        for before_state, after_state, before_load in self._hooks:
+            before_state[_KEY] = _show_live
+            before_state.move_to_end(_KEY, last=False)  # other hooks see the live tensors too
+            after_state[_KEY] = _show_substitutes
+            before_load[_KEY] = _refuse_loading
 
     def leave(self) -> list[Tensor]:
         """Put the live tensors back; those in whose places something else than the substitute was found."""
-        for module in self._modules:
-            for hooks in (module._state_dict_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for several in self._hooks:
+            for hooks in several:
                 hooks.pop(_KEY, None)
-        replaced = [it.live for it in self._all if it.site.registry.get(it.site.name) is not it.tensor]
-        for registry, name, it in self._registered:
-            registry[name] = it.live
+        replaced: list[Tensor] = []
+        for registry, name, tensor, live in self._registered:
+            if registry.get(name) is not tensor:
+                replaced.append(live)
+            registry[name] = live
         for it in self._assigned:
             it.put(it.live)
         _on_stage[:] = [other for other in _on_stage if other is not self]
@@ -112,6 +118,4 @@ def _show_substitutes(module: nn.Module, *_: object) -> None:
 
 def _refuse_loading(*_: object) -> None:
     if _on_stage:  # the hook may have come along into a copy of the module
-        raise RuntimeError(
-            "load_state_dict() inside serving(): the modules hold averages there; load after the block"
-        )
+        raise RuntimeError("load_state_dict() inside serving(): the modules hold averages there; load after the block")

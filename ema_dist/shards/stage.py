@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 
 import torch
@@ -44,7 +44,8 @@ class Stage:
         # Modules may write to buffers, and put others in their places.
         self._locals = {name: local for name, local in locals_.items() if name in layout.parameters}
         self._shown = {name: tensor for name, tensor in shown.items() if name in layout.parameters}
-        self._before: list[dict[str, int]] = []
+        self._on_mesh = any(isinstance(tensor, DTensor) for tensor in self._shown.values())
+        self._before: tuple[list[int], list[int]] = [], []
         self._syncs: list[bool] = []
 
     def enter(self) -> None:
@@ -62,16 +63,15 @@ class Stage:
         for wrapper, sync in zip(self._wrappers, self._syncs, strict=True):
             wrapper.require_forward_param_sync = sync
         names = {self._names[id(live)] for live in changed if id(live) in self._names}
-        for before, now in zip(self._before, self._marks(), strict=True):
+        for tensors, before, now in zip((self._locals, self._shown), self._before, self._marks(), strict=True):
             if before != now:
-                names |= {name for name in now if now[name] != before[name]}
+                names |= {name for name, then, mark in zip(tensors, before, now, strict=True) if then != mark}
         return sorted(names)
 
-    def _marks(self) -> list[dict[str, int]]:
+    def _marks(self) -> tuple[list[int], list[int]]:
         """What changes when somebody writes to the tensors, or gives the parameters shown other storage."""
-        versions = map(_version, self._locals.values())
-        addresses = map(_address, self._shown.values())
-        return [dict(zip(self._locals, versions, strict=True)), dict(zip(self._shown, addresses, strict=True))]
+        address = _address if self._on_mesh else torch.Tensor.data_ptr
+        return list(map(_version, self._locals.values())), list(map(address, self._shown.values()))
 
 
 def obstacle(layout: Layout) -> str:
@@ -90,10 +90,10 @@ def obstacle(layout: Layout) -> str:
     return ""
 
 
-def is_graphed(model: nn.Module) -> bool:
-    """Whether a module replays a CUDA graph, which reads the addresses at which it was captured."""
+def replays_graphs(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of them replays a CUDA graph, which reads the addresses at which it was captured."""
     # torch.cuda.make_graphed_callables puts a function of its own module in the place of forward.
-    replaced = [own["forward"] for module in model.modules() if "forward" in (own := vars(module))]
+    replaced = [own["forward"] for own in map(vars, modules) if "forward" in own]
     return any(getattr(forward, "__module__", "") == "torch.cuda.graphs" for forward in replaced)
 
 
