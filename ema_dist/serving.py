@@ -23,6 +23,9 @@ GATHERED = "a gathered copy"
 _under_way: MutableSet[Serving] = WeakSet()
 """Every one in this process that has been entered and not left yet."""
 
+_told: MutableSet[Averages] = WeakSet()
+"""Those of which a warning has said that serving them takes a swap."""
+
 
 class _Scene(NamedTuple):
     """A stage, and the tensors on it that are copies: each as a shard, with the average that belongs into its part."""
@@ -43,7 +46,6 @@ class Serving:
         pairs = {name: (layout.parameters[name], average) for name, average in averages.parameters.items()}
         self._copied = {name: shard for name, (shard, average) in pairs.items() if not _fits(average, shard)}
         self._lasting: _Scene | None = None
-        self._has_warned = False
 
     @property
     def by(self) -> str:
@@ -64,8 +66,8 @@ class Serving:
         """
         with torch.no_grad():
             if reason := self._reason_to_swap():
-                if not self._has_warned:
-                    self._has_warned = True
+                if self._averages not in _told:
+                    _told.add(self._averages)
                     warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=5)
                 with swapped() as model:
                     yield model
@@ -83,8 +85,8 @@ class Serving:
         if changed:
             self._lasting = None
             raise RuntimeError(
-                f"parameters were written to, cast, moved or replaced inside serving(): {changed}. The live weights "
-                "are as they were, but what was written may be in the averages now; load them from a checkpoint"
+                f"parameters were written to, cast, moved or replaced inside serving(): {changed}. What was written "
+                "may be in the averages, or under FSDP2 in the live weights: load them from a checkpoint"
             )
 
     def concerns(self, model: nn.Module) -> bool:
