@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
@@ -117,7 +118,8 @@ class Diversion:
             context.post_optim_event = None  # else gathering waits for the optimizer only, not for the averages
         for state in units.states:
             vars(state)["_root_pre_forward"] = partial(_refuse_graphs, state._root_pre_forward)
-            vars(state)["_register_root_post_backward_final_callback"] = _refuse_backward
+            refuse = partial(_refuse_backward, state, state._training_state)
+            vars(state)["_register_root_post_backward_final_callback"] = refuse
         self._live = [record._sharded_param_data for record, _ in self._records]
         for record, data in self._records:
             record._sharded_param_data = data
@@ -176,7 +178,8 @@ def _refuse_graphs(root_pre_forward: Callable[P, R], *args: P.args, **kwargs: P.
     return root_pre_forward(*args, **kwargs)
 
 
-def _refuse_backward() -> NoReturn:
+def _refuse_backward(state: FSDPState, before: TrainingState) -> NoReturn:
+    state._training_state = before
     raise RuntimeError(
         "backward() inside serving(): FSDP2 would gather averages for it; call it after the block, or before"
     )
