@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ema_dist.decay import TRACK
 from ema_dist.kernels import bind, grouped, paired
-from ema_dist.shards import Layout
+from ema_dist.shards import Layout, Shard
 
 BufferPolicy = Literal["average", "copy"]
 """What becomes of floating buffers; all others are copied under either."""
@@ -30,10 +31,10 @@ class Averages:
     def __init__(
         self, layout: Layout, names: Collection[str], *, dtype: torch.dtype | None, lerped_buffers: Collection[str]
     ) -> None:
-        parts = {name: layout.parameters[name].part.local for name in names}
-        self.parameters = {name: _copy(part, _average_dtype(part.dtype, dtype)) for name, part in parts.items()}
+        parts = {name: layout.parameters[name].part for name in names}
+        self.parameters = {name: _copy(part, _average_dtype(part.local.dtype, dtype)) for name, part in parts.items()}
         self.buffers = {
-            name: _copy(shard.local, _average_dtype(shard.local.dtype, dtype) if name in lerped_buffers else None)
+            name: _copy(shard, _average_dtype(shard.local.dtype, dtype) if name in lerped_buffers else None)
             for name, shard in layout.buffers.items()
         }
         self.note_infinities()
@@ -96,6 +97,13 @@ class Tracks(Mapping[str, Averages]):
 
     def __len__(self) -> int:
         return len(self._tracks)
+
+    def named(self, track: str | None) -> Averages:
+        """Those of a track; None is the only one, or the one called `TRACK`. Raises: ValueError if it is not there."""
+        chosen = track or (next(iter(self)) if len(self) == 1 else TRACK)
+        if chosen not in self:
+            raise ValueError(f"expected one of the tracks {[*self]}, got {track!r}")
+        return self[chosen]
 
     def bind(self, layout: Layout) -> None:
         """Follow the live weights that ``layout`` shows from now on."""
@@ -163,5 +171,5 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.detach().to(dtype=dtype or tensor.dtype, copy=True)
+def _copy(shard: Shard, dtype: torch.dtype | None) -> Tensor:
+    return shard.empty(dtype).copy_(shard.local)

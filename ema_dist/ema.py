@@ -20,6 +20,7 @@ from ema_dist.exchange import Exchange, exchanges_in
 from ema_dist.gather import collect, copy_into, full_shapes, gather, scatter, unite
 from ema_dist.live import LiveModel
 from ema_dist.meeting import meet
+from ema_dist.serving import Serving, servings_in
 from ema_dist.shards import Layout, Replicas
 from ema_dist.state import read_state, write_state
 
@@ -86,6 +87,7 @@ class ShardedEMA:
             buffers=buffers,
             kernel=kernel,
         )
+        self._servings: dict[Averages, Serving] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -164,14 +166,14 @@ class ShardedEMA:
             on leaving, when parameters were written to. ValueError for an unknown track, when the model has changed, or
             when a parameter became trainable that has no average.
         """
-        averages = self._averages(track)
+        averages = self._tracks.named(track)
         if self._exchange is not None:
             raise RuntimeError(
                 "the averages are in the model already: leave swapped() before entering it again, "
                 "or call restore() on every rank if they could not leave it together"
             )
-        if exchanges_in(self.model):
-            raise RuntimeError("another ShardedEMA has its averages in this model: leave its swapped() first")
+        self._refuse_inside_swap("swapped()")
+        self._refuse_if_taken()
         self._prepare("swapped()", together=self._live.is_split)
         if self._live.is_split:
             self._live.refuse_drift("swapped()")
@@ -180,6 +182,38 @@ class ShardedEMA:
             yield self.model
         finally:
             self.restore()
+
+    @contextmanager
+    def serving(self, track: str | None = None) -> Iterator[nn.Module]:
+        """Forward passes in the ``with`` block read the averages, without gradients; the live weights stay in place.
+
+        It may stand between a forward pass and its backward, for a teacher: the gradients are the same, to the bit.
+        ``state_dict()`` of the model holds the live weights inside. Buffers are copies: what is written to them is
+        dropped. Where the model does not allow it (FSDP1, CUDA graphs), `swapped` does instead, with a warning.
+
+        Args:
+            track: whose averages; None for the only one, or the one called ``default``.
+
+        Collective: entering, where averages are split among replicas; leaving, only with `swapped`.
+        Memory: the buffers. Where `serves_by` says so a copy of this rank's live shards, whole on each replica.
+        Raises: RuntimeError inside `swapped` or `serving`, when ranks do not come within ``timeout``, and on leaving,
+            when parameters were written to. ValueError as `swapped`.
+        """
+        averages = self._tracks.named(track)
+        self._refuse_inside_swap("serving()")
+        self._refuse_if_taken()
+        self._prepare("serving()", together=self._live.is_split, quick=True)
+        with self._serving(averages).on(lambda: self.swapped(track)) as model:
+            yield model
+
+    @property
+    def serves_by(self) -> str:
+        """What forward passes read inside `serving`, at the costliest.
+
+        Either "the averages themselves", "a cast copy" where dtypes differ, "a gathered copy" where replicas share
+        averages, or "swapped(), since" there is no other way.
+        """
+        return self._serving(next(iter(self._tracks.values()))).by
 
     def restore(self) -> None:
         """Leave `swapped`: for ranks that could not leave it together, or to end it early; else nothing happens.
@@ -285,7 +319,7 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped`, and on every rank when a value cannot be read; ValueError on every rank
             when names, shapes or kinds of dtype differ, before anything changes.
         """
-        averages = self._averages(track)
+        averages = self._tracks.named(track)
         self._refuse_inside_swap("load_full_state_dict()")
         self._prepare("load_full_state_dict()", together=True)
         scatter(self._live.layout, averages.all, full)
@@ -303,7 +337,7 @@ class ShardedEMA:
         Memory: one full tensor on each rank.
         Raises: RuntimeError inside `swapped`; ValueError when names or shapes differ, before anything changes.
         """
-        averages = self._averages(track)
+        averages = self._tracks.named(track)
         self._refuse_inside_swap("copy_to()")
         self._prepare("copy_to()", together=self._live.is_spread)
         copy_into(Layout(model, "copy"), self._live.layout, averages.all)
@@ -315,14 +349,9 @@ class ShardedEMA:
         return (
             f"{type(self).__name__}({len(parameters)} parameters, {numel:,} elements on this rank, "
             f"{decays[TRACK] if [*decays] == [TRACK] else decays}, start={self._clock.start}, "
-            f"update_interval={self._clock.interval}, by {' and '.join(self._tracks.kernels)})"
+            f"update_interval={self._clock.interval}, moves by {' and '.join(self._tracks.kernels)}, "
+            f"serves by {self.serves_by})"
         )
-
-    def _averages(self, track: str | None) -> Averages:
-        chosen = track or (self.tracks[0] if len(self.tracks) == 1 else TRACK)
-        if chosen not in self._tracks:
-            raise ValueError(f"expected one of the tracks {self.tracks}, got {track!r}")
-        return self._tracks[chosen]
 
     def _current(self, averages: Averages) -> dict[str, Tensor]:
         """The averages by name, wherever they are now."""
@@ -331,7 +360,7 @@ class ShardedEMA:
         return self._exchange.current(self._live.layout)
 
     def _gather(self, call: str, dtype: torch.dtype | None, track: str | None) -> Iterator[tuple[str, Any]]:
-        averages = self._averages(track)
+        averages = self._tracks.named(track)
         self._prepare(call, together=self._live.is_spread)
         entries = gather(self._live.layout, self._current(averages), dtype=dtype, keep=self._live.is_first)
         return self._entries(entries, self._exchange)
@@ -366,10 +395,27 @@ class ShardedEMA:
     def _refuse_inside_swap(self, call: str) -> None:
         if self._exchange is not None:
             raise RuntimeError(f"{call} inside swapped(): the model holds the averages there; call it after the block")
+        if any(serving.is_on for serving in self._servings.values()):
+            raise RuntimeError(f"{call} inside serving(): the model reads the averages there; call it after the block")
 
-    def _prepare(self, call: str, *, together: bool) -> None:
-        """Look at the model as it is now; if ``together``, meet the other ranks, and go on only if all can."""
+    def _refuse_if_taken(self) -> None:
+        if exchanges_in(self.model):
+            raise RuntimeError("another ShardedEMA has its averages in this model: leave its swapped() first")
+        if servings_in(self.model):
+            raise RuntimeError("another ShardedEMA serves this model: leave its serving() first")
+
+    def _serving(self, averages: Averages) -> Serving:
+        """How they are served as the model is now."""
+        found = self._servings.get(averages)
+        if found is None or (found.layout is not self._live.layout and not found.is_on):
+            found = self._servings[averages] = Serving(self._live.layout, averages)
+        return found
+
+    def _prepare(self, call: str, *, together: bool, quick: bool = False) -> None:
+        """Look at the model as it is now, and follow it."""
+        before = self._live.layout
         try:
-            self._live.prepare(call, together=together)
+            self._live.prepare(call, together=together, quick=quick)
         finally:
-            self._tracks.bind(self._live.layout)
+            if self._live.layout is not before:
+                self._tracks.bind(self._live.layout)

@@ -74,15 +74,18 @@ class LiveModel:
         """
         meet(call, self.ranks, timeout=self.timeout, problem=problem)
 
-    def prepare(self, call: str, *, together: bool) -> None:
+    def prepare(self, call: str, *, together: bool, quick: bool = False) -> None:
         """Look at the model as it is now; if ``together``, meet the other ranks, and go on only if all can.
+
+        Args:
+            quick: read the model again only if something in it has moved.
 
         Collective: over `ranks`, if together.
         Raises: ValueError when the model has changed; RuntimeError when it has elsewhere, or a rank does not come.
         """
         if together:
             require_world(call, self.ranks)
-        problem = self.follow()
+        problem = self.follow(quick=quick)
         if together:
             try:
                 self.meet(call, str(problem or ""))
@@ -92,16 +95,21 @@ class LiveModel:
         if problem is not None:
             raise problem
 
-    def follow(self) -> ValueError | None:
-        """Follow the live weights to where they are now; what is wrong with them, if anything."""
+    def follow(self, *, quick: bool = False) -> ValueError | None:
+        """Follow the live weights to where they are now; what is wrong with them, if anything.
+
+        Args:
+            quick: read the model again only if something in it has moved.
+        """
         try:
-            layout = Layout(self.layout.model, self._replicas)
-            if changes := self.layout.changes_to(layout):
-                return ValueError(
-                    f"the model is not the one that ShardedEMA(model) was given (then, now): {changes}; "
-                    "construct it again after changing or wrapping a model"
-                )
-            self.layout = layout
+            if not (quick and self.layout.is_current()):
+                layout = Layout(self.layout.model, self._replicas)
+                if changes := self.layout.changes_to(layout):
+                    return ValueError(
+                        f"the model is not the one that ShardedEMA(model) was given (then, now): {changes}; "
+                        "construct it again after changing or wrapping a model"
+                    )
+                self.layout = layout
             if late := [name for name in self._left_out if self._selects(name)]:
                 return ValueError(
                     f"parameters {late} became trainable after ShardedEMA(model) and have no average; "

@@ -24,6 +24,7 @@ ROWS = {
     "exchange": 3,
     "gather": 3,
     "live": 3,
+    "serving": 3,
     "state": 3,
     "attachment": 2,
     "averages": 2,

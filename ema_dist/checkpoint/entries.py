@@ -16,6 +16,7 @@ from ema_dist.checkpoint.contents import Contents
 from ema_dist.checkpoint.plain import Path, flattened, nested, restored, storable
 from ema_dist.ema import ShardedEMA
 from ema_dist.exchange import exchanges_in
+from ema_dist.serving import servings_in
 from ema_dist.shards import Layout, Shard, is_cut
 
 
@@ -112,8 +113,7 @@ class Model(Entry):
         return weights | {name: storable(state, f"{self.key}.{name}") for name, state in states.items()}
 
     def targets(self, contents: Contents) -> dict[str, Tensor]:
-        if exchanges_in(self.layout.model):
-            raise ValueError("the model holds its averages, inside swapped(); load after the block")
+        _refuse_if_taken(self.layout.model)
         averages = contents.averaged(self.key)
         source = contents.model_of(self.key, averages) if averages else self.key
         weights = (contents.weights(source) if source else {}) | averages
@@ -151,6 +151,7 @@ class Average(Entry):
         return self.ema.state_dict()
 
     def targets(self, contents: Contents) -> dict[str, Tensor]:
+        _refuse_if_taken(self.ema.model)
         self._state = flattened(self.ema.state_dict())
         tensors = {path: value for path, value in self._state.items() if isinstance(value, Tensor)}
         stored = contents.of(self.key)
@@ -232,6 +233,13 @@ class Other(Entry):
     def _current(self) -> Any:
         value = self._state[self.key]
         return value.state_dict() if isinstance(value, Stateful) else value
+
+
+def _refuse_if_taken(model: nn.Module) -> None:
+    if exchanges_in(model):
+        raise ValueError("the model holds its averages, inside swapped(); load after the block")
+    if servings_in(model):
+        raise ValueError("the model reads its averages, inside serving(); load after the block")
 
 
 def _place(shard: Shard) -> tuple[int, torch.Size] | None:

@@ -17,13 +17,11 @@ from ema_dist.shards import fsdp1
 from ema_dist.shards.mesh import MeshShard, local_of, split_rows
 from ema_dist.shards.names import Place, places
 from ema_dist.shards.shard import Shard, splits_by_rows
+from ema_dist.shards.sites import Site, live_behind
 from ema_dist.shards.whole import WholeShard
 
 Replicas: TypeAlias = Literal["shard", "copy"] | ProcessGroup
 """What is kept of weights that replicas hold alike; a process group says over which ranks an unwrapped model is one."""
-
-Site = tuple[dict[str, Any], str]
-"""The registry of the module that owns a tensor, and the tensor's name there."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,10 @@ def find(model: nn.Module, replicas: Replicas) -> tuple[list[Found], dict[str, n
         for name, flat_tensor in in_flat.items():
             tensor = found.setdefault(flat_tensor.key, Found(flat_tensor.make, is_buffer=False))
             tensor.names.append(place.prefix + name)
-        for is_buffer, registry, name, value in _registered(module):
+        for is_buffer, registry, name, shown in _registered(module):
             if name in in_flat:
                 continue
+            value = live_behind(shown)
             if getattr(value, "_fsdp_flattened", False):  # set by FSDP1 on what it shows of a flat parameter
                 raise ValueError(
                     f"{place.prefix + name!r} is a piece of a flat parameter of FSDP1, which is wrapped around this "
@@ -57,7 +56,7 @@ def find(model: nn.Module, replicas: Replicas) -> tuple[list[Found], dict[str, n
                 )
             tensor = found.setdefault(id(value), Found(make.for_tensor(value, place, is_buffer=is_buffer), is_buffer))
             tensor.names.append(place.prefix + name)
-            tensor.sites.append((registry, name))
+            tensor.sites.append(Site(module, registry, name))
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             extra_states[f"{place.prefix}_extra_state"] = module
     return list(found.values()), extra_states

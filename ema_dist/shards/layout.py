@@ -7,11 +7,12 @@ from collections import Counter
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
 
 from ema_dist.shards import fsdp1
-from ema_dist.shards.find import Replicas, Site, find, local_tensor
+from ema_dist.shards.find import Replicas, find, local_tensor
+from ema_dist.shards.fsdp2 import Units
 from ema_dist.shards.shard import Shard
+from ema_dist.shards.sites import Site, live_behind
 from ema_dist.shards.watch import Watch
 
 
@@ -28,26 +29,25 @@ class Layout:
 
     def __init__(self, model: nn.Module, replicas: Replicas = "shard") -> None:
         self.model = model
+        self.units = Units(model)
+        """What FSDP2 has cut of it."""
         self.reshard()
         self.shards: list[Shard] = []
         """Parameters and buffers, each where ``state_dict()`` has its first name."""
         self.parameters: dict[str, Shard] = {}
         self.buffers: dict[str, Shard] = {}
-        parameter_sites: list[Site] = []
-        self._buffer_sites: dict[str, Site] = {}
+        self.sites: dict[str, list[Site]] = {}
+        """Where modules look each tensor up, by its first name; FSDP1 leaves none."""
         found, self.extra_states = find(model, replicas)
         for tensor in found:
             shard = tensor.make(tuple(tensor.names))
             if shard.local.is_meta:
                 raise ValueError(f"{shard.name!r} is on the meta device; materialise the model first")
+            shard.room = self.units.room(shard.owner) or shard.room
             self.shards.append(shard)
-            if tensor.is_buffer:
-                self.buffers[shard.name] = shard
-                self._buffer_sites[shard.name] = tensor.sites[0]
-            else:
-                self.parameters[shard.name] = shard
-                parameter_sites += tensor.sites
-        self._watch = Watch(model, parameter_sites)
+            self.sites[shard.name] = tensor.sites
+            (self.buffers if tensor.is_buffer else self.parameters)[shard.name] = shard
+        self._watch = Watch(model, [site for name in self.parameters for site in self.sites[name]])
 
     @property
     def ranks(self) -> list[int]:
@@ -90,9 +90,7 @@ class Layout:
 
     def reshard(self) -> None:
         """Drop weights that a forward pass left gathered, so that the next one reads the shards."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        self.units.reshard()
         fsdp1.reshard(self.model)
 
     def changes_to(self, other: Layout) -> dict[str, tuple[str, str]]:
@@ -105,11 +103,26 @@ class Layout:
         """Whether the live weights left the storage that the shards show (``.to()``, ``assign=True``, offloading)."""
         return self._watch.differs()
 
+    def is_current(self) -> bool:
+        """Whether everything is where it was read, after dropping gathered weights; False under FSDP1 in any case."""
+        if self.has_flat_parameters:
+            return False
+        self.units.settle()
+        self.units.reshard()
+        return not (self.has_moved() or self.follow_buffers())
+
+    @property
+    def has_flat_parameters(self) -> bool:
+        """Whether FSDP1 has flattened any of its tensors."""
+        return self._watch.has_flat_parameters
+
     def follow_buffers(self) -> bool:
         """Show the buffers that are registered now, and whether any is another tensor: modules may replace theirs."""
         replaced: list[tuple[Shard, Tensor]] = []
-        for name, (registry, own_name) in self._buffer_sites.items():
-            shard, buffer = self.buffers[name], registry.get(own_name)
+        for name, shard in self.buffers.items():
+            _, registry, own_name = self.sites[name][0]
+            buffer = registry.get(own_name)
+            buffer = None if buffer is None else live_behind(buffer)
             if buffer is shard.owner and _place(buffer) == _place(shard.local):
                 continue
             if buffer is None or buffer.shape != shard.shape:

@@ -12,6 +12,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ema_dist.shards.sites import live_behind
+
 
 @dataclass(frozen=True)
 class Place:
@@ -65,4 +67,4 @@ def ignored_by_ddp(ddp: DistributedDataParallel) -> frozenset[int]:
     """Ids of the tensors that DDP does not keep identical, because the user asked so."""
     ignored = set(getattr(ddp, "parameters_to_ignore", ()))
     named: list[tuple[str, Tensor]] = [*ddp.module.named_parameters(), *ddp.module.named_buffers()]
-    return frozenset(id(tensor) for name, tensor in named if name in ignored)
+    return frozenset(id(live_behind(tensor)) for name, tensor in named if name in ignored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ class Shard(ABC):
         self.replicas = replicas
         self.part: Shard = self
         """What this rank averages of ``local``: all of it, or its rows among the replicas'."""
+        self.room = local.numel()
+        """Elements that a tensor takes which the wrapper is to gather in the place of ``local``."""
         self.offset: int | None = None
         """Where ``local`` begins in an owner that holds the elements of several tensors, one after the other."""
 
@@ -52,6 +55,25 @@ class Shard(ABC):
         """Changes when somebody writes to the parameter in place, replaces its storage, or casts it."""
         # Autograd's version counter has no public name.
         return self.owner._version, self.local.data_ptr(), self.local.dtype
+
+    def empty(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A new tensor like ``local``, with zeros behind it where the wrapper wants more `room`."""
+        if self.room == self.local.numel():
+            return torch.empty_like(self.local, dtype=dtype)
+        storage = self.local.new_zeros(self.room, dtype=dtype or self.local.dtype)
+        return storage[: self.local.numel()].view(self.local.shape)
+
+    def fresh(self) -> Shard:
+        """A shard cut as this one, whose ``local`` is a new tensor; the ``part`` lies in it as ever."""
+        twin = copy(self)
+        twin.local = twin.owner = self.empty()
+        twin.part = twin
+        if self.is_split:
+            twin.part = copy(self.part)
+            begin = self.part.local.storage_offset() - self.local.storage_offset()
+            place = twin.local.storage_offset() + begin
+            twin.part.local = twin.local.as_strided(self.part.local.shape, self.part.local.stride(), place)
+        return twin
 
     @property
     @abstractmethod

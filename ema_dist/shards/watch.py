@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ema_dist.shards.find import Site, local_tensor
+from ema_dist.shards.find import local_tensor
 from ema_dist.shards.fsdp1 import handles, local_shard
+from ema_dist.shards.sites import Site, live_behind
 
 
 class Watch:
@@ -27,23 +28,29 @@ class Watch:
     def __init__(self, model: nn.Module, parameter_sites: list[Site]) -> None:
         self._children = [module._modules.values() for module in model.modules() if module._modules]
         self._modules = list(chain.from_iterable(self._children))
-        on_mesh = [site for site in parameter_sites if isinstance(site[0][site[1]], DTensor)]
+        on_mesh = [site for site in parameter_sites if isinstance(site.registry[site.name], DTensor)]
         self._mesh = _Sites(on_mesh)
-        self._plain = _Sites([site for site in parameter_sites if not isinstance(site[0][site[1]], DTensor)])
+        self._plain = _Sites([site for site in parameter_sites if not isinstance(site.registry[site.name], DTensor)])
         self._handles = [handle for _, handle in handles(model)]
-        self._addresses = self._current_addresses()
+        live = map(live_behind, self._plain.current()), map(live_behind, self._mesh.current())
+        self._addresses = self._addresses_of(*live)
 
     def differs(self) -> bool:
         """Whether a module or parameter was replaced or removed, or lies in other storage."""
         if list(chain.from_iterable(self._children)) != self._modules:
             return True
         try:
-            return self._current_addresses() != self._addresses
+            return self._addresses_of(self._plain.current(), self._mesh.current()) != self._addresses
         except (AttributeError, TypeError):  # a sharded parameter has become a plain one, or one is gone
             return True
 
-    def _current_addresses(self) -> list[int]:
-        tensors = chain(self._plain.current(), map(_local, self._mesh.current()), map(local_shard, self._handles))
+    @property
+    def has_flat_parameters(self) -> bool:
+        """Whether FSDP1 is among what is watched."""
+        return bool(self._handles)
+
+    def _addresses_of(self, plain: Iterable[Any], on_mesh: Iterable[Any]) -> list[int]:
+        tensors = chain(plain, map(quick_local, on_mesh), map(local_shard, self._handles))
         return list(map(torch.Tensor.data_ptr, tensors))
 
 
@@ -52,7 +59,7 @@ class _Sites:
 
     def __init__(self, sites: list[Site]) -> None:
         asked: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}  # a shared module lists its sites at each place
-        for registry, name in sites:
+        for _, registry, name in sites:
             asked.setdefault(id(registry), (registry, {}))[1][name] = None
         self._whole = [registry.values() for registry, names in asked.values() if len(names) == len(registry)]
         rest = [(registry, name) for registry, names in asked.values() if len(names) < len(registry) for name in names]
@@ -64,4 +71,4 @@ class _Sites:
 
 
 # to_local() costs a microsecond per parameter and step; it is the fallback where the attribute is not there.
-_local = attrgetter("_local_tensor") if "_local_tensor" in getattr(DTensor, "__slots__", ()) else local_tensor
+quick_local = attrgetter("_local_tensor") if "_local_tensor" in getattr(DTensor, "__slots__", ()) else local_tensor

@@ -1,0 +1,121 @@
+"""Where modules look their tensors up, and other tensors that stand there for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Site(NamedTuple):
+    """One entry of a module's registry of parameters or buffers."""
+
+    module: nn.Module
+    registry: dict[str, Any]
+    name: str
+
+
+class Substitute(NamedTuple):
+    """A tensor, and the live one whose place it takes at one site."""
+
+    site: Site
+    live: Tensor
+    tensor: Tensor
+
+    def put(self, tensor: Tensor) -> None:
+        """Register ``tensor`` at the site as the module itself would: RNNs keep a list of their weights beside."""
+        setattr(self.site.module, self.site.name, tensor)
+
+    @property
+    def has_own_way(self) -> bool:
+        """Whether the module does more than to register what is assigned to it."""
+        return type(self.site.module).__setattr__ is not nn.Module.__setattr__
+
+
+class StandIns:
+    """Substitutes that the modules of a model find instead of their own tensors, between `enter` and `leave`.
+
+    Meanwhile ``state_dict()`` of any of these modules returns the live tensors, and ``load_state_dict()`` is refused.
+    The live tensors themselves are not touched: graphs that hold them run backward as if nothing had happened.
+
+    Args:
+        substitutes: at most one for each site; a tied tensor has one substitute at all of its sites.
+
+    Memory: nothing.
+    """
+
+    def __init__(self, substitutes: Iterable[Substitute]) -> None:
+        self._all = list(substitutes)
+        self.live = {id(it.tensor): it.live for it in self._all}
+        """The live tensors by the ids of their substitutes."""
+        self.at: dict[int, list[Substitute]] = {}
+        """The substitutes by the ids of their modules."""
+        for it in self._all:
+            self.at.setdefault(id(it.site.module), []).append(it)
+        self._registered = [(it.site.registry, it.site.name, it.tensor, it.live) for it in self._all]
+        self._assigned = [it for it in self._all if it.has_own_way]
+        modules = {id(it.site.module): it.site.module for it in self._all}.values()
+        self._hooks: list[tuple[Any, Any, Any]] = [
+            (module._state_dict_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks)
+            for module in modules
+        ]
+
+    def enter(self) -> None:
+        """Put every substitute in its place."""
+        _on_stage.append(self)
+        for registry, name, tensor, _ in self._registered:
+            registry[name] = tensor
+        for it in self._assigned:
+            it.put(it.tensor)
+        # One dictionary entry each, where nn.Module's own functions would take microseconds for every module.
+        for before_state, after_state, before_load in self._hooks:
+            before_state[_KEY] = _show_live
+            before_state.move_to_end(_KEY, last=False)  # other hooks see the live tensors too
+            after_state[_KEY] = _show_substitutes
+            before_load[_KEY] = _refuse_loading
+
+    def leave(self) -> list[Tensor]:
+        """Put the live tensors back; those in whose places something else than the substitute was found."""
+        for several in self._hooks:
+            for hooks in several:
+                hooks.pop(_KEY, None)
+        replaced: list[Tensor] = []
+        for registry, name, tensor, live in self._registered:
+            if registry.get(name) is not tensor:
+                replaced.append(live)
+            registry[name] = live
+        for it in self._assigned:
+            it.put(it.live)
+        _on_stage[:] = [other for other in _on_stage if other is not self]
+        return replaced
+
+
+_on_stage: list[StandIns] = []
+"""Those that have entered and not left."""
+
+_KEY = "ema_dist"
+
+
+def live_behind(tensor: Tensor) -> Tensor:
+    """The live tensor whose place ``tensor`` takes at the moment; ``tensor`` itself where it is nobody's substitute."""
+    for stand_ins in _on_stage:
+        tensor = stand_ins.live.get(id(tensor), tensor)
+    return tensor
+
+
+def _show_live(module: nn.Module, *_: object) -> None:
+    for stand_ins in _on_stage:
+        for it in stand_ins.at.get(id(module), ()):
+            it.site.registry[it.site.name] = it.live
+
+
+def _show_substitutes(module: nn.Module, *_: object) -> None:
+    for stand_ins in _on_stage:
+        for it in stand_ins.at.get(id(module), ()):
+            it.site.registry[it.site.name] = it.tensor
+
+
+def _refuse_loading(*_: object) -> None:
+    if _on_stage:  # the hook may have come along into a copy of the module
+        raise RuntimeError("load_state_dict() inside serving(): the modules hold averages there; load after the block")

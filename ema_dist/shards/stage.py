@@ -1,0 +1,114 @@
+"""Where the forward pass of a model finds its weights, and letting it find others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ema_dist.shards.fsdp2 import Diversion
+from ema_dist.shards.layout import Layout
+from ema_dist.shards.shard import Shard
+from ema_dist.shards.sites import StandIns, Substitute
+from ema_dist.shards.watch import quick_local
+
+
+class Stage:
+    """Other tensors in the places of a model's weights, for the forward passes between `enter` and `leave`.
+
+    The live weights are not touched, and nobody who holds them sees a difference.
+
+    Args:
+        layout: the live weights.
+        locals_: for the first names of parameters and buffers this rank's tensors, as `Shard.empty` makes them.
+
+    Memory: nothing but an object for each tensor.
+    """
+
+    def __init__(self, layout: Layout, locals_: Mapping[str, Tensor]) -> None:
+        shards = {shard.name: shard for shard in layout.shards if shard.name in locals_}
+        gathered = {name for name, shard in shards.items() if layout.units.room(shard.owner) is not None}
+        shown = {name: _dressed(shard, locals_[name]) for name, shard in shards.items() if name not in gathered}
+        self._diversion = Diversion(layout.units, {id(shards[name].owner): locals_[name] for name in gathered})
+        self._stand_ins = StandIns(
+            Substitute(site, shards[name].owner, tensor)
+            for name, tensor in shown.items()
+            for site in {(id(site.registry), site.name): site for site in layout.sites[name]}.values()
+        )
+        self._wrappers = [it for it in layout.model.modules() if isinstance(it, DistributedDataParallel)]
+        self._names = {id(shards[name].owner): name for name in locals_ if name in layout.parameters}
+        # Modules may write to buffers, and put others in their places.
+        self._locals = {name: local for name, local in locals_.items() if name in layout.parameters}
+        self._shown = {name: tensor for name, tensor in shown.items() if name in layout.parameters}
+        self._on_mesh = any(isinstance(tensor, DTensor) for tensor in self._shown.values())
+        self._before: tuple[list[int], list[int]] = [], []
+        self._syncs: list[bool] = []
+
+    def enter(self) -> None:
+        """Let the forward pass find the tensors."""
+        self._before = self._marks()
+        # Of DDP: whether its next forward pass broadcasts buffers, which one without gradients would leave out.
+        self._syncs = [wrapper.require_forward_param_sync for wrapper in self._wrappers]
+        self._diversion.enter()
+        self._stand_ins.enter()
+
+    def leave(self) -> list[str]:
+        """Let it find the live weights; the names of parameters that were written to, moved or replaced meanwhile."""
+        changed = self._stand_ins.leave()
+        changed += self._diversion.leave()
+        for wrapper, sync in zip(self._wrappers, self._syncs, strict=True):
+            wrapper.require_forward_param_sync = sync
+        names = {self._names[id(live)] for live in changed if id(live) in self._names}
+        for tensors, before, now in zip((self._locals, self._shown), self._before, self._marks(), strict=True):
+            if before != now:
+                names |= {name for name, then, mark in zip(tensors, before, now, strict=True) if then != mark}
+        return sorted(names)
+
+    def _marks(self) -> tuple[list[int], list[int]]:
+        """What changes when somebody writes to the tensors, or gives the parameters shown other storage."""
+        address = _address if self._on_mesh else torch.Tensor.data_ptr
+        return list(map(_version, self._locals.values())), list(map(address, self._shown.values()))
+
+
+def obstacle(layout: Layout) -> str:
+    """Why the forward pass of this model cannot be given other tensors; empty where it can."""
+    if layout.has_flat_parameters:
+        return "FSDP1 computes with views of its flat parameters"
+    if layout.units.missing:
+        return f"FSDP2 in torch {torch.__version__} lacks {layout.units.missing}"
+    if layout.units.transformed:
+        return "shards of FSDP2 transform themselves before they are gathered"
+    shown = [shard.owner for shard in layout.parameters.values() if layout.units.room(shard.owner) is None]
+    if types := sorted({type(it).__name__ for it in shown if type(it) not in (nn.Parameter, DTensor)}):
+        return f"parameters are of types of their own, {types}"
+    if any(isinstance(module, torch.jit.ScriptModule) for module in layout.model.modules()):
+        return "TorchScript has compiled parameters into the model"
+    return ""
+
+
+def replays_graphs(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of them replays a CUDA graph, which reads the addresses at which it was captured."""
+    # torch.cuda.make_graphed_callables puts a function of its own module in the place of forward.
+    replaced = [own["forward"] for own in map(vars, modules) if "forward" in own]
+    return any(getattr(forward, "__module__", "") == "torch.cuda.graphs" for forward in replaced)
+
+
+def _dressed(shard: Shard, local: Tensor) -> Tensor:
+    """``local`` as modules find it, without gradients; with what else hangs on the live parameter."""
+    tensor = shard.wrap(local)
+    if not isinstance(shard.owner, nn.Parameter):
+        return tensor
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    vars(parameter).update(vars(shard.owner))
+    return parameter
+
+
+_version = attrgetter("_version")  # autograd's counter has no public name
+
+
+def _address(tensor: Tensor) -> int:
+    return (quick_local(tensor) if isinstance(tensor, DTensor) else tensor).data_ptr()
