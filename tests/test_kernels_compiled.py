@@ -33,11 +33,13 @@ def test_float32_averages_are_those_of_torch_to_the_bit(live: torch.dtype, finit
         assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(track, reference, strict=True))
 
 
-def test_all_threads_do_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(compiled, "LEAST_BLOCKS", 1)
-    averages, values = [torch.zeros(5 * compiled.BLOCK + 1), torch.zeros(7)], [torch.ones(5 * compiled.BLOCK + 1)]
-    bind([averages], [*values, torch.ones(7)], kernel="compiled")([0.25])
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_all_threads_do_their_part(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(compiled, "LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(compiled, "BLOCK", 16)
+    averages = [torch.zeros(size) for size in (5, 3 * 16 + 1, 1, 16)]
+    bind([averages], [torch.ones_like(average) for average in averages], kernel="compiled")([0.25])
     assert all((average == 0.25).all() for average in averages)
 
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ema_dist.kernels.follow import UnfitError
 from ema_dist.kernels.move import Weight
-from ema_dist.kernels.tables import flat_rows, tables
+from ema_dist.kernels.tables import Tables, flat_rows, tables
 
-BLOCK = 4096
-"""Elements that all tracks move by before the next ones: they stay in the first cache."""
+BLOCK = 2**15
+"""Elements that all tracks move by before the next ones: they stay in the second cache, and are enough for memory to be
+read ahead."""
 
-LEAST_BLOCKS = 64
+LEAST_ELEMENTS = 2**18
 """Of a thread: fewer take less time than handing them over."""
 
 SOURCE = Path(__file__).with_name("follow.c")
@@ -32,7 +33,7 @@ NAMES = {torch.float32: "float", torch.float64: "double", torch.float16: "half",
 
 
 class Compiled:
-    """Moves all tensors in as many threads as torch has, reading each live value from memory once for all tracks.
+    """Moves all tensors in as many threads as torch has now, reading each live value from memory once for all tracks.
 
     What it makes of finite float32 and float64 is what torch makes of them, to the bit. Tensors that have gaps, or that
     are laid out otherwise than their averages, move as `InChunks` moves them.
@@ -58,7 +59,8 @@ class Compiled:
             )
         self._kernel = _compiled(NAMES[values[0].dtype], NAMES[dtypes.pop()])
         self._rows, self._others = flat_rows(tracks, values, finite=finite)  # whose addresses the tables hold
-        self._tables = tables(self._rows, block=BLOCK) if self._rows else ()
+        self._tables = tables(self._rows, block=BLOCK) if self._rows else None
+        self._parts = _parts(self._tables, torch.get_num_threads()) if self._tables else []
         self._settings = (len(self._rows), len(tracks), finite, BLOCK)
         self._weights = torch.zeros(len(tracks), dtype=torch.float64)
 
@@ -68,13 +70,10 @@ class Compiled:
         for index, weight in enumerate(weights):
             self._weights[index] = weight
         if self._tables:
-            _in_threads(self._run, len(self._tables[-1]))
+            addresses = [table.data_ptr() for table in (*self._tables, self._weights)]
+            _in_threads(partial(self._kernel, *addresses, *self._settings), self._parts)
         for other in self._others:
             other(weights)
-
-    def _run(self, first: int, last: int) -> None:
-        addresses = [table.data_ptr() for table in (*self._tables, self._weights)]
-        self._kernel(*addresses, *self._settings, first, last)
 
 
 @cache
@@ -98,11 +97,19 @@ def _compiled(live: str, stored: str) -> Callable[..., None]:
     return kernel
 
 
-def _in_threads(run: Callable[[int, int], None], blocks: int) -> None:
-    """Run all blocks, in parts that torch's number of threads takes side by side."""
-    threads = max(1, min(torch.get_num_threads(), blocks // LEAST_BLOCKS))
-    mine, *theirs = pairwise(blocks * part // threads for part in range(threads + 1))
-    others = [_pool(threads - 1, os.getpid()).submit(run, *part) for part in theirs]
+def _parts(found: Tables, threads: int) -> list[tuple[int, int]]:
+    """Runs of blocks with about as many elements each, one for each thread that has enough to do."""
+    rests = found.sizes[found.block_tensors] - found.block_starts
+    elements = rests.clamp(max=BLOCK).cumsum(0)
+    count = max(1, min(threads, int(elements[-1]) // LEAST_ELEMENTS))
+    ends = [int(elements[-1]) * part // count for part in range(1, count + 1)]
+    return [*pairwise([0, *(torch.searchsorted(elements, torch.tensor(ends)) + 1).tolist()])]
+
+
+def _in_threads(run: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
+    """Run all parts side by side, the first one here."""
+    mine, *theirs = parts
+    others = [_pool(len(theirs), os.getpid()).submit(run, *part) for part in theirs]
     run(*mine)
     for other in others:
         other.result()
