@@ -23,7 +23,16 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @needs_triton
 def test_the_interpreted_kernel_passes_the_tests_of_all_kernels() -> None:
     """In a process of its own, as Triton looks once whether it shall interpret."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_kernels_follow.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "test_kernels_follow.py",
+        "test_kernels_low_precision.py",
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False
