@@ -88,9 +88,10 @@ class InOneLaunch:
         types = [_type(code, dtype) for dtype in (live, torch.uint16 if rounding else stored, wide)]
         found = tables(rows, block=BLOCK)
         noise: Sequence[Tensor] = [found.sizes] * 3  # which is not read
+        how = code.REMAINDERS if rounding else code.NEAREST
         if isinstance(rounding, ByChance):
             noise = noise_tables(rounding, tracks=len(self._weights.all), device=found.sizes.device)
-        how = {None: code.NEAREST, ByChance: code.CHANCE, Remainders: code.REMAINDERS}[rounding and type(rounding)]
+            how = code.CHANCE
         kernel = code.follow[(len(found.block_tensors),)]
         variables = (*found, *noise, self._weights.all, self._update.all, len(rows))
         return partial(kernel, *variables, *types, len(self._weights.all), finite, how.value, aligned, BLOCK)
