@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -105,7 +104,7 @@ def _compiled(live: str, stored: str, *definitions: str) -> Callable[..., None]:
     with TemporaryDirectory() as folder:
         library = Path(folder, "follow.so")
         command = [
-            compiler,
+            *compiler.split(),
             *OPTIONS,
             *(f"-D{name}" for name in (*types, *definitions)),
             str(SOURCE),
