@@ -39,8 +39,8 @@ DEFINITIONS = {type(None): (), ByChance: ("BY_CHANCE",), Remainders: ("REMAINDER
 class Compiled:
     """Moves all tensors in as many threads as torch has now, reading each live value from memory once for all tracks.
 
-    What it makes of finite float32 and float64 is what torch makes of them, to the bit. Tensors that have gaps, or that
-    are laid out otherwise than their averages, move as `in_chunks` moves them.
+    With numbers as weights, float32 and float64 averages are equal to torch's to the bit. Tensors that have gaps, or
+    that are laid out otherwise than their averages, move as `in_chunks` moves them.
     It keeps the tensors' addresses: make another one when they move to other storage.
 
     Args:
@@ -114,9 +114,9 @@ def _compiled(live: str, stored: str, *definitions: str) -> Callable[..., None]:
         ]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
+            kernel = ctypes.CDLL(str(library)).follow
         except (OSError, subprocess.CalledProcessError) as error:
             raise UnfitError(f"{' '.join(command)} failed: {getattr(error, 'stderr', error)}") from error
-        kernel = ctypes.CDLL(str(library)).follow
     kernel.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 7
     kernel.restype = None
     return kernel
