@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from types import ModuleType
 
@@ -66,8 +67,8 @@ class InOneLaunch:
             if these:
                 some = rounding.of([flat[index] for index in these]) if rounding else None
                 launch = self._launch(code, [rows[index] for index in these], some, finite=finite, aligned=aligned)
-                launch()  # compiles it; weights of zero leave everything as it is
                 self._launches.append(launch)
+        self._run()  # compiles them; weights of zero leave everything as it is
 
     @torch.no_grad()
     def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:
@@ -75,9 +76,15 @@ class InOneLaunch:
         self._weights.hold(weights)
         if self._counts:
             self._update.hold([update])
-        for launch in self._launches:
-            launch()
+        self._run()
         self._others(weights, update)
+
+    def _run(self) -> None:
+        device = self._weights.all.device
+        # Triton launches on the current device, whatever it is given.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            for launch in self._launches:
+                launch()
 
     def _launch(
         self, code: ModuleType, rows: list[Row], rounding: Rounding | None, *, finite: bool, aligned: bool
