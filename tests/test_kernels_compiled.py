@@ -11,6 +11,7 @@ import torch
 from ema_dist.kernels import bind, compiled, follow_
 from kernel_lists import tensors
 
+F32, F64 = torch.float32, torch.float64
 WEIGHTS = [1e-4, 0.3, 0.5, 0.9, 0.0, 1.0]
 
 
@@ -21,23 +22,29 @@ def forget() -> None:
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="torch rounds twice on this processor")
-@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("average", "live"), [(F32, F32), (F32, torch.bfloat16), (F32, torch.float16), (F64, F64)])
 @pytest.mark.parametrize("finite", [False, True])
-def test_float32_averages_are_those_of_torch_to_the_bit(live: torch.dtype, finite: bool) -> None:  # noqa: FBT001
+def test_averages_are_those_of_torch_to_the_bit(
+    average: torch.dtype,
+    live: torch.dtype,
+    finite: bool,  # noqa: FBT001
+) -> None:
     """So that runs, and replicas, may differ in their kernels."""
-    tracks, values = [tensors(torch.float32) for _ in WEIGHTS], tensors(live)
-    expected = [[average.clone() for average in track] for track in tracks]
+    tracks, values = [tensors(average) for _ in WEIGHTS], tensors(live)
+    expected = [[tensor.clone() for tensor in track] for track in tracks]
     bind(tracks, values, finite=finite, kernel="compiled")(WEIGHTS)
     follow_(expected, values, WEIGHTS, finite=finite)
     for track, reference in zip(tracks, expected, strict=True):
-        assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(track, reference, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(track, reference, strict=True))
 
 
-def test_all_threads_do_their_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(compiled, "LEAST_BLOCKS", 1)
-    averages, values = [torch.zeros(5 * compiled.BLOCK + 1), torch.zeros(7)], [torch.ones(5 * compiled.BLOCK + 1)]
-    bind([averages], [*values, torch.ones(7)], kernel="compiled")([0.25])
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_all_threads_do_their_part(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(compiled, "LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(compiled, "BLOCK", 16)
+    averages = [torch.zeros(size) for size in (5, 3 * 16 + 1, 1, 16)]
+    bind([averages], [torch.ones_like(average) for average in averages], kernel="compiled")([0.25])
     assert all((average == 0.25).all() for average in averages)
 
 

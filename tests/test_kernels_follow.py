@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from itertools import product
 
 import pytest
 import torch
 
 from ema_dist.kernels import bind, choose, follow_, one_launch, scratch
-from kernel_lists import assert_close, followed, tensors
+from kernel_lists import INTERPRETED, assert_close, followed, tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-KERNELS_HERE = [None, "foreach", "scratch", "compiled"]
-if os.environ.get("TRITON_INTERPRET") == "1":
-    KERNELS_HERE = ["triton"]  # tests/test_kernels_triton.py asks for it, in a process of its own
+KERNELS_HERE = ["triton"] if INTERPRETED else [None, "foreach", "scratch", "compiled"]
 WEIGHTS = [0.125, 0.75, 1.0, 0.0]
 
 

@@ -13,17 +13,27 @@ import torch
 from torch import Tensor
 
 from ema_dist import kernels
-from ema_dist.kernels import bind
+from ema_dist.kernels import ByChance, Place, Remainders, bind, joined
 from ema_dist.kernels.one_launch import BLOCK
 from kernel_lists import assert_close, followed, tensors
 
+BF16, I16 = torch.bfloat16, torch.int16
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
 @needs_triton
 def test_the_interpreted_kernel_passes_the_tests_of_all_kernels() -> None:
     """In a process of its own, as Triton looks once whether it shall interpret."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_kernels_follow.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "test_kernels_follow.py",
+        "test_kernels_low_precision.py",
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False
@@ -49,6 +59,29 @@ def test_without_triton_another_kernel_serves_and_says_so(monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match="'foreach' does: Triton is missing: pip install triton"):
         follow = bind([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")
     assert follow.name == "foreach"
+
+
+@needs_triton
+@pytest.mark.parametrize("rounding", ["NEAREST", "CHANCE", "REMAINDERS"])
+def test_it_compiles_for_a_gpu_and_reads_16_bytes_at_a_time(
+    rounding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without one: the code that runs is there, though nobody runs it."""
+    from triton import compile  # noqa: A004, PLC0415 - optional
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.compiler import ASTSource  # noqa: PLC0415
+
+    from ema_dist.kernels import triton_code as code  # noqa: PLC0415
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    stored = code.tl.float32 if rounding == "NEAREST" else code.tl.uint16
+    settings = {"live": code.tl.bfloat16, "stored": stored, "wide": code.tl.float32, "tracks": 2, "finite": True}
+    settings |= {"rounding": getattr(code, rounding).value, "aligned": True, "block": BLOCK}
+    types = ["*i64"] * 3 + ["*i32", "*i64"] + ["*i32"] * 3 + ["*fp64", "*i32", "i32"] + ["constexpr"] * len(settings)
+    source = ASTSource(code.follow, dict(zip(code.follow.arg_names, types, strict=True)), settings)
+    assembly = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert "ld.global.v4.b32" in assembly
+    assert "st.global.v4.b32" in assembly
 
 
 def on_the_gpu(dtype: torch.dtype, count: int = 1) -> list[list[Tensor]]:
@@ -81,9 +114,24 @@ def test_on_the_gpu_each_track_equals_the_float64_reference(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["scratch", "triton"])
+def test_on_the_gpu_averages_are_rounded_as_on_the_cpu(kernel: str) -> None:
+    """The same random bits, and the same remainders, as long as the moves are exact."""
+    (values,) = on_the_gpu(torch.float32)
+    places = [Place(index, 7) for index in range(len(values))]
+    chance, high, low = [[torch.zeros_like(value, dtype=dtype) for value in values] for dtype in (BF16, BF16, I16)]
+    bind([chance], values, kernel=kernel, rounding=ByChance(places, 3))([1.0], 5)
+    bind([high], values, kernel=kernel, rounding=Remainders([low]))([1.0])
+    expected = [torch.zeros_like(average.cpu()) for average in chance]
+    bind([expected], [value.cpu() for value in values], kernel="scratch", rounding=ByChance(places, 3))([1.0], 5)
+    assert all(torch.equal(average.cpu(), reference) for average, reference in zip(chance, expected, strict=True))
+    assert all(torch.equal(joined(*parts), value) for *parts, value in zip(high, low, values, strict=True))
+
+
+@pytest.mark.gpu
 def test_an_update_is_captured_in_a_cuda_graph() -> None:
     """Its weights come from the device, so that replays follow a changing decay."""
-    (averages,), (values,) = on_the_gpu(torch.float32), on_the_gpu(torch.bfloat16)
+    averages, values = [torch.randn(3 * BLOCK + 5, device="cuda")], [torch.randn(3 * BLOCK + 5, device="cuda").to(BF16)]
     expected = [average.double() for average in averages]
     weight = torch.zeros((), device="cuda")
     follow = bind([averages], values, kernel="triton")

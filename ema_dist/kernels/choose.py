@@ -12,12 +12,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.chunked import InChunks
 from ema_dist.kernels.compiled import Compiled
 from ema_dist.kernels.follow import Follow, InOneCall, UnfitError
+from ema_dist.kernels.in_chunks import in_chunks
 from ema_dist.kernels.one_launch import InOneLaunch
+from ema_dist.kernels.rounding import Rounding
 
-KERNELS = {"foreach": InOneCall, "scratch": InChunks, "compiled": Compiled, "triton": InOneLaunch}
+KERNELS = {"foreach": InOneCall, "scratch": in_chunks, "compiled": Compiled, "triton": InOneLaunch}
 """By the names that users give and summaries show."""
 
 MEASURED_ELEMENTS = 2**22
@@ -31,7 +32,12 @@ ROUNDS = 5
 
 
 def bind(
-    tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool = True, kernel: str | None = None
+    tracks: Sequence[list[Tensor]],
+    values: list[Tensor],
+    *,
+    finite: bool = True,
+    kernel: str | None = None,
+    rounding: Rounding | None = None,
 ) -> Follow:
     """What moves these tracks towards these values at each call, as `follow_` does once.
 
@@ -44,30 +50,31 @@ def bind(
         kernel: one of `KERNELS`; None for the fastest one, which is measured once in this process for each device,
             dtypes, number of tracks, and small or large tensors. Where it cannot do, another one does, whose name is
             in ``name``.
+        rounding: of bfloat16 averages: `ByChance` or `Remainders`; None for to nearest.
 
-    Raises: ValueError when there is no such kernel.
+    Raises: ValueError when there is no such kernel, or other averages are to be rounded.
     """
     if kernel is not None and kernel not in KERNELS:
         raise ValueError(f"expected a kernel among {', '.join(KERNELS)}, or None for the fastest; found {kernel!r}")
+    if rounding and (found := {average.dtype for track in tracks for average in track} - {torch.bfloat16}):
+        raise ValueError(f"{type(rounding).__name__} is for bfloat16 averages; found {found}, which go without")
     if not tracks or not values:
-        return InOneCall(tracks, values)
-    always = _always_possible(tracks, values)
+        return InOneCall([], [])
+    always = _always_possible(tracks, values, rounding)
     if kernel is None:
-        if values[0].is_cuda:
-            always = (*always, "triton")
-        kernel = _fastest(_Kind.of(tracks, values, finite=finite), always)
-    elif kernel not in always:
-        try:
-            return KERNELS[kernel](tracks, values, finite=finite)
-        except UnfitError as reason:
-            warnings.warn(f"kernel={kernel!r} cannot move these averages, {always[-1]!r} does: {reason}", stacklevel=2)
-            kernel = always[-1]
-    return KERNELS[kernel](tracks, values, finite=finite)
+        possible = (*always, "triton") if values[0].is_cuda else always
+        kernel = _fastest(_Kind.of(tracks, values, finite=finite), possible)
+    try:
+        return KERNELS[kernel](tracks, values, finite=finite, rounding=rounding)
+    except UnfitError as reason:
+        other = always[0]
+        warnings.warn(f"kernel={kernel!r} cannot move these averages, {other!r} does: {reason}", stacklevel=2)
+        return KERNELS[other](tracks, values, finite=finite, rounding=rounding)
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What groups of tensors have in common for which one kernel is the fastest."""
+    """What groups of tensors have in common for which one kernel is the fastest, however they are rounded."""
 
     device: torch.device
     live: torch.dtype
@@ -86,9 +93,11 @@ class _Kind:
         return [torch.zeros(each, dtype=dtype, device=self.device) for _ in range(MEASURED_ELEMENTS // each)]
 
 
-def _always_possible(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> tuple[str, ...]:
+def _always_possible(
+    tracks: Sequence[list[Tensor]], values: list[Tensor], rounding: Rounding | None
+) -> tuple[str, ...]:
     """Kernels that need nothing but torch, as far as they may differ in speed."""
-    if any(track[0].dtype != values[0].dtype for track in tracks):
+    if rounding or any(track[0].dtype != values[0].dtype for track in tracks):
         return ("scratch",)
     return ("foreach", "scratch") if len(tracks) > 1 else ("foreach",)
 

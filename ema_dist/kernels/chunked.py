@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels.lists import flat_chunks
-from ema_dist.kernels.move import Weight, move_
+from ema_dist.kernels.move import Update, Weight, move_
 from ema_dist.kernels.scratch import chunk_elements, views
 
 
@@ -33,7 +33,7 @@ class InChunks:
         self._chunks = _chunked(tracks, values) if tracks and values else []
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update: int = 0) -> None:  # noqa: ARG002
+    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:  # noqa: ARG002
         """Move each track by its weight."""
         for chunk in self._chunks:
             for room in chunk.rooms:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels.lists import flat_chunks
-from ema_dist.kernels.move import Weight, move_
+from ema_dist.kernels.move import Update, Weight, move_
+from ema_dist.kernels.rounding import Remainders
 from ema_dist.kernels.scratch import chunk_elements, views
 
 
@@ -36,17 +37,18 @@ class Compensated:
     It keeps views of the tensors it is made for: make another one when they move to other storage.
 
     Args:
-        tracks: the averages of each track, in the order of ``values``: bfloat16 tensors, and int16 remainders.
+        tracks: the averages of each track, bfloat16, in the order of ``values``.
         values: the live weights, of one dtype, on the averages' device.
+        rounding: what is missing of each average.
         finite: False where infinities may occur; see `lerp_`.
 
     Memory: one scratch, kept as long as this.
     """
 
-    name = "compensated"
+    name = "scratch"
 
     def __init__(
-        self, tracks: Sequence[tuple[list[Tensor], list[Tensor]]], values: list[Tensor], *, finite: bool = True
+        self, tracks: Sequence[list[Tensor]], values: list[Tensor], rounding: Remainders, *, finite: bool = True
     ) -> None:
         self._finite = finite
         self._chunks = []
@@ -55,15 +57,15 @@ class Compensated:
         elements = chunk_elements(values, itemsize=3 * torch.float32.itemsize)
         value, wide, spare = torch.empty(3, elements, dtype=torch.float32, device=values[0].device)
         self._wide, self._spare = wide.view(torch.int32), spare.view(torch.int32)
-        lists = [part for track in tracks for part in track]
-        for followed, *parts in flat_chunks(values, *lists, elements=elements):
+        for followed, *parts in flat_chunks(values, *tracks, *rounding.tracks, elements=elements):
             room, moved = views(value, followed), views(wide, followed)
             bits, rest = views(self._wide, followed), views(self._spare, followed)
-            highs = [[piece.view(torch.int16) for piece in pieces] for pieces in parts[::2]]
-            self._chunks.append((followed, room, moved, bits, rest, list(zip(highs, parts[1::2], strict=True))))
+            highs = [[piece.view(torch.int16) for piece in pieces] for pieces in parts[: len(tracks)]]
+            stored = list(zip(highs, parts[len(tracks) :], strict=True))
+            self._chunks.append((followed, room, moved, bits, rest, stored))
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update: int = 0) -> None:  # noqa: ARG002
+    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:  # noqa: ARG002
         """Move each track by its weight."""
         for values, room, moved, bits, rest, tracks in self._chunks:
             torch._foreach_copy_(room, values)

@@ -1,8 +1,8 @@
 /* Moves blocks of many tensors by all tracks, so that each live value is read from memory once.
  *
- * Compiled with LIVE and STORED, the types of live values and averages, each one of float, double, half, bfloat,
- * WIDE, the type in which averages move: double for double, else float; and HALF if one of them is half, as not every
- * compiler has it. */
+ * Compiled with LIVE and STORED, the types of live values and averages, each one of float, double, half, bfloat;
+ * WIDE, the type in which averages move: double for double, else float; HALF if one of them is half, as not every
+ * compiler has it; and for bfloat averages perhaps BY_CHANCE or REMAINDERS, as rounding.py has them. */
 
 #include <math.h>
 #include <stdint.h>
@@ -10,23 +10,28 @@
 
 typedef struct { uint16_t bits; } bfloat;
 
+static inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+static inline float of_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+/* The one NaN that is kept where bits are added: others would run over into infinities or numbers. */
+static inline uint32_t safe_bits_of(float x) { return x != x ? 0x7FC00000 : bits_of(x); }
+
 static inline float wide_float(float x) { return x; }
 static inline double wide_double(double x) { return x; }
-static inline float wide_bfloat(bfloat x) {
-    uint32_t bits = (uint32_t)x.bits << 16;
-    float wide;
-    memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
+static inline float wide_bfloat(bfloat x) { return of_bits((uint32_t)x.bits << 16); }
 
 static inline float stored_float(float x) { return x; }
 static inline double stored_double(double x) { return x; }
-static inline bfloat stored_bfloat(float x) { /* to nearest, ties to even; NaN keep from becoming infinities */
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    bfloat narrow = {(uint16_t)(x != x ? 0x7FC0 : rounded)};
-    return narrow;
+static inline bfloat stored_bfloat(float x) { /* to nearest, ties to even */
+    uint32_t bits = safe_bits_of(x);
+    return (bfloat){(uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
 
 #ifdef HALF
@@ -38,52 +43,92 @@ static inline half stored_half(float x) { return (half)x; }
 static inline float fma_float(float x, float y, float z) { return fmaf(x, y, z); }
 static inline double fma_double(double x, double y, double z) { return fma(x, y, z); }
 
+/* `mixed` of noise.py. */
+static inline uint32_t mixed(uint32_t bits) {
+    bits = (bits ^ bits >> 16) * 0x7FEB352D;
+    bits = (bits ^ bits >> 15) * 0x846CA68B;
+    return bits ^ bits >> 16;
+}
+
 #define JOINED(x, y) x##_##y
 #define OF(function, type) JOINED(function, type)
-#define VALUE(i) ((WIDE)OF(wide, LIVE)(values[i]))
-#define AVERAGE(i) OF(wide, STORED)(averages[i])
-#define STORE(i, x) (averages[i] = OF(stored, STORED)(x))
 
-static void copy(STORED *restrict averages, const LIVE *restrict values, int64_t count) {
-    for (int64_t i = 0; i < count; i++) STORE(i, VALUE(i));
+/* What the loops below work on. */
+typedef struct {
+    const LIVE *restrict values;
+    STORED *restrict averages;
+    int16_t *restrict remainders;
+    uint32_t place; /* of the first element, mixed with the key */
+    int64_t count;
+} Run;
+
+#define VALUE(i) ((WIDE)OF(wide, LIVE)(run.values[i]))
+#if defined BY_CHANCE
+#define AVERAGE(i) OF(wide, STORED)(run.averages[i])
+#define STORE(i, x) (run.averages[i].bits = (safe_bits_of(x) + (mixed(run.place + (uint32_t)(i)) & 0xFFFF)) >> 16)
+#elif defined REMAINDERS
+#define AVERAGE(i) of_bits(((uint32_t)run.averages[i].bits << 16) + (uint32_t)(int32_t)run.remainders[i])
+#define STORE(i, x) \
+    do { \
+        uint32_t bits = safe_bits_of(x); \
+        run.averages[i].bits = (bits + 0x8000) >> 16; \
+        run.remainders[i] = (int16_t)bits; \
+    } while (0)
+#else
+#define AVERAGE(i) OF(wide, STORED)(run.averages[i])
+#define STORE(i, x) (run.averages[i] = OF(stored, STORED)(x))
+#endif
+
+static void copy(const Run run) {
+    for (int64_t i = 0; i < run.count; i++) STORE(i, VALUE(i));
 }
 
 /* What torch.lerp does: from the nearer end, in one rounding. */
-static void move(STORED *restrict averages, const LIVE *restrict values, int64_t count, WIDE weight) {
+static void move(const Run run, WIDE weight) {
     if (weight < (WIDE)0.5)
-        for (int64_t i = 0; i < count; i++)
+        for (int64_t i = 0; i < run.count; i++)
             STORE(i, OF(fma, WIDE)(weight, VALUE(i) - AVERAGE(i), AVERAGE(i)));
     else
-        for (int64_t i = 0; i < count; i++)
+        for (int64_t i = 0; i < run.count; i++)
             STORE(i, OF(fma, WIDE)(weight - 1, VALUE(i) - AVERAGE(i), VALUE(i)));
 }
 
 /* What would not be finite follows the value. */
-static void move_carefully(STORED *restrict averages, const LIVE *restrict values, int64_t count, WIDE weight) {
+static void move_carefully(const Run run, WIDE weight) {
     int near = weight < (WIDE)0.5;
     WIDE factor = near ? weight : weight - 1;
-    for (int64_t i = 0; i < count; i++) {
+    for (int64_t i = 0; i < run.count; i++) {
         WIDE value = VALUE(i), average = AVERAGE(i);
         WIDE moved = OF(fma, WIDE)(factor, value - average, near ? average : value);
-        STORE(i, moved - moved == 0 ? moved : value);
+        moved = moved - moved == 0 ? moved : value;
+        STORE(i, moved);
     }
 }
 
+/* The tables of tables.py, and of noise.py (only BY_CHANCE reads these); the weight of each track; the number of the
+ * update; how many tensors and tracks there are; and which blocks to move. */
 void follow(const int64_t *value_addresses, const int64_t *average_addresses, const int64_t *sizes,
-            const int32_t *block_tensors, const int64_t *block_starts, const double *weights, int64_t tensors,
-            int64_t tracks, int64_t finite, int64_t block, int64_t first, int64_t last) {
-    for (int64_t number = first; number < last; number++) {
-        int64_t tensor = block_tensors[number], start = block_starts[number];
-        int64_t rest = sizes[tensor] - start, count = rest < block ? rest : block;
-        const LIVE *values = (const LIVE *)(intptr_t)value_addresses[tensor] + start;
+            const int32_t *block_tensors, const int64_t *block_starts, const uint32_t *names, const uint32_t *firsts,
+            const uint32_t *seeds, const double *weights, int64_t update, int64_t tensors, int64_t tracks,
+            int64_t finite, int64_t block, int64_t begin, int64_t end) {
+    for (int64_t number = begin; number < end; number++) {
+        int64_t tensor = block_tensors[number], start = block_starts[number], rest = sizes[tensor] - start;
+        Run run = {.values = (const LIVE *)(intptr_t)value_addresses[tensor] + start,
+                   .count = rest < block ? rest : block};
         for (int64_t track = 0; track < tracks; track++) {
-            STORED *averages = (STORED *)(intptr_t)average_addresses[track * tensors + tensor] + start;
+            run.averages = (STORED *)(intptr_t)average_addresses[track * tensors + tensor] + start;
+#ifdef REMAINDERS
+            run.remainders = (int16_t *)(intptr_t)average_addresses[(tracks + track) * tensors + tensor] + start;
+#endif
+#ifdef BY_CHANCE
+            run.place = mixed(names[tensor] ^ mixed((uint32_t)update + seeds[track])) + firsts[tensor] + (uint32_t)start;
+#endif
             if (weights[track] >= 1)
-                copy(averages, values, count);
+                copy(run);
             else if (weights[track] > 0 && finite)
-                move(averages, values, count, (WIDE)weights[track]);
+                move(run, (WIDE)weights[track]);
             else if (weights[track] > 0)
-                move_carefully(averages, values, count, (WIDE)weights[track]);
+                move_carefully(run, (WIDE)weights[track]);
         }
     }
 }

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels.chunked import InChunks
-from ema_dist.kernels.move import Weight, move_
+from ema_dist.kernels.move import Update, Weight, move_
+from ema_dist.kernels.rounding import Rounding
 
 
 class Follow(Protocol):
@@ -20,8 +21,8 @@ class Follow(Protocol):
         """What `choose` and summaries call it."""
         ...
 
-    def __call__(self, weights: Sequence[Weight], update: int = 0) -> None:
-        """Move each track by its weight."""
+    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:
+        """Move each track by its weight; only rounding by chance asks for the number of the update."""
         ...
 
 
@@ -38,7 +39,16 @@ class InOneCall:
 
     name = "foreach"
 
-    def __init__(self, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool = True) -> None:
+    def __init__(
+        self,
+        tracks: Sequence[list[Tensor]],
+        values: list[Tensor],
+        *,
+        finite: bool = True,
+        rounding: Rounding | None = None,
+    ) -> None:
+        if rounding:
+            raise UnfitError(f"torch rounds to nearest; found {type(rounding).__name__}")
         if found := {track[0].dtype for track in tracks if track} - {value.dtype for value in values[:1]}:
             raise UnfitError(f"torch lerps equal dtypes only; found averages of {found} that follow {values[0].dtype}")
         self._tracks = tracks
@@ -46,7 +56,7 @@ class InOneCall:
         self._finite = finite
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update: int = 0) -> None:  # noqa: ARG002
+    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:  # noqa: ARG002
         """Move each track by its weight."""
         for averages, weight in zip(self._tracks, weights, strict=True):
             if averages:

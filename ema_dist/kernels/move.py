@@ -11,6 +11,9 @@ from ema_dist.kernels.scratch import scratch_bytes
 Weight = float | Tensor
 """Of the live values, in [0, 1]: a number, or a 0-d tensor that is never asked for its value."""
 
+Update = int | Tensor
+"""The number of an update: on a device where the kernel is to be captured in a graph."""
+
 
 def move_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool) -> None:
     """Move each average towards its value, in place; both lists have one dtype.

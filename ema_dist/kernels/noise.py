@@ -6,8 +6,12 @@ the same bits on every device and in every chunk, without a state that would hav
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from ema_dist.kernels.rounding import ByChance
 
 # The 32-bit permutation of least bias among those of two multiplications.
 SHIFTS = (16, 15, 16)
@@ -53,3 +57,23 @@ def folded(number: int) -> int:
         low = mixed(low ^ number)
         number >>= 32
     return low
+
+
+class NoiseTables(NamedTuple):
+    """What a kernel reads to make the bits itself, int32: ``key`` is ``mixed(update + seeds[track])``."""
+
+    names: Tensor
+    """Of each tensor ``t``, as it enters ``mixed(t ^ key)``."""
+    firsts: Tensor
+    """The place of its first element."""
+    seeds: Tensor
+    """Of each track."""
+
+
+def noise_tables(rounding: ByChance, *, tracks: int, device: torch.device) -> NoiseTables:
+    """Tables for these places and so many tracks."""
+    names = [folded(place.tensor) for place in rounding.places]
+    firsts = [place.first for place in rounding.places]
+    seeds = [mixed(folded(rounding.seed) + track) for track in range(tracks)]
+    columns = ([signed(number) for number in column] for column in (names, firsts, seeds))
+    return NoiseTables(*(torch.tensor(column, dtype=torch.int32, device=device) for column in columns))

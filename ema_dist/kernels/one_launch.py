@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ema_dist.kernels.follow import UnfitError
-from ema_dist.kernels.move import Weight
+from ema_dist.kernels.in_chunks import in_chunks_only
+from ema_dist.kernels.move import Update, Weight
+from ema_dist.kernels.noise import noise_tables
+from ema_dist.kernels.rounding import ByChance, Remainders, Rounding
 from ema_dist.kernels.tables import Row, flat_rows, tables
 
 BLOCK = 4096
@@ -24,14 +29,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class InOneLaunch:
     """Moves all tensors by one launch, two where some lie at odd addresses; weights come from a tensor on the device.
 
-    An update that gets its weights as 0-d tensors of the device can be captured in a CUDA graph. Tensors that have
-    gaps, or that are laid out otherwise than their averages, move as `InChunks` moves them.
+    An update that gets its weights, and its number, as 0-d tensors of the device can be captured in a CUDA graph.
+    Tensors that have gaps, or that are laid out otherwise than their averages, move as `in_chunks` moves them.
     It keeps the tensors' addresses: make another one when they move to other storage.
 
     Args:
         tracks: the averages of each track, in the order of ``values``, all of one dtype.
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
+        rounding: of bfloat16 averages; None for to nearest.
 
     Memory: a table of 12 bytes for every 4096 elements, and one of 16 and more for every tensor.
     Raises: UnfitError when Triton is missing, or cannot move such tensors.
@@ -39,62 +45,86 @@ class InOneLaunch:
 
     name = "triton"
 
-    def __init__(self, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool = True) -> None:
-        code = _code_for(tracks, values)
-        flat, self._others = flat_rows(tracks, values, finite=finite)
-        aligned = [row for row in flat if _is_aligned(row)]
-        unaligned = [row for row in flat if not _is_aligned(row)]
-        self._weights = torch.zeros(len(tracks), dtype=torch.float64, device=values[0].device)
-        self._sent: list[Weight | None] = [0.0] * len(tracks)
-        self._slots = list(self._weights.unbind())
-        self._launches = [
-            _Launch(code, rows, self._weights, finite=finite, aligned=rows is aligned)
-            for rows in (aligned, unaligned)
-            if rows
-        ]
-        self._launch()  # compiles it; weights of zero leave everything as it is
-
-    @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update: int = 0) -> None:  # noqa: ARG002
-        """Move each track by its weight."""
-        for index, (slot, weight) in enumerate(zip(self._slots, weights, strict=True)):
-            if isinstance(weight, Tensor):
-                slot.copy_(weight, non_blocking=True)
-                self._sent[index] = None
-            elif self._sent[index] != weight:
-                slot.fill_(weight)
-                self._sent[index] = weight
-        self._launch()
-        for other in self._others:
-            other(weights)
-
-    def _launch(self) -> None:
-        for launch in self._launches:
-            launch()
-
-
-class _Launch:
-    """One launch for the flat tensors of ``rows``: the live values, and each track's averages."""
-
     def __init__(
         self,
-        code: ModuleType,
-        rows: Sequence[Row],
-        weights: Tensor,
+        tracks: Sequence[list[Tensor]],
+        values: list[Tensor],
         *,
-        finite: bool,
-        aligned: bool,
+        finite: bool = True,
+        rounding: Rounding | None = None,
     ) -> None:
+        code = _code_for(tracks, values)
+        remainders = rounding.tracks if isinstance(rounding, Remainders) else ()
+        rows, flat, others = flat_rows(values, *tracks, *remainders)
+        self._others = in_chunks_only(others, tracks, values, finite=finite, rounding=rounding)
+        self._weights = _Slots([0.0] * len(tracks), torch.float64, values[0].device)
+        self._counts = isinstance(rounding, ByChance)
+        self._update = _Slots([0], torch.int32, values[0].device)
         self._rows = rows  # whose addresses are only good as long as they are
+        self._launches: list[Callable[[], object]] = []
+        for aligned in (True, False):
+            these = [index for index, row in enumerate(rows) if _is_aligned(row) == aligned]
+            if these:
+                some = rounding.of([flat[index] for index in these]) if rounding else None
+                launch = self._launch(code, [rows[index] for index in these], some, finite=finite, aligned=aligned)
+                self._launches.append(launch)
+        self._run()  # compiles them; weights of zero leave everything as it is
+
+    @torch.no_grad()
+    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:
+        """Move each track by its weight."""
+        self._weights.hold(weights)
+        if self._counts:
+            self._update.hold([update])
+        self._run()
+        self._others(weights, update)
+
+    def _run(self) -> None:
+        device = self._weights.all.device
+        # Triton launches on the current device, whatever it is given.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            for launch in self._launches:
+                launch()
+
+    def _launch(
+        self, code: ModuleType, rows: list[Row], rounding: Rounding | None, *, finite: bool, aligned: bool
+    ) -> Callable[[], object]:
+        """What launches the kernel for these tensors."""
         live, stored = rows[0][0].dtype, rows[0][1].dtype
         wide = torch.float64 if stored == torch.float64 else torch.float32
-        types = [getattr(code.tl, str(dtype).removeprefix("torch.")) for dtype in (live, stored, wide)]
+        types = [_type(code, dtype) for dtype in (live, torch.uint16 if rounding else stored, wide)]
         found = tables(rows, block=BLOCK)
-        self._arguments = (*found, weights, len(rows), *types, len(rows[0]) - 1, finite, aligned, BLOCK)
-        self._kernel = code.follow[(len(found.block_tensors),)]
+        noise: Sequence[Tensor] = [found.sizes] * 3  # which is not read
+        how = code.REMAINDERS if rounding else code.NEAREST
+        if isinstance(rounding, ByChance):
+            noise = noise_tables(rounding, tracks=len(self._weights.all), device=found.sizes.device)
+            how = code.CHANCE
+        kernel = code.follow[(len(found.block_tensors),)]
+        variables = (*found, *noise, self._weights.all, self._update.all, len(rows))
+        return partial(kernel, *variables, *types, len(self._weights.all), finite, how.value, aligned, BLOCK)
 
-    def __call__(self) -> None:
-        self._kernel(*self._arguments)
+
+class _Slots:
+    """Numbers on the device, written to only where they change."""
+
+    def __init__(self, numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> None:
+        self.all = torch.tensor(numbers, dtype=dtype, device=device)
+        self._each = list(self.all.unbind())
+        self._held: list[float | Tensor | None] = [*numbers]
+
+    def hold(self, numbers: Sequence[float | Tensor]) -> None:
+        for index, (slot, number) in enumerate(zip(self._each, numbers, strict=True)):
+            if isinstance(number, Tensor):
+                slot.copy_(number, non_blocking=True)
+                self._held[index] = None
+            elif self._held[index] != number:
+                slot.fill_(number)
+                self._held[index] = number
+
+
+def _type(code: ModuleType, dtype: torch.dtype) -> object:
+    """Triton's name for it."""
+    return getattr(code.tl, str(dtype).removeprefix("torch."))
 
 
 def _code_for(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> ModuleType:

@@ -11,65 +11,44 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels.lists import flat_chunks
-from ema_dist.kernels.move import Weight, move_
+from ema_dist.kernels.move import Update, Weight, move_
 from ema_dist.kernels.noise import folded, key, mix_, signed
+from ema_dist.kernels.rounding import ByChance, Place
 from ema_dist.kernels.scratch import chunk_elements, views
 
 
-class Place(NamedTuple):
-    """Where the elements of a tensor lie: the same places get the same random bits, on any rank."""
-
-    tensor: int
-    """Which one it is: different for each tensor of a model, and the same in every run."""
-    first: int = 0
-    """The place of its first element in the full tensor, where that is cut."""
-
-
 class Stochastic:
-    """Moves bfloat16 tracks in float32 and rounds by chance, in proportion to what lies between two bfloat16.
+    """Moves bfloat16 tracks in float32 and rounds them `ByChance`, chunk by chunk.
 
-    The random bits depend on the seed, the number of the update and of the track, and the place; see `noise`.
     It keeps views of the tensors it is made for: make another one when they move to other storage.
 
     Args:
         tracks: the averages of each track, bfloat16, in the order of ``values``.
         values: the live weights, of one dtype, on the averages' device.
-        places: of each tensor; of tensors that are dense in another order than row-major, elements count in memory.
-        seed: not negative.
+        rounding: the places and the seed.
         finite: False where infinities may occur; see `lerp_`.
 
     Memory: one scratch, kept as long as this, and an int32 for each of its elements.
-    Raises: ValueError when an average is not bfloat16, as others are rounded to nearest without harm.
     """
 
-    name = "stochastic"
+    name = "scratch"
 
     def __init__(
-        self,
-        tracks: Sequence[list[Tensor]],
-        values: list[Tensor],
-        *,
-        places: Sequence[Place],
-        seed: int,
-        finite: bool = True,
+        self, tracks: Sequence[list[Tensor]], values: list[Tensor], rounding: ByChance, *, finite: bool = True
     ) -> None:
-        if found := {average.dtype for track in tracks for average in track} - {torch.bfloat16}:
-            raise ValueError(
-                f"only bfloat16 averages are rounded by chance, found {found}; leave the others as they are"
-            )
         self._finite = finite
-        self._seed = seed
-        self._chunks = list(_chunked(tracks, values, places)) if tracks and values else []
+        self._seed = rounding.seed
+        self._chunks = list(_chunked(tracks, values, rounding.places)) if tracks and values else []
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update: int = 0) -> None:
+    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:
         """Move each track by its weight; ``update`` is the number of this update."""
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.room, chunk.values)
             for number, (averages, weight) in enumerate(zip(chunk.tracks, weights, strict=True)):
                 torch._foreach_copy_(chunk.wide_pieces, averages)
                 move_(chunk.wide_pieces, chunk.room, weight, finite=self._finite)
-                _round_(chunk, key(self._seed, update=update, track=number))
+                _round_(chunk, key(self._seed, update=int(update), track=number))
                 torch._foreach_copy_(averages, chunk.wide_pieces)
 
 

@@ -8,19 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.chunked import InChunks
 from ema_dist.kernels.lists import flattened
 
 Row = tuple[Tensor, ...]
-"""The live values of one tensor, and each track's averages of it."""
+"""The live values of one tensor, and each track's averages of it; then their remainders if there are any."""
 
 
 class Tables(NamedTuple):
     """What a kernel reads before it reads tensors. They hold addresses: keep the tensors as long as these."""
 
     value_addresses: Tensor
+    """Of the first list."""
     average_addresses: Tensor
-    """Of each track the averages of all tensors, one track after the other."""
+    """Of each list after the first, all tensors, one list after the other."""
     sizes: Tensor
     """In elements."""
     block_tensors: Tensor
@@ -40,17 +40,19 @@ def tables(rows: Sequence[Row], *, block: int) -> Tables:
     return Tables(*(table.to(rows[0][0].device) for table in found))
 
 
-def flat_rows(
-    tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool
-) -> tuple[list[Row], list[InChunks]]:
-    """Flat views of all tensors that have elements, and what moves those of which there are none.
+class Sorted(NamedTuple):
+    """Tensors by what can be done with them."""
 
-    These have gaps, or are laid out otherwise than their averages.
-    """
-    rows = [row for row in zip(values, *tracks, strict=True) if row[0].numel()]
-    views = [flattened(row) for row in rows]
-    others = [row for row, flat in zip(rows, views, strict=True) if flat is None]
-    if not others:
-        return [flat for flat in views if flat], []
-    strided, *averages = (list(column) for column in zip(*others, strict=True))
-    return [flat for flat in views if flat], [InChunks(averages, strided, finite=finite)]
+    rows: list[Row]
+    """Flat views of those that have elements and are dense, in the same order in all lists."""
+    flat: list[int]
+    """Which ones these are."""
+    others: list[int]
+    """Which ones have gaps, or differ in their order."""
+
+
+def flat_rows(*lists: list[Tensor]) -> Sorted:
+    """Sort out of which tensors one address and one size tell all."""
+    views = [(index, flattened(row)) for index, row in enumerate(zip(*lists, strict=True)) if row[0].numel()]
+    flat = [(index, row) for index, row in views if row]
+    return Sorted([row for _, row in flat], [index for index, _ in flat], [index for index, row in views if not row])

@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+NEAREST = tl.constexpr(0)
+CHANCE = tl.constexpr(1)
+REMAINDERS = tl.constexpr(2)
+
 
 @triton.jit
 def follow(  # noqa: PLR0913, PLR0917 - a kernel takes what it reads
@@ -13,31 +17,41 @@ def follow(  # noqa: PLR0913, PLR0917 - a kernel takes what it reads
     sizes: tl.tensor,
     block_tensors: tl.tensor,
     block_starts: tl.tensor,
+    names: tl.tensor,
+    firsts: tl.tensor,
+    seeds: tl.tensor,
     weights: tl.tensor,
+    update: tl.tensor,
     tensors: tl.tensor,
     live: tl.constexpr,
     stored: tl.constexpr,
     wide: tl.constexpr,
     tracks: tl.constexpr,
     finite: tl.constexpr,
+    rounding: tl.constexpr,
     aligned: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     """Move one block of one tensor by all tracks; the tables say which one.
 
     Args:
-        value_addresses: of each tensor's live values, as int64.
-        average_addresses: of each track's averages of each tensor, one track after the other, as int64.
-        sizes: of each tensor, in elements.
-        block_tensors: the tensor of each block.
-        block_starts: the first element of each block.
-        weights: of each track, in float64.
+        value_addresses: see `Tables`, and for the next four.
+        average_addresses: also of remainders.
+        sizes: of tensors.
+        block_tensors: of blocks.
+        block_starts: of blocks.
+        names: see `NoiseTables`, and for the next two; read for rounding by chance only.
+        firsts: of tensors.
+        seeds: of tracks.
+        weights: of tracks, in float64.
+        update: its number.
         tensors: how many there are.
         live: dtype of the values.
-        stored: dtype of the averages.
+        stored: dtype of the averages; uint16 for the bits of those that are rounded.
         wide: dtype in which they move.
         tracks: how many there are.
         finite: False where infinities may occur.
+        rounding: NEAREST, CHANCE or REMAINDERS.
         aligned: whether all addresses are multiples of 16 bytes.
         block: how many elements it takes.
     """
@@ -50,15 +64,54 @@ def follow(  # noqa: PLR0913, PLR0917 - a kernel takes what it reads
     is_full = start + block <= size
     for masked in tl.static_range(2):
         if is_full != (masked == 1):
-            value = _load(_pointers(value_addresses + tensor, places, live, aligned), places < size, masked)
-            value = value.to(wide)
+            inside = places < size
+            value = _load(_pointers(value_addresses + tensor, places, live, aligned), inside, masked).to(wide)
             for track in tl.static_range(tracks):
                 weight = tl.load(weights + track).to(wide)
                 if weight > 0:
                     pointers = _pointers(average_addresses + track * tensors + tensor, places, stored, aligned)
-                    average = _load(pointers, places < size, masked).to(wide)
-                    moved = _moved(average, value, weight, finite).to(stored)
-                    _store(pointers, moved, places < size, masked)
+                    average = _load(pointers, inside, masked)
+                    if rounding == NEAREST:
+                        moved = _moved(average.to(wide), value, weight, finite)
+                        _store(pointers, moved.to(stored), inside, masked)
+                    elif rounding == CHANCE:
+                        moved = _moved(_joined(average, 0), value, weight, finite)
+                        key = _mixed(_unsigned(tl.load(update)) + _unsigned(tl.load(seeds + track)))
+                        key = _mixed(_unsigned(tl.load(names + tensor)) ^ key) + _unsigned(tl.load(firsts + tensor))
+                        noise = _mixed(places.to(tl.uint32) + key) & 0xFFFF
+                        _store(pointers, ((_bits(moved) + noise) >> 16).to(tl.uint16), inside, masked)
+                    else:
+                        lows = average_addresses + (tracks + track) * tensors + tensor
+                        low_pointers = _pointers(lows, places, tl.int16, aligned)
+                        low = _load(low_pointers, inside, masked)
+                        bits = _bits(_moved(_joined(average, low), value, weight, finite))
+                        _store(pointers, ((bits + 0x8000) >> 16).to(tl.uint16), inside, masked)
+                        _store(low_pointers, bits.to(tl.uint16).to(tl.int16, bitcast=True), inside, masked)
+
+
+@triton.jit
+def _joined(high: tl.tensor, low: tl.tensor) -> tl.tensor:
+    """float32 of its upper half's bits and what is missing."""
+    return ((high.to(tl.int32) << 16) + low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bits(wide: tl.tensor) -> tl.tensor:
+    """Of float32, with one NaN only: others would run over into infinities or numbers."""
+    return tl.where(wide != wide, 0x7FC00000, wide.to(tl.uint32, bitcast=True))  # noqa: PLR0124 - true for NaN
+
+
+@triton.jit
+def _unsigned(number: tl.tensor) -> tl.tensor:
+    return number.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _mixed(bits: tl.tensor) -> tl.tensor:
+    """`mixed` of `noise`."""
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return bits ^ (bits >> 16)
 
 
 @triton.jit
