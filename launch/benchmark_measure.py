@@ -5,7 +5,7 @@ import gc
 import os
 import pickle
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,7 @@ from parallel import BACKENDS
 from stopwatch import stopwatch
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 LOOPBACK = "127.0.0.1"
 PRELOADED = [
     "torch._dynamo",
@@ -61,21 +62,21 @@ def _main(
 
 
 def in_turn(
-    competitors: Mapping[str, Callable[[], object]],
+    competitors: Mapping[K, Callable[[], object]],
     *,
-    before: Callable[[str], object],
-    after: Callable[[str], object] = lambda _: None,
+    before: Callable[[K], object],
+    after: Callable[[K], object] = lambda _: None,
     repeats: int,
     device: torch.device,
-) -> dict[str, list[float]]:
+) -> dict[K, list[float]]:
     """Seconds of each competitor on this rank, one for each round.
 
     Every round runs all of them once, in an order of its own: drifting load and a cache left warm hit each alike. All
-    ranks start together, each time after `before`; it gets the competitor's name, as `after` does, and neither counts.
+    ranks start together, each time after `before`; it gets the competitor's key, as `after` does, and neither counts.
     """
     shuffle = random.Random(0)
     watch = stopwatch(device)
-    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    seconds: dict[K, list[float]] = {name: [] for name in competitors}
     gc.disable()
     for _ in range(repeats):
         for name in shuffle.sample(list(competitors), len(competitors)):
