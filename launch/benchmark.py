@@ -80,10 +80,12 @@ def measure_averages(run: Run, repeats: int) -> tuple[AverageResults, list[Table
     for parallel, ranks, live in UPDATED:
         for shape in (small, large):
             case = Case(parallel, ranks, shape, live)
-            results.updates += sum(run.measure(partial(update_costs, repeats=repeats), case, missing), [])
+            for costs in run.measure(partial(update_costs, repeats=repeats), case, missing):
+                results.updates += costs
     for shape in (small, tracked):
         measured = partial(update_costs, repeats=repeats, tracks=TRACKS)
-        results.tracks += sum(run.measure(measured, Case("plain", 1, shape), missing), [])
+        for costs in run.measure(measured, Case("plain", 1, shape), missing):
+            results.tracks += costs
     for parallel, ranks in SWAPPED:
         for shape in (small, large):
             case = Case(parallel, ranks, shape)
@@ -137,9 +139,7 @@ def composer_obstacle(device_type: str) -> str | None:
 
 
 SECTIONS = {
-    "averages": Section(
-        measure_averages, repeats=20, data="results.json", page="index.md", picture=write_picture
-    ),
+    "averages": Section(measure_averages, repeats=20, data="results.json", page="index.md", picture=write_picture),
     "checkpoints": Section(measure_checkpoints, repeats=7, data="checkpoints.json", page="checkpoints.md"),
     "composer": Section(
         measure_composer, repeats=20, data="composer.json", page="composer.md", obstacle=composer_obstacle

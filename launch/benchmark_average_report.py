@@ -73,9 +73,13 @@ class AverageResults(Results):
                 yield Target(f"{what}: update() over {FOREACH}", LIMIT_TIMES_FOREACH, over(costs, FOREACH), "x")
             else:
                 over_foreach = over(costs, FOREACH)
-                yield Target(f"{what}: update() over a cast and foreach", LIMIT_TIMES_CAST_AND_FOREACH, over_foreach, "x")
+                yield Target(
+                    f"{what}: update() over a cast and foreach", LIMIT_TIMES_CAST_AND_FOREACH, over_foreach, "x"
+                )
             if costs.case.parallel == "ddp" and (best := best_peer(costs)):
-                yield Target(f"{what}: update() over {best}, the best peer", LIMIT_TIMES_BEST_PEER, over(costs, best), "x")
+                yield Target(
+                    f"{what}: update() over {best}, the best peer", LIMIT_TIMES_BEST_PEER, over(costs, best), "x"
+                )
         for several, one in _four_and_one(self.tracks):
             both = OURS in several.seconds and OURS in one.seconds
             ratio = median_ratio(several.seconds[OURS], one.seconds[OURS]) if both else None

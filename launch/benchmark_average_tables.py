@@ -60,7 +60,9 @@ def average_tables(results: AverageResults) -> list[Table]:
             1,
             [_summary(costs) for costs in updates],
         ),
-        Table("Updates: slowest rank of each round", UPDATE_COLUMNS, 2, [row for it in everything for row in _rows(it)]),
+        Table(
+            "Updates: slowest rank of each round", UPDATE_COLUMNS, 2, [row for it in everything for row in _rows(it)]
+        ),
         Table(
             "Computing with the averages: memory of one rank",
             ["case", "by", "averages MiB", "extra MiB", "median ms in", "median ms out"],

@@ -25,6 +25,7 @@ PRELOADED = [
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
+    "benchmark_preloaded",
 ]
 
 

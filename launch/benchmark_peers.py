@@ -8,7 +8,9 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from operator import methodcaller
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
@@ -118,10 +120,8 @@ def composer_formula(model: nn.Module, decay: float) -> Averaging:
 
 
 def timm(model: nn.Module, decay: float) -> Averaging:
-    from timm.utils import ModelEmaV3  # noqa: PLC0415
-
     net = unwrapped(model)
-    ema = ModelEmaV3(net, decay=decay).float()
+    ema = _module_of("timm", "utils/model_ema.py").ModelEmaV3(net, decay=decay, dtype=torch.float32)
     return Averaging(lambda: ema.update(net), lambda: [dict(ema.module.named_parameters())])
 
 
@@ -129,8 +129,10 @@ def ema_pytorch(model: nn.Module, decay: float) -> Averaging:
     from ema_pytorch import EMA  # noqa: PLC0415
 
     net = unwrapped(model)
+    is_narrow = any(parameter.dtype != torch.float32 for parameter in net.parameters())
     # It warms its decay up; these settings make it constant from the first step.
-    ema = EMA(net, beta=decay, min_value=decay, update_after_step=-2, update_every=1, use_foreach=True)
+    constant = {"beta": decay, "min_value": decay, "update_after_step": -2, "update_every": 1}
+    ema = EMA(net, use_foreach=True, coerce_dtype=is_narrow, **constant)
     ema.ema_model.float()
     return Averaging(ema.update, lambda: [dict(ema.ema_model.named_parameters())])
 
@@ -202,7 +204,8 @@ def one_each(make: Callable[[nn.Module, float], Averaging]) -> Callable[[nn.Modu
 LERP, CAST_AND_LERP = Passes(live=1, average=2), Passes(live=1, average=4)
 COPYING = {
     AVERAGED_MODEL: Way(one_each(averaged_model), LERP),
-    TIMM: Way(one_each(timm), LERP),
+    # A narrow live weight is added to the average after that was multiplied.
+    TIMM: Way(one_each(timm), LERP, Passes(live=1, average=4)),
     EMA_PYTORCH: Way(one_each(ema_pytorch), LERP, CAST_AND_LERP),
     # (average - live), then the average minus a part of that.
     DIFFUSERS: Way(one_each(diffusers), Passes(live=1, average=5)),
@@ -231,3 +234,16 @@ def _foreach_lerp_(averages: list[Tensor], lives: list[Tensor], weight: float) -
     if lives[0].dtype != torch.float32:
         lives = [live.float() for live in lives]
     torch._foreach_lerp_(averages, lives, weight)
+
+
+def _module_of(package: str, path: str) -> Any:  # noqa: ANN401
+    """One module, without its package: timm's imports torchvision, which does not load beside every build of torch."""
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named '{package}'")
+    spec = spec_from_file_location(f"{package} alone", Path(found.submodule_search_locations[0]) / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,4 +1,4 @@
-"""What share of a training step an update takes: the step of `train.py`, after which each way to average has its turn."""
+"""What share of a training step an update takes: a step of `train.py`, then an update, each way to average in turn."""
 
 import statistics
 from dataclasses import dataclass, field

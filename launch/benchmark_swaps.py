@@ -121,9 +121,7 @@ def _require_alike_inside(swaps: Mapping[str, Swap], model: nn.Module, case: Cas
         torch.testing.assert_close(output, outputs[SWAPPED], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def _measure(
-    costs: SwapCosts, swaps: Mapping[str, Swap], model: nn.Module, repeats: int, device: torch.device
-) -> None:
+def _measure(costs: SwapCosts, swaps: Mapping[str, Swap], model: nn.Module, repeats: int, device: torch.device) -> None:
     """Memory apart from the times: who gave memory back must wait to get it again."""
     leaving, memory = stopwatch(device), peak_memory(device)
     stack = ExitStack()

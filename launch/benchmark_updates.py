@@ -3,7 +3,9 @@
 The functions that measure run on every rank of a case; times are the slowest rank's, bytes the largest one's.
 """
 
+import io
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -55,9 +57,7 @@ class UpdateCosts:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def update_costs(
-    device: torch.device, *, case: Case, repeats: int, tracks: Sequence[int] = (1,)
-) -> list[UpdateCosts]:
+def update_costs(device: torch.device, *, case: Case, repeats: int, tracks: Sequence[int] = (1,)) -> list[UpdateCosts]:
     """For each number of tracks, all in the same rounds."""
     model = case.wrapped(device)
     sizes = [parameter.numel() for parameter in model.parameters()]
@@ -79,23 +79,27 @@ def update_costs(
 
 
 def attempt(
-    make: Callable[[nn.Module, Sequence[float]], Averaging], model: nn.Module, decays: Sequence[float], device: torch.device
+    make: Callable[[nn.Module, Sequence[float]], Averaging],
+    model: nn.Module,
+    decays: Sequence[float],
+    device: torch.device,
 ) -> Averaging | str:
     """The averages after two updates that leave them what they are, since the first may only copy; or how that fails.
 
     Collective: every rank. What fails on one of them has failed.
     """
-    made, failure = None, ""
+    made, failure, printed = None, "", io.StringIO()
     try:
-        made = make(model, decays)
-        for _ in range(2):
-            made.update()
-        if others := {average.dtype for track in made.averages() for average in track.values()} - {torch.float32}:
-            raise ValueError(f"no setting for float32 averages: they are {', '.join(map(str, others))}")
+        with redirect_stdout(printed):
+            made = make(model, decays)
+            for _ in range(2):
+                made.update()
+        failure = _not_in_float32(made)
     except ModuleNotFoundError as error:
         failure = f"not installed: {error}"
     except (Exception, SystemExit) as error:  # noqa: BLE001 - however it fails is what the row will say
-        failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        said = str(error) if isinstance(error, Exception) else printed.getvalue()
+        failure = f"{type(error).__name__}: {(said.splitlines() or [''])[0]}"
     (failed,) = highest([bool(failure)], device)
     return failure or "fails on another rank" if failed or made is None else made
 
@@ -114,6 +118,11 @@ def require_alike(averagings: Mapping[str, Averaging]) -> None:
                 _require_close(full(average.detach()), full(expected[key].detach()), f"{name}: {key}")
 
 
+def _not_in_float32(averaging: Averaging) -> str:
+    others = {average.dtype for track in averaging.averages() for average in track.values()} - {torch.float32}
+    return f"no setting for float32 averages: they are {', '.join(map(str, others))}" if others else ""
+
+
 def _count(costs: UpdateCosts, name: str, way: Way, averaging: Averaging, device: torch.device) -> None:
     """What needs no repeating."""
     held = [[local(average) for average in track.values()] for track in averaging.averages()]
@@ -129,7 +138,11 @@ def _count(costs: UpdateCosts, name: str, way: Way, averaging: Averaging, device
 
 
 def _measure_seconds(
-    costs: Mapping[int, UpdateCosts], found: Mapping[Key, Averaging], model: nn.Module, repeats: int, device: torch.device
+    costs: Mapping[int, UpdateCosts],
+    found: Mapping[Key, Averaging],
+    model: nn.Module,
+    repeats: int,
+    device: torch.device,
 ) -> None:
     elements = sum(local(parameter).numel() for parameter in model.parameters())
     copies = {count: Copy(update_bytes(elements, _kept(costs[count])), device) for count in costs}

@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Spread:
-    """A model over `shards * replicas` ranks: `shards` of them hold it together, and `replicas` such groups hold it alike.
+    """A model over `shards * replicas` ranks: `shards` of them hold it together, `replicas` such groups hold it alike.
 
     DDP has one shard, FSDP2 one replica, HSDP several of both.
 
@@ -104,8 +104,8 @@ def update_bytes(elements: int, kept: Kept) -> int:
 def swap_network_bytes(shapes: Sequence[Shape], spread: Spread, kept: Kept, rank: int = 0) -> int:
     """What passes a rank's network when averages go into the model; their leaving takes the same less the checksums.
 
-    Each replica sends its part of every tensor to the others, so all parts pass each rank, its own on the way out. First
-    the replicas compare 8 bytes for each tensor.
+    Each replica sends its part of every tensor to the others, so all parts pass each rank, its own on the way out.
+    First the replicas compare 8 bytes for each tensor.
     """
     if not spread.split or spread.replicas == 1:
         return 0

@@ -1,4 +1,4 @@
-"""The tables of docs/cost.md: formulas beside measurements, and what the formulas say of models too large to measure."""
+"""The tables of docs/cost.md: formulas beside measurements, and what they say of models too large to measure."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -69,7 +69,17 @@ def cost_tables(results: CostResults) -> list[Table]:
     return [
         Table(
             "Measured: formula and measurement of every rank",
-            ["case", "averages MiB", "", "process grew MiB", "update moves MiB", "", "swap sends MiB", "", "update sends"],
+            [
+                "case",
+                "averages MiB",
+                "",
+                "process grew MiB",
+                "update moves MiB",
+                "",
+                "swap sends MiB",
+                "",
+                "update sends",
+            ],
             1,
             [_checked_row(costs) for costs in results.costs],
         ),
@@ -81,7 +91,17 @@ def cost_tables(results: CostResults) -> list[Table]:
         ),
         Table(
             "Projected, not measured: the first rank, bfloat16 live weights, float32 averages",
-            ["model", "ranks", "layout", "averages GiB", "of 80 GB", "even share", "update moves GiB", "ms", "swap sends GiB"],
+            [
+                "model",
+                "ranks",
+                "layout",
+                "averages GiB",
+                "of 80 GB",
+                "even share",
+                "update moves GiB",
+                "ms",
+                "swap sends GiB",
+            ],
             1,
             [*_projections(LLAMAS, SPREADS)],
         ),
