@@ -13,7 +13,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -48,9 +48,9 @@ UPDATED: list[tuple[Parallel, int, Live]] = [
 ]
 SWAPPED: list[Layout] = [("plain", 1), ("ddp", 2), ("fsdp2", 2)]
 TRACKS = (1, 2, 4)
-SIZES = {"100M": Transformer(), "1B": Transformer(blocks=18, width=2048)}
 TRACKED = Transformer(blocks=4, vocabulary=97)
 """Small enough that every way can keep seven averages of it."""
+SIZES = {"30M": TRACKED, "100M": Transformer(), "1B": Transformer(blocks=18, width=2048)}
 SAVED: list[Layout] = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)]
 RESHARDED: list[Layout] = [("fsdp2", 1), ("fsdp2", 4), ("ddp", 2)]
 RESHARDED_FROM: Layout = ("fsdp2", 2)
@@ -87,9 +87,9 @@ def measure_averages(run: Run, repeats: int) -> tuple[AverageResults, list[Table
         for costs in run.measure(measured, Case("plain", 1, shape), missing):
             results.tracks += costs
     for parallel, ranks in SWAPPED:
-        for shape in (small, large):
-            case = Case(parallel, ranks, shape)
-            results.swaps += run.measure(partial(swap_costs, repeats=repeats), case, missing)
+        case = Case(parallel, ranks, large)
+        for swapped in (replace(case, shape=small), case):
+            results.swaps += run.measure(partial(swap_costs, repeats=repeats), swapped, missing)
         results.exports += run.measure(partial(full_state_costs, repeats=repeats), case, missing)
         results.steps += run.measure(partial(step_shares, repeats=repeats), case, missing)
     return results, average_tables(results)

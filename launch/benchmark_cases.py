@@ -71,8 +71,8 @@ class Case:
         if self.parallel == "ddp":
             return DistributedDataParallel(model)
         if self.parallel in {"fsdp2", "hsdp"}:
-            sizes = (2, self.ranks // 2) if self.parallel == "hsdp" else (self.ranks,)
-            mesh = init_device_mesh(device.type, sizes)
+            sizes = {"replicate": 2, "shard": self.ranks // 2} if self.parallel == "hsdp" else {"shard": self.ranks}
+            mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
             for module in model:
                 if isinstance(module, Block):
                     fully_shard(module, mesh=mesh)

@@ -33,7 +33,8 @@ LAYOUTS: list[tuple[Parallel, int, bool]] = [
     ("hsdp", 4, False),
 ]
 """The last of each says whether replicas split the averages."""
-DTYPES: list[Live] = ["float32", "bfloat16"]
+KEPT: list[tuple[Live, int]] = [("float32", 1), ("bfloat16", 1)]
+"""Dtypes of live weights, and numbers of tracks."""
 CHECKED = Transformer(blocks=2, width=770)
 """770 rows do not divide by 4, nor do the 50257 of the head by 2."""
 
@@ -45,8 +46,8 @@ def main() -> None:
     run = Run(args.device, args.quick, Path(tempfile.gettempdir()), console, shape)
     results = CostResults(Environment.here(args.device))
     for parallel, ranks, split in LAYOUTS:
-        for live in DTYPES:
-            measured = partial(costs, split=split, repeats=args.repeats)
+        for live, tracks in KEPT:
+            measured = partial(costs, split=split, tracks=tracks, repeats=args.repeats)
             results.costs += run.measure(measured, Case(parallel, ranks, shape, live), results.not_measured)
     tables = cost_tables(results)
     for table in tables:

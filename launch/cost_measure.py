@@ -1,18 +1,19 @@
 """What the averages of one model take on each rank, measured, beside what the formulas of `cost.py` say."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmark_cases import DECAY, Case, change_weights, local, nbytes
+from benchmark_cases import Case, change_weights, local, nbytes
 from benchmark_measure import highest, in_turn, peak_memory
 from benchmark_operators import operators_in
-from benchmark_updates import Copy
+from benchmark_peers import ours
+from benchmark_updates import DECAYS, Copy
 from cost import Spread, average_bytes, average_elements, swap_network_bytes, update_bytes
-from ema_dist import ShardedEMA
 
 COPY, UPDATE = "copy", "update"
 
@@ -36,6 +37,7 @@ class CostCheck:
     """One model in one layout.
 
     Args:
+        elements: of the whole model.
         held: bytes of the averages.
         moved: bytes of live weights and averages that an update reads and writes.
         sent: bytes that pass a rank's network when a swap begins.
@@ -46,6 +48,8 @@ class CostCheck:
 
     case: Case
     spread: Spread
+    tracks: int
+    elements: int
     held: Checked
     moved: Checked
     sent: Checked
@@ -55,20 +59,21 @@ class CostCheck:
     seconds_copy: list[float]
 
 
-def costs(device: torch.device, *, case: Case, split: bool, repeats: int) -> CostCheck:
+def costs(device: torch.device, *, case: Case, split: bool, tracks: int, repeats: int) -> CostCheck:
     model = case.wrapped(device)
-    spread, kept = spread_of(case, split=split), case.kept
+    spread, kept = spread_of(case, split=split), replace(case.kept, tracks=tracks)
     shapes = [tuple(parameter.shape) for parameter in model.parameters()]
     memory = peak_memory(device)
     memory.reset()
-    ema = ShardedEMA(model, decay=DECAY, replicas="shard" if split else "copy")
+    ema = ours(model, DECAYS[:tracks], "shard" if split else "copy")
     grown = memory.read()
-    averages = [local(average) for average in ema.state_dict()["tracks"]["default"]["averages"].values()]
+    averages = [local(average) for track in ema.averages() for average in track.values()]
     lives = [local(parameter.detach()) for parameter in model.parameters()]
     update = operators_in(ema.update, of=[*lives, *averages])
     ranks = range(case.ranks)
     elements = [average_elements(shapes, spread, rank) for rank in ranks]
     seconds = _seconds(model, ema.update, update_bytes(elements[dist.get_rank()], kept), repeats, device)
+    assert ema.swapped is not None
     swap = ema.swapped()
     sent = operators_in(swap.__enter__).bytes_sent
     swap.__exit__(None, None, None)
@@ -76,6 +81,8 @@ def costs(device: torch.device, *, case: Case, split: bool, repeats: int) -> Cos
     return CostCheck(
         case,
         spread,
+        tracks,
+        sum(map(math.prod, shapes)),
         held=Checked([average_bytes(count, kept) for count in elements], _of_all(nbytes(averages))),
         moved=Checked([update_bytes(count, kept) for count in elements], _of_all(update.bytes_moved)),
         sent=Checked([swap_network_bytes(shapes, spread, kept, rank) for rank in ranks], _of_all(sent)),

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmark_report import Table, mib, ms
-from benchmark_results import Results, Target, describe, median_ratio
+from benchmark_results import Results, Target, layout, median_ratio
 from cost import (
     Decoder,
     Kept,
@@ -14,13 +14,13 @@ from cost import (
     Step,
     average_bytes,
     average_elements,
+    live_elements,
     share_of_step,
     swap_network_bytes,
     update_bytes,
 )
 from cost_measure import Checked, CostCheck
 
-GIB = 2**30
 LLAMAS = [
     Decoder("Llama 3.1 8B", layers=32, width=4096, hidden=14336, key_width=1024, vocabulary=128256),
     Decoder("Llama 3.1 70B", layers=80, width=8192, hidden=28672, key_width=1024, vocabulary=128256),
@@ -46,6 +46,22 @@ PEAK_OPERATIONS = 989e12
 REACHED_OPERATIONS = 0.4
 BATCH_TOKENS = 4e6
 GPU_BYTES = 80e9
+CHECKED_COLUMNS = [
+    *(
+        "case",
+        "averages MiB",
+        "",
+        "process grew MiB",
+        "update moves MiB",
+        "",
+        "swap sends MiB",
+        "",
+        "update sends bytes",
+    ),
+]
+PROJECTED_COLUMNS = [
+    *("model", "ranks", "layout", "averages MiB", "of 80 GB", "times even", "update moves MiB", "ms", "swap sends MiB"),
+]
 
 
 @dataclass
@@ -61,6 +77,11 @@ class CostResults(Results):
                 yield Target(f"{_case(costs)}: {name}", 0, 100 * check.differ_by, "%")
             yield Target(f"{_case(costs)}: collectives in an update", 0, costs.sent_by_update, "bytes")
 
+    def notes(self) -> list[str]:
+        shapes = {str(costs.case.shape): costs.elements for costs in self.costs}
+        what = "; ".join(f"{shape}, {elements:,} elements" for shape, elements in shapes.items())
+        return [f"Measured on a {what}. The first number is the first rank's.", *super().notes()]
+
     def as_json(self) -> dict[str, Any]:
         return super().as_json() | {"costs": [asdict(costs) for costs in self.costs]}
 
@@ -69,17 +90,7 @@ def cost_tables(results: CostResults) -> list[Table]:
     return [
         Table(
             "Measured: formula and measurement of every rank",
-            [
-                "case",
-                "averages MiB",
-                "",
-                "process grew MiB",
-                "update moves MiB",
-                "",
-                "swap sends MiB",
-                "",
-                "update sends",
-            ],
+            CHECKED_COLUMNS,
             1,
             [_checked_row(costs) for costs in results.costs],
         ),
@@ -91,23 +102,13 @@ def cost_tables(results: CostResults) -> list[Table]:
         ),
         Table(
             "Projected, not measured: the first rank, bfloat16 live weights, float32 averages",
-            [
-                "model",
-                "ranks",
-                "layout",
-                "averages GiB",
-                "of 80 GB",
-                "even share",
-                "update moves GiB",
-                "ms",
-                "swap sends GiB",
-            ],
+            PROJECTED_COLUMNS,
             1,
             [*_projections(LLAMAS, SPREADS)],
         ),
         Table(
             "Projected, not measured: tracks, on 1024 ranks (FSDP2)",
-            ["model", "tracks", "averages GiB", "update ms", "share of a step"],
+            ["model", "tracks", "averages MiB", "update ms", "share of a step"],
             1,
             [*_track_rows(LLAMAS)],
         ),
@@ -131,13 +132,17 @@ def _time_row(costs: CostCheck) -> Sequence[str]:
 
 
 def _case(costs: CostCheck) -> str:
-    return describe(costs.case) + ("" if costs.spread.split else ", copy")
+    dtype = "" if costs.case.live == "float32" else f", {costs.case.live}"
+    tracks = f", {costs.tracks} tracks" if costs.tracks > 1 else ""
+    return layout(costs.case) + ("" if costs.spread.split else ", copy") + dtype + tracks
 
 
 def _projections(models: Iterable[Decoder], spreads: Sequence[Spread]) -> Iterator[Sequence[str]]:
     for model in models:
         shapes, name = model.shapes(), f"{model.name} ({model.elements() / 1e9:.1f}B)"
         for spread in spreads:
+            if live_elements(shapes, spread) * BF16.live_width > GPU_BYTES:
+                continue
             elements = average_elements(shapes, spread)
             held, moved = average_bytes(elements, BF16), update_bytes(elements, BF16)
             even = model.elements() / (spread.ranks if spread.split else spread.shards)
@@ -145,12 +150,12 @@ def _projections(models: Iterable[Decoder], spreads: Sequence[Spread]) -> Iterat
                 name,
                 str(spread.ranks),
                 _layout(spread),
-                f"{held / GIB:.2f}",
+                mib(held),
                 f"{held / GPU_BYTES:.1%}",
-                f"{elements / even:.2f}x",
-                f"{moved / GIB:.2f}",
+                f"{elements / even:.2f}",
+                mib(moved),
                 ms(moved / (REACHED_BANDWIDTH * MEMORY_BANDWIDTH)),
-                f"{swap_network_bytes(shapes, spread, BF16) / GIB:.2f}",
+                mib(swap_network_bytes(shapes, spread, BF16)),
             )
             name = ""
 
@@ -165,7 +170,7 @@ def _track_rows(models: Iterable[Decoder]) -> Iterator[Sequence[str]]:
             kept = Kept(live_width=2, tracks=tracks)
             held, moved = average_bytes(elements, kept), update_bytes(elements, kept)
             share = share_of_step(spread, kept, step)
-            yield name, str(tracks), f"{held / GIB:.3f}", ms(moved / bandwidth), f"{share:.5%}"
+            yield name, str(tracks), mib(held), ms(moved / bandwidth), f"{share:.4%}"
             name = ""
 
 
