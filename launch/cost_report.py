@@ -56,7 +56,7 @@ CHECKED_COLUMNS = [
         "",
         "swap sends MiB",
         "",
-        "update sends bytes",
+        "update sends",
     ),
 ]
 PROJECTED_COLUMNS = [
