@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-LAUNCH = Path(__file__).parent.parent / "launch"
-sys.path.append(str(LAUNCH))  # the scripts there import each other by name
+sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 
-from cost import (  # noqa: E402
+from cost import (
     Decoder,
     Kept,
     Passes,
@@ -30,6 +29,7 @@ from cost import (  # noqa: E402
     update_bytes,
 )
 
+LAUNCH = Path(__file__).parents[1] / "launch"
 SHAPES = [(7, 3), (1, 5), (8,), (2, 2, 2)]
 ELEMENTS = 21 + 5 + 8 + 8
 
