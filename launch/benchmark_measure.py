@@ -5,10 +5,12 @@ import gc
 import os
 import pickle
 import random
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import TypeVar
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,9 @@ def on_ranks(measure: Callable[[torch.device], T], ranks: int, device_type: str)
         measure: runs on every rank, inside a process group; it travels there by pickle, and so does its answer back.
     """
     forkserver.set_forkserver_preload(PRELOADED)
+    # Python 3.11 does not tell it where this script looks for modules, and what it does not find it leaves out.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     threads = max(1, torch.get_num_threads() // ranks)
     arguments = (measure, ranks, device_type, store.port, threads)
