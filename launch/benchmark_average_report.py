@@ -88,13 +88,15 @@ class AverageResults(Results):
 
     def _of_serving(self) -> Iterator[Target]:
         for swap in self.swaps:
+            if swap.case.parallel == "ddp":  # there it must gather
+                continue
             what = f"{describe(swap.case)}: serving()"
             has = SERVING in swap.seconds_in
             if isinstance(swap.case.shape, SmallTensors):
                 both = zip(swap.seconds_in.get(SERVING, ()), swap.seconds_out.get(SERVING, ()), strict=True)
                 ms = 1000 * statistics.median(map(sum, both)) if has else None
                 yield Target(f"{what}, in and out", LIMIT_SERVING_MS, ms, "ms")
-            elif swap.case.parallel != "ddp":  # there it must gather
+            else:
                 yield Target(f"{what}, memory", 0, swap.extra_bytes[SERVING] / MIB if has else None, "MiB")
 
     def _on_gpu(self) -> Iterator[Target]:

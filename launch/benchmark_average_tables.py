@@ -20,7 +20,7 @@ from benchmark_report import Table, mib, ms, target_table
 from benchmark_results import describe, median_ratio, on_ranks, times_reference
 from benchmark_steps import StepShares
 from benchmark_swaps import ExportCosts, SwapCosts
-from benchmark_updates import COPY, UpdateCosts
+from benchmark_updates import COPY, NOT_INSTALLED, UpdateCosts
 
 SHORT = {
     OURS: "ours",
@@ -81,14 +81,21 @@ def average_tables(results: AverageResults) -> list[Table]:
             2,
             [row for steps in results.steps for row in _step_rows(steps)],
         ),
-        Table("What fails, and how", ["case", "by", ""], 3, [*_failures(results)]),
+        Table("What fails, and how", ["by", "how", "where"], 3, [*_failures(results)]),
     ]
 
 
 def _summary(costs: UpdateCosts) -> Sequence[str]:
-    ratios = times_reference(costs.seconds)
-    cells = [f"{ratios[name]:.2f}" if name in ratios else "fails" if name in costs.failures else "" for name in SHORT]
-    return update_case(costs), *cells
+    return update_case(costs), *(shown_ratio(costs, name) for name in SHORT)
+
+
+def shown_ratio(costs: UpdateCosts, name: str) -> str:
+    """To the copy; or that the way fails or is missing, or nothing where it does not apply."""
+    if name in costs.seconds:
+        return f"{times_reference(costs.seconds)[name]:.2f}"
+    if name in costs.failures:
+        return "missing" if costs.failures[name].startswith(NOT_INSTALLED) else "fails"
+    return ""
 
 
 def _rows(costs: UpdateCosts) -> Iterator[Sequence[str]]:
@@ -131,8 +138,9 @@ def _failures(results: AverageResults) -> Iterator[Sequence[str]]:
     found = [(update_case(costs), costs.failures) for costs in (*results.updates, *results.tracks)]
     found += [(f"{describe(swap.case)}, swapping", swap.failures) for swap in results.swaps]
     found += [(f"{on_ranks(it.parallel, it.ranks)}, launch/train.py", it.failures) for it in results.steps]
+    where: dict[tuple[str, str], list[str]] = {}
     for case, failures in found:
-        shown = case
         for name, how in failures.items():
-            yield shown, name, how
-            shown = ""
+            where.setdefault((name, how), []).append(case)
+    for (name, how), cases in where.items():
+        yield name, how, "everywhere" if len(cases) == len(found) else "; ".join(cases)

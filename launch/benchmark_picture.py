@@ -6,13 +6,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmark_average_report import AverageResults, update_case
-from benchmark_average_tables import SHORT
+from benchmark_average_tables import SHORT, shown_ratio
 from benchmark_cases import Transformer
 from benchmark_peers import FOREACH, OURS, OURS_WHOLE
 from benchmark_results import times_reference
 from benchmark_updates import COPY, UpdateCosts
 
 OUR_COLOR, FLOOR_COLOR, PEER_COLOR, LIMIT_COLOR = "#1f5fa8", "#7a7a7a", "#d3a07f", "#b0572c"
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 COLUMNS = 2
 
 
@@ -44,9 +45,9 @@ def _draw(axes: Axes, costs: UpdateCosts) -> None:
     axes.barh(range(len(names)), widths, color=colors)
     furthest = max([1.0, *widths])
     for place, name in enumerate(names):
-        label = f"{ratios[name]:.2f}" if name in ratios else "fails"
         color = "black" if name in ratios else LIMIT_COLOR
-        axes.text(ratios.get(name, 0.0) + 0.01 * furthest, place, label, va="center", fontsize=8, color=color)
+        end = ratios.get(name, 0.0) + 0.01 * furthest
+        axes.text(end, place, shown_ratio(costs, name), va="center", fontsize=8, color=color, bbox=LABEL_BOX)
     axes.axvline(1, color=LIMIT_COLOR, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(names)), [SHORT[name] for name in names], fontsize=8)
     axes.set_xlim(0, 1.1 * furthest)

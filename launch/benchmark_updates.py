@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from cost import Kept, update_bytes
 from stopwatch import HostStopwatch
 
 COPY = "copy of as many bytes"
+NOT_INSTALLED = "not installed"
+"""How the failure of a way begins whose package is missing."""
 LARGEST_COPY = 512 * 2**20
 """Bytes read and written in one turn of the copy; those of an update of more are counted up from it."""
 MEMORY_TURNS = 3
@@ -96,7 +99,7 @@ def attempt(
                 made.update()
         failure = _not_in_float32(made)
     except ModuleNotFoundError as error:
-        failure = f"not installed: {error}"
+        failure = f"{NOT_INSTALLED}: {error}"
     except (Exception, SystemExit) as error:  # noqa: BLE001 - however it fails is what the row will say
         said = str(error) if isinstance(error, Exception) else printed.getvalue()
         failure = f"{type(error).__name__}: {(said.splitlines() or [''])[0]}"
@@ -180,7 +183,7 @@ def _measure_memory(
         host_seconds[key].append(host.read())
         taken[key].append(memory.read())
 
-    runs = {key: (lambda key=key: run(key)) for key in found}
+    runs = {key: partial(run, key) for key in found}
     in_turn(runs, before=before, after=after, repeats=MEMORY_TURNS, device=device)
     for (name, count), sizes in taken.items():
         size, seconds = highest([max(sizes), min(host_seconds[name, count])], device)
