@@ -16,7 +16,7 @@ from benchmark_report import Table, as_markdown
 from benchmark_results import Results, describe
 
 T = TypeVar("T")
-MARKER = "<!-- Below this line launch/{} writes. -->\n\n"
+MARKER = "<!-- Below this line launch/{} writes. -->"
 
 
 @dataclass(frozen=True)
@@ -50,4 +50,4 @@ def write(
     (folder / data).write_text(json.dumps(results.as_json(), indent=1) + "\n")
     path, marker = folder / page, MARKER.format(by)
     introduction = path.read_text().partition(marker)[0] if path.exists() else ""
-    path.write_text(introduction + marker + as_markdown(results, tables))
+    path.write_text(f"{introduction}{marker}\n\n" + as_markdown(results, tables))

@@ -33,6 +33,7 @@ SPREADS = [
     Spread(replicas=8, split=False),
     Spread(shards=8, replicas=128),
     Spread(shards=8, replicas=128, split=False),
+    Spread(shards=128, replicas=8),
     Spread(shards=64, replicas=256),
     Spread(shards=1024),
     Spread(shards=16384),
@@ -154,7 +155,7 @@ def _projections(models: Iterable[Decoder], spreads: Sequence[Spread]) -> Iterat
                 f"{held / GPU_BYTES:.1%}",
                 f"{elements / even:.2f}",
                 mib(moved),
-                ms(moved / (REACHED_BANDWIDTH * MEMORY_BANDWIDTH)),
+                f"{1000 * moved / (REACHED_BANDWIDTH * MEMORY_BANDWIDTH):.3f}",
                 mib(swap_network_bytes(shapes, spread, BF16)),
             )
             name = ""
@@ -170,7 +171,7 @@ def _track_rows(models: Iterable[Decoder]) -> Iterator[Sequence[str]]:
             kept = Kept(live_width=2, tracks=tracks)
             held, moved = average_bytes(elements, kept), update_bytes(elements, kept)
             share = share_of_step(spread, kept, step)
-            yield name, str(tracks), mib(held), ms(moved / bandwidth), f"{share:.4%}"
+            yield name, str(tracks), mib(held), f"{1000 * moved / bandwidth:.3f}", f"{share:.4%}"
             name = ""
 
 
