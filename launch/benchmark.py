@@ -3,67 +3,59 @@
     python launch/benchmark.py                                      # many minutes; better with nothing else running
     python launch/benchmark.py --quick                              # the same on tiny models: whether it works at all
     python launch/benchmark.py --only checkpoints --output-dir docs/benchmarks      # one page of the documentation
+    python launch/benchmark.py --only averages --size 1B           # the large model; for a machine with 100 GB
     python launch/benchmark.py --only composer                     # where Composer is installed; left out elsewhere
 
 It starts the ranks it needs by itself. Linux only, as it asks the kernel for the memory it used.
 """
 
 import argparse
-import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from benchmark_average_report import AverageResults, average_tables
-from benchmark_cases import Case, Parallel, SmallTensors, Transformer, full_state_costs, swap_costs, update_times
+from benchmark_average_report import AverageResults, found_packages
+from benchmark_average_tables import average_tables
+from benchmark_cases import Case, Live, Parallel, SmallTensors, Transformer
 from benchmark_checkpoint_report import CheckpointResults, checkpoint_tables
 from benchmark_checkpoints import checkpoint_costs, reshard_costs
 from benchmark_exports import export_costs, gather_costs
-from benchmark_measure import file_system, on_ranks
-from benchmark_report import Table, as_markdown
-from benchmark_results import Environment, Results, describe
+from benchmark_measure import file_system
+from benchmark_picture import write_picture
+from benchmark_report import Table
+from benchmark_results import Environment, Results
+from benchmark_run import Run, write
+from benchmark_steps import step_shares
+from benchmark_swaps import full_state_costs, swap_costs
+from benchmark_updates import update_costs
 
-T = TypeVar("T")
 Layout = tuple[Parallel, int]
-UPDATED: list[Layout] = [("plain", 1), ("fsdp2", 1), ("ddp", 2)]
+UPDATED: list[tuple[Parallel, int, Live]] = [
+    ("plain", 1, "float32"),
+    ("plain", 1, "bfloat16"),
+    ("ddp", 2, "float32"),
+    ("fsdp2", 2, "float32"),
+    ("fsdp2", 2, "bfloat16"),
+]
 SWAPPED: list[Layout] = [("plain", 1), ("ddp", 2), ("fsdp2", 2)]
+TRACKS = (1, 2, 4)
+TRACKED = Transformer(blocks=4, vocabulary=97)
+"""Small enough that every way can keep seven averages of it."""
+SIZES = {"30M": TRACKED, "100M": Transformer(), "1B": Transformer(blocks=18, width=2048)}
 SAVED: list[Layout] = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)]
 RESHARDED: list[Layout] = [("fsdp2", 1), ("fsdp2", 4), ("ddp", 2)]
 RESHARDED_FROM: Layout = ("fsdp2", 2)
 LARGE = Transformer(blocks=76)
 """2.15 GiB, to be gathered in the memory of a few hundred MiB."""
-MARKER = "<!-- Below this line launch/benchmark.py writes. -->\n\n"
-
-
-@dataclass(frozen=True)
-class Run:
-    """How one run of the program measures."""
-
-    device_type: str
-    quick: bool
-    scratch: Path
-    console: Console
-
-    def measure(self, measured: Callable[..., T], case: Case, not_measured: list[str]) -> list[T]:
-        """What `measured` returns for a case, on ranks of its own; nothing where there are too few GPUs."""
-        if self.device_type == "cuda" and case.ranks > torch.cuda.device_count():
-            not_measured.append(f"{describe(case)} (needs {case.ranks} GPUs)")
-            return []
-        return [self.on_ranks(partial(measured, case=case), case.ranks, describe(case))]
-
-    def on_ranks(self, measured: Callable[[torch.device], T], ranks: int, name: str) -> T:
-        """What `measured` returns on so many ranks of their own; `name` is shown meanwhile."""
-        with self.console.status(name):
-            return on_ranks(measured, ranks, self.device_type)
 
 
 @dataclass(frozen=True)
@@ -76,19 +68,30 @@ class Section:
     page: str
     obstacle: Callable[[str], str | None] = lambda _: None
     """What keeps it from being measured on a type of device."""
+    picture: Callable[[Any, Path], object] = lambda *_: None
 
 
 def measure_averages(run: Run, repeats: int) -> tuple[AverageResults, list[Table]]:
-    small, large = (SmallTensors(20, 8), Transformer(2, 16, 97)) if run.quick else (SmallTensors(), Transformer())
-    results = AverageResults(Environment.here(run.device_type))
-    for parallel, ranks in UPDATED:
+    small, large, tracked = SmallTensors(), run.large, TRACKED
+    if run.quick:
+        small, large, tracked = SmallTensors(20, 8), Transformer(2, 16, 97), Transformer(1, 16, 97)
+    results = AverageResults(Environment.here(run.device_type), packages=found_packages())
+    missing = results.not_measured
+    for parallel, ranks, live in UPDATED:
         for shape in (small, large):
-            case = Case(parallel, ranks, shape)
-            results.updates += run.measure(partial(update_times, repeats=repeats), case, results.not_measured)
+            case = Case(parallel, ranks, shape, live)
+            for costs in run.measure(partial(update_costs, repeats=repeats), case, missing):
+                results.updates += costs
+    for shape in (small, tracked):
+        measured = partial(update_costs, repeats=repeats, tracks=TRACKS)
+        for costs in run.measure(measured, Case("plain", 1, shape), missing):
+            results.tracks += costs
     for parallel, ranks in SWAPPED:
         case = Case(parallel, ranks, large)
-        results.swaps += run.measure(partial(swap_costs, repeats=repeats), case, results.not_measured)
-        results.exports += run.measure(partial(full_state_costs, repeats=repeats), case, results.not_measured)
+        for swapped in (replace(case, shape=small), case):
+            results.swaps += run.measure(partial(swap_costs, repeats=repeats), swapped, missing)
+        results.exports += run.measure(partial(full_state_costs, repeats=repeats), case, missing)
+        results.steps += run.measure(partial(step_shares, repeats=repeats), case, missing)
     return results, average_tables(results)
 
 
@@ -136,7 +139,7 @@ def composer_obstacle(device_type: str) -> str | None:
 
 
 SECTIONS = {
-    "averages": Section(measure_averages, repeats=20, data="results.json", page="index.md"),
+    "averages": Section(measure_averages, repeats=20, data="results.json", page="index.md", picture=write_picture),
     "checkpoints": Section(measure_checkpoints, repeats=7, data="checkpoints.json", page="checkpoints.md"),
     "composer": Section(
         measure_composer, repeats=20, data="composer.json", page="composer.md", obstacle=composer_obstacle
@@ -147,7 +150,7 @@ SECTIONS = {
 def main() -> None:
     args = parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 120)
-    run = Run(args.device, args.quick, args.scratch, console)
+    run = Run(args.device, args.quick, args.scratch, console, SIZES[args.size])
     console.print(str(Environment.here(args.device)), highlight=False, soft_wrap=True)
     if args.quick:
         console.print("Tiny models: the times and the memory of these say nothing.")
@@ -159,17 +162,9 @@ def main() -> None:
         results, tables = section.measure(run, args.repeats or section.repeats)
         for table in tables:
             console.print(table.for_terminal())
-        write(results, tables, args.output_dir, section)
+        write(results, tables, args.output_dir, data=section.data, page=section.page)
+        section.picture(results, args.output_dir)
         console.print(f"in {args.output_dir}: {section.data}, {section.page}")
-
-
-def write(results: Results, tables: Iterable[Table], folder: Path, section: Section) -> None:
-    """Everything as JSON, and the tables on a page of which the part above the marker is kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / section.data).write_text(json.dumps(results.as_json(), indent=1) + "\n")
-    page = folder / section.page
-    introduction = page.read_text().partition(MARKER)[0] if page.exists() else ""
-    page.write_text(introduction + MARKER + as_markdown(results, tables))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -178,6 +173,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--only", choices=SECTIONS, nargs="+", help="one of the pages, or some; everything otherwise")
     option("--device", choices=["auto", "cpu", "cuda"], default="auto")
     option("--repeats", type=int, help="rounds of each case, 2 or more; 20 otherwise, 7 for checkpoints")
+    option("--size", choices=SIZES, default="100M", help="parameters of the large model whose averages are measured")
     option("--quick", action="store_true", help="on tiny models, whose times and memory say nothing")
     option("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to save on; 8 GB")
     option("--output-dir", type=Path, default=Path("runs/benchmark"), help="where pages and their JSON go")

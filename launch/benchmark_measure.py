@@ -5,10 +5,12 @@ import gc
 import os
 import pickle
 import random
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import TypeVar
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,12 +20,14 @@ from parallel import BACKENDS
 from stopwatch import stopwatch
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 LOOPBACK = "127.0.0.1"
 PRELOADED = [
     "torch._dynamo",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
+    "benchmark_preloaded",
 ]
 
 
@@ -34,6 +38,9 @@ def on_ranks(measure: Callable[[torch.device], T], ranks: int, device_type: str)
         measure: runs on every rank, inside a process group; it travels there by pickle, and so does its answer back.
     """
     forkserver.set_forkserver_preload(PRELOADED)
+    # Python 3.11 does not tell it where this script looks for modules, and what it does not find it leaves out.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     threads = max(1, torch.get_num_threads() // ranks)
     arguments = (measure, ranks, device_type, store.port, threads)
@@ -61,21 +68,21 @@ def _main(
 
 
 def in_turn(
-    competitors: Mapping[str, Callable[[], object]],
+    competitors: Mapping[K, Callable[[], object]],
     *,
-    before: Callable[[str], object],
-    after: Callable[[str], object] = lambda _: None,
+    before: Callable[[K], object],
+    after: Callable[[K], object] = lambda _: None,
     repeats: int,
     device: torch.device,
-) -> dict[str, list[float]]:
+) -> dict[K, list[float]]:
     """Seconds of each competitor on this rank, one for each round.
 
     Every round runs all of them once, in an order of its own: drifting load and a cache left warm hit each alike. All
-    ranks start together, each time after `before`; it gets the competitor's name, as `after` does, and neither counts.
+    ranks start together, each time after `before`; it gets the competitor's key, as `after` does, and neither counts.
     """
     shuffle = random.Random(0)
     watch = stopwatch(device)
-    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    seconds: dict[K, list[float]] = {name: [] for name in competitors}
     gc.disable()
     for _ in range(repeats):
         for name in shuffle.sample(list(competitors), len(competitors)):

@@ -28,7 +28,8 @@ class Table:
 
     def as_markdown(self) -> str:
         rule = [":---" if index < self.words else "---:" for index in range(len(self.columns))]
-        rows = "\n".join(f"| {' | '.join(cells)} |" for cells in (self.columns, rule, *self.rows))
+        lines = [self.columns, rule, *([_escaped(cell) for cell in row] for row in self.rows)]
+        rows = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
         return f"### {self.title}\n\n{rows}".replace("_", r"\_")
 
 
@@ -51,12 +52,16 @@ def mib(size: int) -> str:
     return f"{size / MIB:.1f}"
 
 
+def _escaped(cell: str) -> str:
+    """Error messages are among them."""
+    return cell.replace("|", r"\|").replace("<", "&lt;").replace("*", r"\*")
+
+
 def _target_rows(targets: Iterable[Target]) -> Iterator[Sequence[str]]:
     for target in targets:
-        verdict = "reached" if target.reached else "MISSED"
-        yield (
-            target.what,
-            f"{target.show(target.limit)} {target.unit}",
-            f"{target.show(target.measured)} {target.unit}",
-            verdict,
-        )
+        limit = f"{target.show(target.limit)} {target.unit}"
+        if target.measured is None:
+            yield target.what, limit, "", "not measured"
+        else:
+            verdict = "reached" if target.reached else "MISSED"
+            yield target.what, limit, f"{target.show(target.measured)} {target.unit}", verdict

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from benchmark_cases import Case
+from benchmark_cases import Case, Parallel
 
 MIB = 2**20
-LAYOUTS = {"plain": "plain", "ddp": "DDP", "fsdp2": "FSDP2"}
+LAYOUTS = {"plain": "plain", "ddp": "DDP", "fsdp2": "FSDP2", "hsdp": "HSDP"}
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,19 @@ class Environment:
 
 @dataclass(frozen=True)
 class Target:
-    """A number that should not be above its limit; both count as they are shown."""
+    """A number that should not be above its limit; both count as they are shown. None has not been measured."""
 
     what: str
     limit: float
-    measured: float
+    measured: float | None
     unit: str
 
     @property
     def reached(self) -> bool:
-        return float(self.show(self.measured)) <= float(self.show(self.limit))
+        return self.measured is not None and float(self.show(self.measured)) <= float(self.show(self.limit))
 
     def show(self, value: float) -> str:
-        return f"{value:.0f}" if self.unit == "MiB" else f"{value:.2f}"
+        return f"{value:.0f}" if self.unit in {"MiB", "us"} else f"{value:.2f}"
 
 
 @dataclass
@@ -93,11 +93,15 @@ class Results(ABC):
 
 
 def describe(case: Case) -> str:
-    return f"{layout(case)}, {case.shape}"
+    return f"{layout(case)}, {case.shape}" + ("" if case.live == "float32" else f", {case.live}")
 
 
 def layout(case: Case) -> str:
-    return f"{LAYOUTS[case.parallel]}, {case.ranks} {'rank' if case.ranks == 1 else 'ranks'}"
+    return on_ranks(case.parallel, case.ranks)
+
+
+def on_ranks(parallel: Parallel, ranks: int) -> str:
+    return f"{LAYOUTS[parallel]}, {ranks} {'rank' if ranks == 1 else 'ranks'}"
 
 
 def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
@@ -109,6 +113,11 @@ def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
 def times_reference(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The median of these ratios."""
     return {name: statistics.median(of_rounds) for name, of_rounds in ratios(seconds).items()}
+
+
+def median_ratio(own: Sequence[float], base: Sequence[float]) -> float:
+    """Of two ways that took turns: the median of the ratios within a round."""
+    return statistics.median(its / other for its, other in zip(own, base, strict=True))
 
 
 def _cpu() -> str:

@@ -1,0 +1,168 @@
+"""What averages cost, as formulas: memory and traffic of one rank, by parameters, ranks, replicas, tracks and dtypes.
+
+Arithmetic only. docs/cost.md derives it; `cost_check.py` holds it against measurements and projects it to large models.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A model over `shards * replicas` ranks: `shards` of them hold it together, `replicas` such groups hold it alike.
+
+    DDP has one shard, FSDP2 one replica, HSDP several of both.
+
+    Args:
+        split: whether the averages are split among the replicas, or whole on each (``replicas="copy"``).
+    """
+
+    shards: int = 1
+    replicas: int = 1
+    split: bool = True
+
+    @property
+    def ranks(self) -> int:
+        return self.shards * self.replicas
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of each element: bytes of the live weight, bytes of an average of it, and how many averages."""
+
+    live_width: int = 4
+    average_width: int = 4
+    tracks: int = 1
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often one update goes over all live weights and all averages in memory, to read or to write them.
+
+    A temporary as large as either counts as it; one that stays in the cache does not.
+    """
+
+    live: float
+    average: float
+
+    def bytes(self, elements: int, kept: Kept) -> int:
+        """Of all tracks together, each in passes of its own."""
+        return int(elements * kept.tracks * (self.live * kept.live_width + self.average * kept.average_width))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of the whole job.
+
+    Args:
+        tokens: in a batch, over all ranks.
+        operations_per_second: that a rank reaches.
+        memory_bandwidth: that an update reaches, in bytes per second.
+    """
+
+    tokens: float
+    operations_per_second: float
+    memory_bandwidth: float
+
+
+def rows_of(rows: int, parts: int, place: int) -> int:
+    """Rows of one part: all parts have ``ceil(rows / parts)``, the last ones fewer or none.
+
+    Source: `torch.Tensor.chunk`, by which FSDP2 and `ema_dist` cut.
+    """
+    each = math.ceil(rows / parts)
+    return max(0, min(each, rows - place * each))
+
+
+def live_elements(shapes: Iterable[Shape], spread: Spread, rank: int = 0) -> int:
+    """Elements of live weights on a rank; none has more than the first."""
+    return sum(_rows(shape, spread, rank) * _row(shape) for shape in shapes)
+
+
+def average_elements(shapes: Iterable[Shape], spread: Spread, rank: int = 0) -> int:
+    """Elements of one track's averages on a rank; none has more than the first. A scalar is whole on every rank."""
+    parts = spread.replicas if spread.split else 1
+    return sum(
+        rows_of(_rows(shape, spread, rank), parts, rank // spread.shards % parts) * _row(shape) if shape else 1
+        for shape in shapes
+    )
+
+
+def average_bytes(elements: int, kept: Kept) -> int:
+    """Memory for the averages of so many elements."""
+    return elements * kept.tracks * kept.average_width
+
+
+def update_bytes(elements: int, kept: Kept) -> int:
+    """What an update of the averages of so many elements moves: each live weight is read once for all tracks."""
+    return elements * (kept.live_width + 2 * kept.average_width * kept.tracks)
+
+
+def swap_network_bytes(shapes: Sequence[Shape], spread: Spread, kept: Kept, rank: int = 0) -> int:
+    """What passes a rank's network when averages go into the model; their leaving takes the same less the checksums.
+
+    Each replica sends its part of every tensor to the others, so all parts pass each rank, its own on the way out.
+    First the replicas compare 8 bytes for each tensor.
+    """
+    if not spread.split or spread.replicas == 1:
+        return 0
+    parts = live_elements((shape for shape in shapes if shape), spread, rank) * kept.live_width
+    return parts + 8 * len(shapes) * spread.replicas
+
+
+def checkpoint_bytes(elements: int, kept: Kept) -> int:
+    """What the averages of so many elements add to a checkpoint; each rank writes the part it keeps."""
+    return average_bytes(elements, kept)
+
+
+def share_of_step(spread: Spread, kept: Kept, step: Step) -> float:
+    """Time of an update over the time of the rest of a training step, when one rank's memory is what limits it.
+
+    A step takes 6 floating-point operations for each parameter and token (Kaplan et al. 2020, section 2.1). Ranks share
+    both, so their number cancels, unless replicas average the same rows again.
+    """
+    again = 1 if spread.split else spread.replicas
+    update = update_bytes(1, kept) * again / step.memory_bandwidth
+    return update / (6 * step.tokens / step.operations_per_second)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder-only transformer with gated MLPs and grouped queries, by the sizes that its authors publish."""
+
+    name: str
+    layers: int
+    width: int
+    hidden: int
+    key_width: int
+    vocabulary: int
+
+    def shapes(self) -> list[Shape]:
+        block: list[Shape] = [
+            (self.width, self.width),
+            (self.key_width, self.width),
+            (self.key_width, self.width),
+            (self.width, self.width),
+            (self.hidden, self.width),
+            (self.hidden, self.width),
+            (self.width, self.hidden),
+            (self.width,),
+            (self.width,),
+        ]
+        ends: list[Shape] = [(self.vocabulary, self.width), (self.vocabulary, self.width), (self.width,)]
+        return self.layers * block + ends
+
+    def elements(self) -> int:
+        return sum(map(math.prod, self.shapes()))
+
+
+def _rows(shape: Shape, spread: Spread, rank: int) -> int:
+    return rows_of(shape[0], spread.shards, rank % spread.shards) if shape else 1
+
+
+def _row(shape: Shape) -> int:
+    """Elements of one row."""
+    return math.prod(shape[1:])
