@@ -440,6 +440,31 @@ def test_loading_weights_inside_is_refused(layout: str) -> None:
     assert not any(value.any() for value in full_weights(model).values())
 
 
+@pytest.mark.world_size(2)
+def test_loading_is_refused_where_modules_show_the_live_weights_themselves() -> None:
+    """Under FSDP2, which would gather the loaded ones from then on."""
+    model = fully_shard(nn.Linear(7, 7), mesh=init_device_mesh("cpu", (2,)))
+    ema = ShardedEMA(model)
+    with ema.serving(), pytest.raises(RuntimeError, match=r"load_state_dict\(\) inside serving\(\)"):
+        model.load_state_dict(model.state_dict())
+
+
+@pytest.mark.world_size(2)
+def test_serving_in_the_middle_of_a_forward_pass_is_refused_where_weights_are_in_use() -> None:
+    model, ema = trained("fsdp2")
+
+    def serve(*_: object) -> None:
+        with ema.serving():
+            pass
+
+    handle = model.stats.register_forward_pre_hook(serve)
+    with pytest.raises(ValueError, match="FSDP2 is in the middle of a forward pass"):
+        model(batch())
+    handle.remove()
+    model(batch())
+    serve()
+
+
 @layouts("plain", "ddp", "tp")
 def test_writing_parameters_inside_is_an_error(layout: str) -> None:
     """What modules show there are averages, if nothing was copied."""

@@ -34,10 +34,13 @@ class Stage:
         gathered = {name for name, shard in shards.items() if layout.units.room(shard.owner) is not None}
         shown = {name: _dressed(shard, locals_[name]) for name, shard in shards.items() if name not in gathered}
         self._diversion = Diversion(layout.units, {id(shards[name].owner): locals_[name] for name in gathered})
+        sites = {
+            name: {(id(it.registry), it.name): it for it in layout.sites[name]}.values()  # shared modules repeat theirs
+            for name in locals_
+        }
         self._stand_ins = StandIns(
-            Substitute(site, shards[name].owner, tensor)
-            for name, tensor in shown.items()
-            for site in {(id(site.registry), site.name): site for site in layout.sites[name]}.values()
+            (Substitute(site, shards[name].owner, tensor) for name, tensor in shown.items() for site in sites[name]),
+            (site.module for its in sites.values() for site in its),
         )
         self._wrappers = [it for it in layout.model.modules() if isinstance(it, DistributedDataParallel)]
         self._names = {id(shards[name].owner): name for name in locals_ if name in layout.parameters}
