@@ -385,17 +385,21 @@ def test_weights_on_their_way_are_not_taken_for_averages() -> None:
 
 
 @layouts("plain", "ddp", "tp")
-def test_backward_of_an_older_graph_inside_uses_the_live_weights(layout: str) -> None:
+def test_backward_of_an_older_graph_inside_is_an_error_after_the_block(layout: str) -> None:
+    """Its gradients are right here, where nothing is computed anew; but the same code is wrong elsewhere."""
     model, ema = trained(layout)
     model(batch()).sum().backward()
     expected = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
-    model.zero_grad()
-    output = model(batch()).sum()
+    for set_to_none in (True, False):
+        model.zero_grad(set_to_none=set_to_none)
+        output = model(batch()).sum()
+        told = r"backward\(\) inside serving\(\) gave gradients to \['embed.weight', 'blocks.0.*after the block"
+        with pytest.raises(RuntimeError, match=told), ema.serving():
+            output.backward()
+        found = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
+        assert_bitwise_equal(found, expected)
     with ema.serving():
-        output.backward()
-    assert_bitwise_equal(
-        {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}, expected
-    )
+        model.zero_grad()
 
 
 @layouts("fsdp2-3", "hsdp", "fsdp2-tp")
@@ -420,10 +424,12 @@ def test_gradients_inside_are_refused_where_they_would_mix(layout: str) -> None:
 
 @layouts("ddp-checkpointed", "tp-checkpointed")
 def test_recomputing_an_older_forward_pass_inside_is_an_error(layout: str) -> None:
-    """Activation checkpointing would compute it again from averages; torch notices."""
+    """Activation checkpointing would compute it again from averages; torch notices most of that, and we the rest."""
     model, ema = trained(layout)
     output = model(batch()).sum()
-    with ema.serving(), pytest.raises(torch.utils.checkpoint.CheckpointError):
+    told = r"backward\(\) inside serving\(\)"
+    noticed = pytest.raises(torch.utils.checkpoint.CheckpointError)
+    with pytest.raises(RuntimeError, match=told), ema.serving(), noticed:
         output.backward()
 
 

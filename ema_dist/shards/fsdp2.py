@@ -50,7 +50,7 @@ class Units:
         """FSDP2's own records, by the ids of the parameters that the modules show."""
 
     def reshard(self) -> None:
-        """Drop gathered weights, also those on their way, so that the next forward gathers the shards as they are then."""
+        """Drop gathered weights, also those on their way: the next forward gathers the shards as they are then."""
         if self.missing:
             for module in self._modules:
                 module.reshard()
