@@ -464,7 +464,7 @@ def test_serving_in_the_middle_of_a_forward_pass_is_refused_where_weights_are_in
             pass
 
     handle = model.stats.register_forward_pre_hook(serve)
-    with pytest.raises(ValueError, match="FSDP2 is in the middle of a forward pass"):
+    with pytest.raises(ValueError, match="FSDP2 is in the middle of a forward or backward pass"):
         model(batch())
     handle.remove()
     model(batch())

@@ -64,13 +64,13 @@ class Units:
     def settle(self) -> None:
         """Drop gathered weights, and do now what FSDP2 would put off until its first forward pass.
 
-        Uneven shards may move by that. Raises: RuntimeError in the middle of a forward pass.
+        Uneven shards may move by that. Raises: RuntimeError in the middle of a forward or backward pass.
         """
         groups = [] if self.missing else self.groups
-        if any(not group.is_sharded and group._training_state.name == "FORWARD" for group in groups):
+        if any(not group.is_sharded and group._training_state.name != "IDLE" for group in groups):
             raise RuntimeError(
-                "FSDP2 is in the middle of a forward pass, or an exception ended one: come back outside of it, "
-                "after a complete one"
+                "FSDP2 is in the middle of a forward or backward pass, or an exception ended one: come back outside of "
+                "it, after a complete one"
             )
         for group in () if self._is_settled else groups:
             group.lazy_init()
