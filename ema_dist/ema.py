@@ -373,6 +373,7 @@ class ShardedEMA:
             except RuntimeError as error:
                 hint = "The averages are still in the model; restore() on every rank puts the live weights back"
                 raise RuntimeError(f"{error}. {hint}") from error
+        self._layout.units.abandon()
         problem = self._follow()
         written = self._exchange.leave(self._layout)
         self._exchange = None
