@@ -43,7 +43,8 @@ class ShardedEMA:
         buffers: ``"average"`` or ``"copy"`` for floating buffers; integer buffers are always copied. Non-persistent
             buffers are left alone.
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
-        kernel: what moves the averages: ``"foreach"``, ``"scratch"`` or ``"triton"``; None for the fastest one here.
+        kernel: what moves the averages: ``"foreach"``, ``"scratch"``, ``"compiled"`` (by this machine's C compiler) or
+            ``"triton"``; None for the fastest one that compiles nothing on a CPU, and may be Triton's on a GPU.
         timeout: seconds that ranks wait for each other before a collective call fails, and on leaving `swapped`.
 
     Collective: construction compares the replicas once when averages are split among them; otherwise not.
@@ -380,6 +381,7 @@ class ShardedEMA:
             except RuntimeError as error:
                 hint = "The averages are still in the model; restore() on every rank puts the live weights back"
                 raise RuntimeError(f"{error}. {hint}") from error
+        self._live.layout.units.abandon()
         problem = self._live.follow()
         self._tracks.bind(self._live.layout)
         written = self._exchange.leave(self._live.layout)

@@ -62,7 +62,8 @@ class Serving:
 
         Collective: over the replicas of split weights, on entering.
         Memory: a copy of buffers, kept; of parameters those that `by` says are copied, for the time of the block.
-        Raises: RuntimeError after the block, when parameters were written to, cast, moved or replaced in it.
+        Raises: RuntimeError after the block, when parameters were written to, cast, moved, replaced, or given gradients
+            in it.
         """
         with torch.no_grad():
             if reason := self._reason_to_swap():
@@ -79,14 +80,20 @@ class Serving:
                 scene.stage.enter()
                 yield self.layout.model
             finally:
-                changed = scene.stage.leave()
+                changed, trained = scene.stage.leave()
                 self.is_on = False
                 _under_way.discard(self)
+                if changed:  # what modules were shown may not be what it was
+                    self._lasting = None
         if changed:
-            self._lasting = None
             raise RuntimeError(
                 f"parameters were written to, cast, moved or replaced inside serving(): {changed}. What was written "
                 "may be in the averages, or under FSDP2 in the live weights: load them from a checkpoint"
+            )
+        if trained:
+            raise RuntimeError(
+                f"backward() inside serving() gave gradients to {trained}: with activation checkpointing they may come "
+                "from averages; call it after the block, or before"
             )
 
     def concerns(self, model: nn.Module) -> bool:

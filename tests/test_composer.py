@@ -28,6 +28,7 @@ from composer_runs import (
     full_model,
     on_ranks,
     parallel,
+    saved,
     trainer,
 )
 from ema_dist.composer import EMA
@@ -37,6 +38,13 @@ def averages(ema: EMA) -> dict[str, Tensor]:
     """Full averages on the first rank."""
     assert ema.ema is not None
     return {name: it for name, it in ema.ema.full_state_dict().items() if isinstance(it, Tensor)}
+
+
+def assert_averages(ema: EMA, expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    """The first rank's full averages are these, nearly."""
+    found = averages(ema)
+    if dist.get_global_rank() == 0:
+        assert_close(found, expected, tolerance)
 
 
 def weights_only(full: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,7 +124,7 @@ def test_averages_equal_those_of_composers_own(layout: str, settings: dict[str, 
     expected = {name.removeprefix("module."): it for name, it in their_names.items()}
     assert "net.stats.running_mean" in expected
     found = averages(ours)
-    if found:
+    if dist.get_global_rank() == 0:
         assert_close(found, {n: it for n, it in expected.items() if it.is_floating_point() and "scratch" not in n})
         assert found["net.stats.num_batches_tracked"] == (12 if layout == "ddp" else 24)
 
@@ -126,8 +134,7 @@ def test_averages_equal_the_float64_reference(layout: str) -> None:
     recorder, ema = Recorder(), EMA(half_life="3ba")
     fit(trainer(layout, ema, callbacks=[recorder]))
     assert len(recorder.after_batch) == 8
-    if found := averages(ema):
-        assert_close(found, decayed(recorder.after_batch, ema.smoothing))
+    assert_averages(ema, decayed(recorder.after_batch, ema.smoothing))
 
 
 @parallel("ddp", "fsdp1", "fsdp2", "hsdp")
@@ -178,27 +185,92 @@ def test_live_weights_come_back_after_an_exception_inside_evaluation(layout: str
     assert not ema.ema_weights_active
     starts = [held for event, held in recorder.at if event == "batch_start"]
     assert_same(weights_only(starts[2]), weights_only(recorder.after_batch[1]))
-    if found := averages(ema):
-        assert_close(weights_only(found), weights_only(decayed(recorder.after_batch, ema.smoothing)))
+    assert_averages(ema, weights_only(decayed(recorder.after_batch, ema.smoothing)))
 
 
+class Overflowing(Callback):
+    """Makes the gradients of some batches infinite."""
+
+    def __init__(self, *batches: int) -> None:
+        self.batches = batches
+
+    def after_loss(self, state: State, _: Logger) -> None:
+        if state.timestamp.batch in self.batches:
+            state.loss = state.loss * float("inf")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "skipped", "averaged"),
+    [
+        ({}, (2, 5), (0, 1, 3, 4, 6, 7)),
+        ({"update_interval": "2ba"}, (2, 3, 5), (1, 5, 7)),
+        ({"ema_start": "4ba"}, (0, 3), (4, 5, 6, 7)),
+    ],
+    ids=str,
+)
 @parallel("plain")
-def test_a_batch_whose_step_the_scaler_skipped_is_no_update(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Overflowing(Callback):
-        def after_loss(self, state: State, _: Logger) -> None:
-            if state.timestamp.batch in (2, 5):
-                state.loss = state.loss * float("inf")
-
-    recorder, ema = Recorder(), EMA(half_life="3ba")
-    it = trainer(layout, ema, callbacks=[recorder, Overflowing()])
+def test_a_batch_whose_step_the_scaler_skipped_is_no_update(
+    layout: str,
+    settings: dict[str, Any],
+    skipped: tuple[int, ...],
+    averaged: tuple[int, ...],
+    fused: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorder, ema, model = Recorder(), EMA(half_life="3ba", **settings), Classifier()
+    optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2, fused=fused)
+    it = trainer(layout, ema, model=model, optimizers=optimizer, callbacks=[recorder, Overflowing(*skipped)])
     it.state.scaler = torch.amp.GradScaler("cpu")
     monkeypatch.setattr(it, "_use_grad_scaling", lambda *_: True)
     monkeypatch.setattr(it, "_use_closures", lambda: False)
     fit(it)
-    stepped = [weights for batch, weights in enumerate(recorder.after_batch) if batch not in (2, 5)]
+    began = [recorder.after_batch[3]] if "ema_start" in settings else []
+    taken = [recorder.after_batch[batch] for batch in averaged]
     assert ema.ema is not None
-    assert ema.ema.updates == 6
-    assert_close(weights_only(averages(ema)), weights_only(decayed(stepped, ema.smoothing)))
+    assert ema.ema.updates == len(averaged)
+    assert_averages(ema, weights_only(decayed(began + taken, ema.smoothing)))
+
+
+@pytest.mark.parametrize("weights_only_saved", [False, True])
+@parallel("plain", "ddp")
+def test_a_save_after_an_exception_inside_evaluation_has_the_live_weights(
+    layout: str,
+    weights_only_saved: bool,  # noqa: FBT001
+    tmp_path: Path,
+) -> None:
+    recorder, ema = Recorder(), EMA(half_life="3ba")
+    it = trainer(layout, ema, callbacks=[recorder, Interrupted()], eval_interval="2ba")
+    with pytest.raises(KeyError, match="interrupted"):
+        fit(it)
+    it.save_checkpoint(str(tmp_path / "saved.pt"), weights_only=weights_only_saved)
+    assert not ema.ema_weights_active
+    dist.barrier()
+    state = torch.load(tmp_path / "saved.pt", weights_only=False)["state"]["model"]
+    assert_same(weights_only(state), weights_only(recorder.after_batch[-1]))
+    fit(it, "4ba")
+    assert_averages(ema, weights_only(decayed(recorder.after_batch, ema.smoothing)))
+
+
+@parallel("ddp", "fsdp2")
+def test_a_save_in_the_middle_of_an_evaluation_has_the_live_weights(layout: str, tmp_path: Path) -> None:
+    class Saving(Callback):
+        def eval_batch_end(self, state: State, _: Logger) -> None:
+            if state.timestamp.batch == 4 and state.eval_timestamp.batch == 0:
+                it.save_checkpoint(str(tmp_path / "ep{epoch}-ba{batch}-rank{rank}"))
+
+    recorder, ema = Recorder(), EMA(half_life="3ba")
+    it = trainer(layout, ema, callbacks=[recorder, Saving()], eval_interval="4ba", eval_dataloader=batches(count=8))
+    fit(it)
+    average = weights_only(decayed(recorder.after_batch[:4], ema.smoothing))
+    evaluated = [held for event, held in recorder.at if event == "eval_batch_start"]
+    assert len(evaluated) == 8
+    for held in evaluated[:4]:
+        assert_close(weights_only(held), average)
+    resumed, resumed_ema = Recorder(), EMA(half_life="3ba")
+    fit(trainer(layout, resumed_ema, model=Classifier(1), callbacks=[resumed], load_path=saved(tmp_path, 4)))
+    for weights, expected in zip(resumed.after_batch, recorder.after_batch[4:], strict=True):
+        assert_same(weights_only(weights), weights_only(expected))
 
 
 @parallel("plain")
@@ -209,14 +281,24 @@ def test_gradient_accumulation_counts_once_a_batch(layout: str) -> None:
     assert ema.ema.updates == 8
 
 
-@parallel("ddp", "fsdp2")
+class Stepped(Callback):
+    """Full weights after each optimizer step, before the averages are taken."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def after_train_batch(self, state: State, _: Logger) -> None:
+        self.weights.append(full_model(state))
+
+
+@parallel("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
 def test_training_may_go_on_from_the_averages(layout: str) -> None:
-    recorder, ema = Recorder(), EMA(half_life="3ba", train_with_ema_weights=True)
-    it = trainer(layout, ema, callbacks=[recorder])
-    fit(it)
-    live = full_model(it.state)
-    if found := averages(ema):
-        assert_close({name: live[name] for name in found}, found, 0)
+    recorder, stepped, ema = Recorder(), Stepped(), EMA(half_life="3ba", train_with_ema_weights=True)
+    fit(trainer(layout, ema, callbacks=[recorder, stepped]))
+    assert len(stepped.weights) == 8
+    for batch, live in enumerate(recorder.after_batch):
+        assert_close(weights_only(live), weights_only(decayed(stepped.weights[: batch + 1], ema.smoothing)))
+    assert_averages(ema, weights_only(recorder.after_batch[-1]))
 
 
 @parallel("ddp", "fsdp1", "fsdp2")
@@ -237,8 +319,7 @@ def test_models_are_given_the_averages_and_the_live_weights(layout: str) -> None
         ema.get_ema_model(other)
     fit(it)
     assert ema.get_ema_model(other) is other
-    if found := averages(ema):
-        assert_same(dict(other.state_dict()), found)
+    assert_averages(ema, dict(other.state_dict()), tolerance=0)
     with pytest.raises(ValueError, match="The training weights are currently contained in the composer model"):
         ema.get_training_model(other)
     it.eval()
@@ -273,8 +354,7 @@ def test_huggingface_models_are_averaged(layout: str) -> None:
     sampler = dist.get_sampler(samples, shuffle=False)
     loader = torch.utils.data.DataLoader(samples, batch_size=2, sampler=sampler)
     fit(trainer(layout, ema, model=model, callbacks=[recorder], train_dataloader=loader, eval_dataloader=None))
-    if found := averages(ema):
-        assert_close(found, decayed(recorder.after_batch, ema.smoothing))
+    assert_averages(ema, decayed(recorder.after_batch, ema.smoothing))
 
 
 class Half(ComposerClassifier):
@@ -293,7 +373,8 @@ def test_narrow_weights_have_wide_averages(layout: str) -> None:
     recorder, ema = Recorder(), EMA(half_life="50ba", replicas="copy")
     fit(trainer(layout, ema, model=Half(), callbacks=[recorder]))
     assert ema.ema is not None
-    if found := ema.ema.full_state_dict(dtype=torch.float32):
+    found = ema.ema.full_state_dict(dtype=torch.float32)
+    if dist.get_global_rank() == 0:
         assert_close(found, decayed(recorder.after_batch, ema.smoothing))
 
 

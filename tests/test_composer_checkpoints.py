@@ -13,8 +13,9 @@ pytest.importorskip("composer", reason="needs Composer, which has an environment
 import composer.algorithms
 import torch
 import torch.distributed as dist
-from composer import Trainer
+from composer import State, Trainer
 from composer.callbacks import CheckpointSaver
+from composer.loggers import Logger
 from composer.models import ComposerClassifier
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
@@ -85,10 +86,12 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(layout: str, tmp_pat
     assert again.state.timestamp.batch == 8
     for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
         assert_same(own(weights), own(expected))
+        if dist.get_rank() == 0:  # whose statistics are those that Composer keeps
+            assert_same(weights, expected)
     assert resumed_ema.ema is not None
     assert ema.ema is not None
     assert (resumed_ema.ema.updates, ema.ema.updates) == (8, 8)
-    assert_same(averages(resumed_ema), averages(ema))
+    assert_same(*({n: it for n, it in each.ema.gather() if isinstance(it, Tensor)} for each in (resumed_ema, ema)))
 
 
 @parallel()
@@ -132,6 +135,8 @@ WORLDS = [
     ("fsdp1", 2, 4),
     ("ddp", 2, 1),
     ("ddp", 2, 4),
+    ("fsdp1-full", 2, 4),
+    ("fsdp2-full", 2, 1),
 ]
 
 
@@ -215,8 +220,7 @@ def test_averages_of_another_model_are_refused(layout: str, tmp_path: Path) -> N
     fit(it, "4ba")
     ignored = ["state/optimizers/*"]
     with pytest.raises(ValueError, match=r"the checkpoint holds the averages of another model.*net.frozen.bias"):
-        other, _, _ = loaded(layout, saved(tmp_path, 4), model=Other(), load_ignore_keys=ignored)
-        other.eval()
+        loaded(layout, saved(tmp_path, 4), model=Other(), load_ignore_keys=ignored)
 
 
 def theirs(ema: composer.algorithms.EMA) -> dict[str, Tensor]:
@@ -230,14 +234,6 @@ def theirs(ema: composer.algorithms.EMA) -> dict[str, Tensor]:
 @parallel("ddp", "plain")
 def test_checkpoints_go_from_composers_own_ema_to_ours_and_back(layout: str, by_saver: bool, tmp_path: Path) -> None:  # noqa: FBT001
     """Each trains four batches after the other, and all four of them end where Composer alone does."""
-
-    def four_batches(kind: type, folder: Path, path: str | None) -> tuple[Trainer, Any]:
-        ema = kind(half_life=HALF_LIFE)
-        it = trainer(layout, ema, load_path=path, save_folder=str(folder / "saver"), save_interval="4ba")
-        fit(it)
-        it.save_checkpoint(str(folder / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
-        return it, ema
-
     ends: dict[str, dict[str, Tensor]] = {}
     for first in (composer.algorithms.EMA, EMA):
         for second in (composer.algorithms.EMA, EMA):
@@ -393,11 +389,13 @@ def test_only_the_weights_are_loaded_where_only_they_are_asked_for(layout: str, 
 
 @parallel("ddp", "fsdp2")
 def test_averages_may_be_left_out_of_what_is_loaded(layout: str, tmp_path: Path) -> None:
-    it, _, _ = run(layout, tmp_path)
+    it, _, recorder = run(layout, tmp_path)
     fit(it, "4ba")
     ignored = ["state/algorithms", "state/ema_dist/*"]
     again, ema, _ = loaded(layout, saved(tmp_path, 4), load_ignore_keys=ignored)
     assert not ema.ema_started
+    # The saver's file has the averages as the model's weights, and the live ones in what is left out.
+    assert_close(own(full_model(again.state)), own(decayed(recorder.after_batch, ema.smoothing)))
     with pytest.warns(UserWarning, match="from a checkpoint without averages"):
         again.fit()
     assert ema.ema is not None
@@ -461,3 +459,76 @@ def test_a_run_that_resumes_by_itself_equals_an_undisturbed_one(layout: str, tmp
     for weights, expected in zip(recorder.after_batch, undisturbed.after_batch[4:], strict=True):
         assert_same(own(weights), own(expected))
     assert_same(averages(resumed_ema), averages(ema))
+
+
+class Scaled(torch.nn.Linear):
+    """A layer with an extra state that is a dictionary, which DCP takes apart."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(6, 7)
+        self.scale: dict[str, Any] = {"scale": torch.tensor([float(seed)]), "seed": seed, "none": {}}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.scale
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.scale = state
+
+
+class WithExtraState(ComposerClassifier):
+    """A classifier of which one layer has an extra state."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__(torch.nn.Sequential(Scaled(seed), torch.nn.ReLU(), torch.nn.Linear(7, 5)), num_classes=5)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.module(batch[0])
+
+
+class Parameters(Recorder):
+    """Full weights after each batch, without what is no tensor."""
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        super().batch_end(state, logger)
+        self.after_batch[-1] = {name: it for name, it in self.after_batch[-1].items() if isinstance(it, Tensor)}
+
+
+@parallel("ddp", "fsdp1", "fsdp2")
+def test_extra_states_of_modules_are_resumed(layout: str, tmp_path: Path) -> None:
+    undisturbed, resumed = Parameters(), Parameters()
+    fit(run(layout, tmp_path, model=WithExtraState(), callbacks=[undisturbed])[0])
+    again, _, _ = loaded(layout, saved(tmp_path, 4), model=WithExtraState(seed=1), callbacks=[resumed])
+    fit(again)
+    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
+        assert_same(weights, expected)
+    (scaled,) = (it for it in again.state.model.modules() if isinstance(it, Scaled))
+    assert scaled.scale["seed"] == 0
+    assert scaled.scale["scale"] == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"buffers": "copy"},
+        {"dtype": torch.float64},
+        {"select": lambda name, parameter: parameter.requires_grad and "blocks" in name},
+    ],
+    ids=["buffers", "dtype", "select"],
+)
+@parallel("ddp", "fsdp2")
+def test_the_cores_settings_are_resumed(layout: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    recorder, ema = Recorder(), EMA(half_life=HALF_LIFE, **settings)
+    fit(trainer(layout, ema, callbacks=[recorder], save_folder=str(tmp_path), save_interval="4ba"))
+    resumed_ema = EMA(half_life=HALF_LIFE, **settings)
+    fit(trainer(layout, resumed_ema, model=Classifier(seed=1), load_path=saved(tmp_path, 4)))
+    assert ema.ema is not None
+    assert resumed_ema.ema is not None
+    found, expected = (own(each.full_state_dict(dtype=torch.float64)) for each in (resumed_ema.ema, ema.ema))
+    assert_same(found, expected)
+    if dist.get_rank() == 0:
+        average = decayed(recorder.after_batch, ema.smoothing)
+        whole = "select" not in settings
+        assert_close(
+            expected, {n: it for n, it in own(average).items() if "mask" not in n and (whole or "blocks" in n)}
+        )

@@ -385,17 +385,21 @@ def test_weights_on_their_way_are_not_taken_for_averages() -> None:
 
 
 @layouts("plain", "ddp", "tp")
-def test_backward_of_an_older_graph_inside_uses_the_live_weights(layout: str) -> None:
+def test_backward_of_an_older_graph_inside_is_an_error_after_the_block(layout: str) -> None:
+    """Its gradients are right here, where nothing is computed anew; but the same code is wrong elsewhere."""
     model, ema = trained(layout)
     model(batch()).sum().backward()
     expected = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
-    model.zero_grad()
-    output = model(batch()).sum()
+    for set_to_none in (True, False):
+        model.zero_grad(set_to_none=set_to_none)
+        output = model(batch()).sum()
+        told = r"backward\(\) inside serving\(\) gave gradients to \['embed.weight', 'blocks.0.*after the block"
+        with pytest.raises(RuntimeError, match=told), ema.serving():
+            output.backward()
+        found = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
+        assert_bitwise_equal(found, expected)
     with ema.serving():
-        output.backward()
-    assert_bitwise_equal(
-        {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}, expected
-    )
+        model.zero_grad()
 
 
 @layouts("fsdp2-3", "hsdp", "fsdp2-tp")
@@ -420,10 +424,12 @@ def test_gradients_inside_are_refused_where_they_would_mix(layout: str) -> None:
 
 @layouts("ddp-checkpointed", "tp-checkpointed")
 def test_recomputing_an_older_forward_pass_inside_is_an_error(layout: str) -> None:
-    """Activation checkpointing would compute it again from averages; torch notices."""
+    """Activation checkpointing would compute it again from averages; torch notices most of that, and we the rest."""
     model, ema = trained(layout)
     output = model(batch()).sum()
-    with ema.serving(), pytest.raises(torch.utils.checkpoint.CheckpointError):
+    told = r"backward\(\) inside serving\(\)"
+    noticed = pytest.raises(torch.utils.checkpoint.CheckpointError)
+    with pytest.raises(RuntimeError, match=told), ema.serving(), noticed:
         output.backward()
 
 
@@ -438,6 +444,31 @@ def test_loading_weights_inside_is_refused(layout: str) -> None:
     assert_bitwise_equal(ema.full_state_dict(), averages)
     model.load_state_dict(state)
     assert not any(value.any() for value in full_weights(model).values())
+
+
+@pytest.mark.world_size(2)
+def test_loading_is_refused_where_modules_show_the_live_weights_themselves() -> None:
+    """Under FSDP2, which would gather the loaded ones from then on."""
+    model = fully_shard(nn.Linear(7, 7), mesh=init_device_mesh("cpu", (2,)))
+    ema = ShardedEMA(model)
+    with ema.serving(), pytest.raises(RuntimeError, match=r"load_state_dict\(\) inside serving\(\)"):
+        model.load_state_dict(model.state_dict())
+
+
+@pytest.mark.world_size(2)
+def test_serving_in_the_middle_of_a_forward_pass_is_refused_where_weights_are_in_use() -> None:
+    model, ema = trained("fsdp2")
+
+    def serve(*_: object) -> None:
+        with ema.serving():
+            pass
+
+    handle = model.stats.register_forward_pre_hook(serve)
+    with pytest.raises(ValueError, match="FSDP2 is in the middle of a forward or backward pass"):
+        model(batch())
+    handle.remove()
+    model(batch())
+    serve()
 
 
 @layouts("plain", "ddp", "tp")

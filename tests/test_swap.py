@@ -74,6 +74,22 @@ def test_live_comes_back_when_the_block_raises(layout: str) -> None:
     ema.update()
 
 
+@layouts("plain", "fsdp2", "fsdp2-keep", "hsdp")
+def test_an_exception_in_the_middle_of_a_forward_pass_leaves_no_averages_behind(layout: str) -> None:
+    """FSDP2 would keep the root's gathered, and compute the next pass with them."""
+    model, ema = trained(layout)
+    before = evaluate(model)
+
+    def stumble(*_: object) -> None:
+        raise ZeroDivisionError
+
+    handle = model.stats.register_forward_pre_hook(stumble)
+    with pytest.raises(ZeroDivisionError), ema.swapped():
+        evaluate(model)
+    handle.remove()
+    assert torch.equal(evaluate(model), before)
+
+
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "fsdp2-keep", "hsdp", "tp")
 def test_writing_parameters_inside_is_an_error_after_live_is_back(layout: str) -> None:
     model, ema = trained(layout)

@@ -62,9 +62,10 @@ class EMA(Algorithm):
             else ``"shard"``.
         buffers: ``"average"`` or ``"copy"`` for floating buffers; integer buffers are always copied.
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
-        timeout: seconds that ranks wait for each other before a collective call fails.
+        timeout: seconds that ranks wait for each other before a collective call fails; as long as Composer's own.
 
-    Collective: an update is not. Everything else is what all ranks of a `Trainer` do together.
+    Collective: an update is not, but for the first, which makes the averages. Everything else is what all ranks of a
+        `Trainer` do together.
     Memory: as `ShardedEMA`.
     Raises: ValueError for settings that contradict each other, or are out of range.
     Source: ``composer.algorithms.EMA`` of Composer 0.32, and ``train_with_ema_weights`` of its first version.
@@ -82,7 +83,7 @@ class EMA(Algorithm):
         replicas: Replicas | None = None,
         buffers: BufferPolicy = "average",
         select: Callable[[str, Tensor], bool] | None = None,
-        timeout: float = 60.0,
+        timeout: float = 300.0,
     ) -> None:
         self._schedule = Schedule.parsed(half_life, smoothing, ema_start, update_interval)
         self.half_life = self._schedule.half_life
@@ -94,6 +95,7 @@ class EMA(Algorithm):
         self._replicas = replicas
         self._ema: ShardedEMA | None = None
         self._stay: Stay | None = None
+        self._interrupted: Stay | None = None
         self._swap = ExitStack()
         self._steps: StepsTaken | None = None
         self._checkpoints: Checkpoints | None = None
@@ -122,7 +124,7 @@ class EMA(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Whether `apply` has something to do at this event."""
-        if self._stay is not None and event not in self._stay.value:
+        if self._interrupted is not None or (self._stay is not None and event not in self._stay.value):
             return True
         if event in CHECKPOINT_EVENTS:
             return self._ema is not None and _is_saved(event, state)
@@ -133,6 +135,7 @@ class EMA(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:  # noqa: ARG002  Composer's signature
         """Update, or exchange averages and live weights, as the event wants it."""
+        self._go_on(event)
         if self._stay is not None and event not in self._stay.value:
             self._leave()
         if event == Event.INIT:
@@ -167,7 +170,8 @@ class EMA(Algorithm):
             return part
         part |= {"ema_weights_active": self.ema_weights_active, "ema_started": self.ema_started}
         if self._checkpoints.is_loading:
-            return part | self._checkpoints.template(self._made)
+            self._checkpoints.lay_out(self._made)
+            return part
         if self._ema is None:
             self._checkpoints.forget()
             return part
@@ -229,8 +233,8 @@ class EMA(Algorithm):
             )
         if self._steps is not None:  # of another Trainer, as the averages are
             self._steps.remove()
-        self._steps, self._stay, self._swap, self._ema = None, None, ExitStack(), None
-        self._checkpoints = Checkpoints(state)
+        self._steps, self._stay, self._swap, self._ema, self._interrupted = None, None, ExitStack(), None, None
+        self._checkpoints = Checkpoints(state, self._interrupt)
 
     def _of_state(self) -> Checkpoints:
         if self._checkpoints is None:
@@ -271,13 +275,14 @@ class EMA(Algorithm):
             self._ema = self._made(state.model)
 
     def _update(self, state: State) -> None:
+        assert self._steps is not None, "training starts with FIT_START"
         if self._ema is None:
             if not self._schedule.has_started(state):
+                self._steps.take()  # they do not count
                 return
             self._ema = self._made(state.model)
         if not self._schedule.is_due(state):
             return
-        assert self._steps is not None, "training starts with FIT_START"
         stepped, found_inf = self._steps.take()
         if not stepped:
             return
@@ -289,6 +294,18 @@ class EMA(Algorithm):
         if self._ema is not None:
             self._swap.enter_context(self._ema.swapped())
             self._stay = stay
+
+    def _interrupt(self) -> None:
+        """Let an explicit save find the live weights, in the middle of an evaluation or after an exception in it."""
+        if self._stay in (Stay.EVALUATION, Stay.PREDICTION):
+            self._interrupted = self._stay
+            self._leave()
+
+    def _go_on(self, event: Event) -> None:
+        """Put the averages back after a save, if the evaluation goes on."""
+        interrupted, self._interrupted = self._interrupted, None
+        if interrupted is not None and event in interrupted.value:
+            self._enter(interrupted)
 
     def _leave(self) -> None:
         assert self._ema is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from composer.core import State
@@ -28,10 +29,16 @@ class Checkpoints:
     Monolithic ones hold full tensors in the algorithm's part, sharded ones tensors as DCP cuts them, in an attribute of
     State that this adds. Either holds the averages; but while these are in the model, the live weights, and of the
     averages only what the model cannot hold as it is, having weights of another dtype.
+
+    Args:
+        before_save: called each time that Composer collects the model's weights.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, before_save: Callable[[], None]) -> None:
         self._state = state
+        self._model_state = state.get_model_state_dict
+        # No event tells of an explicit save, and this is what each asks for the model's weights.
+        state.get_model_state_dict = partial(_after, before_save, self._model_state)
         self._loading: Loading | None = None
         self._part: Mapping[str, Any] | None = None
         self.lacks_averages = False
@@ -82,15 +89,14 @@ class Checkpoints:
         """Let go of the tensors that were to be written."""
         setattr(self._state, ATTRIBUTE, None)
 
-    def template(self, make: Make) -> dict[str, Any]:
-        """What there is to read into, from a checkpoint that may hold all of it, or some, or nothing.
+    def lay_out(self, make: Make) -> None:
+        """Provide what there is to read into, from a checkpoint that may hold all of it, or some, or nothing.
 
         Collective: over all ranks. Memory: the averages, and a copy of the live weights.
         """
         assert self._loading is not None
         self._loading.require_own_planner()
         setattr(self._state, ATTRIBUTE, {"ema": make(self._state.model).state_dict(), "live": self.copied_model()})
-        return {}
 
     def write(self, ema: ShardedEMA, live: Mapping[str, Any] | None) -> dict[str, Any]:
         """The algorithm's part of a checkpoint.
@@ -119,7 +125,7 @@ class Checkpoints:
 
         Collective: over all ranks.
         """
-        state = self._state.get_model_state_dict()
+        state = self._model_state()
         if not self.is_sharded and dist.get_global_rank() != 0:
             return {}
         return {name: cpu_copy(it) if isinstance(it, Tensor) else copy.deepcopy(it) for name, it in state.items()}
@@ -156,7 +162,8 @@ class Checkpoints:
             names |= tensors.keys()
             lost |= set() if is_active else tensors.keys() - found
             tensors |= {name: read["ema"]["tracks"]["default"][kind][name] for name in found}
-        live = {name: it for name, it in read["live"].items() if ("live", name) in stored}
+        names_of_live = {path[1] for path in stored if path[0] == "live"}  # DCP takes extra states of modules apart
+        live = {name: it for name, it in read["live"].items() if name in names_of_live or not isinstance(it, Tensor)}
         lost |= read["live"].keys() - live.keys() if is_active else set()
         if differing := lost | (names ^ {*part["averaged"]}):
             raise ValueError(
@@ -174,3 +181,8 @@ class Checkpoints:
             strict=False,
         )
         set_model_state_dict(self._state.model, dict(live), options=options)
+
+
+def _after(first: Callable[[], None], then: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    first()
+    return then()

@@ -50,10 +50,7 @@ class Units:
         """FSDP2's own records, by the ids of the parameters that the modules show."""
 
     def reshard(self) -> None:
-        """Drop gathered weights, also those on their way, so that the next forward gathers the shards as they are then.
-
-        Raises: RuntimeError in the middle of a forward or backward pass, which still needs them.
-        """
+        """Drop gathered weights, also those on their way: the next forward gathers the shards as they are then."""
         if self.missing:
             for module in self._modules:
                 module.reshard()
@@ -63,18 +60,33 @@ class Units:
                 group.wait_for_unshard()
             if not group.is_sharded:
                 group.reshard()
-        if any(not group.is_sharded for group in self.groups):
-            raise RuntimeError(
-                "FSDP2 is in the middle of a forward pass, or one was left by an exception: call this outside of it, "
-                "after a complete forward pass"
-            )
 
     def settle(self) -> None:
-        """Let FSDP2 do now what it would put off until its first forward pass: it may move uneven shards for that."""
-        if not (self.missing or self._is_settled):
-            for group in self.groups:
-                group.lazy_init()
-            self._is_settled = True
+        """Drop gathered weights, and do now what FSDP2 would put off until its first forward pass.
+
+        Uneven shards may move by that. Raises: RuntimeError in the middle of a forward or backward pass.
+        """
+        groups = [] if self.missing else self.groups
+        if any(not group.is_sharded and group._training_state.name != "IDLE" for group in groups):
+            raise RuntimeError(
+                "FSDP2 is in the middle of a forward or backward pass, or an exception ended one: come back outside of "
+                "it, after a complete one"
+            )
+        for group in () if self._is_settled else groups:
+            group.lazy_init()
+        self._is_settled = True
+        self.reshard()
+
+    def abandon(self) -> None:
+        """Forget a forward pass that an exception ended: FSDP2 would keep its weights gathered for the next one."""
+        groups = [] if self.missing else self.groups
+        if any(not group.is_sharded and group._training_state.name == "FORWARD" for group in groups):
+            idle = type(groups[0]._training_state).IDLE
+            for owner in (*self.states, *groups):
+                owner._training_state = idle
+            for state in self.states:
+                state._state_ctx.iter_forward_root = None
+            self.reshard()
 
     def room(self, parameter: Tensor) -> int | None:
         """Elements of the buffer that FSDP2 gathers for ``parameter``, padding included; None where it does not."""

@@ -108,7 +108,6 @@ class Layout:
         if self.has_flat_parameters:
             return False
         self.units.settle()
-        self.units.reshard()
         return not (self.has_moved() or self.follow_buffers())
 
     @property

@@ -41,11 +41,12 @@ class StandIns:
 
     Args:
         substitutes: at most one for each site; a tied tensor has one substitute at all of its sites.
+        modules: all that are not to load weights meanwhile: those of the sites, and others.
 
     Memory: nothing.
     """
 
-    def __init__(self, substitutes: Iterable[Substitute]) -> None:
+    def __init__(self, substitutes: Iterable[Substitute], modules: Iterable[nn.Module]) -> None:
         self._all = list(substitutes)
         self.live = {id(it.tensor): it.live for it in self._all}
         """The live tensors by the ids of their substitutes."""
@@ -55,10 +56,9 @@ class StandIns:
             self.at.setdefault(id(it.site.module), []).append(it)
         self._registered = [(it.site.registry, it.site.name, it.tensor, it.live) for it in self._all]
         self._assigned = [it for it in self._all if it.has_own_way]
-        modules = {id(it.site.module): it.site.module for it in self._all}.values()
         self._hooks: list[tuple[Any, Any, Any]] = [
             (module._state_dict_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks)
-            for module in modules
+            for module in dict.fromkeys(modules)
         ]
 
     def enter(self) -> None:

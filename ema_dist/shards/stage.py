@@ -34,10 +34,13 @@ class Stage:
         gathered = {name for name, shard in shards.items() if layout.units.room(shard.owner) is not None}
         shown = {name: _dressed(shard, locals_[name]) for name, shard in shards.items() if name not in gathered}
         self._diversion = Diversion(layout.units, {id(shards[name].owner): locals_[name] for name in gathered})
+        sites = {
+            name: {(id(it.registry), it.name): it for it in layout.sites[name]}.values()  # shared modules repeat theirs
+            for name in locals_
+        }
         self._stand_ins = StandIns(
-            Substitute(site, shards[name].owner, tensor)
-            for name, tensor in shown.items()
-            for site in {(id(site.registry), site.name): site for site in layout.sites[name]}.values()
+            (Substitute(site, shards[name].owner, tensor) for name, tensor in shown.items() for site in sites[name]),
+            (site.module for its in sites.values() for site in its),
         )
         self._wrappers = [it for it in layout.model.modules() if isinstance(it, DistributedDataParallel)]
         self._names = {id(shards[name].owner): name for name in locals_ if name in layout.parameters}
@@ -45,19 +48,26 @@ class Stage:
         self._locals = {name: local for name, local in locals_.items() if name in layout.parameters}
         self._shown = {name: tensor for name, tensor in shown.items() if name in layout.parameters}
         self._on_mesh = any(isinstance(tensor, DTensor) for tensor in self._shown.values())
+        self._owners = {name: shards[name].owner for name in self._shown}
         self._before: tuple[list[int], list[int]] = [], []
+        self._gradients: list[tuple[Tensor | None, int]] = []
         self._syncs: list[bool] = []
 
     def enter(self) -> None:
         """Let the forward pass find the tensors."""
         self._before = self._marks()
+        self._gradients = self._current_gradients()
         # Of DDP: whether its next forward pass broadcasts buffers, which one without gradients would leave out.
         self._syncs = [wrapper.require_forward_param_sync for wrapper in self._wrappers]
         self._diversion.enter()
         self._stand_ins.enter()
 
-    def leave(self) -> list[str]:
-        """Let it find the live weights; the names of parameters that were written to, moved or replaced meanwhile."""
+    def leave(self) -> tuple[list[str], list[str]]:
+        """Let it find the live weights.
+
+        Returns: the names of parameters that were written to, moved or replaced meanwhile, and of those that were given
+            gradients.
+        """
         changed = self._stand_ins.leave()
         changed += self._diversion.leave()
         for wrapper, sync in zip(self._wrappers, self._syncs, strict=True):
@@ -66,7 +76,14 @@ class Stage:
         for tensors, before, now in zip((self._locals, self._shown), self._before, self._marks(), strict=True):
             if before != now:
                 names |= {name for name, then, mark in zip(tensors, before, now, strict=True) if then != mark}
-        return sorted(names)
+        pairs = zip(self._owners, self._gradients, self._current_gradients(), strict=True)
+        given = [name for name, (then, old), (now, new) in pairs if now is not None and (now is not then or new != old)]
+        self._gradients = []
+        return sorted(names), given
+
+    def _current_gradients(self) -> list[tuple[Tensor | None, int]]:
+        gradients = map(_gradient, self._owners.values())
+        return [(it, -1 if it is None else it._version) for it in gradients]
 
     def _marks(self) -> tuple[list[int], list[int]]:
         """What changes when somebody writes to the tensors, or gives the parameters shown other storage."""
@@ -108,6 +125,7 @@ def _dressed(shard: Shard, local: Tensor) -> Tensor:
 
 
 _version = attrgetter("_version")  # autograd's counter has no public name
+_gradient = attrgetter("grad")
 
 
 def _address(tensor: Tensor) -> int:

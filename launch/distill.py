@@ -1,0 +1,101 @@
+"""Teaches handwritten digits with few labels: the average of the student's own weights is its teacher (mean teacher).
+
+    torchrun --nproc-per-node 2 launch/distill.py                      # DDP, CPU or GPUs
+    torchrun --nproc-per-node 2 launch/distill.py --parallel fsdp2
+    python launch/distill.py --consistency 0                           # labels only, to compare
+
+At each step the teacher is asked between the student's forward and backward pass, in the student's own model: there is
+no second one, and no weight is copied. The method: Tarvainen and Valpola, "Mean teachers are better role models", 2017.
+"""
+
+import argparse
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.optim import AdamW
+
+from data import Batches, Images, load_images
+from ema_dist import HalfLife, ShardedEMA
+from evaluate import evaluate
+from model import VisionTransformer
+from parallel import WRAPS, data_shard, default_parallel, process_group, wrap
+
+
+def main() -> None:
+    args = parse_arguments()
+    with process_group(args.device) as device:
+        distill(args, device)
+
+
+def distill(args: argparse.Namespace, device: torch.device) -> None:
+    """The recipe: all labelled images and some unlabelled ones at each step; scores of student and teacher."""
+    torch.manual_seed(args.seed)
+    training, test = load_images(device)
+    labelled = Images(training.pixels[: args.labels], training.labels[: args.labels])
+    part = data_shard(args.parallel)
+    lessons = Batches(labelled, args.labels, args.seed, *part)  # one step an epoch
+    batches = Batches(training, args.batch_size, args.seed, *part)  # whose labels nobody looks at
+    model = wrap(VisionTransformer(), args.parallel, device)
+    optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
+    # Whole on each rank, since the teacher is asked at each step: nothing has to be gathered for it.
+    ema = ShardedEMA(model, decay=HalfLife(args.half_life), replicas="copy")
+    print_once(f"teaching from {ema.serves_by}")
+    torch.manual_seed(args.seed + dist.get_rank())  # of the noise
+
+    steps = args.epochs * len(batches)
+    for epoch in range(1, args.epochs + 1):
+        model.train()
+        for pixels, _ in batches.epoch(epoch):
+            known, labels = next(lessons.epoch(ema.steps))
+            noisy = pixels + args.noise * torch.randn_like(pixels)
+            optimizer.zero_grad()
+            answers, guesses = model(torch.cat([known, noisy])).split([len(known), len(noisy)])
+            with ema.serving():  # the student's graph is alive, and stays as it is
+                targets = model(pixels).softmax(dim=1)
+            consistency = args.consistency * ramp(ema.steps / steps) * F.mse_loss(guesses.softmax(dim=1), targets)
+            (F.cross_entropy(answers, labels) + consistency).backward()
+            optimizer.step()
+            ema.update()
+        student = evaluate(model, test)
+        with ema.serving():
+            teacher = evaluate(model, test)
+        print_once(f"epoch {epoch:3}  student: {student}  teacher: {teacher}")
+    print_once(f"averaged model: test {teacher}, of {args.labels} labels")
+
+
+def ramp(progress: float) -> float:
+    """How much the teacher is listened to: little at first, when it knows nothing; fully from a third of the run on."""
+    return min(1.0, 3 * progress) ** 2
+
+
+def print_once(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--parallel", choices=WRAPS, default=default_parallel(), help="default: ddp on several ranks, else plain")
+    option("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    option("--labels", type=int, default=48, metavar="IMAGES", help="training images that have a label")
+    option("--consistency", type=float, default=20.0, metavar="WEIGHT", help="of agreeing with the teacher")
+    option("--noise", type=float, default=0.3, help="added to what the student sees")
+    option("--half-life", type=float, default=20, metavar="STEPS", help="of the average, in optimizer steps")
+    option("--epochs", type=int, default=20)
+    option("--batch-size", type=int, default=96, help="unlabelled images in a step, over all ranks together")
+    option("--learning-rate", type=float, default=2e-3)
+    option("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.epochs < 1:
+        parser.error("--epochs must be at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # as in train.py: gloo's threads sometimes abort an interpreter that ends
