@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,18 +14,19 @@ class Clock:
     """Counts optimizer steps and averages taken.
 
     Args:
+        decays: by track.
         start: until this step the average simply follows the live weights.
         interval: an average is taken at every step that it divides.
 
     Raises: ValueError for a negative ``start`` or an ``interval`` below 1.
     """
 
-    def __init__(self, decay: Decay, *, start: int, interval: int) -> None:
+    def __init__(self, decays: Mapping[str, Decay], *, start: int, interval: int) -> None:
         if start < 0:
             raise ValueError(f"start is an optimizer step, 0 or later, got {start!r}")
         if interval < 1:
             raise ValueError(f"update_interval is a number of optimizer steps, 1 or more, got {interval!r}")
-        self.decay = decay
+        self.decays = decays
         self.start = start
         self.interval = interval
         self._steps = 0
@@ -44,8 +47,8 @@ class Clock:
         """Go on from these counts."""
         self._steps, self._updates, self._on_device = steps, updates, None
 
-    def tick(self, found_inf: Tensor | None = None) -> float | Tensor:
-        """Count one optimizer step; the weight of the live value in the average then: 0 for not now, 1 for follow.
+    def tick(self, found_inf: Tensor | None = None) -> dict[str, float] | dict[str, Tensor]:
+        """Count one optimizer step; the weight of the live value in each average: 0 for not now, 1 for follow.
 
         Args:
             found_inf: not zero if the optimizer left the step out; read on its device only, never here.
@@ -53,14 +56,17 @@ class Clock:
         if found_inf is None and self._on_device is None:
             self._steps += 1
             if self._steps <= self.start:
-                return 1.0
+                return dict.fromkeys(self.decays, 1.0)
             if self._steps % self.interval:
-                return 0.0
+                return dict.fromkeys(self.decays, 0.0)
             self._updates += 1
-            return 1 - self.decay.decay(self.interval)
+            return self._weights()
         return self._tick_on_device(found_inf)
 
-    def _tick_on_device(self, found_inf: Tensor | None) -> Tensor:
+    def _weights(self) -> dict[str, float]:
+        return {name: 1 - decay.decay(self.interval) for name, decay in self.decays.items()}
+
+    def _tick_on_device(self, found_inf: Tensor | None) -> dict[str, Tensor]:
         if self._on_device is None:
             assert found_inf is not None
             self._on_device = torch.zeros(2, dtype=torch.int64, device=found_inf.device)
@@ -70,7 +76,7 @@ class Clock:
         follows = taken * (step <= self.start)
         averages = (taken - follows) * (step % self.interval == 0)
         self._on_device[1] += averages
-        return follows.double() + averages * (1 - self.decay.decay(self.interval))
+        return {name: follows.double() + averages * weight for name, weight in self._weights().items()}
 
     def _read(self, index: int) -> int:
         return 0 if self._on_device is None else int(self._on_device[index])

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+TRACK = "default"
+"""The name of the only track of averages with one decay."""
 
 
 def decay_from_half_life(half_life: float, steps: float = 1) -> float:
@@ -85,3 +89,15 @@ def as_decay(decay: HalfLife | float) -> Decay:
     if isinstance(decay, bool) or not isinstance(decay, int | float):
         raise TypeError(f"decay is a number in [0, 1] or HalfLife(steps), got {decay!r}")
     return Constant(float(decay))
+
+
+def as_decays(decay: HalfLife | float | Mapping[str, HalfLife | float]) -> dict[str, Decay]:
+    """The settings that a user's ``decay`` argument names, by track: `TRACK` for a single one.
+
+    Raises: as `as_decay`; ValueError for no track, or a name that is empty or has a dot.
+    """
+    if not isinstance(decay, Mapping):
+        return {TRACK: as_decay(decay)}
+    if not decay or not all(isinstance(name, str) and name and "." not in name for name in decay):
+        raise ValueError(f"expected decays by the names of their tracks, texts without dots, got {dict(decay)!r}")
+    return {name: as_decay(its) for name, its in decay.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,13 +13,13 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ema_dist.attachment import Attachment
-from ema_dist.averages import Averages, BufferPolicy
+from ema_dist.averages import Averages, BufferPolicy, Tracks
 from ema_dist.clock import Clock
-from ema_dist.decay import HalfLife, as_decay
+from ema_dist.decay import TRACK, HalfLife, as_decays
 from ema_dist.exchange import Exchange, exchanges_in
 from ema_dist.gather import collect, copy_into, full_shapes, gather, scatter, unite
-from ema_dist.meeting import meet, require_world
-from ema_dist.replicas import drift
+from ema_dist.live import LiveModel
+from ema_dist.meeting import meet
 from ema_dist.serving import Serving, servings_in
 from ema_dist.shards import Layout, Replicas
 from ema_dist.state import read_state, write_state
@@ -34,7 +33,8 @@ class ShardedEMA:
 
     Args:
         model: whose weights are averaged.
-        decay: `HalfLife` in optimizer steps, or the factor of the old average at each update, in [0, 1].
+        decay: `HalfLife` in optimizer steps, or the factor of the old average at each update, in [0, 1]; or several of
+            them by name: then the model has several averages, called tracks.
         start: until this optimizer step the average simply follows the live weights.
         update_interval: average every k-th optimizer step; a `HalfLife` accounts for it, a factor does not.
         dtype: of the averages. None: float32 for weights narrower than float32, else the weight's own.
@@ -43,10 +43,11 @@ class ShardedEMA:
         buffers: ``"average"`` or ``"copy"`` for floating buffers; integer buffers are always copied. Non-persistent
             buffers are left alone.
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
+        kernel: what moves the averages: ``"foreach"``, ``"scratch"`` or ``"triton"``; None for the fastest one here.
         timeout: seconds that ranks wait for each other before a collective call fails, and on leaving `swapped`.
 
     Collective: construction compares the replicas once when averages are split among them; otherwise not.
-    Memory: one average per selected parameter's shard: 1/R of it where R replicas share it.
+    Memory: for each track one average per selected parameter's shard: 1/R of it where R replicas share it.
     Raises: ValueError for a setting out of range, a model on the meta device, or when nothing is selected;
         RuntimeError when replicas differ.
     """
@@ -55,13 +56,14 @@ class ShardedEMA:
         self,
         model: nn.Module,
         *,
-        decay: HalfLife | float = HalfLife(1000),  # noqa: B008 - frozen
+        decay: HalfLife | float | Mapping[str, HalfLife | float] = HalfLife(1000),  # noqa: B008 - frozen
         start: int = 0,
         update_interval: int = 1,
         dtype: torch.dtype | None = None,
         replicas: Replicas = "shard",
         buffers: BufferPolicy = "average",
         select: Callable[[str, Tensor], bool] | None = None,
+        kernel: str | None = None,
         timeout: float = 60.0,
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
@@ -70,44 +72,32 @@ class ShardedEMA:
             raise ValueError(f'replicas is "shard", "copy" or a process group, got {replicas!r}')
         if buffers not in ("average", "copy"):
             raise ValueError(f'buffers is "average" or "copy", got {buffers!r}')
-        self._clock = Clock(as_decay(decay), start=start, interval=update_interval)
-        self._replicas: Replicas = replicas
-        self._select = select or (lambda _, parameter: parameter.requires_grad)
-        self._timeout = timeout
+        self._clock = Clock(as_decays(decay), start=start, interval=update_interval)
         self._attachment: Attachment | None = None
         self._exchange: Exchange | None = None
-        self._layout = Layout(model, replicas)
-        self._ranks = self._layout.ranks
-        selected = [name for name in self._layout.parameters if self._selects(name)]
-        self._left_out = [name for name in self._layout.parameters if name not in set(selected)]
-        if not selected:
-            raise ValueError(
-                f"nothing to average: none of the {len(self._left_out)} parameters "
-                + ("requires a gradient" if select is None else "is selected by select(name, parameter)")
-            )
-        owners = {name: self._layout.parameters[name].owner for name in selected}
-        if whole := [name for name, at in owners.items() if not (at.is_floating_point() or at.is_complex())]:
-            raise ValueError(f"select picked {whole}, which are not floating-point and have no average")
-        self._is_split = any(shard.is_split for shard in self._layout.shards)
-        self._is_spread = any(shard.ranks or shard.part.ranks for shard in self._layout.shards)
-        if (
-            isinstance(replicas, ProcessGroup)
-            and replicas.size() > 1
-            and all(s.replicas is not replicas for s in self._layout.shards)
-        ):
-            warnings.warn(
-                "replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=2
-            )
-        if self._is_split:
-            meet("ShardedEMA(model)", self._ranks, timeout=timeout)
-            self._refuse_drift("ShardedEMA(model)")
-        self._averages = Averages(self._layout, selected, dtype=dtype, buffers=buffers)
-        self._serving = Serving(self._layout, self._averages)
+        self._live = LiveModel(model, replicas=replicas, select=select, timeout=timeout)
+        if self._live.is_split:
+            self._live.meet("ShardedEMA(model)")
+            self._live.refuse_drift("ShardedEMA(model)")
+        self._tracks = Tracks(
+            self._live.layout,
+            self._clock.decays.keys(),
+            self._live.selected,
+            dtype=dtype,
+            buffers=buffers,
+            kernel=kernel,
+        )
+        self._servings: dict[Averages, Serving] = {}
 
     @property
     def model(self) -> nn.Module:
         """The module that was given to the constructor."""
-        return self._layout.model
+        return self._live.layout.model
+
+    @property
+    def tracks(self) -> list[str]:
+        """The names of the averages; ``["default"]`` for a single one."""
+        return [*self._tracks]
 
     @property
     def steps(self) -> int:
@@ -130,11 +120,11 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped`, ValueError when the model has changed.
         """
         self._refuse_inside_swap("update()")
-        if self._layout.has_moved():
+        if self._live.layout.has_moved():
             self._prepare("update()", together=False)
-        elif self._layout.follow_buffers():
-            self._averages.bind_buffers(self._layout)
-        self._averages.follow(self._clock.tick(found_inf))
+        elif self._live.layout.follow_buffers():
+            self._tracks.bind_buffers(self._live.layout)
+        self._tracks.follow(self._clock.tick(found_inf))
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Update after each real step of ``optimizer`` from now on, until ``remove()`` of the returned handle.
@@ -149,7 +139,7 @@ class ShardedEMA:
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(self._layout.parameters[name].owner) in stepped for name in self._averages.parameters):
+        if not any(id(self._live.layout.parameters[name].owner) in stepped for name in self._live.selected):
             raise ValueError(
                 "this optimizer steps none of the averaged parameters (was it built before the model was wrapped?); "
                 "attach the one that does, or call update() after its steps"
@@ -158,21 +148,25 @@ class ShardedEMA:
         return self._attachment
 
     @contextmanager
-    def swapped(self) -> Iterator[nn.Module]:
+    def swapped(self, track: str | None = None) -> Iterator[nn.Module]:
         """The model holds its averages inside the ``with`` block, and its live weights again after it, to the bit.
 
         They come back when the block returns and when it raises. Inside, buffers may be written (``update_bn``): what
         is written stays in the averages. Parameters may not. A graph that was built before cannot run backward inside
         or after: autograd notices that its weights were written to, and raises.
 
+        Args:
+            track: whose averages; None for the only one, or the one called ``default``.
+
         Collective: where averages are split among replicas (the default under DDP, HSDP, and for tensor-parallel
             parameters placed ``Replicate()``), entering and leaving. With ``replicas="copy"`` never, so that one rank
             may evaluate alone under DDP.
         Memory: at most 64 MiB; where averages have another dtype than the live weights, one live shard on top.
         Raises: RuntimeError when swapped already, when ranks do not come within ``timeout``, when replicas differ, and
-            on leaving, when parameters were written to. ValueError when the model has changed, or when a parameter
-            became trainable that has no average.
+            on leaving, when parameters were written to. ValueError for an unknown track, when the model has changed, or
+            when a parameter became trainable that has no average.
         """
+        averages = self._tracks.named(track)
         if self._exchange is not None:
             raise RuntimeError(
                 "the averages are in the model already: leave swapped() before entering it again, "
@@ -180,32 +174,36 @@ class ShardedEMA:
             )
         self._refuse_inside_swap("swapped()")
         self._refuse_if_taken()
-        self._prepare("swapped()", together=self._is_split)
-        if self._is_split:
-            self._refuse_drift("swapped()")
-        self._exchange = Exchange(self._layout, self._averages)
+        self._prepare("swapped()", together=self._live.is_split)
+        if self._live.is_split:
+            self._live.refuse_drift("swapped()")
+        self._exchange = Exchange(self._live.layout, averages)
         try:
-            yield self._layout.model
+            yield self.model
         finally:
             self.restore()
 
     @contextmanager
-    def serving(self) -> Iterator[nn.Module]:
+    def serving(self, track: str | None = None) -> Iterator[nn.Module]:
         """Forward passes in the ``with`` block read the averages, without gradients; the live weights stay in place.
 
         It may stand between a forward pass and its backward, for a teacher: the gradients are the same, to the bit.
         ``state_dict()`` of the model holds the live weights inside. Buffers are copies: what is written to them is
         dropped. Where the model does not allow it (FSDP1, CUDA graphs), `swapped` does instead, with a warning.
 
+        Args:
+            track: whose averages; None for the only one, or the one called ``default``.
+
         Collective: entering, where averages are split among replicas; leaving, only with `swapped`.
         Memory: the buffers. Where `serves_by` says so a copy of this rank's live shards, whole on each replica.
         Raises: RuntimeError inside `swapped` or `serving`, when ranks do not come within ``timeout``, and on leaving,
             when parameters were written to. ValueError as `swapped`.
         """
+        averages = self._tracks.named(track)
         self._refuse_inside_swap("serving()")
         self._refuse_if_taken()
-        self._prepare("serving()", together=self._is_split, quick=True)
-        with self._current_serving().on(self.swapped) as model:
+        self._prepare("serving()", together=self._live.is_split, quick=True)
+        with self._serving(averages).on(lambda: self.swapped(track)) as model:
             yield model
 
     @property
@@ -215,7 +213,7 @@ class ShardedEMA:
         Either "the averages themselves", "a cast copy" where dtypes differ, "a gathered copy" where replicas share
         averages, or "swapped(), since" there is no other way.
         """
-        return self._current_serving().by
+        return self._serving(next(iter(self._tracks.values()))).by
 
     def restore(self) -> None:
         """Leave `swapped`: for ranks that could not leave it together, or to end it early; else nothing happens.
@@ -232,7 +230,7 @@ class ShardedEMA:
         Raises: RuntimeError naming the tensors that differ and the ranks on which they do.
         """
         self._prepare("check_replicas()", together=True)
-        self._refuse_drift("check_replicas()")
+        self._live.refuse_drift("check_replicas()")
 
     def state_dict(self) -> dict[str, Any]:
         """The averages and counts as `torch.distributed.checkpoint` (DCP) saves and reshards them.
@@ -242,14 +240,14 @@ class ShardedEMA:
 
         Collective: over all ranks that hold the model, when several hold parts of its averages: they meet, and send
             nothing.
-        Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {"default": {"decay": {...}, "averages":
-            {name: tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
+        Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name:
+            tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
         """
-        self._prepare("state_dict()", together=self._is_spread)
-        current = self._current()
+        self._prepare("state_dict()", together=self._live.is_spread)
+        current = {track: self._current(its) for track, its in self._tracks.items()}
         if self._exchange is not None:  # they lie in the model: nothing must be loaded into them there
-            current = {name: tensor.clone() for name, tensor in current.items()}
-        return write_state(self._clock, self._layout, self._averages, current)
+            current = {track: {name: it.clone() for name, it in its.items()} for track, its in current.items()}
+        return write_state(self._clock, self._live.layout, self._tracks, current)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned: on this layout, resharded by DCP, or with full tensors.
@@ -257,23 +255,24 @@ class ShardedEMA:
         The decay given to the constructor stays; a different one in ``state_dict`` is a warning.
 
         Collective: no.
-        Raises: RuntimeError inside `swapped`; ValueError when format, names or shapes differ, before anything changes.
+        Raises: RuntimeError inside `swapped`; ValueError when format, tracks, names or shapes differ, before anything
+            changes.
         """
         self._refuse_inside_swap("load_state_dict()")
         self._prepare("load_state_dict()", together=False)
-        read_state(state_dict, self._clock, self._layout, self._averages)
+        read_state(state_dict, self._clock, self._live.layout, self._tracks)
 
-    def gather(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Any]]:
+    def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:
         """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.
 
         Collective: over all ranks that hold the model, when several hold parts of its averages; each must exhaust the
             iterator.
         Memory: one full tensor beyond those handed out on the first rank, one elsewhere.
         """
-        return self._gather("gather()", dtype)
+        return self._gather("gather()", dtype, track)
 
     def full_state_dict(
-        self, *, dtype: torch.dtype | None = None, pipeline: ProcessGroup | None = None
+        self, *, dtype: torch.dtype | None = None, track: str | None = None, pipeline: ProcessGroup | None = None
     ) -> dict[str, Any]:
         """The averaged model on the first rank (rank 0), ``{}`` elsewhere: loads strictly into the unwrapped model.
 
@@ -283,6 +282,7 @@ class ShardedEMA:
 
         Args:
             dtype: of floating tensors; None for the dtype of each live one.
+            track: whose averages; None for the only one, or the one called ``default``.
             pipeline: the group of pipeline stages to unite: its first rank gets the entries of all of them.
 
         Collective: over all ranks that hold the model, when several hold parts of its averages; over ``pipeline``.
@@ -291,25 +291,25 @@ class ShardedEMA:
         Raises: RuntimeError when ranks do not come within ``timeout``; ValueError when the model has changed, or when
             stages hold different tensors under one name.
         """
-        entries = self._gather("full_state_dict()", dtype)
+        entries = self._gather("full_state_dict()", dtype, track)
         if pipeline is not None:
             stages = dist.get_process_group_ranks(pipeline)
-            if len({*stages} & {*self._ranks}) > 1:
+            if len({*stages} & {*self._live.ranks}) > 1:
                 raise ValueError(
-                    f"pipeline={stages} should hold one rank of each stage, but this stage is held by {self._ranks}"
+                    f"pipeline={stages} should hold one rank of each stage, but one is held by {self._live.ranks}"
                 )
-            meet("full_state_dict(pipeline=...)", stages, timeout=self._timeout)
-            entries = unite(entries, pipeline, self._layout.shards[0].device)
-        return collect(entries, keep=self._is_first)
+            meet("full_state_dict(pipeline=...)", stages, timeout=self._live.timeout)
+            entries = unite(entries, pipeline, self._live.layout.shards[0].device)
+        return collect(entries, keep=self._live.is_first)
 
     def full_shapes(self, *, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
         """The entries of `full_state_dict` as tensors on the meta device; None for extra states that are not tensors.
 
         Collective: no.
         """
-        return full_shapes(self._layout, dtype=dtype)
+        return full_shapes(self._live.layout, dtype=dtype)
 
-    def load_full_state_dict(self, full: Mapping[str, Any]) -> None:
+    def load_full_state_dict(self, full: Mapping[str, Any], *, track: str | None = None) -> None:
         """The reverse of `full_state_dict`: the first rank's full tensors become everyone's averages.
 
         Live weights, frozen parameters and counts stay as they are. Other ranks' ``full`` is not looked at. Each value
@@ -319,44 +319,51 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped`, and on every rank when a value cannot be read; ValueError on every rank
             when names, shapes or kinds of dtype differ, before anything changes.
         """
+        averages = self._tracks.named(track)
         self._refuse_inside_swap("load_full_state_dict()")
         self._prepare("load_full_state_dict()", together=True)
-        scatter(self._layout, self._averages.all, full)
-        self._averages.note_infinities()
-        self._averages.bind(self._layout)
+        scatter(self._live.layout, averages.all, full)
+        averages.note_infinities()
+        self._tracks.bind(self._live.layout)
 
-    def copy_to(self, model: nn.Module) -> None:
+    def copy_to(self, model: nn.Module, *, track: str | None = None) -> None:
         """Overwrite the live weights of ``model`` with the averages, and all else in its state with this model's.
 
         Args:
             model: the one given at construction, one wrapped the same way, or an unwrapped one on every rank.
+            track: whose averages; None for the only one, or the one called ``default``.
 
         Collective: over all ranks that hold the model, when several hold parts of its averages.
         Memory: one full tensor on each rank.
         Raises: RuntimeError inside `swapped`; ValueError when names or shapes differ, before anything changes.
         """
+        averages = self._tracks.named(track)
         self._refuse_inside_swap("copy_to()")
-        self._prepare("copy_to()", together=self._is_spread)
-        copy_into(Layout(model, "copy"), self._layout, self._averages.all)
+        self._prepare("copy_to()", together=self._live.is_spread)
+        copy_into(Layout(model, "copy"), self._live.layout, averages.all)
 
     def __repr__(self) -> str:
-        numel = sum(average.numel() for average in self._averages.parameters.values())
+        parameters = next(iter(self._tracks.values())).parameters
+        numel = sum(average.numel() for average in parameters.values())
+        decays = self._clock.decays
         return (
-            f"{type(self).__name__}({len(self._averages.parameters)} parameters, {numel:,} elements on this rank, "
-            f"{self._clock.decay}, start={self._clock.start}, update_interval={self._clock.interval}, "
+            f"{type(self).__name__}({len(parameters)} parameters, {numel:,} elements on this rank, "
+            f"{decays[TRACK] if [*decays] == [TRACK] else decays}, start={self._clock.start}, "
+            f"update_interval={self._clock.interval}, moves by {' and '.join(self._tracks.kernels)}, "
             f"serves by {self.serves_by})"
         )
 
-    @property
-    def _is_first(self) -> bool:
-        return not self._ranks or dist.get_rank() == self._ranks[0]
+    def _current(self, averages: Averages) -> dict[str, Tensor]:
+        """The averages by name, wherever they are now."""
+        if self._exchange is None or self._exchange.averages is not averages:
+            return averages.all
+        return self._exchange.current(self._live.layout)
 
-    def _current(self) -> dict[str, Tensor]:
-        return self._averages.all if self._exchange is None else self._exchange.current(self._layout)
-
-    def _gather(self, call: str, dtype: torch.dtype | None) -> Iterator[tuple[str, Any]]:
-        self._prepare(call, together=self._is_spread)
-        return self._entries(gather(self._layout, self._current(), dtype=dtype, keep=self._is_first), self._exchange)
+    def _gather(self, call: str, dtype: torch.dtype | None, track: str | None) -> Iterator[tuple[str, Any]]:
+        averages = self._tracks.named(track)
+        self._prepare(call, together=self._live.is_spread)
+        entries = gather(self._live.layout, self._current(averages), dtype=dtype, keep=self._live.is_first)
+        return self._entries(entries, self._exchange)
 
     def _entries(self, entries: Iterator[tuple[str, Any]], exchange: Exchange | None) -> Iterator[tuple[str, Any]]:
         for entry in entries:
@@ -367,15 +374,16 @@ class ShardedEMA:
     def _leave_swap(self) -> None:
         """Put the live weights back, whatever has happened to the model meanwhile, and only then complain about it."""
         assert self._exchange is not None
-        if self._is_split:
+        if self._live.is_split:
             try:
-                meet("leaving swapped()", self._ranks, timeout=self._timeout)
+                self._live.meet("leaving swapped()")
             except RuntimeError as error:
                 hint = "The averages are still in the model; restore() on every rank puts the live weights back"
                 raise RuntimeError(f"{error}. {hint}") from error
-        self._layout.units.abandon()
-        problem = self._follow()
-        written = self._exchange.leave(self._layout)
+        self._live.layout.units.abandon()
+        problem = self._live.follow()
+        self._tracks.bind(self._live.layout)
+        written = self._exchange.leave(self._live.layout)
         self._exchange = None
         if problem:
             raise problem
@@ -388,7 +396,7 @@ class ShardedEMA:
     def _refuse_inside_swap(self, call: str) -> None:
         if self._exchange is not None:
             raise RuntimeError(f"{call} inside swapped(): the model holds the averages there; call it after the block")
-        if self._serving.is_on:
+        if any(serving.is_on for serving in self._servings.values()):
             raise RuntimeError(f"{call} inside serving(): the model reads the averages there; call it after the block")
 
     def _refuse_if_taken(self) -> None:
@@ -397,54 +405,18 @@ class ShardedEMA:
         if servings_in(self.model):
             raise RuntimeError("another ShardedEMA serves this model: leave its serving() first")
 
-    def _current_serving(self) -> Serving:
-        if self._serving.layout is not self._layout and not self._serving.is_on:
-            self._serving = Serving(self._layout, self._averages)
-        return self._serving
+    def _serving(self, averages: Averages) -> Serving:
+        """How they are served as the model is now."""
+        found = self._servings.get(averages)
+        if found is None or (found.layout is not self._live.layout and not found.is_on):
+            found = self._servings[averages] = Serving(self._live.layout, averages)
+        return found
 
     def _prepare(self, call: str, *, together: bool, quick: bool = False) -> None:
-        """Look at the model as it is now; if ``together``, meet the other ranks, and go on only if all can.
-
-        Args:
-            quick: read the model again only if something in it has moved.
-        """
-        if together:
-            require_world(call, self._ranks)
-        problem = self._follow(quick=quick)
-        if together:
-            try:
-                meet(call, self._ranks, timeout=self._timeout, problem=str(problem or ""))
-            except RuntimeError:
-                if problem is None:
-                    raise
-        if problem is not None:
-            raise problem
-
-    def _follow(self, *, quick: bool = False) -> ValueError | None:
-        """Follow the live weights to where they are now; what is wrong with them, if anything."""
+        """Look at the model as it is now, and follow it."""
+        before = self._live.layout
         try:
-            if not (quick and self._layout.is_current()):
-                layout = Layout(self._layout.model, self._replicas)
-                if changes := self._layout.changes_to(layout):
-                    return ValueError(
-                        f"the model is not the one that ShardedEMA(model) was given (then, now): {changes}; "
-                        "construct it again after changing or wrapping a model"
-                    )
-                self._layout = layout
-                self._averages.bind(layout)
-            if late := [name for name in self._left_out if self._selects(name)]:
-                return ValueError(
-                    f"parameters {late} became trainable after ShardedEMA(model) and have no average; "
-                    "construct it after unfreezing, or leave them out with select="
-                )
-        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
-            return ValueError(f"the model cannot be read: {error!r}").with_traceback(error.__traceback__)
-        return None
-
-    def _refuse_drift(self, call: str) -> None:
-        """Compare replicas; all ranks get to know, also those whose own replicas agree."""
-        found = drift(self._layout.parameters.values())
-        meet(f"{call}, comparing replicas", self._ranks, timeout=self._timeout, problem=found)
-
-    def _selects(self, name: str) -> bool:
-        return self._select(name, self._layout.parameters[name].owner)
+            self._live.prepare(call, together=together, quick=quick)
+        finally:
+            if self._live.layout is not before:
+                self._tracks.bind(self._live.layout)

@@ -30,7 +30,7 @@ class Exchange:
 
     def __init__(self, layout: Layout, averages: Averages) -> None:
         self._layout = layout
-        self._averages = averages
+        self.averages = averages
         self._is_restored = False
         self._written: list[str] = []
         pairs = _pairs(layout, averages)
@@ -50,7 +50,7 @@ class Exchange:
         """The averages, wherever they are now: parameters' parts and buffers by name."""
         return {
             name: average if self._is_restored or name in self._stash else live
-            for name, (average, live) in _pairs(layout, self._averages).items()
+            for name, (average, live) in _pairs(layout, self.averages).items()
         }
 
     def leave(self, layout: Layout) -> list[str]:
@@ -60,7 +60,7 @@ class Exchange:
         """
         if not self._is_restored:
             self._written = [name for name in self._versions if self._was_written(name, layout.parameters[name])]
-            pairs = _pairs(layout, self._averages)
+            pairs = _pairs(layout, self.averages)
             self._keep_written_buffers(pairs)
             self._restore(pairs)
             self._is_restored = True
@@ -81,9 +81,9 @@ class Exchange:
         self._layout.follow_buffers()
         if self._layout.has_moved():
             raise RuntimeError("the model was moved or cast inside swapped(); leave the block before saving")
-        for name, (average, live) in _pairs(self._layout, self._averages).items():
+        for name, (average, live) in _pairs(self._layout, self.averages).items():
             away = live if self._is_restored else self._stash.get(name, average)
-            shard = self._layout.parameters[name] if name in self._averages.parameters else self._layout.buffers[name]
+            shard = self._layout.parameters[name] if name in self.averages.parameters else self._layout.buffers[name]
             yield shard, shard.part.wrap(away)
 
     def _was_written(self, name: str, now: Shard) -> bool:
@@ -102,7 +102,7 @@ class Exchange:
 
     @torch.no_grad()
     def _keep_written_buffers(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-        for name in self._stash.keys() & self._averages.buffers.keys():
+        for name in self._stash.keys() & self.averages.buffers.keys():
             average, live = pairs[name]
             if not torch.equal(average.to(live.dtype), live):
                 average.copy_(live)

@@ -1,6 +1,6 @@
 """The state that checkpoints hold: its layout is fixed, and everything in it is checked before it is taken over.
 
-``{"format": 1, "steps": int, "updates": int, "tracks": {"default": {"decay": {...}, "averages": {name: tensor},
+``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name: tensor},
 "buffers": {name: tensor}}}}``, names being first canonical ones.
 """
 
@@ -13,60 +13,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_dist.averages import Averages
+from ema_dist.averages import Tracks
 from ema_dist.clock import Clock
 from ema_dist.shards import Layout, Shard
 
 FORMAT = 1
-TRACK = "default"
+
+Pair = tuple[Tensor, Tensor]
+"""An average, and what is to be copied there."""
 
 
-def write_state(clock: Clock, layout: Layout, averages: Averages, current: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The state, whose tensors share storage with ``current``: the averages by name, wherever they are now."""
-    track = {
-        "decay": clock.decay.state(),
-        "averages": {name: layout.parameters[name].part.wrap(current[name]) for name in averages.parameters},
-        "buffers": {name: layout.buffers[name].wrap(current[name]) for name in averages.buffers},
+def write_state(
+    clock: Clock, layout: Layout, tracks: Tracks, current: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """The state, whose tensors share storage with ``current``: the averages by track and name, wherever they are."""
+    written = {
+        track: {
+            "decay": clock.decays[track].state(),
+            "averages": {name: layout.parameters[name].part.wrap(current[track][name]) for name in its.parameters},
+            "buffers": {name: layout.buffers[name].wrap(current[track][name]) for name in its.buffers},
+        }
+        for track, its in tracks.items()
     }
-    return {"format": FORMAT, "steps": clock.steps, "updates": clock.updates, "tracks": {TRACK: track}}
+    return {"format": FORMAT, "steps": clock.steps, "updates": clock.updates, "tracks": written}
 
 
 @torch.no_grad()
-def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, averages: Averages) -> None:
+def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: Tracks) -> None:
     """Take over a state; a decay other than the clock's is a warning.
 
-    Raises: ValueError when its format, names or shapes are not these, before anything changes.
+    Raises: ValueError when its format, tracks, names or shapes are not these, before anything changes.
     """
+    pairs: list[Pair] = []
+    decays: dict[str, tuple[object, object]] = {}
     try:
         version, steps, updates = state["format"], int(state["steps"]), int(state["updates"])
-        track = state["tracks"][TRACK]
-        decay, saved_averages, saved_buffers = track["decay"], track["averages"], track["buffers"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"expected a state of ShardedEMA with a track {TRACK!r}; its part is missing: {error}"
-        ) from None
+        saved = {name: (it["decay"], it["averages"], it["buffers"]) for name, it in state["tracks"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"expected a state of ShardedEMA, a part of it is missing: {error}") from None
     if version != FORMAT:
         raise ValueError(f"expected a state of ShardedEMA with format {FORMAT}, got format {version!r}")
-    parts = {name: layout.parameters[name].part for name in averages.parameters}
-    pairs = _paired("averages", averages.parameters, parts, saved_averages)
-    pairs += _paired("buffers", averages.buffers, layout.buffers, saved_buffers)
-    if decay != clock.decay.state():
-        warnings.warn(f"the averages were taken with {decay} and go on with {clock.decay.state()}", stacklevel=3)
+    if saved.keys() != tracks.keys():
+        raise ValueError(f"expected a state with the tracks {[*tracks]}, got one with {[*saved]}")
+    for track, (decay, averages, buffers) in saved.items():
+        its = tracks[track]
+        parts = {name: layout.parameters[name].part for name in its.parameters}
+        pairs += _paired("averages", its.parameters, parts, averages)
+        pairs += _paired("buffers", its.buffers, layout.buffers, buffers)
+        if decay != clock.decays[track].state():
+            decays[track] = decay, clock.decays[track].state()
+    if decays:
+        warnings.warn(f"averages were taken with other decays than they go on with (then, now): {decays}", stacklevel=3)
     for average, value in pairs:
         if value.data_ptr() != average.data_ptr():  # DCP has read into the averages themselves
             average.copy_(value)
     clock.set(steps=steps, updates=updates)
-    averages.note_infinities()
-    averages.bind(layout)
+    for its in tracks.values():
+        its.note_infinities()
+    tracks.bind(layout)
 
 
 def _paired(
     kind: str, averages: Mapping[str, Tensor], shards: Mapping[str, Shard], saved: Mapping[str, Tensor]
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[Pair]:
     """Each average and the local tensor to be copied there."""
     if differing := shards.keys() ^ saved.keys():
         raise ValueError(f"these {kind} belong to another model: it and the state differ in {sorted(differing)}")
-    pairs: list[tuple[Tensor, Tensor]] = []
+    pairs: list[Pair] = []
     wrong: dict[str, str] = {}
     for name, shard in shards.items():
         try:

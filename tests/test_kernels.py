@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_dist import kernels
-from ema_dist.kernels import checksum, exchange_, lerp_, paired
+from ema_dist.kernels import checksum, exchange, exchange_, lerp_, paired, scratch
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
 SHAPES = [(), (0, 3), (7, 5), (1, 2, 3)]
@@ -37,7 +36,7 @@ def test_lerp_equals_the_float64_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every pair of dtypes, a weight of the host or of the device, the careful way or not; in small chunks."""
-    monkeypatch.setattr(kernels, "CPU_SCRATCH_BYTES", 64)
+    monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 64)
     averages, values = tensors(average), tensors(live)
     wide = torch.complex128 if average.is_complex else torch.float64
     expected = [a.to(wide) * (1 - weight) + v.to(wide) * weight for a, v in zip(averages, values, strict=True)]
@@ -67,7 +66,7 @@ def test_weights_of_zero_and_one_are_exact() -> None:
 
 
 def test_exchange_is_to_the_bit_and_its_own_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "CPU_SCRATCH_BYTES", 100)
+    monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 100)
     left = [torch.randn(40, 3), torch.tensor([float("nan"), -0.0, float("inf")]), torch.arange(30), torch.zeros(0)]
     right = [torch.randn(3, 40).t(), torch.zeros(3), torch.zeros(30, dtype=torch.int64), torch.zeros(0)]
     before = [tensor.view(torch.uint8 if tensor.numel() == 0 else torch.int32).clone() for tensor in left + right]
@@ -81,14 +80,14 @@ def test_an_exchange_without_room_changes_nothing(monkeypatch: pytest.MonkeyPatc
     """All scratches are taken before the first list is touched."""
     left = [torch.zeros(40), torch.zeros(40, dtype=torch.int64)]
     right = [torch.ones(40), torch.ones(40, dtype=torch.int64)]
-    original = kernels.make_scratch
+    original = exchange.make_scratch
 
     def runs_out(tensors: list[Tensor]) -> Tensor:
         if tensors[0].dtype == torch.int64:
             raise MemoryError
         return original(tensors)
 
-    monkeypatch.setattr(kernels, "make_scratch", runs_out)
+    monkeypatch.setattr(exchange, "make_scratch", runs_out)
     with pytest.raises(MemoryError):
         exchange_(paired(zip(left, right, strict=True)))
     assert not any(tensor.any() for tensor in left)

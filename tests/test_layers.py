@@ -23,6 +23,7 @@ ROWS = {
     "functional": 4,
     "exchange": 3,
     "gather": 3,
+    "live": 3,
     "serving": 3,
     "state": 3,
     "attachment": 2,

@@ -46,7 +46,10 @@ class Contents(Outline):
         """
         tracks = self.averages.get((key,), {})
         if len(tracks) > 1:
-            raise ValueError(f"expected one track of averages, found {list(tracks)}")
+            raise ValueError(
+                f"expected averages of one track, found {list(tracks)}: load them into a ShardedEMA, or export one by "
+                "ema-dist export --track"
+            )
         return next((track.all for track in tracks.values()), {})
 
     def model_of(self, key: str, names: Collection[str]) -> str | None:

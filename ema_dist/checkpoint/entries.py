@@ -162,14 +162,17 @@ class Average(Entry):
                     f"the checkpoint has neither averages nor live weights of these; it has {contents.keys}"
                 )
             weights = contents.weights(model)
-            return self._fitting({path: weights[str(path[-1])] for path in tensors}, contents)
+            first = self.ema.tracks[0]
+            return self._fitting({it: weights[str(it[-1])] for it in tensors if _track(it) == first}, contents)
         averaged = {path for path, name in stored.items() if name in contents.tensors}
+        if (found := sorted({*map(_track, averaged)})) != sorted(self.ema.tracks):
+            raise ValueError(f"expected averages of the tracks {self.ema.tracks}, found {found}")
         if differing := averaged ^ tensors.keys():
             names = sorted(str(path[-1]) for path in differing)
             raise ValueError(f"these averages belong to another model: it and the checkpoint differ in {names}")
         expected = self._state["format",]
-        if (found := contents.scalars.get(stored.get(("format",), ""))) != expected:
-            raise ValueError(f"expected averages of format {expected}, found format {found!r}")
+        if (version := contents.scalars.get(stored.get(("format",), ""))) != expected:
+            raise ValueError(f"expected averages of format {expected}, found format {version!r}")
         return self._fitting({path: stored[path] for path in tensors}, contents)
 
     def _fitting(self, sources: Mapping[Path, str], contents: Contents) -> dict[str, Tensor]:
@@ -179,14 +182,22 @@ class Average(Entry):
     def take(self, contents: Contents) -> None:
         stored = contents.of(self.key)
         if stored:
-            counted = {path: contents.scalars[name] for path, name in stored.items() if name not in contents.tensors}
+            rest = {path: contents.scalars[name] for path, name in stored.items() if name not in contents.tensors}
         else:
-            counted = {("steps",): 0, ("updates",): 0}
+            first = self.ema.tracks[0]
+            tensors = [path for path, value in self._state.items() if isinstance(value, Tensor)]
+            rest = {path: self._state[(path[0], first, *path[2:])] for path in tensors}
+            rest |= {("steps",): 0, ("updates",): 0}
             warnings.warn(
                 f"the checkpoint has no averages under {self.key!r}: they start from its live weights, at step 0",
                 stacklevel=4,
             )
-        self.ema.load_state_dict(nested(self._state | counted))
+        self.ema.load_state_dict(nested(self._state | rest))
+
+
+def _track(path: Path) -> str:
+    """Whose tensor lies there, in a state of `ShardedEMA`."""
+    return str(path[1])
 
 
 class Other(Entry):

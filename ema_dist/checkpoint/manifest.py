@@ -18,7 +18,7 @@ from ema_dist.checkpoint.metadata import inside
 
 NAME = "manifest.json"
 FORMAT = 1
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class EMA(Algorithm):
     Source: ``composer.algorithms.EMA`` of Composer 0.32, and ``train_with_ema_weights`` of its first version.
     """
 
-    def __init__(  # noqa: PLR0913  Composer's arguments, and the core's
+    def __init__(
         self,
         half_life: str | None = DefaultHalfLife("1000ba"),
         smoothing: float | None = None,

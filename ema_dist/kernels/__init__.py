@@ -1,0 +1,37 @@
+"""Arithmetic on lists of plain local tensors: no names, no modules, no collectives.
+
+The tensors of one list share a device and a dtype; lists are paired by position and pairs have equal shapes.
+"""
+
+from ema_dist.kernels.bits import checksum
+from ema_dist.kernels.choose import KERNELS, bind
+from ema_dist.kernels.compensated import Compensated, joined, split
+from ema_dist.kernels.exchange import exchange_
+from ema_dist.kernels.follow import Follow, follow_, lerp_
+from ema_dist.kernels.lists import chunks, grouped, paired
+from ema_dist.kernels.move import Weight
+from ema_dist.kernels.scratch import CPU_SCRATCH_BYTES, DEVICE_SCRATCH_BYTES, make_scratch, views
+from ema_dist.kernels.stochastic import Place, Stochastic
+
+__all__ = [
+    "CPU_SCRATCH_BYTES",
+    "DEVICE_SCRATCH_BYTES",
+    "KERNELS",
+    "Compensated",
+    "Follow",
+    "Place",
+    "Stochastic",
+    "Weight",
+    "bind",
+    "checksum",
+    "chunks",
+    "exchange_",
+    "follow_",
+    "grouped",
+    "joined",
+    "lerp_",
+    "make_scratch",
+    "paired",
+    "split",
+    "views",
+]

@@ -1,0 +1,125 @@
+"""Which kernel moves a group of tensors: the one asked for, or the fastest one here."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ema_dist.kernels.chunked import InChunks
+from ema_dist.kernels.compiled import Compiled
+from ema_dist.kernels.follow import Follow, InOneCall, UnfitError
+from ema_dist.kernels.one_launch import InOneLaunch
+
+KERNELS = {"foreach": InOneCall, "scratch": InChunks, "compiled": Compiled, "triton": InOneLaunch}
+"""By the names that users give and summaries show."""
+
+MEASURED_ELEMENTS = 2**22
+"""Of the tensors on which kernels are measured: more than a cache holds, soon done with."""
+
+SMALL = 2**15
+"""Up to so many elements a tensor costs as a call rather than by its bytes."""
+
+ROUNDS = 5
+"""In which kernels take turns, as what else runs on the machine comes and goes."""
+
+
+def bind(
+    tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool = True, kernel: str | None = None
+) -> Follow:
+    """What moves these tracks towards these values at each call, as `follow_` does once.
+
+    It keeps views of the tensors: bind again when they move to other storage.
+
+    Args:
+        tracks: the averages of each track, in the order of ``values``; all tensors of one track have one dtype.
+        values: the live weights, of one dtype, on the averages' device.
+        finite: False where infinities may occur; see `lerp_`.
+        kernel: one of `KERNELS`; None for the fastest one, which is measured once in this process for each device,
+            dtypes, number of tracks, and small or large tensors. Where it cannot do, another one does, whose name is
+            in ``name``.
+
+    Raises: ValueError when there is no such kernel.
+    """
+    if kernel is not None and kernel not in KERNELS:
+        raise ValueError(f"expected a kernel among {', '.join(KERNELS)}, or None for the fastest; found {kernel!r}")
+    if not tracks or not values:
+        return InOneCall(tracks, values)
+    always = _always_possible(tracks, values)
+    if kernel is None:
+        if values[0].is_cuda:
+            always = (*always, "triton")
+        kernel = _fastest(_Kind.of(tracks, values, finite=finite), always)
+    elif kernel not in always:
+        try:
+            return KERNELS[kernel](tracks, values, finite=finite)
+        except UnfitError as reason:
+            warnings.warn(f"kernel={kernel!r} cannot move these averages, {always[-1]!r} does: {reason}", stacklevel=2)
+            kernel = always[-1]
+    return KERNELS[kernel](tracks, values, finite=finite)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What groups of tensors have in common for which one kernel is the fastest."""
+
+    device: torch.device
+    live: torch.dtype
+    averages: tuple[torch.dtype, ...]
+    is_small: bool
+    finite: bool
+
+    @classmethod
+    def of(cls, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool) -> _Kind:
+        is_small = sum(value.numel() for value in values) <= SMALL * len(values)
+        return cls(values[0].device, values[0].dtype, tuple(track[0].dtype for track in tracks), is_small, finite)
+
+    def tensors(self, dtype: torch.dtype) -> list[Tensor]:
+        """As many as are measured, of one dtype."""
+        each = SMALL // 8 if self.is_small else MEASURED_ELEMENTS // 4
+        return [torch.zeros(each, dtype=dtype, device=self.device) for _ in range(MEASURED_ELEMENTS // each)]
+
+
+def _always_possible(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> tuple[str, ...]:
+    """Kernels that need nothing but torch, as far as they may differ in speed."""
+    if any(track[0].dtype != values[0].dtype for track in tracks):
+        return ("scratch",)
+    return ("foreach", "scratch") if len(tracks) > 1 else ("foreach",)
+
+
+@cache
+def _fastest(kind: _Kind, names: tuple[str, ...]) -> str:
+    if len(names) == 1:
+        return names[0]
+    values = kind.tensors(kind.live)
+    tracks = [kind.tensors(dtype) for dtype in kind.averages]
+    bound: dict[str, Follow] = {}
+    for name in names:
+        with suppress(UnfitError):
+            bound[name] = KERNELS[name](tracks, values, finite=kind.finite)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for follow in bound.values():
+        _seconds(follow, len(tracks), kind.device)  # what only a first call does
+    for _ in range(ROUNDS):
+        for name, follow in bound.items():
+            times[name].append(_seconds(follow, len(tracks), kind.device))
+    return min(bound, key=lambda name: sorted(times[name])[ROUNDS // 2])
+
+
+def _seconds(follow: Follow, tracks: int, device: torch.device) -> float:
+    _wait_for(device)
+    begin = time.perf_counter()
+    follow([0.5] * tracks)
+    _wait_for(device)
+    return time.perf_counter() - begin
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

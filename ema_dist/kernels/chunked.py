@@ -1,0 +1,67 @@
+"""All tracks move by one chunk of the live values before any moves by the next: memory is asked for each chunk once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ema_dist.kernels.lists import flat_chunks
+from ema_dist.kernels.move import Weight, move_
+from ema_dist.kernels.scratch import chunk_elements, views
+
+
+class InChunks:
+    """Moves tracks chunk by chunk, through a scratch in the averages' dtype where that is not the live one.
+
+    It keeps views of the tensors it is made for: make another one when they move to other storage.
+
+    Args:
+        tracks: the averages of each track, in the order of ``values``; all tensors of one track have one dtype.
+        values: the live weights, of one dtype, on the averages' device.
+        finite: False where infinities may occur; see `lerp_`.
+
+    Memory: a scratch for each dtype among the tracks that is not the live one, kept as long as this.
+    """
+
+    name = "scratch"
+
+    def __init__(self, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool = True) -> None:
+        self._finite = finite
+        self._chunks = _chunked(tracks, values) if tracks and values else []
+
+    @torch.no_grad()
+    def __call__(self, weights: Sequence[Weight], update: int = 0) -> None:  # noqa: ARG002
+        """Move each track by its weight."""
+        for chunk in self._chunks:
+            for room in chunk.rooms:
+                torch._foreach_copy_(room, chunk.values)
+            for averages, sources, weight in zip(chunk.tracks, chunk.sources, weights, strict=True):
+                move_(averages, sources, weight, finite=self._finite)
+
+
+class _Chunk(NamedTuple):
+    values: list[Tensor]
+    tracks: list[list[Tensor]]
+    sources: list[list[Tensor]]
+    """What each track follows: the values, or a room."""
+    rooms: list[list[Tensor]]
+    """Where the values are converted to another dtype."""
+
+
+def _chunked(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> list[_Chunk]:
+    dtypes = dict.fromkeys(track[0].dtype for track in tracks)
+    elements = chunk_elements(values, itemsize=max(dtype.itemsize for dtype in dtypes))
+    scratches = {
+        dtype: torch.empty(elements, dtype=dtype, device=values[0].device)
+        for dtype in dtypes
+        if dtype != values[0].dtype
+    }
+    found = []
+    for followed, *moved in flat_chunks(values, *tracks, elements=elements):
+        rooms = {dtype: views(scratch, followed) for dtype, scratch in scratches.items()}
+        sources = [rooms.get(pieces[0].dtype, followed) for pieces in moved]
+        found.append(_Chunk(followed, moved, sources, list(rooms.values())))
+    return found

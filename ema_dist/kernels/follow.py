@@ -1,0 +1,105 @@
+"""Averages follow the live values: one call for any number of tracks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ema_dist.kernels.chunked import InChunks
+from ema_dist.kernels.move import Weight, move_
+
+
+class Follow(Protocol):
+    """Moves the tracks that it was made for, at each call."""
+
+    @property
+    def name(self) -> str:
+        """What `choose` and summaries call it."""
+        ...
+
+    def __call__(self, weights: Sequence[Weight], update: int = 0) -> None:
+        """Move each track by its weight."""
+        ...
+
+
+class UnfitError(Exception):
+    """What a kernel asks for is not there; the message says what."""
+
+
+class InOneCall:
+    """Moves each track by one call of torch.
+
+    Memory: nothing for numbers as weights and finite tensors, else a bounded scratch.
+    Raises: UnfitError when averages and live values differ in dtype.
+    """
+
+    name = "foreach"
+
+    def __init__(self, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool = True) -> None:
+        if found := {track[0].dtype for track in tracks if track} - {value.dtype for value in values[:1]}:
+            raise UnfitError(f"torch lerps equal dtypes only; found averages of {found} that follow {values[0].dtype}")
+        self._tracks = tracks
+        self._values = values
+        self._finite = finite
+
+    @torch.no_grad()
+    def __call__(self, weights: Sequence[Weight], update: int = 0) -> None:  # noqa: ARG002
+        """Move each track by its weight."""
+        for averages, weight in zip(self._tracks, weights, strict=True):
+            if averages:
+                move_(averages, self._values, weight, finite=self._finite)
+
+
+@torch.no_grad()
+def follow_(
+    tracks: Sequence[list[Tensor]], values: list[Tensor], weights: Sequence[Weight], *, finite: bool = True
+) -> None:
+    """Move each track's averages towards the live values, in place, reading those once for all tracks.
+
+    Args:
+        tracks: the averages of each track, in the order of ``values``.
+        weights: one for each track; see `lerp_`.
+        finite: see `lerp_`.
+
+    Memory: as `lerp_`, for each dtype among the tracks.
+    Raises: ValueError when there are not as many weights as tracks.
+    """
+    if len(weights) != len(tracks):
+        raise ValueError(f"expected a weight for each of the {len(tracks)} tracks, found {len(weights)}")
+    moving = [(track, weight) for track, weight in zip(tracks, weights, strict=True) if _moves(weight)]
+    if not moving or not values:
+        return
+    tracks, weights = zip(*moving, strict=True)
+    if all(_copies(weight) for weight in weights):
+        for track in tracks:
+            torch._foreach_copy_(track, values)
+        return
+    # Elsewhere than on the CPU a chunk does not stay in a cache long enough to be worth the launches.
+    is_read_once = len(tracks) == 1 or values[0].device.type != "cpu"
+    is_whole = is_read_once and all(track[0].dtype == values[0].dtype for track in tracks)
+    (InOneCall if is_whole else InChunks)(tracks, values, finite=finite)(weights)
+
+
+def lerp_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool = True) -> None:
+    """Move each average towards its value: ``average + weight * (value - average)``, in place.
+
+    Args:
+        weight: in [0, 1]; a 0-d tensor stays on the device, so that a step can be left out there without asking it.
+        finite: False where infinities may occur (attention masks, observers): such elements follow the value, as the
+            difference of two infinities is NaN and would stay.
+
+    Memory: nothing for finite tensors of equal dtypes and a weight known here; else at most twice
+    `CPU_SCRATCH_BYTES` or `DEVICE_SCRATCH_BYTES`, whatever the tensors' sizes.
+    """
+    follow_([averages], values, [weight], finite=finite)
+
+
+def _moves(weight: Weight) -> bool:
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def _copies(weight: Weight) -> bool:
+    return not isinstance(weight, Tensor) and weight == 1

@@ -1,0 +1,80 @@
+"""Lists of tensors that go together: paired by what one call takes, and cut into pieces of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import Tensor
+
+
+def paired(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The pairs as lists that one call takes: of one device, and of one dtype on either side."""
+    return [(left, right) for left, right in grouped(pairs)]
+
+
+def grouped(rows: Iterable[Sequence[Tensor]]) -> list[list[list[Tensor]]]:
+    """The columns of a table of tensors as lists that one call takes: of one device, and each of one dtype."""
+    groups: dict[object, list[list[Tensor]]] = {}
+    for row in rows:
+        columns = groups.setdefault((row[0].device, *(it.dtype for it in row)), [[] for _ in row])
+        for column, tensor in zip(columns, row, strict=True):
+            column.append(tensor)
+    return list(groups.values())
+
+
+def chunks(*lists: list[Tensor], limit: int) -> Iterator[tuple[list[Tensor], ...]]:
+    """The same tensors in runs of at most ``limit`` bytes, counted in the first list; large ones are cut into views.
+
+    Pieces come in row-major order: each holds the elements that follow those of the piece before.
+    """
+    batch = _empty(len(lists))
+    filled = 0
+    for row in zip(*lists, strict=True):
+        for pieces in _cut(row, limit):
+            size = pieces[0].numel() * pieces[0].element_size()
+            if filled and filled + size > limit:
+                yield batch
+                batch, filled = _empty(len(lists)), 0
+            for column, piece in zip(batch, pieces, strict=True):
+                column.append(piece)
+            filled += size
+    if filled:
+        yield batch
+
+
+def flat_chunks(*lists: list[Tensor], elements: int) -> Iterator[tuple[list[Tensor], ...]]:
+    """As `chunks`, of so many elements at most; what is dense and laid out alike in all lists comes flat."""
+    if lists[0]:
+        rows = [flattened(row) or row for row in zip(*lists, strict=True)]
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        yield from chunks(*columns, limit=elements * lists[0][0].element_size())
+
+
+def flattened(row: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Views of the tensors as one dimension in memory order; None unless all are dense and laid out alike."""
+    first = row[0]
+    if not all(tensor.is_contiguous() for tensor in row):
+        if any(tensor.stride() != first.stride() for tensor in row):
+            return None
+        order = sorted(range(first.dim()), key=first.stride, reverse=True)
+        row = tuple(tensor.permute(order) for tensor in row)
+        if not row[0].is_contiguous():
+            return None
+    return tuple(tensor.view(-1) for tensor in row)
+
+
+def _empty(count: int) -> tuple[list[Tensor], ...]:
+    return tuple([] for _ in range(count))
+
+
+def _cut(row: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
+    """One tensor of each list, along the first dimension that can be cut until a piece fits into ``limit`` bytes."""
+    first = row[0]
+    size = first.numel() * first.element_size()
+    if size <= limit or first.numel() == 1:
+        yield row
+        return
+    dim = next(dim for dim in range(first.dim()) if first.size(dim) > 1)
+    per_piece = max(1, first.size(dim) * limit // size)
+    for pieces in zip(*(tensor.split(per_piece, dim) for tensor in row), strict=True):
+        yield from _cut(pieces, limit)

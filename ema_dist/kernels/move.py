@@ -1,0 +1,44 @@
+"""The equation: ``average + weight * (value - average)``, on lists of one dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ema_dist.kernels.lists import chunks
+from ema_dist.kernels.scratch import scratch_bytes
+
+Weight = float | Tensor
+"""Of the live values, in [0, 1]: a number, or a 0-d tensor that is never asked for its value."""
+
+
+def move_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool) -> None:
+    """Move each average towards its value, in place; both lists have one dtype.
+
+    Weights of 0 and 1 are exact. A number moves finite tensors in one call; else elements that would not be finite
+    follow the value, as the difference of two infinities is NaN and would stay.
+    """
+    if not isinstance(weight, Tensor) and weight in (0, 1):
+        if weight:
+            torch._foreach_copy_(averages, values)
+    elif not isinstance(weight, Tensor) and finite:
+        torch._foreach_lerp_(averages, values, weight)
+    else:
+        weight = weight.to(averages[0].device) if isinstance(weight, Tensor) else weight
+        for targets, sources in chunks(averages, values, limit=scratch_bytes(averages[0]) // 8):
+            _move_carefully_(targets, sources, weight)
+
+
+def _move_carefully_(targets: list[Tensor], values: list[Tensor], weight: Weight) -> None:
+    """As one flat tensor, in a few launches however many there are."""
+    average = torch.cat([target.reshape(-1) for target in targets])
+    value = torch.cat([value.reshape(-1) for value in values])
+    if isinstance(weight, Tensor):
+        moved = average + (value - average) * weight
+        moved = torch.where(moved.isfinite() & (weight < 1), moved, value)
+        moved = torch.where(weight > 0, moved, average)
+    else:
+        moved = torch.lerp(average, value, weight)
+        moved = torch.where(moved.isfinite(), moved, value)
+    pieces = moved.split([target.numel() for target in targets])
+    torch._foreach_copy_(targets, [piece.view_as(target) for piece, target in zip(pieces, targets, strict=True)])

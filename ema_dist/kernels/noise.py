@@ -1,0 +1,55 @@
+"""Random bits that depend on a seed, the number of an update and a place, and on nothing else.
+
+Element ``i`` of tensor ``t`` gets ``mixed(i + mixed(t ^ key))`` modulo 2**32, with one `key` for each track and update:
+the same bits on every device and in every chunk, without a state that would have to be saved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The 32-bit permutation of least bias among those of two multiplications.
+SHIFTS = (16, 15, 16)
+FACTORS = (0x7FEB352D, 0x846CA68B)
+
+
+def mixed(number: int) -> int:
+    """A permutation of the 32-bit numbers in which each bit hangs on all bits.
+
+    Source: C. Wellons, "Prospecting for hash functions" (2018), ``lowbias32``.
+    """
+    number &= 0xFFFFFFFF
+    for shift, factor in zip(SHIFTS, (*FACTORS, 1), strict=True):
+        number = (number ^ (number >> shift)) * factor & 0xFFFFFFFF
+    return number
+
+
+def key(seed: int, *, update: int, track: int) -> int:
+    """32 bits for all places of one track at one update."""
+    return mixed(update + mixed(folded(seed) + track))
+
+
+def mix_(bits: Tensor, spare: Tensor) -> Tensor:
+    """`mixed` of each element, in place; both are int32 of one shape, and what ``spare`` holds is lost."""
+    for shift, factor in zip(SHIFTS, (*FACTORS, 1), strict=True):
+        # Shifting a signed number brings copies of its sign.
+        torch.bitwise_right_shift(bits, shift, out=spare).bitwise_and_((1 << (32 - shift)) - 1)
+        bits.bitwise_xor_(spare)
+        if factor != 1:
+            bits.mul_(signed(factor))
+    return bits
+
+
+def signed(number: int) -> int:
+    """The int32 of the same bits as ``number`` modulo 2**32."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def folded(number: int) -> int:
+    """32 bits that hang on all of ``number``, which is not negative."""
+    low = 0
+    while number:
+        low = mixed(low ^ number)
+        number >>= 32
+    return low

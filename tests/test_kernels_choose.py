@@ -1,0 +1,76 @@
+"""Which kernel is chosen, and that whoever asks gets to know."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ema_dist.kernels import KERNELS, bind, choose
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that something is measured."""
+    calls: list[int] = []
+    original = choose._seconds  # noqa: SLF001
+
+    def seconds(*args: object) -> float:
+        calls.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(choose, "_seconds", seconds)
+    monkeypatch.setattr(choose, "MEASURED_ELEMENTS", 2**12)
+    choose._fastest.cache_clear()  # noqa: SLF001
+    return calls
+
+
+def ones(count: int, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
+    return [[torch.ones(3, dtype=dtype)] for _ in range(count)]
+
+
+def test_a_kind_of_tensors_is_measured_once_in_a_process(measured: list[int]) -> None:
+    values = [torch.zeros(3)]
+    first = bind(ones(2), values)
+    count = len(measured)
+    assert count > 1
+    assert bind(ones(2), [torch.zeros(3)]).name == first.name
+    assert len(measured) == count
+    bind(ones(3), values)
+    assert len(measured) == 2 * count
+
+
+def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch, measured: list[int]) -> None:  # noqa: ARG001
+    for fastest in ("foreach", "scratch"):
+        choose._fastest.cache_clear()  # noqa: SLF001
+        monkeypatch.setattr(choose, "_seconds", lambda follow, *_, best=fastest: float(follow.name != best))
+        assert bind(ones(2), [torch.zeros(3)]).name == fastest
+
+
+def test_nothing_is_measured_where_there_is_no_choice(measured: list[int]) -> None:
+    assert bind(ones(1), [torch.zeros(3)]).name == "foreach"
+    assert bind(ones(4), [torch.zeros(3, dtype=torch.bfloat16)]).name == "scratch"
+    assert bind(ones(2), [torch.zeros(3)], kernel="foreach").name == "foreach"
+    assert not measured
+
+
+def test_measuring_leaves_the_averages_alone(measured: list[int]) -> None:
+    tracks = ones(2)
+    bind(tracks, [torch.zeros(3)])
+    assert measured
+    assert all(torch.equal(average, torch.ones(3)) for (average,) in tracks)
+
+
+def test_an_unknown_kernel_is_an_error_that_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=f"expected a kernel among {', '.join(KERNELS)}, or None .* found 'fast'"):
+        bind(ones(1), [torch.zeros(3)], kernel="fast")
+
+
+def test_a_kernel_that_cannot_is_replaced_and_says_so() -> None:
+    """What runs is in its name."""
+    tracks = ones(1)
+    with pytest.warns(UserWarning, match=r"kernel='foreach' cannot .* 'scratch' does: torch lerps equal dtypes only"):
+        follow = bind(tracks, [torch.zeros(3, dtype=torch.bfloat16)], kernel="foreach")
+    assert follow.name == "scratch"
+    follow([0.5])
+    assert torch.equal(tracks[0][0], torch.full((3,), 0.5))
