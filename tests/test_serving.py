@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -605,16 +605,20 @@ def test_whole_averages_of_the_live_dtype_are_served_without_a_byte(layout: str)
 
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("shards", [False, True], ids=["plain", "fsdp2"])
-def test_entering_and_leaving_takes_at_most_two_milliseconds_for_1000_tensors(shards: bool) -> None:  # noqa: FBT001
-    """Of this process's time; the best of many, as the machine may be busy."""
+def test_entering_and_leaving_takes_few_calls_for_each_tensor(shards: bool) -> None:  # noqa: FBT001
+    """Of Python and C functions: times depend on what else the machine does. Reading the model anew takes 100."""
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(500)))
     if shards:
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     ema = ShardedEMA(model)
-    times: list[float] = []
-    for _ in range(100):
-        begin = time.thread_time()
+    calls: list[str] = []
+
+    def serve() -> None:
         with ema.serving():
             pass
-        times.append(time.thread_time() - begin)
-    assert min(times) < 0.002
+
+    serve()
+    sys.setprofile(lambda _frame, event, _argument: calls.append(event))
+    serve()
+    sys.setprofile(None)
+    assert len([event for event in calls if event in ("call", "c_call")]) <= 5 * 1000
