@@ -22,6 +22,7 @@ LIMIT_SERVING_MS = 2.0
 LIMIT_TIMES_COPY = 1 / 0.9
 LIMIT_HOST_US = 300.0
 LIMIT_LONGER_STEPS = 1.01
+PICTURE = "results.png"
 PACKAGES = ("timm", "ema-pytorch", "diffusers", "pytorch-lightning")
 
 
@@ -56,7 +57,8 @@ class AverageResults(Results):
 
     def notes(self) -> list[str]:
         versions = ", ".join(f"{name} {found}" for name, found in self.packages.items())
-        return [f"Peers: {versions}.", *super().notes()]
+        picture = f"![Time of an update by each way, in each case]({PICTURE})"
+        return [f"Peers: {versions}.", *super().notes(), picture]
 
     def as_json(self) -> dict[str, Any]:
         found = {

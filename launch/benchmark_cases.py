@@ -46,7 +46,7 @@ class Transformer:
     vocabulary: int = 50257
 
     def __str__(self) -> str:
-        return f"transformer of width {self.width}"
+        return f"transformer of {self.blocks} blocks of width {self.width}"
 
     def model(self) -> nn.Sequential:
         blocks = (Block(self.width, heads=1) for _ in range(self.blocks))

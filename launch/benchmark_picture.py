@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmark_average_report import AverageResults, update_case
+from benchmark_average_report import PICTURE, AverageResults, update_case
 from benchmark_average_tables import SHORT, shown_ratio
 from benchmark_cases import Transformer
 from benchmark_peers import FOREACH, OURS, OURS_WHOLE
@@ -18,7 +18,7 @@ COLUMNS = 2
 
 
 def write_picture(results: AverageResults, folder: Path) -> None:
-    """`results.png`: the large cases, small tensors, and four tracks."""
+    """Draw the large cases, small tensors, and four tracks."""
     chosen = [it for it in results.updates if isinstance(it.case.shape, Transformer) or it is results.updates[0]]
     chosen += [it for it in results.tracks if it.tracks == 4]
     rows = -(-len(chosen) // COLUMNS)
@@ -34,7 +34,7 @@ def write_picture(results: AverageResults, folder: Path) -> None:
         f"{where.gpu or where.cpu}, {where.threads} threads, torch {where.torch}, {where.date}",
         fontsize=11,
     )
-    figure.savefig(folder / "results.png")
+    figure.savefig(folder / PICTURE)
 
 
 def _draw(axes: Axes, costs: UpdateCosts) -> None:

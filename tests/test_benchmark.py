@@ -154,7 +154,8 @@ def test_what_only_a_gpu_can_show_is_not_measured_without_one(folder: Path, resu
     assert all("not measured" in row for row in rows)
 
 
-def test_there_is_a_picture(folder: Path) -> None:
+def test_there_is_a_picture_on_the_page(folder: Path) -> None:
+    assert "](results.png)" in (folder / "index.md").read_text()
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
