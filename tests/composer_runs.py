@@ -85,9 +85,9 @@ class Recorder(Callback):
 
 
 def full_model(state: State) -> dict[str, Tensor]:
-    """Full copies of what the model holds, on every rank, by canonical names."""
-    options = StateDictOptions(full_state_dict=True)
-    return {name: it.detach().clone() for name, it in get_model_state_dict(state.model, options=options).items()}
+    """Full copies of the tensors that the model holds, on every rank, by canonical names."""
+    held = get_model_state_dict(state.model, options=StateDictOptions(full_state_dict=True))
+    return {name: it.detach().clone() for name, it in held.items() if isinstance(it, Tensor)}
 
 
 def batches(size: int = 4, count: int = 12) -> DataLoader[Any]:

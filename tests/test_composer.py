@@ -11,7 +11,7 @@ pytest.importorskip("composer", reason="needs Composer, which has an environment
 
 import composer.algorithms
 import torch
-from composer import Callback, Event, State, Time
+from composer import Algorithm, Callback, Event, State, Time
 from composer.loggers import Logger
 from composer.models import ComposerClassifier, HuggingFaceModel
 from composer.utils import dist
@@ -201,11 +201,11 @@ class Overflowing(Callback):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
-    ("settings", "skipped", "averaged"),
+    ("settings", "skipped", "began", "averaged"),
     [
-        ({}, (2, 5), (0, 1, 3, 4, 6, 7)),
-        ({"update_interval": "2ba"}, (2, 3, 5), (1, 5, 7)),
-        ({"ema_start": "4ba"}, (0, 3), (4, 5, 6, 7)),
+        ({}, (2, 5), 0, (0, 1, 3, 4, 6, 7)),
+        ({"update_interval": "2ba"}, (2, 3, 5), 0, (1, 5, 7)),
+        ({"ema_start": "4ba"}, (0, 3), 3, (4, 5, 6, 7)),
     ],
     ids=str,
 )
@@ -214,6 +214,7 @@ def test_a_batch_whose_step_the_scaler_skipped_is_no_update(
     layout: str,
     settings: dict[str, Any],
     skipped: tuple[int, ...],
+    began: int,
     averaged: tuple[int, ...],
     fused: bool,  # noqa: FBT001
     monkeypatch: pytest.MonkeyPatch,
@@ -225,11 +226,10 @@ def test_a_batch_whose_step_the_scaler_skipped_is_no_update(
     monkeypatch.setattr(it, "_use_grad_scaling", lambda *_: True)
     monkeypatch.setattr(it, "_use_closures", lambda: False)
     fit(it)
-    began = [recorder.after_batch[3]] if "ema_start" in settings else []
-    taken = [recorder.after_batch[batch] for batch in averaged]
+    taken = [recorder.after_batch[batch] for batch in (began, *averaged)]
     assert ema.ema is not None
     assert ema.ema.updates == len(averaged)
-    assert_averages(ema, weights_only(decayed(began + taken, ema.smoothing)))
+    assert_averages(ema, weights_only(decayed(taken, ema.smoothing)))
 
 
 @pytest.mark.parametrize("weights_only_saved", [False, True])
@@ -256,7 +256,7 @@ def test_a_save_after_an_exception_inside_evaluation_has_the_live_weights(
 def test_a_save_in_the_middle_of_an_evaluation_has_the_live_weights(layout: str, tmp_path: Path) -> None:
     class Saving(Callback):
         def eval_batch_end(self, state: State, _: Logger) -> None:
-            if state.timestamp.batch == 4 and state.eval_timestamp.batch == 0:
+            if state.timestamp.batch == 4 and state.eval_timestamp.batch == 1:
                 it.save_checkpoint(str(tmp_path / "ep{epoch}-ba{batch}-rank{rank}"))
 
     recorder, ema = Recorder(), EMA(half_life="3ba")
@@ -281,20 +281,23 @@ def test_gradient_accumulation_counts_once_a_batch(layout: str) -> None:
     assert ema.ema.updates == 8
 
 
-class Stepped(Callback):
-    """Full weights after each optimizer step, before the averages are taken."""
+class Stepped(Algorithm):
+    """Full weights after each optimizer step; before the averages are taken, if it comes before them."""
 
     def __init__(self) -> None:
         self.weights: list[dict[str, Tensor]] = []
 
-    def after_train_batch(self, state: State, _: Logger) -> None:
+    def match(self, event: Event, _: State) -> bool:
+        return event == Event.BATCH_END
+
+    def apply(self, _: Event, state: State, __: Logger) -> None:
         self.weights.append(full_model(state))
 
 
 @parallel("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
 def test_training_may_go_on_from_the_averages(layout: str) -> None:
     recorder, stepped, ema = Recorder(), Stepped(), EMA(half_life="3ba", train_with_ema_weights=True)
-    fit(trainer(layout, ema, callbacks=[recorder, stepped]))
+    fit(trainer(layout, stepped, ema, callbacks=[recorder]))
     assert len(stepped.weights) == 8
     for batch, live in enumerate(recorder.after_batch):
         assert_close(weights_only(live), weights_only(decayed(stepped.weights[: batch + 1], ema.smoothing)))

@@ -13,9 +13,8 @@ pytest.importorskip("composer", reason="needs Composer, which has an environment
 import composer.algorithms
 import torch
 import torch.distributed as dist
-from composer import State, Trainer
+from composer import Trainer
 from composer.callbacks import CheckpointSaver
-from composer.loggers import Logger
 from composer.models import ComposerClassifier
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
@@ -486,17 +485,9 @@ class WithExtraState(ComposerClassifier):
         return self.module(batch[0])
 
 
-class Parameters(Recorder):
-    """Full weights after each batch, without what is no tensor."""
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        super().batch_end(state, logger)
-        self.after_batch[-1] = {name: it for name, it in self.after_batch[-1].items() if isinstance(it, Tensor)}
-
-
 @parallel("ddp", "fsdp1", "fsdp2")
 def test_extra_states_of_modules_are_resumed(layout: str, tmp_path: Path) -> None:
-    undisturbed, resumed = Parameters(), Parameters()
+    undisturbed, resumed = Recorder(), Recorder()
     fit(run(layout, tmp_path, model=WithExtraState(), callbacks=[undisturbed])[0])
     again, _, _ = loaded(layout, saved(tmp_path, 4), model=WithExtraState(seed=1), callbacks=[resumed])
     fit(again)
@@ -507,15 +498,11 @@ def test_extra_states_of_modules_are_resumed(layout: str, tmp_path: Path) -> Non
     assert scaled.scale["scale"] == 0
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"buffers": "copy"},
-        {"dtype": torch.float64},
-        {"select": lambda name, parameter: parameter.requires_grad and "blocks" in name},
-    ],
-    ids=["buffers", "dtype", "select"],
-)
+def of_blocks(name: str, parameter: Tensor) -> bool:
+    return parameter.requires_grad and "blocks" in name
+
+
+@pytest.mark.parametrize("settings", [{"buffers": "copy"}, {"dtype": torch.float64}, {"select": of_blocks}], ids=list)
 @parallel("ddp", "fsdp2")
 def test_the_cores_settings_are_resumed(layout: str, settings: dict[str, Any], tmp_path: Path) -> None:
     recorder, ema = Recorder(), EMA(half_life=HALF_LIFE, **settings)
