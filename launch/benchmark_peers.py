@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from operator import methodcaller
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,12 +75,11 @@ def ours(
     model: nn.Module, decays: Sequence[float], replicas: Literal["shard", "copy"] = "shard", *, serving: bool = False
 ) -> Averaging:
     named = {f"track {place}": decay for place, decay in enumerate(decays)}
-    ema = ShardedEMA(model, decay=cast("Any", named) if len(decays) > 1 else decays[0], replicas=replicas)
-    swapped = methodcaller("serving" if serving else "swapped")
+    ema = ShardedEMA(model, decay=named if len(decays) > 1 else decays[0], replicas=replicas)
     return Averaging(
         ema.update,
         lambda: [track["averages"] for track in ema.state_dict()["tracks"].values()],
-        lambda: swapped(ema),
+        ema.serving if serving else ema.swapped,
     )
 
 

@@ -175,11 +175,15 @@ def test_bytes_that_an_update_moves_are_those_of_its_operators(live: Live, track
             averages = [average for track in averaging.averages() for average in track.values()]
             of = [*model.parameters(), *averages] if name == OURS else None
             moved = operators_in(averaging.update, of=of).bytes_moved
-            if name != LIGHTNING or live == "float32":  # its averages are bfloat16 then
+            narrow_averages = name == LIGHTNING and live == "bfloat16"
+            in_cache = (
+                name == OURS and live == "float32" and tracks > 1
+            )  # where each track's operator finds the weights
+            if not narrow_averages and not in_cache:
                 assert moved == pytest.approx(way.bytes_moved(elements, kept), rel=0.01), name
                 checked.add(name)
     assert checked >= {FOREACH, COMPOSER}
-    assert OURS in checked or tracks > 1
+    assert OURS in checked or (live == "float32" and tracks > 1)
 
 
 def test_operators_are_counted_without_views_and_on_local_tensors() -> None:
