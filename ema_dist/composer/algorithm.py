@@ -21,7 +21,8 @@ from ema_dist.composer.schedule import DefaultHalfLife, Schedule
 from ema_dist.composer.steps import StepsTaken
 from ema_dist.ema import ShardedEMA
 from ema_dist.exchange import exchanges_in
-from ema_dist.shards import Replicas
+from ema_dist.gather import copy_into
+from ema_dist.shards import Layout, Replicas
 
 CHECKPOINT_EVENTS = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT)
 
@@ -209,7 +210,7 @@ class EMA(Algorithm):
             model: as for `get_ema_model`; the trainer's own just gets its live weights back.
 
         Collective: over all ranks that hold the model.
-        Memory: a copy of the live weights, for a model that is not the trainer's.
+        Memory: one full tensor on each rank, for a model that is not the trainer's and is cut otherwise.
         Raises: ValueError unless the averages are in the trainer's model.
         """
         if not self.ema_weights_active:
@@ -219,8 +220,7 @@ class EMA(Algorithm):
         self._leave()
         if {*map(id, model.parameters())} != {*map(id, self._ema.model.parameters())}:
             try:
-                live = ShardedEMA(self._ema.model, decay=0.0, replicas="copy", timeout=self._settings["timeout"])
-                live.copy_to(model)
+                copy_into(Layout(model, "copy"), Layout(self._ema.model, "copy"), {})
             finally:
                 self._enter(stay)
         return model

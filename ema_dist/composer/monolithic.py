@@ -50,7 +50,7 @@ def write(ema: ShardedEMA, live: Mapping[str, Tensor] | None, *, prefix: str) ->
     others = averages if live is None else live
     part: dict[str, Any] = {"steps": ema.steps, "updates": ema.updates}
     part["ema_model"] = {
-        f"named_{kind}_dict": {prefix + name: others[name] for name in track[of] if others.get(name) is not None}
+        f"named_{kind}_dict": {prefix + name: others[name] for name in track[of]} if others else {}
         for kind, of in (("parameters", "averages"), ("buffers", "buffers"))
     }
     return part if live is None else part | {"averages": averages}
