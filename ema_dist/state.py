@@ -45,7 +45,7 @@ def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
     Raises: ValueError when its format, tracks, names or shapes are not these, before anything changes.
     """
     pairs: list[Pair] = []
-    decays: dict[str, tuple[object, object]] = {}
+    changed: list[str] = []
     try:
         version, steps, updates = state["format"], int(state["steps"]), int(state["updates"])
         saved = {name: (it["decay"], it["averages"], it["buffers"]) for name, it in state["tracks"].items()}
@@ -61,9 +61,11 @@ def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
         pairs += _paired("averages", its.parameters, parts, averages)
         pairs += _paired("buffers", its.buffers, layout.buffers, buffers)
         if decay != clock.decays[track].state():
-            decays[track] = decay, clock.decays[track].state()
-    if decays:
-        warnings.warn(f"averages were taken with other decays than they go on with (then, now): {decays}", stacklevel=3)
+            changed.append(
+                f"the averages {track!r} were taken with {decay} and go on with {clock.decays[track].state()}"
+            )
+    if changed:
+        warnings.warn("; ".join(changed), stacklevel=3)
     for average, value in pairs:
         if value.data_ptr() != average.data_ptr():  # DCP has read into the averages themselves
             average.copy_(value)
