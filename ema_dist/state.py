@@ -60,10 +60,8 @@ def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
         parts = {name: layout.parameters[name].part for name in its.parameters}
         pairs += _paired("averages", its.parameters, parts, averages)
         pairs += _paired("buffers", its.buffers, layout.buffers, buffers)
-        if decay != clock.decays[track].state():
-            changed.append(
-                f"the averages {track!r} were taken with {decay} and go on with {clock.decays[track].state()}"
-            )
+        if decay != (now := clock.decays[track].state()):
+            changed.append(f"the averages {track!r} were taken with {decay} and go on with {now}")
     if changed:
         warnings.warn("; ".join(changed), stacklevel=3)
     for average, value in pairs:
