@@ -177,6 +177,7 @@ class _First:
         self._group = layout.group
         self._rank = layout.ranks[0] if layout.ranks else 0
         self._is_me = self._group is None or dist.get_rank() == self._rank
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     def says(self, call: Callable[[], T], hint: str = "") -> T:
         """What ``call`` returns there, on every rank."""
@@ -196,16 +197,22 @@ class _First:
         return result
 
     def sends(self, read: Callable[[], Tensor], outline: Tensor, device: torch.device) -> Tensor:
-        """The full tensor that ``read`` returns there, on every rank."""
+        """The full tensor that ``read`` returns there, on every rank; elsewhere in the place of the one before."""
         values: list[Tensor] = []
         self.says(
             lambda: values.append(_fitting(read(), outline).to(device).contiguous()),
             hint="; the averages are new in part only, so load them again",
         )
-        value = values.pop() if values else torch.empty_like(outline, device=device)
+        value = values.pop() if values else self._room_for(outline, device)
         if self._group is not None:
             dist.broadcast(value, src=self._rank, group=self._group)
         return value
+
+    def _room_for(self, outline: Tensor, device: torch.device) -> Tensor:
+        # One for all: threads of gloo hold what they have received for a moment longer.
+        if self._room.nbytes < outline.nbytes or self._room.device != device:
+            self._room = torch.empty(outline.nbytes, dtype=torch.uint8, device=device)
+        return self._room[: outline.nbytes].view(outline.dtype).view(outline.shape)
 
 
 def _compare(
