@@ -341,23 +341,40 @@ def test_an_ema_outside_a_trainer_says_so() -> None:
         EMA().get_ema_model(nn.Linear(1, 1))
 
 
-@parallel("ddp", "fsdp1", "fsdp2")
-def test_huggingface_models_are_averaged(layout: str) -> None:
+def huggingface(seed: int) -> HuggingFaceModel:
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, num_labels=3
-    )
-    model = HuggingFaceModel(transformers.BertForSequenceClassification(config), use_logits=True)
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, intermediate_size=12, num_labels=3)
+    return HuggingFaceModel(transformers.BertForSequenceClassification(config), use_logits=True)
+
+
+@parallel("ddp", "fsdp1", "fsdp2")
+def test_huggingface_models_are_averaged_and_resumed(layout: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
     samples = [
-        {"input_ids": torch.randint(0, 11, (5,)), "attention_mask": torch.ones(5, dtype=torch.long), "labels": 1}
-        for _ in range(16)
+        {
+            "input_ids": torch.randint(0, 11, (5,), generator=generator),
+            "attention_mask": torch.ones(5, dtype=torch.long),
+            "labels": 1,
+        }
+        for _ in range(32)
     ]
-    recorder, ema = Recorder(), EMA(half_life="3ba")
-    sampler = dist.get_sampler(samples, shuffle=False)
-    loader = torch.utils.data.DataLoader(samples, batch_size=2, sampler=sampler)
-    fit(trainer(layout, ema, model=model, callbacks=[recorder], train_dataloader=loader, eval_dataloader=None))
-    assert_averages(ema, decayed(recorder.after_batch, ema.smoothing))
+
+    def fitted(seed: int, **settings: Any) -> tuple[Recorder, EMA]:  # noqa: ANN401
+        recorder, ema = Recorder(), EMA(half_life="3ba")
+        sampler = dist.get_sampler(samples, shuffle=False)
+        loader = torch.utils.data.DataLoader(samples, batch_size=2, sampler=sampler)
+        given = {"train_dataloader": loader, "eval_dataloader": loader, "eval_interval": "3ba", **settings}
+        fit(trainer(layout, ema, model=huggingface(seed), callbacks=[recorder], **given))
+        return recorder, ema
+
+    undisturbed, ema = fitted(0, save_folder=str(tmp_path), save_interval="4ba")
+    assert_averages(ema, decayed(undisturbed.after_batch, ema.smoothing))
+    resumed, resumed_ema = fitted(1, load_path=saved(tmp_path, 4))
+    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
+        assert_same(weights, expected)
+    assert_same(averages(resumed_ema), averages(ema))
 
 
 class Half(ComposerClassifier):
