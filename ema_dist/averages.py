@@ -141,8 +141,9 @@ class Tracks(Mapping[str, Averages]):
     def follow(self, weights: Mapping[str, float | Tensor]) -> None:
         """Move the averages towards the live weights: no collective, and nothing waits for the device."""
         in_order = [weights[name] for name in self]
-        for kernel in [*self._parameters, *self._buffers]:
-            kernel(in_order)
+        if any(isinstance(weight, Tensor) or weight for weight in in_order):  # between intervals nothing is even read
+            for kernel in [*self._parameters, *self._buffers]:
+                kernel(in_order)
         for copies, values in self._copied:
             torch._foreach_copy_(copies, values)
 

@@ -29,7 +29,7 @@ class Exchange:
     """
 
     def __init__(self, layout: Layout, averages: Averages) -> None:
-        self._layout = layout
+        self.layout = layout
         self.averages = averages
         self._is_restored = False
         self._written: list[str] = []
@@ -68,26 +68,22 @@ class Exchange:
         _under_way.discard(self)
         return self._written
 
-    def concerns(self, model: nn.Module) -> bool:
-        """Whether it has to do with ``model``: they share modules."""
-        return not {*map(id, self._layout.model.modules())}.isdisjoint(map(id, model.modules()))
-
     def live(self) -> Iterator[tuple[Shard, Tensor]]:
         """What the model holds in exchange for each of its live tensors, and the live one as DCP saves it.
 
         The second shares storage with this rank's part of the live tensor, wherever that lies now.
         Raises: RuntimeError when the model left the storage in which they changed places.
         """
-        self._layout.follow_buffers()
-        if self._layout.has_moved():
+        self.layout.follow_buffers()
+        if self.layout.has_moved():
             raise RuntimeError("the model was moved or cast inside swapped(); leave the block before saving")
-        for name, (average, live) in _pairs(self._layout, self.averages).items():
+        for name, (average, live) in _pairs(self.layout, self.averages).items():
             away = live if self._is_restored else self._stash.get(name, average)
-            shard = self._layout.parameters[name] if name in self.averages.parameters else self._layout.buffers[name]
+            shard = self.layout.parameters[name] if name in self.averages.parameters else self.layout.buffers[name]
             yield shard, shard.part.wrap(away)
 
     def _was_written(self, name: str, now: Shard) -> bool:
-        then = self._layout.parameters[name]
+        then = self.layout.parameters[name]
         if now.local.numel() and now.local.data_ptr() == then.local.data_ptr():
             return now.version != self._versions[name]
         # FSDP2 moves uneven shards when it first runs forward: what matters is whether they are what they were.
@@ -110,7 +106,7 @@ class Exchange:
 
 def exchanges_in(model: nn.Module) -> list[Exchange]:
     """The exchanges that are under way in ``model``, or in a part of it, or in something that it is a part of."""
-    return [exchange for exchange in _under_way if exchange.concerns(model)]
+    return [exchange for exchange in _under_way if exchange.layout.concerns(model)]
 
 
 def _bits(tensor: Tensor) -> Tensor:

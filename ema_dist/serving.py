@@ -96,10 +96,6 @@ class Serving:
                 "from averages; call it after the block, or before"
             )
 
-    def concerns(self, model: nn.Module) -> bool:
-        """Whether it has to do with ``model``: they share modules."""
-        return not {*map(id, self.layout.model.modules())}.isdisjoint(map(id, model.modules()))
-
     def _reason_to_swap(self) -> str:
         if self._obstacle:
             return self._obstacle
@@ -127,7 +123,7 @@ class Serving:
 
 def servings_in(model: nn.Module) -> list[Serving]:
     """Those under way in ``model``, or in a part of it, or in something that it is a part of."""
-    return [serving for serving in _under_way if serving.concerns(model)]
+    return [serving for serving in _under_way if serving.layout.concerns(model)]
 
 
 def _fits(average: Tensor, shard: Shard) -> bool:

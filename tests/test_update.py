@@ -97,6 +97,17 @@ def test_the_scratch_of_mixed_dtypes_is_bounded() -> None:
     assert peak_memory(ema.update) <= CPU_SCRATCH_BYTES
 
 
+def test_between_intervals_nothing_is_read() -> None:
+    """Not even converted to the averages' dtype."""
+    ema = ShardedEMA(nn.Linear(8, 8).bfloat16(), decay=0.5, update_interval=2)
+    with Ops() as ops:
+        ema.update()
+    assert not [name for name in ops.names if "foreach" in name]
+    with Ops() as ops:
+        ema.update()
+    assert [name for name in ops.names if "foreach" in name]
+
+
 def test_averages_of_bfloat16_weights_move() -> None:
     """In bfloat16 they would stay at 1 forever (failure 4)."""
     model = nn.Linear(2, 2).bfloat16()

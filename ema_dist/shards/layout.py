@@ -84,6 +84,10 @@ class Layout:
         """The second names of tied tensors, and the first one of each."""
         return {name: shard.name for shard in self.shards for name in shard.names[1:]}
 
+    def concerns(self, model: nn.Module) -> bool:
+        """Whether it shows tensors of ``model``, or of a part of it, or of something that it is a part of."""
+        return not {*map(id, self.model.modules())}.isdisjoint(map(id, model.modules()))
+
     def by_any_name(self) -> dict[str, Shard]:
         """Parameters and buffers under each of their names, tied ones included."""
         return {name: shard for shard in self.shards for name in shard.names}
