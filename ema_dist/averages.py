@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ema_dist.decay import TRACK
-from ema_dist.kernels import bind, grouped, paired
+from ema_dist.kernels import Agree, ByChance, Follow, Place, Remainders, Update, alike, bind, joined, paired, split
+from ema_dist.precision import Precision, Stochastic
 from ema_dist.shards import Layout, Shard
 
 BufferPolicy = Literal["average", "copy"]
@@ -22,27 +23,52 @@ class Averages:
     Args:
         layout: the live weights.
         names: first canonical names of the parameters to average.
-        dtype: of the averages; None for float32 where the live dtype is narrower, else the live dtype.
+        precision: how they are kept.
         lerped_buffers: names of the buffers that are averaged; the others are copied.
 
     Memory: one part of every selected parameter, and the persistent buffers.
     """
 
     def __init__(
-        self, layout: Layout, names: Collection[str], *, dtype: torch.dtype | None, lerped_buffers: Collection[str]
+        self, layout: Layout, names: Collection[str], *, precision: Precision, lerped_buffers: Collection[str]
     ) -> None:
         parts = {name: layout.parameters[name].part for name in names}
-        self.parameters = {name: _copy(part, _average_dtype(part.local.dtype, dtype)) for name, part in parts.items()}
+        self.parameters = {name: _copy(part, precision.stored(part.local.dtype)) for name, part in parts.items()}
         self.buffers = {
-            name: _copy(shard, _average_dtype(shard.local.dtype, dtype) if name in lerped_buffers else None)
+            name: _copy(shard, precision.of_buffers.stored(shard.local.dtype) if name in lerped_buffers else None)
             for name, shard in layout.buffers.items()
         }
+        self.rests = {
+            name: torch.zeros_like(self.parameters[name], dtype=torch.int16)
+            for name, part in parts.items()
+            if precision.splits(part.local.dtype)
+        }
+        """What averages of parameters lack, where they are kept in two halves."""
         self.note_infinities()
 
     @property
     def all(self) -> dict[str, Tensor]:
-        """Averages of parameters and buffers by name."""
+        """Averages of parameters and buffers by name, as they are kept."""
         return self.parameters | self.buffers
+
+    def numbers(self, places: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        """The averages by name; those that are kept in two halves as float32, each made when it is asked for.
+
+        Args:
+            places: where `all` of them lie now, if the model has them.
+        """
+        return _Numbers(self.all if places is None else places, self.rests)
+
+    @torch.no_grad()
+    def put(self, name: str, value: Tensor) -> None:
+        """Take ``value`` over as an average, unless it lies there already."""
+        kept = (self.parameters if name in self.parameters else self.buffers)[name]
+        if value.data_ptr() == kept.data_ptr():
+            return
+        if name in self.rests:
+            value, rest = split(value.float())
+            self.rests[name].copy_(rest)
+        kept.copy_(value)
 
     def parameter_pairs(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
         """Each average, and the part of the live parameter beside it."""
@@ -63,9 +89,9 @@ class Tracks(Mapping[str, Averages]):
     Args:
         names: of the tracks.
         parameters: first canonical names of those to average.
-        dtype: as for `Averages`.
+        precision: as for `Averages`.
         buffers: whether floating buffers are averaged or copied.
-        kernel: as for `ema_dist.kernels.bind`.
+        kernel: as for `ema_dist.kernels.bind`; `agree` too.
 
     Memory: as `Averages`, each.
     """
@@ -76,16 +102,20 @@ class Tracks(Mapping[str, Averages]):
         names: Collection[str],
         parameters: Collection[str],
         *,
-        dtype: torch.dtype | None,
+        precision: Precision,
         buffers: BufferPolicy,
         kernel: str | None,
+        agree: Agree,
     ) -> None:
+        self._seed = precision.rounding.seed if isinstance(precision.rounding, Stochastic) else 0
         self._kernel = kernel
+        self._agree = agree
         self._lerped_buffers = {
             name for name, shard in layout.buffers.items() if buffers == "average" and _is_inexact(shard.local.dtype)
         }
         self._tracks = {
-            name: Averages(layout, parameters, dtype=dtype, lerped_buffers=self._lerped_buffers) for name in names
+            name: Averages(layout, parameters, precision=precision, lerped_buffers=self._lerped_buffers)
+            for name in names
         }
         self.bind(layout)
 
@@ -107,43 +137,59 @@ class Tracks(Mapping[str, Averages]):
 
     def bind(self, layout: Layout) -> None:
         """Follow the live weights that ``layout`` shows from now on."""
-        live = {name: layout.parameters[name].part.local for name in self._first.parameters}
+        parts = {name: layout.parameters[name].part for name in self._first.parameters}
         infinite = set[str]().union(*(track.infinite for track in self.values()))
         self._parameters = [
-            bind(columns[:-1], columns[-1], finite=finite, kernel=self._kernel)
+            kernel
             for finite in (True, False)
-            for columns in grouped(
-                [*(track.parameters[name] for track in self.values()), live[name]]
-                for name in live
-                if finite == (name not in infinite)
+            for kernel in self._kernels(
+                layout, {name: part for name, part in parts.items() if finite == (name not in infinite)}, finite=finite
             )
         ]
         self.bind_buffers(layout)
 
     def bind_buffers(self, layout: Layout) -> None:
         """Follow the buffers that ``layout`` shows from now on."""
-        live = {name: layout.buffers[name].local for name in self._first.buffers}
-        self._buffers = [
-            bind(columns[:-1], columns[-1], finite=False, kernel=self._kernel)
-            for columns in grouped(
-                [*(track.buffers[name] for track in self.values()), it]
-                for name, it in live.items()
-                if name in self._lerped_buffers
-            )
-        ]
+        lerped = {name: shard for name, shard in layout.buffers.items() if name in self._lerped_buffers}
+        self._buffers = self._kernels(layout, lerped, finite=False)
         self._copied = paired(
-            (track.buffers[name], it)
+            (track.buffers[name], shard.local)
             for track in self.values()
-            for name, it in live.items()
+            for name, shard in layout.buffers.items()
             if name not in self._lerped_buffers
         )
 
-    def follow(self, weights: Mapping[str, float | Tensor]) -> None:
-        """Move the averages towards the live weights: no collective, and nothing waits for the device."""
+    def _kernels(self, layout: Layout, shards: Mapping[str, Shard], *, finite: bool) -> list[Follow]:
+        """What moves the averages of these: as few kernels as their dtypes allow."""
+        numbers = {name: number for number, name in enumerate([*layout.parameters, *layout.buffers])}
+        kept = [(track.all, track.rests) for track in self.values()]
+        rows = {
+            name: (*(its[name] for its, _ in kept), *(rests[name] for _, rests in kept if name in rests), shard.local)
+            for name, shard in shards.items()
+        }
+        kernels: list[Follow] = []
+        for names in alike(rows):
+            *moved, values = (list(column) for column in zip(*(rows[name] for name in names), strict=True))
+            tracks, rests = moved[: len(self)], moved[len(self) :]
+            places = [Place(numbers[name], shards[name].first) for name in names]
+            by_chance = ByChance(places, self._seed) if tracks[0][0].dtype == torch.bfloat16 else None
+            rounding = Remainders(rests) if rests else by_chance
+            kernels.append(
+                bind(tracks, values, finite=finite, kernel=self._kernel, rounding=rounding, agree=self._agree)
+            )
+        return kernels
+
+    def follow(self, weights: Mapping[str, float | Tensor], update: Update) -> None:
+        """Move the averages towards the live weights: no collective, and nothing waits for the device.
+
+        Args:
+            weights: of the live weights, by track.
+            update: the number of this update, by which bfloat16 averages are rounded.
+        """
         in_order = [weights[name] for name in self]
         if any(isinstance(weight, Tensor) or weight for weight in in_order):  # between intervals nothing is even read
             for kernel in [*self._parameters, *self._buffers]:
-                kernel(in_order)
+                kernel(in_order, update)
         for copies, values in self._copied:
             torch._foreach_copy_(copies, values)
 
@@ -157,10 +203,20 @@ class Tracks(Mapping[str, Averages]):
         return next(iter(self.values()))
 
 
-def _average_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    if live.is_complex:
-        return torch.complex64 if wanted is None and live == torch.complex32 else live
-    return wanted or (torch.float32 if live.itemsize < torch.float32.itemsize else live)
+class _Numbers(Mapping[str, Tensor]):
+    def __init__(self, places: Mapping[str, Tensor], rests: Mapping[str, Tensor]) -> None:
+        self._places = places
+        self._rests = rests
+
+    def __getitem__(self, name: str) -> Tensor:
+        place, rest = self._places[name], self._rests.get(name)
+        return place if rest is None else joined(place, rest)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _is_inexact(dtype: torch.dtype) -> bool:

@@ -33,6 +33,7 @@ ROWS = {
     "replicas": 2,
     "decay": 1,
     "kernels": 1,
+    "precision": 1,
     "shards": 1,
 }
 
