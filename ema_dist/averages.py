@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Literal
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -59,16 +60,28 @@ class Averages:
         """
         return _Numbers(self.all if places is None else places, self.rests)
 
+    def copies(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of what `numbers` gave: those that it had to make are such."""
+        return {name: it if name in self.rests else it.clone() for name, it in numbers.items()}
+
+    def shown(self, name: str, dtype: torch.dtype) -> Tensor:
+        """What becomes a weight of this dtype: the average as it is kept, or its number where that says more."""
+        kept = self._kept(name)
+        return kept if kept.dtype == dtype else self.numbers()[name]
+
     @torch.no_grad()
     def put(self, name: str, value: Tensor) -> None:
         """Take ``value`` over as an average, unless it lies there already."""
-        kept = (self.parameters if name in self.parameters else self.buffers)[name]
+        kept = self._kept(name)
         if value.data_ptr() == kept.data_ptr():
             return
         if name in self.rests:
             value, rest = split(value.float())
             self.rests[name].copy_(rest)
         kept.copy_(value)
+
+    def _kept(self, name: str) -> Tensor:
+        return (self.parameters if name in self.parameters else self.buffers)[name]
 
     def parameter_pairs(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
         """Each average, and the part of the live parameter beside it."""
@@ -143,7 +156,7 @@ class Tracks(Mapping[str, Averages]):
             kernel
             for finite in (True, False)
             for kernel in self._kernels(
-                layout, {name: part for name, part in parts.items() if finite == (name not in infinite)}, finite=finite
+                {name: part for name, part in parts.items() if finite == (name not in infinite)}, finite=finite
             )
         ]
         self.bind_buffers(layout)
@@ -151,7 +164,7 @@ class Tracks(Mapping[str, Averages]):
     def bind_buffers(self, layout: Layout) -> None:
         """Follow the buffers that ``layout`` shows from now on."""
         lerped = {name: shard for name, shard in layout.buffers.items() if name in self._lerped_buffers}
-        self._buffers = self._kernels(layout, lerped, finite=False)
+        self._buffers = self._kernels(lerped, finite=False)
         self._copied = paired(
             (track.buffers[name], shard.local)
             for track in self.values()
@@ -159,9 +172,8 @@ class Tracks(Mapping[str, Averages]):
             if name not in self._lerped_buffers
         )
 
-    def _kernels(self, layout: Layout, shards: Mapping[str, Shard], *, finite: bool) -> list[Follow]:
+    def _kernels(self, shards: Mapping[str, Shard], *, finite: bool) -> list[Follow]:
         """What moves the averages of these: as few kernels as their dtypes allow."""
-        numbers = {name: number for number, name in enumerate([*layout.parameters, *layout.buffers])}
         kept = [(track.all, track.rests) for track in self.values()]
         rows = {
             name: (*(its[name] for its, _ in kept), *(rests[name] for _, rests in kept if name in rests), shard.local)
@@ -171,7 +183,7 @@ class Tracks(Mapping[str, Averages]):
         for names in alike(rows):
             *moved, values = (list(column) for column in zip(*(rows[name] for name in names), strict=True))
             tracks, rests = moved[: len(self)], moved[len(self) :]
-            places = [Place(numbers[name], shards[name].first) for name in names]
+            places = [Place(crc32(name.encode()), shards[name].first) for name in names]
             by_chance = ByChance(places, self._seed) if tracks[0][0].dtype == torch.bfloat16 else None
             rounding = Remainders(rests) if rests else by_chance
             kernels.append(
