@@ -7,6 +7,7 @@ evaluation, gathered on rank 0, saved and resharded by ``torch.distributed.check
 from ema_dist.decay import HalfLife
 from ema_dist.ema import ShardedEMA
 from ema_dist.functional import compute_ema
+from ema_dist.offload import Offloaded
 
-__all__ = ["HalfLife", "ShardedEMA", "compute_ema"]
+__all__ = ["HalfLife", "Offloaded", "ShardedEMA", "compute_ema"]
 __version__ = "0.1.0"
