@@ -101,7 +101,7 @@ class Tracks(Mapping[str, Averages]):
         self.streams = SideStreams({shard.local.device for shard in layout.shards})
         """On which updates may go on; whoever writes to live weights or reads averages joins them first."""
         # Memory of averages that nobody holds any more must not be given away before the side stream has left it.
-        finalize(self, self.streams.join).atexit = False
+        finalize(self, self.streams.join).atexit = False  # pyrefly: ignore[missing-attribute]  it has it
         self._offload = partial(Offload, worker=Worker(), streams=self.streams, store=store) if store else None
         self._parameters: list[Follow] = []
         self._buffers: list[Follow] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -417,11 +416,10 @@ os.wait()
     assert "move on a thread of the process that this one was forked from" in process.stdout
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
-def test_a_copy_is_refused_and_says_what_to_do(copied: Callable[[object], object]) -> None:
+def test_a_copy_is_refused_and_says_what_to_do() -> None:
     _, ema, _ = one_weight()
     with pytest.raises(TypeError, match=r"cannot be copied or pickled: take their state_dict\(\)"):
-        copied(ema)
+        copy.deepcopy(ema)
 
 
 def test_it_takes_its_copies_of_the_live_weights_beside_the_averages() -> None:
@@ -473,9 +471,9 @@ def test_copies_on_the_host_equal_their_tensors(
     values = awkward_tensors()
     copies = ToHost(values)
     rooms = [copies.room(pinned=False) for _ in range(2)]
-    for factor, room in enumerate(rooms, start=2):
+    for room in rooms:
         for value in values:
-            value.mul_(factor)
+            value.copy_(torch.randint(0, 9, value.shape))
         room.fill(non_blocking=False)
         for copied, value in zip(room.values, values, strict=True):
             assert torch.equal(copied, value)

@@ -143,7 +143,8 @@ def _up_to(limit: int, indices: Iterable[int], values: Sequence[Tensor]) -> Iter
         size = _room(values[index])
         if batch and filled + size > limit:
             yield batch
-            batch, filled = [], 0
+            batch = []
+            filled = 0
         batch.append(index)
         filled += size
     if batch:

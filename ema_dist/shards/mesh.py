@@ -168,7 +168,7 @@ def _elsewhere(mesh: DeviceMesh, device_type: str) -> DeviceMesh:
 
 
 def on_groups_of(mesh: DeviceMesh, order: Sequence[int], device_type: str) -> DeviceMesh:
-    """The same ranks, with dimensions in another order, on the groups that there are: the constructor makes new ones."""
+    """The same ranks, with dimensions in another order, on the groups there are: the constructor makes new ones."""
     return DeviceMesh.from_group(
         [mesh.get_group(dim) for dim in order],
         device_type,
