@@ -12,8 +12,22 @@ import torch
 from torch import Tensor
 
 from ema_dist.decay import TRACK
-from ema_dist.kernels import Follow, Update, Weight, bind, grouped, paired
+from ema_dist.kernels import (
+    Agree,
+    ByChance,
+    Follow,
+    Place,
+    Remainders,
+    Update,
+    Weight,
+    alike,
+    bind,
+    joined,
+    paired,
+    split,
+)
 from ema_dist.offload import Offload, Offloaded, Worker
+from ema_dist.precision import Precision, Stochastic
 from ema_dist.shards import Layout, Shard
 from ema_dist.side_streams import SideStreams
 
@@ -27,7 +41,7 @@ class Averages:
     Args:
         layout: the live weights.
         names: first canonical names of the parameters to average.
-        dtype: of the averages; None for float32 where the live dtype is narrower, else the live dtype.
+        precision: how they are kept.
         lerped_buffers: names of the buffers that are averaged; the others are copied.
         device: where they are; None for where the live weights are.
 
@@ -39,24 +53,50 @@ class Averages:
         layout: Layout,
         names: Collection[str],
         *,
-        dtype: torch.dtype | None,
+        precision: Precision,
         lerped_buffers: Collection[str],
         device: torch.device | None = None,
     ) -> None:
         parts = {name: layout.parameters[name].part for name in names}
         self.parameters = {
-            name: _copy(part, _average_dtype(part.local.dtype, dtype), device) for name, part in parts.items()
+            name: _copy(part, precision.stored(part.local.dtype), device) for name, part in parts.items()
         }
+        of_buffers = {name: precision.of_buffers if name in lerped_buffers else None for name in layout.buffers}
         self.buffers = {
-            name: _copy(shard, _average_dtype(shard.local.dtype, dtype) if name in lerped_buffers else None, device)
+            name: _copy(shard, its.stored(shard.local.dtype) if (its := of_buffers[name]) else None, device)
             for name, shard in layout.buffers.items()
         }
+        self.rests = {
+            name: torch.zeros_like(self.parameters[name], dtype=torch.int16)
+            for name, part in parts.items()
+            if precision.splits(part.local.dtype)
+        }
+        """What averages of parameters lack, where they are kept in two halves."""
         self.note_infinities()
 
     @property
     def all(self) -> dict[str, Tensor]:
-        """Averages of parameters and buffers by name."""
+        """Averages of parameters and buffers by name, as they are kept."""
         return self.parameters | self.buffers
+
+    def numbers(self, places: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        """The averages by name; those that are kept in two halves as float32, each made when it is asked for.
+
+        Args:
+            places: where `all` of them lie now, if the model has them.
+        """
+        return _Numbers(self.all if places is None else places, self.rests)
+
+    @torch.no_grad()
+    def put(self, name: str, value: Tensor) -> None:
+        """Take ``value`` over as an average, unless it lies there already."""
+        kept = (self.parameters if name in self.parameters else self.buffers)[name]
+        if value.data_ptr() == kept.data_ptr():
+            return
+        if name in self.rests:
+            value, rest = split(value.float())
+            self.rests[name].copy_(rest)
+        kept.copy_(value)
 
     def parameter_pairs(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
         """Each average, and the part of the live parameter beside it."""
@@ -77,9 +117,9 @@ class Tracks(Mapping[str, Averages]):
     Args:
         names: of the tracks.
         parameters: first canonical names of those to average.
-        dtype: as for `Averages`.
+        precision: as for `Averages`.
         buffers: whether floating buffers are averaged or copied.
-        kernel: as for `ema_dist.kernels.bind`.
+        kernel: as for `ema_dist.kernels.bind`; `agree` too.
         store: where they are kept, if not beside the live weights.
 
     Memory: as `Averages`, each; and as the store.
@@ -91,12 +131,15 @@ class Tracks(Mapping[str, Averages]):
         names: Collection[str],
         parameters: Collection[str],
         *,
-        dtype: torch.dtype | None,
+        precision: Precision,
         buffers: BufferPolicy,
         kernel: str | None,
+        agree: Agree,
         store: Offloaded | None = None,
     ) -> None:
+        self._seed = precision.rounding.seed if isinstance(precision.rounding, Stochastic) else 0
         self._kernel = kernel
+        self._agree = agree
         self.store = store
         self.streams = SideStreams({shard.local.device for shard in layout.shards})
         """On which updates may go on; whoever writes to live weights or reads averages joins them first."""
@@ -111,7 +154,7 @@ class Tracks(Mapping[str, Averages]):
         }
         device = torch.device("cpu") if store else None
         self._tracks = {
-            name: Averages(layout, parameters, dtype=dtype, lerped_buffers=self._lerped_buffers, device=device)
+            name: Averages(layout, parameters, precision=precision, lerped_buffers=self._lerped_buffers, device=device)
             for name in names
         }
         self.bind(layout)
@@ -139,7 +182,7 @@ class Tracks(Mapping[str, Averages]):
         finally:
             self._parameters = []  # what they take is free for the new ones
             live = {name: layout.parameters[name].part.local for name in self._first.parameters}
-            self._parameters = self._following(live, self._parameter_kernels)
+            self._parameters = self._following(live, partial(self._parameter_kernels, layout=layout))
             self.bind_buffers(layout)
 
     def bind_buffers(self, layout: Layout) -> None:
@@ -150,15 +193,15 @@ class Tracks(Mapping[str, Averages]):
             live = {name: layout.buffers[name].local for name in self._first.buffers}
             lerped = {name: value for name, value in live.items() if name in self._lerped_buffers}
             copied = {name: value for name, value in live.items() if name not in self._lerped_buffers}
-            self._buffers = self._following(lerped, partial(self._kernels, finite=False))
+            self._buffers = self._following(lerped, partial(self._kernels, layout=layout, finite=False))
             self._copied = self._following(copied, self._copies)
 
-    def follow(self, weights: Mapping[str, float | Tensor], update: Update = 0, *, overlap: bool = False) -> None:
+    def follow(self, weights: Mapping[str, float | Tensor], update: Update, *, overlap: bool = False) -> None:
         """Move the averages towards the live weights: no collective, and nothing waits for the device.
 
         Args:
             weights: of the live weights, by track.
-            update: its number.
+            update: the number of this update, by which bfloat16 averages are rounded.
             overlap: a device may do it beside what it is told next, until `streams` are joined.
 
         Raises: RuntimeError when an earlier update failed, on its thread.
@@ -195,21 +238,38 @@ class Tracks(Mapping[str, Averages]):
             return bind(live)
         return [self._offload([*live.values()], lambda copies: bind(dict(zip(live, copies, strict=True))))]
 
-    def _parameter_kernels(self, values: Mapping[str, Tensor]) -> list[Follow]:
+    def _parameter_kernels(self, values: Mapping[str, Tensor], *, layout: Layout) -> list[Follow]:
         infinite = set[str]().union(*(track.infinite for track in self.values()))
         return [
             kernel
             for finite in (True, False)
             for kernel in self._kernels(
-                {name: value for name, value in values.items() if finite == (name not in infinite)}, finite=finite
+                {name: value for name, value in values.items() if finite == (name not in infinite)},
+                layout=layout,
+                finite=finite,
             )
         ]
 
-    def _kernels(self, values: Mapping[str, Tensor], *, finite: bool) -> list[Follow]:
-        """What moves the averages of these towards them."""
-        averages = [track.all for track in self.values()]
-        rows = ([*(its[name] for its in averages), value] for name, value in values.items())
-        return [bind(columns[:-1], columns[-1], finite=finite, kernel=self._kernel) for columns in grouped(rows)]
+    def _kernels(self, values: Mapping[str, Tensor], *, layout: Layout, finite: bool) -> list[Follow]:
+        """What moves the averages of these towards them: as few kernels as their dtypes allow."""
+        shards = layout.parameters | layout.buffers
+        numbers = {name: number for number, name in enumerate(shards)}
+        kept = [(track.all, track.rests) for track in self.values()]
+        rows = {
+            name: (*(its[name] for its, _ in kept), *(rests[name] for _, rests in kept if name in rests), value)
+            for name, value in values.items()
+        }
+        kernels: list[Follow] = []
+        for names in alike(rows):
+            *moved, followed = (list(column) for column in zip(*(rows[name] for name in names), strict=True))
+            tracks, rests = moved[: len(self)], moved[len(self) :]
+            places = [Place(numbers[name], shards[name].part.first) for name in names]
+            by_chance = ByChance(places, self._seed) if tracks[0][0].dtype == torch.bfloat16 else None
+            rounding = Remainders(rests) if rests else by_chance
+            kernels.append(
+                bind(tracks, followed, finite=finite, kernel=self._kernel, rounding=rounding, agree=self._agree)
+            )
+        return kernels
 
     def _copies(self, values: Mapping[str, Tensor]) -> list[Follow]:
         pairs = [(track.buffers[name], value) for track in self.values() for name, value in values.items()]
@@ -243,10 +303,20 @@ class Copies:
             torch._foreach_copy_(copies, values)
 
 
-def _average_dtype(live: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    if live.is_complex:
-        return torch.complex64 if wanted is None and live == torch.complex32 else live
-    return wanted or (torch.float32 if live.itemsize < torch.float32.itemsize else live)
+class _Numbers(Mapping[str, Tensor]):
+    def __init__(self, places: Mapping[str, Tensor], rests: Mapping[str, Tensor]) -> None:
+        self._places = places
+        self._rests = rests
+
+    def __getitem__(self, name: str) -> Tensor:
+        place, rest = self._places[name], self._rests.get(name)
+        return place if rest is None else joined(place, rest)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _is_inexact(dtype: torch.dtype) -> bool:

@@ -43,6 +43,11 @@ class Clock:
         """Averages taken. Waits for the device if it counted some of them."""
         return self._updates + self._read(1)
 
+    @property
+    def last_update(self) -> int | Tensor:
+        """As `updates`; where the device counted some, a tensor there, which nobody waits for."""
+        return self._updates if self._on_device is None else self._on_device[1] + self._updates
+
     def set(self, *, steps: int, updates: int) -> None:
         """Go on from these counts."""
         self._steps, self._updates, self._on_device = steps, updates, None

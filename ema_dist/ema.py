@@ -19,8 +19,9 @@ from ema_dist.decay import TRACK, HalfLife, as_decays
 from ema_dist.exchange import Exchange, exchanges_in
 from ema_dist.gather import collect, copy_into, full_shapes, gather, scatter, unite
 from ema_dist.live import LiveModel
-from ema_dist.meeting import meet
+from ema_dist.meeting import agreed, meet
 from ema_dist.offload import Offloaded
+from ema_dist.precision import Compensated, Precision, Stochastic
 from ema_dist.serving import Serving, servings_in
 from ema_dist.shards import Layout, Replicas
 from ema_dist.state import read_state, write_state
@@ -39,6 +40,7 @@ class ShardedEMA:
         start: until this optimizer step the average simply follows the live weights.
         update_interval: average every k-th optimizer step; a `HalfLife` accounts for it, a factor does not.
         dtype: of the averages. None: float32 for weights narrower than float32, else the weight's own.
+        rounding: of bfloat16 averages, ``dtype=torch.bfloat16``: `Stochastic`, or `Compensated`.
         replicas: ``"shard"`` splits averages of weights that replicas hold alike (DDP, HSDP) among the replicas,
             ``"copy"`` keeps them whole on each. A process group says over which ranks an unwrapped model is replicated.
         buffers: ``"average"`` or ``"copy"`` for floating buffers; integer buffers are always copied. Non-persistent
@@ -64,6 +66,7 @@ class ShardedEMA:
         start: int = 0,
         update_interval: int = 1,
         dtype: torch.dtype | None = None,
+        rounding: Stochastic | Compensated = Stochastic(),  # noqa: B008 - frozen
         replicas: Replicas = "shard",
         buffers: BufferPolicy = "average",
         select: Callable[[str, Tensor], bool] | None = None,
@@ -71,8 +74,7 @@ class ShardedEMA:
         store: Offloaded | None = None,
         timeout: float = 60.0,
     ) -> None:
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"averages are floating-point, got dtype={dtype}")
+        precision = Precision(dtype, rounding)
         if not isinstance(replicas, ProcessGroup) and replicas not in ("shard", "copy"):
             raise ValueError(f'replicas is "shard", "copy" or a process group, got {replicas!r}')
         if buffers not in ("average", "copy"):
@@ -88,9 +90,10 @@ class ShardedEMA:
             self._live.layout,
             self._clock.decays.keys(),
             self._live.selected,
-            dtype=dtype,
+            precision=precision,
             buffers=buffers,
             kernel=kernel,
+            agree=agreed,
             store=store,
         )
         self._servings: dict[Averages, Serving] = {}
@@ -136,7 +139,8 @@ class ShardedEMA:
             self._prepare("update()", together=False)
         elif self._live.layout.follow_buffers():
             self._tracks.bind_buffers(self._live.layout)
-        self._tracks.follow(self._clock.tick(found_inf), overlap=overlap)
+        weights = self._clock.tick(found_inf)
+        self._tracks.follow(weights, self._clock.last_update, overlap=overlap)
 
     def attach(self, optimizer: Optimizer, *, overlap: bool = False) -> Attachment:
         """Update after each real step of ``optimizer`` from now on, until ``remove()`` of the returned handle.
@@ -259,7 +263,7 @@ class ShardedEMA:
         """The averages and counts as `torch.distributed.checkpoint` (DCP) saves and reshards them.
 
         The tensors share storage with the averages, so that DCP loads into them; names are all it compares before that.
-        Inside `swapped` they are copies of the averages.
+        Inside `swapped`, and of `Compensated` averages, they are copies, which `load_state_dict` takes over.
 
         Collective: over all ranks that hold the model, when several hold parts of its averages: they meet, and send
             nothing.
@@ -267,7 +271,7 @@ class ShardedEMA:
             tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
         """
         self._prepare("state_dict()", together=self._live.is_spread)
-        current = {track: self._current(its) for track, its in self._tracks.items()}
+        current: Mapping[str, Mapping[str, Tensor]] = {track: self._current(its) for track, its in self._tracks.items()}
         if self._exchange is not None:  # they lie in the model: nothing must be loaded into them there
             current = {track: {name: it.clone() for name, it in its.items()} for track, its in current.items()}
         return write_state(self._clock, self._live.layout, self._tracks, current)
@@ -345,7 +349,7 @@ class ShardedEMA:
         averages = self._tracks.named(track)
         self._refuse_inside_swap("load_full_state_dict()")
         self._prepare("load_full_state_dict()", together=True)
-        scatter(self._live.layout, averages.all, full)
+        scatter(self._live.layout, averages, full)
         averages.note_infinities()
         self._tracks.bind(self._live.layout)
 
@@ -363,7 +367,7 @@ class ShardedEMA:
         averages = self._tracks.named(track)
         self._refuse_inside_swap("copy_to()")
         self._prepare("copy_to()", together=self._live.is_spread)
-        copy_into(Layout(model, "copy"), self._live.layout, averages.all)
+        copy_into(Layout(model, "copy"), self._live.layout, averages.numbers())
 
     def __repr__(self) -> str:
         parameters = next(iter(self._tracks.values())).parameters
@@ -376,11 +380,11 @@ class ShardedEMA:
             f"serves by {self.serves_by}{f', {self._tracks.store}' if self._tracks.store else ''})"
         )
 
-    def _current(self, averages: Averages) -> dict[str, Tensor]:
+    def _current(self, averages: Averages) -> Mapping[str, Tensor]:
         """The averages by name, wherever they are now."""
         if self._exchange is None or self._exchange.averages is not averages:
-            return averages.all
-        return self._exchange.current(self._live.layout)
+            return averages.numbers()
+        return averages.numbers(self._exchange.current(self._live.layout))
 
     def _gather(self, call: str, dtype: torch.dtype | None, track: str | None) -> Iterator[tuple[str, Any]]:
         averages = self._tracks.named(track)

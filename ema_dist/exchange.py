@@ -52,7 +52,7 @@ class Exchange:
         _under_way.add(self)
 
     def current(self, layout: Layout) -> dict[str, Tensor]:
-        """The averages, wherever they are now: parameters' parts and buffers by name."""
+        """Where the averages are now, as they are kept: parameters' parts and buffers by name."""
         return {
             name: average if self._is_restored or name in self._stash else live
             for name, (average, live) in _pairs(layout, self.averages).items()

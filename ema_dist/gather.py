@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ema_dist.averages import Averages
 from ema_dist.shards import Layout, Shard
 
 T = TypeVar("T")
@@ -112,7 +113,7 @@ def _received(source: int, group: ProcessGroup, device: torch.device) -> Iterato
 
 
 @torch.no_grad()
-def scatter(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, Any]) -> None:
+def scatter(layout: Layout, averages: Averages, full: Mapping[str, Any]) -> None:
     """The reverse: every average becomes this rank's part of the full tensor that the first rank holds.
 
     Args:
@@ -122,14 +123,14 @@ def scatter(layout: Layout, averages: Mapping[str, Tensor], full: Mapping[str, A
     Raises: ValueError on every rank, before anything changes, when names, shapes or kinds of dtype are not the
         model's; RuntimeError on every rank when a value cannot be read.
     """
-    shards = {shard.name: shard for shard, _ in _averaged(layout, averages) if shard.name in averages}
+    shards = {shard.name: shard.part for shard in layout.shards if shard.name in averages.all}
     first = _First(layout)
     mismatch, outlines = first.says(lambda: _compare(layout, shards, full))
     if mismatch:
         raise ValueError(f"these full tensors belong to another model: {mismatch}")
     for name, (source, outline) in outlines.items():
         shard = shards[name]
-        averages[name].copy_(shard.cut(first.sends(partial(getitem, full, source), outline, shard.device)))
+        averages.put(name, shard.cut(first.sends(partial(getitem, full, source), outline, shard.device)))
 
 
 @torch.no_grad()

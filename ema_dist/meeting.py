@@ -16,6 +16,9 @@ from ema_dist.shards import world_store
 _held: MutableMapping[object, Counter[tuple[int, ...]]] = WeakKeyDictionary()
 """Meetings held in each world by each set of ranks; a failed one is not counted, so that they agree on the next."""
 
+_answers: MutableMapping[object, dict[str, str]] = WeakKeyDictionary()
+"""What each world has agreed on, by question."""
+
 GAVE_UP = json.dumps(["", "this rank had given up waiting"])
 
 
@@ -26,6 +29,19 @@ def require_world(call: str, ranks: list[int]) -> None:
             f"{call} needs ranks {ranks} together, and there is no process group any more; "
             "call it before dist.destroy_process_group()"
         )
+
+
+def agreed(question: str, answer: str) -> str:
+    """What the first rank that came here has answered: the same on every rank, and nobody waits for another one.
+
+    Collective: no; ranks read it from the process group's store.
+    """
+    if not dist.is_initialized():
+        return answer
+    answers = _answers.setdefault(dist.group.WORLD, {})
+    if question not in answers:
+        answers[question] = world_store().compare_set(f"ema_dist/{question}", "", answer).decode()
+    return answers[question]
 
 
 def meet(call: str, ranks: list[int], *, timeout: float, problem: str = "") -> None:

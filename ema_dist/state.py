@@ -13,20 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_dist.averages import Tracks
+from ema_dist.averages import Averages, Tracks
 from ema_dist.clock import Clock
 from ema_dist.shards import Layout, Shard
 
 FORMAT = 1
 
-Pair = tuple[Tensor, Tensor]
-"""An average, and what is to be copied there."""
-
 
 def write_state(
     clock: Clock, layout: Layout, tracks: Tracks, current: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
-    """The state, whose tensors share storage with ``current``: the averages by track and name, wherever they are."""
+    """The state, whose tensors share storage with ``current``: the averages by track and name."""
     written = {
         track: {
             "decay": clock.decays[track].state(),
@@ -44,8 +41,6 @@ def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
 
     Raises: ValueError when its format, tracks, names or shapes are not these, before anything changes.
     """
-    pairs: list[Pair] = []
-    changed: list[str] = []
     try:
         version, steps, updates = state["format"], int(state["steps"]), int(state["updates"])
         saved = {name: (it["decay"], it["averages"], it["buffers"]) for name, it in state["tracks"].items()}
@@ -55,39 +50,39 @@ def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
         raise ValueError(f"expected a state of ShardedEMA with format {FORMAT}, got format {version!r}")
     if saved.keys() != tracks.keys():
         raise ValueError(f"expected a state with the tracks {[*tracks]}, got one with {[*saved]}")
-    for track, (decay, averages, buffers) in saved.items():
-        its = tracks[track]
-        parts = {name: layout.parameters[name].part for name in its.parameters}
-        pairs += _paired("averages", its.parameters, parts, averages)
-        pairs += _paired("buffers", its.buffers, layout.buffers, buffers)
-        if decay != (now := clock.decays[track].state()):
-            changed.append(f"the averages {track!r} were taken with {decay} and go on with {now}")
-    if changed:
+    found: list[tuple[Averages, dict[str, Tensor]]] = []
+    for track, (_, averages, buffers) in saved.items():
+        parts = {name: layout.parameters[name].part for name in tracks[track].parameters}
+        found.append((tracks[track], _local("averages", parts, averages) | _local("buffers", layout.buffers, buffers)))
+    now = {track: clock.decays[track].state() for track in tracks}
+    if changed := [
+        f"the averages {track!r} were taken with {decay} and go on with {now[track]}"
+        for track, (decay, *_) in saved.items()
+        if decay != now[track]
+    ]:
         warnings.warn("; ".join(changed), stacklevel=3)
-    for average, value in pairs:
-        if value.data_ptr() != average.data_ptr():  # DCP has read into the averages themselves
-            average.copy_(value)
+    for its, values in found:
+        for name, value in values.items():
+            its.put(name, value)
     clock.set(steps=steps, updates=updates)
     for its in tracks.values():
         its.note_infinities()
     tracks.bind(layout)
 
 
-def _paired(
-    kind: str, averages: Mapping[str, Tensor], shards: Mapping[str, Shard], saved: Mapping[str, Tensor]
-) -> list[Pair]:
-    """Each average and the local tensor to be copied there."""
+def _local(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's tensors of a state."""
     if differing := shards.keys() ^ saved.keys():
         raise ValueError(f"these {kind} belong to another model: it and the state differ in {sorted(differing)}")
-    pairs: list[Pair] = []
+    values: dict[str, Tensor] = {}
     wrong: dict[str, str] = {}
     for name, shard in shards.items():
         try:
-            pairs.append((averages[name], shard.unwrap(saved[name])))
+            values[name] = shard.unwrap(saved[name])
         except ValueError as error:  # noqa: PERF203  all that is wrong is named at once
             wrong[name] = str(error)
     if wrong:
         raise ValueError(
             f"these {kind} are cut or shaped differently: {wrong}; load the state through torch.distributed.checkpoint"
         )
-    return pairs
+    return values

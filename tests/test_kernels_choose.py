@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from ema_dist import ShardedEMA
 from ema_dist.kernels import KERNELS, bind, choose
 
 
@@ -45,6 +49,20 @@ def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch, measured: list[i
         choose._fastest.cache_clear()  # noqa: SLF001
         monkeypatch.setattr(choose, "_seconds", lambda follow, *_, best=fastest: float(follow.name != best))
         assert bind(ones(2), [torch.zeros(3)]).name == fastest
+
+
+@pytest.mark.world_size(3)
+def test_ranks_agree_on_a_kernel() -> None:
+    """Two kernels may differ in the last bit, and replicas that keep whole averages would drift apart."""
+    best = ["foreach", "scratch"][dist.get_rank() % 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "_seconds", lambda follow, *_: float(follow.name != best))
+        assert bind(ones(2), [torch.zeros(3)]).name == best
+        said = [repr(ShardedEMA(nn.Linear(2, 2), decay={"short": 0.5, "long": 0.9})) for _ in range(2)]
+    chosen = re.findall("moves by ([a-z]+),", " ".join(said))
+    found: list[list[str]] = [[]] * 3
+    dist.all_gather_object(found, chosen)
+    assert found in ([["foreach"] * 2] * 3, [["scratch"] * 2] * 3)
 
 
 def test_nothing_is_measured_where_there_is_no_choice(measured: list[int]) -> None:

@@ -33,6 +33,7 @@ ROWS = {
     "replicas": 2,
     "decay": 1,
     "offload": 1,
+    "precision": 1,
     "kernels": 0,
     "shards": 0,
     "side_streams": 0,

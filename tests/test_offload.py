@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as Rows
 
-from ema_dist import HalfLife, Offloaded, ShardedEMA, checkpoint, offload
+from ema_dist import Compensated, HalfLife, Offloaded, ShardedEMA, Stochastic, checkpoint, offload
 from ema_dist.kernels import ToHost, to_host
 from ema_dist.shards.mesh import MeshShard
 from layouts import (
@@ -83,6 +83,28 @@ def test_averages_are_those_of_an_update_in_place(layout: str) -> None:
 )
 def test_whatever_the_settings(layout: str, settings: dict[str, Any]) -> None:
     Both(layout, **settings).assert_alike()
+
+
+@some_layouts
+@pytest.mark.parametrize("rounding", [Stochastic(seed=7), Compensated()], ids=str)
+def test_bfloat16_averages_are_rounded_alike(layout: str, rounding: Stochastic | Compensated, tmp_path: Path) -> None:
+    model = wrap(layout, make_net(layout).bfloat16())
+    settings: dict[str, Any] = {"decay": 0.9, "dtype": torch.bfloat16, "rounding": rounding}
+    in_place, ema = ShardedEMA(model, **settings), ShardedEMA(model, **settings, store=Offloaded())
+    for step in range(6):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.875)
+        for each in (in_place, ema):
+            each.update(found_inf=torch.tensor(0.0) if step > 3 else None)
+    expected = in_place.full_state_dict(dtype=torch.float32)
+    assert_bitwise_equal(ema.full_state_dict(dtype=torch.float32), expected)
+    with ema.swapped():
+        assert_bitwise_equal(ema.full_state_dict(dtype=torch.float32), expected)
+    checkpoint.save({"ema": ema}, tmp_path, step=6)
+    again = ShardedEMA(model, **settings, store=Offloaded())
+    checkpoint.load({"ema": again}, tmp_path)
+    assert_bitwise_equal(again.full_state_dict(dtype=torch.float32), expected)
 
 
 @pytest.mark.parametrize("skipped", [0.0, 1.0])

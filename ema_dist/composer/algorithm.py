@@ -22,6 +22,7 @@ from ema_dist.composer.steps import StepsTaken
 from ema_dist.ema import ShardedEMA
 from ema_dist.exchange import exchanges_in
 from ema_dist.gather import copy_into
+from ema_dist.precision import Compensated, Stochastic
 from ema_dist.shards import Layout, Replicas
 
 CHECKPOINT_EVENTS = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT)
@@ -58,6 +59,7 @@ class EMA(Algorithm):
             does not. None: each batch, or epoch where the half-life is in epochs.
         train_with_ema_weights: whether training goes on from the averages after each update: an experiment.
         dtype: of the averages; None: float32 for weights narrower than float32, else the weight's own.
+        rounding: of bfloat16 averages: `Stochastic`, or `Compensated`.
         replicas: ``"shard"`` splits averages of weights that replicas hold alike among them, ``"copy"`` keeps them
             whole on each. None: ``"copy"`` with sharded checkpoints, in which Composer saves the first replica alone;
             else ``"shard"``.
@@ -81,6 +83,7 @@ class EMA(Algorithm):
         train_with_ema_weights: bool = False,  # noqa: FBT001, FBT002  as Composer had it
         *,
         dtype: torch.dtype | None = None,
+        rounding: Stochastic | Compensated = Stochastic(),  # noqa: B008 - frozen
         replicas: Replicas | None = None,
         buffers: BufferPolicy = "average",
         select: Callable[[str, Tensor], bool] | None = None,
@@ -92,7 +95,13 @@ class EMA(Algorithm):
         self.ema_start = self._schedule.start
         self.update_interval = self._schedule.interval
         self.train_with_ema_weights = train_with_ema_weights
-        self._settings: dict[str, Any] = {"dtype": dtype, "buffers": buffers, "select": select, "timeout": timeout}
+        self._settings: dict[str, Any] = {
+            "dtype": dtype,
+            "rounding": rounding,
+            "buffers": buffers,
+            "select": select,
+            "timeout": timeout,
+        }
         self._replicas = replicas
         self._ema: ShardedEMA | None = None
         self._stay: Stay | None = None

@@ -4,11 +4,11 @@ The tensors of one list share a device and a dtype; lists are paired by position
 """
 
 from ema_dist.kernels.bits import checksum
-from ema_dist.kernels.choose import KERNELS, bind
+from ema_dist.kernels.choose import KERNELS, Agree, bind
 from ema_dist.kernels.compensated import joined, split
 from ema_dist.kernels.exchange import exchange_
 from ema_dist.kernels.follow import Follow, follow_, lerp_
-from ema_dist.kernels.lists import chunks, grouped, paired
+from ema_dist.kernels.lists import alike, chunks, paired
 from ema_dist.kernels.move import Update, Weight
 from ema_dist.kernels.rounding import ByChance, Place, Remainders, Rounding
 from ema_dist.kernels.scratch import CPU_SCRATCH_BYTES, DEVICE_SCRATCH_BYTES, make_scratch, views
@@ -18,6 +18,7 @@ __all__ = [
     "CPU_SCRATCH_BYTES",
     "DEVICE_SCRATCH_BYTES",
     "KERNELS",
+    "Agree",
     "ByChance",
     "Follow",
     "HostCopy",
@@ -27,12 +28,12 @@ __all__ = [
     "ToHost",
     "Update",
     "Weight",
+    "alike",
     "bind",
     "checksum",
     "chunks",
     "exchange_",
     "follow_",
-    "grouped",
     "joined",
     "lerp_",
     "make_scratch",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +27,9 @@ MEASURED_ELEMENTS = 2**22
 SMALL = 2**15
 """Up to so many elements a tensor costs as a call rather than by its bytes."""
 
+Agree = Callable[[str, str], str]
+"""Takes a question and what was found here, and returns what all ranks are to take for the answer."""
+
 ROUNDS = 5
 """In which kernels take turns, as what else runs on the machine comes and goes."""
 
@@ -38,6 +41,7 @@ def bind(
     finite: bool = True,
     kernel: str | None = None,
     rounding: Rounding | None = None,
+    agree: Agree = lambda _, found: found,
 ) -> Follow:
     """What moves these tracks towards these values at each call, as `follow_` does once.
 
@@ -47,10 +51,11 @@ def bind(
         tracks: the averages of each track, in the order of ``values``; all tensors of one track have one dtype.
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
-        kernel: one of `KERNELS`; None for the fastest one, which is measured once in this process for each device,
-            dtypes, number of tracks, and small or large tensors. Where it cannot do, another one does, whose name is
-            in ``name``.
+        kernel: one of `KERNELS`; None for the fastest one, which is measured once in this process for each kind of
+            device, dtypes, number of tracks, and small or large tensors. Where it cannot do, another one does, whose
+            name is in ``name``.
         rounding: of bfloat16 averages: `ByChance` or `Remainders`; None for to nearest.
+        agree: on the fastest kernel, so that ranks which hold the same averages move them by the same one.
 
     Raises: ValueError when there is no such kernel, or other averages are to be rounded.
     """
@@ -63,7 +68,9 @@ def bind(
     always = _always_possible(tracks, values, rounding)
     if kernel is None:
         possible = (*always, "triton") if values[0].is_cuda else always
-        kernel = _fastest(_Kind.of(tracks, values, finite=finite), possible)
+        kind = _Kind.of(tracks, values, finite=finite)
+        is_settled = len(possible) == 1
+        kernel = possible[0] if is_settled else agree(f"fastest {possible} for {kind}", _fastest(kind, possible))
     try:
         return KERNELS[kernel](tracks, values, finite=finite, rounding=rounding)
     except UnfitError as reason:
@@ -76,7 +83,7 @@ def bind(
 class _Kind:
     """What groups of tensors have in common for which one kernel is the fastest, however they are rounded."""
 
-    device: torch.device
+    device: str
     live: torch.dtype
     averages: tuple[torch.dtype, ...]
     is_small: bool
@@ -85,7 +92,7 @@ class _Kind:
     @classmethod
     def of(cls, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool) -> _Kind:
         is_small = sum(value.numel() for value in values) <= SMALL * len(values)
-        return cls(values[0].device, values[0].dtype, tuple(track[0].dtype for track in tracks), is_small, finite)
+        return cls(values[0].device.type, values[0].dtype, tuple(track[0].dtype for track in tracks), is_small, finite)
 
     def tensors(self, dtype: torch.dtype) -> list[Tensor]:
         """As many as are measured, of one dtype."""
@@ -104,8 +111,6 @@ def _always_possible(
 
 @cache
 def _fastest(kind: _Kind, names: tuple[str, ...]) -> str:
-    if len(names) == 1:
-        return names[0]
     values = kind.tensors(kind.live)
     tracks = [kind.tensors(dtype) for dtype in kind.averages]
     bound: dict[str, Follow] = {}
@@ -121,7 +126,7 @@ def _fastest(kind: _Kind, names: tuple[str, ...]) -> str:
     return min(bound, key=lambda name: sorted(times[name])[ROUNDS // 2])
 
 
-def _seconds(follow: Follow, tracks: int, device: torch.device) -> float:
+def _seconds(follow: Follow, tracks: int, device: str) -> float:
     _wait_for(device)
     begin = time.perf_counter()
     follow([0.5] * tracks)
@@ -129,6 +134,6 @@ def _seconds(follow: Follow, tracks: int, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
+def _wait_for(device: str) -> None:
+    if device != "cpu":
         torch.accelerator.synchronize(device)

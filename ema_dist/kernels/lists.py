@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T", bound=Hashable)
 
 
 def paired(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -14,11 +17,16 @@ def paired(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], l
 
 def grouped(rows: Iterable[Sequence[Tensor]]) -> list[list[list[Tensor]]]:
     """The columns of a table of tensors as lists that one call takes: of one device, and each of one dtype."""
-    groups: dict[object, list[list[Tensor]]] = {}
-    for row in rows:
-        columns = groups.setdefault((row[0].device, *(it.dtype for it in row)), [[] for _ in row])
-        for column, tensor in zip(columns, row, strict=True):
-            column.append(tensor)
+    numbered = dict(enumerate(rows))
+    groups = [[numbered[number] for number in numbers] for numbers in alike(numbered)]
+    return [[list(column) for column in zip(*group, strict=True)] for group in groups]
+
+
+def alike(rows: Mapping[T, Sequence[Tensor]]) -> list[list[T]]:
+    """Which rows of a table of tensors one call takes: of one device, and each column of one dtype."""
+    groups: dict[object, list[T]] = {}
+    for key, row in rows.items():
+        groups.setdefault((row[0].device, *(it.dtype for it in row)), []).append(key)
     return list(groups.values())
 
 

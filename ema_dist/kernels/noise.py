@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ema_dist.kernels.move import Update
 from ema_dist.kernels.rounding import ByChance
 
 # The 32-bit permutation of least bias among those of two multiplications.
@@ -29,9 +30,13 @@ def mixed(number: int) -> int:
     return number
 
 
-def key(seed: int, *, update: int, track: int) -> int:
-    """32 bits for all places of one track at one update."""
-    return mixed(update + mixed(folded(seed) + track))
+def key(seed: int, *, update: Update, track: int) -> int | Tensor:
+    """32 bits for all places of one track at one update: an int32, or a tensor of one where ``update`` is a tensor."""
+    first = signed(mixed(folded(seed) + track))
+    if not isinstance(update, Tensor):
+        return signed(mixed(update + first))
+    bits = (update + first).int()
+    return mix_(bits, torch.empty_like(bits))
 
 
 def mix_(bits: Tensor, spare: Tensor) -> Tensor:

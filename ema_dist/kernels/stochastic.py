@@ -48,7 +48,7 @@ class Stochastic:
             for number, (averages, weight) in enumerate(zip(chunk.tracks, weights, strict=True)):
                 torch._foreach_copy_(chunk.wide_pieces, averages)
                 move_(chunk.wide_pieces, chunk.room, weight, finite=self._finite)
-                _round_(chunk, key(self._seed, update=int(update), track=number))
+                _round_(chunk, key(self._seed, update=update, track=number))
                 torch._foreach_copy_(averages, chunk.wide_pieces)
 
 
@@ -71,9 +71,9 @@ class _Chunk(NamedTuple):
     sizes: Tensor
 
 
-def _round_(chunk: _Chunk, key: int) -> None:
+def _round_(chunk: _Chunk, key: int | Tensor) -> None:
     """Make each element of ``wide`` one that bfloat16 has."""
-    keys = torch.bitwise_xor(chunk.tensors, signed(key))
+    keys = torch.bitwise_xor(chunk.tensors, key)
     keys = mix_(keys, torch.empty_like(keys)).add_(chunk.shifts)
     if len(keys) > 1:
         keys = keys.repeat_interleave(chunk.sizes, output_size=chunk.noise.numel())

@@ -58,6 +58,10 @@ class FlatShard(Shard):
         return self._shape
 
     @property
+    def first(self) -> int:
+        return self.runs[self._group.rank()][0]
+
+    @property
     def device(self) -> torch.device:
         return self._device
 

@@ -48,6 +48,11 @@ class MeshShard(Shard):
         return self._shape
 
     @property
+    def first(self) -> int:
+        _, starts = self._cuts()
+        return sum(start * step for start, step in zip(starts, self.stride, strict=True))
+
+    @property
     def device(self) -> torch.device:
         return torch.device(self.mesh.device_type)
 
@@ -80,7 +85,7 @@ class MeshShard(Shard):
         local = local.to(self.device)
         if any(type(placement) not in (Rows, Replicate) for placement in self.placements):
             return self.wrap(local).full_tensor()  # strided placements (FSDP2 over TP): only DTensor knows their order
-        lengths = self._lengths()
+        lengths, _ = self._cuts()
         for mesh_dim in reversed(range(self.mesh.ndim)):
             placement = self.placements[mesh_dim]
             if isinstance(placement, Rows):
@@ -101,17 +106,19 @@ class MeshShard(Shard):
             return local_of(state) if alike and state.shape == self.shape else None
         return state.detach() if state.shape == self.local.shape else None
 
-    def _lengths(self) -> list[int]:
-        """Length, before each mesh dimension cuts it, of the tensor dimension that it cuts."""
-        sizes = list(self._shape)
+    def _cuts(self) -> tuple[list[int], list[int]]:
+        """Length, before each mesh dimension cuts it, of what it cuts; where the block begins, by tensor dimension."""
+        sizes, starts = list(self._shape), [0] * len(self._shape)
         lengths: list[int] = []
         for mesh_dim, placement in enumerate(self.placements):
             dim = placement.dim if isinstance(placement, Rows) else 0
             lengths.append(sizes[dim])
             if isinstance(placement, Rows):
                 run = -(-sizes[dim] // self.mesh.size(mesh_dim))
-                sizes[dim] = max(0, min(run, sizes[dim] - run * self.mesh.get_local_rank(mesh_dim)))
-        return lengths
+                begin = min(run * self.mesh.get_local_rank(mesh_dim), sizes[dim])
+                starts[dim] += begin
+                sizes[dim] = min(run, sizes[dim] - begin)
+        return lengths, starts
 
     @property
     def layout(self) -> str:

@@ -81,6 +81,11 @@ class Shard(ABC):
         """Shape of the full tensor."""
 
     @property
+    def first(self) -> int:
+        """The place of the first element in the full tensor's memory; rows lie there one after the other."""
+        return 0
+
+    @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where ranks exchange this tensor; ``local`` may be offloaded from there."""
