@@ -119,9 +119,10 @@ class Offload:
         self._finish(self._max_pending - 1)
         slot = self._slots[0]
         self._slots.rotate(-1)
-        numbers = [_on_host(number) for number in (*weights, update)]
+        later = bool(self._streams.devices)
+        numbers = [it.to("cpu", non_blocking=later) if isinstance(it, Tensor) else it for it in (*weights, update)]
         with self._streams.beside():
-            slot.room.fill(non_blocking=bool(self._streams.devices))
+            slot.room.fill(non_blocking=later)
         self._pending.append(self._worker.submit(_move, slot.kernels, self._streams.ends, numbers[:-1], numbers[-1]))
 
     def drain(self) -> None:
@@ -147,11 +148,6 @@ class _Slot:
 
     room: HostCopy
     kernels: Sequence[Follow]
-
-
-def _on_host(number: float | Tensor) -> float | Tensor:
-    """A tensor on its way to the CPU, in order with what its device was told before; numbers as they are."""
-    return number.to("cpu", non_blocking=True) if isinstance(number, Tensor) else number
 
 
 def _move(kernels: Sequence[Follow], copied: Sequence[Any], weights: Sequence[Weight], update: Update) -> None:

@@ -121,11 +121,14 @@ def test_the_next_step_waits_for_an_update_that_is_late(store: Offloaded | None)
     ema.attach(optimizers[0], overlap=True)
     reference.attach(optimizers[1])
     big = torch.randn(8192, 8192, device="cuda")
+    streams = ema._tracks.streams  # noqa: SLF001
+    with streams.beside():
+        pass  # it is made when it is first used
     for step in range(5):
         for it, optimizer in zip((model, twin), optimizers, strict=True):
             optimizer.zero_grad()
             it(torch.full((4, 2048), 1.0 + step, device="cuda")).sum().backward()
-            with ema._tracks.streams.beside():  # noqa: SLF001  keeps the side stream busy, and the update waiting
+            with torch.cuda.stream(streams._streams[model.weight.device]):  # noqa: SLF001  the update waits for this
                 for _ in range(5):
                     big @ big
             optimizer.step()
