@@ -22,7 +22,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as Rows
 
 from ema_dist import Compensated, HalfLife, Offloaded, ShardedEMA, Stochastic, checkpoint, offload
+from ema_dist.averages import Averages
 from ema_dist.kernels import ToHost, to_host
+from ema_dist.precision import Precision
+from ema_dist.serving import Serving
+from ema_dist.shards import Layout
 from ema_dist.shards.mesh import MeshShard
 from layouts import (
     TORCH_WARNS,
@@ -410,6 +414,25 @@ print("end")
     assert (process.returncode, process.stdout.split(), process.stderr) == (0, ["end", "moved"], "")
 
 
+def test_a_kernel_with_threads_of_its_own_ends_so_too() -> None:
+    """The interpreter starts no threads any more by then."""
+    process = ended("""
+def slowly(*arguments):
+    time.sleep(0.5)
+    moves(*arguments)
+    print(average[0, 0].item())
+offload._move = slowly
+torch.set_num_threads(2)
+model = nn.Linear(1024, 1024)
+nn.init.zeros_(model.weight)
+ema = ShardedEMA(model, decay=0.5, store=Offloaded(), kernel="compiled")
+average = ema.state_dict()["tracks"]["default"]["averages"]["weight"]
+nn.init.ones_(model.weight)
+ema.update()
+""")
+    assert (process.returncode, process.stdout.split(), process.stderr) == (0, ["0.5"], "")
+
+
 def test_a_failure_that_nobody_can_be_told_of_any_more_is_logged() -> None:
     process = ended("""
 def failing(*arguments):
@@ -455,6 +478,14 @@ def test_it_takes_its_copies_of_the_live_weights_beside_the_averages() -> None:
 def test_no_update_may_be_under_way_is_refused() -> None:
     with pytest.raises(ValueError, match="max_pending is a number of updates, 1 or more, got 0"):
         Offloaded(max_pending=0)
+
+
+def test_serving_says_that_averages_are_elsewhere() -> None:
+    model, _, _ = one_weight()
+    layout = Layout(model)
+    averages = Averages(layout, ["weight"], precision=Precision(), lerped_buffers=())
+    averages.parameters = {name: average.to("meta") for name, average in averages.parameters.items()}
+    assert Serving(layout, averages).by == "a copy on the model's device"
 
 
 def test_the_summary_says_where_they_are() -> None:
