@@ -42,6 +42,7 @@ from layouts import (
 )
 from moves import in_world
 
+few_layouts = layouts("plain", "ddp-3", "fsdp1", "hsdp")
 some_layouts = layouts("plain", "ddp-3", "fsdp1", "fsdp2-3", "hsdp", "tp", "fsdp2-tp")
 
 
@@ -73,7 +74,7 @@ def test_averages_are_those_of_an_update_in_place(layout: str) -> None:
     Both(layout).assert_alike()
 
 
-@some_layouts
+@few_layouts
 @pytest.mark.parametrize(
     "settings",
     [
@@ -89,7 +90,7 @@ def test_whatever_the_settings(layout: str, settings: dict[str, Any]) -> None:
     Both(layout, **settings).assert_alike()
 
 
-@some_layouts
+@few_layouts
 @pytest.mark.parametrize("rounding", [Stochastic(seed=7), Compensated()], ids=str)
 def test_bfloat16_averages_are_rounded_alike(layout: str, rounding: Stochastic | Compensated, tmp_path: Path) -> None:
     model = wrap(layout, make_net(layout).bfloat16())
