@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from operator import attrgetter
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
@@ -49,14 +49,16 @@ class Stage:
         self._shown = {name: tensor for name, tensor in shown.items() if name in layout.parameters}
         self._on_mesh = any(isinstance(tensor, DTensor) for tensor in self._shown.values())
         self._owners = {name: shards[name].owner for name in self._shown}
-        self._before: tuple[list[int], list[int]] = [], []
-        self._gradients: list[tuple[Tensor | None, int]] = []
+        self._addresses = self._current_addresses()
+        self._versions: list[int] = []
+        self._gradients: list[Tensor | None] = []
+        self._gradient_versions: list[int] = []
         self._syncs: list[bool] = []
 
     def enter(self) -> None:
         """Let the forward pass find the tensors."""
-        self._before = self._marks()
-        self._gradients = self._current_gradients()
+        self._versions = self._current_versions()
+        self._gradients, self._gradient_versions = self._current_gradients()
         # Of DDP: whether its next forward pass broadcasts buffers, which one without gradients would leave out.
         self._syncs = [wrapper.require_forward_param_sync for wrapper in self._wrappers]
         self._diversion.enter()
@@ -73,22 +75,36 @@ class Stage:
         for wrapper, sync in zip(self._wrappers, self._syncs, strict=True):
             wrapper.require_forward_param_sync = sync
         names = {self._names[id(live)] for live in changed if id(live) in self._names}
-        for tensors, before, now in zip((self._locals, self._shown), self._before, self._marks(), strict=True):
-            if before != now:
-                names |= {name for name, then, mark in zip(tensors, before, now, strict=True) if then != mark}
-        pairs = zip(self._owners, self._gradients, self._current_gradients(), strict=True)
-        given = [name for name, (then, old), (now, new) in pairs if now is not None and (now is not then or new != old)]
+        names |= _differing(self._locals, self._versions, self._current_versions())
+        names |= _differing(self._shown, self._addresses, self._current_addresses())
+        return sorted(names), self._given_gradients()
+
+    def _given_gradients(self) -> list[str]:
+        """The names of parameters whose gradients are others than on entering, or were written to."""
+        before, versions = self._gradients, self._gradient_versions
+        now, versions_now = self._current_gradients()
         self._gradients = []
-        return sorted(names), given
+        if versions == versions_now and all(map(is_, before, now)):
+            return []
+        old, new = (
+            dict(zip((id(it) for it in its if it is not None), counts, strict=True))
+            for its, counts in ((before, versions), (now, versions_now))
+        )
+        given = {it for it, version in new.items() if old.get(it) != version}
+        return [name for name, it in zip(self._owners, now, strict=True) if id(it) in given]
 
-    def _current_gradients(self) -> list[tuple[Tensor | None, int]]:
-        gradients = map(_gradient, self._owners.values())
-        return [(it, -1 if it is None else it._version) for it in gradients]
+    def _current_gradients(self) -> tuple[list[Tensor | None], list[int]]:
+        """Of the parameters shown, and the versions of those that there are."""
+        gradients = list(map(_gradient, self._owners.values()))
+        return gradients, [it._version for it in gradients if it is not None]
 
-    def _marks(self) -> tuple[list[int], list[int]]:
-        """What changes when somebody writes to the tensors, or gives the parameters shown other storage."""
-        address = _address if self._on_mesh else torch.Tensor.data_ptr
-        return list(map(_version, self._locals.values())), list(map(address, self._shown.values()))
+    def _current_versions(self) -> list[int]:
+        """They change when somebody writes to the tensors."""
+        return list(map(_version, self._locals.values()))
+
+    def _current_addresses(self) -> list[int]:
+        """They change when somebody gives the parameters shown other storage."""
+        return list(map(_address if self._on_mesh else torch.Tensor.data_ptr, self._shown.values()))
 
 
 def obstacle(layout: Layout) -> str:
@@ -122,6 +138,10 @@ def _dressed(shard: Shard, local: Tensor) -> Tensor:
     parameter = nn.Parameter(tensor, requires_grad=False)
     vars(parameter).update(vars(shard.owner))
     return parameter
+
+
+def _differing(names: Iterable[str], before: list[int], now: list[int]) -> set[str]:
+    return set() if before == now else {name for name, then, it in zip(names, before, now, strict=True) if then != it}
 
 
 _version = attrgetter("_version")  # autograd's counter has no public name
