@@ -7,7 +7,8 @@ evaluation, gathered on rank 0, saved and resharded by ``torch.distributed.check
 from ema_dist.decay import HalfLife
 from ema_dist.ema import ShardedEMA
 from ema_dist.functional import compute_ema
+from ema_dist.offload import Offloaded
 from ema_dist.precision import Compensated, Stochastic
 
-__all__ = ["Compensated", "HalfLife", "ShardedEMA", "Stochastic", "compute_ema"]
+__all__ = ["Compensated", "HalfLife", "Offloaded", "ShardedEMA", "Stochastic", "compute_ema"]
 __version__ = "0.1.0"

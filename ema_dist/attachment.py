@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import finalize
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ema_dist.shards import local_tensor
 
@@ -17,16 +19,32 @@ class Attachment:
     Args:
         update: its argument is None, or a device tensor that is not zero when a gradient scaler told a fused
             optimizer to leave this step out.
+        before_steps: is called before each step of any optimizer, and by `remove`. All optimizers keep it, so it should
+            not keep the averages.
     """
 
-    def __init__(self, optimizer: Optimizer, update: Callable[[Tensor | None], None]) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        update: Callable[[Tensor | None], None],
+        before_steps: Callable[[], None] | None = None,
+    ) -> None:
         self._update = update
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._before_steps = before_steps
+        self._handles = [optimizer.register_step_post_hook(self._after_step)]
+        if before_steps:
+            # Of all optimizers: with several, the others write to the same weights before this one does.
+            before = register_optimizer_step_pre_hook(lambda *_: before_steps())
+            finalize(self, before.remove)
+            self._handles.append(before)
         self.active = True
 
     def remove(self) -> None:
         """Stop; the averages stay as they are."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+        if self._before_steps:
+            self._before_steps()
         self.active = False
 
     def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

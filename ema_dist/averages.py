@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Literal
+from weakref import finalize
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from ema_dist.decay import TRACK
-from ema_dist.kernels import Agree, ByChance, Follow, Place, Remainders, Update, alike, bind, joined, paired, split
+from ema_dist.kernels import (
+    Agree,
+    ByChance,
+    Follow,
+    Place,
+    Remainders,
+    Update,
+    Weight,
+    alike,
+    bind,
+    joined,
+    paired,
+    split,
+)
+from ema_dist.offload import Offload, Offloaded, Worker
 from ema_dist.precision import Precision, Stochastic
 from ema_dist.shards import Layout, Shard
+from ema_dist.side_streams import SideStreams
 
 BufferPolicy = Literal["average", "copy"]
 """What becomes of floating buffers; all others are copied under either."""
@@ -26,17 +44,27 @@ class Averages:
         names: first canonical names of the parameters to average.
         precision: how they are kept.
         lerped_buffers: names of the buffers that are averaged; the others are copied.
+        device: where they are; None for where the live weights are.
 
     Memory: one part of every selected parameter, and the persistent buffers.
     """
 
     def __init__(
-        self, layout: Layout, names: Collection[str], *, precision: Precision, lerped_buffers: Collection[str]
+        self,
+        layout: Layout,
+        names: Collection[str],
+        *,
+        precision: Precision,
+        lerped_buffers: Collection[str],
+        device: torch.device | None = None,
     ) -> None:
         parts = {name: layout.parameters[name].part for name in names}
-        self.parameters = {name: _copy(part, precision.stored(part.local.dtype)) for name, part in parts.items()}
+        self.parameters = {
+            name: _copy(part, precision.stored(part.local.dtype), device) for name, part in parts.items()
+        }
+        of_buffers = {name: precision.of_buffers if name in lerped_buffers else None for name in layout.buffers}
         self.buffers = {
-            name: _copy(shard, precision.of_buffers.stored(shard.local.dtype) if name in lerped_buffers else None)
+            name: _copy(shard, its.stored(shard.local.dtype) if (its := of_buffers[name]) else None, device)
             for name, shard in layout.buffers.items()
         }
         self.rests = {
@@ -105,8 +133,9 @@ class Tracks(Mapping[str, Averages]):
         precision: as for `Averages`.
         buffers: whether floating buffers are averaged or copied.
         kernel: as for `ema_dist.kernels.bind`; `agree` too.
+        store: where they are kept, if not beside the live weights.
 
-    Memory: as `Averages`, each.
+    Memory: as `Averages`, each; and as the store.
     """
 
     def __init__(
@@ -118,16 +147,27 @@ class Tracks(Mapping[str, Averages]):
         precision: Precision,
         buffers: BufferPolicy,
         kernel: str | None,
-        agree: Agree,
+        agree: Agree | None,
+        store: Offloaded | None = None,
     ) -> None:
         self._seed = precision.rounding.seed if isinstance(precision.rounding, Stochastic) else 0
         self._kernel = kernel
         self._agree = agree
+        self.store = store
+        self.streams = SideStreams({shard.local.device for shard in layout.shards})
+        """On which updates may go on; whoever writes to live weights or reads averages joins them first."""
+        # Memory of averages that nobody holds any more must not be given away before the side stream has left it.
+        finalize(self, self.streams.join).atexit = False  # pyrefly: ignore[missing-attribute]  it has it
+        self._offload = partial(Offload, worker=Worker(), streams=self.streams, store=store) if store else None
+        self._parameters: list[Follow] = []
+        self._buffers: list[Follow] = []
+        self._copied: list[Follow] = []
         self._lerped_buffers = {
             name for name, shard in layout.buffers.items() if buffers == "average" and _is_inexact(shard.local.dtype)
         }
+        device = torch.device("cpu") if store else None
         self._tracks = {
-            name: Averages(layout, parameters, precision=precision, lerped_buffers=self._lerped_buffers)
+            name: Averages(layout, parameters, precision=precision, lerped_buffers=self._lerped_buffers, device=device)
             for name in names
         }
         self.bind(layout)
@@ -149,61 +189,103 @@ class Tracks(Mapping[str, Averages]):
         return self[chosen]
 
     def bind(self, layout: Layout) -> None:
-        """Follow the live weights that ``layout`` shows from now on."""
-        parts = {name: layout.parameters[name].part for name in self._first.parameters}
-        infinite = set[str]().union(*(track.infinite for track in self.values()))
-        self._parameters = [
-            kernel
-            for finite in (True, False)
-            for kernel in self._kernels(
-                {name: part for name, part in parts.items() if finite == (name not in infinite)}, finite=finite
-            )
-        ]
-        self.bind_buffers(layout)
+        """Follow the live weights that ``layout`` shows from now on. Raises: as `drain`, after that."""
+        try:
+            self.drain()
+        finally:
+            self._parameters = []  # what they take is free for the new ones
+            live = {name: layout.parameters[name].part.local for name in self._first.parameters}
+            self._parameters = self._following(live, partial(self._parameter_kernels, layout=layout))
+            self.bind_buffers(layout)
 
     def bind_buffers(self, layout: Layout) -> None:
-        """Follow the buffers that ``layout`` shows from now on."""
-        lerped = {name: shard for name, shard in layout.buffers.items() if name in self._lerped_buffers}
-        self._buffers = self._kernels(lerped, finite=False)
-        self._copied = paired(
-            (track.buffers[name], shard.local)
-            for track in self.values()
-            for name, shard in layout.buffers.items()
-            if name not in self._lerped_buffers
-        )
+        """Follow the buffers that ``layout`` shows from now on. Raises: as `drain`, after that."""
+        try:
+            self.drain()
+        finally:
+            live = {name: layout.buffers[name].local for name in self._first.buffers}
+            lerped = {name: value for name, value in live.items() if name in self._lerped_buffers}
+            copied = {name: value for name, value in live.items() if name not in self._lerped_buffers}
+            self._buffers = self._following(lerped, partial(self._kernels, layout=layout, finite=False))
+            self._copied = self._following(copied, self._copies)
 
-    def _kernels(self, shards: Mapping[str, Shard], *, finite: bool) -> list[Follow]:
-        """What moves the averages of these: as few kernels as their dtypes allow."""
-        kept = [(track.all, track.rests) for track in self.values()]
-        rows = {
-            name: (*(its[name] for its, _ in kept), *(rests[name] for _, rests in kept if name in rests), shard.local)
-            for name, shard in shards.items()
-        }
-        kernels: list[Follow] = []
-        for names in alike(rows):
-            *moved, values = (list(column) for column in zip(*(rows[name] for name in names), strict=True))
-            tracks, rests = moved[: len(self)], moved[len(self) :]
-            places = [Place(crc32(name.encode()), shards[name].first) for name in names]
-            by_chance = ByChance(places, self._seed) if tracks[0][0].dtype == torch.bfloat16 else None
-            rounding = Remainders(rests) if rests else by_chance
-            kernels.append(
-                bind(tracks, values, finite=finite, kernel=self._kernel, rounding=rounding, agree=self._agree)
-            )
-        return kernels
-
-    def follow(self, weights: Mapping[str, float | Tensor], update: Update) -> None:
+    def follow(self, weights: Mapping[str, float | Tensor], update: Update, *, overlap: bool = False) -> None:
         """Move the averages towards the live weights: no collective, and nothing waits for the device.
 
         Args:
             weights: of the live weights, by track.
             update: the number of this update, by which bfloat16 averages are rounded.
+            overlap: a device may do it beside what it is told next, until `streams` are joined.
+
+        Raises: RuntimeError when an earlier update failed, on its thread.
         """
         in_order = [weights[name] for name in self]
-        if any(isinstance(weight, Tensor) or weight for weight in in_order):  # between intervals nothing is even read
-            for kernel in [*self._parameters, *self._buffers]:
-                kernel(in_order, update)
-        for copies, values in self._copied:
-            torch._foreach_copy_(copies, values)
+        is_taken = any(isinstance(weight, Tensor) or weight for weight in in_order)
+        self.streams.join()
+        for kernel in [*(self._buffers if is_taken else ()), *self._copied]:
+            kernel(in_order, update)
+        self.streams.join()  # the next forward pass may write to buffers
+        if is_taken:  # between intervals nothing is even read
+            with self.streams.beside([*in_order, update]) if overlap else nullcontext():
+                for kernel in self._parameters:
+                    kernel(in_order, update)
+        if not overlap:
+            self.streams.join()
+
+    def drain(self) -> None:
+        """Return when the averages have followed, and can be read by whoever a device is told of next.
+
+        Raises: RuntimeError when an update failed, on its thread.
+        """
+        self.streams.join()
+        with ExitStack() as of_all:  # also when one of them raises
+            for kernel in [*self._parameters, *self._buffers, *self._copied]:
+                if isinstance(kernel, Offload):
+                    of_all.callback(kernel.drain)
+
+    def _following(
+        self, live: Mapping[str, Tensor], bind: Callable[[Mapping[str, Tensor]], list[Follow]]
+    ) -> list[Follow]:
+        """What moves the averages towards live values: the kernels, or what lets them do it later."""
+        if not live or not self._offload:
+            return bind(live)
+        return [self._offload([*live.values()], lambda copies: bind(dict(zip(live, copies, strict=True))))]
+
+    def _parameter_kernels(self, values: Mapping[str, Tensor], *, layout: Layout) -> list[Follow]:
+        infinite = set[str]().union(*(track.infinite for track in self.values()))
+        return [
+            kernel
+            for finite in (True, False)
+            for kernel in self._kernels(
+                {name: value for name, value in values.items() if finite == (name not in infinite)},
+                layout=layout,
+                finite=finite,
+            )
+        ]
+
+    def _kernels(self, values: Mapping[str, Tensor], *, layout: Layout, finite: bool) -> list[Follow]:
+        """What moves the averages of these towards them: as few kernels as their dtypes allow."""
+        shards = layout.parameters | layout.buffers
+        kept = [(track.all, track.rests) for track in self.values()]
+        rows = {
+            name: (*(its[name] for its, _ in kept), *(rests[name] for _, rests in kept if name in rests), value)
+            for name, value in values.items()
+        }
+        kernels: list[Follow] = []
+        for names in alike(rows):
+            *moved, followed = (list(column) for column in zip(*(rows[name] for name in names), strict=True))
+            tracks, rests = moved[: len(self)], moved[len(self) :]
+            places = [Place(crc32(name.encode()), shards[name].part.first) for name in names]
+            by_chance = ByChance(places, self._seed) if tracks[0][0].dtype == torch.bfloat16 else None
+            rounding = Remainders(rests) if rests else by_chance
+            kernels.append(
+                bind(tracks, followed, finite=finite, kernel=self._kernel, rounding=rounding, agree=self._agree)
+            )
+        return kernels
+
+    def _copies(self, values: Mapping[str, Tensor]) -> list[Follow]:
+        pairs = [(track.buffers[name], value) for track in self.values() for name, value in values.items()]
+        return [Copies(pairs)]
 
     @property
     def kernels(self) -> list[str]:
@@ -213,6 +295,24 @@ class Tracks(Mapping[str, Averages]):
     @property
     def _first(self) -> Averages:
         return next(iter(self.values()))
+
+
+class Copies:
+    """Buffers that are not averaged, whatever the weights.
+
+    Args:
+        pairs: each copy, and what is copied there.
+    """
+
+    name = "copy"
+
+    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self._lists = paired(pairs)
+
+    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:  # noqa: ARG002  as `Follow`
+        """Copy them as they are now."""
+        for copies, values in self._lists:
+            torch._foreach_copy_(copies, values)
 
 
 class _Numbers(Mapping[str, Tensor]):
@@ -240,5 +340,6 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def _copy(shard: Shard, dtype: torch.dtype | None) -> Tensor:
-    return shard.empty(dtype).copy_(shard.local)
+def _copy(shard: Shard, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
+    average = shard.empty(dtype, device)
+    return average.copy_(shard.local.to(average.device))  # from one device to another first: casts take memory

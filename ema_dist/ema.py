@@ -20,6 +20,7 @@ from ema_dist.exchange import Exchange, exchanges_in
 from ema_dist.gather import collect, copy_into, full_shapes, gather, scatter, unite
 from ema_dist.live import LiveModel
 from ema_dist.meeting import agreed, meet
+from ema_dist.offload import Offloaded
 from ema_dist.precision import Compensated, Precision, Stochastic
 from ema_dist.serving import Serving, servings_in
 from ema_dist.shards import Layout, Replicas
@@ -47,10 +48,12 @@ class ShardedEMA:
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
         kernel: what moves the averages: ``"foreach"``, ``"scratch"``, ``"compiled"`` (by this machine's C compiler) or
             ``"triton"``; None for the fastest one that compiles nothing on a CPU, and may be Triton's on a GPU.
+        store: where the averages are kept: None for beside the live weights, or `Offloaded`.
         timeout: seconds that ranks wait for each other before a collective call fails, and on leaving `swapped`.
 
     Collective: construction compares the replicas once when averages are split among them; otherwise not.
-    Memory: for each track one average per selected parameter's shard: 1/R of it where R replicas share it.
+    Memory: for each track one average per selected parameter's shard: 1/R of it where R replicas share it; and what
+        ``store`` takes.
     Raises: ValueError for a setting out of range, a model on the meta device, or when nothing is selected;
         RuntimeError when replicas differ.
     """
@@ -68,6 +71,7 @@ class ShardedEMA:
         buffers: BufferPolicy = "average",
         select: Callable[[str, Tensor], bool] | None = None,
         kernel: str | None = None,
+        store: Offloaded | None = None,
         timeout: float = 60.0,
     ) -> None:
         precision = Precision(dtype, rounding)
@@ -89,7 +93,8 @@ class ShardedEMA:
             precision=precision,
             buffers=buffers,
             kernel=kernel,
-            agree=agreed if self._live.is_copied else lambda _, found: found,
+            agree=agreed if self._live.is_copied else None,
+            store=store,
         )
         self._servings: dict[Averages, Serving] = {}
 
@@ -116,13 +121,19 @@ class ShardedEMA:
     def update(self, *, found_inf: Tensor | None = None) -> None:
         """Average the live weights as they are now: call it once after each optimizer step. Never waits for the device.
 
+        With ``store=Offloaded()`` it waits for earlier updates when too many are under way.
+
         Args:
             found_inf: of a gradient scaler, on its device: not zero where the optimizer left the step out, to skip it.
 
         Collective: no.
         Memory: nothing where dtypes are equal, else a constant scratch.
-        Raises: RuntimeError inside `swapped`, ValueError when the model has changed.
+        Raises: RuntimeError inside `swapped`, or when an earlier update failed with ``store=Offloaded()``; ValueError
+            when the model has changed.
         """
+        self._update(found_inf, overlap=False)
+
+    def _update(self, found_inf: Tensor | None, *, overlap: bool) -> None:
         self._refuse_inside_swap("update()")
         if self._live.layout.has_moved():
             self._prepare("update()", together=False)
@@ -130,13 +141,18 @@ class ShardedEMA:
             self._tracks.bind_buffers(self._live.layout)
             self._servings.clear()  # they would put the old ones back
         weights = self._clock.tick(found_inf)
-        self._tracks.follow(weights, self._clock.last_update)
+        self._tracks.follow(weights, self._clock.last_update, overlap=overlap)
 
-    def attach(self, optimizer: Optimizer) -> Attachment:
+    def attach(self, optimizer: Optimizer, *, overlap: bool = False) -> Attachment:
         """Update after each real step of ``optimizer`` from now on, until ``remove()`` of the returned handle.
 
         Steps that a gradient scaler lets a fused optimizer skip are left out on the device, and so are the dummy
         steps by which ``torch.distributed.checkpoint`` fills a fresh optimizer's state.
+
+        Args:
+            overlap: let a GPU update behind the next forward and backward pass, on a side stream. The next step of any
+                optimizer, and every call of this object, comes after it; whatever else writes to parameters must not
+                do so in between. On a CPU nothing changes.
 
         Collective: no.
         Raises: RuntimeError when an optimizer is attached already: with several, attach the one that steps last.
@@ -151,7 +167,11 @@ class ShardedEMA:
                 "this optimizer steps none of the averaged parameters (was it built before the model was wrapped?); "
                 "attach the one that does, or call update() after its steps"
             )
-        self._attachment = Attachment(optimizer, lambda found_inf: self.update(found_inf=found_inf))
+        self._attachment = Attachment(
+            optimizer,
+            lambda found_inf: self._update(found_inf, overlap=overlap),
+            before_steps=self._tracks.streams.join if overlap else None,
+        )
         return self._attachment
 
     @contextmanager
@@ -168,7 +188,8 @@ class ShardedEMA:
         Collective: where averages are split among replicas (the default under DDP, HSDP, and for tensor-parallel
             parameters placed ``Replicate()``), entering and leaving. With ``replicas="copy"`` never, so that one rank
             may evaluate alone under DDP.
-        Memory: at most 64 MiB; where averages have another dtype than the live weights, one live shard on top.
+        Memory: at most 64 MiB; where averages have another dtype than the live weights, one live shard on top; where
+            they are on another device, that on the averages' device.
         Raises: RuntimeError when swapped already, when ranks do not come within ``timeout``, when replicas differ, and
             on leaving, when parameters were written to. ValueError for an unknown track, when the model has changed, or
             when a parameter became trainable that has no average.
@@ -225,8 +246,9 @@ class ShardedEMA:
     def serves_by(self) -> str:
         """What forward passes read inside `serving`, at the costliest.
 
-        Either "the averages themselves", "a cast copy" where dtypes differ, "a gathered copy" where replicas share
-        averages, or "swapped(), since" there is no other way.
+        Either "the averages themselves", "a cast copy" where dtypes differ, "a copy on the model's device" where the
+        averages are kept elsewhere, "a gathered copy" where replicas share them, or "swapped(), since" there is no
+        other way.
         """
         return self._serving(next(iter(self._tracks.values()))).by
 
@@ -365,7 +387,7 @@ class ShardedEMA:
             f"{type(self).__name__}({len(parameters)} parameters, {numel:,} elements on this rank, "
             f"{decays[TRACK] if [*decays] == [TRACK] else decays}, start={self._clock.start}, "
             f"update_interval={self._clock.interval}, moves by {self.moves_by}, "
-            f"serves by {self.serves_by})"
+            f"serves by {self.serves_by}{f', {self._tracks.store}' if self._tracks.store else ''})"
         )
 
     def _current(self, averages: Averages) -> Mapping[str, Tensor]:
@@ -428,10 +450,15 @@ class ShardedEMA:
         return found
 
     def _prepare(self, call: str, *, together: bool, quick: bool = False) -> None:
-        """Look at the model as it is now, and follow it."""
+        """Finish the updates under way, look at the model as it is now, and follow it."""
         before = self._live.layout
+        problem = None
         try:
-            self._live.prepare(call, together=together, quick=quick)
+            self._tracks.drain()
+        except RuntimeError as error:  # the other ranks must get to know
+            problem = error
+        try:
+            self._live.prepare(call, together=together, quick=quick, problem=problem)
         finally:
             if self._live.layout is not before:
                 self._tracks.bind(self._live.layout)

@@ -21,10 +21,11 @@ class Exchange:
 
     Where dtypes are equal, an average changes places with the part of the live weight beside it. Where they differ
     that would round the average, so it stays where it is: the live part is stashed, a rounded copy goes in its place.
+    So it does on another device, as there may be no room for it on that of the live part, which is stashed beside it.
     Either way, weights that replicas share are then filled from every replica's part.
 
     Collective: over the replicas of split weights.
-    Memory: one scratch of `ema_dist.kernels`, and one live part where dtypes differ.
+    Memory: one scratch of `ema_dist.kernels`, and one live part where dtypes or devices differ, beside the average.
     """
 
     def __init__(self, layout: Layout, averages: Averages) -> None:
@@ -33,7 +34,11 @@ class Exchange:
         self._is_restored = False
         self._written: list[str] = []
         pairs = _pairs(layout, averages)
-        self._stash = {name: live.clone() for name, (average, live) in pairs.items() if average.dtype != live.dtype}
+        self._stash = {
+            name: live.to(average.device, copy=True)
+            for name, (average, live) in pairs.items()
+            if (average.dtype, average.device) != (live.dtype, live.device)
+        }
         self._exchange(pairs)
         try:
             _copy((live, averages.shown(name, live.dtype)) for name, (_, live) in pairs.items() if name in self._stash)
@@ -99,7 +104,7 @@ class Exchange:
     def _keep_written_buffers(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         for name in self._stash.keys() & self.averages.buffers.keys():
             average, live = pairs[name]
-            if not torch.equal(average.to(live.dtype), live):
+            if not torch.equal(average.to(live), live):
                 average.copy_(live)
 
 

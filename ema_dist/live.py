@@ -79,18 +79,19 @@ class LiveModel:
         """
         meet(call, self.ranks, timeout=self.timeout, problem=problem)
 
-    def prepare(self, call: str, *, together: bool, quick: bool = False) -> None:
+    def prepare(self, call: str, *, together: bool, quick: bool = False, problem: Exception | None = None) -> None:
         """Look at the model as it is now; if ``together``, meet the other ranks, and go on only if all can.
 
         Args:
             quick: read the model again only if something in it has moved.
+            problem: what keeps this rank from going on already; it is raised here.
 
         Collective: over `ranks`, if together.
         Raises: ValueError when the model has changed; RuntimeError when it has elsewhere, or a rank does not come.
         """
         if together:
             require_world(call, self.ranks)
-        problem = self.follow(quick=quick)
+        problem = self.follow(quick=quick) or problem
         if together:
             try:
                 self.meet(call, str(problem or ""))

@@ -19,6 +19,7 @@ from ema_dist.stays import Stays
 
 THEMSELVES = "the averages themselves"
 CAST = "a cast copy"
+MOVED = "a copy on the model's device"
 GATHERED = "a gathered copy"
 
 _stays: Stays[Serving] = Stays()
@@ -54,6 +55,8 @@ class Serving:
             return f"swapped(), since {reason}"
         if any(shard.is_split for shard in self._copied.values()):
             return GATHERED
+        if any(self._averages.parameters[name].device != shard.local.device for name, shard in self._copied.items()):
+            return MOVED
         return CAST if self._copied else THEMSELVES
 
     @contextmanager

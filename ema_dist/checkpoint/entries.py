@@ -60,7 +60,7 @@ class Target:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Dressed, a part may have become a copy (permuted in memory, or offloaded)."""
+        """Dressed, a part may have become a copy (FSDP1, where dimensions are permuted in memory)."""
         value = self.shard.unwrap(self.wrapped)
         if value.data_ptr() != self.local.data_ptr():
             self.local.copy_(value)

@@ -12,6 +12,7 @@ from ema_dist.kernels.lists import alike, chunks, paired
 from ema_dist.kernels.move import Update, Weight
 from ema_dist.kernels.rounding import ByChance, Place, Remainders, Rounding
 from ema_dist.kernels.scratch import CPU_SCRATCH_BYTES, DEVICE_SCRATCH_BYTES, make_scratch, views
+from ema_dist.kernels.to_host import HostCopy, ToHost
 
 __all__ = [
     "CPU_SCRATCH_BYTES",
@@ -20,9 +21,11 @@ __all__ = [
     "Agree",
     "ByChance",
     "Follow",
+    "HostCopy",
     "Place",
     "Remainders",
     "Rounding",
+    "ToHost",
     "Update",
     "Weight",
     "alike",

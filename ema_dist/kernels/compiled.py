@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -147,10 +147,20 @@ def _parts(found: Tables, threads: int) -> list[tuple[int, int]]:
 def _in_threads(run: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
     """Run all parts side by side, the first one here."""
     mine, *theirs = parts
-    others = [_pool(len(theirs), os.getpid()).submit(run, *part) for part in theirs]
+    others = [_begun(partial(run, *part), threads=len(theirs)) for part in theirs]
     run(*mine)
     for other in others:
         other.result()
+
+
+def _begun(run: Callable[[], None], *, threads: int) -> Future[None]:
+    try:
+        return _pool(threads, os.getpid()).submit(run)
+    except RuntimeError:  # the interpreter ends, and waits for the thread that is here
+        run()
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done
 
 
 @cache

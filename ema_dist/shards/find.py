@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Rows
 
 from ema_dist.shards import fsdp1
-from ema_dist.shards.mesh import MeshShard, local_of, split_rows
+from ema_dist.shards.mesh import MeshShard, local_of, on_groups_of, split_rows
 from ema_dist.shards.names import Place, places
 from ema_dist.shards.shard import Shard, splits_by_rows
 from ema_dist.shards.sites import Site, live_behind
@@ -127,15 +127,10 @@ class _Maker:
         return shard
 
     def _turned(self, mesh: DeviceMesh, order: list[int]) -> DeviceMesh:
-        """The same mesh with its dimensions in another order, on the groups it has: the constructor makes new ones."""
+        """The same mesh with its dimensions in another order."""
         if order == list(range(mesh.ndim)):
             return mesh
         key = mesh, tuple(order)
         if key not in self._meshes:
-            self._meshes[key] = DeviceMesh.from_group(
-                [mesh.get_group(dim) for dim in order],
-                mesh.device_type,
-                mesh=mesh.mesh.permute(order).contiguous(),
-                mesh_dim_names=tuple(f"dim_{dim}" for dim in order),
-            )
+            self._meshes[key] = on_groups_of(mesh, order, mesh.device_type)
         return self._meshes[key]

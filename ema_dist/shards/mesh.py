@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from math import prod
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -73,14 +74,16 @@ class MeshShard(Shard):
         return self.mesh.get_group() if self.mesh.ndim == 1 else None
 
     def wrap(self, local: Tensor) -> DTensor:
-        return DTensor.from_local(
-            local, self.mesh, self.placements, run_check=False, shape=self._shape, stride=self.stride
-        )
+        mesh = self.mesh
+        if local.device.type != mesh.device_type:  # it would be copied to the mesh's device
+            mesh = _elsewhere(mesh, local.device.type)
+        return DTensor.from_local(local, mesh, self.placements, run_check=False, shape=self._shape, stride=self.stride)
 
     def unwrap(self, value: Tensor) -> Tensor:
         if not isinstance(value, DTensor):
             return self.cut(value)
-        if value.shape != self.shape or value.device_mesh != self.mesh or value.placements != self.placements:
+        same_ranks = value.device_mesh == self.mesh or torch.equal(value.device_mesh.mesh, self.mesh.mesh)
+        if value.shape != self.shape or not same_ranks or value.placements != self.placements:
             raise ValueError(
                 f"expected {tuple(self.shape)} placed {self.placements} on {self.mesh}, "
                 f"got {tuple(value.shape)} placed {value.placements} on {value.device_mesh}"
@@ -166,6 +169,28 @@ def _gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Te
             sent[: len(local)] = local
         all_gather(gathered.view(-1), sent.view(-1), group=group)
     return gathered[:length].movedim(0, dim)
+
+
+_others: MutableMapping[DeviceMesh, dict[str, DeviceMesh]] = WeakKeyDictionary()
+"""For each mesh those of the same ranks for tensors on other kinds of devices."""
+
+
+def _elsewhere(mesh: DeviceMesh, device_type: str) -> DeviceMesh:
+    """The same mesh for tensors that are not on its devices: DCP asks it for ranks and places, and sends nothing."""
+    others = _others.setdefault(mesh, {})
+    if device_type not in others:
+        others[device_type] = on_groups_of(mesh, range(mesh.ndim), device_type)
+    return others[device_type]
+
+
+def on_groups_of(mesh: DeviceMesh, order: Sequence[int], device_type: str) -> DeviceMesh:
+    """The same ranks, with dimensions in another order, on the groups there are: the constructor makes new ones."""
+    return DeviceMesh.from_group(
+        [mesh.get_group(dim) for dim in order],
+        device_type,
+        mesh=mesh.mesh.permute(list(order)).contiguous(),
+        mesh_dim_names=tuple(f"dim_{dim}" for dim in order),
+    )
 
 
 def local_of(value: DTensor) -> Tensor:

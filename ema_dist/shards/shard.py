@@ -56,11 +56,11 @@ class Shard(ABC):
         # Autograd's version counter has no public name.
         return self.owner._version, self.local.data_ptr(), self.local.dtype
 
-    def empty(self, dtype: torch.dtype | None = None) -> Tensor:
+    def empty(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         """A new tensor like ``local``, with zeros behind it where the wrapper wants more `room`."""
         if self.room == self.local.numel():
-            return torch.empty_like(self.local, dtype=dtype)
-        storage = self.local.new_zeros(self.room, dtype=dtype or self.local.dtype)
+            return torch.empty_like(self.local, dtype=dtype, device=device)
+        storage = self.local.new_zeros(self.room, dtype=dtype or self.local.dtype, device=device)
         return storage[: self.local.numel()].view(self.local.shape)
 
     def fresh(self) -> Shard:
