@@ -132,6 +132,15 @@ def test_swaps_exports_and_steps_are_measured_on_every_layout(results: dict[str,
         assert steps["seconds"].keys() == steps["shares"].keys() >= {"ShardedEMA"}
 
 
+def test_steps_are_measured_without_averages_with_them_and_behind_the_next_step(results: dict[str, Any]) -> None:
+    (costs,) = results["overlap"]
+    assert (costs["case"]["parallel"], costs["case"]["ranks"]) == ("fsdp2", 2)
+    names = ["no averages", "attach(optimizer)", "attach(optimizer, overlap=True)"]
+    assert [*costs["seconds"]] == [*costs["longer"]] == names
+    assert all(len(seconds) == REPEATS and min(seconds) > 0 for seconds in costs["seconds"].values())
+    assert costs["longer"]["no averages"] == 1
+
+
 def test_what_was_reached_is_said_of_every_target(results: dict[str, Any]) -> None:
     limits = [target["limit"] for target in results["targets"] if target["unit"] == "x"]
     same_dtype, narrow, best_peer, tracks = [1.1] * 6, [0.6] * 4, [0.6] * 2, [2.6] * 2
