@@ -74,15 +74,10 @@ class Way:
 
 
 def ours(
-    model: nn.Module,
-    decays: Sequence[float],
-    replicas: Literal["shard", "copy"] = "shard",
-    *,
-    serving: bool = False,
-    kernel: str | None = None,
+    model: nn.Module, decays: Sequence[float], replicas: Literal["shard", "copy"] = "shard", *, serving: bool = False
 ) -> Averaging:
     named = {f"track {place}": decay for place, decay in enumerate(decays)}
-    ema = ShardedEMA(model, decay=named if len(decays) > 1 else decays[0], replicas=replicas, kernel=kernel)
+    ema = ShardedEMA(model, decay=named if len(decays) > 1 else decays[0], replicas=replicas)
     return Averaging(
         ema.update,
         lambda: [track["averages"] for track in ema.state_dict()["tracks"].values()],
