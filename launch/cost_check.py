@@ -34,8 +34,7 @@ LAYOUTS: list[tuple[Parallel, int, bool]] = [
 ]
 """The last of each says whether replicas split the averages."""
 KEPT: list[tuple[Live, int]] = [("float32", 1), ("bfloat16", 1), ("bfloat16", 2)]
-"""Dtypes of live weights, and numbers of tracks: with two of the live dtype, counting reads cannot tell which of them find
-the weights in the cache."""
+"""Dtypes of live weights, and numbers of tracks; several of the live dtype may find the weights in the cache."""
 CHECKED = Transformer(blocks=2, width=770)
 """770 rows do not divide by 4, nor do the 50257 of the head by 2."""
 
