@@ -7,6 +7,7 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Literal
 from weakref import finalize
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -87,16 +88,28 @@ class Averages:
         """
         return _Numbers(self.all if places is None else places, self.rests)
 
+    def copies(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of what `numbers` gave: those that it had to make are such."""
+        return {name: it if name in self.rests else it.clone() for name, it in numbers.items()}
+
+    def shown(self, name: str, dtype: torch.dtype) -> Tensor:
+        """What becomes a weight of this dtype: the average as it is kept, or its number where that says more."""
+        kept = self._kept(name)
+        return kept if kept.dtype == dtype else self.numbers()[name]
+
     @torch.no_grad()
     def put(self, name: str, value: Tensor) -> None:
         """Take ``value`` over as an average, unless it lies there already."""
-        kept = (self.parameters if name in self.parameters else self.buffers)[name]
+        kept = self._kept(name)
         if value.data_ptr() == kept.data_ptr():
             return
         if name in self.rests:
             value, rest = split(value.float())
             self.rests[name].copy_(rest)
         kept.copy_(value)
+
+    def _kept(self, name: str) -> Tensor:
+        return (self.parameters if name in self.parameters else self.buffers)[name]
 
     def parameter_pairs(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
         """Each average, and the part of the live parameter beside it."""
@@ -253,7 +266,6 @@ class Tracks(Mapping[str, Averages]):
     def _kernels(self, values: Mapping[str, Tensor], *, layout: Layout, finite: bool) -> list[Follow]:
         """What moves the averages of these towards them: as few kernels as their dtypes allow."""
         shards = layout.parameters | layout.buffers
-        numbers = {name: number for number, name in enumerate(shards)}
         kept = [(track.all, track.rests) for track in self.values()]
         rows = {
             name: (*(its[name] for its, _ in kept), *(rests[name] for _, rests in kept if name in rests), value)
@@ -263,7 +275,7 @@ class Tracks(Mapping[str, Averages]):
         for names in alike(rows):
             *moved, followed = (list(column) for column in zip(*(rows[name] for name in names), strict=True))
             tracks, rests = moved[: len(self)], moved[len(self) :]
-            places = [Place(numbers[name], shards[name].part.first) for name in names]
+            places = [Place(crc32(name.encode()), shards[name].part.first) for name in names]
             by_chance = ByChance(places, self._seed) if tracks[0][0].dtype == torch.bfloat16 else None
             rounding = Remainders(rests) if rests else by_chance
             kernels.append(

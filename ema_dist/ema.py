@@ -93,7 +93,7 @@ class ShardedEMA:
             precision=precision,
             buffers=buffers,
             kernel=kernel,
-            agree=agreed,
+            agree=agreed if self._live.is_copied else lambda _, found: found,
             store=store,
         )
         self._servings: dict[Averages, Serving] = {}
@@ -138,6 +138,7 @@ class ShardedEMA:
         if self._live.layout.has_moved():
             self._prepare("update()", together=False)
         elif self._live.layout.follow_buffers():
+            self._servings.clear()  # they would put the old ones back
             self._tracks.bind_buffers(self._live.layout)
         weights = self._clock.tick(found_inf)
         self._tracks.follow(weights, self._clock.last_update, overlap=overlap)
@@ -159,6 +160,7 @@ class ShardedEMA:
         """
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
+        self._prepare("attach()", together=False)
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(self._live.layout.parameters[name].owner) in stepped for name in self._live.selected):
             raise ValueError(
@@ -233,6 +235,14 @@ class ShardedEMA:
             yield model
 
     @property
+    def moves_by(self) -> str:
+        """The kernels that move the averages of parameters, by name: the fastest here, unless ``kernel`` was given.
+
+        "foreach" reads the live weights for each track, the others once for all.
+        """
+        return " and ".join(self._tracks.kernels)
+
+    @property
     def serves_by(self) -> str:
         """What forward passes read inside `serving`, at the costliest.
 
@@ -273,7 +283,7 @@ class ShardedEMA:
         self._prepare("state_dict()", together=self._live.is_spread)
         current: Mapping[str, Mapping[str, Tensor]] = {track: self._current(its) for track, its in self._tracks.items()}
         if self._exchange is not None:  # they lie in the model: nothing must be loaded into them there
-            current = {track: {name: it.clone() for name, it in its.items()} for track, its in current.items()}
+            current = {track: self._tracks[track].copies(its) for track, its in current.items()}
         return write_state(self._clock, self._live.layout, self._tracks, current)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -376,7 +386,7 @@ class ShardedEMA:
         return (
             f"{type(self).__name__}({len(parameters)} parameters, {numel:,} elements on this rank, "
             f"{decays[TRACK] if [*decays] == [TRACK] else decays}, start={self._clock.start}, "
-            f"update_interval={self._clock.interval}, moves by {' and '.join(self._tracks.kernels)}, "
+            f"update_interval={self._clock.interval}, moves by {self.moves_by}, "
             f"serves by {self.serves_by}{f', {self._tracks.store}' if self._tracks.store else ''})"
         )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableSet
-from weakref import WeakSet
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from ema_dist.averages import Averages
 from ema_dist.kernels import exchange_, paired
 from ema_dist.replicas import fill_from_parts
 from ema_dist.shards import Layout, Shard
+from ema_dist.stays import Stays
 
-_under_way: MutableSet[Exchange] = WeakSet()
-"""Every exchange in this process that has not been left yet."""
+_stays: Stays[Exchange] = Stays()
 
 
 class Exchange:
@@ -42,14 +41,14 @@ class Exchange:
         }
         self._exchange(pairs)
         try:
-            _copy(pairs[name][::-1] for name in self._stash)
+            _copy((live, averages.shown(name, live.dtype)) for name, (_, live) in pairs.items() if name in self._stash)
             fill_from_parts(layout.parameters.values())
         except BaseException:
             # A replica is gone: at least this rank's parts of the live weights, and its averages, are themselves again.
             self._restore(pairs)
             raise
         self._versions = {name: layout.parameters[name].version for name in averages.parameters}
-        _under_way.add(self)
+        _stays.begin(self)
 
     def current(self, layout: Layout) -> dict[str, Tensor]:
         """Where the averages are now, as they are kept: parameters' parts and buffers by name."""
@@ -70,7 +69,7 @@ class Exchange:
             self._restore(pairs)
             self._is_restored = True
         fill_from_parts(layout.parameters.values())
-        _under_way.discard(self)
+        _stays.end(self)
         return self._written
 
     def live(self) -> Iterator[tuple[Shard, Tensor]]:
@@ -111,7 +110,7 @@ class Exchange:
 
 def exchanges_in(model: nn.Module) -> list[Exchange]:
     """The exchanges that are under way in ``model``, or in a part of it, or in something that it is a part of."""
-    return [exchange for exchange in _under_way if exchange.layout.concerns(model)]
+    return _stays.within(model)
 
 
 def _bits(tensor: Tensor) -> Tensor:

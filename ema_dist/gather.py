@@ -123,7 +123,8 @@ def scatter(layout: Layout, averages: Averages, full: Mapping[str, Any]) -> None
     Raises: ValueError on every rank, before anything changes, when names, shapes or kinds of dtype are not the
         model's; RuntimeError on every rank when a value cannot be read.
     """
-    shards = {shard.name: shard.part for shard in layout.shards if shard.name in averages.all}
+    kept = averages.all
+    shards = {shard.name: shard.part for shard in layout.shards if shard.name in kept}
     first = _First(layout)
     mismatch, outlines = first.says(lambda: _compare(layout, shards, full))
     if mismatch:

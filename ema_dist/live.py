@@ -63,6 +63,11 @@ class LiveModel:
             )
 
     @property
+    def is_copied(self) -> bool:
+        """Whether replicas keep the same averages, each all of them."""
+        return any(shard.replicas is not None and not shard.is_split for shard in self.layout.parameters.values())
+
+    @property
     def is_first(self) -> bool:
         """Whether this rank is the one that gets full tensors."""
         return not self.ranks or dist.get_rank() == self.ranks[0]

@@ -12,9 +12,10 @@ import torch
 class Stochastic:
     """A bfloat16 average goes up or down by chance, in proportion to what lies between: it is right on average.
 
-    Plain rounding would lose every move smaller than half of what bfloat16 tells apart, and so all of them at a decay
-    above 0.998. The chance hangs on the seed, the number of the update, and the place in the full tensor: replicas
-    agree, and a run goes on the same after it was resumed, also on another number of ranks if they hold rows.
+    Plain rounding would lose every move smaller than half of what bfloat16 tells apart: at a decay above 0.998 all of
+    them, unless the weight is farther away than the average is large. The chance hangs on the seed, the number of the
+    update, and the place in the full tensor: replicas agree, and a run goes on the same after it was resumed, also on
+    another number of ranks if they hold rows.
 
     Args:
         seed: not negative.
@@ -23,8 +24,8 @@ class Stochastic:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"the seed of Stochastic is 0 or more, got {self.seed!r}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"the seed of Stochastic is a whole number, 0 or more, got {self.seed!r}")
 
 
 @dataclass(frozen=True)

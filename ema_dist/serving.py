@@ -15,14 +15,14 @@ from ema_dist.averages import Averages
 from ema_dist.kernels import lerp_, paired
 from ema_dist.replicas import fill_from_parts
 from ema_dist.shards import Layout, Shard, Stage, obstacle, replays_graphs
+from ema_dist.stays import Stays
 
 THEMSELVES = "the averages themselves"
 CAST = "a cast copy"
 MOVED = "a copy on the model's device"
 GATHERED = "a gathered copy"
 
-_under_way: MutableSet[Serving] = WeakSet()
-"""Every one in this process that has been entered and not left yet."""
+_stays: Stays[Serving] = Stays()
 
 _told: MutableSet[Averages] = WeakSet()
 """Those of which a warning has said that serving them takes a swap."""
@@ -78,16 +78,17 @@ class Serving:
                 return
             scene = self._set()
             self.is_on = True
-            _under_way.add(self)
+            _stays.begin(self)
             try:
                 scene.stage.enter()
                 yield self.layout.model
             finally:
-                changed, trained = scene.stage.leave()
                 self.is_on = False
-                _under_way.discard(self)
-                if changed:  # what modules were shown may not be what it was
-                    self._lasting = None
+                _stays.end(self)
+                self._lasting = None  # unless what modules were shown is what it was
+                changed, trained = scene.stage.leave()
+                if not (changed or self._copied or scene.stage.is_touched):
+                    self._lasting = scene
         if changed:
             raise RuntimeError(
                 f"parameters were written to, cast, moved or replaced inside serving(): {changed}. What was written "
@@ -108,25 +109,23 @@ class Serving:
         """What the forward pass is to find, with the averages as they are now."""
         with torch.inference_mode(mode=False), torch.no_grad():  # what is kept must serve outside of it, too
             scene = self._lasting or self._build()
-            if not self._copied:
-                self._lasting = scene
             for targets, sources in paired((copy.part.local, average) for copy, average in scene.copies):
                 lerp_(targets, sources, 1.0)
             fill_from_parts(copy for copy, _ in scene.copies)
         return scene
 
     def _build(self) -> _Scene:
-        parameters, buffers = self._averages.parameters, self._averages.buffers
+        parameters = self._averages.parameters
         # Of buffers always, as forward passes may write to them: what BatchNorm does in training mode goes nowhere.
         fresh = {name: shard.fresh() for name, shard in {**self._copied, **self.layout.buffers}.items()}
         locals_ = parameters | {name: shard.local for name, shard in fresh.items()}
-        averages = parameters | buffers
-        return _Scene(Stage(self.layout, locals_), [(shard, averages[name]) for name, shard in fresh.items()])
+        copies = [(shard, self._averages.shown(name, shard.local.dtype)) for name, shard in fresh.items()]
+        return _Scene(Stage(self.layout, locals_), copies)
 
 
 def servings_in(model: nn.Module) -> list[Serving]:
     """Those under way in ``model``, or in a part of it, or in something that it is a part of."""
-    return [serving for serving in _under_way if serving.layout.concerns(model)]
+    return _stays.within(model)
 
 
 def _fits(average: Tensor, shard: Shard) -> bool:

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,11 +43,13 @@ class Averaging:
         update: take each average once.
         averages: those of each track by name, in float32.
         swapped: a block inside which the model computes with the first track; None where there is no such thing.
+        reads_once: whether all tracks share one reading of the live weights.
     """
 
     update: Callable[[], object]
     averages: Callable[[], Sequence[Mapping[str, Tensor]]]
     swapped: Callable[[], AbstractContextManager[object]] | None = None
+    reads_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,32 +57,37 @@ class Way:
     """How averages of one model are made, one for each decay, and what an update of them moves.
 
     Args:
-        passes: over one track's average and its live weights, where these have its dtype; None where all tracks share
-            the reading.
+        passes: over one track's average and its live weights, where these have its dtype.
         narrow: the same where the live dtype is narrower; None if there is no difference.
     """
 
     make: Callable[[nn.Module, Sequence[float]], Averaging]
-    passes: Passes | None = None
+    passes: Passes
     narrow: Passes | None = None
 
-    def bytes_moved(self, elements: int, kept: Kept) -> int:
+    def bytes_moved(self, averaging: Averaging, elements: int, kept: Kept) -> int:
         """In an update of the averages of so many elements."""
-        if self.passes is None:
+        if averaging.reads_once:
             return update_bytes(elements, kept)
         passes = self.narrow if self.narrow and kept.live_width < kept.average_width else self.passes
         return passes.bytes(elements, kept)
 
 
 def ours(
-    model: nn.Module, decays: Sequence[float], replicas: Literal["shard", "copy"] = "shard", *, serving: bool = False
+    model: nn.Module,
+    decays: Sequence[float],
+    replicas: Literal["shard", "copy"] = "shard",
+    *,
+    serving: bool = False,
+    kernel: str | None = None,
 ) -> Averaging:
     named = {f"track {place}": decay for place, decay in enumerate(decays)}
-    ema = ShardedEMA(model, decay=named if len(decays) > 1 else decays[0], replicas=replicas)
+    ema = ShardedEMA(model, decay=named if len(decays) > 1 else decays[0], replicas=replicas, kernel=kernel)
     return Averaging(
         ema.update,
         lambda: [track["averages"] for track in ema.state_dict()["tracks"].values()],
-        ema.serving if serving else ema.swapped,
+        partial(ema.serving if serving else ema.swapped, ema.tracks[0]),
+        reads_once=ema.moves_by != "foreach",
     )
 
 
@@ -219,9 +227,9 @@ SWAPPING = [DIFFUSERS, LIGHTNING]
 
 def ways(case: Case) -> dict[str, Way]:
     """All of them for a case, by name; the first is the floor."""
-    found = {FOREACH: Way(one_each(foreach), LERP, CAST_AND_LERP), OURS: Way(ours)}
+    found = {FOREACH: Way(one_each(foreach), LERP, CAST_AND_LERP), OURS: Way(ours, LERP)}
     if case.parallel == "ddp":
-        found[OURS_WHOLE] = Way(lambda model, decays: ours(model, decays, "copy"))
+        found[OURS_WHOLE] = Way(lambda model, decays: ours(model, decays, "copy"), LERP)
     if case.parallel == "fsdp2":
         found[DTENSOR_FOREACH] = Way(one_each(dtensor_foreach), LERP, CAST_AND_LERP)
     return found | COPYING

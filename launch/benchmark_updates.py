@@ -134,7 +134,7 @@ def _count(costs: UpdateCosts, name: str, way: Way, averaging: Averaging, device
     kept = _kept(costs)
     counts = [
         operators_in(averaging.update).count,
-        way.bytes_moved(elements, kept),
+        way.bytes_moved(averaging, elements, kept),
         sum(nbytes(track) for track in held),
     ]
     counts = [int(count) for count in highest(counts, device)]

@@ -115,7 +115,7 @@ def test_formulas_are_checked_on_every_rank_of_every_layout(costs: list[dict[str
         ("hsdp", 4),
     }
     assert len(found) == 9
-    assert len(costs) == 18
+    assert len(costs) == 27
     for it in costs:
         for check in ("held", "moved", "sent"):
             assert len(it[check]["formula"]) == it["case"]["ranks"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
 from ema_dist.kernels import KERNELS, bind, choose
@@ -58,7 +59,9 @@ def test_ranks_agree_on_a_kernel() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "_seconds", lambda follow, *_: float(follow.name != best))
         assert bind(ones(2), [torch.zeros(3)]).name == best
-        said = [repr(ShardedEMA(nn.Linear(2, 2), decay={"short": 0.5, "long": 0.9})) for _ in range(2)]
+        model = DistributedDataParallel(nn.Linear(2, 2))
+        decays = {"short": 0.5, "long": 0.9}
+        said = [repr(ShardedEMA(model, decay=decays, replicas="copy")) for _ in range(2)]
     chosen = re.findall("moves by ([a-z]+),", " ".join(said))
     found: list[list[str]] = [[]] * 3
     dist.all_gather_object(found, chosen)

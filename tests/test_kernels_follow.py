@@ -106,3 +106,38 @@ def test_a_weight_for_each_track_is_asked_for() -> None:
 def test_nothing_to_follow_is_nothing_to_do() -> None:
     follow_([[], []], [], [0.5, 0.5])
     follow_([], [torch.ones(1)], [])
+
+
+@pytest.mark.parametrize("kernel", KERNELS_HERE)
+def test_autograd_notices_that_averages_moved(kernel: str | None) -> None:
+    """A graph through them would run backward with other values than it was built from."""
+    averages, inputs = [torch.ones(5), torch.ones(2, 3)], torch.ones(5, requires_grad=True)
+    follow = bind([averages], [torch.zeros(5), torch.zeros(2, 3)], kernel=kernel)
+    output = (inputs * averages[0]).sum()
+    follow([0.5])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton is for tensors of one process")
+@pytest.mark.parametrize("kernel", KERNELS_HERE)
+def test_averages_may_move_into_shared_memory(kernel: str | None) -> None:
+    """As those do that are sent to a process which evaluates them."""
+    averages = [torch.zeros(50_000), torch.zeros(7, 5)]
+    follow = bind([averages], [torch.ones(50_000), torch.ones(7, 5)], kernel=kernel)
+    follow([0.5])
+    for average in averages:
+        average.share_memory_()
+    follow([0.5])
+    assert all(torch.equal(average, torch.full_like(average, 0.75)) for average in averages)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs a Triton that runs")
+def test_a_triton_that_cannot_compile_leaves_it_to_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(one_launch.InOneLaunch, "_run", fails)
+    with pytest.warns(UserWarning, match="'scratch' does: Triton cannot compile here: .*Failed to find C compiler"):
+        follow = bind([[torch.zeros(3)]], [torch.ones(3).bfloat16()], kernel="triton")
+    assert follow.name == "scratch"

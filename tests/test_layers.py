@@ -31,6 +31,7 @@ ROWS = {
     "clock": 2,
     "meeting": 2,
     "replicas": 2,
+    "stays": 2,
     "decay": 1,
     "offload": 1,
     "precision": 1,

@@ -22,7 +22,7 @@ from layouts import assert_bitwise_equal, full_weights, layouts, make_net, train
         ({"decay": 1000}, r"HalfLife\(steps\)"),
         ({"start": -1}, "start is an optimizer step"),
         ({"update_interval": 0}, "update_interval is a number of optimizer steps"),
-        ({"dtype": torch.int32}, "floating-point, got dtype=torch.int32"),
+        ({"dtype": torch.int32}, "floating-point, of 16 bits or more, got dtype=torch.int32"),
         ({"replicas": "all"}, '"shard", "copy" or a process group, got \'all\''),
         ({"buffers": "mean"}, '"average" or "copy", got \'mean\''),
         ({"select": lambda _name, _parameter: False}, "nothing to average: none of the 2 parameters is selected"),

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commands import exported, ok
 from ema_dist import Compensated, ShardedEMA, Stochastic, checkpoint
+from ema_dist.shards import Layout
 from layouts import assert_bitwise_equal, full_weights, layouts, make_net, wrap
 from moves import in_world
 
@@ -88,6 +89,37 @@ def test_chance_is_the_same_on_every_layout_that_holds_rows(layout: str) -> None
         share = 0.9**6 + sum(0.1 * 0.9**k * 0.875 ** (6 - k) for k in range(6))
         exact = make_net(layout).bfloat16().head.weight.double() * share
         torch.testing.assert_close(found["head.weight"].double(), exact, rtol=0.05, atol=0)
+
+
+@layouts("tp", "fsdp2-tp", "fsdp2-3", "hsdp", "ddp-3", "fsdp1-3")
+def test_no_two_elements_of_a_tensor_have_the_same_chance(layout: str) -> None:
+    """Else the mean of many weights would be off by more than it should: blocks of columns, too."""
+    shards = Layout(wrap(layout, make_net(layout))).parameters
+    mine = {name: (shard.part.first, shard.part.local.numel()) for name, shard in shards.items()}
+    found: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, mine)
+    for name, shard in shards.items():
+        places = [place for first, count in {its[name] for its in found} for place in range(first, first + count)]
+        assert len(places) == len({*places}) == shard.shape.numel(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_models_that_are_cast_later_get_the_averages_to_the_bit(dtype: torch.dtype) -> None:
+    net = make_net("plain").bfloat16()
+    ema, reference = ShardedEMA(net, decay=0.9, **TWO_HALVES), ShardedEMA(net, decay=0.9)
+    for _ in moving(net):
+        ema.update()
+        reference.update()
+    net.to(dtype)
+    expected = {name: value.to(dtype).double() for name, value in wide(reference).items()}
+    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    with ema.swapped():
+        found = full_weights(net)
+    assert_bitwise_equal({name: found[name] for name in trained}, {name: expected[name] for name in trained})
+    with ema.serving():
+        shown = {name: parameter.double() for name, parameter in net.named_parameters()}
+    assert_bitwise_equal({name: shown[name] for name in trained}, {name: expected[name] for name in trained})
+    assert_bitwise_equal(wide(ema), wide(reference))
 
 
 @pytest.mark.world_size(2)
@@ -291,8 +323,10 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
 
 
 def test_a_negative_seed_is_refused() -> None:
-    with pytest.raises(ValueError, match="the seed of Stochastic is 0 or more, got -1"):
+    with pytest.raises(ValueError, match="the seed of Stochastic is a whole number, 0 or more, got -1"):
         Stochastic(-1)
+    with pytest.raises(ValueError, match=r"a whole number, 0 or more, got 1\.5"):
+        Stochastic(1.5)  # pyrefly: ignore[bad-argument-type]
 
 
 def test_averages_that_may_stand_still_are_warned_of() -> None:

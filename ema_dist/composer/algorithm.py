@@ -22,7 +22,7 @@ from ema_dist.composer.steps import StepsTaken
 from ema_dist.ema import ShardedEMA
 from ema_dist.exchange import exchanges_in
 from ema_dist.gather import copy_into
-from ema_dist.precision import Compensated, Stochastic
+from ema_dist.precision import Compensated, Precision, Stochastic
 from ema_dist.shards import Layout, Replicas
 
 CHECKPOINT_EVENTS = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT)
@@ -95,6 +95,7 @@ class EMA(Algorithm):
         self.ema_start = self._schedule.start
         self.update_interval = self._schedule.interval
         self.train_with_ema_weights = train_with_ema_weights
+        Precision(dtype, rounding)  # which raises now, not when the averages begin
         self._settings: dict[str, Any] = {
             "dtype": dtype,
             "rounding": rounding,

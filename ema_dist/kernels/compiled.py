@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ema_dist.kernels.follow import UnfitError
 from ema_dist.kernels.in_chunks import in_chunks_only
@@ -41,7 +42,7 @@ class Compiled:
 
     With numbers as weights, float32 and float64 averages are equal to torch's to the bit. Tensors that have gaps, or
     that are laid out otherwise than their averages, move as `in_chunks` moves them.
-    It keeps the tensors' addresses: make another one when they move to other storage.
+    It keeps views of the tensors: make another one when they get other storage.
 
     Args:
         tracks: the averages of each track, in the order of ``values``, all of one dtype.
@@ -69,11 +70,18 @@ class Compiled:
                 f"it moves tracks of one dtype on the CPU, among {[*NAMES]}; found {dtypes} that follow "
                 f"{values[0].dtype} on {values[0].device}"
             )
-        self._kernel = _compiled(NAMES[values[0].dtype], NAMES[dtypes.pop()], *DEFINITIONS[type(rounding)])
+        compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+        if not compiler:
+            raise UnfitError("there is no C compiler: install gcc or clang, or name one in CC")
+        kernel = _compiled(compiler, NAMES[values[0].dtype], NAMES[dtypes.pop()], *DEFINITIONS[type(rounding)])
+        if isinstance(kernel, UnfitError):
+            raise kernel
+        self._kernel = kernel
         remainders = rounding.tracks if isinstance(rounding, Remainders) else ()
-        self._rows, flat, others = flat_rows(values, *tracks, *remainders)  # the tables hold addresses only
+        self._rows, flat, others = flat_rows(values, *tracks, *remainders)
         self._others = in_chunks_only(others, tracks, values, finite=finite, rounding=rounding)
-        self._tables = tables(self._rows, block=BLOCK) if self._rows else None
+        self._written = [tensor for _, *written in self._rows for tensor in written]
+        self._set_tables()
         self._parts = _parts(self._tables, torch.get_num_threads()) if self._tables else []
         self._noise = (None, None, None)
         if isinstance(rounding, ByChance):
@@ -87,18 +95,23 @@ class Compiled:
         for index, weight in enumerate(weights):
             self._weights[index] = weight
         if self._tables:
+            if list(map(Tensor.data_ptr, self._written)) != self._addresses:  # share_memory_() moves what others view
+                self._set_tables()
             found = (*self._tables, *self._noise, self._weights)
             addresses = [None if table is None else table.data_ptr() for table in found]
             _in_threads(partial(self._kernel, *addresses, int(update), *self._settings), self._parts)
+            increment_version(self._written)
         self._others(weights, update)
+
+    def _set_tables(self) -> None:
+        """Note where the tensors lie: tables hold addresses only."""
+        self._addresses = list(map(Tensor.data_ptr, self._written))
+        self._tables = tables(self._rows, block=BLOCK) if self._rows else None
 
 
 @cache
-def _compiled(live: str, stored: str, *definitions: str) -> Callable[..., None]:
-    """The kernel for these types."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        raise UnfitError("there is no C compiler: install gcc or clang, or name one in CC")
+def _compiled(compiler: str, live: str, stored: str, *definitions: str) -> Callable[..., None] | UnfitError:
+    """The kernel for these types; or why there is none, so that a compiler which fails is not asked again."""
     wide = "double" if stored == "double" else "float"
     types = [f"LIVE={live}", f"STORED={stored}", f"WIDE={wide}", *["HALF"] * ("half" in (live, stored))]
     with TemporaryDirectory() as folder:
@@ -116,7 +129,7 @@ def _compiled(live: str, stored: str, *definitions: str) -> Callable[..., None]:
             subprocess.run(command, check=True, capture_output=True, text=True)
             kernel = ctypes.CDLL(str(library)).follow
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UnfitError(f"{' '.join(command)} failed: {getattr(error, 'stderr', error)}") from error
+            return UnfitError(f"{' '.join(command)} failed: {getattr(error, 'stderr', error)}")
     kernel.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 7
     kernel.restype = None
     return kernel

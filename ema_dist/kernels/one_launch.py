@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ema_dist.kernels.follow import UnfitError
 from ema_dist.kernels.in_chunks import in_chunks_only
@@ -61,6 +62,7 @@ class InOneLaunch:
         self._counts = isinstance(rounding, ByChance)
         self._update = _Slots([0], torch.int32, values[0].device)
         self._rows = rows  # whose addresses are only good as long as they are
+        self._written = [tensor for _, *written in rows for tensor in written]
         self._launches: list[Callable[[], object]] = []
         for aligned in (True, False):
             these = [index for index, row in enumerate(rows) if _is_aligned(row) == aligned]
@@ -68,7 +70,10 @@ class InOneLaunch:
                 some = rounding.of([flat[index] for index in these]) if rounding else None
                 launch = self._launch(code, [rows[index] for index in these], some, finite=finite, aligned=aligned)
                 self._launches.append(launch)
-        self._run()  # compiles them; weights of zero leave everything as it is
+        try:
+            self._run()  # compiles them; weights of zero leave everything as it is
+        except Exception as error:  # no C compiler, a GPU that is too old: Triton and its backends raise what they like
+            raise UnfitError(f"Triton cannot compile here: {error!r}") from error
 
     @torch.no_grad()
     def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:
@@ -77,6 +82,7 @@ class InOneLaunch:
         if self._counts:
             self._update.hold([update])
         self._run()
+        increment_version(self._written)
         self._others(weights, update)
 
     def _run(self) -> None:

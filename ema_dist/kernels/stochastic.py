@@ -43,12 +43,17 @@ class Stochastic:
     @torch.no_grad()
     def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:
         """Move each track by its weight; ``update`` is the number of this update."""
+        if not self._chunks:
+            return
+        device = self._chunks[0].noise.device
+        found = [key(self._seed, update=update, track=number) for number in range(len(weights))]
+        keys = [it.to(device, non_blocking=True) if isinstance(it, Tensor) else it for it in found]
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.room, chunk.values)
-            for number, (averages, weight) in enumerate(zip(chunk.tracks, weights, strict=True)):
+            for averages, weight, its in zip(chunk.tracks, weights, keys, strict=True):
                 torch._foreach_copy_(chunk.wide_pieces, averages)
                 move_(chunk.wide_pieces, chunk.room, weight, finite=self._finite)
-                _round_(chunk, key(self._seed, update=update, track=number))
+                _round_(chunk, its)
                 torch._foreach_copy_(averages, chunk.wide_pieces)
 
 

@@ -112,7 +112,7 @@ class Layout:
         if self.has_flat_parameters:
             return False
         self.units.settle()
-        return not (self.has_moved() or self.follow_buffers())
+        return not (self.has_moved() or self._watch.finds_others() or self.follow_buffers())
 
     @property
     def has_flat_parameters(self) -> bool:

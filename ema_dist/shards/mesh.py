@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
+from math import prod
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,8 +50,16 @@ class MeshShard(Shard):
 
     @property
     def first(self) -> int:
-        _, starts = self._cuts()
-        return sum(start * step for start, step in zip(starts, self.stride, strict=True))
+        cuts = [(dim, placement) for dim, placement in enumerate(self.placements) if not placement.is_replicate()]
+        if all(type(placement) is Rows and placement.dim == 0 for _, placement in cuts):
+            _, starts = self._cuts()
+            return starts[0] * self.stride[0] if starts else 0
+        number, sizes = 0, list(self._shape)
+        for dim, placement in cuts:
+            number = number * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
+            cut: int = placement.dim  # pyrefly: ignore[missing-attribute]  strided ones have it, too
+            sizes[cut] = -(-sizes[cut] // self.mesh.size(dim))
+        return number * prod(sizes)
 
     @property
     def device(self) -> torch.device:

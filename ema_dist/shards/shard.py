@@ -82,7 +82,7 @@ class Shard(ABC):
 
     @property
     def first(self) -> int:
-        """The place of the first element in the full tensor's memory; rows lie there one after the other."""
+        """Where ``local`` begins when all ranks' parts are laid one after the other; of rows, in the full tensor."""
         return 0
 
     @property

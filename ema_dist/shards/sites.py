@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -85,9 +86,10 @@ class StandIns:
             if registry.get(name) is not tensor:
                 replaced.append(live)
             registry[name] = live
-        for it in self._assigned:
-            it.put(it.live)
-        _on_stage[:] = [other for other in _on_stage if other is not self]
+        _on_stage.remove(self)
+        with ExitStack() as stack:  # one that raises must not keep the others from their places
+            for it in self._assigned:
+                stack.callback(it.put, it.live)
         return replaced
 
 
@@ -99,19 +101,19 @@ _KEY = "ema_dist"
 
 def live_behind(tensor: Tensor) -> Tensor:
     """The live tensor whose place ``tensor`` takes at the moment; ``tensor`` itself where it is nobody's substitute."""
-    for stand_ins in _on_stage:
+    for stand_ins in tuple(_on_stage):  # others may come and go in other threads
         tensor = stand_ins.live.get(id(tensor), tensor)
     return tensor
 
 
 def _show_live(module: nn.Module, *_: object) -> None:
-    for stand_ins in _on_stage:
+    for stand_ins in tuple(_on_stage):  # others may come and go in other threads
         for it in stand_ins.at.get(id(module), ()):
             it.site.registry[it.site.name] = it.live
 
 
 def _show_substitutes(module: nn.Module, *_: object) -> None:
-    for stand_ins in _on_stage:
+    for stand_ins in tuple(_on_stage):  # others may come and go in other threads
         for it in stand_ins.at.get(id(module), ()):
             it.site.registry[it.site.name] = it.tensor
 

@@ -64,16 +64,24 @@ class Stage:
         self._diversion.enter()
         self._stand_ins.enter()
 
+    @property
+    def is_touched(self) -> bool:
+        """Whether somebody asked what was shown for gradients, which the next block must not find there."""
+        return any(map(_requires_grad, self._shown.values()))
+
     def leave(self) -> tuple[list[str], list[str]]:
         """Let it find the live weights.
 
         Returns: the names of parameters that were written to, moved or replaced meanwhile, and of those that were given
             gradients.
         """
-        changed = self._stand_ins.leave()
-        changed += self._diversion.leave()
-        for wrapper, sync in zip(self._wrappers, self._syncs, strict=True):
-            wrapper.require_forward_param_sync = sync
+        try:
+            changed = self._stand_ins.leave()
+        finally:
+            moved = self._diversion.leave()
+            for wrapper, sync in zip(self._wrappers, self._syncs, strict=True):
+                wrapper.require_forward_param_sync = sync
+        changed += moved
         names = {self._names[id(live)] for live in changed if id(live) in self._names}
         names |= _differing(self._locals, self._versions, self._current_versions())
         names |= _differing(self._shown, self._addresses, self._current_addresses())
@@ -146,6 +154,7 @@ def _differing(names: Iterable[str], before: list[int], now: list[int]) -> set[s
 
 _version = attrgetter("_version")  # autograd's counter has no public name
 _gradient = attrgetter("grad")
+_requires_grad = attrgetter("requires_grad")
 
 
 def _address(tensor: Tensor) -> int:

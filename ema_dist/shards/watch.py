@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Watch:
         self._handles = [handle for _, handle in handles(model)]
         live = map(live_behind, self._plain.current()), map(live_behind, self._mesh.current())
         self._addresses = self._addresses_of(*live)
+        self._objects = [live_behind(it) for it in (*self._plain.current(), *self._mesh.current())]
 
     def differs(self) -> bool:
         """Whether a module or parameter was replaced or removed, or lies in other storage."""
@@ -43,6 +44,10 @@ class Watch:
             return self._addresses_of(self._plain.current(), self._mesh.current()) != self._addresses
         except (AttributeError, TypeError):  # a sharded parameter has become a plain one, or one is gone
             return True
+
+    def finds_others(self) -> bool:
+        """Whether modules now show other parameters, wherever these lie: an optimizer built since steps them alone."""
+        return not all(map(is_, chain(self._plain.current(), self._mesh.current()), self._objects))
 
     @property
     def has_flat_parameters(self) -> bool:
