@@ -147,7 +147,7 @@ class Tracks(Mapping[str, Averages]):
         precision: Precision,
         buffers: BufferPolicy,
         kernel: str | None,
-        agree: Agree,
+        agree: Agree | None,
         store: Offloaded | None = None,
     ) -> None:
         self._seed = precision.rounding.seed if isinstance(precision.rounding, Stochastic) else 0

@@ -93,7 +93,7 @@ class ShardedEMA:
             precision=precision,
             buffers=buffers,
             kernel=kernel,
-            agree=agreed if self._live.is_copied else lambda _, found: found,
+            agree=agreed if self._live.is_copied else None,
             store=store,
         )
         self._servings: dict[Averages, Serving] = {}

@@ -31,6 +31,7 @@ from composer_runs import (
     saved,
     trainer,
 )
+from ema_dist import Compensated
 from ema_dist.composer import EMA
 
 
@@ -84,6 +85,8 @@ def test_what_composer_refuses_is_refused(arguments: dict[str, Any]) -> None:
         ({"ema_start": "10sp"}, "Invalid time unit for parameter ema_start"),
         ({"half_life": 10}, "half_life must be a time string such as '10ba', got 10"),
         ({"half_life": "10sp"}, "Invalid time unit for parameter half_life"),
+        ({"rounding": Compensated()}, r"rounding=Compensated\(\) is for dtype=torch.bfloat16, got dtype=None"),
+        ({"dtype": torch.int64}, "averages are floating-point, of 16 bits or more, got dtype=torch.int64"),
     ],
     ids=str,
 )

@@ -41,7 +41,7 @@ def bind(
     finite: bool = True,
     kernel: str | None = None,
     rounding: Rounding | None = None,
-    agree: Agree = lambda _, found: found,
+    agree: Agree | None = None,
 ) -> Follow:
     """What moves these tracks towards these values at each call, as `follow_` does once.
 
@@ -55,7 +55,7 @@ def bind(
             device, dtypes, number of tracks, and small or large tensors. Where it cannot do, another one does, whose
             name is in ``name``.
         rounding: of bfloat16 averages: `ByChance` or `Remainders`; None for to nearest.
-        agree: on the fastest kernel, so that ranks which hold the same averages move them by the same one.
+        agree: on the fastest kernel, where ranks hold the same averages and must move them alike.
 
     Raises: ValueError when there is no such kernel, or other averages are to be rounded.
     """
@@ -69,8 +69,9 @@ def bind(
     if kernel is None:
         possible = (*always, "triton") if values[0].is_cuda else always
         kind = _Kind.of(tracks, values, finite=finite)
-        is_settled = len(possible) == 1
-        kernel = possible[0] if is_settled else agree(f"fastest {possible} for {kind}", _fastest(kind, possible))
+        kernel = possible[0] if len(possible) == 1 else _fastest(kind, possible)
+        if agree and len(possible) > 1:
+            kernel = agree(f"the fastest of {possible} for {kind}", kernel)
     try:
         return KERNELS[kernel](tracks, values, finite=finite, rounding=rounding)
     except UnfitError as reason:
