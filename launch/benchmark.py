@@ -30,6 +30,7 @@ from benchmark_checkpoint_report import CheckpointResults, checkpoint_tables
 from benchmark_checkpoints import checkpoint_costs, reshard_costs
 from benchmark_exports import export_costs, gather_costs
 from benchmark_measure import file_system
+from benchmark_overlap import step_costs
 from benchmark_picture import write_picture
 from benchmark_report import Table
 from benchmark_results import Environment, Results
@@ -92,6 +93,11 @@ def measure_averages(run: Run, repeats: int) -> tuple[AverageResults, list[Table
             results.swaps += run.measure(partial(swap_costs, repeats=repeats), swapped, missing)
         results.exports += run.measure(partial(full_state_costs, repeats=repeats), case, missing)
         results.steps += run.measure(partial(step_shares, repeats=repeats), case, missing)
+    if run.device_type == "cuda" and not run.quick:
+        beside = Case("fsdp2", torch.cuda.device_count(), SIZES["1B"])
+    else:
+        beside = Case("fsdp2", 2, tracked)
+    results.overlap += run.measure(partial(step_costs, repeats=repeats), beside, missing)
     return results, average_tables(results)
 
 

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from benchmark_average_report import AverageResults, update_case
+from benchmark_overlap import StepCosts
 from benchmark_peers import (
     AVERAGED_MODEL,
     COMPOSER,
@@ -81,6 +82,12 @@ def average_tables(results: AverageResults) -> list[Table]:
             2,
             [row for steps in results.steps for row in _step_rows(steps)],
         ),
+        Table(
+            "Steps with averages, of the slowest rank",
+            ["case", "averages", "step ms", "times without"],
+            2,
+            [row for costs in results.overlap for row in _overlap_rows(costs)],
+        ),
         Table("What fails, and how", ["by", "how", "where"], 3, [*_failures(results)]),
     ]
 
@@ -132,6 +139,13 @@ def _step_rows(steps: StepShares) -> Iterator[Sequence[str]]:
     for name, share in steps.shares().items():
         yield case, name, step, ms(statistics.median(steps.seconds[name])), f"{share:.1%}"
         case = step = ""
+
+
+def _overlap_rows(costs: StepCosts) -> Iterator[Sequence[str]]:
+    case = f"{describe(costs.case)} ({costs.elements / 1e6:.1f}M)"
+    for name, seconds in costs.seconds.items():
+        yield case, name, ms(statistics.median(seconds)), f"{costs.longer(name):.3f}"
+        case = ""
 
 
 def _failures(results: AverageResults) -> Iterator[Sequence[str]]:
