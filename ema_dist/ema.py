@@ -138,8 +138,8 @@ class ShardedEMA:
         if self._live.layout.has_moved():
             self._prepare("update()", together=False)
         elif self._live.layout.follow_buffers():
-            self._tracks.bind_buffers(self._live.layout)
             self._servings.clear()  # they would put the old ones back
+            self._tracks.bind_buffers(self._live.layout)
         weights = self._clock.tick(found_inf)
         self._tracks.follow(weights, self._clock.last_update, overlap=overlap)
 

@@ -355,6 +355,24 @@ def test_a_failure_is_raised_by_whoever_asks_for_averages(monkeypatch: pytest.Mo
         ema.state_dict()
 
 
+def test_a_failure_does_not_hide_that_buffers_were_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.BatchNorm1d(3)
+    ema = ShardedEMA(model, decay=0.5, store=Offloaded())
+    with ema.serving():
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(offload, "_move", failing)
+        ema.update()
+        replaced = model.running_mean = torch.full((3,), 4.0)
+        with pytest.raises(RuntimeError, match="failed on its thread"):
+            ema.update()
+    with ema.serving():
+        pass
+    assert model.running_mean is replaced
+    ema.update()
+    assert torch.equal(ema.full_state_dict()["running_mean"], torch.full((3,), 2.0))
+
+
 @pytest.mark.world_size(2)
 def test_every_rank_hears_of_a_failure() -> None:
     _, ema = trained("fsdp2", store=Offloaded())
