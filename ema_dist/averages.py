@@ -159,6 +159,8 @@ class Tracks(Mapping[str, Averages]):
         # Memory of averages that nobody holds any more must not be given away before the side stream has left it.
         finalize(self, self.streams.join).atexit = False  # pyrefly: ignore[missing-attribute]  it has it
         self._offload = partial(Offload, worker=Worker(), streams=self.streams, store=store) if store else None
+        self.followed = 0
+        """How often they have followed the live weights."""
         self._parameters: list[Follow] = []
         self._buffers: list[Follow] = []
         self._copied: list[Follow] = []
@@ -201,7 +203,7 @@ class Tracks(Mapping[str, Averages]):
     def bind_buffers(self, layout: Layout) -> None:
         """Follow the buffers that ``layout`` shows from now on. Raises: as `drain`, after that."""
         try:
-            self.drain()
+            self._drain([*self._buffers, *self._copied])
         finally:
             live = {name: layout.buffers[name].local for name in self._first.buffers}
             lerped = {name: value for name, value in live.items() if name in self._lerped_buffers}
@@ -219,6 +221,7 @@ class Tracks(Mapping[str, Averages]):
 
         Raises: RuntimeError when an earlier update failed, on its thread.
         """
+        self.followed += 1
         in_order = [weights[name] for name in self]
         is_taken = any(isinstance(weight, Tensor) or weight for weight in in_order)
         self.streams.join()
@@ -237,9 +240,12 @@ class Tracks(Mapping[str, Averages]):
 
         Raises: RuntimeError when an update failed, on its thread.
         """
+        self._drain([*self._parameters, *self._buffers, *self._copied])
+
+    def _drain(self, kernels: Iterable[Follow]) -> None:
         self.streams.join()
         with ExitStack() as of_all:  # also when one of them raises
-            for kernel in [*self._parameters, *self._buffers, *self._copied]:
+            for kernel in kernels:
                 if isinstance(kernel, Offload):
                     of_all.callback(kernel.drain)
 

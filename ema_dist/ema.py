@@ -75,6 +75,8 @@ class ShardedEMA:
         timeout: float = 60.0,
     ) -> None:
         precision = Precision(dtype, rounding)
+        if store is not None and not isinstance(store, Offloaded):
+            raise ValueError(f"store is Offloaded(...) or None, got {store!r}")
         if not isinstance(replicas, ProcessGroup) and replicas not in ("shard", "copy"):
             raise ValueError(f'replicas is "shard", "copy" or a process group, got {replicas!r}')
         if buffers not in ("average", "copy"):
@@ -400,12 +402,16 @@ class ShardedEMA:
         averages = self._tracks.named(track)
         self._prepare(call, together=self._live.is_spread)
         entries = gather(self._live.layout, self._current(averages), dtype=dtype, keep=self._live.is_first)
-        return self._entries(entries, self._exchange)
+        return self._entries(entries, self._exchange, self._tracks.followed)
 
-    def _entries(self, entries: Iterator[tuple[str, Any]], exchange: Exchange | None) -> Iterator[tuple[str, Any]]:
+    def _entries(
+        self, entries: Iterator[tuple[str, Any]], exchange: Exchange | None, followed: int
+    ) -> Iterator[tuple[str, Any]]:
         for entry in entries:
             if self._exchange is not exchange:
                 raise RuntimeError("swapped() was entered or left while gather() was under way; exhaust it before that")
+            if self._tracks.followed != followed:
+                raise RuntimeError("update() was called while gather() was under way; exhaust it before that")
             yield entry
 
     def _leave_swap(self) -> None:

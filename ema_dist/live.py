@@ -91,7 +91,8 @@ class LiveModel:
         """
         if together:
             require_world(call, self.ranks)
-        problem = self.follow(quick=quick) or problem
+        changed = self.follow(quick=quick)
+        problem = problem or changed
         if together:
             try:
                 self.meet(call, str(problem or ""))

@@ -31,7 +31,7 @@ class Offloaded:
         max_pending: updates that may be under way; the next one waits for the oldest.
 
     Memory: on the device at most 64 MiB. On the CPU beside the averages ``max_pending`` times this rank's live weights,
-        in their own dtype.
+        in their own dtype; pinned memory may be rounded up to a power of two.
     Raises: ValueError for ``max_pending`` below 1.
     """
 
@@ -44,21 +44,39 @@ class Offloaded:
 
 
 class Worker:
-    """One thread that does jobs in their order, until the process ends and all are done."""
+    """One thread that does jobs in their order, until the process ends, all are done, or one has failed."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ema_dist")
         self._process = os.getpid()
+        self._failure: BaseException | None = None
 
     def submit(self, job: Callable[..., None], *arguments: object) -> Future[None]:
         """Do it when all before it is done. Raises: RuntimeError in a forked process, which has no such thread."""
         self._refuse_forked()
-        return self._pool.submit(_logged, job, *arguments)
+        return self._pool.submit(self._do, job, *arguments)
 
-    def failure(self, job: Future[None]) -> BaseException | None:
-        """What it raised, if anything, when it is done. Raises: RuntimeError in a forked process."""
+    def wait(self, job: Future[None] | None = None) -> None:
+        """Return when it is done; None for all that were submitted. Raises: RuntimeError in a forked process."""
         self._refuse_forked()
-        return job.exception()
+        (job or self._pool.submit(lambda: None)).result()
+
+    def require_sound(self) -> None:
+        """Raise RuntimeError when a job has failed: from then on, as what it was to write is written in part."""
+        if self._failure:
+            raise RuntimeError(
+                f"an update of the averages failed on its thread: {self._failure!r}. Some may have moved: construct "
+                "ShardedEMA again, and load its averages from a checkpoint"
+            ) from self._failure
+
+    def _do(self, job: Callable[..., None], *arguments: object) -> None:
+        if self._failure:
+            return
+        try:
+            job(*arguments)
+        except BaseException as error:  # noqa: BLE001  whoever asks next raises it
+            self._failure = error
+            _log.error("an update of the averages failed: %r", error)  # nobody may ask
 
     def _refuse_forked(self) -> None:
         if os.getpid() != self._process:
@@ -98,13 +116,11 @@ class Offload:
     ) -> None:
         self._worker = worker
         self._streams = streams
-        self._max_pending = store.max_pending
         copies = ToHost(values)
         self._slots: deque[_Slot] = deque()
         for _ in range(store.max_pending):
             room = copies.room(pinned=store.pin_memory and bool(streams.devices))
             self._slots.append(_Slot(room, bind(room.values)))
-        self._pending: deque[Future[None]] = deque()
 
     @property
     def name(self) -> str:
@@ -116,38 +132,42 @@ class Offload:
 
         Raises: RuntimeError when an earlier one failed; then it does nothing.
         """
-        self._finish(self._max_pending - 1)
         slot = self._slots[0]
-        self._slots.rotate(-1)
-        later = bool(self._streams.devices)
-        numbers = [it.to("cpu", non_blocking=later) if isinstance(it, Tensor) else it for it in (*weights, update)]
-        with self._streams.beside():
-            slot.room.fill(non_blocking=later)
-        self._pending.append(self._worker.submit(_move, slot.kernels, self._streams.ends, numbers[:-1], numbers[-1]))
+        self._finish(slot)
+        self._worker.require_sound()
+        devices = self._streams.devices
+        try:
+            numbers = [
+                it.to("cpu", non_blocking=it.device in devices) if isinstance(it, Tensor) else it
+                for it in (*weights, update)
+            ]
+            with self._streams.beside():
+                slot.room.fill(non_blocking=devices)
+            slot.job = self._worker.submit(_move, slot.kernels, self._streams.ends, numbers[:-1], numbers[-1])
+            self._slots.rotate(-1)
+        except BaseException:
+            self._worker.wait()  # there may be a job that nobody knows of, which reads what the next one copies
+            raise
 
     def drain(self) -> None:
         """Return when the averages have followed. Raises: RuntimeError when one of the updates failed."""
-        self._finish(0)
+        for slot in (*self._slots,):
+            self._finish(slot)
+        self._worker.require_sound()
 
-    def _finish(self, left: int) -> None:
-        failures: list[BaseException] = []
-        while self._pending and (len(self._pending) > left or self._pending[0].done()):
-            failure = self._worker.failure(self._pending[0])
-            self._pending.popleft()  # only now: who interrupts the waiting must not get a slot that is in use
-            failures += [failure] if failure else []
-        if failures:
-            raise RuntimeError(
-                f"an update of the averages failed on its thread: {failures[0]!r}. Some may have moved; load them from "
-                "a checkpoint"
-            ) from failures[0]
+    def _finish(self, slot: _Slot) -> None:
+        if slot.job:
+            self._worker.wait(slot.job)
+            slot.job = None  # only now: who interrupts the waiting must not get a slot that is in use
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Slot:
-    """Room for the live values of one update, and what moves the averages towards them."""
+    """Room for the live values of one update, what moves the averages towards them, and when that is done."""
 
     room: HostCopy
     kernels: Sequence[Follow]
+    job: Future[None] | None = None
 
 
 def _move(kernels: Sequence[Follow], copied: Sequence[Any], weights: Sequence[Weight], update: Update) -> None:
@@ -155,12 +175,3 @@ def _move(kernels: Sequence[Follow], copied: Sequence[Any], weights: Sequence[We
         event.synchronize()
     for kernel in kernels:
         kernel(weights, update)
-
-
-def _logged(job: Callable[..., None], *arguments: object) -> None:
-    try:
-        job(*arguments)
-    except Exception as error:
-        # The next call raises it; but there may be none.
-        _log.error("an update of the averages failed: %r", error)
-        raise

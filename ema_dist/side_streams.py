@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ class SideStreams:
     def __init__(self, devices: Iterable[torch.device]) -> None:
         modules = {device: module_with_streams(device) for device in devices}
         self._modules = {device: module for device, module in modules.items() if module is not None}
+        self._process = os.getpid()
         self._streams: dict[torch.device, Any] = {}
         self._ends: dict[torch.device, Any] = {}
 
@@ -37,6 +39,8 @@ class SideStreams:
         """
         with ExitStack() as stack:
             for device, module in self._modules.items():
+                if _captures(module):  # a graph takes the block as it comes
+                    continue
                 if device not in self._streams:
                     self._streams[device] = module.Stream(device)
                 stream = self._streams[device]
@@ -44,7 +48,7 @@ class SideStreams:
                 stack.callback(self._end, device, _event(module))  # also when the block raises in the middle
                 stack.enter_context(module.stream(stream))
             for tensor in read:
-                if isinstance(tensor, Tensor) and tensor.device in self._modules:
+                if isinstance(tensor, Tensor) and tensor.device in self._streams:
                     tensor.record_stream(self._streams[tensor.device])
             yield
 
@@ -53,8 +57,12 @@ class SideStreams:
 
         It may be asked for again by another stream, so the end of the block is kept.
         """
+        if os.getpid() != self._process:  # a forked one has no device
+            return
         for device, end in self._ends.items():
-            self._modules[device].current_stream(device).wait_event(end)
+            module = self._modules[device]
+            if not _captures(module):  # nor does a graph wait for what is not in it
+                module.current_stream(device).wait_event(end)
 
     @property
     def ends(self) -> list[Any]:
@@ -70,6 +78,12 @@ def module_with_streams(device: torch.device) -> Any:  # noqa: ANN401  ``torch.c
     """The part of torch that has this device's streams; None where there are none."""
     module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
     return module if hasattr(module, "Stream") else None
+
+
+def _captures(module: Any) -> bool:  # noqa: ANN401
+    """Whether what is told now becomes part of a graph."""
+    asked = getattr(module, "is_current_stream_capturing", None)
+    return bool(asked and asked())
 
 
 def _event(module: Any) -> Any:  # noqa: ANN401

@@ -167,3 +167,13 @@ def test_peak_memory_is_one_tensor_beyond_the_result() -> None:
     one = side * side * 4
     result = count * one if dist.get_rank() == 0 else 0
     assert resident_peak(ema.full_state_dict) <= result + 2.5 * one
+
+
+def test_an_update_between_entries_is_refused() -> None:
+    """They would be of different steps."""
+    ema = ShardedEMA(nn.Linear(2, 2), decay=0.5)
+    entries = ema.gather()
+    next(entries)
+    ema.update()
+    with pytest.raises(RuntimeError, match=r"update\(\) was called while gather\(\) was under way"):
+        next(entries)

@@ -55,6 +55,9 @@ def test_averages_are_those_of_an_update_in_place_on_the_cpu(layout: str, dtype:
     for name, value in full.items():
         if "num_batches" not in name:
             assert torch.equal(inside[name].cpu(), value.to(dtype).double())
+    with ema.serving():
+        assert ema.serves_by in ("a copy on the model's device", "a gathered copy") or "swapped()" in ema.serves_by
+    assert_bitwise_equal(full_weights(model), live)
     for average in ema.state_dict()["tracks"]["default"]["averages"].values():
         local = average.to_local() if hasattr(average, "to_local") else average
         shards = average.local_shards() if hasattr(average, "local_shards") else []

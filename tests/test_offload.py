@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from torch.distributed.tensor import Shard as Rows
 
 from ema_dist import Compensated, HalfLife, Offloaded, ShardedEMA, Stochastic, checkpoint, offload
 from ema_dist.averages import Averages
-from ema_dist.kernels import ToHost, to_host
+from ema_dist.kernels import HostCopy, ToHost, to_host
+from ema_dist.offload import Worker
 from ema_dist.precision import Precision
 from ema_dist.serving import Serving
 from ema_dist.shards import Layout
@@ -336,23 +338,57 @@ def test_a_failure_is_raised_by_the_next_update_and_logged(
         patch.setattr(offload, "_move", failing)
         ema.update()
         wait_until(lambda: "an update of the averages failed: MemoryError('no more')" in caplog.text)
-    with pytest.raises(RuntimeError, match=r"failed on its thread: MemoryError\('no more'\).*load them") as caught:
+    match = r"failed on its thread: MemoryError\('no more'\).*construct ShardedEMA again"
+    with pytest.raises(RuntimeError, match=match) as caught:
         ema.update()
     assert isinstance(caught.value.__cause__, MemoryError)
     nn.init.ones_(model.weight)
-    ema.update()
-    assert ema.full_state_dict()["weight"].item() == 1
+    for call in (ema.update, ema.state_dict, ema.full_state_dict):
+        with pytest.raises(RuntimeError, match=match):
+            call()
 
 
 def test_a_failure_is_raised_by_whoever_asks_for_averages(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ema, _ = one_weight(store=Offloaded(max_pending=3))
     monkeypatch.setattr(offload, "_move", failing)
+    ema.update()
     for _ in range(2):
-        ema.update()
-        time.sleep(0.05)
         with pytest.raises(RuntimeError, match="failed on its thread"):
             ema.state_dict()
-        ema.state_dict()
+
+
+@pytest.mark.parametrize("max_pending", [1, 2])
+@pytest.mark.parametrize("where", ["copying", "submitting"])
+def test_who_is_interrupted_does_not_mix_updates(where: str, max_pending: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No job is forgotten, and no copy is overwritten that is still to be read."""
+    model, ema, average = one_weight(store=Offloaded(max_pending=max_pending))
+    seen: list[float] = []
+    move, submit = offload._move, Worker.submit  # noqa: SLF001
+
+    def slowly(*arguments: Any) -> None:  # noqa: ANN401
+        time.sleep(0.1)
+        move(*arguments)
+        seen.append(average.item())
+
+    def interrupted(*arguments: Any, **_: object) -> None:  # noqa: ANN401
+        if where == "submitting":
+            submit(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(offload, "_move", slowly)
+    nn.init.constant_(model.weight, 1.0)
+    ema.update()
+    nn.init.constant_(model.weight, 2.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((HostCopy, "fill") if where == "copying" else (Worker, "submit")), interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ema.update()
+    expected = [1.0] if where == "copying" else [1.0, 2.0]
+    assert seen == expected, "nothing goes on that nobody knows of"
+    nn.init.constant_(model.weight, 3.0)
+    ema.update()
+    ema.state_dict()
+    assert seen == [*expected, 3.0]
 
 
 def test_a_failure_does_not_hide_that_buffers_were_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,15 +398,14 @@ def test_a_failure_does_not_hide_that_buffers_were_replaced(monkeypatch: pytest.
         pass
     with monkeypatch.context() as patch:
         patch.setattr(offload, "_move", failing)
-        ema.update()
+        with suppress(RuntimeError):  # of buffers, and parameters may come to know
+            ema.update()
         replaced = model.running_mean = torch.full((3,), 4.0)
         with pytest.raises(RuntimeError, match="failed on its thread"):
             ema.update()
-    with ema.serving():
+    with pytest.raises(RuntimeError, match="failed on its thread"), ema.serving():
         pass
     assert model.running_mean is replaced
-    ema.update()
-    assert torch.equal(ema.full_state_dict()["running_mean"], torch.full((3,), 2.0))
 
 
 @pytest.mark.world_size(2)
@@ -380,10 +415,16 @@ def test_every_rank_hears_of_a_failure() -> None:
     if dist.get_rank() == 1:
         offload._move = failing  # noqa: SLF001  this process ends with the test
         match = "^an update of the averages failed on its thread: MemoryError"
-    ema.update()
-    with pytest.raises(RuntimeError, match=match):
-        ema.full_state_dict()
-    ema.full_state_dict()
+    with suppress(RuntimeError):  # of buffers, and parameters may come to know
+        ema.update()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=match):
+            ema.full_state_dict()
+
+
+def test_other_stores_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"store is Offloaded\(...\) or None, got <class"):
+        ShardedEMA(nn.Linear(1, 1), store=Offloaded)  # pyrefly: ignore[bad-argument-type]
 
 
 @pytest.mark.world_size(2)
@@ -546,7 +587,7 @@ def test_copies_on_the_host_equal_their_tensors(
     for room in rooms:
         for value in values:
             value.copy_(torch.randint(0, 9, value.shape))
-        room.fill(non_blocking=False)
+        room.fill()
         for copied, value in zip(room.values, values, strict=True):
             assert torch.equal(copied, value)
             assert copied.dtype == value.dtype
@@ -558,7 +599,7 @@ def test_many_small_tensors_come_in_few_copies(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(to_host, "is_packed", lambda _: True)
     room = ToHost([torch.ones(64, 64) for _ in range(1000)]).room(pinned=False)
     with torch.profiler.profile() as profile:
-        room.fill(non_blocking=True)
+        room.fill(non_blocking={torch.device("cpu")})
     calls = [event.name for event in profile.events() if event.name == "aten::_foreach_copy_"]
     assert len(calls) == 2  # into the scratch, and from there
     scratch = peak_memory(lambda: ToHost([torch.ones(2**20) for _ in range(32)]))

@@ -86,7 +86,7 @@ class Compiled:
         self._noise = (None, None, None)
         if isinstance(rounding, ByChance):
             self._noise = noise_tables(rounding.of(flat), tracks=len(tracks), device=values[0].device)
-        self._weights = torch.zeros(len(tracks), dtype=torch.float64)
+        self._weights = torch.zeros(len(tracks), dtype=torch.float64, device="cpu")
         self._settings = (len(self._rows), len(tracks), finite, BLOCK)
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ def _parts(found: Tables, threads: int) -> list[tuple[int, int]]:
     elements = rests.clamp(max=BLOCK).cumsum(0)
     count = max(1, min(threads, int(elements[-1]) // LEAST_ELEMENTS))
     ends = [int(elements[-1]) * part // count for part in range(1, count + 1)]
-    return [*pairwise([0, *(torch.searchsorted(elements, torch.tensor(ends)) + 1).tolist()])]
+    return [*pairwise([0, *(torch.searchsorted(elements, torch.tensor(ends, device="cpu")) + 1).tolist()])]
 
 
 def _in_threads(run: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:

@@ -31,11 +31,11 @@ class Tables(NamedTuple):
 
 def tables(rows: Sequence[Row], *, block: int) -> Tables:
     """Tables for flat tensors in blocks of so many elements, on the tensors' device. Memory: 12 bytes a block."""
-    addresses = torch.tensor([[tensor.data_ptr() for tensor in row] for row in rows])
-    sizes = torch.tensor([row[0].numel() for row in rows])
+    addresses = torch.tensor([[tensor.data_ptr() for tensor in row] for row in rows], device="cpu")
+    sizes = torch.tensor([row[0].numel() for row in rows], device="cpu")
     counts = (sizes + block - 1) // block
-    tensors = torch.arange(len(rows)).repeat_interleave(counts)
-    starts = (torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]) * block
+    tensors = torch.arange(len(rows), device="cpu").repeat_interleave(counts)
+    starts = (torch.arange(len(tensors), device="cpu") - (counts.cumsum(0) - counts)[tensors]) * block
     found = Tables(addresses[:, 0].contiguous(), addresses[:, 1:].t().contiguous(), sizes, tensors.int(), starts)
     return Tables(*(table.to(rows[0][0].device) for table in found))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -64,12 +64,12 @@ class HostCopy:
         self._runs = runs
 
     @torch.no_grad()
-    def fill(self, *, non_blocking: bool) -> None:
-        """Copy the tensors as they are now; if ``non_blocking``, devices may do it later, in order."""
+    def fill(self, *, non_blocking: Collection[torch.device] = ()) -> None:
+        """Copy the tensors as they are now; these devices may do it later, in order."""
         for run, targets in zip(self._runs, self._targets, strict=True):
             if run.packed:
                 torch._foreach_copy_(run.packed, run.values)
-            torch._foreach_copy_(targets, run.sources, non_blocking=non_blocking)
+            torch._foreach_copy_(targets, run.sources, non_blocking=run.sources[0].device in non_blocking)
 
 
 class _Run(NamedTuple):
