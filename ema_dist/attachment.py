@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import currentframe, unwrap
+from types import CodeType
 from typing import Any
 from weakref import finalize
 
@@ -30,6 +32,7 @@ class Attachment:
         before_steps: Callable[[], None] | None = None,
     ) -> None:
         self._update = update
+        self._codes = _codes_of_steps(optimizer)
         self._before_steps = before_steps
         self._handles = [optimizer.register_step_post_hook(self._after_step)]
         if before_steps:
@@ -48,9 +51,26 @@ class Attachment:
         self.active = False
 
     def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not _only_fills_state(optimizer, kwargs):
+        is_inner = len(self._codes) > 1 and _is_stepping(optimizer, self._codes)
+        if not (is_inner or _only_fills_state(optimizer, kwargs)):
             # GradScaler sets found_inf for the time of the step on optimizers that skip by themselves (fused ones).
             self._update(getattr(optimizer, "found_inf", None))
+
+
+def _codes_of_steps(optimizer: Optimizer) -> set[CodeType]:
+    """Of the ``step`` methods of its classes, as they were written."""
+    own = [vars(cls)["step"] for cls in type(optimizer).__mro__ if "step" in vars(cls) and cls is not Optimizer]
+    return {unwrap(step).__code__ for step in own}
+
+
+def _is_stepping(optimizer: Optimizer, codes: set[CodeType]) -> bool:
+    """Whether a ``step`` is still going on that called the one which ends: torch runs the hooks after either."""
+    frame = currentframe()
+    while frame is not None:
+        if frame.f_code in codes and frame.f_locals.get(frame.f_code.co_varnames[0]) is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _only_fills_state(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:

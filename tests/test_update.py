@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -379,3 +380,42 @@ def test_an_unwrapped_model_can_be_said_to_be_replicated() -> None:
 def test_a_replica_group_without_effect_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="no effect"):
         ShardedEMA(wrap("fsdp2", make_net("fsdp2")), replicas=dist.group.WORLD)
+
+
+class Decayed(torch.optim.SGD):
+    """Steps as its base class does, so often, and writes before and after that."""
+
+    inner = 1
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:  # noqa: ANN401
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].add_(1)
+        for _ in range(self.inner):
+            super().step(closure)
+        if self.fails:
+            raise ValueError("in the middle of a step")
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].add_(1)
+
+
+@pytest.mark.parametrize("inner", [0, 1, 2])
+def test_an_optimizer_that_steps_by_another_ones_step_counts_once(inner: int) -> None:
+    """The hooks run after either, once torch has wrapped the step of the base class."""
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = Decayed(model.parameters(), lr=0.0)
+    optimizer.inner = inner
+    ema = ShardedEMA(model, decay=0.5)
+    ema.attach(optimizer)
+    optimizer.fails = True
+    with pytest.raises(ValueError, match="in the middle"):
+        optimizer.step()
+    optimizer.fails = False
+    nn.init.zeros_(model.weight)
+    for _ in range(2):
+        model.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+    assert ema.updates == 2
+    assert ema.full_state_dict()["weight"].item() == 0.5 * (0.5 * 2) + 0.5 * 4
