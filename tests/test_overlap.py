@@ -94,7 +94,7 @@ def step_of(recorder: Recorder, model: nn.Module) -> tuple[torch.optim.Optimizer
 
     class SGD(torch.optim.SGD):
         @torch.no_grad()
-        def step(self, _: Any = None) -> None:
+        def step(self, _: object = None) -> None:
             recorder.told.append("weights are written")
             for parameter in self.param_groups[0]["params"]:
                 parameter.sub_(0.1 * parameter.grad)
