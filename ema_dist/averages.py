@@ -95,7 +95,7 @@ class Averages:
     def shown(self, name: str, dtype: torch.dtype) -> Tensor:
         """What becomes a weight of this dtype: the average as it is kept, or its number where that says more."""
         kept = self._kept(name)
-        return kept if kept.dtype == dtype else self.numbers()[name]
+        return kept if kept.dtype == dtype else _number(kept, self.rests.get(name))
 
     @torch.no_grad()
     def put(self, name: str, value: Tensor) -> None:
@@ -327,14 +327,17 @@ class _Numbers(Mapping[str, Tensor]):
         self._rests = rests
 
     def __getitem__(self, name: str) -> Tensor:
-        place, rest = self._places[name], self._rests.get(name)
-        return place if rest is None else joined(place, rest)
+        return _number(self._places[name], self._rests.get(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def _number(kept: Tensor, rest: Tensor | None) -> Tensor:
+    return kept if rest is None else joined(kept, rest)
 
 
 def _is_inexact(dtype: torch.dtype) -> bool:

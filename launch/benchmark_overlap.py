@@ -1,6 +1,5 @@
 """How much longer training steps get by averages: without any, updated in the step, and behind the next one."""
 
-import statistics
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,6 +8,7 @@ from torch.optim import AdamW
 
 from benchmark_cases import DECAY, LIVE_DTYPES, Case, Transformer
 from benchmark_measure import highest, in_turn
+from benchmark_results import median_ratio
 from ema_dist import ShardedEMA
 
 NONE, ATTACHED, OVERLAPPED = "no averages", "attach(optimizer)", "attach(optimizer, overlap=True)"
@@ -28,8 +28,7 @@ class StepCosts:
 
     def longer(self, name: str) -> float:
         """The median over the rounds of a step's time over that without averages."""
-        pairs = zip(self.seconds[name], self.seconds[NONE], strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
+        return median_ratio(self.seconds[name], self.seconds[NONE])
 
 
 def step_costs(device: torch.device, *, case: Case, repeats: int) -> StepCosts:
