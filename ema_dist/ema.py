@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,16 +13,16 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ema_dist.attachment import Attachment
-from ema_dist.averages import Averages, BufferPolicy, Tracks
+from ema_dist.averages import BufferPolicy, Tracks
 from ema_dist.clock import Clock
 from ema_dist.decay import TRACK, HalfLife, as_decays
-from ema_dist.exchange import Exchange, exchanges_in
+from ema_dist.exchange import Exchange
 from ema_dist.gather import collect, copy_into, full_shapes, gather, scatter, unite
 from ema_dist.live import LiveModel
 from ema_dist.meeting import agreed, meet
 from ema_dist.offload import Offloaded
+from ema_dist.pair import Pair
 from ema_dist.precision import Compensated, Precision, Stochastic
-from ema_dist.serving import Serving, servings_in
 from ema_dist.shards import Layout, Replicas
 from ema_dist.state import read_state, write_state
 
@@ -83,22 +83,21 @@ class ShardedEMA:
             raise ValueError(f'buffers is "average" or "copy", got {buffers!r}')
         self._clock = Clock(as_decays(decay), start=start, interval=update_interval)
         self._attachment: Attachment | None = None
-        self._exchange: Exchange | None = None
-        self._live = LiveModel(model, replicas=replicas, select=select, timeout=timeout)
-        if self._live.is_split:
-            self._live.meet("ShardedEMA(model)")
-            self._live.refuse_drift("ShardedEMA(model)")
-        self._tracks = Tracks(
-            self._live.layout,
+        live = LiveModel(model, replicas=replicas, select=select, timeout=timeout)
+        if live.is_split:
+            live.meet("ShardedEMA(model)")
+            live.refuse_drift("ShardedEMA(model)")
+        tracks = Tracks(
+            live.layout,
             self._clock.decays.keys(),
-            self._live.selected,
+            live.selected,
             precision=precision,
             buffers=buffers,
             kernel=kernel,
-            agree=agreed if self._live.is_copied else None,
+            agree=agreed if live.is_copied else None,
             store=store,
         )
-        self._servings: dict[Averages, Serving] = {}
+        self._pair = Pair(live, tracks)
 
     @property
     def model(self) -> nn.Module:
@@ -136,12 +135,8 @@ class ShardedEMA:
         self._update(found_inf, overlap=False)
 
     def _update(self, found_inf: Tensor | None, *, overlap: bool) -> None:
-        self._refuse_inside_swap("update()")
-        if self._live.layout.has_moved():
-            self._prepare("update()", together=False)
-        elif self._live.layout.follow_buffers():
-            self._servings.clear()  # they would put the old ones back
-            self._tracks.bind_buffers(self._live.layout)
+        self._pair.refuse_inside("update()")
+        self._pair.prepare_update()
         weights = self._clock.tick(found_inf)
         self._tracks.follow(weights, self._clock.last_update, overlap=overlap)
 
@@ -162,7 +157,7 @@ class ShardedEMA:
         """
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
-        self._prepare("attach()", together=False)
+        self._pair.prepare("attach()", together=False)
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(self._live.layout.parameters[name].owner) in stepped for name in self._live.selected):
             raise ValueError(
@@ -176,8 +171,7 @@ class ShardedEMA:
         )
         return self._attachment
 
-    @contextmanager
-    def swapped(self, track: str | None = None) -> Iterator[nn.Module]:
+    def swapped(self, track: str | None = None) -> AbstractContextManager[nn.Module]:
         """The model holds its averages inside the ``with`` block, and its live weights again after it, to the bit.
 
         They come back when the block returns and when it raises. Inside, buffers may be written (``update_bn``): what
@@ -196,25 +190,9 @@ class ShardedEMA:
             on leaving, when parameters were written to. ValueError for an unknown track, when the model has changed, or
             when a parameter became trainable that has no average.
         """
-        averages = self._tracks.named(track)
-        if self._exchange is not None:
-            raise RuntimeError(
-                "the averages are in the model already: leave swapped() before entering it again, "
-                "or call restore() on every rank if they could not leave it together"
-            )
-        self._refuse_inside_swap("swapped()")
-        self._refuse_if_taken()
-        self._prepare("swapped()", together=self._live.is_split)
-        if self._live.is_split:
-            self._live.refuse_drift("swapped()")
-        self._exchange = Exchange(self._live.layout, averages)
-        try:
-            yield self.model
-        finally:
-            self.restore()
+        return self._pair.swapped(self._tracks.named(track))
 
-    @contextmanager
-    def serving(self, track: str | None = None) -> Iterator[nn.Module]:
+    def serving(self, track: str | None = None) -> AbstractContextManager[nn.Module]:
         """Forward passes in the ``with`` block read the averages, without gradients; the live weights stay in place.
 
         It may stand between a forward pass and its backward, for a teacher: the gradients are the same, to the bit.
@@ -229,12 +207,7 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped` or `serving`, when ranks do not come within ``timeout``, and on leaving,
             when parameters were written to. ValueError as `swapped`.
         """
-        averages = self._tracks.named(track)
-        self._refuse_inside_swap("serving()")
-        self._refuse_if_taken()
-        self._prepare("serving()", together=self._live.is_split, quick=True)
-        with self._serving(averages).on(lambda: self.swapped(track)) as model:
-            yield model
+        return self._pair.serving(self._tracks.named(track))
 
     @property
     def moves_by(self) -> str:
@@ -252,15 +225,14 @@ class ShardedEMA:
         averages are kept elsewhere, "a gathered copy" where replicas share them, or "swapped(), since" there is no
         other way.
         """
-        return self._serving(next(iter(self._tracks.values()))).by
+        return self._pair.serving_of(next(iter(self._tracks.values()))).by
 
     def restore(self) -> None:
         """Leave `swapped`: for ranks that could not leave it together, or to end it early; else nothing happens.
 
         Collective: as `swapped`. Memory: as `swapped`. Raises: as `swapped` on leaving.
         """
-        if self._exchange is not None:
-            self._leave_swap()
+        self._pair.restore()
 
     def check_replicas(self) -> None:
         """Compare the live weights of ranks that should hold the same ones (DDP, HSDP), by checksums of their bits.
@@ -268,7 +240,7 @@ class ShardedEMA:
         Collective: over all ranks that hold the model. Memory: 8 bytes per tensor and replica.
         Raises: RuntimeError naming the tensors that differ and the ranks on which they do.
         """
-        self._prepare("check_replicas()", together=True)
+        self._pair.prepare("check_replicas()", together=True)
         self._live.refuse_drift("check_replicas()")
 
     def state_dict(self) -> dict[str, Any]:
@@ -282,9 +254,11 @@ class ShardedEMA:
         Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name:
             tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
         """
-        self._prepare("state_dict()", together=self._live.is_spread)
-        current: Mapping[str, Mapping[str, Tensor]] = {track: self._current(its) for track, its in self._tracks.items()}
-        if self._exchange is not None:  # they lie in the model: nothing must be loaded into them there
+        self._pair.prepare("state_dict()", together=self._live.is_spread)
+        current: Mapping[str, Mapping[str, Tensor]] = {
+            track: self._pair.current(its) for track, its in self._tracks.items()
+        }
+        if self._pair.exchange is not None:  # they lie in the model: nothing must be loaded into them there
             current = {track: self._tracks[track].copies(its) for track, its in current.items()}
         return write_state(self._clock, self._live.layout, self._tracks, current)
 
@@ -297,8 +271,8 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped`; ValueError when format, tracks, names or shapes differ, before anything
             changes.
         """
-        self._refuse_inside_swap("load_state_dict()")
-        self._prepare("load_state_dict()", together=False)
+        self._pair.refuse_inside("load_state_dict()")
+        self._pair.prepare("load_state_dict()", together=False)
         read_state(state_dict, self._clock, self._live.layout, self._tracks)
 
     def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -359,8 +333,8 @@ class ShardedEMA:
             when names, shapes or kinds of dtype differ, before anything changes.
         """
         averages = self._tracks.named(track)
-        self._refuse_inside_swap("load_full_state_dict()")
-        self._prepare("load_full_state_dict()", together=True)
+        self._pair.refuse_inside("load_full_state_dict()")
+        self._pair.prepare("load_full_state_dict()", together=True)
         scatter(self._live.layout, averages, full)
         averages.note_infinities()
         self._tracks.bind(self._live.layout)
@@ -377,8 +351,8 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped`; ValueError when names or shapes differ, before anything changes.
         """
         averages = self._tracks.named(track)
-        self._refuse_inside_swap("copy_to()")
-        self._prepare("copy_to()", together=self._live.is_spread)
+        self._pair.refuse_inside("copy_to()")
+        self._pair.prepare("copy_to()", together=self._live.is_spread)
         copy_into(Layout(model, "copy"), self._live.layout, averages.numbers())
 
     def __repr__(self) -> str:
@@ -392,79 +366,26 @@ class ShardedEMA:
             f"serves by {self.serves_by}{f', {self._tracks.store}' if self._tracks.store else ''})"
         )
 
-    def _current(self, averages: Averages) -> Mapping[str, Tensor]:
-        """The averages by name, wherever they are now."""
-        if self._exchange is None or self._exchange.averages is not averages:
-            return averages.numbers()
-        return averages.numbers(self._exchange.current(self._live.layout))
+    @property
+    def _live(self) -> LiveModel:
+        return self._pair.live
+
+    @property
+    def _tracks(self) -> Tracks:
+        return self._pair.tracks
 
     def _gather(self, call: str, dtype: torch.dtype | None, track: str | None) -> Iterator[tuple[str, Any]]:
         averages = self._tracks.named(track)
-        self._prepare(call, together=self._live.is_spread)
-        entries = gather(self._live.layout, self._current(averages), dtype=dtype, keep=self._live.is_first)
-        return self._entries(entries, self._exchange, self._tracks.followed)
+        self._pair.prepare(call, together=self._live.is_spread)
+        entries = gather(self._live.layout, self._pair.current(averages), dtype=dtype, keep=self._live.is_first)
+        return self._entries(entries, self._pair.exchange, self._tracks.followed)
 
     def _entries(
         self, entries: Iterator[tuple[str, Any]], exchange: Exchange | None, followed: int
     ) -> Iterator[tuple[str, Any]]:
         for entry in entries:
-            if self._exchange is not exchange:
+            if self._pair.exchange is not exchange:
                 raise RuntimeError("swapped() was entered or left while gather() was under way; exhaust it before that")
             if self._tracks.followed != followed:
                 raise RuntimeError("update() was called while gather() was under way; exhaust it before that")
             yield entry
-
-    def _leave_swap(self) -> None:
-        """Put the live weights back, whatever has happened to the model meanwhile, and only then complain about it."""
-        assert self._exchange is not None
-        if self._live.is_split:
-            try:
-                self._live.meet("leaving swapped()")
-            except RuntimeError as error:
-                hint = "The averages are still in the model; restore() on every rank puts the live weights back"
-                raise RuntimeError(f"{error}. {hint}") from error
-        self._live.layout.units.abandon()
-        problem = self._live.follow()
-        self._tracks.bind(self._live.layout)
-        written = self._exchange.leave(self._live.layout)
-        self._exchange = None
-        if problem:
-            raise problem
-        if written:
-            raise RuntimeError(
-                f"parameters were written to inside swapped(): {written}. The live weights are back, but what was "
-                "written is in the averages now; load them from a checkpoint, and train outside swapped()"
-            )
-
-    def _refuse_inside_swap(self, call: str) -> None:
-        if self._exchange is not None:
-            raise RuntimeError(f"{call} inside swapped(): the model holds the averages there; call it after the block")
-        if any(serving.is_on for serving in self._servings.values()):
-            raise RuntimeError(f"{call} inside serving(): the model reads the averages there; call it after the block")
-
-    def _refuse_if_taken(self) -> None:
-        if exchanges_in(self.model):
-            raise RuntimeError("another ShardedEMA has its averages in this model: leave its swapped() first")
-        if servings_in(self.model):
-            raise RuntimeError("another ShardedEMA serves this model: leave its serving() first")
-
-    def _serving(self, averages: Averages) -> Serving:
-        """How they are served as the model is now."""
-        found = self._servings.get(averages)
-        if found is None or (found.layout is not self._live.layout and not found.is_on):
-            found = self._servings[averages] = Serving(self._live.layout, averages)
-        return found
-
-    def _prepare(self, call: str, *, together: bool, quick: bool = False) -> None:
-        """Finish the updates under way, look at the model as it is now, and follow it."""
-        before = self._live.layout
-        problem = None
-        try:
-            self._tracks.drain()
-        except RuntimeError as error:  # the other ranks must get to know
-            problem = error
-        try:
-            self._live.prepare(call, together=together, quick=quick, problem=problem)
-        finally:
-            if self._live.layout is not before:
-                self._tracks.bind(self._live.layout)

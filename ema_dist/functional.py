@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ema_dist.decay import Constant
 from ema_dist.kernels import lerp_, paired
 from ema_dist.shards import Layout
+from ema_dist.wording import few
 
 
 def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:
@@ -29,7 +30,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or not ours[n].same_cut(theirs[n])
     ]
     if different:
-        raise ValueError(f"the models differ in the names, shapes or cuts of {sorted(different)}")
+        raise ValueError(f"the models differ in the names, shapes or cuts of {few(sorted(different))}")
     averaged: list[tuple[Tensor, Tensor]] = []
     copied: list[tuple[Tensor, Tensor]] = []
     for name, shard in (averages.parameters | averages.buffers).items():

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from ema_dist.averages import Averages
 from ema_dist.shards import Layout, Shard
+from ema_dist.wording import few
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ def collect(entries: Iterator[tuple[str, Any]], *, keep: bool) -> dict[str, Any]
             different.append(name)
         full.setdefault(name, value)
     if different:
-        raise ValueError(f"pipeline stages hold different tensors under the names {different}")
+        raise ValueError(f"pipeline stages hold different tensors under the names {few(different)}")
     return full
 
 
@@ -143,9 +144,9 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
     """
     theirs, ours = target.by_any_name(), layout.by_any_name()
     if names := (theirs | target.extra_states).keys() ^ (ours | layout.extra_states).keys():
-        raise ValueError(f"the models differ in {sorted(names)}")
+        raise ValueError(f"the models differ in {few(sorted(names))}")
     if wrong := [name for name, shard in ours.items() if theirs[name].shape != shard.shape]:
-        raise ValueError(f"the models differ in the shapes of {wrong}")
+        raise ValueError(f"the models differ in the shapes of {few(wrong)}")
     for shard, local in _averaged(layout, averages):
         # Several, where the other model's are not tied.
         goals = list({id(theirs[name]): theirs[name] for name in shard.names}.values())
@@ -219,29 +220,29 @@ class _First:
 
 def _compare(
     layout: Layout, shards: Mapping[str, Shard], full: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
+) -> tuple[str, dict[str, tuple[str, Any]]]:
     """What keeps ``full`` from being taken over, if anything; and which of its values is whose, and its outline."""
     names = {first: [name for name in shard.names if name in full] for first, shard in shards.items()}
     outlines = {first: (found[0], _outline(full[found[0]])) for first, found in names.items() if found}
     mismatch = {
-        "unknown names": sorted(full.keys() - layout.by_any_name().keys() - layout.extra_states.keys()),
-        "missing names": sorted(first for first, found in names.items() if not found),
-        "tied names with different values": sorted(
+        "unknown names": full.keys() - layout.by_any_name().keys() - layout.extra_states.keys(),
+        "missing names": [first for first, found in names.items() if not found],
+        "tied names with different values": [
             name for found in names.values() for name in found[1:] if not _same(full[name], full[found[0]])
-        ),
-        "not tensors": sorted(first for first, (_, outline) in outlines.items() if not isinstance(outline, Tensor)),
-        "shapes (expected, got)": {
-            first: (tuple(shards[first].shape), getattr(outline, "shape", outline))
+        ],
+        "not tensors": [first for first, (_, outline) in outlines.items() if not isinstance(outline, Tensor)],
+        "shapes (expected, got)": [
+            f"{first} ({tuple(shards[first].shape)}, {getattr(outline, 'shape', outline)})"
             for first, (_, outline) in outlines.items()
             if getattr(outline, "shape", None) != shards[first].shape
-        },
-        "kinds of dtype (expected, got)": {
-            first: (_kind(shards[first].owner.dtype), _kind(outline.dtype))
+        ],
+        "kinds of dtype (expected, got)": [
+            f"{first} ({_kind(shards[first].owner.dtype)}, {_kind(outline.dtype)})"
             for first, (_, outline) in outlines.items()
             if isinstance(outline, Tensor) and _kind(outline.dtype) != _kind(shards[first].owner.dtype)
-        },
+        ],
     }
-    return {what: where for what, where in mismatch.items() if where}, outlines
+    return "; ".join(f"{what}: {few(sorted(where))}" for what, where in mismatch.items() if where), outlines
 
 
 def _outline(value: object) -> Tensor | str:

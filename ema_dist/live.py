@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from ema_dist.meeting import meet, require_world
 from ema_dist.replicas import drift
 from ema_dist.shards import Layout, Replicas
+from ema_dist.wording import few
 
 
 class LiveModel:
@@ -48,7 +49,7 @@ class LiveModel:
             )
         owners = {name: self.layout.parameters[name].owner for name in self.selected}
         if whole := [name for name, at in owners.items() if not (at.is_floating_point() or at.is_complex())]:
-            raise ValueError(f"select picked {whole}, which are not floating-point and have no average")
+            raise ValueError(f"select picked {few(whole)}, which are not floating-point and have no average")
         self.is_split = any(shard.is_split for shard in self.layout.shards)
         """Whether replicas share averages among them."""
         self.is_spread = any(shard.ranks or shard.part.ranks for shard in self.layout.shards)
@@ -113,13 +114,14 @@ class LiveModel:
                 layout = Layout(self.layout.model, self._replicas)
                 if changes := self.layout.changes_to(layout):
                     return ValueError(
-                        f"the model is not the one that ShardedEMA(model) was given (then, now): {changes}; "
+                        f"the model is not the one that ShardedEMA(model) was given (then; now): "
+                        f"{few(f'{name} ({then}; {now})' for name, (then, now) in changes.items())}; "
                         "construct it again after changing or wrapping a model"
                     )
                 self.layout = layout
             if late := [name for name in self._left_out if self._selects(name)]:
                 return ValueError(
-                    f"parameters {late} became trainable after ShardedEMA(model) and have no average; "
+                    f"parameters {few(late)} became trainable after ShardedEMA(model) and have no average; "
                     "construct it after unfreezing, or leave them out with select="
                 )
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know

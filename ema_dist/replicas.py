@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from ema_dist.kernels import checksum, chunks, make_scratch, views
 from ema_dist.shards import Shard, all_gather, flat
+from ema_dist.wording import few
 
 
 def drift(shards: Iterable[Shard]) -> str:
@@ -19,7 +20,7 @@ def drift(shards: Iterable[Shard]) -> str:
 
     Collective: over the replicas of each shard, which alone get to know. Memory: 8 bytes per tensor and replica.
     """
-    drifted: dict[str, list[int]] = {}
+    drifted: list[str] = []
     for group, alike in _by_group(shards):
         sums = torch.stack([checksum(shard.local).to(shard.device) for shard in alike])
         everyones = sums.new_empty(group.size(), len(alike))
@@ -27,11 +28,11 @@ def drift(shards: Iterable[Shard]) -> str:
         ranks = dist.get_process_group_ranks(group)
         for shard, column in zip(alike, everyones.t().tolist(), strict=True):
             if different := [rank for rank, its in zip(ranks, column, strict=True) if its != column[0]]:
-                drifted[shard.name] = different
+                drifted.append(f"{shard.name} on {different}")
     if not drifted:
         return ""
     return (
-        f"replicas should hold the same weights, but these differ from the first one's (name: ranks): {drifted}. "
+        f"replicas should hold the same weights, but these differ from the first one's: {few(drifted)}. "
         "Averaging would mix them; broadcast the weights from one replica first"
     )
 

@@ -16,6 +16,7 @@ from ema_dist.kernels import lerp_, paired
 from ema_dist.replicas import fill_from_parts
 from ema_dist.shards import Layout, Shard, Stage, obstacle, replays_graphs
 from ema_dist.stays import Stays
+from ema_dist.wording import few
 
 THEMSELVES = "the averages themselves"
 CAST = "a cast copy"
@@ -91,13 +92,13 @@ class Serving:
                     self._lasting = scene
         if changed:
             raise RuntimeError(
-                f"parameters were written to, cast, moved or replaced inside serving(): {changed}. What was written "
-                "may be in the averages, or under FSDP2 in the live weights: load them from a checkpoint"
+                f"parameters were written to, cast, moved or replaced inside serving(): {few(changed)}. What was "
+                "written may be in the averages, or under FSDP2 in the live weights: load them from a checkpoint"
             )
         if trained:
             raise RuntimeError(
-                f"backward() inside serving() gave gradients to {trained}: with activation checkpointing they may come "
-                "from averages; call it after the block, or before"
+                f"backward() inside serving() gave gradients to {few(trained)}: with activation checkpointing they may "
+                "come from averages; call it after the block, or before"
             )
 
     def _reason_to_swap(self) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ema_dist.averages import Averages, Tracks
 from ema_dist.clock import Clock
 from ema_dist.shards import Layout, Shard
+from ema_dist.wording import few
 
 FORMAT = 1
 
@@ -73,16 +74,17 @@ def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
 def _local(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's tensors of a state."""
     if differing := shards.keys() ^ saved.keys():
-        raise ValueError(f"these {kind} belong to another model: it and the state differ in {sorted(differing)}")
+        raise ValueError(f"these {kind} belong to another model: it and the state differ in {few(sorted(differing))}")
     values: dict[str, Tensor] = {}
-    wrong: dict[str, str] = {}
+    wrong: list[str] = []
     for name, shard in shards.items():
         try:
             values[name] = shard.unwrap(saved[name])
         except ValueError as error:  # noqa: PERF203  all that is wrong is named at once
-            wrong[name] = str(error)
+            wrong.append(f"{name} ({error})")
     if wrong:
         raise ValueError(
-            f"these {kind} are cut or shaped differently: {wrong}; load the state through torch.distributed.checkpoint"
+            f"these {kind} are cut or shaped differently: {few(wrong)}; load the state through "
+            "torch.distributed.checkpoint"
         )
     return values

@@ -51,6 +51,12 @@ def own(full: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: it for name, it in full.items() if "stats" not in name}
 
 
+def assert_resumed(resumed: Recorder, undisturbed: Recorder, *, after: int) -> None:
+    """The same weights after each batch that follows these, to the bit."""
+    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[after:], strict=True):
+        assert_same(own(weights), own(expected))
+
+
 def averages(ema: EMA) -> dict[str, Tensor]:
     """Full averages in their own dtype on the first rank."""
     assert ema.ema is not None
@@ -102,8 +108,7 @@ def test_a_run_resumed_from_an_explicit_save_equals_an_undisturbed_one(layout: s
     fit(it, "4ba")
     again, resumed_ema, resumed = loaded(layout, saved(tmp_path / "explicit", 4))
     fit(again)
-    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
-        assert_same(own(weights), own(expected))
+    assert_resumed(resumed, undisturbed, after=4)
     assert_same(averages(resumed_ema), averages(ema))
 
 
@@ -409,8 +414,7 @@ def test_a_checkpoint_at_the_end_of_an_iteration_is_resumed(layout: str, tmp_pat
     fit(it)
     again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 4), **settings)
     fit(again)
-    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
-        assert_same(own(weights), own(expected))
+    assert_resumed(resumed, undisturbed, after=4)
     assert_same(averages(resumed_ema), averages(ema))
 
 
@@ -439,8 +443,7 @@ def test_a_checkpoint_to_the_save_folder_has_the_live_weights_and_is_resumed(lay
     assert_same(own(full_model(plain.state)), own(undisturbed.after_batch[2]))
     again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 3))
     fit(again)
-    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[3:], strict=True):
-        assert_same(own(weights), own(expected))
+    assert_resumed(resumed, undisturbed, after=3)
     assert_same(averages(resumed_ema), averages(ema))
 
 
@@ -455,8 +458,7 @@ def test_a_run_that_resumes_by_itself_equals_an_undisturbed_one(layout: str, tmp
     recorder, resumed_ema = Recorder(), EMA(half_life=HALF_LIFE)
     again = trainer(layout, resumed_ema, model=Classifier(seed=1), callbacks=[recorder], **settings)
     fit(again)
-    for weights, expected in zip(recorder.after_batch, undisturbed.after_batch[4:], strict=True):
-        assert_same(own(weights), own(expected))
+    assert_resumed(recorder, undisturbed, after=4)
     assert_same(averages(resumed_ema), averages(ema))
 
 

@@ -141,12 +141,14 @@ def test_the_next_step_waits_for_an_update_that_is_late(store: Offloaded | None)
 @pytest.mark.gpu
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("store", [None, Offloaded()], ids=str)
-def test_steps_skipped_on_the_device_are_left_out(store: Offloaded | None) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_skipped_on_the_device_are_left_out(fused: bool, overlap: bool, store: Offloaded | None) -> None:  # noqa: FBT001
     model = nn.Linear(8, 8, device="cuda")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
     scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
     ema = ShardedEMA(model, decay=0.5, store=store)
-    ema.attach(optimizer, overlap=True)
+    ema.attach(optimizer, overlap=overlap)
     seen = [value.cpu() for value in ema.full_state_dict().values()]
     for step in range(4):
         scaler.scale(model(torch.ones(1, 8, device="cuda")).sum()).backward()

@@ -15,12 +15,13 @@ PACKAGE = Path(ema_dist.__file__).parent
 
 # A module imports only from rows below its own. The package's own `__init__` stands above them all.
 ROWS = {
-    "__init__": 8,
-    "cli": 7,
-    "composer": 6,
-    "checkpoint": 5,
-    "ema": 4,
-    "functional": 4,
+    "__init__": 9,
+    "cli": 8,
+    "composer": 7,
+    "checkpoint": 6,
+    "ema": 5,
+    "functional": 5,
+    "pair": 4,
     "exchange": 3,
     "gather": 3,
     "live": 3,
@@ -38,6 +39,7 @@ ROWS = {
     "kernels": 0,
     "shards": 0,
     "side_streams": 0,
+    "wording": 0,
 }
 
 WRAPPERS = {"DTensor", "FullyShardedDataParallel", "DistributedDataParallel", "_orig_mod", "_fsdp_wrapped_module"}

@@ -93,6 +93,16 @@ def test_a_parameter_of_another_shape_is_named() -> None:
         ema.update()
 
 
+def test_a_message_names_the_first_of_many() -> None:
+    """What to do about it must not be lost behind a thousand names."""
+    model = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(12)))
+    ema = ShardedEMA(model)
+    match = r"inside swapped\(\): 0.weight, 1.weight, .*, 9.weight and 2 more\. The live weights are back"
+    with pytest.raises(RuntimeError, match=match), torch.no_grad(), ema.swapped():
+        for parameter in model.parameters():
+            parameter.zero_()
+
+
 @layouts("plain", "ddp", "fsdp1", "fsdp2")
 def test_a_parameter_that_became_trainable_is_named(layout: str) -> None:
     """It would ship untracked."""
@@ -100,7 +110,7 @@ def test_a_parameter_that_became_trainable_is_named(layout: str) -> None:
     for name, parameter in model.named_parameters():
         if "frozen" in name:
             parameter.requires_grad_()
-    with pytest.raises(ValueError, match=r"\['frozen.weight', 'frozen.bias'\] became trainable"), ema.swapped():
+    with pytest.raises(ValueError, match=r"frozen.weight, frozen.bias became trainable"), ema.swapped():
         pass
     with pytest.raises(ValueError, match="became trainable"):
         ema.full_state_dict()
@@ -132,7 +142,7 @@ def test_gathering_on_rank_0_alone_is_told_within_the_timeout(layout: str) -> No
 
 
 def test_compute_ema_refuses_models_that_differ() -> None:
-    with pytest.raises(ValueError, match=r"differ in the names, shapes or cuts of \['weight'\]"):
+    with pytest.raises(ValueError, match="differ in the names, shapes or cuts of weight"):
         compute_ema(nn.Linear(2, 2), nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"\[0, 1\], got 2"):
         compute_ema(nn.Linear(2, 2), nn.Linear(2, 2), smoothing=2)
@@ -143,7 +153,7 @@ def test_copying_to_another_model_is_refused() -> None:
     other = make_net("plain", seed=1)
     other.blocks[0].out = nn.Linear(7, 5)
     before = full_weights(other)
-    with pytest.raises(ValueError, match=r"shapes of \['blocks.0.out.weight', 'blocks.0.out.bias'\]"):
+    with pytest.raises(ValueError, match=r"shapes of blocks.0.out.weight, blocks.0.out.bias"):
         ema.copy_to(other)
     assert_bitwise_equal(full_weights(other), before)
     with pytest.raises(ValueError, match="stranger"):

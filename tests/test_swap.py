@@ -110,7 +110,7 @@ def test_live_comes_back_also_when_the_model_was_changed_inside(layout: str) -> 
     """What is wrong with it now is told after that."""
     model, ema = trained(layout)
     live = full_weights(model)
-    with pytest.raises(ValueError, match=r"\['frozen.weight', 'frozen.bias'\] became trainable"), ema.swapped():
+    with pytest.raises(ValueError, match=r"frozen.weight, frozen.bias became trainable"), ema.swapped():
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("frozen" in name or parameter.requires_grad)
     assert_bitwise_equal(full_weights(model), live)

@@ -18,6 +18,7 @@ from ema_dist.ema import ShardedEMA
 from ema_dist.exchange import exchanges_in
 from ema_dist.serving import servings_in
 from ema_dist.shards import Layout, Shard, is_cut
+from ema_dist.wording import few
 
 
 class Entry(ABC):
@@ -121,7 +122,7 @@ class Model(Entry):
         missing = {shard.name for shard in self.layout.shards} - weights.keys()
         unknown = weights.keys() - self.layout.by_any_name().keys()
         if differing := missing | unknown | (states.keys() ^ self.layout.extra_states.keys()):
-            raise ValueError(f"it is of another model: it and the checkpoint differ in {sorted(differing)}")
+            raise ValueError(f"it is of another model: it and the checkpoint differ in {few(sorted(differing))}")
         refuse_other_shapes({weights[shard.name]: shard.shape for shard in self.layout.shards}, contents)
         self._targets = [Target.of(shard, shard.local) for shard in self.layout.shards]
         self._extra_states = {name: FreshTensors(names, contents, {}) for name, names in states.items()}
@@ -168,7 +169,7 @@ class Average(Entry):
         if (found := sorted({*map(_track, averaged)})) != sorted(self.ema.tracks):
             raise ValueError(f"expected averages of the tracks {self.ema.tracks}, found {found}")
         if differing := averaged ^ tensors.keys():
-            names = sorted(str(path[-1]) for path in differing)
+            names = few(sorted(str(path[-1]) for path in differing))
             raise ValueError(f"these averages belong to another model: it and the checkpoint differ in {names}")
         expected = self._state["format",]
         if (version := contents.scalars.get(stored.get(("format",), ""))) != expected:
@@ -217,7 +218,9 @@ class Other(Entry):
             raise ValueError(f"the checkpoint has no such entry; it has {contents.keys}")
         present = {path: leaf for path, leaf in flattened(self._current()).items() if isinstance(leaf, Tensor)}
         if missing := present.keys() - stored.keys():
-            raise ValueError(f"the checkpoint lacks the tensors {sorted('.'.join(map(str, path)) for path in missing)}")
+            raise ValueError(
+                f"the checkpoint lacks the tensors {few(sorted('.'.join(map(str, path)) for path in missing))}"
+            )
         refuse_other_shapes({stored[path]: leaf.size() for path, leaf in present.items()}, contents)
         self._read = FreshTensors(stored, contents, present)
         return self._read.tensors
@@ -250,10 +253,12 @@ def _place(shard: Shard) -> tuple[int, torch.Size] | None:
 def refuse_other_shapes(shapes: Mapping[str, torch.Size], contents: Contents) -> None:
     """Raise ValueError when tensors, by their names in the checkpoint, are stored in other shapes, or are none."""
     plain = sorted(name for name in shapes if name not in contents.tensors)
-    different = {
-        name: (tuple(shape), tuple(contents.shape(name)))
+    if plain:
+        raise ValueError(f"the checkpoint holds other things than tensors as {few(plain)}")
+    different = [
+        f"{name} ({tuple(shape)}, stored {tuple(contents.shape(name))})"
         for name, shape in shapes.items()
-        if name in contents.tensors and contents.shape(name) != shape
-    }
-    if plain or different:
-        raise ValueError(f"not tensors: {plain}; other shapes (expected, stored): {different}")
+        if contents.shape(name) != shape
+    ]
+    if different:
+        raise ValueError(f"other shapes are stored than expected: {few(different)}")

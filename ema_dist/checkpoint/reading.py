@@ -30,6 +30,7 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.metadata import Item, inside, read_metadata
 from ema_dist.checkpoint.ranks import by_rank, together
 from ema_dist.shards import is_cut
+from ema_dist.wording import few
 
 T = TypeVar("T")
 
@@ -265,10 +266,12 @@ def _plan(reader: Reader, wanted: dict[str, Any]) -> tuple[LoadPlan, Planner]:
     metadata = reader.read_metadata()
     stored = metadata.state_dict_metadata
     if missing := wanted.keys() - stored:
-        raise CheckpointError(f"{reader.path} has no entries {sorted(missing)}; expected them among its {len(stored)}")
+        raise CheckpointError(
+            f"{reader.path} has no entries {few(sorted(missing))}; expected them among its {len(stored)}"
+        )
     problems = {name: _misfit(value, stored[name]) for name, value in wanted.items()}
     if wrong := [f"{name!r} {problem}" for name, problem in problems.items() if problem]:
-        raise CheckpointError(f"{reader.path} does not fit: {'; '.join(wrong)}")
+        raise CheckpointError(f"{reader.path} does not fit: {few(wrong)}")
     reader.set_up_storage_reader(metadata, is_coordinator=False)
     planner = Planner()
     planner.set_up_planner({name: _target(value, stored[name]) for name, value in wanted.items()}, metadata)

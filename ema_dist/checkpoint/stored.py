@@ -22,6 +22,7 @@ from ema_dist.checkpoint.reading import read
 from ema_dist.decay import Constant, Decay, HalfLife, decay_from_half_life, half_life_from_decay
 from ema_dist.kernels import checksum
 from ema_dist.state import FORMAT
+from ema_dist.wording import few
 
 Which = Literal["ema", "live"]
 
@@ -315,7 +316,7 @@ class Stored:
             keys |= {f"{track} {key}": (*place, "tracks", track, "decay", key) for key in ("kind", "value")}
         where = f"{self.folder}: the averages in {dotted(place)!r}"
         if missing := [dotted(at) for at in keys.values() if at not in names]:
-            raise CheckpointError(f"{where} lack {missing}")
+            raise CheckpointError(f"{where} lack {few(missing)}")
         stored = self.values(names[at] for at in keys.values())
         found = {key: stored[names[at]] for key, at in keys.items()}
         if type(found["format"]) is not int or found["format"] != FORMAT:

@@ -32,6 +32,7 @@ from ema_dist.checkpoint.weight_formats import (
     format_of,
     unholdable,
 )
+from ema_dist.wording import few
 
 ASIDE = ".export-incomplete"
 """The folder inside an export's own in which its files are written."""
@@ -120,8 +121,8 @@ class WeightWriter:
             self._require_room()
             if self._left_out:
                 warnings.warn(
-                    f"{sorted(self._left_out)} are no tensors, and {self._format.suffix} files hold nothing else: they "
-                    'are left out; file_format="torch" keeps them',
+                    f"{few(sorted(self._left_out))} are no tensors, and {self._format.suffix} files hold nothing else: "
+                    'they are left out; file_format="torch" keeps them',
                     stacklevel=2,
                 )
             if self._aside.exists():
@@ -134,7 +135,7 @@ class WeightWriter:
         if others := [path.name for f in FORMATS.values() if f is not self._format for path in f.files(self.folder)]:
             raise FileExistsError(
                 f"{self.folder} holds weights in another format, which readers could take for the new ones: "
-                f"{sorted(others)}; remove them, or choose another folder"
+                f"{few(sorted(others))}; remove them, or choose another folder"
             )
         replaced = {*self.paths, *self._format.files(self.folder)}
         if folders := [path.name for path in sorted(replaced) if path.is_dir() and not path.is_symlink()]:
@@ -256,7 +257,7 @@ class WeightFiles(Mapping[str, Any]):
             indexed = _read_index(entry)
         for path, names in indexed.items():
             if differing := names ^ set(self._open(path).names):
-                raise CheckpointError(f"{path} and {entry.name} differ in {sorted(differing)}")
+                raise CheckpointError(f"{path} and {entry.name} differ in {few(sorted(differing))}")
         return {name: path for path in indexed for name in self._open(path).names}
 
     def _open(self, path: Path) -> Opened:

@@ -16,7 +16,8 @@ from ema_dist.checkpoint.outline import dotted
 from ema_dist.checkpoint.stored import Stored, Weights
 from ema_dist.checkpoint.weight_files import WeightWriter, size_in_bytes
 from ema_dist.cli.options import CheckpointArgument, EntryOption, StepOption, TrackOption, Which, WhichOption
-from ema_dist.cli.terminal import few, in_bytes, output, progress, say
+from ema_dist.cli.terminal import in_bytes, output, progress, say
+from ema_dist.wording import few
 
 
 class FileFormat(str, Enum):

@@ -99,12 +99,6 @@ def in_bytes(size: int) -> str:
     return f"{value:.1f} TiB"
 
 
-def few(names: list[str], count: int = 5) -> str:
-    """The first of these names, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
 def _errors() -> Console:
     return _Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 

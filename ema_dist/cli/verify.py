@@ -18,7 +18,8 @@ from ema_dist.checkpoint.outline import dotted
 from ema_dist.checkpoint.plain import Path as Place
 from ema_dist.checkpoint.stored import Stored
 from ema_dist.cli.options import CheckpointArgument, StepOption
-from ema_dist.cli.terminal import few, in_bytes, output, progress, say
+from ema_dist.cli.terminal import in_bytes, output, progress, say
+from ema_dist.wording import few
 
 
 def verify(checkpoint: CheckpointArgument, *, step: StepOption = None) -> None:

@@ -16,6 +16,7 @@ from ema_dist.composer import monolithic
 from ema_dist.composer.sharded import ATTRIBUTE, Loading, Path
 from ema_dist.ema import ShardedEMA
 from ema_dist.shards import cpu_copy
+from ema_dist.wording import few
 
 Make = Callable[[nn.Module], ShardedEMA]
 """Makes new averages of a model."""
@@ -167,7 +168,7 @@ class Checkpoints:
         lost |= read["live"].keys() - live.keys() if is_active else set()
         if differing := lost | (names ^ {*part["averaged"]}):
             raise ValueError(
-                f"the checkpoint holds the averages of another model: it and this one differ in {sorted(differing)}"
+                f"the checkpoint holds the averages of another model: they differ in {few(sorted(differing))}"
             )
         ema.load_state_dict(state)
         if is_active:
