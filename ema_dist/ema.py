@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -354,6 +354,12 @@ class ShardedEMA:
         self._pair.refuse_inside("copy_to()")
         self._pair.prepare("copy_to()", together=self._live.is_spread)
         copy_into(Layout(model, "copy"), self._live.layout, averages.numbers())
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a ShardedEMA follows one model where it is, and cannot be copied or pickled: take its state_dict() or "
+            "full_state_dict(), and construct another one for another model"
+        )
 
     def __repr__(self) -> str:
         parameters = next(iter(self._tracks.values())).parameters

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from ema_dist.averages import Averages
 from ema_dist.shards import Layout, Shard
-from ema_dist.wording import few
+from ema_dist.wording import apart, few
 
 T = TypeVar("T")
 
@@ -143,8 +143,9 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
     Raises: ValueError when names or shapes differ, before anything changes.
     """
     theirs, ours = target.by_any_name(), layout.by_any_name()
-    if names := (theirs | target.extra_states).keys() ^ (ours | layout.extra_states).keys():
-        raise ValueError(f"the models differ in {few(sorted(names))}")
+    names, their_names = (ours | layout.extra_states).keys(), (theirs | target.extra_states).keys()
+    if different := apart("this one", names, "the other", their_names):
+        raise ValueError(f"the models differ: {different}")
     if wrong := [name for name, shard in ours.items() if theirs[name].shape != shard.shape]:
         raise ValueError(f"the models differ in the shapes of {few(wrong)}")
     for shard, local in _averaged(layout, averages):

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
@@ -84,12 +84,6 @@ class Worker:
                 "these averages move on a thread of the process that this one was forked from: use them there, or "
                 "construct ShardedEMA(..., store=Offloaded()) after forking"
             )
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "averages of ShardedEMA(..., store=Offloaded()) move on a thread, which cannot be copied or pickled: "
-            "take their state_dict(), or full_state_dict()"
-        )
 
 
 class Offload:

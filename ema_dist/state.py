@@ -16,7 +16,7 @@ from torch import Tensor
 from ema_dist.averages import Averages, Tracks
 from ema_dist.clock import Clock
 from ema_dist.shards import Layout, Shard
-from ema_dist.wording import few
+from ema_dist.wording import apart, few
 
 FORMAT = 1
 
@@ -73,8 +73,8 @@ def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
 
 def _local(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's tensors of a state."""
-    if differing := shards.keys() ^ saved.keys():
-        raise ValueError(f"these {kind} belong to another model: it and the state differ in {few(sorted(differing))}")
+    if different := apart("this one", shards.keys(), "the state", saved.keys()):
+        raise ValueError(f"these {kind} belong to another model: {different}")
     values: dict[str, Tensor] = {}
     wrong: list[str] = []
     for name, shard in shards.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 
 
 def few(names: Iterable[str], count: int = 10) -> str:
@@ -10,3 +11,9 @@ def few(names: Iterable[str], count: int = 10) -> str:
     every = list(names)
     more = f" and {len(every) - count} more" if len(every) > count else ""
     return ", ".join(every[:count]) + more
+
+
+def apart(one: str, ours: AbstractSet[str], other: str, theirs: AbstractSet[str]) -> str:
+    """Which names only one of two has, with what these two are called; empty where none are."""
+    both = {one: ours - theirs, other: theirs - ours}
+    return "; ".join(f"only {whose} has {few(sorted(names))}" for whose, names in both.items() if names)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ema_dist import HalfLife, ShardedEMA, compute_ema
+from ema_dist import HalfLife, Offloaded, ShardedEMA, compute_ema
 from layouts import assert_bitwise_equal, full_weights, layouts, make_net, trained, wrap
 
 
@@ -36,7 +39,7 @@ def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: st
 def test_selecting_an_integer_parameter_is_refused() -> None:
     model = nn.Linear(2, 2)
     model.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"\['codes'\], which are not floating-point"):
+    with pytest.raises(ValueError, match=r"codes, which are not floating-point"):
         ShardedEMA(model, select=lambda _name, _parameter: True)
 
 
@@ -101,6 +104,14 @@ def test_a_message_names_the_first_of_many() -> None:
     with pytest.raises(RuntimeError, match=match), torch.no_grad(), ema.swapped():
         for parameter in model.parameters():
             parameter.zero_()
+
+
+@pytest.mark.parametrize("store", [None, Offloaded()], ids=str)
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused_and_says_what_to_do(copied: Callable[[ShardedEMA], object], store: Offloaded | None) -> None:
+    ema = ShardedEMA(nn.Linear(1, 1), store=store)
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled: take its state_dict\(\)"):
+        copied(ema)
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2")

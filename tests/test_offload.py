@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
@@ -519,12 +518,6 @@ if not os.fork():
 os.wait()
 """)
     assert "move on a thread of the process that this one was forked from" in process.stdout
-
-
-def test_a_copy_is_refused_and_says_what_to_do() -> None:
-    _, ema, _ = one_weight()
-    with pytest.raises(TypeError, match=r"cannot be copied or pickled: take their state_dict\(\)"):
-        copy.deepcopy(ema)
 
 
 def test_it_takes_its_copies_of_the_live_weights_beside_the_averages() -> None:

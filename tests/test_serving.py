@@ -476,7 +476,7 @@ def test_writing_parameters_inside_is_an_error(layout: str) -> None:
     """What modules show there are averages, if nothing was copied."""
     model, ema = trained(layout, replicas="copy")
     live = full_weights(model)
-    with pytest.raises(RuntimeError, match=r"inside serving\(\): \['blocks.0.*stats.weight'\]"), ema.serving():
+    with pytest.raises(RuntimeError, match=r"inside serving\(\): blocks.0.*stats.weight\. What"), ema.serving():
         for name, parameter in model.named_parameters():
             if "frozen" not in name:
                 parameter.add_(1)
@@ -488,7 +488,7 @@ def test_casting_the_model_inside_is_an_error(layout: str) -> None:
     """The averages are not cast, and are served as before."""
     model, ema = trained(layout)
     averages = averaged(ema)
-    with pytest.raises(RuntimeError, match=r"inside serving\(\): \['blocks.0.*stats.weight'\]"), ema.serving():
+    with pytest.raises(RuntimeError, match=r"inside serving\(\): blocks.0.*stats.weight\. What"), ema.serving():
         model.to(torch.bfloat16)
     model.to(torch.float32)
     assert_bitwise_equal(averaged(ema), averages)
@@ -505,7 +505,7 @@ def averaged(ema: ShardedEMA) -> dict[str, Tensor]:
 def test_replacing_a_parameter_inside_is_an_error() -> None:
     model, ema = trained("plain")
     kept = model.embed.weight
-    with pytest.raises(RuntimeError, match=r"inside serving\(\): \['embed.weight'\]"), ema.serving():
+    with pytest.raises(RuntimeError, match=r"inside serving\(\): embed.weight\. What"), ema.serving():
         model.embed.weight = nn.Parameter(torch.zeros(5, 6))
     assert model.embed.weight is kept
 
@@ -573,8 +573,9 @@ def test_a_torch_that_hides_what_must_be_read_of_fsdp2_is_swapped(monkeypatch: p
 
 
 @pytest.mark.filterwarnings("ignore:serving.. swaps the averages:UserWarning")
-def test_a_module_that_replays_a_cuda_graph_is_swapped() -> None:
+def test_a_module_that_replays_a_cuda_graph_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that was captured after averages had been served."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     model, ema = trained("plain")
     with ema.serving():
         inside = evaluate(model)

@@ -131,7 +131,7 @@ def test_casting_or_replacing_weights_inside_is_an_error(layout: str) -> None:
         model.to(torch.bfloat16)
         model.to(torch.float32)
     if layout == "plain":
-        with pytest.raises(RuntimeError, match=r"written to inside.*'embed\.weight'\]"), ema.swapped():
+        with pytest.raises(RuntimeError, match=r"written to inside.* embed\.weight\. The"), ema.swapped():
             model.embed.weight.data = torch.zeros(5, 6)
 
 
@@ -225,7 +225,7 @@ def test_drifted_replicas_are_noticed_before_anything_is_mixed() -> None:
     if torch.distributed.get_rank() == 1:
         model.module.blocks[1].out.weight.data[0, 0] += 1
     live = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight': \[1\]"), ema.swapped():
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight on \[1\]"), ema.swapped():
         pass
     assert_bitwise_equal(model.state_dict(), live)
     with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight"):

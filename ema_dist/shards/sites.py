@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -51,16 +52,16 @@ class StandIns:
         self._all = list(substitutes)
         self.live = {id(it.tensor): it.live for it in self._all}
         """The live tensors by the ids of their substitutes."""
-        self.at: dict[int, list[Substitute]] = {}
+        self._at: dict[int, list[Substitute]] = {}
         """The substitutes by the ids of their modules."""
         for it in self._all:
-            self.at.setdefault(id(it.site.module), []).append(it)
+            self._at.setdefault(id(it.site.module), []).append(it)
         self._registered = [(it.site.registry, it.site.name, it.tensor, it.live) for it in self._all]
         self._assigned = [it for it in self._all if it.has_own_way]
-        self._hooks: list[tuple[Any, Any, Any]] = [
-            (module._state_dict_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks)
-            for module in dict.fromkeys(modules)
-        ]
+        self._before_state: list[Any] = [its[0].site.module._state_dict_pre_hooks for its in self._at.values()]
+        self._before_load: list[Any] = [module._load_state_dict_pre_hooks for module in dict.fromkeys(modules)]
+        self._after_state: list[Any] = []
+        """Of those modules whose state was asked for meanwhile."""
 
     def enter(self) -> None:
         """Put every substitute in its place."""
@@ -70,17 +71,17 @@ class StandIns:
         for it in self._assigned:
             it.put(it.tensor)
         # One dictionary entry each, where nn.Module's own functions would take microseconds for every module.
-        for before_state, after_state, before_load in self._hooks:
-            before_state[_KEY] = _show_live
-            before_state.move_to_end(_KEY, last=False)  # other hooks see the live tensors too
-            after_state[_KEY] = _show_substitutes
-            before_load[_KEY] = _refuse_loading
+        for hooks in self._before_state:
+            hooks[_KEY] = _show_live
+            hooks.move_to_end(_KEY, last=False)  # other hooks see the live tensors too
+        for hooks in self._before_load:
+            hooks[_KEY] = _refuse_loading
 
     def leave(self) -> list[Tensor]:
         """Put the live tensors back; those in whose places something else than the substitute was found."""
-        for several in self._hooks:
-            for hooks in several:
-                hooks.pop(_KEY, None)
+        for hooks in chain(self._before_state, self._after_state, self._before_load):
+            hooks.pop(_KEY, None)
+        self._after_state.clear()
         replaced: list[Tensor] = []
         for registry, name, tensor, live in self._registered:
             if registry.get(name) is not tensor:
@@ -91,6 +92,20 @@ class StandIns:
             for it in self._assigned:
                 stack.callback(it.put, it.live)
         return replaced
+
+    def show_live(self, module: nn.Module) -> None:
+        """In one module, that is about to be asked for its state."""
+        if found := self._at.get(id(module)):
+            for it in found:
+                it.site.registry[it.site.name] = it.live
+            hooks: Any = module._state_dict_hooks
+            hooks[_KEY] = _show_substitutes
+            self._after_state.append(hooks)
+
+    def show_substitutes(self, module: nn.Module) -> None:
+        """In one module, that was asked for its state."""
+        for it in self._at.get(id(module), ()):
+            it.site.registry[it.site.name] = it.tensor
 
 
 _on_stage: list[StandIns] = []
@@ -108,14 +123,12 @@ def live_behind(tensor: Tensor) -> Tensor:
 
 def _show_live(module: nn.Module, *_: object) -> None:
     for stand_ins in tuple(_on_stage):  # others may come and go in other threads
-        for it in stand_ins.at.get(id(module), ()):
-            it.site.registry[it.site.name] = it.live
+        stand_ins.show_live(module)
 
 
 def _show_substitutes(module: nn.Module, *_: object) -> None:
     for stand_ins in tuple(_on_stage):  # others may come and go in other threads
-        for it in stand_ins.at.get(id(module), ()):
-            it.site.registry[it.site.name] = it.tensor
+        stand_ins.show_substitutes(module)
 
 
 def _refuse_loading(*_: object) -> None:

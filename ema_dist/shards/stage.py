@@ -45,8 +45,10 @@ class Stage:
         self._wrappers = [it for it in layout.model.modules() if isinstance(it, DistributedDataParallel)]
         self._names = {id(shards[name].owner): name for name in locals_ if name in layout.parameters}
         # Modules may write to buffers, and put others in their places.
-        self._locals = {name: local for name, local in locals_.items() if name in layout.parameters}
         self._shown = {name: tensor for name, tensor in shown.items() if name in layout.parameters}
+        # What is shown shares the counter of its storage's writes, and is at hand anyway; but not what DTensor wraps.
+        at_hand = {name: tensor for name, tensor in self._shown.items() if not isinstance(tensor, DTensor)}
+        self._counting = {name: at_hand.get(name, locals_[name]) for name in locals_ if name in layout.parameters}
         self._on_mesh = any(isinstance(tensor, DTensor) for tensor in self._shown.values())
         self._owners = {name: shards[name].owner for name in self._shown}
         self._addresses = self._current_addresses()
@@ -83,7 +85,7 @@ class Stage:
                 wrapper.require_forward_param_sync = sync
         changed += moved
         names = {self._names[id(live)] for live in changed if id(live) in self._names}
-        names |= _differing(self._locals, self._versions, self._current_versions())
+        names |= _differing(self._counting, self._versions, self._current_versions())
         names |= _differing(self._shown, self._addresses, self._current_addresses())
         return sorted(names), self._given_gradients()
 
@@ -108,7 +110,7 @@ class Stage:
 
     def _current_versions(self) -> list[int]:
         """They change when somebody writes to the tensors."""
-        return list(map(_version, self._locals.values()))
+        return list(map(_version, self._counting.values()))
 
     def _current_addresses(self) -> list[int]:
         """They change when somebody gives the parameters shown other storage."""
@@ -133,6 +135,8 @@ def obstacle(layout: Layout) -> str:
 
 def replays_graphs(modules: Iterable[nn.Module]) -> bool:
     """Whether one of them replays a CUDA graph, which reads the addresses at which it was captured."""
+    if not torch.cuda.is_initialized():
+        return False
     # torch.cuda.make_graphed_callables puts a function of its own module in the place of forward.
     replaced = [own["forward"] for own in map(vars, modules) if "forward" in own]
     return any(getattr(forward, "__module__", "") == "torch.cuda.graphs" for forward in replaced)
