@@ -393,7 +393,7 @@ def test_backward_of_an_older_graph_inside_is_an_error_after_the_block(layout: s
     for set_to_none in (True, False):
         model.zero_grad(set_to_none=set_to_none)
         output = model(batch()).sum()
-        told = r"backward\(\) inside serving\(\) gave gradients to \['embed.weight', 'blocks.0.*after the block"
+        told = r"backward\(\) inside serving\(\) gave gradients to embed.weight, blocks.0.*after the block"
         with pytest.raises(RuntimeError, match=told), ema.serving():
             output.backward()
         found = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
@@ -476,7 +476,7 @@ def test_writing_parameters_inside_is_an_error(layout: str) -> None:
     """What modules show there are averages, if nothing was copied."""
     model, ema = trained(layout, replicas="copy")
     live = full_weights(model)
-    with pytest.raises(RuntimeError, match=r"inside serving\(\): blocks.0.*stats.weight\. What"), ema.serving():
+    with pytest.raises(RuntimeError, match=r"inside serving\(\): blocks.0.*weight.*\. What was"), ema.serving():
         for name, parameter in model.named_parameters():
             if "frozen" not in name:
                 parameter.add_(1)
@@ -488,7 +488,7 @@ def test_casting_the_model_inside_is_an_error(layout: str) -> None:
     """The averages are not cast, and are served as before."""
     model, ema = trained(layout)
     averages = averaged(ema)
-    with pytest.raises(RuntimeError, match=r"inside serving\(\): blocks.0.*stats.weight\. What"), ema.serving():
+    with pytest.raises(RuntimeError, match=r"inside serving\(\): blocks.0.*weight.*\. What was"), ema.serving():
         model.to(torch.bfloat16)
     model.to(torch.float32)
     assert_bitwise_equal(averaged(ema), averages)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ema_dist.kernels.compiled import Compiled
 from ema_dist.kernels.follow import Follow, InOneCall, UnfitError
 from ema_dist.kernels.in_chunks import in_chunks
+from ema_dist.kernels.lists import SMALL, is_small
 from ema_dist.kernels.one_launch import InOneLaunch
 from ema_dist.kernels.rounding import Rounding
 
@@ -23,9 +24,6 @@ KERNELS = {"foreach": InOneCall, "scratch": in_chunks, "compiled": Compiled, "tr
 
 MEASURED_ELEMENTS = 2**22
 """Of the tensors on which kernels are measured: more than a cache holds, soon done with."""
-
-SMALL = 2**15
-"""Up to so many elements a tensor costs as a call rather than by its bytes."""
 
 Agree = Callable[[str, str], str]
 """Takes a question and what was found here, and returns what all ranks are to take for the answer."""
@@ -92,8 +90,8 @@ class _Kind:
 
     @classmethod
     def of(cls, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool) -> _Kind:
-        is_small = sum(value.numel() for value in values) <= SMALL * len(values)
-        return cls(values[0].device.type, values[0].dtype, tuple(track[0].dtype for track in tracks), is_small, finite)
+        averages = tuple(track[0].dtype for track in tracks)
+        return cls(values[0].device.type, values[0].dtype, averages, is_small(values), finite)
 
     def tensors(self, dtype: torch.dtype) -> list[Tensor]:
         """As many as are measured, of one dtype."""

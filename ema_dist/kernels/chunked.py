@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.lists import flat_chunks
+from ema_dist.kernels.lists import flat_chunks, is_small
 from ema_dist.kernels.move import Update, Weight, move_
 from ema_dist.kernels.scratch import chunk_elements, views
 
@@ -23,7 +23,8 @@ class InChunks:
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
 
-    Memory: a scratch for each dtype among the tracks that is not the live one, kept as long as this.
+    Memory: a scratch for each dtype among the tracks that is not the live one, and for small tensors one of the live
+        dtype, kept as long as this.
     """
 
     name = "scratch"
@@ -36,8 +37,10 @@ class InChunks:
     def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:  # noqa: ARG002
         """Move each track by its weight."""
         for chunk in self._chunks:
-            for room in chunk.rooms:
-                torch._foreach_copy_(room, chunk.values)
+            if chunk.packed is not None:
+                torch.cat(chunk.values, out=chunk.packed)
+            for rooms, values in chunk.conversions:
+                torch._foreach_copy_(rooms, values)
             for averages, sources, weight in zip(chunk.tracks, chunk.sources, weights, strict=True):
                 move_(averages, sources, weight, finite=self._finite)
 
@@ -46,22 +49,27 @@ class _Chunk(NamedTuple):
     values: list[Tensor]
     tracks: list[list[Tensor]]
     sources: list[list[Tensor]]
-    """What each track follows: the values, or a room."""
-    rooms: list[list[Tensor]]
-    """Where the values are converted to another dtype."""
+    """What each track follows: the values, or where they are converted to its dtype."""
+    packed: Tensor | None
+    """Where small values are put together first: to convert each by itself takes longer."""
+    conversions: list[tuple[list[Tensor], list[Tensor]]]
+    """What is filled, and from what: one for each dtype."""
 
 
 def _chunked(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> list[_Chunk]:
-    dtypes = dict.fromkeys(track[0].dtype for track in tracks)
-    elements = chunk_elements(values, itemsize=max(dtype.itemsize for dtype in dtypes))
-    scratches = {
-        dtype: torch.empty(elements, dtype=dtype, device=values[0].device)
-        for dtype in dtypes
-        if dtype != values[0].dtype
-    }
+    live = values[0].dtype
+    others = dict.fromkeys(track[0].dtype for track in tracks if track[0].dtype != live)
+    elements = chunk_elements(values, itemsize=max(track[0].dtype.itemsize for track in tracks))
+    scratches = {dtype: torch.empty(elements, dtype=dtype, device=values[0].device) for dtype in others}
+    room_to_pack = torch.empty(elements, dtype=live, device=values[0].device) if others and is_small(values) else None
     found = []
     for followed, *moved in flat_chunks(values, *tracks, elements=elements):
         rooms = {dtype: views(scratch, followed) for dtype, scratch in scratches.items()}
         sources = [rooms.get(pieces[0].dtype, followed) for pieces in moved]
-        found.append(_Chunk(followed, moved, sources, list(rooms.values())))
+        packed = None
+        conversions = [(room, followed) for room in rooms.values()]
+        if room_to_pack is not None and all(piece.dim() == 1 for piece in followed):
+            packed = room_to_pack[: sum(piece.numel() for piece in followed)]
+            conversions = [([scratch[: packed.numel()]], [packed]) for scratch in scratches.values()]
+        found.append(_Chunk(followed, moved, sources, packed, conversions))
     return found

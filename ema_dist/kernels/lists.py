@@ -30,6 +30,15 @@ def alike(rows: Mapping[T, Sequence[Tensor]]) -> list[list[T]]:
     return list(groups.values())
 
 
+SMALL = 2**15
+"""Up to so many elements a tensor costs as a call rather than by its bytes."""
+
+
+def is_small(tensors: list[Tensor]) -> bool:
+    """Whether they cost as calls, on average."""
+    return sum(tensor.numel() for tensor in tensors) <= SMALL * len(tensors)
+
+
 def chunks(*lists: list[Tensor], limit: int) -> Iterator[tuple[list[Tensor], ...]]:
     """The same tensors in runs of at most ``limit`` bytes, counted in the first list; large ones are cut into views.
 
