@@ -23,8 +23,7 @@ class InChunks:
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
 
-    Memory: a scratch for each dtype among the tracks that is not the live one, and for small tensors one of the live
-        dtype, kept as long as this.
+    Memory: a scratch for each dtype among the tracks that is not the live one, kept as long as this.
     """
 
     name = "scratch"
@@ -57,11 +56,13 @@ class _Chunk(NamedTuple):
 
 
 def _chunked(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> list[_Chunk]:
-    live = values[0].dtype
+    live, device = values[0].dtype, values[0].device
     others = dict.fromkeys(track[0].dtype for track in tracks if track[0].dtype != live)
-    elements = chunk_elements(values, itemsize=max(track[0].dtype.itemsize for track in tracks))
-    scratches = {dtype: torch.empty(elements, dtype=dtype, device=values[0].device) for dtype in others}
-    room_to_pack = torch.empty(elements, dtype=live, device=values[0].device) if others and is_small(values) else None
+    packs = bool(others) and device.type == "cpu" and is_small(values)
+    itemsize = max(track[0].dtype.itemsize for track in tracks) + (live.itemsize if packs else 0)
+    elements = chunk_elements(values, itemsize=itemsize)
+    scratches = {dtype: torch.empty(elements, dtype=dtype, device=device) for dtype in others}
+    room_to_pack = torch.empty(elements, dtype=live, device=device) if packs else None
     found = []
     for followed, *moved in flat_chunks(values, *tracks, elements=elements):
         rooms = {dtype: views(scratch, followed) for dtype, scratch in scratches.items()}
