@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
-from ema_dist.kernels import KERNELS, bind, choose
+from ema_dist.kernels import KERNELS, bind, choose, scratch
 
 
 @pytest.fixture
@@ -26,6 +26,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(choose, "_seconds", seconds)
     monkeypatch.setattr(choose, "MEASURED_ELEMENTS", 2**12)
+    monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)  # three elements are more than one chunk
     choose._fastest.cache_clear()  # noqa: SLF001
     return calls
 
@@ -57,6 +58,8 @@ def test_ranks_agree_on_a_kernel() -> None:
     """Two kernels may differ in the last bit, and replicas that keep whole averages would drift apart."""
     best = ["foreach", "scratch"][dist.get_rank() % 2]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)
+        patch.setattr(choose, "MEASURED_ELEMENTS", 2**12)
         patch.setattr(choose, "_seconds", lambda follow, *_: float(follow.name != best))
         assert bind(ones(2), [torch.zeros(3)]).name == best
         model = DistributedDataParallel(nn.Linear(2, 2))
@@ -70,6 +73,7 @@ def test_ranks_agree_on_a_kernel() -> None:
 
 def test_nothing_is_measured_where_there_is_no_choice(measured: list[int]) -> None:
     assert bind(ones(1), [torch.zeros(3)]).name == "foreach"
+    assert bind([[torch.ones(2)]] * 2, [torch.zeros(2)]).name == "foreach"  # one chunk
     assert bind(ones(4), [torch.zeros(3, dtype=torch.bfloat16)]).name == "scratch"
     assert bind(ones(2), [torch.zeros(3)], kernel="foreach").name == "foreach"
     assert not measured
@@ -95,3 +99,9 @@ def test_a_kernel_that_cannot_is_replaced_and_says_so() -> None:
     assert follow.name == "scratch"
     follow([0.5])
     assert torch.equal(tracks[0][0], torch.full((3,), 0.5))
+
+
+def test_a_fastest_kernel_that_cannot_here_is_not_called_the_users_choice(measured: list[int]) -> None:  # noqa: ARG001
+    with pytest.warns(UserWarning, match="'triton', found to be the fastest, cannot move .* 'foreach' does: "):
+        follow = bind(ones(2), [torch.zeros(3)], agree=lambda _question, _found: "triton")
+    assert follow.name == "foreach"

@@ -162,7 +162,7 @@ def test_the_command_line_names_tracks(tmp_path: Path) -> None:
 
 def test_a_track_must_be_named_where_none_is_called_default() -> None:
     _, ema, _ = together_and_alone("plain")
-    for call in (ema.full_state_dict, ema.gather, ema.swapped().__enter__, lambda: ema.copy_to(ema.model)):
+    for call in (ema.full_state_dict, ema.gather, ema.swapped, ema.serving, lambda: ema.copy_to(ema.model)):
         with pytest.raises(ValueError, match=r"expected one of the tracks \['short', 'long'\], got None"):
             call()
     with pytest.raises(ValueError, match="got 'medium'"):

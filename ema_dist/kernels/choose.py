@@ -18,12 +18,13 @@ from ema_dist.kernels.in_chunks import in_chunks
 from ema_dist.kernels.lists import SMALL, is_small
 from ema_dist.kernels.one_launch import InOneLaunch
 from ema_dist.kernels.rounding import Rounding
+from ema_dist.kernels.scratch import chunk_elements
 
 KERNELS = {"foreach": InOneCall, "scratch": in_chunks, "compiled": Compiled, "triton": InOneLaunch}
 """By the names that users give and summaries show."""
 
-MEASURED_ELEMENTS = 2**22
-"""Of the tensors on which kernels are measured: more than a cache holds, soon done with."""
+MEASURED_ELEMENTS = 2**24
+"""Of the tensors on which kernels are measured: more than most caches hold, or reading them again would look free."""
 
 Agree = Callable[[str, str], str]
 """Takes a question and what was found here, and returns what all ranks are to take for the answer."""
@@ -64,17 +65,19 @@ def bind(
     if not tracks or not values:
         return InOneCall([], [])
     always = _always_possible(tracks, values, rounding)
+    asked = f"kernel={kernel!r}"
     if kernel is None:
         possible = (*always, "triton") if values[0].is_cuda else always
         kind = _Kind.of(tracks, values, finite=finite)
         kernel = possible[0] if len(possible) == 1 else _fastest(kind, possible)
         if agree and len(possible) > 1:
             kernel = agree(f"the fastest of {possible} for {kind}", kernel)
+        asked = f"{kernel!r}, found to be the fastest,"
     try:
         return KERNELS[kernel](tracks, values, finite=finite, rounding=rounding)
     except UnfitError as reason:
         other = always[0]
-        warnings.warn(f"kernel={kernel!r} cannot move these averages, {other!r} does: {reason}", stacklevel=2)
+        warnings.warn(f"{asked} cannot move these averages, {other!r} does: {reason}", stacklevel=2)
         return KERNELS[other](tracks, values, finite=finite, rounding=rounding)
 
 
@@ -105,7 +108,9 @@ def _always_possible(
     """Kernels that need nothing but torch, as far as they may differ in speed."""
     if rounding or any(track[0].dtype != values[0].dtype for track in tracks):
         return ("scratch",)
-    return ("foreach", "scratch") if len(tracks) > 1 else ("foreach",)
+    elements = sum(value.numel() for value in values)
+    is_one_chunk = chunk_elements(values, itemsize=values[0].element_size()) == elements
+    return ("foreach",) if len(tracks) == 1 or is_one_chunk else ("foreach", "scratch")
 
 
 @cache
