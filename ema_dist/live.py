@@ -110,15 +110,18 @@ class LiveModel:
             quick: read the model again only if something in it has moved.
         """
         try:
+            if quick:
+                self.layout.units.settle()
             if not (quick and self.layout.is_current()):
                 layout = Layout(self.layout.model, self._replicas)
                 if changes := self.layout.changes_to(layout):
+                    told = few((f"{name} ({then}; {now})" for name, (then, now) in changes.items()), count=3)
                     return ValueError(
-                        f"the model is not the one that ShardedEMA(model) was given (then; now): "
-                        f"{few(f'{name} ({then}; {now})' for name, (then, now) in changes.items())}; "
+                        f"the model is not the one that ShardedEMA(model) was given (then; now): {told}; "
                         "construct it again after changing or wrapping a model"
                     )
-                self.layout = layout
+                if quick or not self.layout.is_current():  # else whoever is bound to it may stay so
+                    self.layout = layout
             if late := [name for name in self._left_out if self._selects(name)]:
                 return ValueError(
                     f"parameters {few(late)} became trainable after ShardedEMA(model) and have no average; "

@@ -96,9 +96,12 @@ class Pair:
             except RuntimeError as error:
                 hint = "The averages are still in the model; restore() on every rank puts the live weights back"
                 raise RuntimeError(f"{error}. {hint}") from error
-        self.live.layout.units.abandon()
-        problem = self.live.follow()
-        self.tracks.bind(self.live.layout)
+        before = self.live.layout
+        before.units.abandon()
+        before.reshard()
+        problem = self.live.follow(quick=True)
+        if self.live.layout is not before:
+            self.tracks.bind(self.live.layout)
         written = self.exchange.leave(self.live.layout)
         self.exchange = None
         if problem:

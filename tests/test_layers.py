@@ -147,12 +147,12 @@ def test_modules_keep_to_their_layer(path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "source", "fault"),
     [
-        ("clock.py", "from ema_dist.ema import ShardedEMA", "row 2 imports ema, which is in row 4"),
+        ("clock.py", "from ema_dist.ema import ShardedEMA", "row 2 imports ema, which is in row 5"),
         ("clock.py", "from ema_dist import averages", "row 2 imports averages, which is in row 2"),
         ("clock.py", "def later():\n    from . import gather", "row 2 imports gather, which is in row 3"),
         ("shards/mesh.py", "from ..kernels import lerp_", "row 0 imports kernels, which is in row 0"),
-        ("shards/mesh.py", "import ema_dist.ema", "row 0 imports ema, which is in row 4"),
-        ("ema.py", "import ema_dist", "row 4 imports __init__, which is in row 8"),
+        ("shards/mesh.py", "import ema_dist.ema", "row 0 imports ema, which is in row 5"),
+        ("ema.py", "import ema_dist", "row 5 imports __init__, which is in row 9"),
         ("ema.py", "from ema_dist import ShardedEMA", "name the module that defines it"),
         ("helpers.py", "", "helpers has no row: add it"),
         ("ema.py", "from torch.distributed.tensor import DTensor", "spells DTensor"),

@@ -84,7 +84,10 @@ def test_a_model_wrapped_after_construction_is_noticed() -> None:
     net = make_net("fsdp2")
     ema = ShardedEMA(net)
     wrap("fsdp2", net)
-    with pytest.raises(ValueError, match=r"embed.weight.*whole on cpu.*placed .*over ranks \[0, 1\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"blocks.0.module.bias .*whole on cpu; .*placed .*over ranks \[0, 1\].* and 17 more; construct",
+    ):
         ema.update()
 
 

@@ -47,7 +47,7 @@ def handles(model: nn.Module) -> list[tuple[FullyShardedDataParallel, FlatParamH
 
     Raises: RuntimeError when this version of torch hides what must be read of FSDP1.
     """
-    units = FullyShardedDataParallel.fsdp_modules(model)
+    units = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
     found = [(unit, handle) for unit in units if (handle := getattr(unit, "_handle", None)) is not None]
     for _, handle in found:
         missing = [name for name in HANDLE_ATTRIBUTES if not hasattr(handle, name)]

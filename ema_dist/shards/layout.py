@@ -108,11 +108,10 @@ class Layout:
         return self._watch.differs()
 
     def is_current(self) -> bool:
-        """Whether everything is where it was read, after dropping gathered weights; False under FSDP1 in any case."""
-        if self.has_flat_parameters:
+        """Whether everything is where it was read, as far as `Watch` sees it; False under FSDP1 in any case."""
+        if self.has_flat_parameters or self.has_moved():
             return False
-        self.units.settle()
-        return not (self.has_moved() or self._watch.finds_others() or self.follow_buffers())
+        return not (self._watch.finds_others() or self.follow_buffers())
 
     @property
     def has_flat_parameters(self) -> bool:
