@@ -103,14 +103,17 @@ class LiveModel:
         if problem is not None:
             raise problem
 
-    def follow(self, *, quick: bool = False) -> ValueError | None:
+    def follow(self, *, quick: bool = False, abandon: bool = False) -> ValueError | None:
         """Follow the live weights to where they are now; what is wrong with them, if anything.
 
         Args:
             quick: read the model again only if something in it has moved.
+            abandon: an exception may have ended a pass of the model.
         """
         try:
-            if quick:
+            if abandon:
+                self.layout.units.abandon()
+            elif quick:
                 self.layout.units.settle()
             if not (quick and self.layout.is_current()):
                 layout = Layout(self.layout.model, self._replicas)
@@ -120,8 +123,7 @@ class LiveModel:
                         f"the model is not the one that ShardedEMA(model) was given (then; now): {told}; "
                         "construct it again after changing or wrapping a model"
                     )
-                if quick or not self.layout.is_current():  # else whoever is bound to it may stay so
-                    self.layout = layout
+                self.layout = layout
             if late := [name for name in self._left_out if self._selects(name)]:
                 return ValueError(
                     f"parameters {few(late)} became trainable after ShardedEMA(model) and have no average; "

@@ -97,9 +97,7 @@ class Pair:
                 hint = "The averages are still in the model; restore() on every rank puts the live weights back"
                 raise RuntimeError(f"{error}. {hint}") from error
         before = self.live.layout
-        before.units.abandon()
-        before.reshard()
-        problem = self.live.follow(quick=True)
+        problem = self.live.follow(quick=True, abandon=True)
         if self.live.layout is not before:
             self.tracks.bind(self.live.layout)
         written = self.exchange.leave(self.live.layout)

@@ -25,7 +25,6 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return original(*args)
 
     monkeypatch.setattr(choose, "_seconds", seconds)
-    monkeypatch.setattr(choose, "MEASURED_ELEMENTS", 2**12)
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)  # three elements are more than one chunk
     choose._fastest.cache_clear()  # noqa: SLF001
     return calls
@@ -59,7 +58,6 @@ def test_ranks_agree_on_a_kernel() -> None:
     best = ["foreach", "scratch"][dist.get_rank() % 2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)
-        patch.setattr(choose, "MEASURED_ELEMENTS", 2**12)
         patch.setattr(choose, "_seconds", lambda follow, *_: float(follow.name != best))
         assert bind(ones(2), [torch.zeros(3)]).name == best
         model = DistributedDataParallel(nn.Linear(2, 2))

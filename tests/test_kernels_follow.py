@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from ema_dist.kernels import bind, choose, follow_, one_launch, scratch
+from ema_dist.kernels import bind, follow_, one_launch, scratch
 from kernel_lists import INTERPRETED, assert_close, followed, tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -20,7 +20,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small tensors are cut, too."""
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
     monkeypatch.setattr(one_launch, "BLOCK", 64)
-    monkeypatch.setattr(choose, "MEASURED_ELEMENTS", 2**12)
 
 
 @pytest.mark.parametrize(

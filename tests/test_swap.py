@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NoReturn
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
 from ema_dist.kernels import DEVICE_SCRATCH_BYTES
-from layouts import Net, assert_bitwise_equal, evaluate, full_weights, layouts, make_net, resident_peak, trained, wrap
+from layouts import (
+    Net,
+    assert_bitwise_equal,
+    evaluate,
+    full_weights,
+    layouts,
+    make_net,
+    resident_peak,
+    trained,
+    wrap,
+)
 
 
 def unwrapped_output(layout: str, weights: dict[str, Tensor]) -> Tensor:
@@ -90,6 +101,22 @@ def test_an_exception_in_the_middle_of_a_forward_pass_leaves_no_averages_behind(
     assert torch.equal(evaluate(model), before)
 
 
+@layouts("plain", "fsdp2", "fsdp2-keep", "hsdp")
+def test_an_exception_in_the_middle_of_a_backward_pass_leaves_no_averages_behind(layout: str) -> None:
+    """FSDP2 has gathered for it what it would not gather again."""
+    model, ema = trained(layout)
+    before = evaluate(model)
+
+    def stumble(*_: object) -> None:
+        raise ZeroDivisionError
+
+    handle = model.blocks[0].register_full_backward_pre_hook(stumble)
+    with pytest.raises(ZeroDivisionError), ema.swapped():
+        model(torch.randn(8, 6)).sum().backward()
+    handle.remove()
+    assert torch.equal(evaluate(model), before)
+
+
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "fsdp2-keep", "hsdp", "tp")
 def test_writing_parameters_inside_is_an_error_after_live_is_back(layout: str) -> None:
     model, ema = trained(layout)
@@ -103,6 +130,21 @@ def test_writing_parameters_inside_is_an_error_after_live_is_back(layout: str) -
             if parameter.requires_grad:
                 parameter.add_(1)
     assert_bitwise_equal(full_weights(model), live)
+
+
+@layouts("plain", "ddp", "fsdp2-3", "hsdp", "tp")
+def test_leaving_reads_the_model_again_only_where_something_moved(layout: str) -> None:
+    """Reading it takes longer than the exchange, for a thousand tensors."""
+    model, ema = trained(layout)
+    before = full_weights(model)
+
+    def unread(*_: object) -> NoReturn:
+        raise AssertionError
+
+    with pytest.MonkeyPatch.context() as patch, ema.swapped():
+        evaluate(model)
+        patch.setattr("ema_dist.live.Layout", unread)
+    assert_bitwise_equal(full_weights(model), before)
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp")

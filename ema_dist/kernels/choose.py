@@ -23,8 +23,8 @@ from ema_dist.kernels.scratch import chunk_elements
 KERNELS = {"foreach": InOneCall, "scratch": in_chunks, "compiled": Compiled, "triton": InOneLaunch}
 """By the names that users give and summaries show."""
 
-MEASURED_ELEMENTS = 2**24
-"""Of the tensors on which kernels are measured: more than most caches hold, or reading them again would look free."""
+MOST_MEASURED = 2**24
+"""Elements of the tensors on which kernels are measured, at most: more than a cache holds, soon done with."""
 
 Agree = Callable[[str, str], str]
 """Takes a question and what was found here, and returns what all ranks are to take for the answer."""
@@ -51,8 +51,8 @@ def bind(
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
         kernel: one of `KERNELS`; None for the fastest one, which is measured once in this process for each kind of
-            device, dtypes, number of tracks, and small or large tensors. Where it cannot do, another one does, whose
-            name is in ``name``.
+            device, dtypes, number of tracks, small or large tensors, and size. Where it cannot do, another one does,
+            whose name is in ``name``.
         rounding: of bfloat16 averages: `ByChance` or `Remainders`; None for to nearest.
         agree: on the fastest kernel, where ranks hold the same averages and must move them alike.
 
@@ -83,23 +83,29 @@ def bind(
 
 @dataclass(frozen=True)
 class _Kind:
-    """What groups of tensors have in common for which one kernel is the fastest, however they are rounded."""
+    """What groups of tensors have in common for which one kernel is the fastest, however they are rounded.
+
+    Args:
+        elements: about as many as there are: what stays in a cache is read again for nothing.
+    """
 
     device: str
     live: torch.dtype
     averages: tuple[torch.dtype, ...]
     is_small: bool
+    elements: int
     finite: bool
 
     @classmethod
     def of(cls, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool) -> _Kind:
         averages = tuple(track[0].dtype for track in tracks)
-        return cls(values[0].device.type, values[0].dtype, averages, is_small(values), finite)
+        elements = min(MOST_MEASURED, 1 << sum(value.numel() for value in values).bit_length())
+        return cls(values[0].device.type, values[0].dtype, averages, is_small(values), elements, finite)
 
     def tensors(self, dtype: torch.dtype) -> list[Tensor]:
         """As many as are measured, of one dtype."""
-        each = SMALL // 8 if self.is_small else MEASURED_ELEMENTS // 4
-        return [torch.zeros(each, dtype=dtype, device=self.device) for _ in range(MEASURED_ELEMENTS // each)]
+        each = min(SMALL // 8 if self.is_small else self.elements // 4, self.elements)
+        return [torch.zeros(each, dtype=dtype, device=self.device) for _ in range(self.elements // each)]
 
 
 def _always_possible(
