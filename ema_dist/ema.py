@@ -53,7 +53,7 @@ class ShardedEMA:
 
     Collective: construction compares the replicas once when averages are split among them; otherwise not.
     Memory: for each track one average per selected parameter's shard: 1/R of it where R replicas share it; and what
-        ``store`` takes.
+        ``store`` takes. While kernels are measured, at most 64 MiB for each track and as many for the live weights.
     Raises: ValueError for a setting out of range, a model on the meta device, or when nothing is selected;
         RuntimeError when replicas differ.
     """

@@ -144,7 +144,7 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
     """
     theirs, ours = target.by_any_name(), layout.by_any_name()
     names, their_names = (ours | layout.extra_states).keys(), (theirs | target.extra_states).keys()
-    if different := apart("this one", names, "the other", their_names):
+    if different := apart("the averaged one", names, "the given one", their_names):
         raise ValueError(f"the models differ: {different}")
     if wrong := [name for name, shard in ours.items() if theirs[name].shape != shard.shape]:
         raise ValueError(f"the models differ in the shapes of {few(wrong)}")

@@ -103,18 +103,13 @@ class LiveModel:
         if problem is not None:
             raise problem
 
-    def follow(self, *, quick: bool = False, abandon: bool = False) -> ValueError | None:
+    def follow(self, *, quick: bool = False) -> ValueError | None:
         """Follow the live weights to where they are now; what is wrong with them, if anything.
 
         Args:
             quick: read the model again only if something in it has moved.
-            abandon: an exception may have ended a pass of the model.
         """
         try:
-            if abandon:
-                self.layout.units.abandon()
-            elif quick:
-                self.layout.units.settle()
             if not (quick and self.layout.is_current()):
                 layout = Layout(self.layout.model, self._replicas)
                 if changes := self.layout.changes_to(layout):

@@ -96,10 +96,9 @@ class Pair:
             except RuntimeError as error:
                 hint = "The averages are still in the model; restore() on every rank puts the live weights back"
                 raise RuntimeError(f"{error}. {hint}") from error
-        before = self.live.layout
-        problem = self.live.follow(quick=True, abandon=True)
-        if self.live.layout is not before:
-            self.tracks.bind(self.live.layout)
+        self.live.layout.units.abandon()
+        problem = self.live.follow()
+        self.tracks.bind(self.live.layout)
         written = self.exchange.leave(self.live.layout)
         self.exchange = None
         if problem:

@@ -73,7 +73,7 @@ def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
 
 def _local(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's tensors of a state."""
-    if different := apart("this one", shards.keys(), "the state", saved.keys()):
+    if different := apart("the model", shards.keys(), "the state", saved.keys()):
         raise ValueError(f"these {kind} belong to another model: {different}")
     values: dict[str, Tensor] = {}
     wrong: list[str] = []

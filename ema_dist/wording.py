@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 
 
-def few(names: Iterable[str], count: int = 10) -> str:
+def few(names: Iterable[str], count: int = 10, between: str = ", ") -> str:
     """The first of these, and how many more there are: a model has thousands of tensors, and a message one point."""
     every = list(names)
     more = f" and {len(every) - count} more" if len(every) > count else ""
-    return ", ".join(every[:count]) + more
+    return between.join(every[:count]) + more
 
 
 def apart(one: str, ours: AbstractSet[str], other: str, theirs: AbstractSet[str]) -> str:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_dist.kernels import checksum, exchange, exchange_, lerp_, paired, scratch
+from ema_dist.kernels import checksum, chunked, exchange, exchange_, lerp_, paired, scratch
+from layouts import peak_memory
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
 SHAPES = [(), (0, 3), (7, 5), (1, 2, 3)]
@@ -104,3 +105,16 @@ def test_checksums_tell_changed_and_exchanged_elements(dtype: torch.dtype) -> No
     assert changed != before
     tensor[4], tensor[5] = 1, 0
     assert checksum(tensor) not in (before, changed), "a sum would not see that two rows changed places"
+
+
+def test_small_weights_are_converted_together_within_the_limit_of_a_scratch() -> None:
+    """Each by itself costs a call."""
+    values = [torch.ones(64, 64, dtype=torch.bfloat16) for _ in range(300)]
+    averages = [torch.zeros(64, 64) for _ in values]
+    follow = chunked.InChunks([averages], values)
+    with torch.profiler.profile() as profiled:
+        follow([0.5])
+    counts = {event.key: event.count for event in profiled.key_averages()}
+    assert 1 < counts["aten::copy_"] == counts["aten::cat"] < 10
+    assert all(torch.equal(average, torch.full((64, 64), 0.5)) for average in averages)
+    assert peak_memory(lambda: chunked.InChunks([averages], values)) <= scratch.CPU_SCRATCH_BYTES

@@ -103,3 +103,13 @@ def test_a_fastest_kernel_that_cannot_here_is_not_called_the_users_choice(measur
     with pytest.warns(UserWarning, match="'triton', found to be the fastest, cannot move .* 'foreach' does: "):
         follow = bind(ones(2), [torch.zeros(3)], agree=lambda _question, _found: "triton")
     assert follow.name == "foreach"
+
+
+def test_without_memory_to_measure_in_the_first_possible_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> float:
+        raise torch.OutOfMemoryError
+
+    choose._fastest.cache_clear()  # noqa: SLF001
+    monkeypatch.setattr(choose, "_seconds", full)
+    monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)
+    assert bind(ones(2), [torch.zeros(3)]).name == "foreach"

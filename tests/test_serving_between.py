@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -41,6 +43,33 @@ def test_buffers_that_modules_replace_between_stays_are_kept() -> None:
         optimizer.step()
         ema.update()
         assert model.count == step + 1
+
+
+@pytest.mark.parametrize("call", ["serving", "swapped", "state_dict"])
+def test_buffers_are_followed_also_after_a_call_that_found_another_model(call: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
+    ema = ShardedEMA(model, decay=0.5)
+    model[1].running_mean = torch.zeros(2)
+    model[0].weight, kept = nn.Parameter(torch.ones(3, 2)), model[0].weight
+    with pytest.raises(ValueError, match=r"0.weight .*construct it again"), ExitStack() as stack:
+        result = getattr(ema, call)()
+        stack.enter_context(result)
+    model[0].weight = kept
+    model[1].running_mean.fill_(8)
+    ema.update()
+    assert ema.full_state_dict()["1.running_mean"].tolist() == [4, 4]
+
+
+def test_modules_that_share_their_registries_hold_the_live_weights_in_state_dicts() -> None:
+    first = nn.Linear(2, 2)
+    model = nn.Sequential(first, copy.copy(first))
+    ema = ShardedEMA(model, decay=0.5)
+    with torch.no_grad():
+        first.weight.fill_(1)
+    live = full_weights(model)
+    with ema.serving():
+        assert_bitwise_equal(full_weights(model), live)
+        assert not torch.equal(model[1].weight, live["1.weight"])
 
 
 @layouts("plain", "fsdp2")

@@ -18,7 +18,7 @@ from ema_dist.ema import ShardedEMA
 from ema_dist.exchange import exchanges_in
 from ema_dist.serving import servings_in
 from ema_dist.shards import Layout, Shard, is_cut
-from ema_dist.wording import few
+from ema_dist.wording import apart, few
 
 
 class Entry(ABC):
@@ -121,8 +121,10 @@ class Model(Entry):
         states = contents.extra_states((source,)) if source else {}
         missing = {shard.name for shard in self.layout.shards} - weights.keys()
         unknown = weights.keys() - self.layout.by_any_name().keys()
-        if differing := missing | unknown | (states.keys() ^ self.layout.extra_states.keys()):
-            raise ValueError(f"it is of another model: it and the checkpoint differ in {few(sorted(differing))}")
+        extra = self.layout.extra_states.keys()
+        ours, theirs = missing | (extra - states.keys()), unknown | (states.keys() - extra)
+        if different := apart("the model", ours, "the checkpoint", theirs):
+            raise ValueError(f"it is of another model: {different}")
         refuse_other_shapes({weights[shard.name]: shard.shape for shard in self.layout.shards}, contents)
         self._targets = [Target.of(shard, shard.local) for shard in self.layout.shards]
         self._extra_states = {name: FreshTensors(names, contents, {}) for name, names in states.items()}
@@ -168,9 +170,10 @@ class Average(Entry):
         averaged = {path for path, name in stored.items() if name in contents.tensors}
         if (found := sorted({*map(_track, averaged)})) != sorted(self.ema.tracks):
             raise ValueError(f"expected averages of the tracks {self.ema.tracks}, found {found}")
-        if differing := averaged ^ tensors.keys():
-            names = few(sorted(str(path[-1]) for path in differing))
-            raise ValueError(f"these averages belong to another model: it and the checkpoint differ in {names}")
+        ours = {str(path[-1]) for path in tensors.keys() - averaged}
+        theirs = {str(path[-1]) for path in averaged - tensors.keys()}
+        if different := apart("the model", ours, "the checkpoint", theirs):
+            raise ValueError(f"these averages belong to another model: {different}")
         expected = self._state["format",]
         if (version := contents.scalars.get(stored.get(("format",), ""))) != expected:
             raise ValueError(f"expected averages of format {expected}, found format {version!r}")

@@ -271,7 +271,7 @@ def _plan(reader: Reader, wanted: dict[str, Any]) -> tuple[LoadPlan, Planner]:
         )
     problems = {name: _misfit(value, stored[name]) for name, value in wanted.items()}
     if wrong := [f"{name!r} {problem}" for name, problem in problems.items() if problem]:
-        raise CheckpointError(f"{reader.path} does not fit: {few(wrong)}")
+        raise CheckpointError(f"{reader.path} does not fit: {few(wrong, between='; ')}")
     reader.set_up_storage_reader(metadata, is_coordinator=False)
     planner = Planner()
     planner.set_up_planner({name: _target(value, stored[name]) for name, value in wanted.items()}, metadata)

@@ -135,7 +135,7 @@ class WeightWriter:
         if others := [path.name for f in FORMATS.values() if f is not self._format for path in f.files(self.folder)]:
             raise FileExistsError(
                 f"{self.folder} holds weights in another format, which readers could take for the new ones: "
-                f"{few(sorted(others))}; remove them, or choose another folder"
+                f"{', '.join(sorted(others))}; remove them, or choose another folder"
             )
         replaced = {*self.paths, *self._format.files(self.folder)}
         if folders := [path.name for path in sorted(replaced) if path.is_dir() and not path.is_symlink()]:

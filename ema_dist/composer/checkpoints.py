@@ -16,7 +16,7 @@ from ema_dist.composer import monolithic
 from ema_dist.composer.sharded import ATTRIBUTE, Loading, Path
 from ema_dist.ema import ShardedEMA
 from ema_dist.shards import cpu_copy
-from ema_dist.wording import few
+from ema_dist.wording import apart
 
 Make = Callable[[nn.Module], ShardedEMA]
 """Makes new averages of a model."""
@@ -166,10 +166,9 @@ class Checkpoints:
         names_of_live = {path[1] for path in stored if path[0] == "live"}  # DCP takes extra states of modules apart
         live = {name: it for name, it in read["live"].items() if name in names_of_live or not isinstance(it, Tensor)}
         lost |= read["live"].keys() - live.keys() if is_active else set()
-        if differing := lost | (names ^ {*part["averaged"]}):
-            raise ValueError(
-                f"the checkpoint holds the averages of another model: they differ in {few(sorted(differing))}"
-            )
+        saved = {*part["averaged"]}
+        if different := apart("the model", lost | (names - saved), "the checkpoint", saved - names):
+            raise ValueError(f"the checkpoint holds the averages of another model: {different}")
         ema.load_state_dict(state)
         if is_active:
             self._set_model(live)

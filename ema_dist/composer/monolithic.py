@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ema_dist.ema import ShardedEMA
-from ema_dist.wording import few
+from ema_dist.wording import apart
 
 WRAPPED = "module."
 """How the names of a replicated model begin, as Composer saves them."""
@@ -130,6 +130,6 @@ def _fitting(values: Mapping[str, Tensor], wanted: list[str], spare: set[str]) -
     plain = dict(values)
     if plain.keys().isdisjoint(wanted) and all(name.startswith(WRAPPED) for name in plain):
         plain = {name.removeprefix(WRAPPED): value for name, value in plain.items()}
-    if differing := ({*wanted} - plain.keys()) | (plain.keys() - {*wanted} - spare):
-        raise ValueError(f"the checkpoint holds the averages of another model: they differ in {few(sorted(differing))}")
+    if different := apart("the model", {*wanted} - plain.keys(), "the checkpoint", plain.keys() - {*wanted} - spare):
+        raise ValueError(f"the checkpoint holds the averages of another model: {different}")
     return {name: plain[name] for name in wanted}

@@ -51,11 +51,12 @@ def bind(
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
         kernel: one of `KERNELS`; None for the fastest one, which is measured once in this process for each kind of
-            device, dtypes, number of tracks, small or large tensors, and size. Where it cannot do, another one does,
-            whose name is in ``name``.
+            device, dtypes, number of tracks, small or large tensors, and size, unless all is one chunk. Where it cannot
+            do, another one does, whose name is in ``name``.
         rounding: of bfloat16 averages: `ByChance` or `Remainders`; None for to nearest.
         agree: on the fastest kernel, where ranks hold the same averages and must move them alike.
 
+    Memory: while kernels are measured as much as there is, at most 64 MiB for each float32 track and for the values.
     Raises: ValueError when there is no such kernel, or other averages are to be rounded.
     """
     if kernel is not None and kernel not in KERNELS:
@@ -99,12 +100,12 @@ class _Kind:
     @classmethod
     def of(cls, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool) -> _Kind:
         averages = tuple(track[0].dtype for track in tracks)
-        elements = min(MOST_MEASURED, 1 << sum(value.numel() for value in values).bit_length())
+        elements = min(MOST_MEASURED, 1 << (sum(value.numel() for value in values).bit_length() - 1))
         return cls(values[0].device.type, values[0].dtype, averages, is_small(values), elements, finite)
 
     def tensors(self, dtype: torch.dtype) -> list[Tensor]:
         """As many as are measured, of one dtype."""
-        each = min(SMALL // 8 if self.is_small else self.elements // 4, self.elements)
+        each = min(SMALL // 4 if self.is_small else self.elements // 4, self.elements)
         return [torch.zeros(each, dtype=dtype, device=self.device) for _ in range(self.elements // each)]
 
 
@@ -121,6 +122,13 @@ def _always_possible(
 
 @cache
 def _fastest(kind: _Kind, names: tuple[str, ...]) -> str:
+    try:
+        return _measured(kind, names)
+    except torch.OutOfMemoryError:
+        return names[0]
+
+
+def _measured(kind: _Kind, names: tuple[str, ...]) -> str:
     values = kind.tensors(kind.live)
     tracks = [kind.tensors(dtype) for dtype in kind.averages]
     bound: dict[str, Follow] = {}

@@ -69,7 +69,7 @@ def _chunked(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> list[_Chun
         sources = [rooms.get(pieces[0].dtype, followed) for pieces in moved]
         packed = None
         conversions = [(room, followed) for room in rooms.values()]
-        if room_to_pack is not None and all(piece.dim() == 1 for piece in followed):
+        if room_to_pack is not None and is_small(followed) and all(piece.dim() == 1 for piece in followed):
             packed = room_to_pack[: sum(piece.numel() for piece in followed)]
             conversions = [([scratch[: packed.numel()]], [packed]) for scratch in scratches.values()]
         found.append(_Chunk(followed, moved, sources, packed, conversions))

@@ -30,7 +30,7 @@ def alike(rows: Mapping[T, Sequence[Tensor]]) -> list[list[T]]:
     return list(groups.values())
 
 
-SMALL = 2**15
+SMALL = 2**14
 """Up to so many elements a tensor costs as a call rather than by its bytes."""
 
 

@@ -78,15 +78,15 @@ class Units:
         self.reshard()
 
     def abandon(self) -> None:
-        """Forget a pass that an exception ended, and drop gathered weights: FSDP2 would keep them for the next one."""
+        """Forget a pass that an exception ended: FSDP2 would keep its weights gathered for the next one."""
         groups = [] if self.missing else self.groups
-        if any(not group.is_sharded and group._training_state.name == "FORWARD" for group in groups):
+        if any(not group.is_sharded and group._training_state.name != "IDLE" for group in groups):
             idle = type(groups[0]._training_state).IDLE
             for owner in (*self.states, *groups):
                 owner._training_state = idle
             for state in self.states:
                 state._state_ctx.iter_forward_root = None
-        self.reshard()
+            self.reshard()
 
     def room(self, parameter: Tensor) -> int | None:
         """Elements of the buffer that FSDP2 gathers for ``parameter``, padding included; None where it does not."""

@@ -108,10 +108,11 @@ class Layout:
         return self._watch.differs()
 
     def is_current(self) -> bool:
-        """Whether everything is where it was read, as far as `Watch` sees it; False under FSDP1 in any case."""
-        if self.has_flat_parameters or self.has_moved():
+        """Whether everything is where it was read, after dropping gathered weights; False under FSDP1 in any case."""
+        if self.has_flat_parameters:
             return False
-        return not (self._watch.finds_others() or self.follow_buffers())
+        self.units.settle()
+        return not (self.has_moved() or self._watch.finds_others() or self._replaced_buffers())
 
     @property
     def has_flat_parameters(self) -> bool:
@@ -120,6 +121,13 @@ class Layout:
 
     def follow_buffers(self) -> bool:
         """Show the buffers that are registered now, and whether any is another tensor: modules may replace theirs."""
+        replaced = self._replaced_buffers()
+        for shard, buffer in replaced:
+            shard.owner, shard.local = buffer, local_tensor(buffer)
+        return bool(replaced)
+
+    def _replaced_buffers(self) -> list[tuple[Shard, Tensor]]:
+        """Those in whose places modules now have others, and these."""
         replaced: list[tuple[Shard, Tensor]] = []
         for name, shard in self.buffers.items():
             _, registry, own_name = self.sites[name][0]
@@ -131,9 +139,7 @@ class Layout:
                 now = None if buffer is None else tuple(buffer.shape)
                 raise ValueError(f"buffer {name!r} had the shape {tuple(shard.shape)} and now has {now}")
             replaced.append((shard, buffer))
-        for shard, buffer in replaced:
-            shard.owner, shard.local = buffer, local_tensor(buffer)
-        return bool(replaced)
+        return replaced
 
     def _descriptions(self) -> dict[str, str]:
         return {name: _description(name, shard) for name, shard in self.by_any_name().items()}

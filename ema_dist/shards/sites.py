@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain
 from typing import Any, NamedTuple
@@ -53,12 +53,13 @@ class StandIns:
         self.live = {id(it.tensor): it.live for it in self._all}
         """The live tensors by the ids of their substitutes."""
         self._at: dict[int, list[Substitute]] = {}
-        """The substitutes by the ids of their modules."""
+        """The substitutes by the ids of their registries: copies of a module may share one."""
         for it in self._all:
-            self._at.setdefault(id(it.site.module), []).append(it)
+            self._at.setdefault(id(it.site.registry), []).append(it)
         self._registered = [(it.site.registry, it.site.name, it.tensor, it.live) for it in self._all]
         self._assigned = [it for it in self._all if it.has_own_way]
-        self._before_state: list[Any] = [its[0].site.module._state_dict_pre_hooks for its in self._at.values()]
+        shown = dict.fromkeys(it.site.module for it in self._all)
+        self._before_state: list[Any] = [module._state_dict_pre_hooks for module in shown]
         self._before_load: list[Any] = [module._load_state_dict_pre_hooks for module in dict.fromkeys(modules)]
         self._after_state: list[Any] = []
         """Of those modules whose state was asked for meanwhile."""
@@ -95,17 +96,22 @@ class StandIns:
 
     def show_live(self, module: nn.Module) -> None:
         """In one module, that is about to be asked for its state."""
-        if found := self._at.get(id(module)):
-            for it in found:
-                it.site.registry[it.site.name] = it.live
-            hooks: Any = module._state_dict_hooks
+        found = list(self._in(module))
+        for it in found:
+            it.site.registry[it.site.name] = it.live
+        hooks: Any = module._state_dict_hooks
+        if found and _KEY not in hooks:
             hooks[_KEY] = _show_substitutes
             self._after_state.append(hooks)
 
     def show_substitutes(self, module: nn.Module) -> None:
         """In one module, that was asked for its state."""
-        for it in self._at.get(id(module), ()):
+        for it in self._in(module):
             it.site.registry[it.site.name] = it.tensor
+
+    def _in(self, module: nn.Module) -> Iterator[Substitute]:
+        for registry in (module._parameters, module._buffers):
+            yield from self._at.get(id(registry), ())
 
 
 _on_stage: list[StandIns] = []
