@@ -72,6 +72,7 @@ def test_ranks_agree_on_a_kernel() -> None:
 def test_nothing_is_measured_where_there_is_no_choice(measured: list[int]) -> None:
     assert bind(ones(1), [torch.zeros(3)]).name == "foreach"
     assert bind([[torch.ones(2)]] * 2, [torch.zeros(2)]).name == "foreach"  # one chunk
+    assert bind([[torch.ones(0)]] * 2, [torch.zeros(0)]).name == "foreach"  # a rank may hold nothing
     assert bind(ones(4), [torch.zeros(3, dtype=torch.bfloat16)]).name == "scratch"
     assert bind(ones(2), [torch.zeros(3)], kernel="foreach").name == "foreach"
     assert not measured

@@ -100,7 +100,8 @@ class _Kind:
     @classmethod
     def of(cls, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool) -> _Kind:
         averages = tuple(track[0].dtype for track in tracks)
-        elements = min(MOST_MEASURED, 1 << (sum(value.numel() for value in values).bit_length() - 1))
+        elements = max(1, sum(value.numel() for value in values))
+        elements = min(MOST_MEASURED, 1 << (elements.bit_length() - 1))
         return cls(values[0].device.type, values[0].dtype, averages, is_small(values), elements, finite)
 
     def tensors(self, dtype: torch.dtype) -> list[Tensor]:
@@ -116,7 +117,7 @@ def _always_possible(
     if rounding or any(track[0].dtype != values[0].dtype for track in tracks):
         return ("scratch",)
     elements = sum(value.numel() for value in values)
-    is_one_chunk = chunk_elements(values, itemsize=values[0].element_size()) == elements
+    is_one_chunk = chunk_elements(values, itemsize=values[0].element_size()) >= elements
     return ("foreach",) if len(tracks) == 1 or is_one_chunk else ("foreach", "scratch")
 
 
