@@ -435,7 +435,12 @@ def test_files_of_another_model_or_none_are_refused_on_every_rank(tmp_path: Path
     dist.barrier()
     with pytest.raises(ValueError, match="another model") as caught:
         scatter(ema, tmp_path / "wrong")
-    for what in ("'other'", "'blocks.0.scale'", "'stats.bias': ((6,), torch.Size([7]))", "'head.weight'"):
+    for what in (
+        "unknown names: other;",
+        "missing names: blocks.0.scale;",
+        "stats.bias ((6,), torch.Size([7]))",
+        "values: head.weight",
+    ):
         assert what in str(caught.value)
     assert_bitwise_equal(ema.full_state_dict(), before)
 
@@ -449,7 +454,9 @@ def test_averages_are_not_taken_from_another_kind_of_number(dtype: torch.dtype, 
     if before:
         write(tmp_path, {name: value.to(dtype) for name, value in before.items()})
     dist.barrier()
-    with pytest.raises(ValueError, match=r"another model: .*kinds of dtype.*embed.weight \(floating, "):
+    with pytest.raises(
+        ValueError, match=r"another model: .*kinds of dtype.* blocks.0.module.bias \(floating, .* more$"
+    ):
         scatter(ema, tmp_path)
     assert_bitwise_equal(ema.full_state_dict(), before)
     halves = {name: value.bfloat16() if value.is_floating_point() else value for name, value in before.items()}
@@ -552,8 +559,8 @@ def test_an_index_cannot_lead_outside_of_its_folder(tmp_path: Path, file: object
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"}, r"differ in \['c'\]"),
-        ({"a": "x.safetensors"}, r"differ in \['b'\]"),
+        ({"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"}, "differ in c$"),
+        ({"a": "x.safetensors"}, "differ in b$"),
         ([], "cannot be read"),
     ],
 )
