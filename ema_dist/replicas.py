@@ -28,7 +28,7 @@ def drift(shards: Iterable[Shard]) -> str:
         ranks = dist.get_process_group_ranks(group)
         for shard, column in zip(alike, everyones.t().tolist(), strict=True):
             if different := [rank for rank, its in zip(ranks, column, strict=True) if its != column[0]]:
-                drifted.append(f"{shard.name} on {different}")
+                drifted.append(f"{shard.name} on ranks {different}")
     if not drifted:
         return ""
     return (

@@ -39,7 +39,7 @@ def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: st
 def test_selecting_an_integer_parameter_is_refused() -> None:
     model = nn.Linear(2, 2)
     model.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"codes, which are not floating-point"):
+    with pytest.raises(ValueError, match=r"picked codes, which are not floating-point"):
         ShardedEMA(model, select=lambda _name, _parameter: True)
 
 
@@ -124,7 +124,7 @@ def test_a_parameter_that_became_trainable_is_named(layout: str) -> None:
     for name, parameter in model.named_parameters():
         if "frozen" in name:
             parameter.requires_grad_()
-    with pytest.raises(ValueError, match=r"frozen.weight, frozen.bias became trainable"), ema.swapped():
+    with pytest.raises(ValueError, match=r"parameters frozen.weight, frozen.bias became trainable"), ema.swapped():
         pass
     with pytest.raises(ValueError, match="became trainable"):
         ema.full_state_dict()
@@ -156,7 +156,7 @@ def test_gathering_on_rank_0_alone_is_told_within_the_timeout(layout: str) -> No
 
 
 def test_compute_ema_refuses_models_that_differ() -> None:
-    with pytest.raises(ValueError, match="differ in the names, shapes or cuts of weight"):
+    with pytest.raises(ValueError, match=r"differ in the names, shapes or cuts of weight$"):
         compute_ema(nn.Linear(2, 2), nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"\[0, 1\], got 2"):
         compute_ema(nn.Linear(2, 2), nn.Linear(2, 2), smoothing=2)
@@ -167,7 +167,7 @@ def test_copying_to_another_model_is_refused() -> None:
     other = make_net("plain", seed=1)
     other.blocks[0].out = nn.Linear(7, 5)
     before = full_weights(other)
-    with pytest.raises(ValueError, match=r"shapes of blocks.0.out.weight, blocks.0.out.bias"):
+    with pytest.raises(ValueError, match=r"shapes of blocks.0.out.weight, blocks.0.out.bias$"):
         ema.copy_to(other)
     assert_bitwise_equal(full_weights(other), before)
     with pytest.raises(ValueError, match="stranger"):

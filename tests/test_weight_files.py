@@ -284,7 +284,7 @@ def test_killed_at_any_step_leaves_no_mixture(
 def test_weights_in_the_other_format_are_not_left_beside_new_ones(tmp_path: Path) -> None:
     """Whoever prefers safetensors would load the old ones and never know."""
     write(tmp_path, OLD)
-    with pytest.raises(FileExistsError, match=r"model.safetensors; remove them, or choose another folder"):
+    with pytest.raises(FileExistsError, match=r"new ones: model.safetensors; remove them, or choose another folder"):
         write(tmp_path, NEW, file_format="torch")
     assert_same(dict(WeightFiles(tmp_path)), OLD)
     (tmp_path / "pytorch_model.bin").touch()
@@ -362,7 +362,7 @@ def test_extra_states_are_left_out_with_a_warning_or_kept(tmp_path: Path) -> Non
     model = nn.Sequential(Counted(2, 2))
     model[0].state = {"count": 3}
     ema = ShardedEMA(model)
-    with pytest.warns(UserWarning, match=r"0._extra_state are no tensors.*file_format=\"torch\" keeps them"):
+    with pytest.warns(UserWarning, match=r"^0._extra_state are no tensors.*file_format=\"torch\" keeps them"):
         gather(ema, tmp_path / "safetensors")
     assert list(WeightFiles(tmp_path / "safetensors")) == ["0.bias", "0.weight"]
     gather(ema, tmp_path / "torch", file_format="torch")
