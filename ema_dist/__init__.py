@@ -4,11 +4,11 @@ The averages live as shards beside the live weights on every rank, are updated w
 evaluation, gathered on rank 0, saved and resharded by ``torch.distributed.checkpoint``. Start with `ShardedEMA`.
 """
 
-from ema_dist.decay import HalfLife
+from ema_dist.averages.offload import Offloaded
+from ema_dist.averages.precision import Compensated, Stochastic
 from ema_dist.ema import ShardedEMA
 from ema_dist.functional import compute_ema
-from ema_dist.offload import Offloaded
-from ema_dist.precision import Compensated, Stochastic
+from ema_dist.schedules.decay import HalfLife
 
 __all__ = ["Compensated", "HalfLife", "Offloaded", "ShardedEMA", "Stochastic", "compute_ema"]
 __version__ = "0.1.0"

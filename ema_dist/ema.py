@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ema_dist.attachment import Attachment
-from ema_dist.averages import BufferPolicy, Tracks
-from ema_dist.clock import Clock
-from ema_dist.decay import TRACK, HalfLife, as_decays
-from ema_dist.exchange import Exchange
-from ema_dist.gather import collect, copy_into, full_shapes, gather, scatter, unite
-from ema_dist.live import LiveModel
-from ema_dist.meeting import agreed, meet
-from ema_dist.offload import Offloaded
-from ema_dist.pair import Pair
-from ema_dist.precision import Compensated, Precision, Stochastic
-from ema_dist.shards import Layout, Replicas
-from ema_dist.state import read_state, write_state
+from ema_dist.averages.full_weights import collect, copy_into, full_shapes, gather, scatter, unite
+from ema_dist.averages.offload import Offloaded
+from ema_dist.averages.optimizer_hook import Attachment
+from ema_dist.averages.precision import Compensated, Precision, Stochastic
+from ema_dist.averages.state import read_state, write_state
+from ema_dist.averages.tracks import BufferPolicy, Tracks
+from ema_dist.communication.rendezvous import agreed, meet
+from ema_dist.evaluation.live_model import LiveModel
+from ema_dist.evaluation.session import Pair
+from ema_dist.evaluation.swap import Exchange
+from ema_dist.schedules.clock import Clock
+from ema_dist.schedules.decay import TRACK, HalfLife, as_decays
+from ema_dist.sharding import Layout, Replicas
 
 
 class ShardedEMA:

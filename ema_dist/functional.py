@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ema_dist.decay import Constant
 from ema_dist.kernels import lerp_, paired
-from ema_dist.shards import Layout
-from ema_dist.wording import few
+from ema_dist.messages import few
+from ema_dist.schedules.decay import Constant
+from ema_dist.sharding import Layout
 
 
 def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:

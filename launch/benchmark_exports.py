@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmark_cases import Case
 from benchmark_checkpoints import State
 from benchmark_ways import Costs, Way, is_first, measured
-from ema_dist.checkpoint.full import gather
-from ema_dist.checkpoint.weight_files import WeightFiles
+from ema_dist.checkpoint.gathering import gather
+from ema_dist.checkpoint.weights.files import WeightFiles
 from ema_dist.cli.export import export
 
 GATHERED = "full_state_dict, save_file, fsync"

@@ -37,10 +37,10 @@ MOMENTS = {
     ],
     "swapping": [
         ("ema_dist/ema.py", "swapped", True),
-        ("ema_dist/exchange.py", "__init__", True),
-        ("ema_dist/replicas.py", "fill_from_parts", True),
+        ("ema_dist/evaluation/swap.py", "__init__", True),
+        ("ema_dist/communication/replicas.py", "fill_from_parts", True),
         ("launch/evaluate.py", "evaluate", True),
-        ("ema_dist/exchange.py", "leave", True),
+        ("ema_dist/evaluation/swap.py", "leave", True),
     ],
     "saving": [
         ("ema_dist/checkpoint/saving.py", "save", True),

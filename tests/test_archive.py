@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from ema_dist.checkpoint import reading
-from ema_dist.checkpoint.archive import Window, data_start, memory_of
+from ema_dist.checkpoint.dcp.archive import Window, data_start, memory_of
 from ema_dist.checkpoint.errors import CheckpointError
 
 DTYPES = [

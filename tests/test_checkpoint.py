@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import AdamW, Optimizer
 
 from ema_dist import ShardedEMA, checkpoint
-from ema_dist.checkpoint.metadata import read_metadata
-from ema_dist.checkpoint.reading import read
-from ema_dist.shards import local_tensor
+from ema_dist.checkpoint.dcp.metadata import read_metadata
+from ema_dist.checkpoint.dcp.reader import read
+from ema_dist.sharding import local_tensor
 from layouts import Net, assert_bitwise_equal, full_weights, layouts, make_net, train_step, wrap
 from moves import in_world, moves
 

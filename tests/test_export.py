@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from commands import exported, foreign, ok, ours, plainly_saved, run
 from ema_dist import ShardedEMA, checkpoint
-from ema_dist.checkpoint.casts import cast
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import read_manifest
-from ema_dist.checkpoint.weight_files import WeightWriter
+from ema_dist.checkpoint.weights.casts import cast
+from ema_dist.checkpoint.weights.files import WeightWriter
 from layouts import assert_bitwise_equal, resident_peak
 
 

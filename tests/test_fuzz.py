@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ema_dist import ShardedEMA, checkpoint
+from ema_dist.checkpoint.dcp.metadata import read_metadata
+from ema_dist.checkpoint.dcp.reader import read
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.metadata import read_metadata
-from ema_dist.checkpoint.reading import read
-from ema_dist.checkpoint.stored import Stored
+from ema_dist.checkpoint.stored_checkpoint import Stored
 
 EXAMPLES = 300
 FEW = 60

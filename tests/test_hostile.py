@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ema_dist.checkpoint import inert
+from ema_dist.checkpoint.dcp.metadata import read_metadata
+from ema_dist.checkpoint.dcp.reader import Reader, read, unpack
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.metadata import read_metadata
-from ema_dist.checkpoint.reading import Reader, read, unpack
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels import ByChance, Place, Remainders, bind, joined, lerp_, one_launch, scratch, split
-from ema_dist.kernels.noise import folded, key, mixed, signed
+from ema_dist.kernels.random_bits import folded, key, mixed, signed
 from kernel_lists import INTERPRETED, SHAPES, like, tensors
 
 UPDATES = 20_000

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ema_dist import kernels
 from ema_dist.kernels import ByChance, Place, Remainders, bind, joined
-from ema_dist.kernels.one_launch import BLOCK
+from ema_dist.kernels.triton_launch import BLOCK
 from kernel_lists import assert_close, followed, tensors
 
 BF16, I16 = torch.bfloat16, torch.int16
@@ -54,7 +54,7 @@ def test_on_the_cpu_another_kernel_serves_and_says_so() -> None:
 
 
 def test_without_triton_another_kernel_serves_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ema_dist.kernels.triton_code", None)
+    monkeypatch.setitem(sys.modules, "ema_dist.kernels.triton_kernel", None)
     monkeypatch.delattr(kernels, "triton_code", raising=False)
     with pytest.warns(UserWarning, match="'foreach' does: Triton is missing: pip install triton"):
         follow = bind([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")

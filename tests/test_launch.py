@@ -90,7 +90,7 @@ def test_ranks_killed_while_stepping_swapping_and_saving_end_bit_identical(
     directory, _ = finished
     kills = [
         Sabotage("torch/_tensor.py", "backward", call=22, after=5, rank=1, attempt=0),
-        Sabotage("ema_dist/exchange.py", "__init__", after=20, rank=0, attempt=1),
+        Sabotage("ema_dist/evaluation/swap.py", "__init__", after=20, rank=0, attempt=1),
         Sabotage("ema_dist/checkpoint/folders.py", "commit", after=5, rank=0, attempt=2),
     ]
     options = ("--checkpoint-every", "20", "--resume")

@@ -22,13 +22,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as Rows
 
 from ema_dist import Compensated, HalfLife, Offloaded, ShardedEMA, Stochastic, checkpoint, offload
-from ema_dist.averages import Averages
+from ema_dist.averages.offload import Worker
+from ema_dist.averages.precision import Precision
+from ema_dist.averages.tracks import Averages
+from ema_dist.evaluation.serving import Serving
 from ema_dist.kernels import HostCopy, ToHost, to_host
-from ema_dist.offload import Worker
-from ema_dist.precision import Precision
-from ema_dist.serving import Serving
-from ema_dist.shards import Layout
-from ema_dist.shards.mesh import MeshShard
+from ema_dist.sharding import Layout
+from ema_dist.sharding.mesh_shard import MeshShard
 from layouts import (
     TORCH_WARNS,
     assert_bitwise_equal,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ema_dist import Offloaded, ShardedEMA, side_streams
-from ema_dist.side_streams import SideStreams
+from ema_dist.averages.side_streams import SideStreams
 from layouts import assert_bitwise_equal, layouts, make_net, train_step, wrap
 
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from commands import exported, ok
 from ema_dist import Compensated, ShardedEMA, Stochastic, checkpoint
-from ema_dist.shards import Layout
+from ema_dist.sharding import Layout
 from layouts import assert_bitwise_equal, full_weights, layouts, make_net, wrap
 from moves import in_world
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 
 import train
 from ema_dist import ShardedEMA
-from ema_dist.exchange import exchanges_in
+from ema_dist.evaluation.swap import exchanges_in
 from preemption import Preempted, Preemption
 from resuming import Checkpoints
 from sabotage import scores

@@ -18,8 +18,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 
 from ema_dist import ShardedEMA, checkpoint
-from ema_dist.serving import CAST, GATHERED, THEMSELVES
-from ema_dist.shards import fsdp2
+from ema_dist.evaluation.serving import CAST, GATHERED, THEMSELVES
+from ema_dist.sharding import fsdp2
 from layouts import (
     assert_bitwise_equal,
     evaluate,

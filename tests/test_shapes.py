@@ -20,9 +20,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ema_dist import ShardedEMA
 from ema_dist.kernels import chunks
-from ema_dist.shards import Layout
-from ema_dist.shards.flat import rectangles
-from ema_dist.shards.shard import flat, memory_order
+from ema_dist.sharding import Layout
+from ema_dist.sharding.flat_shard import rectangles
+from ema_dist.sharding.shard import flat, memory_order
 from layouts import assert_bitwise_equal
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)

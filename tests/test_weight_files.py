@@ -24,11 +24,11 @@ from torch.distributed.fsdp import fully_shard
 import world
 from ema_dist import ShardedEMA
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.full import gather, scatter
+from ema_dist.checkpoint.gathering import gather, scatter
 from ema_dist.checkpoint.loading import latest
 from ema_dist.checkpoint.saving import save
-from ema_dist.checkpoint.weight_files import WeightFiles, WeightWriter
-from ema_dist.checkpoint.weight_formats import FileFormat
+from ema_dist.checkpoint.weights.files import WeightFiles, WeightWriter
+from ema_dist.checkpoint.weights.formats import FileFormat
 from layouts import TORCH_WARNS, assert_bitwise_equal, layouts, make_net, resident_peak, trained
 
 # Before 1.0, huggingface_hub misses in each of several files what the others hold.

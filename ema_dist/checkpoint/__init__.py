@@ -12,7 +12,7 @@ if missing := [name for name in ("huggingface_hub", "safetensors", "xxhash") if 
     )
 
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.full import gather, scatter
+from ema_dist.checkpoint.gathering import gather, scatter
 from ema_dist.checkpoint.loading import latest, load
 from ema_dist.checkpoint.saving import save, wait
 

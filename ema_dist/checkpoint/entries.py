@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ema_dist.checkpoint.contents import Contents
-from ema_dist.checkpoint.plain import Path, flattened, nested, restored, storable
+from ema_dist.checkpoint.dcp.contents import Contents
+from ema_dist.checkpoint.values import Path, flattened, nested, restored, storable
 from ema_dist.ema import ShardedEMA
-from ema_dist.exchange import exchanges_in
-from ema_dist.serving import servings_in
-from ema_dist.shards import Layout, Shard, is_cut
-from ema_dist.wording import apart, few
+from ema_dist.evaluation.serving import servings_in
+from ema_dist.evaluation.swap import exchanges_in
+from ema_dist.messages import apart, few
+from ema_dist.sharding import Layout, Shard, is_cut
 
 
 class Entry(ABC):

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import Metadata
 
-from ema_dist.checkpoint.contents import Contents
+from ema_dist.checkpoint.agreement import alike, by_rank, come, on_first, together
+from ema_dist.checkpoint.dcp.contents import Contents
+from ema_dist.checkpoint.dcp.metadata import read_metadata
+from ema_dist.checkpoint.dcp.reader import read
 from ema_dist.checkpoint.entries import Entry
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import complete_steps, locate
 from ema_dist.checkpoint.manifest import Manifest, problems, read_manifest, share
-from ema_dist.checkpoint.metadata import read_metadata
-from ema_dist.checkpoint.ranks import alike, by_rank, come, on_first, together
-from ema_dist.checkpoint.reading import read
 from ema_dist.checkpoint.saving import entries_of, wait
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import xxhash
 
+from ema_dist.checkpoint.dcp.metadata import inside
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import COMPLETE, sync
-from ema_dist.checkpoint.metadata import inside
 
 NAME = "manifest.json"
 FORMAT = 1

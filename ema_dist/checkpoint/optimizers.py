@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ema_dist.checkpoint.contents import Contents
+from ema_dist.checkpoint.dcp.contents import Contents
 from ema_dist.checkpoint.entries import Entry, FreshTensors, Target
-from ema_dist.checkpoint.plain import Path, flattened, storable
-from ema_dist.shards import Layout, Shard
+from ema_dist.checkpoint.values import Path, flattened, storable
+from ema_dist.sharding import Layout, Shard
 
 
 class OptimizerEntry(Entry):

@@ -18,15 +18,15 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from ema_dist.checkpoint.agreement import alike, by_rank, come, on_first, together
 from ema_dist.checkpoint.entries import Average, Entry, Model, Other
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import begin, folder_of
 from ema_dist.checkpoint.manifest import Manifest
 from ema_dist.checkpoint.optimizers import OptimizerEntry
-from ema_dist.checkpoint.ranks import alike, by_rank, come, on_first, together
-from ema_dist.checkpoint.writing import Writer
+from ema_dist.checkpoint.writer import Writer
 from ema_dist.ema import ShardedEMA
-from ema_dist.shards import cpu_copy
+from ema_dist.sharding import cpu_copy
 
 _log = logging.getLogger(__name__)
 

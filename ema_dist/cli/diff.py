@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from ema_dist.checkpoint.dcp.metadata import METADATA
 from ema_dist.checkpoint.folders import complete_steps, locate
-from ema_dist.checkpoint.metadata import METADATA
-from ema_dist.checkpoint.stored import Stored
-from ema_dist.checkpoint.weight_files import WeightFiles
+from ema_dist.checkpoint.stored_checkpoint import Stored
+from ema_dist.checkpoint.weights.files import WeightFiles
 from ema_dist.cli.distance import Distance, distance
 from ema_dist.cli.options import EntryOption, TrackOption, Which, WhichOption
 from ema_dist.cli.terminal import output, progress

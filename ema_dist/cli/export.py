@@ -9,15 +9,15 @@ from typing import Annotated
 import torch
 import typer
 
+from ema_dist.checkpoint.dcp.index import dotted
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import locate
 from ema_dist.checkpoint.manifest import problems
-from ema_dist.checkpoint.outline import dotted
-from ema_dist.checkpoint.stored import Stored, Weights
-from ema_dist.checkpoint.weight_files import WeightWriter, size_in_bytes
+from ema_dist.checkpoint.stored_checkpoint import Stored, Weights
+from ema_dist.checkpoint.weights.files import WeightWriter, size_in_bytes
 from ema_dist.cli.options import CheckpointArgument, EntryOption, StepOption, TrackOption, Which, WhichOption
 from ema_dist.cli.terminal import in_bytes, output, progress, say
-from ema_dist.wording import few
+from ema_dist.messages import few
 
 
 class FileFormat(str, Enum):

@@ -13,10 +13,10 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from ema_dist.checkpoint.dcp.index import Outline, Track, dotted
 from ema_dist.checkpoint.folders import locate
-from ema_dist.checkpoint.outline import Outline, Track, dotted
-from ema_dist.checkpoint.plain import Path as Place
-from ema_dist.checkpoint.stored import Averages, SavedDecay, Stored
+from ema_dist.checkpoint.stored_checkpoint import Averages, SavedDecay, Stored
+from ema_dist.checkpoint.values import Path as Place
 from ema_dist.cli.distance import distance
 from ema_dist.cli.options import CheckpointArgument, StepOption
 from ema_dist.cli.terminal import in_bytes, output, progress

@@ -10,16 +10,16 @@ from pathlib import Path
 import typer
 from torch import Tensor
 
-from ema_dist.checkpoint.casts import calculable
+from ema_dist.checkpoint.dcp.index import dotted
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import locate
 from ema_dist.checkpoint.manifest import problems, read_manifest
-from ema_dist.checkpoint.outline import dotted
-from ema_dist.checkpoint.plain import Path as Place
-from ema_dist.checkpoint.stored import Stored
+from ema_dist.checkpoint.stored_checkpoint import Stored
+from ema_dist.checkpoint.values import Path as Place
+from ema_dist.checkpoint.weights.casts import calculable
 from ema_dist.cli.options import CheckpointArgument, StepOption
 from ema_dist.cli.terminal import in_bytes, output, progress, say
-from ema_dist.wording import few
+from ema_dist.messages import few
 
 
 def verify(checkpoint: CheckpointArgument, *, step: StepOption = None) -> None:

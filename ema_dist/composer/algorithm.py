@@ -14,16 +14,16 @@ from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 from torch import Tensor, nn
 
-from ema_dist.averages import BufferPolicy
+from ema_dist.averages.full_weights import copy_into
+from ema_dist.averages.precision import Compensated, Precision, Stochastic
+from ema_dist.averages.tracks import BufferPolicy
 from ema_dist.composer.checkpoints import Checkpoints
 from ema_dist.composer.monolithic import moved
 from ema_dist.composer.schedule import DefaultHalfLife, Schedule
 from ema_dist.composer.steps import StepsTaken
 from ema_dist.ema import ShardedEMA
-from ema_dist.exchange import exchanges_in
-from ema_dist.gather import copy_into
-from ema_dist.precision import Compensated, Precision, Stochastic
-from ema_dist.shards import Layout, Replicas
+from ema_dist.evaluation.swap import exchanges_in
+from ema_dist.sharding import Layout, Replicas
 
 CHECKPOINT_EVENTS = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT)
 

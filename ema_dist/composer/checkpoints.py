@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from ema_dist.composer import monolithic
 from ema_dist.composer.sharded import ATTRIBUTE, Loading, Path
 from ema_dist.ema import ShardedEMA
-from ema_dist.shards import cpu_copy
-from ema_dist.wording import apart
+from ema_dist.messages import apart
+from ema_dist.sharding import cpu_copy
 
 Make = Callable[[nn.Module], ShardedEMA]
 """Makes new averages of a model."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ema_dist.ema import ShardedEMA
-from ema_dist.wording import apart
+from ema_dist.messages import apart
 
 WRAPPED = "module."
 """How the names of a replicated model begin, as Composer saves them."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ema_dist.attachment import Attachment
+from ema_dist.averages.optimizer_hook import Attachment
 
 
 class StepsTaken:

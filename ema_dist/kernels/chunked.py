@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ema_dist.kernels.lerp import Update, Weight, move_
 from ema_dist.kernels.lists import flat_chunks, is_small
-from ema_dist.kernels.move import Update, Weight, move_
 from ema_dist.kernels.scratch import chunk_elements, views
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ema_dist.kernels.lerp import Update, Weight, move_
 from ema_dist.kernels.lists import flat_chunks
-from ema_dist.kernels.move import Update, Weight, move_
 from ema_dist.kernels.rounding import Remainders
 from ema_dist.kernels.scratch import chunk_elements, views
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels.chunked import InChunks
-from ema_dist.kernels.move import Update, Weight, move_
+from ema_dist.kernels.lerp import Update, Weight, move_
 from ema_dist.kernels.rounding import Rounding
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ema_dist.kernels.lerp import Update, Weight, move_
 from ema_dist.kernels.lists import flat_chunks
-from ema_dist.kernels.move import Update, Weight, move_
-from ema_dist.kernels.noise import folded, key, mix_, signed
+from ema_dist.kernels.random_bits import folded, key, mix_, signed
 from ema_dist.kernels.rounding import ByChance, Place
 from ema_dist.kernels.scratch import chunk_elements, views
 

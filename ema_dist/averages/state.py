@@ -1,0 +1,90 @@
+"""The state that checkpoints hold: its layout is fixed, and everything in it is checked before it is taken over.
+
+``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name: tensor},
+"buffers": {name: tensor}}}}``, names being first canonical ones.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ema_dist.averages.tracks import Averages, Tracks
+from ema_dist.messages import apart, few
+from ema_dist.schedules.clock import Clock
+from ema_dist.sharding import Layout, Shard
+
+FORMAT = 1
+
+
+def write_state(
+    clock: Clock, layout: Layout, tracks: Tracks, current: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """The state, whose tensors share storage with ``current``: the averages by track and name."""
+    written = {
+        track: {
+            "decay": clock.decays[track].state(),
+            "averages": {name: layout.parameters[name].part.wrap(current[track][name]) for name in its.parameters},
+            "buffers": {name: layout.buffers[name].wrap(current[track][name]) for name in its.buffers},
+        }
+        for track, its in tracks.items()
+    }
+    return {"format": FORMAT, "steps": clock.steps, "updates": clock.updates, "tracks": written}
+
+
+@torch.no_grad()
+def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: Tracks) -> None:
+    """Take over a state; a decay other than the clock's is a warning.
+
+    Raises: ValueError when its format, tracks, names or shapes are not these, before anything changes.
+    """
+    try:
+        version, steps, updates = state["format"], int(state["steps"]), int(state["updates"])
+        saved = {name: (it["decay"], it["averages"], it["buffers"]) for name, it in state["tracks"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"expected a state of ShardedEMA, a part of it is missing: {error}") from None
+    if version != FORMAT:
+        raise ValueError(f"expected a state of ShardedEMA with format {FORMAT}, got format {version!r}")
+    if saved.keys() != tracks.keys():
+        raise ValueError(f"expected a state with the tracks {[*tracks]}, got one with {[*saved]}")
+    found: list[tuple[Averages, dict[str, Tensor]]] = []
+    for track, (_, averages, buffers) in saved.items():
+        parts = {name: layout.parameters[name].part for name in tracks[track].parameters}
+        found.append((tracks[track], _local("averages", parts, averages) | _local("buffers", layout.buffers, buffers)))
+    now = {track: clock.decays[track].state() for track in tracks}
+    if changed := [
+        f"the averages {track!r} were taken with {decay} and go on with {now[track]}"
+        for track, (decay, *_) in saved.items()
+        if decay != now[track]
+    ]:
+        warnings.warn("; ".join(changed), stacklevel=3)
+    for its, values in found:
+        for name, value in values.items():
+            its.put(name, value)
+    clock.set(steps=steps, updates=updates)
+    for its in tracks.values():
+        its.note_infinities()
+    tracks.bind(layout)
+
+
+def _local(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's tensors of a state."""
+    if different := apart("the model", shards.keys(), "the state", saved.keys()):
+        raise ValueError(f"these {kind} belong to another model: {different}")
+    values: dict[str, Tensor] = {}
+    wrong: list[str] = []
+    for name, shard in shards.items():
+        try:
+            values[name] = shard.unwrap(saved[name])
+        except ValueError as error:  # noqa: PERF203  all that is wrong is named at once
+            wrong.append(f"{name} ({error})")
+    if wrong:
+        raise ValueError(
+            f"these {kind} are cut or shaped differently: {few(wrong)}; load the state through "
+            "torch.distributed.checkpoint"
+        )
+    return values

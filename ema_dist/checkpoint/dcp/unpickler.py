@@ -1,0 +1,159 @@
+"""A pickle of DCP's metadata, unpickled into inert records: no class of the checkpoint's choice is looked up or called.
+
+Two gates. The opcodes: only those that a pickle of DCP's metadata consists of, so that nothing is called by name, put
+at a memo index of the file's choice (2**31 takes 32 GiB) or fetched from a registry. The globals: each of the few that
+DCP writes stands for a class of this module that does nothing but hold what it is given, and that cannot be changed by
+what is read; none of the real classes is touched before `ema_dist.checkpoint.dcp.metadata` has checked everything.
+Left open: a pickle made to nest tuples some 100 000 deep and to use them as a key ends the process, in CPython's hash.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from typing import Any
+
+import torch
+
+
+class _Sealed(type):
+    """A class that what is unpickled cannot change: BUILD sets attributes on whatever is given to it."""
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        raise pickle.UnpicklingError(f"it sets {name} on {cls.__name__}")
+
+
+class Record(metaclass=_Sealed):
+    """What stands for an object of a class that DCP writes: its arguments, and its state as attributes."""
+
+    args: tuple[object, ...] = ()
+
+    def __init__(self, *args: object) -> None:
+        self.args = args
+
+    def __repr__(self) -> str:
+        return f"a {type(self).__name__}"
+
+
+class MetadataRecord(Record):
+    """For DCP's Metadata."""
+
+
+class TensorRecord(Record):
+    """For DCP's TensorStorageMetadata."""
+
+
+class BytesRecord(Record):
+    """For DCP's BytesStorageMetadata."""
+
+
+class ChunkRecord(Record):
+    """For DCP's ChunkStorageMetadata."""
+
+
+class IndexRecord(Record):
+    """For DCP's MetadataIndex. A key in a dict: records are equal when they are the same."""
+
+
+class ItemRecord(Record):
+    """For DCP's record of where in which file an item lies."""
+
+
+class PropertiesRecord(Record):
+    """For DCP's TensorProperties, whose state is a tuple."""
+
+    state: Any = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class LayoutRecord(Record):
+    """For a torch.layout."""
+
+
+class MemoryFormatRecord(Record):
+    """For a torch.memory_format."""
+
+
+class UnusedRecord(Record):
+    """For what nothing here looks at: where and when the checkpoint was written."""
+
+
+_DCP = "torch.distributed.checkpoint.metadata"
+_BEFORE_2_3 = "torch.distributed._shard.sharded_tensor.metadata"
+
+STANDS_FOR: dict[tuple[str, str], type[Record]] = {
+    (_DCP, "Metadata"): MetadataRecord,
+    (_DCP, "TensorStorageMetadata"): TensorRecord,
+    (_DCP, "BytesStorageMetadata"): BytesRecord,
+    (_DCP, "ChunkStorageMetadata"): ChunkRecord,
+    (_DCP, "MetadataIndex"): IndexRecord,
+    (_DCP, "TensorProperties"): PropertiesRecord,
+    (_DCP, "_MEM_FORMAT_ENCODING"): MemoryFormatRecord,
+    (_DCP, "StorageMeta"): UnusedRecord,
+    (_BEFORE_2_3, "TensorProperties"): PropertiesRecord,
+    (_BEFORE_2_3, "MEM_FORMAT_ENCODING"): MemoryFormatRecord,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): ItemRecord,
+    ("torch.serialization", "_get_layout"): LayoutRecord,
+    **{
+        (module, name): UnusedRecord
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    },
+}
+"""The globals that DCP's metadata is pickled with, besides torch.Size and dtypes, which cannot be changed either."""
+
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        try:
+            return STANDS_FOR[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of DCP's metadata") from None
+
+
+def unpickle(data: bytes) -> object:
+    """What a pickle of DCP's metadata holds, records in place of its objects; nothing of it is checked yet.
+
+    Memory: proportional to the pickle's size.
+    Raises: pickle.UnpicklingError for an opcode or a global that DCP does not write; and whatever a damaged pickle
+        makes an unpickler raise.
+    """
+    _check_opcodes(data)
+    return _Unpickler(io.BytesIO(data)).load()
+
+
+_PLAIN = re.escape(b"()]}NRabestu\x81\x85\x86\x87\x88\x89\x93\x94")
+_RUN = re.compile(rb"(?:[%b]+|[Kh\x80].|M..|[Jj].{4}|\x95.{8}){0,1000}" % _PLAIN, re.DOTALL)
+"""Opcodes of a fixed length: marks, containers, constants, REDUCE, NEWOBJ, BUILD, STACK_GLOBAL, MEMOIZE; BININT1,
+BINGET, PROTO; BININT2; BININT, LONG_BINGET; FRAME. So many at most, because `re` takes memory for each turn."""
+
+_COUNTED = {ord(b"\x8c"): 1, ord(b"X"): 4, ord(b"\x8a"): 1}
+"""Opcodes followed by a length of so many bytes, and so many bytes then: strings, and integers from 2**31."""
+
+
+def _check_opcodes(data: bytes) -> None:
+    position = 0
+    while position < len(data):
+        end = _RUN.match(data, position).end()  # pyrefly: ignore[missing-attribute]  it matches nothing, too
+        if end == position:
+            opcode = data[position]
+            if opcode == ord(b"."):
+                break
+            if opcode not in _COUNTED:
+                raise pickle.UnpicklingError(
+                    f"it has opcode {bytes([opcode])!r} at byte {position}, which DCP never writes"
+                )
+            start = position + 1 + _COUNTED[opcode]
+            end = start + int.from_bytes(data[position + 1 : start], "little")
+        position = end
+    if position != len(data) - 1:
+        raise pickle.UnpicklingError(f"it has {len(data)} bytes, and what it says ends at byte {position}")

@@ -1,0 +1,116 @@
+"""Plain values as checkpoints hold them: what DCP would change is packed, what could not be read back is refused."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ema_dist.sharding import is_cut
+
+Path: TypeAlias = tuple[str | int, ...]
+"""Where a value lies in nested dictionaries (str) and lists (int)."""
+
+PACKED = "ema_dist.packed"
+"""Marks a mapping that DCP would change: it turns keys into strings, and drops mappings without any."""
+
+HARMLESS = (bool, int, float, complex, str, bytes, type(None))
+
+
+def storable(value: object, name: str) -> Any:
+    """``value`` in a form that comes back equal through `restored`.
+
+    Args:
+        name: of the value, for the error.
+
+    Raises: ValueError for what a checkpoint cannot hold: objects that torch would not load without running code,
+        parts of cut tensors in tuples, tensors under keys that are not strings.
+    """
+    if isinstance(value, Mapping):
+        if value and all(isinstance(key, str) for key in value):
+            return {key: storable(item, f"{name}.{key}") for key, item in value.items()}
+        _refuse_tensors_in(list(value.values()), name)
+        return _checked((PACKED, list(value.items())), name)
+    if isinstance(value, list):
+        return [storable(item, f"{name}.{index}") for index, item in enumerate(value)]
+    if isinstance(value, Tensor) or type(value) in HARMLESS:
+        return value
+    return _checked(value, name)
+
+
+def restored(value: Any) -> Any:
+    """The reverse of `storable`, for what came out of a checkpoint."""
+    match value:
+        case (packed, list(items)) if isinstance(packed, str) and packed == PACKED:
+            return dict(items)
+        case dict():
+            return {key: restored(item) for key, item in value.items()}
+        case list():
+            return [restored(item) for item in value]
+    return value
+
+
+def flattened(value: object, path: Path = ()) -> dict[Path, Any]:
+    """Every value in nested mappings and lists by its path, cut up as DCP cuts: lists of plain values stay whole.
+
+    DCP drops empty mappings; here they are values.
+    """
+    if isinstance(value, Mapping) and value:
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and _holds_tensors_or_mappings(value):
+        items = list(enumerate(value))
+    else:
+        return {path: value}
+    return {at: leaf for key, item in items for at, leaf in flattened(item, (*path, key)).items()}
+
+
+def nested(values: Mapping[Path, Any]) -> Any:
+    """The reverse of `flattened`."""
+    if () in values:
+        return values[()]
+    groups: dict[str | int, dict[Path, Any]] = {}
+    for (key, *rest), value in values.items():
+        groups.setdefault(key, {})[tuple(rest)] = value
+    if all(isinstance(key, int) for key in groups):
+        return [nested(groups[key]) for key in sorted(groups, key=int)]
+    return {key: nested(group) for key, group in groups.items()}
+
+
+def require_loadable(value: Any, otherwise: str) -> None:
+    """Raise ValueError, with what there is to say ``otherwise``, for what torch would not load without running code."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{otherwise} ({error})") from error
+
+
+def _holds_tensors_or_mappings(value: list[Any]) -> bool:
+    return any(
+        isinstance(item, (Tensor, Mapping)) or (isinstance(item, list) and _holds_tensors_or_mappings(item))
+        for item in value
+    )
+
+
+def _checked(value: Any, name: str) -> Any:
+    if isinstance(value, tuple):
+        _refuse_tensors_in([item for item in value if isinstance(item, Tensor) and is_cut(item)], name)
+    require_loadable(
+        value,
+        f"{name!r} is a {type(value).__name__}, which could not be loaded again without running code from the "
+        "checkpoint: save numbers, strings, lists, dictionaries and tensors instead",
+    )
+    return value
+
+
+def _refuse_tensors_in(values: list[Any], name: str) -> None:
+    if any(isinstance(leaf, Tensor) for value in values for leaf in flattened(value).values()):
+        raise ValueError(
+            f"{name!r} holds tensors under keys that are not strings, or parts of a cut tensor in a tuple; DCP would "
+            "keep one rank's: pass optimizers and modules themselves, and tensors in dictionaries with string keys"
+        )

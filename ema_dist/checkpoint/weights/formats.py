@@ -1,0 +1,195 @@
+"""The formats of files of weights: how they are called, written and opened."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize
+from torch import Tensor
+
+from ema_dist.checkpoint.dcp.archive import memory_of
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.values import require_loadable
+
+FileFormat = Literal["safetensors", "torch"]
+
+INDEX = ".index.json"
+METADATA = "__metadata__"
+"""What headers of safetensors call what is no tensor."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The names in one file, and how to read one."""
+
+    names: list[str]
+    read: Callable[[str], Any]
+
+
+class FileWriter(Protocol):
+    """Takes the entries of one file, and is closed when all have come."""
+
+    def add(self, name: str, value: Any) -> None:
+        """Take one entry: a tensor on the CPU, or what else the format holds."""
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one format names its files, writes and opens them."""
+
+    stem: str
+    suffix: str
+    suffixes: tuple[str, ...]
+    """Of files that are read, whoever wrote them."""
+    write: Callable[[Path, Mapping[str, Any]], FileWriter]
+    """Starts a file of planned entries."""
+    open: Callable[[Path], Opened]
+
+    @property
+    def single(self) -> str:
+        """The only file of an export that needs no more."""
+        return self.stem + self.suffix
+
+    @property
+    def index(self) -> str:
+        """The file that says which tensor is where, in an export of several."""
+        return self.single + INDEX
+
+    def files(self, folder: Path) -> list[Path]:
+        """The files that an export in this format has left in a folder: what makes it readable comes first."""
+        shard = re.compile(re.escape(self.stem) + r"-\d{5,}-of-\d{5,}" + re.escape(self.suffix))
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+        entries = [path for path in paths if path.name in (self.index, self.single)]
+        return entries + [path for path in paths if shard.fullmatch(path.name)]
+
+
+class SafetensorsFile:
+    """Writes the header at once and each tensor's bytes when it comes: the library's writers want all tensors at once.
+
+    Memory: nothing beside the tensor that is written.
+    """
+
+    def __init__(self, path: Path, planned: Mapping[str, Tensor]) -> None:
+        self._starts: dict[str, int] = {}
+        header: dict[str, Any] = {METADATA: {"format": "pt"}}
+        end = 0
+        # The widest first: so each lies where a multiple of its width is, and readers may take it as it lies there.
+        for name, it in sorted(planned.items(), key=lambda item: -item[1].itemsize):
+            start, end = end, end + it.nbytes
+            self._starts[name] = start
+            header[name] = {"dtype": _code(it.dtype), "shape": [*it.shape], "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._path = path
+        self._data = path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Write the bytes of one tensor where they belong."""
+        plain = value.contiguous()
+        if not plain.nbytes:
+            return
+        left = memory_of(plain)
+        with self._path.open("r+b", buffering=0) as file:
+            file.seek(self._data + self._starts[name])
+            while left:
+                left = left[file.write(left) :]
+
+    def close(self) -> None:
+        """Let the library read what it will have to read."""
+        _open_safetensors(self._path)
+
+
+@cache
+def _code(dtype: torch.dtype) -> str:
+    """The dtype as headers of safetensors spell it."""
+    empty = TensorSpec(dtype=dtype_name(torch.empty(0, dtype=dtype)), shape=[0], data_ptr=0, data_len=0)
+    header: dict[str, Any] = json.loads(serialize({"it": empty})[8:])
+    return str(header["it"]["dtype"])
+
+
+def unholdable(name: str, value: Tensor) -> str:
+    """Why a safetensors file cannot hold this tensor: its dtype, or what is wrong with its name; empty if it can."""
+    try:
+        TensorSpec(dtype=dtype_name(value), shape=[0], data_ptr=0, data_len=0)
+        name.encode()
+    except SafetensorError:
+        return dtype_name(value)
+    except UnicodeEncodeError:
+        return "a name that is no Unicode"
+    return "a name that the format has for itself" if name == METADATA else ""
+
+
+def _open_safetensors(path: Path) -> Opened:
+    file = safe_open(path, framework="pt")
+    return Opened(list(file.keys()), file.get_tensor)
+
+
+class TorchFile:
+    """Collects everything, and writes it by ``torch.save`` in the end.
+
+    Memory: the tensors of the file.
+    """
+
+    def __init__(self, path: Path, _planned: Mapping[str, Any]) -> None:
+        self._path = path
+        self._entries: dict[str, Any] = {}
+
+    def add(self, name: str, value: Any) -> None:
+        """Keep an entry, which must not change until `close`."""
+        if isinstance(value, Tensor):
+            plain = value.contiguous()
+            value = plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
+        else:
+            require_loadable(
+                value,
+                f"{name!r} holds a {type(value).__name__}, which torch.load(weights_only=True) does not read back; "
+                'file_format="safetensors" leaves it out',
+            )
+        self._entries[name] = value
+
+    def close(self) -> None:
+        """Write the file.
+
+        Raises: OSError when it cannot be.
+        """
+        try:
+            torch.save(self._entries, self._path)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"{self._path} cannot be written: {error}") from error
+
+
+def _open_torch(path: Path) -> Opened:
+    entries = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
+        raise CheckpointError(f"{path} holds a {type(entries).__name__}, expected a dictionary of tensors by name")
+    return Opened(list(entries), entries.__getitem__)
+
+
+FORMATS: dict[FileFormat, Format] = {
+    "safetensors": Format("model", ".safetensors", (".safetensors",), SafetensorsFile, _open_safetensors),
+    "torch": Format("pytorch_model", ".bin", (".bin", ".pt", ".pth"), TorchFile, _open_torch),
+}
+
+
+def format_of(path: Path) -> Format:
+    """By its suffix. Raises: CheckpointError for one that no format has."""
+    for known in FORMATS.values():
+        if path.suffix in known.suffixes:
+            return known
+    expected = [suffix for known in FORMATS.values() for suffix in known.suffixes]
+    raise CheckpointError(f"{path} is no file of weights: expected a name that ends in one of {expected}")
+
+
+def dtype_name(value: Tensor) -> str:
+    """The dtype as safetensors spells it."""
+    return str(value.dtype).removeprefix("torch.")

@@ -1,0 +1,80 @@
+"""Ranks that hold the same weights: checking that they do, and filling each other's copies from their parts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ema_dist.kernels import checksum, chunks, make_scratch, views
+from ema_dist.messages import few
+from ema_dist.sharding import Shard, all_gather, flat
+
+
+def drift(shards: Iterable[Shard]) -> str:
+    """How what replicas hold alike differs among them, by checksums of their bits; empty when it does not.
+
+    Collective: over the replicas of each shard, which alone get to know. Memory: 8 bytes per tensor and replica.
+    """
+    drifted: list[str] = []
+    for group, alike in _by_group(shards):
+        sums = torch.stack([checksum(shard.local).to(shard.device) for shard in alike])
+        everyones = sums.new_empty(group.size(), len(alike))
+        all_gather(everyones.view(-1), sums, group=group)
+        ranks = dist.get_process_group_ranks(group)
+        for shard, column in zip(alike, everyones.t().tolist(), strict=True):
+            if different := [rank for rank, its in zip(ranks, column, strict=True) if its != column[0]]:
+                drifted.append(f"{shard.name} on ranks {different}")
+    if not drifted:
+        return ""
+    return (
+        f"replicas should hold the same weights, but these differ from the first one's: {few(drifted)}. "
+        "Averaging would mix them; broadcast the weights from one replica first"
+    )
+
+
+@torch.no_grad()
+def fill_from_parts(shards: Iterable[Shard]) -> None:
+    """Fill every replica's ``local`` with the parts that the replicas hold in theirs.
+
+    Collective: over the replicas of each split shard. Memory: one scratch of `ema_dist.kernels`.
+    """
+    for group, split in _by_group(shard for shard in shards if shard.is_split):
+        by_dtype: dict[torch.dtype, list[Shard]] = defaultdict(list)
+        for shard in split:
+            by_dtype[shard.local.dtype].append(shard)
+        for alike in by_dtype.values():
+            _broadcast_parts(alike, group)
+
+
+def _broadcast_parts(shards: list[Shard], group: ProcessGroup) -> None:
+    """One replica after the other sends its parts: bounded buffers, and nothing for those that hold no rows."""
+    scratch = make_scratch([shard.local for shard in shards]).to(shards[0].device)
+    for replica, rank in enumerate(dist.get_process_group_ranks(group)):
+        parts = [_part(shard.local, replica, group.size()) for shard in shards]
+        for (pieces,) in chunks(parts, limit=scratch.nbytes):
+            sent = views(scratch, pieces)
+            if replica == group.rank():
+                torch._foreach_copy_(sent, pieces)
+            dist.broadcast(scratch[: sum(piece.numel() for piece in pieces)], rank, group=group)
+            if replica != group.rank():
+                torch._foreach_copy_(pieces, sent)
+
+
+def _part(local: Tensor, replica: int, count: int) -> Tensor:
+    """The elements of one replica's rows, flat."""
+    rows = local.shape[0]
+    per_part = -(-rows // count) * (local.numel() // max(rows, 1))
+    return flat(local)[replica * per_part : (replica + 1) * per_part]
+
+
+def _by_group(shards: Iterable[Shard]) -> list[tuple[ProcessGroup, list[Shard]]]:
+    groups: dict[ProcessGroup, list[Shard]] = {}
+    for shard in shards:
+        if shard.replicas is not None and shard.replicas.size() > 1:
+            groups.setdefault(shard.replicas, []).append(shard)
+    return list(groups.items())

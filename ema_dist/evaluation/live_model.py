@@ -1,0 +1,140 @@
+"""The live weights of one model, followed to where they are, and the ranks that hold them together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ema_dist.communication.rendezvous import meet, require_world
+from ema_dist.communication.replicas import drift
+from ema_dist.messages import few
+from ema_dist.sharding import Layout, Replicas
+
+
+class LiveModel:
+    """A model of which some parameters have averages.
+
+    Args:
+        replicas: as for `Layout`.
+        select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
+        timeout: seconds that ranks wait for each other.
+
+    Raises: ValueError when nothing is selected that could be averaged, and as `Layout`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        replicas: Replicas,
+        select: Callable[[str, Tensor], bool] | None,
+        timeout: float,
+    ) -> None:
+        self._replicas: Replicas = replicas
+        self._select = select or (lambda _, parameter: parameter.requires_grad)
+        self.timeout = timeout
+        self.layout = Layout(model, replicas)
+        self.ranks = self.layout.ranks
+        """The global ranks that hold the model together, in order; empty when this rank holds it alone."""
+        self.selected = [name for name in self.layout.parameters if self._selects(name)]
+        self._left_out = [name for name in self.layout.parameters if name not in set(self.selected)]
+        if not self.selected:
+            raise ValueError(
+                f"nothing to average: none of the {len(self._left_out)} parameters "
+                + ("requires a gradient" if select is None else "is selected by select(name, parameter)")
+            )
+        owners = {name: self.layout.parameters[name].owner for name in self.selected}
+        if whole := [name for name, at in owners.items() if not (at.is_floating_point() or at.is_complex())]:
+            raise ValueError(f"select picked {few(whole)}, which are not floating-point and have no average")
+        self.is_split = any(shard.is_split for shard in self.layout.shards)
+        """Whether replicas share averages among them."""
+        self.is_spread = any(shard.ranks or shard.part.ranks for shard in self.layout.shards)
+        """Whether several ranks hold parts of the averages."""
+        if (
+            isinstance(replicas, ProcessGroup)
+            and replicas.size() > 1
+            and all(s.replicas is not replicas for s in self.layout.shards)
+        ):
+            warnings.warn(
+                "replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=3
+            )
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether replicas keep the same averages, each all of them."""
+        return any(shard.replicas is not None and not shard.is_split for shard in self.layout.parameters.values())
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that gets full tensors."""
+        return not self.ranks or dist.get_rank() == self.ranks[0]
+
+    def meet(self, call: str, problem: str = "") -> None:
+        """Go on when every rank that holds the model is in the same call, and none has a problem.
+
+        Collective: over `ranks`. Raises: RuntimeError otherwise.
+        """
+        meet(call, self.ranks, timeout=self.timeout, problem=problem)
+
+    def prepare(self, call: str, *, together: bool, quick: bool = False, problem: Exception | None = None) -> None:
+        """Look at the model as it is now; if ``together``, meet the other ranks, and go on only if all can.
+
+        Args:
+            quick: read the model again only if something in it has moved.
+            problem: what keeps this rank from going on already; it is raised here.
+
+        Collective: over `ranks`, if together.
+        Raises: ValueError when the model has changed; RuntimeError when it has elsewhere, or a rank does not come.
+        """
+        if together:
+            require_world(call, self.ranks)
+        changed = self.follow(quick=quick)
+        problem = problem or changed
+        if together:
+            try:
+                self.meet(call, str(problem or ""))
+            except RuntimeError:
+                if problem is None:
+                    raise
+        if problem is not None:
+            raise problem
+
+    def follow(self, *, quick: bool = False) -> ValueError | None:
+        """Follow the live weights to where they are now; what is wrong with them, if anything.
+
+        Args:
+            quick: read the model again only if something in it has moved.
+        """
+        try:
+            if not (quick and self.layout.is_current()):
+                layout = Layout(self.layout.model, self._replicas)
+                if changes := self.layout.changes_to(layout):
+                    told = few((f"{name} ({then}; {now})" for name, (then, now) in changes.items()), count=3)
+                    return ValueError(
+                        f"the model is not the one that ShardedEMA(model) was given (then; now): {told}; "
+                        "construct it again after changing or wrapping a model"
+                    )
+                self.layout = layout
+            if late := [name for name in self._left_out if self._selects(name)]:
+                return ValueError(
+                    f"parameters {few(late)} became trainable after ShardedEMA(model) and have no average; "
+                    "construct it after unfreezing, or leave them out with select="
+                )
+        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
+            return ValueError(f"the model cannot be read: {error!r}").with_traceback(error.__traceback__)
+        return None
+
+    def refuse_drift(self, call: str) -> None:
+        """Compare replicas; all ranks get to know, also those whose own replicas agree.
+
+        Collective: over `ranks`. Raises: RuntimeError when they differ.
+        """
+        found = drift(self.layout.parameters.values())
+        self.meet(f"{call}, comparing replicas", problem=found)
+
+    def _selects(self, name: str) -> bool:
+        return self._select(name, self.layout.parameters[name].owner)

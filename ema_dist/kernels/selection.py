@@ -1,0 +1,158 @@
+"""Which kernel moves a group of tensors: the one asked for, or the fastest one here."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ema_dist.kernels.c_kernel import Compiled
+from ema_dist.kernels.follow import Follow, InOneCall, UnfitError
+from ema_dist.kernels.in_chunks import in_chunks
+from ema_dist.kernels.lists import SMALL, is_small
+from ema_dist.kernels.rounding import Rounding
+from ema_dist.kernels.scratch import chunk_elements
+from ema_dist.kernels.triton_launch import InOneLaunch
+
+KERNELS = {"foreach": InOneCall, "scratch": in_chunks, "compiled": Compiled, "triton": InOneLaunch}
+"""By the names that users give and summaries show."""
+
+MOST_MEASURED = 2**24
+"""Elements of the tensors on which kernels are measured, at most: more than a cache holds, soon done with."""
+
+Agree = Callable[[str, str], str]
+"""Takes a question and what was found here, and returns what all ranks are to take for the answer."""
+
+ROUNDS = 5
+"""In which kernels take turns, as what else runs on the machine comes and goes."""
+
+
+def bind(
+    tracks: Sequence[list[Tensor]],
+    values: list[Tensor],
+    *,
+    finite: bool = True,
+    kernel: str | None = None,
+    rounding: Rounding | None = None,
+    agree: Agree | None = None,
+) -> Follow:
+    """What moves these tracks towards these values at each call, as `follow_` does once.
+
+    It keeps views of the tensors: bind again when they move to other storage.
+
+    Args:
+        tracks: the averages of each track, in the order of ``values``; all tensors of one track have one dtype.
+        values: the live weights, of one dtype, on the averages' device.
+        finite: False where infinities may occur; see `lerp_`.
+        kernel: one of `KERNELS`; None for the fastest one, which is measured once in this process for each kind of
+            device, dtypes, number of tracks, small or large tensors, and size, unless all is one chunk. Where it cannot
+            do, another one does, whose name is in ``name``.
+        rounding: of bfloat16 averages: `ByChance` or `Remainders`; None for to nearest.
+        agree: on the fastest kernel, where ranks hold the same averages and must move them alike.
+
+    Memory: while kernels are measured as much as there is, at most 64 MiB for each float32 track and for the values.
+    Raises: ValueError when there is no such kernel, or other averages are to be rounded.
+    """
+    if kernel is not None and kernel not in KERNELS:
+        raise ValueError(f"expected a kernel among {', '.join(KERNELS)}, or None for the fastest; found {kernel!r}")
+    if rounding and (found := {average.dtype for track in tracks for average in track} - {torch.bfloat16}):
+        raise ValueError(f"{type(rounding).__name__} is for bfloat16 averages; found {found}, which go without")
+    if not tracks or not values:
+        return InOneCall([], [])
+    always = _always_possible(tracks, values, rounding)
+    asked = f"kernel={kernel!r}"
+    if kernel is None:
+        possible = (*always, "triton") if values[0].is_cuda else always
+        kind = _Kind.of(tracks, values, finite=finite)
+        kernel = possible[0] if len(possible) == 1 else _fastest(kind, possible)
+        if agree and len(possible) > 1:
+            kernel = agree(f"the fastest of {possible} for {kind}", kernel)
+        asked = f"{kernel!r}, found to be the fastest,"
+    try:
+        return KERNELS[kernel](tracks, values, finite=finite, rounding=rounding)
+    except UnfitError as reason:
+        other = always[0]
+        warnings.warn(f"{asked} cannot move these averages, {other!r} does: {reason}", stacklevel=2)
+        return KERNELS[other](tracks, values, finite=finite, rounding=rounding)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What groups of tensors have in common for which one kernel is the fastest, however they are rounded.
+
+    Args:
+        elements: about as many as there are: what stays in a cache is read again for nothing.
+    """
+
+    device: str
+    live: torch.dtype
+    averages: tuple[torch.dtype, ...]
+    is_small: bool
+    elements: int
+    finite: bool
+
+    @classmethod
+    def of(cls, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool) -> _Kind:
+        averages = tuple(track[0].dtype for track in tracks)
+        elements = max(1, sum(value.numel() for value in values))
+        elements = min(MOST_MEASURED, 1 << (elements.bit_length() - 1))
+        return cls(values[0].device.type, values[0].dtype, averages, is_small(values), elements, finite)
+
+    def tensors(self, dtype: torch.dtype) -> list[Tensor]:
+        """As many as are measured, of one dtype."""
+        each = min(SMALL // 4 if self.is_small else self.elements // 4, self.elements)
+        return [torch.zeros(each, dtype=dtype, device=self.device) for _ in range(self.elements // each)]
+
+
+def _always_possible(
+    tracks: Sequence[list[Tensor]], values: list[Tensor], rounding: Rounding | None
+) -> tuple[str, ...]:
+    """Kernels that need nothing but torch, as far as they may differ in speed."""
+    if rounding or any(track[0].dtype != values[0].dtype for track in tracks):
+        return ("scratch",)
+    elements = sum(value.numel() for value in values)
+    is_one_chunk = chunk_elements(values, itemsize=values[0].element_size()) >= elements
+    return ("foreach",) if len(tracks) == 1 or is_one_chunk else ("foreach", "scratch")
+
+
+@cache
+def _fastest(kind: _Kind, names: tuple[str, ...]) -> str:
+    try:
+        return _measured(kind, names)
+    except torch.OutOfMemoryError:
+        return names[0]
+
+
+def _measured(kind: _Kind, names: tuple[str, ...]) -> str:
+    values = kind.tensors(kind.live)
+    tracks = [kind.tensors(dtype) for dtype in kind.averages]
+    bound: dict[str, Follow] = {}
+    for name in names:
+        with suppress(UnfitError):
+            bound[name] = KERNELS[name](tracks, values, finite=kind.finite)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for follow in bound.values():
+        _seconds(follow, len(tracks), kind.device)  # what only a first call does
+    for _ in range(ROUNDS):
+        for name, follow in bound.items():
+            times[name].append(_seconds(follow, len(tracks), kind.device))
+    return min(bound, key=lambda name: sorted(times[name])[ROUNDS // 2])
+
+
+def _seconds(follow: Follow, tracks: int, device: str) -> float:
+    _wait_for(device)
+    begin = time.perf_counter()
+    follow([0.5] * tracks)
+    _wait_for(device)
+    return time.perf_counter() - begin
+
+
+def _wait_for(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,87 @@
+"""When an average is taken and with which weight, also where only the device knows of skipped steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ema_dist.schedules.decay import Decay
+
+
+class Clock:
+    """Counts optimizer steps and averages taken.
+
+    Args:
+        decays: by track.
+        start: until this step the average simply follows the live weights.
+        interval: an average is taken at every step that it divides.
+
+    Raises: ValueError for a negative ``start`` or an ``interval`` below 1.
+    """
+
+    def __init__(self, decays: Mapping[str, Decay], *, start: int, interval: int) -> None:
+        if start < 0:
+            raise ValueError(f"start is an optimizer step, 0 or later, got {start!r}")
+        if interval < 1:
+            raise ValueError(f"update_interval is a number of optimizer steps, 1 or more, got {interval!r}")
+        self.decays = decays
+        self.start = start
+        self.interval = interval
+        self._steps = 0
+        self._updates = 0
+        self._on_device: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps seen, skipped ones not counted. Waits for the device if it counted some of them."""
+        return self._steps + self._read(0)
+
+    @property
+    def updates(self) -> int:
+        """Averages taken. Waits for the device if it counted some of them."""
+        return self._updates + self._read(1)
+
+    @property
+    def last_update(self) -> int | Tensor:
+        """As `updates`; where the device counted some, a tensor there, which nobody waits for."""
+        return self._updates if self._on_device is None else self._on_device[1] + self._updates
+
+    def set(self, *, steps: int, updates: int) -> None:
+        """Go on from these counts."""
+        self._steps, self._updates, self._on_device = steps, updates, None
+
+    def tick(self, found_inf: Tensor | None = None) -> dict[str, float] | dict[str, Tensor]:
+        """Count one optimizer step; the weight of the live value in each average: 0 for not now, 1 for follow.
+
+        Args:
+            found_inf: not zero if the optimizer left the step out; read on its device only, never here.
+        """
+        if found_inf is None and self._on_device is None:
+            self._steps += 1
+            if self._steps <= self.start:
+                return dict.fromkeys(self.decays, 1.0)
+            if self._steps % self.interval:
+                return dict.fromkeys(self.decays, 0.0)
+            self._updates += 1
+            return self._weights()
+        return self._tick_on_device(found_inf)
+
+    def _weights(self) -> dict[str, float]:
+        return {name: 1 - decay.decay(self.interval) for name, decay in self.decays.items()}
+
+    def _tick_on_device(self, found_inf: Tensor | None) -> dict[str, Tensor]:
+        if self._on_device is None:
+            assert found_inf is not None
+            self._on_device = torch.zeros(2, dtype=torch.int64, device=found_inf.device)
+        taken = torch.ones_like(self._on_device[0]) if found_inf is None else (found_inf == 0).long().reshape(())
+        self._on_device[0] += taken
+        step = self._on_device[0] + self._steps
+        follows = taken * (step <= self.start)
+        averages = (taken - follows) * (step % self.interval == 0)
+        self._on_device[1] += averages
+        return {name: follows.double() + averages * weight for name, weight in self._weights().items()}
+
+    def _read(self, index: int) -> int:
+        return 0 if self._on_device is None else int(self._on_device[index])

@@ -1,0 +1,151 @@
+"""FSDP1: where each original tensor lies in the flat parameters, and dropping what a forward pass left gathered."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import HandleTrainingState
+from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+from ema_dist.sharding.flat_shard import FlatShard, Run
+from ema_dist.sharding.shard import Shard
+from ema_dist.sharding.whole_shard import WholeShard
+
+# FSDP1 is in maintenance and has no public way to see its cut or to drop gathered weights without gathering
+# them first. These are the private attributes read here; without one of them FSDP1 is refused, by name.
+HANDLE_ATTRIBUTES = ("flat_param", "process_group", "uses_sharded_strategy", "device", "_training_state")
+FLAT_PARAM_ATTRIBUTES = (
+    "_param_infos",
+    "_shared_param_infos",
+    "_shapes",
+    "_strides",
+    "_numels_with_padding",
+    "_is_padding_mask",
+    "_sharded_size",
+    "_params",
+    "_param_extensions",
+)
+
+
+@dataclass(frozen=True)
+class FlatTensor:
+    """One original tensor in a flat parameter: equal keys are tied; the shard is made once its names are complete."""
+
+    key: object
+    make: Callable[[tuple[str, ...]], Shard]
+
+
+def handles(model: nn.Module) -> list[tuple[FullyShardedDataParallel, FlatParamHandle]]:
+    """The FSDP1 modules in ``model`` that own a flat parameter, and its handle.
+
+    Raises: RuntimeError when this version of torch hides what must be read of FSDP1.
+    """
+    units = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
+    found = [(unit, handle) for unit in units if (handle := getattr(unit, "_handle", None)) is not None]
+    for _, handle in found:
+        missing = [name for name in HANDLE_ATTRIBUTES if not hasattr(handle, name)]
+        missing += [name for name in FLAT_PARAM_ATTRIBUTES if not hasattr(handle.flat_param, name)]
+        if missing:
+            raise RuntimeError(
+                f"FSDP1 in torch {torch.__version__} lacks {missing}, which ema_dist reads; "
+                "use fully_shard (FSDP2), or a version of torch that CHANGELOG names as tested"
+            )
+    return found
+
+
+def flat_tensors(model: nn.Module) -> dict[int, dict[str, FlatTensor]]:
+    """Every original tensor in a flat parameter, by the id of its module and its own name there."""
+    found: dict[int, dict[str, FlatTensor]] = defaultdict(dict)
+    for unit, handle in handles(model):
+        flat_param = handle.flat_param
+        if any(extension is not None for extension in flat_param._param_extensions):
+            raise ValueError("FSDP1 around tensor-parallel parameters is not supported; use fully_shard (FSDP2) there")
+        for index, (info, start) in enumerate(zip(flat_param._param_infos, _starts(flat_param), strict=True)):
+            found[id(info.module)][info.param_name] = FlatTensor(
+                (id(flat_param), index), _maker(unit, handle, index, start)
+            )
+        for info in flat_param._shared_param_infos:
+            found[id(info.module)][info.param_name] = found[id(info.prim_module)][info.prim_param_name]
+    return found
+
+
+def local_shard(handle: FlatParamHandle) -> Tensor:
+    """This rank's piece of a flat parameter, also while the parameter shows the gathered weights."""
+    # Before the first forward there is no _local_shard yet, and the parameter itself is still the piece.
+    local: Tensor = getattr(handle.flat_param, "_local_shard", handle.flat_param)
+    return local.detach()
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop gathered weights, so that the next forward gathers the pieces as they are then.
+
+    Raises: RuntimeError inside ``summon_full_params``, which is still to write its gathered weights back.
+    """
+    for _, handle in handles(model):
+        if handle._training_state == HandleTrainingState.SUMMON_FULL_PARAMS:
+            raise RuntimeError("inside FullyShardedDataParallel.summon_full_params(); leave it first")
+        if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
+            handle.reshard(free_unsharded_flat_param=True)
+            handle.post_reshard()
+            handle._prefetched = False  # else a unit prefetched in the pass before would not be gathered again
+
+
+def _starts(flat_param: FlatParameter) -> Iterator[int]:
+    """First element of each original tensor in the whole flat parameter, alignment padding counted."""
+    *starts, _ = accumulate(flat_param._numels_with_padding, initial=0)
+    for start, is_padding in zip(starts, flat_param._is_padding_mask, strict=True):
+        if not is_padding:
+            yield start
+
+
+def _maker(
+    unit: FullyShardedDataParallel, handle: FlatParamHandle, index: int, start: int
+) -> Callable[[tuple[str, ...]], Shard]:
+    flat_param = handle.flat_param
+    group: ProcessGroup = handle.process_group
+    shape: torch.Size = flat_param._shapes[index]
+    stride: tuple[int, ...] = tuple(flat_param._strides[index])
+    owner: Tensor = flat_param if flat_param._params is None else flat_param._params[index]
+    local = local_shard(handle)
+
+    def in_owner(shard: Shard, offset: int) -> Shard:
+        shard.offset = offset if owner is flat_param else None
+        return shard
+
+    if not handle.uses_sharded_strategy:
+        whole = local.as_strided(shape, stride, local.storage_offset() + start)
+        return lambda names: in_owner(WholeShard(names, whole, owner, replicas=group), start)
+
+    per_rank = flat_param._sharded_size.numel()
+    runs = [_run(start, shape.numel(), rank * per_rank, per_rank) for rank in range(group.size())]
+    mine = runs[group.rank()]
+    offset = start + mine[0] - group.rank() * per_rank if mine[0] < mine[1] else 0
+    replicas: ProcessGroup | None = getattr(unit, "_inter_node_pg", None)
+    return lambda names: in_owner(
+        FlatShard(
+            names,
+            local[offset : offset + mine[1] - mine[0]],
+            owner,
+            runs=runs,
+            shape=shape,
+            stride=stride,
+            group=group,
+            device=handle.device,
+            replicas=replicas,
+        ),
+        offset,
+    )
+
+
+def _run(start: int, numel: int, shard_start: int, per_rank: int) -> Run:
+    """What the elements ``start .. start + numel`` have in common with one rank's piece, counted from ``start``."""
+    first = min(max(shard_start - start, 0), numel)
+    last = min(max(shard_start + per_rank - start, 0), numel)
+    return (first, last) if first < last else (0, 0)

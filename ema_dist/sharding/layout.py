@@ -1,0 +1,155 @@
+"""Who holds what: a model read into shards."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ema_dist.sharding import fsdp1
+from ema_dist.sharding.find import Replicas, find, local_tensor
+from ema_dist.sharding.fsdp2 import Units
+from ema_dist.sharding.registries import Site, live_behind
+from ema_dist.sharding.shard import Shard
+from ema_dist.sharding.watch import Watch
+
+
+class Layout:
+    """The tensors of one model as this rank holds them, in the order of the unwrapped model's ``state_dict()``.
+
+    Args:
+        model: plain, or wrapped as a whole or in parts in any way `ema_dist` knows.
+        replicas: ``"shard"`` splits among replicas what they hold alike, ``"copy"`` does not; a process group says
+            that an unwrapped model is replicated over it, and splits.
+
+    Raises: ValueError for a model on the meta device; RuntimeError where torch hides what must be read of FSDP1.
+    """
+
+    def __init__(self, model: nn.Module, replicas: Replicas = "shard") -> None:
+        self.model = model
+        self.units = Units(model)
+        """What FSDP2 has cut of it."""
+        self.reshard()
+        self.shards: list[Shard] = []
+        """Parameters and buffers, each where ``state_dict()`` has its first name."""
+        self.parameters: dict[str, Shard] = {}
+        self.buffers: dict[str, Shard] = {}
+        self.sites: dict[str, list[Site]] = {}
+        """Where modules look each tensor up, by its first name; FSDP1 leaves none."""
+        found, self.extra_states = find(model, replicas)
+        for tensor in found:
+            shard = tensor.make(tuple(tensor.names))
+            if shard.local.is_meta:
+                raise ValueError(f"{shard.name!r} is on the meta device; materialise the model first")
+            shard.room = self.units.room(shard.owner) or shard.room
+            self.shards.append(shard)
+            self.sites[shard.name] = tensor.sites
+            (self.buffers if tensor.is_buffer else self.parameters)[shard.name] = shard
+        self._watch = Watch(model, [site for name in self.parameters for site in self.sites[name]])
+
+    @property
+    def ranks(self) -> list[int]:
+        """The global ranks that hold this model together, in order; empty when this rank holds it alone."""
+        sets = {shard.ranks | shard.part.ranks for shard in self.shards}
+        sets |= {frozenset(dist.get_process_group_ranks(s.replicas)) for s in self.shards if s.replicas is not None}
+        union = frozenset[int]().union(*sets)
+        # Groups of which none holds all the others (DDP over TP, HYBRID_SHARD) reach further than one rank can see.
+        return sorted(union) if not union or union in sets else list(range(dist.get_world_size()))
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The process group of exactly `ranks`; None for a model that this rank holds alone.
+
+        Raises: RuntimeError when the model is spread over ranks that have no group of their own.
+        """
+        ranks = self.ranks
+        if not ranks:
+            return None
+        groups = [dist.group.WORLD, *(g for s in self.shards for g in (s.part.group, s.group, s.replicas))]
+        for group in groups:
+            if group is not None and dist.get_process_group_ranks(group) == ranks:
+                return group
+        raise RuntimeError(f"the model is spread over ranks {ranks}, which have no process group of their own")
+
+    @property
+    def summary(self) -> str:
+        """How its tensors are cut, in words: each way once, with the number of tensors cut so."""
+        ways = Counter(shard.layout for shard in self.shards)
+        return "; ".join(f"{count} tensors {way}" for way, count in ways.items())
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """The second names of tied tensors, and the first one of each."""
+        return {name: shard.name for shard in self.shards for name in shard.names[1:]}
+
+    def concerns(self, model: nn.Module) -> bool:
+        """Whether it shows tensors of ``model``, or of a part of it, or of something that it is a part of."""
+        return not {*map(id, self.model.modules())}.isdisjoint(map(id, model.modules()))
+
+    def by_any_name(self) -> dict[str, Shard]:
+        """Parameters and buffers under each of their names, tied ones included."""
+        return {name: shard for shard in self.shards for name in shard.names}
+
+    def reshard(self) -> None:
+        """Drop weights that a forward pass left gathered, so that the next one reads the shards."""
+        self.units.reshard()
+        fsdp1.reshard(self.model)
+
+    def changes_to(self, other: Layout) -> dict[str, tuple[str, str]]:
+        """What is differently shaped, cut, placed or tied in ``other``: here and there, by name."""
+        here, there = self._descriptions(), other._descriptions()
+        differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        return {name: (here.get(name, "absent"), there.get(name, "absent")) for name in differing}
+
+    def has_moved(self) -> bool:
+        """Whether the live weights left the storage that the shards show (``.to()``, ``assign=True``, offloading)."""
+        return self._watch.differs()
+
+    def is_current(self) -> bool:
+        """Whether everything is where it was read, after dropping gathered weights; False under FSDP1 in any case."""
+        if self.has_flat_parameters:
+            return False
+        self.units.settle()
+        return not (self.has_moved() or self._watch.finds_others() or self._replaced_buffers())
+
+    @property
+    def has_flat_parameters(self) -> bool:
+        """Whether FSDP1 has flattened any of its tensors."""
+        return self._watch.has_flat_parameters
+
+    def follow_buffers(self) -> bool:
+        """Show the buffers that are registered now, and whether any is another tensor: modules may replace theirs."""
+        replaced = self._replaced_buffers()
+        for shard, buffer in replaced:
+            shard.owner, shard.local = buffer, local_tensor(buffer)
+        return bool(replaced)
+
+    def _replaced_buffers(self) -> list[tuple[Shard, Tensor]]:
+        """Those in whose places modules now have others, and these."""
+        replaced: list[tuple[Shard, Tensor]] = []
+        for name, shard in self.buffers.items():
+            _, registry, own_name = self.sites[name][0]
+            buffer = registry.get(own_name)
+            buffer = None if buffer is None else live_behind(buffer)
+            if buffer is shard.owner and _place(buffer) == _place(shard.local):
+                continue
+            if buffer is None or buffer.shape != shard.shape:
+                now = None if buffer is None else tuple(buffer.shape)
+                raise ValueError(f"buffer {name!r} had the shape {tuple(shard.shape)} and now has {now}")
+            replaced.append((shard, buffer))
+        return replaced
+
+    def _descriptions(self) -> dict[str, str]:
+        return {name: _description(name, shard) for name, shard in self.by_any_name().items()}
+
+
+def _description(name: str, shard: Shard) -> str:
+    tied = f", tied to {sorted({*shard.names} - {name})}" if len(shard.names) > 1 else ""
+    return f"{shard.part.describe()} on {shard.local.device}{tied}"
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    local = local_tensor(tensor)
+    return local.data_ptr(), local.dtype

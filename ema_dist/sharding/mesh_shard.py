@@ -1,0 +1,219 @@
+"""Tensors cut over a device mesh: FSDP2, HSDP, tensor parallelism, and averages split over replicas."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from math import prod
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as Rows
+from torch.distributed.tensor.placement_types import Placement
+
+from ema_dist.sharding.compat import all_gather
+from ema_dist.sharding.shard import Shard
+
+
+class MeshShard(Shard):
+    """A block of the tensor, cut by DTensor placements."""
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        local: Tensor,
+        owner: Tensor,
+        *,
+        mesh: DeviceMesh,
+        placements: Sequence[Placement],
+        shape: torch.Size,
+        stride: tuple[int, ...],
+        replicas: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(names, local, owner, replicas=replicas)
+        self.mesh = mesh
+        self.placements = tuple(placements)
+        self._shape = shape
+        self.stride = stride
+
+    @property
+    def version(self) -> tuple[object, ...]:
+        return *super().version, self.local._version  # the owner is another tensor, with a counter of its own
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    @property
+    def first(self) -> int:
+        cuts = [(dim, placement) for dim, placement in enumerate(self.placements) if not placement.is_replicate()]
+        if all(type(placement) is Rows and placement.dim == 0 for _, placement in cuts):
+            _, starts = self._cuts()
+            return starts[0] * self.stride[0] if starts else 0
+        number, sizes = 0, list(self._shape)
+        for dim, placement in cuts:
+            number = number * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
+            cut: int = placement.dim  # pyrefly: ignore[missing-attribute]  strided ones have it, too
+            sizes[cut] = -(-sizes[cut] // self.mesh.size(dim))
+        return number * prod(sizes)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.mesh.device_type)
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        return frozenset(self.mesh.mesh.flatten().tolist())
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        return self.mesh.get_group() if self.mesh.ndim == 1 else None
+
+    def wrap(self, local: Tensor) -> DTensor:
+        mesh = self.mesh
+        if local.device.type != mesh.device_type:  # it would be copied to the mesh's device
+            mesh = _elsewhere(mesh, local.device.type)
+        return DTensor.from_local(local, mesh, self.placements, run_check=False, shape=self._shape, stride=self.stride)
+
+    def unwrap(self, value: Tensor) -> Tensor:
+        if not isinstance(value, DTensor):
+            return self.cut(value)
+        same_ranks = value.device_mesh == self.mesh or torch.equal(value.device_mesh.mesh, self.mesh.mesh)
+        if value.shape != self.shape or not same_ranks or value.placements != self.placements:
+            raise ValueError(
+                f"expected {tuple(self.shape)} placed {self.placements} on {self.mesh}, "
+                f"got {tuple(value.shape)} placed {value.placements} on {value.device_mesh}"
+            )
+        return local_of(value)
+
+    def full(self, local: Tensor) -> Tensor:
+        local = local.to(self.device)
+        if any(type(placement) not in (Rows, Replicate) for placement in self.placements):
+            return self.wrap(local).full_tensor()  # strided placements (FSDP2 over TP): only DTensor knows their order
+        lengths, _ = self._cuts()
+        for mesh_dim in reversed(range(self.mesh.ndim)):
+            placement = self.placements[mesh_dim]
+            if isinstance(placement, Rows):
+                local = _gather_dim(local, placement.dim, lengths[mesh_dim], self.mesh.get_group(mesh_dim))
+        return local
+
+    def cut(self, full: Tensor) -> Tensor:
+        if full.shape != self.shape:
+            raise ValueError(f"expected {tuple(self.shape)}, got {tuple(full.shape)}")
+        everywhere = DTensor.from_local(
+            full.to(self.device), self.mesh, [Replicate()] * self.mesh.ndim, run_check=False
+        )
+        return local_of(everywhere.redistribute(placements=self.placements))
+
+    def beside(self, state: Tensor) -> Tensor | None:
+        if isinstance(state, DTensor):
+            alike = state.device_mesh == self.mesh and state.placements == self.placements
+            return local_of(state) if alike and state.shape == self.shape else None
+        return state.detach() if state.shape == self.local.shape else None
+
+    def _cuts(self) -> tuple[list[int], list[int]]:
+        """Length, before each mesh dimension cuts it, of what it cuts; where the block begins, by tensor dimension."""
+        sizes, starts = list(self._shape), [0] * len(self._shape)
+        lengths: list[int] = []
+        for mesh_dim, placement in enumerate(self.placements):
+            dim = placement.dim if isinstance(placement, Rows) else 0
+            lengths.append(sizes[dim])
+            if isinstance(placement, Rows):
+                run = -(-sizes[dim] // self.mesh.size(mesh_dim))
+                begin = min(run * self.mesh.get_local_rank(mesh_dim), sizes[dim])
+                starts[dim] += begin
+                sizes[dim] = min(run, sizes[dim] - begin)
+        return lengths, starts
+
+    @property
+    def layout(self) -> str:
+        placed = ", ".join(str(placement) for placement in self.placements)
+        return f"{placed} over a mesh of {' x '.join(map(str, self.mesh.mesh.shape))} ranks"
+
+    def describe(self) -> str:
+        return f"{tuple(self._shape)}, placed {self.placements} over ranks {self.mesh.mesh.tolist()}"
+
+
+FEW_SENDERS = 8
+"""Up to so many ranks send their runs in turn: gloo needs no second copy for that, as it does for an all-gather."""
+
+PADDING_BYTES = 2**20
+"""How much longer than the tensor the buffer of an all-gather may be, where the last runs are short or empty."""
+
+
+def _gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Tensor:
+    """The ``length`` slices along ``dim`` of which each rank of ``group`` has a run, cut as ``torch.chunk`` cuts.
+
+    Collective: over ``group``. Memory: one tensor of the result's size for the first dimension, two for others.
+    """
+    local = local.movedim(dim, 0).contiguous()
+    shape = local.shape[1:]
+    run = max(1, -(-length // group.size()))
+    padded = run * group.size()
+    padding = (padded - length) * shape.numel() * local.element_size()
+    if length <= FEW_SENDERS * run or padding > PADDING_BYTES:
+        gathered = local.new_empty((length, *shape))
+        for index, rows in enumerate(gathered.split(run)):
+            if index == group.rank():
+                rows.copy_(local)
+            dist.broadcast(rows, dist.get_global_rank(group, index), group=group)
+    else:
+        gathered = local.new_empty((padded, *shape))
+        sent = local
+        if len(local) < run:
+            sent = local.new_empty((run, *shape))
+            sent[: len(local)] = local
+        all_gather(gathered.view(-1), sent.view(-1), group=group)
+    return gathered[:length].movedim(0, dim)
+
+
+_others: MutableMapping[DeviceMesh, dict[str, DeviceMesh]] = WeakKeyDictionary()
+"""For each mesh those of the same ranks for tensors on other kinds of devices."""
+
+
+def _elsewhere(mesh: DeviceMesh, device_type: str) -> DeviceMesh:
+    """The same mesh for tensors that are not on its devices: DCP asks it for ranks and places, and sends nothing."""
+    others = _others.setdefault(mesh, {})
+    if device_type not in others:
+        others[device_type] = on_groups_of(mesh, range(mesh.ndim), device_type)
+    return others[device_type]
+
+
+def on_groups_of(mesh: DeviceMesh, order: Sequence[int], device_type: str) -> DeviceMesh:
+    """The same ranks, with dimensions in another order, on the groups there are: the constructor makes new ones."""
+    return DeviceMesh.from_group(
+        [mesh.get_group(dim) for dim in order],
+        device_type,
+        mesh=mesh.mesh.permute(list(order)).contiguous(),
+        mesh_dim_names=tuple(f"dim_{dim}" for dim in order),
+    )
+
+
+def local_of(value: DTensor) -> Tensor:
+    """The very tensor that ``value`` keeps on this rank."""
+    with torch.no_grad():  # with autograd on, to_local() hands out a view that records history
+        return value.to_local()
+
+
+def split_rows(shard: Shard, mesh: DeviceMesh, placements: Sequence[Placement], stride: tuple[int, ...]) -> MeshShard:
+    """The rows of ``shard.local`` that this rank averages among its replicas: the last dimension of ``mesh``."""
+    rows = chunk_rows(shard.local, mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
+    return MeshShard(
+        shard.names,
+        rows,
+        shard.owner,
+        mesh=mesh,
+        placements=[*placements, Rows(0)],
+        shape=shard.shape,
+        stride=stride,
+    )
+
+
+def chunk_rows(tensor: Tensor, count: int) -> list[Tensor]:
+    """``tensor`` cut into ``count`` runs of rows as ``Shard(0)`` cuts: the last ones smaller, or without rows."""
+    chunks = list(tensor.chunk(count, 0)) if tensor.shape[0] else []
+    return chunks + [tensor[tensor.shape[0] :]] * (count - len(chunks))

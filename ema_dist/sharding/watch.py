@@ -1,0 +1,79 @@
+"""Noticing that a model is no longer the one that was read, at every step and for next to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ema_dist.sharding.find import local_tensor
+from ema_dist.sharding.fsdp1 import handles, local_shard
+from ema_dist.sharding.registries import Site, live_behind
+
+
+class Watch:
+    """Compares modules and storage addresses with what they were, in a few passes that run in C.
+
+    Without it an average would go on following a tensor that the model has put aside (``.to()``, ``assign=True``,
+    offloading, a replaced module). An address says enough: the storage that the average follows is kept alive by it,
+    so no other tensor can come to lie there. What is added to a module without children, or put where None was, is not
+    noticed here but when the model is read again.
+    """
+
+    def __init__(self, model: nn.Module, parameter_sites: list[Site]) -> None:
+        self._children = [module._modules.values() for module in model.modules() if module._modules]
+        self._modules = list(chain.from_iterable(self._children))
+        on_mesh = [site for site in parameter_sites if isinstance(site.registry[site.name], DTensor)]
+        self._mesh = _Sites(on_mesh)
+        self._plain = _Sites([site for site in parameter_sites if not isinstance(site.registry[site.name], DTensor)])
+        self._handles = [handle for _, handle in handles(model)]
+        live = map(live_behind, self._plain.current()), map(live_behind, self._mesh.current())
+        self._addresses = self._addresses_of(*live)
+        self._objects = [live_behind(it) for it in (*self._plain.current(), *self._mesh.current())]
+
+    def differs(self) -> bool:
+        """Whether a module or parameter was replaced or removed, or lies in other storage."""
+        if list(chain.from_iterable(self._children)) != self._modules:
+            return True
+        try:
+            return self._addresses_of(self._plain.current(), self._mesh.current()) != self._addresses
+        except (AttributeError, TypeError):  # a sharded parameter has become a plain one, or one is gone
+            return True
+
+    def finds_others(self) -> bool:
+        """Whether modules now show other parameters, wherever these lie: an optimizer built since steps them alone."""
+        return not all(map(is_, chain(self._plain.current(), self._mesh.current()), self._objects))
+
+    @property
+    def has_flat_parameters(self) -> bool:
+        """Whether FSDP1 is among what is watched."""
+        return bool(self._handles)
+
+    def _addresses_of(self, plain: Iterable[Any], on_mesh: Iterable[Any]) -> list[int]:
+        tensors = chain(plain, map(quick_local, on_mesh), map(local_shard, self._handles))
+        return list(map(torch.Tensor.data_ptr, tensors))
+
+
+class _Sites:
+    """Reads registries: whole ones at once where all that they hold is asked for."""
+
+    def __init__(self, sites: list[Site]) -> None:
+        asked: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}  # a shared module lists its sites at each place
+        for _, registry, name in sites:
+            asked.setdefault(id(registry), (registry, {}))[1][name] = None
+        self._whole = [registry.values() for registry, names in asked.values() if len(names) == len(registry)]
+        rest = [(registry, name) for registry, names in asked.values() if len(names) < len(registry) for name in names]
+        self._registries = [registry for registry, _ in rest]
+        self._names = [name for _, name in rest]
+
+    def current(self) -> Iterator[Any]:
+        return chain(chain.from_iterable(self._whole), map(dict.get, self._registries, self._names))
+
+
+# to_local() costs a microsecond per parameter and step; it is the fallback where the attribute is not there.
+quick_local = attrgetter("_local_tensor") if "_local_tensor" in getattr(DTensor, "__slots__", ()) else local_tensor

@@ -1,0 +1,54 @@
+"""Tensors that this rank holds whole: a plain model's, DDP's, and every buffer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed._shard.sharded_tensor import ShardedTensor  # no public name
+from torch.distributed.tensor import DTensor
+
+from ema_dist.sharding.shard import Shard
+
+
+class WholeShard(Shard):
+    """The whole tensor, on this rank."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.local.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.local.device
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        return frozenset()
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        return None
+
+    def wrap(self, local: Tensor) -> Tensor:
+        return local
+
+    def unwrap(self, value: Tensor) -> Tensor:
+        if isinstance(value, (DTensor, ShardedTensor)):
+            raise ValueError(f"expected a plain tensor, got this rank's part of one ({type(value).__name__})")
+        return self.cut(value)
+
+    def full(self, local: Tensor) -> Tensor:
+        return local
+
+    def cut(self, full: Tensor) -> Tensor:
+        if full.shape != self.shape:
+            raise ValueError(f"expected {tuple(self.shape)}, got {tuple(full.shape)}")
+        return full
+
+    @property
+    def layout(self) -> str:
+        return "whole" if self.replicas is None else f"whole on each of {self.replicas.size()} ranks"
+
+    def describe(self) -> str:
+        return f"{tuple(self.shape)}, whole"
