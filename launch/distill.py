@@ -17,11 +17,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim import AdamW
 
-from data import Batches, Images, load_images
 from ema_dist import HalfLife, ShardedEMA
-from evaluate import evaluate
-from model import VisionTransformer
-from parallel import WRAPS, data_shard, default_parallel, process_group, wrap
+from recipe.data import Batches, Images, load_images
+from recipe.evaluation import evaluate
+from recipe.model import VisionTransformer
+from recipe.parallel import WRAPS, data_shard, default_parallel, process_group, wrap
 
 
 def main() -> None:

@@ -22,15 +22,15 @@ import torch.nn.functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
-from data import Batches, load_images
 from ema_dist import HalfLife, ShardedEMA, checkpoint
-from evaluate import evaluate
-from model import VisionTransformer
-from parallel import WRAPS, data_shard, default_parallel, process_group, wrap
-from preemption import Preempted, Preemption
-from report import HEADING, Row, progress_bar, write_csv, write_curves
-from resuming import Checkpoints, Progress
-from stopwatch import stopwatch
+from recipe.data import Batches, load_images
+from recipe.evaluation import evaluate
+from recipe.model import VisionTransformer
+from recipe.parallel import WRAPS, data_shard, default_parallel, process_group, wrap
+from recipe.preemption import Preempted, Preemption
+from recipe.report import HEADING, Row, progress_bar, write_csv, write_curves
+from recipe.resuming import Checkpoints, Progress
+from recipe.stopwatch import stopwatch
 
 
 def main() -> None:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from data import Images, load_images, shifted
 from ema_dist.composer import EMA
-from evaluate import Scores
-from model import Block, VisionTransformer
+from recipe.data import Images, load_images, shifted
+from recipe.evaluation import Scores
+from recipe.model import Block, VisionTransformer
 
 AVERAGE, LIVE = "eval", "eval-live"
 NEWEST = "latest-rank0.pt"  # as Composer calls it, monolithic or sharded

@@ -13,8 +13,7 @@ import hypothesis
 import pytest
 import torch
 
-import older_torch
-import world
+from tests.support import older_torch, world
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ema_dist import ShardedEMA
-from layouts import full_weights, layouts, make_net, train_step, wrap
+from tests.support.layouts import full_weights, layouts, make_net, train_step, wrap
 
 
 def reference_step(average: dict[str, Tensor], live: dict[str, Tensor], decay: float, averaged: set[str]) -> None:

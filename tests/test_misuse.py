@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ema_dist import HalfLife, Offloaded, ShardedEMA, compute_ema
-from layouts import assert_bitwise_equal, full_weights, layouts, make_net, trained, wrap
+from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, trained, wrap
 
 
 @pytest.mark.parametrize(

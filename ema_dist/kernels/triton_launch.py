@@ -139,12 +139,12 @@ def _code_for(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> ModuleTyp
     if len(dtypes) > 1 or not {values[0].dtype, *dtypes} <= {*DTYPES}:
         raise UnfitError(f"it moves tracks of one dtype, among {DTYPES}; found {dtypes} that follow {values[0].dtype}")
     try:
-        from ema_dist.kernels import triton_code  # noqa: PLC0415 - optional, and slow to import
+        from ema_dist.kernels import triton_kernel  # noqa: PLC0415 - optional, and slow to import
     except ImportError as error:
         raise UnfitError("Triton is missing: pip install triton") from error
-    if values[0].device.type == "cpu" and not triton_code.is_interpreted():
+    if values[0].device.type == "cpu" and not triton_kernel.is_interpreted():
         raise UnfitError("Triton needs a GPU, or TRITON_INTERPRET=1 to be tried without one")
-    return triton_code
+    return triton_kernel
 
 
 def _is_aligned(row: Row) -> bool:

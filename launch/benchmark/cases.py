@@ -1,0 +1,105 @@
+"""What the benchmark measures on: models of two shapes, wrapped in several ways, in either dtype."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from launch.benchmark.formulas import Kept
+from launch.recipe.model import Block
+
+Parallel = Literal["plain", "ddp", "fsdp2", "hsdp"]
+Live = Literal["float32", "bfloat16"]
+DECAY = 0.999
+LIVE_DTYPES: dict[Live, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class SmallTensors:
+    """So many square matrices."""
+
+    count: int = 1000
+    side: int = 64
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.side}x{self.side}"
+
+    def model(self) -> nn.Sequential:
+        return nn.Sequential(*(nn.Linear(self.side, self.side, bias=False) for _ in range(self.count)))
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """The blocks and the head of GPT-2 small.
+
+    The head, the largest tensor, comes last: when it is gathered, everything before it is there, and the peak shows.
+    """
+
+    blocks: int = 12
+    width: int = 768
+    vocabulary: int = 50257
+
+    def __str__(self) -> str:
+        return f"transformer of {self.blocks} blocks of width {self.width}"
+
+    def model(self) -> nn.Sequential:
+        blocks = (Block(self.width, heads=1) for _ in range(self.blocks))
+        return nn.Sequential(*blocks, nn.Linear(self.width, self.vocabulary, bias=False))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, wrapped one way, on so many ranks; its averages are float32 whatever `live` is."""
+
+    parallel: Parallel
+    ranks: int
+    shape: SmallTensors | Transformer
+    live: Live = "float32"
+
+    @property
+    def kept(self) -> Kept:
+        return Kept(live_width=LIVE_DTYPES[self.live].itemsize)
+
+    def wrapped(self, device: torch.device) -> nn.Module:
+        model = self.shape.model().to(device, LIVE_DTYPES[self.live])
+        if self.parallel == "ddp":
+            return DistributedDataParallel(model)
+        if self.parallel in {"fsdp2", "hsdp"}:
+            sizes = {"replicate": 2, "shard": self.ranks // 2} if self.parallel == "hsdp" else {"shard": self.ranks}
+            mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+            for module in model:
+                if isinstance(module, Block):
+                    fully_shard(module, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        return model
+
+
+@torch.no_grad()
+def change_weights(model: nn.Module, *, factor: float) -> None:
+    """Write to every weight, as an optimizer does just before an update; by a factor of 1 they stay what they are."""
+    weights: list[Tensor] = list(model.parameters())
+    torch._foreach_mul_(weights, factor)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that a training script has wrapped in DDP, as it hands it to whatever copies it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Collective: over the ranks that hold it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

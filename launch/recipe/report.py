@@ -1,0 +1,77 @@
+"""What a run tells: a row an epoch and a progress bar on the terminal, a table and a figure in files."""
+
+import csv
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .evaluation import Scores
+
+HEADING = " epoch   step | live loss  accuracy | average loss  accuracy | update()"
+LIVE, AVERAGE = "#b0572c", "#1f5fa8"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One epoch: test scores of live and averaged weights, and `update()`'s share of the time of a step."""
+
+    epoch: int
+    step: int
+    live_loss: float
+    live_accuracy: float
+    average_loss: float
+    average_accuracy: float
+    update_share: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.epoch:6} {self.step:6} | {self.live_loss:9.4f} {self.live_accuracy:9.2%} "
+            f"| {self.average_loss:12.4f} {self.average_accuracy:9.2%} | {self.update_share:8.1%}"
+        )
+
+    @property
+    def average(self) -> Scores:
+        return Scores(self.average_loss, self.average_accuracy)
+
+
+def progress_bar(rank: int) -> Progress:
+    """A bar on rank 0's terminal; its console prints plain lines where there is no terminal, nothing on other ranks."""
+    terminal = sys.stdout.isatty()
+    console = Console(force_terminal=terminal, quiet=rank != 0, highlight=False, soft_wrap=True)
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=True, disable=rank != 0 or not terminal)
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """`rows` as a table with the fields' names as its heading."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def write_curves(rows: list[Row], path: Path) -> None:
+    """Loss and accuracy over the epochs, live against average."""
+    epochs = [row.epoch for row in rows]
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    loss.plot(epochs, [row.live_loss for row in rows], ".-", color=LIVE, label="live weights")
+    loss.plot(epochs, [row.average_loss for row in rows], ".-", color=AVERAGE, label="averaged weights")
+    loss.set(yscale="log", ylabel="test loss (cross-entropy, nats)")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(NullFormatter())
+    accuracy.plot(epochs, [100 * row.live_accuracy for row in rows], ".-", color=LIVE, label="live weights")
+    accuracy.plot(epochs, [100 * row.average_accuracy for row in rows], ".-", color=AVERAGE, label="averaged weights")
+    accuracy.set(ylabel="test accuracy (%)")
+    for axes in (loss, accuracy):
+        axes.set(xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path)

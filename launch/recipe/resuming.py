@@ -1,0 +1,58 @@
+"""The checkpoints of a run: what is in them, and where it continues."""
+
+from collections.abc import MutableMapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from ema_dist import checkpoint
+
+from .report import Row
+
+
+@dataclass
+class Progress:
+    """How far a run has come: a DCP `Stateful`."""
+
+    schedule: LRScheduler
+    rows: list[Row] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"schedule": self.schedule.state_dict(), "rows": [asdict(row) for row in self.rows]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.schedule.load_state_dict(state_dict["schedule"])
+        self.rows = [Row(**row) for row in state_dict["rows"]]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of `state` in a folder, or nowhere."""
+
+    root: Path | None
+    state: MutableMapping[str, Any]
+
+    def resume(self, *, asked: bool) -> str:
+        """Continue from the newest sound checkpoint, if there is one; where the run starts, in words.
+
+        Collective: every rank. Raises: ValueError when there is one and nobody `asked` to resume.
+        """
+        newest = checkpoint.latest(self.root) if self.root else None
+        if self.root is None or newest is None:
+            return "starting from the beginning" + (f": no checkpoint in {self.root}" if asked else "")
+        if not asked:
+            raise ValueError(
+                f"step {newest} in {self.root} is from an earlier run: pass --resume to continue it or another "
+                "--checkpoint-dir"
+            )
+        return f"continuing from step {checkpoint.load(self.state, self.root)} in {self.root}"
+
+    def save(self, step: int, *, block: bool) -> None:
+        """Save, in the background unless `block`; collective. A failure of the save before it is told, and no more."""
+        if self.root:
+            with suppress(checkpoint.CheckpointError):  # it was logged when it happened
+                checkpoint.wait()
+            checkpoint.save(self.state, self.root, step=step, block=block)

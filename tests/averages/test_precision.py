@@ -1,0 +1,334 @@
+"""bfloat16 averages that keep up with float32 ones, on every layout: rounded by chance, or with what they lack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ema_dist import Compensated, ShardedEMA, Stochastic, checkpoint
+from ema_dist.sharding import Layout
+from tests.support.commands import exported, ok
+from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, wrap
+from tests.support.moves import in_world
+
+WEIGHT = 1e-4  # decay 0.9999
+UPDATES = 20_000
+
+TWO_HALVES: dict[str, Any] = {"dtype": torch.bfloat16, "rounding": Compensated()}
+BY_CHANCE: dict[str, Any] = {"dtype": torch.bfloat16, "rounding": Stochastic(seed=7)}
+
+everywhere = layouts("plain", "ddp-3", "fsdp1", "fsdp2-3", "hsdp", "tp", "fsdp2-tp")
+by_rows = layouts("plain", "ddp-3", "fsdp1-3", "fsdp1-hybrid", "fsdp2-3", "hsdp")
+both = pytest.mark.parametrize("settings", [BY_CHANCE, TWO_HALVES], ids=["by chance", "two halves"])
+
+
+def in_bfloat16(layout: str, *, seed: int = 0) -> nn.Module:
+    return wrap(layout, make_net(layout, seed=seed).bfloat16())
+
+
+def moving(model: nn.Module, steps: int = 6) -> Iterator[int]:
+    """Live weights that shrink by an eighth at each step, which every layout does alike."""
+    for step in range(steps):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.875)
+        yield step
+
+
+def wide(ema: ShardedEMA, **settings: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """The averages on the first rank as they are."""
+    return ema.full_state_dict(dtype=torch.float32, **settings)
+
+
+@everywhere
+def test_two_halves_are_float32_averages_to_the_bit(layout: str) -> None:
+    """Outside and inside of swaps, and the model gets the nearest bfloat16 of them, either one of two that are."""
+    model = in_bfloat16(layout)
+    reference = ShardedEMA(model, decay={"short": 0.5, "long": 0.99}, start=1, update_interval=2)
+    ema = ShardedEMA(model, decay={"short": 0.5, "long": 0.99}, start=1, update_interval=2, **TWO_HALVES)
+    for _ in moving(model):
+        reference.update()
+        ema.update()
+    live = full_weights(model)
+    for track in ema.tracks:
+        expected = wide(reference, track=track)
+        assert_bitwise_equal(wide(ema, track=track), expected)
+        with ema.swapped(track):
+            shown = full_weights(model)
+            assert_bitwise_equal(wide(ema, track=track), expected)
+        for name, value in expected.items():
+            distance = (value.bfloat16().double() - value.double()).abs()
+            assert torch.equal((shown[name] - value.double()).abs().nan_to_num(), distance.nan_to_num()), name
+        assert_bitwise_equal(wide(ema, track=track), expected)
+        assert_bitwise_equal(full_weights(model), live)
+
+
+@by_rows
+def test_chance_is_the_same_on_every_layout_that_holds_rows(layout: str) -> None:
+    net = make_net(layout).bfloat16()
+    alone = ShardedEMA(net, decay=0.9, **BY_CHANCE)
+    for _ in moving(net):
+        alone.update()
+    model = in_bfloat16(layout)
+    ema = ShardedEMA(model, decay=0.9, **BY_CHANCE)
+    for _ in moving(model):
+        ema.update()
+    found, expected = wide(ema), wide(alone)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        assert_bitwise_equal(found, expected)
+        share = 0.9**6 + sum(0.1 * 0.9**k * 0.875 ** (6 - k) for k in range(6))
+        exact = make_net(layout).bfloat16().head.weight.double() * share
+        torch.testing.assert_close(found["head.weight"].double(), exact, rtol=0.05, atol=0)
+
+
+@layouts("tp", "fsdp2-tp", "fsdp2-3", "hsdp", "ddp-3", "fsdp1-3")
+def test_no_two_elements_of_a_tensor_have_the_same_chance(layout: str) -> None:
+    """Else the mean of many weights would be off by more than it should: blocks of columns, too."""
+    shards = Layout(wrap(layout, make_net(layout))).parameters
+    mine = {name: (shard.part.first, shard.part.local.numel()) for name, shard in shards.items()}
+    found: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, mine)
+    for name, shard in shards.items():
+        places = [place for first, count in {its[name] for its in found} for place in range(first, first + count)]
+        assert len(places) == len({*places}) == shard.shape.numel(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_models_that_are_cast_later_get_the_averages_to_the_bit(dtype: torch.dtype) -> None:
+    net = make_net("plain").bfloat16()
+    ema, reference = ShardedEMA(net, decay=0.9, **TWO_HALVES), ShardedEMA(net, decay=0.9)
+    for _ in moving(net):
+        ema.update()
+        reference.update()
+    net.to(dtype)
+    expected = {name: value.to(dtype).double() for name, value in wide(reference).items()}
+    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    with ema.swapped():
+        found = full_weights(net)
+    assert_bitwise_equal({name: found[name] for name in trained}, {name: expected[name] for name in trained})
+    with ema.serving():
+        shown = {name: parameter.double() for name, parameter in net.named_parameters()}
+    assert_bitwise_equal({name: shown[name] for name in trained}, {name: expected[name] for name in trained})
+    assert_bitwise_equal(wide(ema), wide(reference))
+
+
+@pytest.mark.world_size(2)
+@both
+def test_replicas_that_keep_whole_averages_agree(settings: dict[str, Any]) -> None:
+    model = DistributedDataParallel(make_net("ddp").bfloat16())
+    ema = ShardedEMA(model, decay=0.9, replicas="copy", **settings)
+    for _ in moving(model):
+        ema.update()
+    with ema.swapped():
+        mine = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    theirs = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(theirs, mine)
+    assert torch.equal(theirs[0], theirs[1])
+
+
+@pytest.mark.parametrize("seed", [0, 2**70])
+def test_another_seed_is_another_chance(seed: int) -> None:
+    found = []
+    for its in (seed, seed, seed + 1):
+        net = make_net("plain").bfloat16()
+        ema = ShardedEMA(net, decay=0.9, dtype=torch.bfloat16, rounding=Stochastic(its))
+        for _ in moving(net):
+            ema.update()
+        found.append(torch.cat([value.flatten() for value in wide(ema).values()]))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
+def test_long_averages_keep_up_with_float32(live: torch.dtype) -> None:
+    """20 000 updates at decay 0.9999, from 1 to 1.5: the bound is that of test_kernels_low_precision."""
+    ulp, count = 2.0**-7, 2048
+    model = nn.Linear(count, 1, bias=False, dtype=live)
+    nn.init.constant_(model.weight, 1.0)
+    averages = {
+        "float32": ShardedEMA(model, decay=1 - WEIGHT, dtype=torch.float32),
+        "chance": ShardedEMA(model, decay=1 - WEIGHT, **BY_CHANCE),
+        "halves": ShardedEMA(model, decay=1 - WEIGHT, **TWO_HALVES),
+    }
+    nn.init.constant_(model.weight, 1.5)
+    for _ in range(UPDATES):
+        for ema in averages.values():
+            ema.update()
+    found = {name: wide(ema)["weight"].double() for name, ema in averages.items()}
+    assert torch.equal(found["halves"], found["float32"])
+    exact = 1.5 - 0.5 * (1 - WEIGHT) ** UPDATES
+    deviation = math.sqrt(0.5 * ulp / 2)
+    error = found["chance"] - exact
+    assert error.abs().max() < 6 * deviation
+    assert error.mean().abs() < 6 * deviation / math.sqrt(count)
+
+
+@both
+def test_steps_may_be_counted_and_left_out_on_the_device(settings: dict[str, Any]) -> None:
+    """Chance hangs on the number of the update wherever it is counted; halves are what float32 is on the device."""
+    net = make_net("plain").bfloat16()
+    ema = ShardedEMA(net, decay=0.9, **settings)
+    reference = ShardedEMA(net, decay=0.9, **(settings if settings is BY_CHANCE else {}))
+    for step in moving(net):
+        left_out = torch.tensor(float(step == 3))
+        ema.update(found_inf=left_out)
+        if settings is not BY_CHANCE:
+            reference.update(found_inf=left_out)
+        elif step != 3:
+            reference.update()
+        assert_bitwise_equal(wide(ema), wide(reference))
+
+
+def save_dcp(ema: ShardedEMA, folder: Path) -> None:
+    dcp.save({"ema": ema}, checkpoint_id=folder)
+
+
+def load_dcp(ema: ShardedEMA, folder: Path) -> None:
+    dcp.load({"ema": ema}, checkpoint_id=folder)
+
+
+def save_ours(ema: ShardedEMA, folder: Path) -> None:
+    checkpoint.save({"ema": ema}, folder, step=3)
+
+
+def load_ours(ema: ShardedEMA, folder: Path) -> None:
+    checkpoint.load({"ema": ema}, folder)
+
+
+@pytest.mark.world_size(4)
+@pytest.mark.parametrize(("saved_as", "loaded_as"), [("fsdp2", "hsdp"), ("ddp", "fsdp2"), ("fsdp1", "fsdp2")])
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside a swap"])
+@pytest.mark.parametrize(
+    ("store", "restore"), [(save_dcp, load_dcp), (save_ours, load_ours)], ids=["dcp", "ema_dist.checkpoint"]
+)
+@both
+def test_a_resumed_run_goes_on_to_the_bit(
+    saved_as: str,
+    loaded_as: str,
+    inside: bool,  # noqa: FBT001
+    store: Callable[[ShardedEMA, Path], None],
+    restore: Callable[[ShardedEMA, Path], None],
+    settings: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    def save() -> None:
+        model = in_bfloat16(saved_as)
+        ema = ShardedEMA(model, decay=0.9, **settings)
+        for step in moving(model):
+            ema.update()
+            if step == 2:
+                with ema.swapped() if inside else nullcontext():
+                    store(ema, tmp_path / "root")
+        torch.save(wide(ema), tmp_path / f"{dist.get_rank()}.pt")
+
+    def load() -> None:
+        model = in_bfloat16(loaded_as)
+        ema = ShardedEMA(model, decay=0.9, **settings)
+        for step in moving(model):
+            if step == 2:
+                restore(ema, tmp_path / "root")
+            elif step > 2:
+                ema.update()
+        assert_bitwise_equal(wide(ema), torch.load(tmp_path / f"{dist.get_rank()}.pt"))
+
+    in_world(4, tmp_path, save)
+    in_world(4, tmp_path, load)
+
+
+@everywhere
+def test_full_tensors_go_in_and_come_out_as_float32(layout: str) -> None:
+    ema = ShardedEMA(in_bfloat16(layout), decay=0.9, **TWO_HALVES)
+    expected = make_net(layout, seed=1).state_dict()
+    ema.load_full_state_dict(expected)
+    target = make_net(layout, seed=2)
+    ema.copy_to(target)
+    found = wide(ema)
+    for name in dict(make_net(layout).named_parameters()).keys() - {"frozen.weight", "frozen.bias"}:
+        assert torch.equal(target.state_dict()[name], expected[name])
+        assert not found or torch.equal(found[name], expected[name])
+
+
+def test_two_halves_are_stored_as_float32_and_exported_so(tmp_path: Path) -> None:
+    """A checkpoint does not tell how averages were kept: each kind goes on from that of the other."""
+    net = make_net("plain").bfloat16()
+    ema, plain = ShardedEMA(net, decay=0.9, **TWO_HALVES), ShardedEMA(net, decay=0.9)
+    for _ in moving(net):
+        ema.update()
+        plain.update()
+    checkpoint.save({"model": net, "ema": ema}, tmp_path / "halves", step=1)
+    checkpoint.save({"model": net, "ema": plain}, tmp_path / "plain", step=1)
+    expected = wide(plain)
+    ok("export", tmp_path / "halves", tmp_path / "out", "--dtype", "float32")
+    assert_bitwise_equal(exported(tmp_path / "out"), expected)
+    for source, target in (("plain", ema), ("halves", plain)):
+        checkpoint.load({"ema": target}, tmp_path / source)
+        assert_bitwise_equal(wide(target), expected)
+
+
+@both
+def test_buffers_written_inside_a_swap_stay_in_the_average(settings: dict[str, Any]) -> None:
+    """They are never taken apart: the rest would be that of another number."""
+    model = nn.BatchNorm1d(3).bfloat16()
+    ema = ShardedEMA(model, decay=0.9, **settings)
+    assert model.running_mean is not None
+    nn.init.constant_(model.running_mean, 1.0)
+    ema.update()
+    with ema.swapped():
+        nn.init.constant_(model.running_mean, 0.3)
+    assert torch.equal(wide(ema)["running_mean"], torch.full((3,), 0.3).bfloat16().float())
+    assert torch.equal(model.running_mean, torch.ones(3).bfloat16())
+
+
+def test_beside_float32_weights_nothing_is_taken_apart() -> None:
+    state = ShardedEMA(nn.Linear(2, 2), decay=0.5, **TWO_HALVES).state_dict()
+    averages = state["tracks"]["default"]["averages"]
+    assert {average.dtype for average in averages.values()} == {torch.float32}
+    again = ShardedEMA(nn.Linear(2, 2), decay=0.5, **TWO_HALVES)
+    again.load_state_dict(state)
+    assert torch.equal(again.full_state_dict()["weight"], averages["weight"])
+
+
+@both
+@pytest.mark.parametrize("layout", ["plain", "fsdp2"])
+@pytest.mark.world_size(2)
+def test_bfloat16_averages_of_bfloat16_weights_are_served_without_a_copy(layout: str, settings: dict[str, Any]) -> None:
+    ema = ShardedEMA(in_bfloat16(layout), decay=0.5, **settings)
+    assert ema.serves_by == "the averages themselves"
+    assert ShardedEMA(in_bfloat16(layout), decay=0.5).serves_by == "a cast copy"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounding": Compensated()}, r"Compensated\(\) is for dtype=torch.bfloat16, got dtype=None"),
+        ({"rounding": Compensated(), "dtype": torch.float32}, "got dtype=torch.float32"),
+        ({"rounding": "stochastic"}, r"Stochastic\(seed=...\) or Compensated\(\), got 'stochastic'"),
+        ({"dtype": torch.float8_e4m3fn}, "of 16 bits or more, got dtype=torch.float8_e4m3fn"),
+        ({"dtype": torch.int64}, "averages are floating-point, .*got dtype=torch.int64"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShardedEMA(nn.Linear(2, 2), **settings)
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="the seed of Stochastic is a whole number, 0 or more, got -1"):
+        Stochastic(-1)
+    with pytest.raises(ValueError, match=r"a whole number, 0 or more, got 1\.5"):
+        Stochastic(1.5)  # pyrefly: ignore[bad-argument-type]
+
+
+def test_averages_that_may_stand_still_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="with a decay close to 1 they stand still; use dtype=torch.bfloat16"):
+        ShardedEMA(nn.Linear(2, 2), dtype=torch.float16)

@@ -1,0 +1,452 @@
+"""A checkpoint made to do harm runs nothing, reaches nothing outside its folder, and is refused by name."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ema_dist.checkpoint.dcp import unpickler
+from ema_dist.checkpoint.dcp.metadata import read_metadata
+from ema_dist.checkpoint.dcp.reader import Reader, read, unpack
+from ema_dist.checkpoint.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+FOLDER_READERS: dict[str, Callable[[Path], object]] = {
+    "read_metadata": read_metadata,
+    "read": lambda folder: read(folder, {"weight": torch.zeros(4, 3), "note": None}),
+    "Reader": lambda folder: Reader(folder).read_metadata(),
+}
+"""Everything that opens a folder which DCP wrote: each must refuse what lies in it."""
+
+FILE_READERS: dict[str, Callable[[Path], object]] = {
+    "unpack": lambda path: unpack(io.BytesIO(path.read_bytes())),
+}
+"""Everything that opens a file which `torch.save` wrote."""
+
+every_folder_reader = pytest.mark.parametrize("reader", FOLDER_READERS.values(), ids=FOLDER_READERS.keys())
+every_file_reader = pytest.mark.parametrize("reader", FILE_READERS.values(), ids=FILE_READERS.keys())
+
+
+class Harm:
+    """Creates a file when it is unpickled, as `rm -rf` would delete some."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self._marker}",)
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    return tmp_path / "harm-was-done"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("original") / "saved", note="as it was")
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(original, tmp_path / "saved")
+
+
+def save(folder: Path, **extra: object) -> Path:
+    dcp.save({"weight": torch.arange(12.0).view(4, 3), "inner": {"bias": torch.ones(3)}, **extra}, checkpoint_id=folder)
+    return folder
+
+
+def edit(folder: Path, change: Callable[[Metadata], object]) -> None:
+    """Rewrite the metadata after ``change``."""
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata, protocol=4))
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def named(module: str, name: str) -> bytes:
+    return text(module) + text(name) + b"\x93"
+
+
+SYSTEM = named(os.system.__module__, "system")
+
+PICKLES: dict[str, Callable[[str], bytes]] = {
+    "reduce": lambda command: b"\x80\x04" + SYSTEM + text(command) + b"\x85R.",
+    "exec": lambda command: (
+        b"\x80\x04" + named("builtins", "exec") + text(f"import os; os.system({command!r})") + b"\x85R."
+    ),
+    "global": lambda command: f"c{os.system.__module__}\nsystem\n(V{command}\ntR.".encode(),
+    "inst": lambda command: f"(V{command}\ni{os.system.__module__}\nsystem\n.".encode(),
+    "obj": lambda command: f"(c{os.system.__module__}\nsystem\nV{command}\no.".encode(),
+    "newobj": lambda command: (
+        b"\x80\x04"
+        + named("builtins", "tuple")
+        + named("builtins", "map")
+        + SYSTEM
+        + b"]"
+        + text(command)
+        + b"a\x86\x81\x85\x81."
+    ),
+    "build": lambda command: (
+        b"\x80\x04"
+        + named("torch.nn", "Identity")
+        + b")\x81}"
+        + text("__setstate__")
+        + SYSTEM
+        + b"sb"
+        + text(command)
+        + b"b."
+    ),
+    "by attribute": lambda command: (
+        b"\x80\x04" + named("torch.distributed.checkpoint.filesystem", "os.system") + text(command) + b"\x85R."
+    ),
+}
+"""Pickles that run a shell command, one for each way in which a pickle can call something."""
+
+
+@pytest.mark.parametrize("pickled", PICKLES.values(), ids=PICKLES.keys())
+def test_the_pickles_of_these_tests_do_run(pickled: Callable[[str], bytes], marker: Path) -> None:
+    """What follows would prove nothing otherwise."""
+    pickle.loads(pickled(f"touch {marker}"))
+    assert marker.exists()
+
+
+@every_folder_reader
+@pytest.mark.parametrize("pickled", PICKLES.values(), ids=PICKLES.keys())
+def test_crafted_metadata_runs_nothing(
+    pickled: Callable[[str], bytes], reader: Callable[[Path], object], folder: Path, marker: Path
+) -> None:
+    (folder / ".metadata").write_bytes(pickled(f"touch {marker}"))
+    with pytest.raises(CheckpointError, match=re.escape(f"{folder / '.metadata'} is not what DCP writes")):
+        reader(folder)
+    assert not marker.exists()
+
+
+PLACES: dict[str, Callable[[Metadata, Harm], object]] = {
+    "everything": lambda metadata, harm: setattr(metadata, "state_dict_metadata", harm),
+    "an entry": lambda metadata, harm: metadata.state_dict_metadata.update(weight=harm),
+    "a size": lambda metadata, harm: setattr(metadata.state_dict_metadata["weight"], "size", harm),
+    "a chunk": lambda metadata, harm: metadata.state_dict_metadata["weight"].chunks.append(harm),
+    "a path": lambda metadata, harm: metadata.planner_data.update(weight=harm),
+    "a key": lambda metadata, harm: metadata.storage_data.update({harm: harm}),
+    "an item": lambda metadata, harm: metadata.storage_data.update({MetadataIndex("note"): harm}),
+    "the story": lambda metadata, harm: setattr(metadata.storage_meta, "checkpoint_id", harm),
+    "elsewhere": lambda metadata, harm: setattr(metadata, "later", harm),
+}
+
+
+@every_folder_reader
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
+def test_harm_inside_good_metadata_runs_nothing(
+    place: Callable[[Metadata, Harm], object], reader: Callable[[Path], object], folder: Path, marker: Path
+) -> None:
+    edit(folder, lambda metadata: place(metadata, Harm(marker)))
+    with pytest.raises(CheckpointError, match=r"it asks for (posix|nt)\.system, which is no part of DCP's metadata"):
+        reader(folder)
+    assert not marker.exists()
+    dcp.FileSystemReader(folder).read_metadata()
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("module_and_name", [*unpickler.STANDS_FOR, ("torch", "Size"), ("torch", "float32")], ids=str)
+@pytest.mark.parametrize("state", [b"N}" + text("poisoned") + b"\x88s\x86", b"}" + text("poisoned") + b"\x88s"])
+def test_what_the_metadata_may_name_cannot_be_changed_by_it(
+    module_and_name: tuple[str, str], state: bytes, folder: Path
+) -> None:
+    """BUILD sets attributes on whatever it is given: a class would stay changed for the rest of the process."""
+    (folder / ".metadata").write_bytes(b"\x80\x04" + named(*module_and_name) + state + b"b.")
+    with pytest.raises(CheckpointError, match="is not what DCP writes"):
+        read_metadata(folder)
+    module, name = module_and_name
+    assert not hasattr(getattr(sys.modules.get(module), name, None), "poisoned")
+    assert not any(hasattr(record, "poisoned") for record in unpickler.STANDS_FOR.values())
+
+
+def test_plain_pickle_would_change_a_class() -> None:
+    state = b"N}" + text("poisoned") + b"\x88s\x86"
+    pickle.loads(b"\x80\x04" + named(ChunkStorageMetadata.__module__, ChunkStorageMetadata.__name__) + state + b"b.")
+    assert ChunkStorageMetadata.poisoned
+    del ChunkStorageMetadata.poisoned
+
+
+@pytest.mark.parametrize("opcode", [b"r\xff\xff\xff\x7f", b"q\x01", b"p2147483647\n"])
+def test_a_pickle_cannot_choose_how_much_memory_it_takes(opcode: bytes, folder: Path) -> None:
+    """CPython makes a memo as long as the highest index: 2**31 pointers for this one."""
+    (folder / ".metadata").write_bytes(b"\x80\x04]" + opcode + b".")
+    with pytest.raises(CheckpointError, match=r"it has opcode b'[rqp]' at byte 3, which DCP never writes"):
+        read_metadata(folder)
+
+
+def test_a_crafted_byte_entry_runs_nothing(tmp_path: Path, marker: Path) -> None:
+    """The metadata beside it is clean."""
+    folder = save(tmp_path / "saved", note=Harm(marker))
+    assert read_metadata(folder).state_dict_metadata.keys() == {"weight", "inner.bias", "note"}
+    with pytest.raises(
+        CheckpointError, match=r"the entry 'note', bytes .*, cannot be read: it holds (posix|nt)\.system"
+    ):
+        read(folder, {"note": None})
+    assert not marker.exists()
+    dcp.load({"note": None}, checkpoint_id=folder)
+    assert marker.exists()
+
+
+def test_a_byte_entry_of_an_unknown_class_says_how_to_admit_it(tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", note=Path("somewhere"))
+    wanted = {"note": None}
+    with pytest.raises(CheckpointError, match=r"add_safe_globals\(\[pathlib"):
+        read(folder, wanted)
+    with torch.serialization.safe_globals([type(Path()), *([] if sys.version_info < (3, 13) else [Path])]):
+        read(folder, wanted)
+    assert wanted == {"note": Path("somewhere")}
+
+
+@every_file_reader
+def test_a_crafted_file_runs_nothing(reader: Callable[[Path], object], tmp_path: Path, marker: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.ones(2), "more": Harm(marker)}, path)
+    with pytest.raises(CheckpointError, match=r"(posix|nt)\.system"):
+        reader(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+@every_file_reader
+@pytest.mark.parametrize("pickled", PICKLES.values(), ids=PICKLES.keys())
+def test_a_pickle_called_a_torch_file_runs_nothing(
+    pickled: Callable[[str], bytes], reader: Callable[[Path], object], tmp_path: Path, marker: Path
+) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(pickled(f"touch {marker}"))
+    with pytest.raises(CheckpointError, match=r"expected an archive as torch\.save writes it"):
+        reader(path)
+    assert not marker.exists()
+
+
+def test_crafted_bytes_of_a_tensor_run_nothing(folder: Path, marker: Path) -> None:
+    torch.save(Harm(marker), file := io.BytesIO())
+    redirect(folder, "weight", file.getvalue())
+    with pytest.raises(
+        CheckpointError, match=r"the entry 'weight', bytes .*, cannot be read: it holds (posix|nt)\.system"
+    ):
+        read(folder, {"weight": torch.zeros(4, 3)})
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(4, 3).double(),
+        torch.ones(3),
+        torch.ones(1, 3),
+        [1.0],
+        torch.ones(4, 3).to_sparse(),
+        torch.ones(4, 3, device="meta"),
+    ],
+)
+def test_a_stored_tensor_is_what_the_metadata_says(value: object, folder: Path) -> None:
+    """DCP would cast and broadcast."""
+    torch.save(value, file := io.BytesIO())
+    redirect(folder, "weight", file.getvalue())
+    with pytest.raises(CheckpointError, match=r"expected torch.float32 \[4, 3\] as the metadata says, found"):
+        read(folder, {"weight": torch.zeros(4, 3)})
+
+
+def redirect(folder: Path, name: str, data: bytes) -> None:
+    """Let the item of a tensor be other bytes, at the end of its file."""
+
+    def change(metadata: Metadata) -> None:
+        (index,) = (index for index in metadata.storage_data if index.fqn == name)
+        item = metadata.storage_data[index]
+        path = folder / item.relative_path
+        metadata.storage_data[index] = replace(item, offset=path.stat().st_size, length=len(data))
+        path.write_bytes(path.read_bytes() + data)
+
+    edit(folder, change)
+
+
+_opened: list[str] = []
+
+
+def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+        _opened.append(os.fsdecode(arguments[0]))
+
+
+sys.addaudithook(_note_opened)  # here, because a hook stays for the life of the process
+
+
+@contextmanager
+def files_opened() -> Iterator[list[str]]:
+    """The names of the files that are opened in the block, by whatever means of Python's."""
+    opened: list[str] = []
+    _opened.clear()
+    try:
+        yield opened
+    finally:
+        opened += _opened
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "sub/../../outside", "{outside}", "..", ".", "", "sub/", "C:outside", "..\\outside", "a\0b"]
+)
+def test_a_file_name_that_leads_elsewhere_is_refused(name: str, folder: Path) -> None:
+    outside = folder.parent / "outside"
+    (folder / "sub").mkdir()
+    outside.write_bytes((folder / "__0_0.distcp").read_bytes())
+    point_at(folder, name.format(outside=outside))
+    with files_opened() as opened, pytest.raises(CheckpointError, match="expected the plain name of a file in it"):
+        read(folder, {"weight": torch.zeros(4, 3), "note": None})
+    assert opened == [str(folder / ".metadata")]
+
+
+def test_torch_follows_a_file_name_that_leads_elsewhere(folder: Path) -> None:
+    (folder / "__0_0.distcp").rename(folder.parent / "outside")
+    point_at(folder, "../outside")
+    with files_opened() as opened:
+        dcp.load({"weight": (weight := torch.zeros(4, 3))}, checkpoint_id=folder)
+    assert weight.sum() == 66
+    assert any("outside" in path for path in opened)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_link_out_of_the_folder_is_refused(name: str, folder: Path) -> None:
+    outside = folder.parent / "outside"
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    message = re.escape(f"{folder / name} is a link out of the checkpoint's folder")
+    with files_opened() as opened, pytest.raises(CheckpointError, match=message):
+        read(folder, {"weight": torch.zeros(4, 3)})
+    assert opened == ([] if name == ".metadata" else [str(folder / ".metadata")])
+
+
+def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
+    (folder / "__0_0.distcp").rename(folder / "blob")
+    (folder / "__0_0.distcp").symlink_to(folder / "blob")
+    read(folder, {"weight": (weight := torch.zeros(4, 3))})
+    assert weight.sum() == 66
+
+
+def point_at(folder: Path, name: str) -> None:
+    def change(metadata: Metadata) -> None:
+        metadata.storage_data = {
+            index: replace(item, relative_path=name) for index, item in metadata.storage_data.items()
+        }
+
+    edit(folder, change)
+
+
+def weight_of(metadata: Metadata) -> TensorStorageMetadata:
+    return metadata.state_dict_metadata["weight"]
+
+
+def cut(metadata: Metadata, *chunks: tuple[list[int], list[int]]) -> None:
+    """Let the weight consist of these chunks, each with an item."""
+    item = metadata.storage_data.pop(MetadataIndex("weight", [0, 0]))
+    weight_of(metadata).chunks[:] = [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size in chunks]
+    metadata.storage_data |= {MetadataIndex("weight", at): item for at, _ in chunks}
+
+
+def changed_item(metadata: Metadata, **changes: object) -> None:
+    index = MetadataIndex("weight", [0, 0])
+    metadata.storage_data[index] = replace(metadata.storage_data[index], **changes)
+
+
+LIES: dict[str, tuple[Callable[[Metadata], object], str]] = {
+    "a gap": (lambda it: cut(it, ([0, 0], [3, 3])), "chunks that do not cover"),
+    "an overlap": (lambda it: cut(it, ([0, 0], [3, 3]), ([2, 0], [2, 3])), "chunks that do not cover"),
+    "gap and overlap": (lambda it: cut(it, ([0, 0], [2, 3]), ([1, 0], [2, 3])), "chunks that do not cover"),
+    "no chunks": (lambda it: weight_of(it).chunks.clear(), "chunks that do not cover"),
+    "beyond the end": (
+        lambda it: cut(it, ([0, 0], [2, 3]), ([3, 0], [2, 3])),
+        r"a chunk at \[3, 0\] with size \[2, 3\]",
+    ),
+    "other dimensions": (lambda it: cut(it, ([0], [12])), r"a chunk at \[0\] with size \[12\]"),
+    "a negative size": (lambda it: cut(it, ([0, 0], [-4, -3])), r"size \[-4, -3\]"),
+    "a huge size": (lambda it: setattr(weight_of(it), "size", torch.Size([2**40, 2**40])), r"size \[1099511627776, "),
+    "too few bytes": (lambda it: changed_item(it, length=40), "an item of 40 bytes for a chunk of 48 bytes"),
+    "no item": (lambda it: it.storage_data.pop(MetadataIndex("weight", [0, 0])), r"no item for the chunk at \[0, 0\]"),
+    "no item of bytes": (lambda it: it.storage_data.pop(MetadataIndex("note")), r"no item \(entry 'note'\)"),
+    "a negative offset": (lambda it: changed_item(it, offset=-1), "-1 where there is no negative number"),
+    "a number in words": (lambda it: changed_item(it, offset="0"), "'0' as number, where DCP writes a int"),
+    "after the end": (lambda it: changed_item(it, offset=10**6), "is truncated: it has"),
+    "no such file": (lambda it: changed_item(it, relative_path="__9_9.distcp"), r"__9_9\.distcp is missing"),
+    "a folder": (lambda it: changed_item(it, relative_path="sub"), "sub is missing"),
+    "another path": (lambda it: it.planner_data.update(weight=("inner", "weight")), "as path"),
+    "a huge list": (lambda it: it.planner_data.update({"x.999999999": ("x", 999999999)}), "index 999999999 in a path"),
+    "no dtype": (lambda it: setattr(weight_of(it), "properties", "float32"), "'float32' as properties"),
+    "no properties": (lambda it: setattr(weight_of(it), "properties", None), "None as properties"),
+    "sparse": (
+        lambda it: setattr(weight_of(it), "properties", TensorProperties(layout=torch.sparse_coo)),
+        "where DCP stores strided tensors",
+    ),
+    "a name that is none": (lambda it: it.state_dict_metadata.update({1: weight_of(it)}), "1 as name"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), LIES.values(), ids=LIES.keys())
+def test_metadata_that_does_not_fit_together_is_refused(
+    change: Callable[[Metadata], object], message: str, folder: Path
+) -> None:
+    (folder / "sub").mkdir()
+    edit(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        read_metadata(folder)
+
+
+def test_any_true_cut_is_taken(folder: Path) -> None:
+    edit(
+        folder,
+        lambda it: cut(it, ([0, 0], [1, 3]), ([1, 0], [3, 1]), ([1, 1], [2, 2]), ([3, 1], [1, 2]), ([4, 0], [0, 3])),
+    )
+    assert len(weight_of(read_metadata(folder)).chunks) == 5
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_one_rank_finds_is_an_error_on_all(tmp_path: Path) -> None:
+    folder = tmp_path / str(dist.get_rank())  # as if one machine saw a damaged copy
+    with_note = {"weight": torch.ones(4, 3), "note": "as it was"}
+    dcp.save(with_note, checkpoint_id=folder, no_dist=True)
+    read(folder, {"weight": (weight := torch.zeros(4, 3))}, group=dist.group.WORLD)
+    assert weight.sum() == 12
+    if dist.get_rank() == 1:
+        path = folder / "__0_0.distcp"
+        path.write_bytes(path.read_bytes().replace(b"PK\3\4", b"...."))
+    with pytest.raises(
+        CheckpointError, match=r"^rank 1: .*/1/__0_0\.distcp: the entry 'weight', bytes .* cannot be read"
+    ):
+        read(folder, {"weight": torch.zeros(4, 3)}, group=dist.group.WORLD)
+    missing = {} if dist.get_rank() == 0 else {"more": None}
+    weight = torch.zeros(4, 3)
+    with pytest.raises(CheckpointError, match=r"^rank 1: .*/1 has no entries more;"):
+        read(folder, {"weight": weight, **missing}, group=dist.group.WORLD)
+    assert weight.sum() == 0

@@ -1,0 +1,194 @@
+"""`ema-dist export` where wrong weights could come out without a word: it exports the right ones, tells, or refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ema_dist import ShardedEMA, checkpoint
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.manifest import read_manifest
+from ema_dist.checkpoint.weights.casts import cast
+from ema_dist.checkpoint.weights.files import WeightWriter
+from tests.support.commands import exported, foreign, ok, ours, plainly_saved, run
+from tests.support.layouts import assert_bitwise_equal, resident_peak
+
+
+def moved(model: nn.Module, **settings: Any) -> ShardedEMA:  # noqa: ANN401
+    """Averages of a model that has made one step since."""
+    ema = ShardedEMA(model, decay=0.5, **settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    ema.update()
+    return ema
+
+
+def test_a_tensor_without_elements_is_a_tensor(tmp_path: Path) -> None:
+    model = nn.ParameterDict({"empty": torch.empty(0, 3), "full": torch.ones(2, 3)})
+    ema = moved(model)
+    checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
+    ok("inspect", tmp_path / "root")
+    ok("verify", tmp_path / "root")
+    ok("export", tmp_path / "root", tmp_path / "out")
+    assert_bitwise_equal(exported(tmp_path / "out"), ema.full_state_dict())
+    assert exported(tmp_path / "out")["empty"].shape == (0, 3)
+    ok("diff", tmp_path / "root", tmp_path / "out")
+
+
+def test_twins_have_their_own_averages(tmp_path: Path) -> None:
+    """Names and shapes are the same: only the manifest tells them apart."""
+    models = {name: nn.Linear(2, 2) for name in ("gen", "disc")}
+    averages = {name: moved(model) for name, model in models.items()}
+    state = {**models, **{f"ema_{name}": ema for name, ema in averages.items()}}
+    checkpoint.save(state, tmp_path / "root", step=1)
+    assert run("export", tmp_path / "root", tmp_path / "out").exit_code == 1
+    for name, ema in averages.items():
+        for entry in (name, f"ema_{name}"):
+            ok("export", tmp_path / "root", tmp_path / entry, "--entry", entry)
+            assert_bitwise_equal(exported(tmp_path / entry), ema.full_state_dict())
+    ok("export", tmp_path / "root", tmp_path / "live", "--entry", "disc", "--weights", "live")
+    assert_bitwise_equal(exported(tmp_path / "live"), models["disc"].state_dict())
+
+
+def test_what_trains_without_an_average_is_told(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    ema = moved(model, select=lambda name, _: name.startswith("0."))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    checkpoint.save({"model": model, "ema": ema, "optim": optimizer}, tmp_path / "root", step=1)
+    said = run("export", tmp_path / "root", tmp_path / "out").stderr
+    assert "2 tensors that an optimizer in the checkpoint trains have no average" in said
+    assert "1.weight, 1.bias" in said
+
+
+def test_a_guessed_tie_is_told(tmp_path: Path) -> None:
+    """A frozen matrix may equal a trained one by chance; without a manifest nothing tells it from a tied one."""
+    model = nn.ParameterDict(
+        {"trained": torch.zeros(2, 2), "frozen": nn.Parameter(torch.ones(2, 2), requires_grad=False)}
+    )
+    ema = ShardedEMA(model, decay=0.5)
+    model["trained"].data.add_(1)
+    ema.update()
+    path = plainly_saved(tmp_path / "dcp", {"model": model.state_dict(), "ema": ema})
+    said = run("export", path, tmp_path / "out").stderr
+    assert "1 tensors are exported with the average of another" in said
+    assert "frozen (that of trained)" in said
+    checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
+    assert run("export", tmp_path / "root", tmp_path / "ours").stderr == ""
+    assert_bitwise_equal(exported(tmp_path / "ours"), ema.full_state_dict())
+
+
+def test_averages_that_never_began_are_told(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    ema = moved(model, update_interval=10)
+    checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
+    assert "saw 1 steps, and no average was taken yet" in run("export", tmp_path / "root", tmp_path / "out").stderr
+    assert "saw 1 steps, and no average was taken yet" in run("verify", tmp_path / "root").stderr
+    assert run("export", ours(tmp_path / "moving")[0], tmp_path / "moving").stderr == ""
+
+
+def test_averages_beside_another_model_are_told(tmp_path: Path) -> None:
+    path = plainly_saved(tmp_path / "dcp", {"ema": moved(nn.Linear(2, 2)), "other": {"scale": torch.ones(2)}})
+    said = run("export", path, tmp_path / "out").stderr
+    assert "holds no live model with the names of these averages (it holds 'other')" in said
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
+def test_no_weight_overflows_in_a_cast(dtype: str, tmp_path: Path) -> None:
+    model = nn.ParameterDict({"fits": torch.ones(2), "large": torch.tensor([1.0, -7e4])})
+    checkpoint.save({"model": model, "ema": ShardedEMA(model)}, tmp_path / "root", step=1)
+    result = run("export", tmp_path / "root", tmp_path / "out", "--dtype", dtype)
+    assert result.exit_code == 1
+    assert "'large' holds 70000" in result.stderr
+    assert [*(tmp_path / "out").iterdir()] == []
+    ok("export", tmp_path / "root", tmp_path / "out", "--dtype", "bfloat16")
+    assert exported(tmp_path / "out")["large"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("values", [[], [1.0, -448.0], [math.inf, -math.inf, 2.0], [math.nan], [-math.inf]])
+def test_what_is_not_finite_may_stay_so_in_a_cast(values: list[float], dtype: torch.dtype) -> None:
+    found = cast("mask", torch.tensor(values), dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), torch.tensor(values), equal_nan=True)
+    with pytest.raises(CheckpointError, match="'mask' holds 1e\\+300"):
+        cast("mask", torch.tensor([*values, -1e300], dtype=torch.float64), dtype)
+
+
+def test_a_float8_tensor_is_cast_too() -> None:
+    with pytest.raises(CheckpointError, match="'it' holds 57344"):
+        cast("it", torch.tensor([57344.0]).to(torch.float8_e5m2), torch.float8_e4m3fn)
+
+
+def test_two_exports_into_one_folder_do_not_mix(tmp_path: Path) -> None:
+    path, _ = foreign(tmp_path / "dcp")
+    mine = {name: torch.full((4,), 1.0) for name in ("a", "b")}
+    planned: dict[str, Tensor | None] = {name: value.to("meta") for name, value in mine.items()}
+    with WeightWriter(tmp_path / "out", planned=planned, max_shard_size=16) as writer:
+        writer.add("a", mine["a"])
+        result = run("export", path, tmp_path / "out")
+        assert result.exit_code == 1
+        assert "another export into" in result.stderr
+        writer.add("b", mine["b"])
+    assert_bitwise_equal(exported(tmp_path / "out"), mine)
+    ok("export", path, tmp_path / "out")
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "format": lambda state: state.update(format=torch.ones(2)),
+    "steps": lambda state: state.update(steps=math.inf),
+    "updates": lambda state: state.update(updates=torch.ones(2)),
+    "decay": lambda state: state["tracks"]["default"]["decay"].update(value="soon"),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE.keys())
+def test_averages_with_odd_counts_are_refused(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
+    state = moved(nn.Linear(2, 2)).state_dict()
+    change(state)
+    path = plainly_saved(tmp_path / "dcp", {"ema": state})
+    for command in (["inspect", path], ["verify", path], ["export", path, tmp_path / "out"]):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "the averages in 'ema'" in result.output
+
+
+def test_ties_of_different_shapes_are_refused(tmp_path: Path) -> None:
+    root, *_ = ours(tmp_path / "root")
+    folder = root / "step-0000000003"
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    replace(manifest, ties={"model": {"frozen.weight": "embed.weight"}}).write(folder)
+    for command in (["inspect", root], ["export", root, tmp_path / "out"]):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "ties tensors that differ" in result.stderr
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = plainly_saved(tmp_path / "dcp", {"model": {"a\udc80": torch.ones(2)}})
+    result = run("export", path, tmp_path / "out", "--weights", "live")
+    assert result.exit_code == 1
+    assert "a name that is no Unicode" in result.stderr
+
+
+@pytest.mark.world_size(1)
+def test_export_holds_a_few_tensors_and_no_file(tmp_path: Path) -> None:
+    mebibyte = 2**20
+    model = nn.ParameterDict({f"layer{index:02}": nn.Parameter(torch.ones(2, mebibyte)) for index in range(48)})
+    checkpoint.save({"model": model, "ema": ShardedEMA(model)}, tmp_path / "root", step=1)
+    del model
+    ok("export", tmp_path / "root", tmp_path / "out")  # what it imports is not what it holds
+    peak = resident_peak(lambda: ok("export", tmp_path / "root", tmp_path / "out"))
+    file, tensor = 48 * 8 * mebibyte, 8 * mebibyte
+    assert sum(it.nbytes for it in exported(tmp_path / "out").values()) == file
+    assert peak < 16 * tensor < file / 2

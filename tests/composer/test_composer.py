@@ -1,0 +1,415 @@
+"""The algorithm in real Trainers: what is averaged, what the model holds when, and what Composer's own EMA does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("composer", reason="needs Composer, which has an environment of its own: tox -e composer")
+
+import composer.algorithms
+import torch
+from composer import Algorithm, Callback, Event, State, Time
+from composer.loggers import Logger
+from composer.models import ComposerClassifier, HuggingFaceModel
+from composer.utils import dist
+from torch import Tensor, nn
+
+from ema_dist import Compensated
+from ema_dist.composer import EMA
+from tests.support.composer_runs import (
+    Classifier,
+    Recorder,
+    assert_close,
+    assert_same,
+    batches,
+    decayed,
+    fit,
+    full_model,
+    on_ranks,
+    parallel,
+    saved,
+    trainer,
+)
+
+
+def averages(ema: EMA) -> dict[str, Tensor]:
+    """Full averages on the first rank."""
+    assert ema.ema is not None
+    return {name: it for name, it in ema.ema.full_state_dict().items() if isinstance(it, Tensor)}
+
+
+def assert_averages(ema: EMA, expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    """The first rank's full averages are these, nearly."""
+    found = averages(ema)
+    if dist.get_global_rank() == 0:
+        assert_close(found, expected, tolerance)
+
+
+def weights_only(full: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what each rank of FSDP has for itself: statistics of its own batches."""
+    return {name: it for name, it in full.items() if "stats" not in name}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"half_life": None},
+        {"half_life": "10ba", "smoothing": 0.9},
+        {"half_life": "10ba", "update_interval": "1ep"},
+        {"half_life": "10sp"},
+        {"half_life": "10tok", "update_interval": "1tok"},
+        {"half_life": "10ba", "update_interval": 3},
+        {"half_life": "often"},
+        {"half_life": None, "smoothing": 0.9, "update_interval": "1dur"},
+        {"ema_start": "soon"},
+    ],
+    ids=str,
+)
+def test_what_composer_refuses_is_refused(arguments: dict[str, Any]) -> None:
+    for kind in (composer.algorithms.EMA, EMA):
+        with pytest.raises((ValueError, AttributeError)) as raised:
+            kind(**arguments)
+        assert kind is not EMA or raised.type is ValueError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"half_life": "-1ba"}, "half_life must not be negative"),
+        ({"half_life": "10ba", "update_interval": "0ba"}, "update_interval is 1 or more"),
+        ({"smoothing": 1.5}, r"smoothing is the factor of the old average, a number in \[0, 1\], got 1.5"),
+        ({"smoothing": "0.9"}, "smoothing is the factor"),
+        ({"ema_start": "10sp"}, "Invalid time unit for parameter ema_start"),
+        ({"half_life": 10}, "half_life must be a time string such as '10ba', got 10"),
+        ({"half_life": "10sp"}, "Invalid time unit for parameter half_life"),
+        ({"rounding": Compensated()}, r"rounding=Compensated\(\) is for dtype=torch.bfloat16, got dtype=None"),
+        ({"dtype": torch.int64}, "averages are floating-point, of 16 bits or more, got dtype=torch.int64"),
+    ],
+    ids=str,
+)
+def test_what_composer_does_not_notice_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EMA(**arguments)
+
+
+def test_the_factor_of_the_old_average() -> None:
+    assert EMA().smoothing == composer.algorithms.EMA().smoothing == 2 ** (-1 / 1000)
+    assert EMA(half_life="10ba", update_interval="5ba").smoothing == 2**-0.5
+    assert EMA("2ep").update_interval == Time.from_timestring("1ep")
+    assert EMA(half_life="0ba").smoothing == 0
+    assert EMA(smoothing=0.9).smoothing == EMA(half_life=None, smoothing=0.9).smoothing == 0.9
+    assert EMA(smoothing=0.9).update_interval == Time.from_timestring("1ba")
+    assert str(EMA(half_life="5ba", ema_start="0.1dur")) == (
+        "EMA(half_life=5ba, smoothing=None, ema_start=0.1dur, update_interval=1ba, train_with_ema_weights=False)"
+    )
+
+
+SETTINGS = [
+    {"half_life": "3ba"},
+    {"half_life": "1ep"},
+    {"half_life": None, "smoothing": 0.8, "update_interval": "2ba"},
+    {"half_life": "3ba", "ema_start": "4ba"},
+    {"half_life": "3ba", "ema_start": "0.5dur", "update_interval": "3ba"},
+    {"half_life": "3ba", "ema_start": "1ep"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@parallel("plain", "ddp")
+def test_averages_equal_those_of_composers_own(layout: str, settings: dict[str, Any]) -> None:
+    ours, theirs = EMA(**settings), composer.algorithms.EMA(**settings)
+    for algorithm in (ours, theirs):
+        fit(trainer(layout, algorithm, max_duration="3ep", train_dataloader=batches(count=8)))
+    their_names = {**theirs.ema_model.named_parameters_dict, **theirs.ema_model.named_buffers_dict}
+    expected = {name.removeprefix("module."): it for name, it in their_names.items()}
+    assert "net.stats.running_mean" in expected
+    found = averages(ours)
+    if dist.get_global_rank() == 0:
+        assert_close(found, {n: it for n, it in expected.items() if it.is_floating_point() and "scratch" not in n})
+        assert found["net.stats.num_batches_tracked"] == (12 if layout == "ddp" else 24)
+
+
+@parallel("ddp", "fsdp1", "fsdp2", "hsdp")
+def test_averages_equal_the_float64_reference(layout: str) -> None:
+    recorder, ema = Recorder(), EMA(half_life="3ba")
+    fit(trainer(layout, ema, callbacks=[recorder]))
+    assert len(recorder.after_batch) == 8
+    assert_averages(ema, decayed(recorder.after_batch, ema.smoothing))
+
+
+@parallel("ddp", "fsdp1", "fsdp2", "hsdp")
+def test_evaluation_sees_the_averages_and_training_the_live_weights(layout: str, tmp_path: Path) -> None:
+    recorder, ema = Recorder(), EMA(half_life="3ba")
+    it = trainer(layout, ema, callbacks=[recorder], eval_interval="2ba", save_folder=str(tmp_path), save_interval="3ba")
+    it.eval()
+    fit(it, "5ba")
+    it.eval()
+    before_prediction = full_model(it.state)
+    it.predict(batches(count=2))
+    assert_same(full_model(it.state), before_prediction)
+    fit(it, "3ba")
+    it.eval()
+    assert not ema.ema_weights_active
+    done = 0
+    for event, held in recorder.at:
+        live = recorder.after_batch[done - 1] if done else held
+        if event == "batch_start":
+            assert_same(weights_only(held), weights_only(live))
+            done += 1
+        elif done:
+            assert_close(weights_only(held), weights_only(decayed(recorder.after_batch[:done], ema.smoothing)))
+    assert done == 8
+    assert {event for event, _ in recorder.at} == {"batch_start", "eval_batch_start", "predict_batch_start"}
+    assert_same(weights_only(full_model(it.state)), weights_only(recorder.after_batch[-1]))
+
+
+class Interrupted(Callback):
+    """Raises in the middle of an evaluation, once."""
+
+    armed = True
+
+    def eval_batch_end(self, state: State, _: Logger) -> None:
+        if self.armed and state.timestamp.batch == 2:
+            self.armed = False
+            raise KeyError("interrupted")
+
+
+@parallel("ddp", "fsdp1", "fsdp2")
+def test_live_weights_come_back_after_an_exception_inside_evaluation(layout: str) -> None:
+    recorder, ema = Recorder(), EMA(half_life="3ba")
+    it = trainer(layout, ema, callbacks=[recorder, Interrupted()], eval_interval="2ba")
+    with pytest.raises(KeyError, match="interrupted"):
+        fit(it)
+    assert ema.ema_weights_active
+    fit(it, "4ba")
+    assert not ema.ema_weights_active
+    starts = [held for event, held in recorder.at if event == "batch_start"]
+    assert_same(weights_only(starts[2]), weights_only(recorder.after_batch[1]))
+    assert_averages(ema, weights_only(decayed(recorder.after_batch, ema.smoothing)))
+
+
+class Overflowing(Callback):
+    """Makes the gradients of some batches infinite."""
+
+    def __init__(self, *batches: int) -> None:
+        self.batches = batches
+
+    def after_loss(self, state: State, _: Logger) -> None:
+        if state.timestamp.batch in self.batches:
+            state.loss = state.loss * float("inf")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "skipped", "began", "averaged"),
+    [
+        ({}, (2, 5), 0, (0, 1, 3, 4, 6, 7)),
+        ({"update_interval": "2ba"}, (2, 3, 5), 0, (1, 5, 7)),
+        ({"ema_start": "4ba"}, (0, 3), 3, (4, 5, 6, 7)),
+    ],
+    ids=str,
+)
+@parallel("plain")
+def test_a_batch_whose_step_the_scaler_skipped_is_no_update(
+    layout: str,
+    settings: dict[str, Any],
+    skipped: tuple[int, ...],
+    began: int,
+    averaged: tuple[int, ...],
+    fused: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorder, ema, model = Recorder(), EMA(half_life="3ba", **settings), Classifier()
+    optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2, fused=fused)
+    it = trainer(layout, ema, model=model, optimizers=optimizer, callbacks=[recorder, Overflowing(*skipped)])
+    it.state.scaler = torch.amp.GradScaler("cpu")
+    monkeypatch.setattr(it, "_use_grad_scaling", lambda *_: True)
+    monkeypatch.setattr(it, "_use_closures", lambda: False)
+    fit(it)
+    taken = [recorder.after_batch[batch] for batch in (began, *averaged)]
+    assert ema.ema is not None
+    assert ema.ema.updates == len(averaged)
+    assert_averages(ema, weights_only(decayed(taken, ema.smoothing)))
+
+
+@pytest.mark.parametrize("weights_only_saved", [False, True])
+@parallel("plain", "ddp")
+def test_a_save_after_an_exception_inside_evaluation_has_the_live_weights(
+    layout: str,
+    weights_only_saved: bool,  # noqa: FBT001
+    tmp_path: Path,
+) -> None:
+    recorder, ema = Recorder(), EMA(half_life="3ba")
+    it = trainer(layout, ema, callbacks=[recorder, Interrupted()], eval_interval="2ba")
+    with pytest.raises(KeyError, match="interrupted"):
+        fit(it)
+    it.save_checkpoint(str(tmp_path / "saved.pt"), weights_only=weights_only_saved)
+    assert not ema.ema_weights_active
+    dist.barrier()
+    state = torch.load(tmp_path / "saved.pt", weights_only=False)["state"]["model"]
+    assert_same(weights_only(state), weights_only(recorder.after_batch[-1]))
+    fit(it, "4ba")
+    assert_averages(ema, weights_only(decayed(recorder.after_batch, ema.smoothing)))
+
+
+@parallel("ddp", "fsdp2")
+def test_a_save_in_the_middle_of_an_evaluation_has_the_live_weights(layout: str, tmp_path: Path) -> None:
+    class Saving(Callback):
+        def eval_batch_end(self, state: State, _: Logger) -> None:
+            if state.timestamp.batch == 4 and state.eval_timestamp.batch == 1:
+                it.save_checkpoint(str(tmp_path / "ep{epoch}-ba{batch}-rank{rank}"))
+
+    recorder, ema = Recorder(), EMA(half_life="3ba")
+    it = trainer(layout, ema, callbacks=[recorder, Saving()], eval_interval="4ba", eval_dataloader=batches(count=8))
+    fit(it)
+    average = weights_only(decayed(recorder.after_batch[:4], ema.smoothing))
+    evaluated = [held for event, held in recorder.at if event == "eval_batch_start"]
+    assert len(evaluated) == 8
+    for held in evaluated[:4]:
+        assert_close(weights_only(held), average)
+    resumed, resumed_ema = Recorder(), EMA(half_life="3ba")
+    fit(trainer(layout, resumed_ema, model=Classifier(1), callbacks=[resumed], load_path=saved(tmp_path, 4)))
+    for weights, expected in zip(resumed.after_batch, recorder.after_batch[4:], strict=True):
+        assert_same(weights_only(weights), weights_only(expected))
+
+
+@parallel("plain")
+def test_gradient_accumulation_counts_once_a_batch(layout: str) -> None:
+    ema = EMA(half_life="3ba")
+    fit(trainer(layout, ema, device_train_microbatch_size=2))
+    assert ema.ema is not None
+    assert ema.ema.updates == 8
+
+
+class Stepped(Algorithm):
+    """Full weights after each optimizer step; before the averages are taken, if it comes before them."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def match(self, event: Event, _: State) -> bool:
+        return event == Event.BATCH_END
+
+    def apply(self, _: Event, state: State, __: Logger) -> None:
+        self.weights.append(full_model(state))
+
+
+@parallel("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
+def test_training_may_go_on_from_the_averages(layout: str) -> None:
+    recorder, stepped, ema = Recorder(), Stepped(), EMA(half_life="3ba", train_with_ema_weights=True)
+    fit(trainer(layout, stepped, ema, callbacks=[recorder]))
+    assert len(stepped.weights) == 8
+    for batch, live in enumerate(recorder.after_batch):
+        assert_close(weights_only(live), weights_only(decayed(stepped.weights[: batch + 1], ema.smoothing)))
+    assert_averages(ema, weights_only(recorder.after_batch[-1]))
+
+
+@parallel("ddp", "fsdp1", "fsdp2")
+def test_models_are_given_the_averages_and_the_live_weights(layout: str) -> None:
+    class Asking(Callback):
+        live: dict[str, Tensor]
+
+        def eval_start(self, state: State, _: Logger) -> None:
+            with pytest.raises(ValueError, match="The ema weight are currently contained in the composer model"):
+                ema.get_ema_model(other)
+            self.live = dict(ema.get_training_model(other).state_dict())
+            assert ema.ema_weights_active
+            self.held = full_model(state)
+
+    ema, other, asking, recorder = EMA(half_life="3ba"), Classifier(seed=5), Asking(), Recorder()
+    it = trainer(layout, ema, callbacks=[asking, recorder])
+    with pytest.raises(ValueError, match=r"there are no averages before ema_start, 0.0dur"):
+        ema.get_ema_model(other)
+    fit(it)
+    assert ema.get_ema_model(other) is other
+    assert_averages(ema, dict(other.state_dict()), tolerance=0)
+    with pytest.raises(ValueError, match="The training weights are currently contained in the composer model"):
+        ema.get_training_model(other)
+    it.eval()
+    assert_same(weights_only(asking.live), weights_only(recorder.after_batch[-1]))
+    assert_close(weights_only(asking.held), weights_only(decayed(recorder.after_batch, ema.smoothing)))
+
+
+def test_two_emas_are_refused() -> None:
+    for other in (EMA(), composer.algorithms.EMA()):
+        with pytest.raises(ValueError, match="expected one EMA among the algorithms, found 2"):
+            trainer("plain", EMA(), other)
+
+
+def test_an_ema_outside_a_trainer_says_so() -> None:
+    with pytest.raises(RuntimeError, match=r"EMA is not in a Trainer: pass it as Trainer\(algorithms="):
+        EMA().get_ema_model(nn.Linear(1, 1))
+
+
+def huggingface(seed: int) -> HuggingFaceModel:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, intermediate_size=12, num_labels=3)
+    return HuggingFaceModel(transformers.BertForSequenceClassification(config), use_logits=True)
+
+
+@parallel("ddp", "fsdp1", "fsdp2")
+def test_huggingface_models_are_averaged_and_resumed(layout: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {
+            "input_ids": torch.randint(0, 11, (5,), generator=generator),
+            "attention_mask": torch.ones(5, dtype=torch.long),
+            "labels": 1,
+        }
+        for _ in range(32)
+    ]
+
+    def fitted(seed: int, **settings: Any) -> tuple[Recorder, EMA]:  # noqa: ANN401
+        recorder, ema = Recorder(), EMA(half_life="3ba")
+        sampler = dist.get_sampler(samples, shuffle=False)
+        loader = torch.utils.data.DataLoader(samples, batch_size=2, sampler=sampler)
+        given = {"train_dataloader": loader, "eval_dataloader": loader, "eval_interval": "3ba", **settings}
+        fit(trainer(layout, ema, model=huggingface(seed), callbacks=[recorder], **given))
+        return recorder, ema
+
+    undisturbed, ema = fitted(0, save_folder=str(tmp_path), save_interval="4ba")
+    assert_averages(ema, decayed(undisturbed.after_batch, ema.smoothing))
+    resumed, resumed_ema = fitted(1, load_path=saved(tmp_path, 4))
+    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
+        assert_same(weights, expected)
+    assert_same(averages(resumed_ema), averages(ema))
+
+
+class Half(ComposerClassifier):
+    """A model with weights narrower than float32."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 5)).bfloat16(), num_classes=5)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.module(batch[0].bfloat16()).float()
+
+
+@parallel("plain", "fsdp2")
+def test_narrow_weights_have_wide_averages(layout: str) -> None:
+    recorder, ema = Recorder(), EMA(half_life="50ba", replicas="copy")
+    fit(trainer(layout, ema, model=Half(), callbacks=[recorder]))
+    assert ema.ema is not None
+    found = ema.ema.full_state_dict(dtype=torch.float32)
+    if dist.get_global_rank() == 0:
+        assert_close(found, decayed(recorder.after_batch, ema.smoothing))
+
+
+@on_ranks(2)
+def test_replicas_cannot_share_averages_in_sharded_checkpoints() -> None:
+    with pytest.raises(ValueError, match="Composer saves the first replica alone; leave it out"):
+        fit(trainer("fsdp2", EMA(replicas="shard")))
+
+
+def test_events_that_change_nothing_are_not_matched() -> None:
+    ema = EMA()
+    it = trainer("plain", ema)
+    for event in (Event.BATCH_START, Event.EVAL_END, Event.BATCH_CHECKPOINT, Event.EPOCH_END):
+        assert not ema.match(event, it.state)
+    assert ema.match(Event.BATCH_END, it.state)

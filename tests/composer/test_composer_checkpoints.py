@@ -1,0 +1,523 @@
+"""Composer's checkpoints: whatever saved them, training goes on from the live weights and the exact averages."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("composer", reason="needs Composer, which has an environment of its own: tox -e composer")
+
+import composer.algorithms
+import torch
+import torch.distributed as dist
+from composer import Trainer
+from composer.callbacks import CheckpointSaver
+from composer.models import ComposerClassifier
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner
+
+from ema_dist.composer import EMA
+from tests.support.composer_runs import (
+    Classifier,
+    Recorder,
+    assert_close,
+    assert_same,
+    batches,
+    decayed,
+    fit,
+    full_model,
+    on_ranks,
+    parallel,
+    saved,
+    trainer,
+)
+from tests.support.moves import in_world
+
+HALF_LIFE = "3ba"
+
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:Please use DTensor:FutureWarning"
+    ),  # FSDP1's checkpoints, on torch's own account
+    pytest.mark.filterwarnings("ignore:When using ``NO_SHARD``:UserWarning"),  # FSDP1 on one rank
+]
+
+
+def own(full: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what Composer keeps of one rank only: each rank's statistics of its own batches."""
+    return {name: it for name, it in full.items() if "stats" not in name}
+
+
+def assert_resumed(resumed: Recorder, undisturbed: Recorder, *, after: int) -> None:
+    """The same weights after each batch that follows these, to the bit."""
+    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[after:], strict=True):
+        assert_same(own(weights), own(expected))
+
+
+def averages(ema: EMA) -> dict[str, Tensor]:
+    """Full averages in their own dtype on the first rank."""
+    assert ema.ema is not None
+    return own({name: it for name, it in ema.ema.gather() if isinstance(it, Tensor)})
+
+
+def assert_averages(ema: EMA, expected: dict[str, Tensor]) -> None:
+    """The first rank's full averages are these, to the bit."""
+    assert_same(averages(ema), expected if dist.get_rank() == 0 else {})
+
+
+def run(layout: str, folder: Path, **settings: Any) -> tuple[Trainer, EMA, Recorder]:  # noqa: ANN401
+    """Eight batches, with a checkpoint by the saver after the fourth."""
+    recorder, ema = Recorder(), EMA(half_life=HALF_LIFE)
+    given = {"save_folder": str(folder), "save_interval": "4ba", "callbacks": [recorder], **settings}
+    return trainer(layout, ema, **given), ema, recorder
+
+
+def loaded(layout: str, path: str, **settings: Any) -> tuple[Trainer, EMA, Recorder]:  # noqa: ANN401
+    """A trainer that has loaded a checkpoint, its model having begun with other weights."""
+    recorder, ema = Recorder(), EMA(half_life=HALF_LIFE)
+    given = {"model": Classifier(seed=1), "callbacks": [recorder], "load_path": path, **settings}
+    return trainer(layout, ema, **given), ema, recorder
+
+
+@parallel()
+def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(layout: str, tmp_path: Path) -> None:
+    it, ema, undisturbed = run(layout, tmp_path)
+    fit(it)
+    again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 4))
+    fit(again)
+    assert again.state.timestamp.batch == 8
+    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
+        assert_same(own(weights), own(expected))
+        if dist.get_rank() == 0:  # whose statistics are those that Composer keeps
+            assert_same(weights, expected)
+    assert resumed_ema.ema is not None
+    assert ema.ema is not None
+    assert (resumed_ema.ema.updates, ema.ema.updates) == (8, 8)
+    assert_same(*({n: it for n, it in each.ema.gather() if isinstance(it, Tensor)} for each in (resumed_ema, ema)))
+
+
+@parallel()
+def test_a_run_resumed_from_an_explicit_save_equals_an_undisturbed_one(layout: str, tmp_path: Path) -> None:
+    it, ema, undisturbed = run(layout, tmp_path / "saver", max_duration="8ba")
+    fit(it, "4ba")
+    it.eval()
+    it.save_checkpoint(str(tmp_path / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
+    fit(it, "4ba")
+    again, resumed_ema, resumed = loaded(layout, saved(tmp_path / "explicit", 4))
+    fit(again)
+    assert_resumed(resumed, undisturbed, after=4)
+    assert_same(averages(resumed_ema), averages(ema))
+
+
+@parallel("ddp")
+def test_which_weights_are_whose_in_a_monolithic_checkpoint(layout: str, tmp_path: Path) -> None:
+    it, _, recorder = run(layout, tmp_path / "saver")
+    fit(it, "4ba")
+    it.save_checkpoint(str(tmp_path / "explicit.pt"))
+    live, average = recorder.after_batch[-1], decayed(recorder.after_batch, 2 ** (-1 / 3))
+    for path, model, other, is_active in (
+        (saved(tmp_path / "saver", 4), average, live, True),
+        (tmp_path / "explicit.pt", live, average, False),
+    ):
+        state = torch.load(path, weights_only=False)["state"]
+        part = dict(state["algorithms"])["EMA"]
+        assert part["ema_weights_active"] is is_active
+        assert_close(state["model"], own(model))
+        of_part = {**part["ema_model"]["named_parameters_dict"], **part["ema_model"]["named_buffers_dict"]}
+        named = {name.removeprefix("module."): it for name, it in of_part.items()}
+        assert_close(other, {name: it for name, it in own(named).items() if name in other})
+
+
+WORLDS = [
+    ("fsdp2", 2, 1),
+    ("fsdp2", 2, 4),
+    ("fsdp2", 4, 2),
+    ("fsdp1", 2, 1),
+    ("fsdp1", 2, 4),
+    ("ddp", 2, 1),
+    ("ddp", 2, 4),
+    ("fsdp1-full", 2, 4),
+    ("fsdp2-full", 2, 1),
+]
+
+
+@pytest.mark.parametrize("by_saver", [True, False], ids=["saver", "explicit"])
+@pytest.mark.parametrize(
+    ("layout", "before", "after"), [pytest.param(*it, marks=on_ranks(max(it[1:]))) for it in WORLDS]
+)
+def test_checkpoints_load_on_other_worlds(
+    layout: str,
+    before: int,
+    after: int,
+    by_saver: bool,  # noqa: FBT001
+    tmp_path: Path,
+) -> None:
+    def save() -> None:
+        os.environ["WORLD_SIZE"] = str(before)
+        it, ema, recorder = run(layout, tmp_path / "saver", max_duration="4ba", train_dataloader=batches(count=20))
+        fit(it)
+        it.save_checkpoint(str(tmp_path / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
+        expected = averages(ema)
+        if dist.get_rank() == 0:
+            torch.save((own(recorder.after_batch[-1]), expected), tmp_path / "expected.pt")
+
+    def load() -> None:
+        os.environ["WORLD_SIZE"] = str(after)
+        it, ema, _ = loaded(layout, saved(tmp_path / ("saver" if by_saver else "explicit"), 4))
+        it.eval()
+        live, average = torch.load(tmp_path / "expected.pt")
+        assert_same(own(full_model(it.state)), live)
+        assert_averages(ema, average)
+
+    in_world(before, tmp_path, save)
+    in_world(after, tmp_path, load)
+
+
+class Narrow(ComposerClassifier):
+    """Weights in bfloat16, of which float32 averages would be rounded as the model's weights."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        layers = [torch.nn.Linear(6, 7), torch.nn.ReLU(), torch.nn.Linear(7, 5)]
+        super().__init__(torch.nn.Sequential(*layers).bfloat16(), num_classes=5)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.module(batch[0].bfloat16()).float()
+
+
+@parallel("ddp", "fsdp2")
+def test_wide_averages_of_narrow_weights_come_back_exactly(layout: str, tmp_path: Path) -> None:
+    it, ema, undisturbed = run(layout, tmp_path, model=Narrow())
+    fit(it)
+    again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 4), model=Narrow(seed=1))
+    fit(again)
+    assert_same(resumed.after_batch[-1], undisturbed.after_batch[-1])
+    assert ema.ema is not None
+    assert resumed_ema.ema is not None
+    exact = ema.ema.full_state_dict(dtype=torch.float32)
+    assert_same(resumed_ema.ema.full_state_dict(dtype=torch.float32), exact)
+
+
+@parallel("ddp", "fsdp1", "fsdp2")
+def test_a_checkpoint_without_averages_starts_them_from_its_weights(layout: str, tmp_path: Path) -> None:
+    before = Recorder()
+    fit(trainer(layout, callbacks=[before], save_folder=str(tmp_path), save_interval="4ba"), "4ba")
+    it, ema, after = loaded(layout, saved(tmp_path, 4))
+    with pytest.warns(UserWarning, match=r"training goes on at .*4.* without averages, which begin at 0.0dur"):
+        it.fit()
+    found = averages(ema)
+    if dist.get_rank() == 0:
+        assert_close(found, own(decayed([before.after_batch[3], *after.after_batch], ema.smoothing)))
+
+
+@parallel("ddp", "fsdp1", "fsdp2")
+def test_averages_of_another_model_are_refused(layout: str, tmp_path: Path) -> None:
+    class Other(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.frozen.requires_grad_()
+
+    it, _, _ = run(layout, tmp_path)
+    fit(it, "4ba")
+    ignored = ["state/optimizers/*"]
+    with pytest.raises(ValueError, match=r"the checkpoint holds the averages of another model.*net.frozen.bias"):
+        loaded(layout, saved(tmp_path, 4), model=Other(), load_ignore_keys=ignored)
+
+
+def theirs(ema: composer.algorithms.EMA) -> dict[str, Tensor]:
+    """What Composer's own EMA averages, by canonical names; its integer buffers are truncated averages."""
+    everything = {**ema.ema_model.named_parameters_dict, **ema.ema_model.named_buffers_dict}
+    named = {name.removeprefix("module."): it for name, it in everything.items()}
+    return {name: it for name, it in named.items() if it.is_floating_point() and "scratch" not in name}
+
+
+@pytest.mark.parametrize("by_saver", [True, False], ids=["saver", "explicit"])
+@parallel("ddp", "plain")
+def test_checkpoints_go_from_composers_own_ema_to_ours_and_back(layout: str, by_saver: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """Each trains four batches after the other, and all four of them end where Composer alone does."""
+    ends: dict[str, dict[str, Tensor]] = {}
+    for first in (composer.algorithms.EMA, EMA):
+        for second in (composer.algorithms.EMA, EMA):
+            name = f"{first.__module__} to {second.__module__}"
+            folder = tmp_path / name.replace(" ", "-")
+            half = trainer(
+                layout,
+                first(half_life=HALF_LIFE),
+                max_duration="4ba",
+                save_folder=str(folder / "saver"),
+                save_interval="4ba",
+            )
+            fit(half)
+            half.save_checkpoint(str(folder / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
+            path = saved(folder / ("saver" if by_saver else "explicit"), 4)
+            ema = second(half_life=HALF_LIFE)
+            fit(trainer(layout, ema, load_path=path))
+            if second is EMA:
+                assert isinstance(ema, EMA)
+                assert ema.ema is not None
+                ends[name] = {n: t for n, t in ema.ema.full_state_dict().items() if isinstance(t, Tensor)}
+            else:
+                ends[name] = theirs(ema)
+    alone = ends.pop("composer.algorithms.ema.ema to composer.algorithms.ema.ema")
+    for found in ends.values():
+        assert found or dist.get_rank() != 0
+        assert_close(found, {name: it for name, it in alone.items() if dist.get_rank() == 0})
+
+
+def older_formats(model: Classifier, other: Classifier, *, is_active: bool) -> dict[str, dict[str, Any]]:
+    """The algorithm's part as older Composers wrote it: ``model`` holds the averages, ``other`` the live weights."""
+    lists = [
+        {"parameters": [it.detach() for it in one.parameters()], "buffers": list(one.buffers())}
+        for one in (model, other)
+    ]
+    flags = {"ema_weights_active": is_active, "ema_started": True}
+    states = {"ema_model": model.state_dict(), "training_model": other.state_dict()}
+    return {
+        "0.11": {"repr": "EMA()", **states, **flags},
+        "0.7": dict(zip(("ema_model", "training_model"), lists, strict=True)),
+    }
+
+
+@pytest.mark.parametrize(("version", "is_active"), [("0.11", True), ("0.11", False), ("0.7", False)])
+@parallel("plain", "ddp")
+def test_older_formats_are_read(layout: str, version: str, is_active: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    it, _, _ = run(layout, tmp_path / "run")
+    fit(it, "4ba")
+    it.save_checkpoint(str(tmp_path / "now" / "ep{epoch}-ba{batch}-rank{rank}"))
+    path = saved(tmp_path / "now", 4)
+    average, live = Classifier(seed=2), Classifier(seed=3)
+    average.net.frozen.load_state_dict(live.net.frozen.state_dict())
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        everything = torch.load(path, weights_only=False)
+        everything["state"]["model"] = (average if is_active else live).state_dict()
+        part = older_formats(average, live, is_active=is_active)[version]
+        everything["state"]["algorithms"] = [("EMA", part)]
+        torch.save(everything, path)
+    dist.barrier()
+    again, ema, _ = loaded(layout, path)
+    again.eval()
+    assert_same(own(full_model(again.state)), own(dict(live.state_dict())))
+    assert_averages(ema, own(dict(average.state_dict())))
+
+
+@on_ranks(2)
+def test_a_planner_of_the_users_own_is_refused_where_it_would_have_to_know_averages(tmp_path: Path) -> None:
+    it, _, _ = run("fsdp1", tmp_path)
+    fit(it, "4ba")
+    settings = {"fsdp": {"state_dict_type": "sharded", "load_planner": DefaultLoadPlanner()}}
+    with pytest.raises(ValueError, match="expected no load_planner in the FSDP configuration, found"):
+        loaded("fsdp1", saved(tmp_path, 4), parallelism_config=settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved_every", "batch"),
+    [
+        ({"half_life": "2ep"}, "2ba", 2),
+        ({"half_life": "2ep"}, "2ba", 4),
+        ({"half_life": "2ep", "update_interval": "2ep"}, "3ba", 6),
+        ({"half_life": "3ba", "ema_start": "1ep"}, "1ep", 4),
+        ({"half_life": "3ba", "ema_start": "0.5dur"}, "4ba", 4),
+        ({"half_life": "6ba", "update_interval": "3ba"}, "4ba", 4),
+    ],
+    ids=str,
+)
+@parallel("plain")
+def test_averages_begin_and_are_due_as_in_an_undisturbed_run(
+    layout: str, settings: dict[str, Any], saved_every: str, batch: int, tmp_path: Path
+) -> None:
+    def started(ema: EMA, **given: Any) -> EMA:  # noqa: ANN401
+        fit(trainer(layout, ema, max_duration="3ep", train_dataloader=batches(count=4), **given))
+        return ema
+
+    undisturbed = started(EMA(**settings), save_folder=str(tmp_path), save_interval=saved_every)
+    resumed = started(EMA(**settings), model=Classifier(seed=1), load_path=saved(tmp_path, batch))
+    assert undisturbed.ema is not None
+    assert resumed.ema is not None
+    assert resumed.ema.updates == undisturbed.ema.updates
+    assert_same(averages(resumed), averages(undisturbed))
+
+
+@parallel("plain")
+def test_a_second_fit_does_not_begin_averages_anew(layout: str) -> None:
+    ema = EMA(half_life="2ep")
+    it = trainer(layout, ema, max_duration="2ep", train_dataloader=batches(count=4))
+    fit(it, "2ba")
+    fit(it, "2ba")
+    assert ema.ema is not None
+    assert ema.ema.updates == 1
+
+
+@parallel("plain", "ddp", "fsdp2")
+def test_live_weights_are_in_the_model_right_after_loading(layout: str, tmp_path: Path) -> None:
+    it, _, recorder = run(layout, tmp_path)
+    fit(it, "4ba")
+    again, ema, _ = loaded(layout, saved(tmp_path, 4))
+    assert ema.ema_started
+    assert_same(own(full_model(again.state)), own(recorder.after_batch[-1]))
+
+
+@parallel("fsdp2")
+def test_nothing_is_kept_of_a_template_that_was_not_filled(layout: str, tmp_path: Path) -> None:
+    fit(trainer(layout, save_folder=str(tmp_path / "without"), save_interval="4ba"), "4ba")
+    it, _, _ = loaded(layout, saved(tmp_path / "without", 4))
+    assert it.state.ema_dist is None
+    assert it.state.fsdp_config.load_planner is None
+    assert type(it.state.fsdp_config).__name__ == "FSDP2Config"
+
+
+@parallel("plain")
+def test_an_instance_in_a_second_trainer_begins_anew(layout: str) -> None:
+    ema = EMA(half_life="3ba")
+    fit(trainer(layout, ema))
+    it = trainer(layout, ema, model=Classifier(seed=1), max_duration="2ba")
+    assert not ema.ema_started
+    fit(it)
+    assert ema.ema is not None
+    assert ema.ema.updates == 2
+    assert ema.ema.model is it.state.model
+
+
+@parallel("ddp", "fsdp2")
+def test_only_the_weights_are_loaded_where_only_they_are_asked_for(layout: str, tmp_path: Path) -> None:
+    it, _, recorder = run(layout, tmp_path)
+    fit(it, "4ba")
+    again, ema, _ = loaded(layout, saved(tmp_path, 4), load_weights_only=True)
+    assert not ema.ema_started
+    assert_close(own(full_model(again.state)), own(decayed(recorder.after_batch, 2 ** (-1 / 3))))
+    fit(again, "1ba")
+    assert ema.ema_started
+
+
+@parallel("ddp", "fsdp2")
+def test_averages_may_be_left_out_of_what_is_loaded(layout: str, tmp_path: Path) -> None:
+    it, _, recorder = run(layout, tmp_path)
+    fit(it, "4ba")
+    ignored = ["state/algorithms", "state/ema_dist/*"]
+    again, ema, _ = loaded(layout, saved(tmp_path, 4), load_ignore_keys=ignored)
+    assert not ema.ema_started
+    # The saver's file has the averages as the model's weights, and the live ones in what is left out.
+    assert_close(own(full_model(again.state)), own(decayed(recorder.after_batch, ema.smoothing)))
+    with pytest.warns(UserWarning, match="from a checkpoint without averages"):
+        again.fit()
+    assert ema.ema is not None
+    assert ema.ema.updates == 4
+
+
+@parallel("ddp", "fsdp2")
+def test_a_checkpoint_at_the_end_of_an_iteration_is_resumed(layout: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_duration": "2ep", "train_dataloader": batches(count=8)}
+    it, ema, undisturbed = run(layout, tmp_path, save_interval="1iter", **settings)
+    it.state._iteration_length = "1ep"  # noqa: SLF001  Composer has no public way to it
+    fit(it)
+    again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 4), **settings)
+    fit(again)
+    assert_resumed(resumed, undisturbed, after=4)
+    assert_same(averages(resumed_ema), averages(ema))
+
+
+@parallel("ddp", "fsdp2")
+def test_each_of_several_savers_writes_the_averages_as_weights(layout: str, tmp_path: Path) -> None:
+    name = "ep{epoch}-ba{batch}-rank{rank}.pt"
+    often = CheckpointSaver(str(tmp_path / "often"), filename=name, save_interval="2ba")
+    weights = CheckpointSaver(str(tmp_path / "weights"), filename=name, save_interval="4ba", weights_only=True)
+    recorder, ema = Recorder(), EMA(half_life=HALF_LIFE)
+    it = trainer(layout, ema, callbacks=[recorder, often, weights])
+    fit(it)
+    for folder, batch in (("often", 2), ("often", 4), ("weights", 4)):
+        path = saved(tmp_path / folder, batch)
+        plain = trainer(layout, model=Classifier(seed=1), load_path=path, load_weights_only=True)
+        assert_close(own(full_model(plain.state)), own(decayed(recorder.after_batch[:batch], ema.smoothing)))
+
+
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint:UserWarning")  # the saver's, at the end of each fit
+@parallel("ddp", "fsdp2")
+def test_a_checkpoint_to_the_save_folder_has_the_live_weights_and_is_resumed(layout: str, tmp_path: Path) -> None:
+    it, ema, undisturbed = run(layout, tmp_path)
+    fit(it, "3ba")
+    it.save_checkpoint_to_save_folder()
+    fit(it, "5ba")
+    plain = trainer(layout, model=Classifier(seed=1), load_path=saved(tmp_path, 3), load_weights_only=True)
+    assert_same(own(full_model(plain.state)), own(undisturbed.after_batch[2]))
+    again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 3))
+    fit(again)
+    assert_resumed(resumed, undisturbed, after=3)
+    assert_same(averages(resumed_ema), averages(ema))
+
+
+@parallel("ddp", "fsdp2")
+def test_a_run_that_resumes_by_itself_equals_an_undisturbed_one(layout: str, tmp_path: Path) -> None:
+    it, ema, undisturbed = run(layout, tmp_path / "undisturbed")
+    fit(it)
+    settings = {"save_folder": str(tmp_path / "broken"), "save_interval": "4ba", "autoresume": True, "run_name": "it"}
+    broken = trainer(layout, EMA(half_life=HALF_LIFE), **settings)
+    fit(broken, "4ba")
+    broken.close()
+    recorder, resumed_ema = Recorder(), EMA(half_life=HALF_LIFE)
+    again = trainer(layout, resumed_ema, model=Classifier(seed=1), callbacks=[recorder], **settings)
+    fit(again)
+    assert_resumed(recorder, undisturbed, after=4)
+    assert_same(averages(resumed_ema), averages(ema))
+
+
+class Scaled(torch.nn.Linear):
+    """A layer with an extra state that is a dictionary, which DCP takes apart."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(6, 7)
+        self.scale: dict[str, Any] = {"scale": torch.tensor([float(seed)]), "seed": seed, "none": {}}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.scale
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.scale = state
+
+
+class WithExtraState(ComposerClassifier):
+    """A classifier of which one layer has an extra state."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__(torch.nn.Sequential(Scaled(seed), torch.nn.ReLU(), torch.nn.Linear(7, 5)), num_classes=5)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.module(batch[0])
+
+
+@parallel("ddp", "fsdp1", "fsdp2")
+def test_extra_states_of_modules_are_resumed(layout: str, tmp_path: Path) -> None:
+    undisturbed, resumed = Recorder(), Recorder()
+    fit(run(layout, tmp_path, model=WithExtraState(), callbacks=[undisturbed])[0])
+    again, _, _ = loaded(layout, saved(tmp_path, 4), model=WithExtraState(seed=1), callbacks=[resumed])
+    fit(again)
+    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
+        assert_same(weights, expected)
+    (scaled,) = (it for it in again.state.model.modules() if isinstance(it, Scaled))
+    assert scaled.scale["seed"] == 0
+    assert scaled.scale["scale"] == 0
+
+
+def of_blocks(name: str, parameter: Tensor) -> bool:
+    return parameter.requires_grad and "blocks" in name
+
+
+@pytest.mark.parametrize("settings", [{"buffers": "copy"}, {"dtype": torch.float64}, {"select": of_blocks}], ids=list)
+@parallel("ddp", "fsdp2")
+def test_the_cores_settings_are_resumed(layout: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    recorder, ema = Recorder(), EMA(half_life=HALF_LIFE, **settings)
+    fit(trainer(layout, ema, callbacks=[recorder], save_folder=str(tmp_path), save_interval="4ba"))
+    resumed_ema = EMA(half_life=HALF_LIFE, **settings)
+    fit(trainer(layout, resumed_ema, model=Classifier(seed=1), load_path=saved(tmp_path, 4)))
+    assert ema.ema is not None
+    assert resumed_ema.ema is not None
+    found, expected = (own(each.full_state_dict(dtype=torch.float64)) for each in (resumed_ema.ema, ema.ema))
+    assert_same(found, expected)
+    if dist.get_rank() == 0:
+        average = decayed(recorder.after_batch, ema.smoothing)
+        whole = "select" not in settings
+        assert_close(
+            expected, {n: it for n, it in own(average).items() if "mask" not in n and (whole or "blocks" in n)}
+        )

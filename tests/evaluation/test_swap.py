@@ -1,0 +1,287 @@
+"""Inside `swapped` the model computes with the averages, and afterwards the live weights are back to the bit."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ema_dist import ShardedEMA
+from ema_dist.kernels import DEVICE_SCRATCH_BYTES
+from tests.support.layouts import (
+    Net,
+    assert_bitwise_equal,
+    evaluate,
+    full_weights,
+    layouts,
+    make_net,
+    resident_peak,
+    trained,
+    wrap,
+)
+
+
+def unwrapped_output(layout: str, weights: dict[str, Tensor]) -> Tensor:
+    net = make_net(layout)
+    net.load_state_dict({name: value.to(net.state_dict()[name].dtype) for name, value in weights.items()})
+    return evaluate(net)
+
+
+@layouts()
+def test_evaluating_before_inside_and_after_a_swap(layout: str) -> None:
+    """Also right after a no-grad forward, which leaves weights gathered that nobody would gather again (failure 1)."""
+    model, ema = trained(layout)
+    live = full_weights(model)
+    before = evaluate(model)
+    with ema.swapped():
+        inside = evaluate(model)
+        averaged = full_weights(model)
+    after = evaluate(model)
+    with ema.swapped():
+        again = evaluate(model)
+    assert_bitwise_equal(full_weights(model), live)
+    torch.testing.assert_close(inside, unwrapped_output(layout, averaged), rtol=1e-4, atol=1e-5)
+    assert torch.equal(after, before)
+    assert torch.equal(again, inside)
+    assert not torch.equal(inside, before)
+    full = ema.full_state_dict()
+    assert_bitwise_equal(full, averaged if full else {})
+
+
+@layouts("plain", "ddp", "ddp-3", "fsdp1", "fsdp1-flat-grad-op", "fsdp1-hybrid", "fsdp2-3", "hsdp", "tp", "fsdp2-tp")
+def test_a_swap_into_narrower_weights_does_not_touch_the_average(layout: str) -> None:
+    """Exchanged through bfloat16, the average would be rounded at each validation (failure 6)."""
+    net = make_net(layout)
+    for parameter in net.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model = wrap(layout, net)
+    ema = ShardedEMA(model, decay=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    ema.update()
+    moved = full_weights(model)
+    before = ema.full_state_dict(dtype=torch.float32)
+    with ema.swapped():
+        inside = full_weights(model)
+    assert_bitwise_equal(full_weights(model), moved)
+    assert_bitwise_equal(ema.full_state_dict(dtype=torch.float32), before)
+    trainable = {name for name in before if name.startswith(("blocks", "embed", "head"))}
+    for name, value in before.items():
+        assert torch.equal(inside[name], (value.bfloat16() if name in trainable else value).double()), name
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp")
+def test_live_comes_back_when_the_block_raises(layout: str) -> None:
+    model, ema = trained(layout)
+    live = full_weights(model)
+    with pytest.raises(ZeroDivisionError), ema.swapped():
+        raise ZeroDivisionError
+    assert_bitwise_equal(full_weights(model), live)
+    ema.update()
+
+
+@layouts("plain", "fsdp2", "fsdp2-keep", "hsdp")
+@pytest.mark.parametrize("backward", [False, True])
+def test_an_exception_in_the_middle_of_a_pass_leaves_no_averages_behind(layout: str, backward: bool) -> None:  # noqa: FBT001
+    """FSDP2 would keep what it has gathered, the root's or for backward, and compute the next pass with it."""
+    model, ema = trained(layout)
+    before = evaluate(model)
+
+    def stumble(*_: object) -> None:
+        raise ZeroDivisionError
+
+    if backward:
+        handle = model.blocks[0].register_full_backward_pre_hook(stumble)
+    else:
+        handle = model.stats.register_forward_pre_hook(stumble)
+    with pytest.raises(ZeroDivisionError), ema.swapped():
+        model(torch.randn(8, 6)).sum().backward() if backward else evaluate(model)
+    handle.remove()
+    assert torch.equal(evaluate(model), before)
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "fsdp2-keep", "hsdp", "tp")
+def test_writing_parameters_inside_is_an_error_after_live_is_back(layout: str) -> None:
+    model, ema = trained(layout)
+    live = full_weights(model)
+    with (
+        pytest.raises(RuntimeError, match=r"written to inside swapped\(\).*out\.weight"),
+        ema.swapped(),
+        torch.no_grad(),
+    ):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    assert_bitwise_equal(full_weights(model), live)
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
+def test_live_comes_back_also_when_the_model_was_changed_inside(layout: str) -> None:
+    """What is wrong with it now is told after that."""
+    model, ema = trained(layout)
+    live = full_weights(model)
+    with pytest.raises(ValueError, match=r"parameters frozen.weight, frozen.bias became trainable"), ema.swapped():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("frozen" in name or parameter.requires_grad)
+    assert_bitwise_equal(full_weights(model), live)
+    kept = live["blocks.1.out.weight"]
+    if layout == "plain":
+        model.frozen.requires_grad_(requires_grad=False)
+        changed = model.blocks[1].out
+        with pytest.raises(ValueError, match=r"blocks.1.out.weight"), ema.swapped():
+            model.blocks[1].out = nn.Identity()
+        assert torch.equal(changed.weight.double(), kept)
+
+
+@layouts("plain", "ddp", "fsdp2")
+def test_casting_or_replacing_weights_inside_is_an_error(layout: str) -> None:
+    """The averages were among them, and have been rounded or lost."""
+    model, ema = trained(layout)
+    with pytest.raises(RuntimeError, match=r"written to inside.*out\.weight"), ema.swapped():
+        model.to(torch.bfloat16)
+        model.to(torch.float32)
+    if layout == "plain":
+        with pytest.raises(RuntimeError, match=r"written to inside.* embed\.weight\. The"), ema.swapped():
+            model.embed.weight.data = torch.zeros(5, 6)
+
+
+@layouts("plain", "ddp", "fsdp1", "fsdp2")
+def test_buffers_written_inside_stay_in_the_average(layout: str) -> None:
+    """As `torch.optim.swa_utils.update_bn` does."""
+    model, ema = trained(layout)
+    live = full_weights(model)
+    batches = [torch.randn(16, 6, generator=torch.Generator().manual_seed(step)) for step in range(3)]
+    with ema.swapped():
+        torch.optim.swa_utils.update_bn(batches, model)
+        recalibrated = full_weights(model)
+    assert_bitwise_equal(full_weights(model), live)
+    full = ema.full_state_dict()
+    assert not torch.equal(recalibrated["stats.running_mean"], live["stats.running_mean"])
+    assert_bitwise_equal(full, recalibrated if full else {})
+
+
+@layouts("plain")
+def test_a_graph_from_before_the_swap_refuses_to_run_backward(layout: str) -> None:
+    """Its weights were written to: autograd says so, and we let it (failure 9)."""
+    model, ema = trained(layout)
+    loss = model(torch.randn(8, 6)).sum()
+    with ema.swapped():
+        pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@layouts("plain", "ddp", "fsdp2")
+def test_update_and_a_second_swap_inside_a_swap_are_refused(layout: str) -> None:
+    _, ema = trained(layout)
+    with ema.swapped():
+        with pytest.raises(RuntimeError, match=r"update\(\) inside swapped\(\)"):
+            ema.update()
+        with pytest.raises(RuntimeError, match="in the model already"), ema.swapped():
+            pass
+
+
+@pytest.mark.world_size(2)
+def test_one_rank_evaluates_alone_with_copies() -> None:
+    """Common under DDP: with whole copies a swap needs nobody else (failure 13)."""
+    _, ema = trained("ddp", replicas="copy")
+    if torch.distributed.get_rank() == 0:
+        with ema.swapped() as model:
+            evaluate(model.module)
+
+
+@pytest.mark.world_size(2)
+def test_one_rank_that_swaps_alone_is_told_who_did_not_come() -> None:
+    model, ema = trained("ddp", timeout=0.5)
+    live = full_weights(model)
+    if torch.distributed.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"0.5 s in swapped\(\): ranks \[1\] did not"), ema.swapped():
+            pass
+        with pytest.raises(RuntimeError, match=r"in full_state_dict\(\): ranks \[1\] did not"):
+            ema.full_state_dict()
+    torch.distributed.barrier()
+    with ema.swapped():
+        pass
+    assert_bitwise_equal(full_weights(model), live)
+
+
+@pytest.mark.world_size(3)
+def test_ranks_that_make_different_calls_are_told() -> None:
+    _, ema = trained("ddp-3")
+    with pytest.raises(RuntimeError, match=r"same call, but they made .*swapped\(\).*full_state_dict\(\)"):
+        if torch.distributed.get_rank() == 1:
+            ema.full_state_dict()
+        else:
+            with ema.swapped():
+                pass
+
+
+@pytest.mark.world_size(2)
+def test_when_one_rank_leaves_alone_everyone_gets_an_error_and_no_mosaic() -> None:
+    model, ema = trained("ddp", timeout=0.5)
+    with ema.swapped():
+        averaged = full_weights(model)
+    with pytest.raises(RuntimeError, match=r"leaving swapped\(\): ranks .* still in the model"), ema.swapped():
+        if torch.distributed.get_rank() == 0:
+            raise ZeroDivisionError
+        time.sleep(1.5)
+    torch.distributed.barrier()
+    assert_bitwise_equal(full_weights(model), averaged)
+
+
+@pytest.mark.world_size(2)
+def test_drifted_replicas_are_noticed_before_anything_is_mixed() -> None:
+    model, ema = trained("ddp")
+    if torch.distributed.get_rank() == 1:
+        model.module.blocks[1].out.weight.data[0, 0] += 1
+    live = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight on ranks \[1\]"), ema.swapped():
+        pass
+    assert_bitwise_equal(model.state_dict(), live)
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight"):
+        ema.check_replicas()
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight"):
+        ShardedEMA(model)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param("plain", marks=pytest.mark.world_size(1)), pytest.param("ddp", marks=pytest.mark.world_size(2))],
+)
+def test_a_swap_of_a_large_model_needs_a_constant_scratch(layout: str) -> None:
+    """Of the whole process, what gloo and malloc hold included, for a weight four times the bound."""
+    model = nn.Linear(8192, 8192, bias=False)
+    ema = ShardedEMA(model if layout == "plain" else DistributedDataParallel(model, gradient_as_bucket_view=True))
+
+    def swap() -> None:
+        with ema.swapped():
+            pass
+
+    swap()
+    assert resident_peak(swap) <= DEVICE_SCRATCH_BYTES
+
+
+def test_net_has_tied_and_frozen_parts() -> None:
+    net = Net()
+    assert net.head.weight is net.embed.weight
+    assert not net.frozen.weight.requires_grad
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize("moves", [False, True], ids=["torch", "moved"])
+def test_weights_that_the_wrapper_moves_inside_were_not_written_to(moves: bool) -> None:  # noqa: FBT001
+    """FSDP2 in torch 2.7 does that to uneven shards when it first runs forward; later versions do not."""
+    model = wrap("fsdp2", make_net("fsdp2"))
+    ema = ShardedEMA(model)
+    live = full_weights(model)
+    with ema.swapped():
+        evaluate(model)
+        model.reshard()
+        for parameter in model.parameters() if moves else ():
+            shard = parameter.to_local().detach()
+            parameter._local_tensor = shard.clone()  # noqa: SLF001  as FSDP2 does it
+    assert_bitwise_equal(full_weights(model), live)

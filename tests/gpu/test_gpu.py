@@ -1,0 +1,97 @@
+"""What only a GPU can show: no host synchronisation, NCCL, memory on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ema_dist import ShardedEMA
+from ema_dist.kernels import DEVICE_SCRATCH_BYTES
+from tests.support.layouts import assert_bitwise_equal, full_weights
+
+
+def make_model(layout: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 96), nn.BatchNorm1d(96), nn.Linear(96, 7)).to("cuda", dtype)
+    if layout == "plain":
+        return net
+    if layout == "ddp":
+        return DistributedDataParallel(net, device_ids=[dist.get_rank()])
+    if layout == "fsdp1":
+        return FullyShardedDataParallel(net, device_id=dist.get_rank(), use_orig_params=True)
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    return fully_shard(net, mesh=mesh)  # pyrefly: ignore[bad-return]
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """An error wherever the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+LAYOUTS = [
+    pytest.param("plain", marks=pytest.mark.world_size(1)),
+    *[
+        pytest.param(layout, marks=pytest.mark.world_size(ranks), id=f"{layout}-{ranks}")
+        for layout in ("ddp", "fsdp1", "fsdp2")
+        for ranks in (1, 2)
+    ],
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_average_swap_and_gather_on_the_device(layout: str, dtype: torch.dtype) -> None:
+    model = make_model(layout, dtype)
+    ema = ShardedEMA(model, decay=0.75)
+    reference = full_weights(model)
+    for step in range(3):
+        with torch.no_grad():
+            for index, parameter in enumerate(model.parameters()):
+                parameter.mul_(1 + 0.1 * (index + step))
+        with no_host_sync():
+            ema.update()
+        live = full_weights(model)
+        reference = {
+            name: 0.75 * value + 0.25 * live[name] if value.is_floating_point() else live[name]
+            for name, value in reference.items()
+        }
+    full = ema.full_state_dict(dtype=torch.float32)
+    for name, value in full.items():
+        if name != "1.num_batches_tracked":
+            torch.testing.assert_close(value.double(), reference[name].cpu(), rtol=1e-5, atol=1e-6)
+    live = full_weights(model)
+    with ema.swapped():
+        inside = full_weights(model)
+    assert_bitwise_equal(full_weights(model), live)
+    for name, value in full.items():
+        assert (
+            torch.equal(inside[name].cpu(), value.to(dtype if name[0] in "02" else value.dtype).double())
+            or "1." in name
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+def test_a_swap_takes_a_constant_amount_of_device_memory() -> None:
+    model = nn.Linear(16384, 16384, bias=False, device="cuda")
+    ema = ShardedEMA(model)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with ema.swapped():
+        pass
+    assert torch.cuda.max_memory_allocated() - before <= DEVICE_SCRATCH_BYTES

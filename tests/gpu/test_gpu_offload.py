@@ -1,0 +1,187 @@
+"""What only a GPU can show of averages on the CPU and of updates that overlap: copies, memory, streams, NCCL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from ema_dist import Offloaded, ShardedEMA
+from tests.gpu.test_gpu import LAYOUTS, make_model, no_host_sync
+from tests.support.layouts import assert_bitwise_equal, full_weights
+
+STAGING_BYTES = 64 * 2**20
+
+
+@torch.no_grad()
+def move(model: nn.Module, step: int) -> None:
+    for index, parameter in enumerate(model.parameters()):
+        parameter.mul_(1 + 0.01 * (index + step))
+
+
+def on_the_cpu(model: nn.Module, like: dict[str, Tensor]) -> nn.Module:
+    """The same weights without a wrapper, in the same dtypes."""
+    net = make_model("plain").cpu()
+    net.to(next(model.parameters()).dtype)
+    net.load_state_dict({name: value.cpu() for name, value in like.items()})
+    return net
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_are_those_of_an_update_in_place_on_the_cpu(layout: str, dtype: torch.dtype) -> None:
+    """To the bit, through a swap, serving and a state dict; a GPU may round its own multiply-adds otherwise."""
+    model = make_model(layout, dtype)
+    ema = ShardedEMA(model, decay=0.75, store=Offloaded())
+    twin = on_the_cpu(model, full_weights(model))
+    reference = ShardedEMA(twin, decay=0.75, kernel="foreach" if dtype is torch.float32 else "scratch")
+    for step in range(3):
+        move(model, step)
+        ema.update()
+        twin.load_state_dict({name: value.cpu() for name, value in full_weights(model).items()})
+        reference.update()
+    full = ema.full_state_dict(dtype=torch.float32)
+    if full:
+        assert_bitwise_equal(full, reference.full_state_dict(dtype=torch.float32))
+    live = full_weights(model)
+    with ema.swapped():
+        inside = full_weights(model)
+    assert_bitwise_equal(full_weights(model), live)
+    for name, value in full.items():
+        if "num_batches" not in name:
+            assert torch.equal(inside[name].cpu(), value.to(dtype).double())
+    with ema.serving():
+        assert ema.serves_by in ("a copy on the model's device", "a gathered copy") or "swapped()" in ema.serves_by
+    assert_bitwise_equal(full_weights(model), live)
+    for average in ema.state_dict()["tracks"]["default"]["averages"].values():
+        local = average.to_local() if hasattr(average, "to_local") else average
+        shards = average.local_shards() if hasattr(average, "local_shards") else []
+        assert all(it.device.type == "cpu" for it in ([shard.tensor for shard in shards] or [local]))
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+def test_an_update_waits_for_nothing_on_the_device() -> None:
+    model = nn.Linear(4096, 4096, device="cuda")
+    ema = ShardedEMA(model, decay=0.5, store=Offloaded(max_pending=4))
+    big = torch.randn(8192, 8192, device="cuda")
+    done = torch.cuda.Event()
+    for _ in range(20):
+        big @ big
+    done.record()
+    with no_host_sync():
+        ema.update()
+    assert not done.query()
+    ema.state_dict()
+    assert done.query()
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+def test_the_device_holds_no_averages() -> None:
+    model = nn.Sequential(
+        nn.Linear(8192, 8192, bias=False, device="cuda"), *(nn.Linear(64, 64, device="cuda") for _ in range(500))
+    )
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ema = ShardedEMA(model, decay=0.5, store=Offloaded())
+    ema.update()
+    with ema.swapped():
+        pass
+    ema.update()
+    ema.state_dict()
+    assert torch.cuda.max_memory_allocated() - before <= STAGING_BYTES
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+def test_a_thousand_small_tensors_are_one_copy() -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False, device="cuda") for _ in range(1000)))
+    ema = ShardedEMA(model, decay=0.5, store=Offloaded())
+    ema.update()
+    ema.state_dict()
+    with torch.profiler.profile() as profile:
+        ema.update()
+        torch.cuda.synchronize()
+    copies = [event.name for event in profile.events() if "Memcpy DtoH" in event.name]
+    assert copies == ["Memcpy DtoH (Device -> Pinned)"]
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("store", [None, Offloaded()], ids=str)
+def test_the_next_step_waits_for_an_update_that_is_late(store: Offloaded | None) -> None:
+    model, twin = (nn.Linear(2048, 2048, device="cuda") for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    optimizers = [torch.optim.SGD(it.parameters(), lr=0.1) for it in (model, twin)]
+    ema, reference = ShardedEMA(model, decay=0.5, store=store), ShardedEMA(twin, decay=0.5, store=store)
+    ema.attach(optimizers[0], overlap=True)
+    reference.attach(optimizers[1])
+    big = torch.randn(8192, 8192, device="cuda")
+    streams = ema._tracks.streams  # noqa: SLF001
+    with streams.beside():
+        pass  # it is made when it is first used
+    for step in range(5):
+        for it, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            it(torch.full((4, 2048), 1.0 + step, device="cuda")).sum().backward()
+            with torch.cuda.stream(streams._streams[model.weight.device]):  # noqa: SLF001  the update waits for this
+                for _ in range(5):
+                    big @ big
+            optimizer.step()
+    assert_bitwise_equal(ema.full_state_dict(), reference.full_state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("store", [None, Offloaded()], ids=str)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_skipped_on_the_device_are_left_out(fused: bool, overlap: bool, store: Offloaded | None) -> None:  # noqa: FBT001
+    model = nn.Linear(8, 8, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
+    ema = ShardedEMA(model, decay=0.5, store=store)
+    ema.attach(optimizer, overlap=overlap)
+    seen = [value.cpu() for value in ema.full_state_dict().values()]
+    for step in range(4):
+        scaler.scale(model(torch.ones(1, 8, device="cuda")).sum()).backward()
+        if step == 2 and model.weight.grad is not None:
+            model.weight.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step != 2:
+            live = [value.cpu() for value in model.state_dict().values()]
+            seen = [old.lerp(new, 0.5) for old, new in zip(seen, live, strict=True)]
+    assert (ema.steps, ema.updates) == (3, 3)
+    for found, expected in zip(ema.full_state_dict().values(), seen, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_they_are_gathered_and_saved_where_ranks_speak_nccl_only(layout: str, tmp_path: Path) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    dist.destroy_process_group()
+    store = dist.FileStore(str(tmp_path / "nccl"), size)
+    dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=torch.device("cuda", rank))
+    model = make_model(layout)
+    ema = ShardedEMA(model, decay=0.75, store=Offloaded())
+    move(model, 1)
+    ema.update()
+    full = ema.full_state_dict()
+    dcp.save({"ema": ema}, checkpoint_id=tmp_path / "checkpoint")
+    again = ShardedEMA(make_model(layout), decay=0.75, store=Offloaded())
+    dcp.load({"ema": again}, checkpoint_id=tmp_path / "checkpoint")
+    loaded = again.full_state_dict()
+    assert_bitwise_equal(loaded, full)
+    again.load_full_state_dict(full)
+    assert_bitwise_equal(again.full_state_dict(), full)

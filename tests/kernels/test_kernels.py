@@ -1,0 +1,120 @@
+"""The arithmetic on plain lists, against float64."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from ema_dist.kernels import checksum, chunked, exchange, exchange_, lerp_, paired, scratch
+from tests.support.layouts import peak_memory
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
+SHAPES = [(), (0, 3), (7, 5), (1, 2, 3)]
+
+
+def alike(average: torch.dtype, live: torch.dtype) -> bool:
+    """Averages of complex weights are complex, others are not."""
+    return average.is_complex == live.is_complex
+
+
+def tensors(dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+
+@pytest.mark.parametrize(("average", "live"), [pair for pair in product(DTYPES, repeat=2) if alike(*pair)])
+@pytest.mark.parametrize("weight", [0.0, 0.125, 0.75, 1.0])
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("finite", [False, True])
+def test_lerp_equals_the_float64_reference(
+    average: torch.dtype,
+    live: torch.dtype,
+    weight: float,
+    on_device: bool,  # noqa: FBT001
+    finite: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every pair of dtypes, a weight of the host or of the device, the careful way or not; in small chunks."""
+    monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 64)
+    averages, values = tensors(average), tensors(live)
+    wide = torch.complex128 if average.is_complex else torch.float64
+    expected = [a.to(wide) * (1 - weight) + v.to(wide) * weight for a, v in zip(averages, values, strict=True)]
+    lerp_(averages, values, torch.tensor(weight, dtype=torch.float64) if on_device else weight, finite=finite)
+    eps = 4 * torch.finfo(average).eps
+    for found, reference in zip(averages, expected, strict=True):
+        assert found.dtype == average
+        torch.testing.assert_close(found.to(wide), reference, rtol=eps, atol=eps)
+
+
+def test_a_step_left_out_on_the_device_leaves_infinities_alone() -> None:
+    """Zero times infinity is NaN."""
+    averages, values = [torch.ones(3)], [torch.tensor([1.0, float("inf"), float("nan")])]
+    lerp_(averages, values, torch.tensor(0.0), finite=False)
+    assert torch.equal(averages[0], torch.ones(3))
+
+
+def test_weights_of_zero_and_one_are_exact() -> None:
+    """Also on the device: those are the steps that were left out, and the ones that only follow."""
+    for dtype in (torch.float32, torch.bfloat16):
+        averages, values = tensors(dtype), tensors(dtype)
+        kept = [average.clone() for average in averages]
+        lerp_(averages, values, torch.tensor(0.0))
+        assert all(torch.equal(a, k) for a, k in zip(averages, kept, strict=True))
+        lerp_(averages, values, torch.tensor(1.0))
+        assert all(torch.equal(a, v) for a, v in zip(averages, values, strict=True))
+
+
+def test_exchange_is_to_the_bit_and_its_own_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 100)
+    left = [torch.randn(40, 3), torch.tensor([float("nan"), -0.0, float("inf")]), torch.arange(30), torch.zeros(0)]
+    right = [torch.randn(3, 40).t(), torch.zeros(3), torch.zeros(30, dtype=torch.int64), torch.zeros(0)]
+    before = [tensor.view(torch.uint8 if tensor.numel() == 0 else torch.int32).clone() for tensor in left + right]
+    exchange_(paired(zip(left, right, strict=True)))
+    assert all(torch.equal(t.view(b.dtype), b) for t, b in zip(right + left, before, strict=True))
+    exchange_(paired(zip(left, right, strict=True)))
+    assert all(torch.equal(t.view(b.dtype), b) for t, b in zip(left + right, before, strict=True))
+
+
+def test_an_exchange_without_room_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scratches are taken before the first list is touched."""
+    left = [torch.zeros(40), torch.zeros(40, dtype=torch.int64)]
+    right = [torch.ones(40), torch.ones(40, dtype=torch.int64)]
+    original = exchange.make_scratch
+
+    def runs_out(tensors: list[Tensor]) -> Tensor:
+        if tensors[0].dtype == torch.int64:
+            raise MemoryError
+        return original(tensors)
+
+    monkeypatch.setattr(exchange, "make_scratch", runs_out)
+    with pytest.raises(MemoryError):
+        exchange_(paired(zip(left, right, strict=True)))
+    assert not any(tensor.any() for tensor in left)
+    assert all(tensor.all() for tensor in right)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_checksums_tell_changed_and_exchanged_elements(dtype: torch.dtype) -> None:
+    tensor = torch.ones(9).to(dtype)
+    before = checksum(tensor)
+    assert checksum(tensor.clone()) == before
+    tensor[4] = 0
+    changed = checksum(tensor)
+    assert changed != before
+    tensor[4], tensor[5] = 1, 0
+    assert checksum(tensor) not in (before, changed), "a sum would not see that two rows changed places"
+
+
+def test_small_weights_are_converted_together_within_the_limit_of_a_scratch() -> None:
+    """Each by itself costs a call."""
+    values = [torch.ones(64, 64, dtype=torch.bfloat16) for _ in range(300)]
+    averages = [torch.zeros(64, 64) for _ in values]
+    follow = chunked.InChunks([averages], values)
+    with torch.profiler.profile() as profiled:
+        follow([0.5])
+    counts = {event.key: event.count for event in profiled.key_averages()}
+    assert 1 < counts["aten::copy_"] == counts["aten::cat"] < 10
+    assert all(torch.equal(average, torch.full((64, 64), 0.5)) for average in averages)
+    assert peak_memory(lambda: chunked.InChunks([averages], values)) <= scratch.CPU_SCRATCH_BYTES

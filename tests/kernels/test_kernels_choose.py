@@ -1,0 +1,116 @@
+"""Which kernel is chosen, and that whoever asks gets to know."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ema_dist import ShardedEMA
+from ema_dist.kernels import KERNELS, bind, scratch, selection
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that something is measured."""
+    calls: list[int] = []
+    original = selection._seconds  # noqa: SLF001
+
+    def seconds(*args: object) -> float:
+        calls.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(selection, "_seconds", seconds)
+    monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)  # three elements are more than one chunk
+    selection._fastest.cache_clear()  # noqa: SLF001
+    return calls
+
+
+def ones(count: int, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
+    return [[torch.ones(3, dtype=dtype)] for _ in range(count)]
+
+
+def test_a_kind_of_tensors_is_measured_once_in_a_process(measured: list[int]) -> None:
+    values = [torch.zeros(3)]
+    first = bind(ones(2), values)
+    count = len(measured)
+    assert count > 1
+    assert bind(ones(2), [torch.zeros(3)]).name == first.name
+    assert len(measured) == count
+    bind(ones(3), values)
+    assert len(measured) == 2 * count
+
+
+def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch, measured: list[int]) -> None:  # noqa: ARG001
+    for fastest in ("foreach", "scratch"):
+        selection._fastest.cache_clear()  # noqa: SLF001
+        monkeypatch.setattr(selection, "_seconds", lambda follow, *_, best=fastest: float(follow.name != best))
+        assert bind(ones(2), [torch.zeros(3)]).name == fastest
+
+
+@pytest.mark.world_size(3)
+def test_ranks_agree_on_a_kernel() -> None:
+    """Two kernels may differ in the last bit, and replicas that keep whole averages would drift apart."""
+    best = ["foreach", "scratch"][dist.get_rank() % 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)
+        patch.setattr(selection, "_seconds", lambda follow, *_: float(follow.name != best))
+        assert bind(ones(2), [torch.zeros(3)]).name == best
+        model = DistributedDataParallel(nn.Linear(2, 2))
+        decays = {"short": 0.5, "long": 0.9}
+        said = [repr(ShardedEMA(model, decay=decays, replicas="copy")) for _ in range(2)]
+    chosen = re.findall("moves by ([a-z]+),", " ".join(said))
+    found: list[list[str]] = [[]] * 3
+    dist.all_gather_object(found, chosen)
+    assert found in ([["foreach"] * 2] * 3, [["scratch"] * 2] * 3)
+
+
+def test_nothing_is_measured_where_there_is_no_choice(measured: list[int]) -> None:
+    assert bind(ones(1), [torch.zeros(3)]).name == "foreach"
+    assert bind([[torch.ones(2)]] * 2, [torch.zeros(2)]).name == "foreach"  # one chunk
+    assert bind([[torch.ones(0)]] * 2, [torch.zeros(0)]).name == "foreach"  # a rank may hold nothing
+    assert bind(ones(4), [torch.zeros(3, dtype=torch.bfloat16)]).name == "scratch"
+    assert bind(ones(2), [torch.zeros(3)], kernel="foreach").name == "foreach"
+    assert not measured
+
+
+def test_measuring_leaves_the_averages_alone(measured: list[int]) -> None:
+    tracks = ones(2)
+    bind(tracks, [torch.zeros(3)])
+    assert measured
+    assert all(torch.equal(average, torch.ones(3)) for (average,) in tracks)
+
+
+def test_an_unknown_kernel_is_an_error_that_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=f"expected a kernel among {', '.join(KERNELS)}, or None .* found 'fast'"):
+        bind(ones(1), [torch.zeros(3)], kernel="fast")
+
+
+def test_a_kernel_that_cannot_is_replaced_and_says_so() -> None:
+    """What runs is in its name."""
+    tracks = ones(1)
+    with pytest.warns(UserWarning, match=r"kernel='foreach' cannot .* 'scratch' does: torch lerps equal dtypes only"):
+        follow = bind(tracks, [torch.zeros(3, dtype=torch.bfloat16)], kernel="foreach")
+    assert follow.name == "scratch"
+    follow([0.5])
+    assert torch.equal(tracks[0][0], torch.full((3,), 0.5))
+
+
+def test_a_fastest_kernel_that_cannot_here_is_not_called_the_users_choice(measured: list[int]) -> None:  # noqa: ARG001
+    with pytest.warns(UserWarning, match="'triton', found to be the fastest, cannot move .* 'foreach' does: "):
+        follow = bind(ones(2), [torch.zeros(3)], agree=lambda _question, _found: "triton")
+    assert follow.name == "foreach"
+
+
+def test_without_memory_to_measure_in_the_first_possible_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> float:
+        raise torch.OutOfMemoryError
+
+    selection._fastest.cache_clear()  # noqa: SLF001
+    monkeypatch.setattr(selection, "_seconds", full)
+    monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)
+    assert bind(ones(2), [torch.zeros(3)]).name == "foreach"

@@ -1,0 +1,158 @@
+"""The Triton kernel: interpreted where there is no GPU, compiled where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ema_dist import kernels
+from ema_dist.kernels import ByChance, Place, Remainders, bind, joined
+from ema_dist.kernels.triton_launch import BLOCK
+from tests.support import ROOT
+from tests.support.kernel_lists import assert_close, followed, tensors
+
+BF16, I16 = torch.bfloat16, torch.int16
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+
+@needs_triton
+def test_the_interpreted_kernel_passes_the_tests_of_all_kernels() -> None:
+    """In a process of its own, as Triton looks once whether it shall interpret."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/kernels/test_kernels_follow.py",
+        "tests/kernels/test_kernels_low_precision.py",
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+
+
+@needs_triton
+def test_on_the_cpu_another_kernel_serves_and_says_so() -> None:
+    """Unless it is interpreted, which the interpreter must have been told before."""
+    averages, values = [torch.zeros(3)], [torch.ones(3, dtype=torch.bfloat16)]
+    with pytest.warns(UserWarning, match=r"kernel='triton' cannot .* 'scratch' does: Triton needs a GPU"):
+        follow = bind([averages], values, kernel="triton")
+    assert follow.name == "scratch"
+    follow([0.5])
+    assert torch.equal(averages[0], torch.full((3,), 0.5))
+
+
+def test_without_triton_another_kernel_serves_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ema_dist.kernels.triton_kernel", None)
+    monkeypatch.delattr(kernels, "triton_kernel", raising=False)
+    with pytest.warns(UserWarning, match="'foreach' does: Triton is missing: pip install triton"):
+        follow = bind([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")
+    assert follow.name == "foreach"
+
+
+@needs_triton
+@pytest.mark.parametrize("rounding", ["NEAREST", "CHANCE", "REMAINDERS"])
+def test_it_compiles_for_a_gpu_and_reads_16_bytes_at_a_time(
+    rounding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without one: the code that runs is there, though nobody runs it."""
+    from triton import compile  # noqa: A004, PLC0415 - optional
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.compiler import ASTSource  # noqa: PLC0415
+
+    from ema_dist.kernels import triton_kernel as code  # noqa: PLC0415
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    stored = code.tl.float32 if rounding == "NEAREST" else code.tl.uint16
+    settings = {"live": code.tl.bfloat16, "stored": stored, "wide": code.tl.float32, "tracks": 2, "finite": True}
+    settings |= {"rounding": getattr(code, rounding).value, "aligned": True, "block": BLOCK}
+    types = ["*i64"] * 3 + ["*i32", "*i64"] + ["*i32"] * 3 + ["*fp64", "*i32", "i32"] + ["constexpr"] * len(settings)
+    source = ASTSource(code.follow, dict(zip(code.follow.arg_names, types, strict=True)), settings)
+    assembly = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert "ld.global.v4.b32" in assembly
+    assert "st.global.v4.b32" in assembly
+
+
+def on_the_gpu(dtype: torch.dtype, count: int = 1) -> list[list[Tensor]]:
+    """Odd shapes, one of more than a block, and one at an odd address."""
+    odd = [torch.randn(BLOCK + 1).to("cuda", dtype)[1:] for _ in range(count)]
+    large = [torch.randn(3 * BLOCK + 5).to("cuda", dtype) for _ in range(count)]
+    return [[*(t.cuda() for t in tensors(dtype)), odd[index], large[index]] for index in range(count)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("average", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("finite", [False, True])
+def test_on_the_gpu_each_track_equals_the_float64_reference(
+    average: torch.dtype,
+    live: torch.dtype,
+    finite: bool,  # noqa: FBT001
+) -> None:
+    tracks, (values,) = on_the_gpu(average, 3), on_the_gpu(live)
+    weights = [0.125, 1.0, 0.0]
+    expected = [
+        [followed(a, v, weight) for a, v in zip(track, values, strict=True)]
+        for track, weight in zip(tracks, weights, strict=True)
+    ]
+    follow = bind(tracks, values, finite=finite, kernel="triton")
+    assert follow.name == "triton"
+    follow(weights)
+    for track, reference in zip(tracks, expected, strict=True):
+        assert_close(track, reference)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["scratch", "triton"])
+def test_on_the_gpu_averages_are_rounded_as_on_the_cpu(kernel: str) -> None:
+    """The same random bits, and the same remainders, as long as the moves are exact."""
+    (values,) = on_the_gpu(torch.float32)
+    places = [Place(index, 7) for index in range(len(values))]
+    chance, high, low = [[torch.zeros_like(value, dtype=dtype) for value in values] for dtype in (BF16, BF16, I16)]
+    bind([chance], values, kernel=kernel, rounding=ByChance(places, 3))([1.0], 5)
+    bind([high], values, kernel=kernel, rounding=Remainders([low]))([1.0])
+    expected = [torch.zeros_like(average.cpu()) for average in chance]
+    bind([expected], [value.cpu() for value in values], kernel="scratch", rounding=ByChance(places, 3))([1.0], 5)
+    assert all(torch.equal(average.cpu(), reference) for average, reference in zip(chance, expected, strict=True))
+    assert all(torch.equal(joined(*parts), value) for *parts, value in zip(high, low, values, strict=True))
+
+
+@pytest.mark.gpu
+def test_an_update_is_captured_in_a_cuda_graph() -> None:
+    """Its weights come from the device, so that replays follow a changing decay."""
+    averages, values = [torch.randn(3 * BLOCK + 5, device="cuda")], [torch.randn(3 * BLOCK + 5, device="cuda").to(BF16)]
+    expected = [average.double() for average in averages]
+    weight = torch.zeros((), device="cuda")
+    follow = bind([averages], values, kernel="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        follow([weight])
+    for step in (0.5, 0.0, 0.25, 1.0):
+        weight.fill_(step)
+        for value in values:
+            value.add_(1)
+        graph.replay()
+        expected = [followed(average, value, step) for average, value in zip(expected, values, strict=True)]
+    assert_close(averages, expected)
+
+
+@pytest.mark.gpu
+def test_an_update_does_not_wait_for_the_gpu() -> None:
+    (averages,), (values,) = on_the_gpu(torch.float32), on_the_gpu(torch.bfloat16)
+    follow = bind([averages], values, kernel="triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        follow([0.5])
+        follow([torch.tensor(0.5, device="cuda")])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

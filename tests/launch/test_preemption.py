@@ -1,0 +1,141 @@
+"""launch/train.py when a rank is told to stop, and when the same or other numbers of ranks go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import train
+from ema_dist import ShardedEMA
+from ema_dist.evaluation.swap import exchanges_in
+from recipe.preemption import Preempted, Preemption
+from recipe.resuming import Checkpoints
+from tests.support.sabotage import scores
+
+SHORT = ("--device", "cpu", "--epochs", "2", "--batch-size", "600", "--half-life", "2", "--checkpoint-every", "1")
+STEPS, TEST_BATCHES = 2, 5  # of an epoch of these
+
+# The batch, of training or evaluation, before which a rank is told to stop.
+FIRST_EPOCH = 2
+LIVE_EVALUATION = STEPS + 3
+AVERAGES_EVALUATION = STEPS + TEST_BATCHES + 3
+SECOND_EPOCH = STEPS + 2 * TEST_BATCHES + 2
+
+
+@dataclass
+class Seen:
+    """Full live weights and averages by step, on the first rank."""
+
+    saved: dict[int, list[Tensor]] = field(default_factory=dict)
+    resumed: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+class Watched(Checkpoints):
+    """The checkpoints of a run, and what was in the model around them."""
+
+    seen: ClassVar[Seen]
+
+    def save(self, step: int, *, block: bool) -> None:
+        if not exchanges_in(self.model):
+            self.seen.saved[step] = self.weights()
+        super().save(step, block=block)
+
+    def resume(self, *, asked: bool) -> str:
+        told = super().resume(asked=asked)
+        self.seen.resumed[self.state["ema"].steps] = self.weights()
+        return told
+
+    @property
+    def model(self) -> nn.Module:
+        return self.state["model"]
+
+    def weights(self) -> list[Tensor]:
+        live = ShardedEMA(self.model, decay=0.0).full_state_dict()  # nothing averaged yet: these are the live weights
+        averages = self.state["ema"].full_state_dict()
+        return [*live.values(), *averages.values()]
+
+
+class Told(Preemption):
+    """The last rank is told to stop before its `when`-th batch."""
+
+    when = 0
+
+    def agreed(self) -> bool:
+        self.when -= 1
+        if self.when == 0 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().agreed()
+
+
+def run(directory: Path, *options: str, stop: int = 0) -> Seen:
+    """Two epochs of training in this process group, or as far as it gets until it is told to stop.
+
+    Nothing is put back: the process is this test's own.
+    """
+    folders = ("--output-dir", str(directory), "--checkpoint-dir", str(directory / "checkpoints"))
+    sys.argv = ["train.py", *SHORT, *folders, *options]
+    Watched.seen, Told.when = Seen(), stop
+    train.Checkpoints, train.Preemption = Watched, Told
+    train.write_curves = lambda _rows, _path: None  # slower than the training
+    try:
+        train.train(train.parse_arguments(), torch.device("cpu"))
+    except Preempted:
+        assert stop, "nobody told it to stop"
+    else:
+        assert not stop, "it went on"
+    dist.barrier()
+    return Watched.seen
+
+
+def assert_same(found: dict[int, list[Tensor]], expected: dict[int, list[Tensor]]) -> None:
+    for step, weights in found.items():
+        for weight, other in zip(weights, expected[step], strict=True):
+            torch.testing.assert_close(weight, other, rtol=0, atol=0)
+
+
+@pytest.mark.world_size(2, timeout=120)
+@pytest.mark.parametrize(
+    ("parallel", "stops"),
+    [("ddp", [FIRST_EPOCH, AVERAGES_EVALUATION]), ("fsdp2", [LIVE_EVALUATION, AVERAGES_EVALUATION])],
+)
+def test_a_run_stopped_anywhere_resumes_bit_for_bit(parallel: str, stops: list[int], tmp_path: Path) -> None:
+    """Also where one rank alone was told to, and where the averages were in the model."""
+    undisturbed = run(tmp_path, "--parallel", parallel)
+    assert len(undisturbed.saved) == 2 * STEPS
+    for stop in stops:
+        directory = tmp_path / str(stop)
+        options = ("--parallel", parallel, *["--async-checkpoints"] * (stop == AVERAGES_EVALUATION))
+        run(directory, *options, stop=stop)
+        resumed = run(directory, *options, "--resume")
+        assert [*resumed.resumed] == [min(stop - 1, STEPS)]
+        assert_same(resumed.resumed | resumed.saved, undisturbed.saved)
+        assert max(resumed.saved) == 2 * STEPS
+        if dist.get_rank() == 0:
+            assert scores(directory) == scores(tmp_path)
+
+
+@pytest.mark.world_size(4, timeout=120)
+def test_a_run_stopped_on_four_ranks_goes_on_on_three_and_on_two(tmp_path: Path) -> None:
+    """Weights and averages are those of the stopped run, to the bit, right after loading."""
+    rank = dist.get_rank()
+    saved = run(tmp_path, "--parallel", "hsdp", stop=SECOND_EPOCH).saved
+    for ranks, step, stop in ((3, STEPS + 1, 2), (2, STEPS + 2, 0)):
+        dist.destroy_process_group()
+        if rank >= ranks:
+            return
+        store = dist.FileStore(str(tmp_path / f"{ranks} ranks"), ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+        resumed = run(tmp_path, "--parallel", "fsdp2", "--resume", stop=stop)
+        assert [*resumed.resumed] == [step]
+        assert_same(resumed.resumed, saved)
+        saved = resumed.saved
+    assert [row["step"] for row in scores(tmp_path)] == [str(STEPS), str(2 * STEPS)]

@@ -1,0 +1,60 @@
+"""The command `ema-dist` as tests call it, and the checkpoints that it is given."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from typer.testing import CliRunner, Result
+
+from ema_dist import ShardedEMA, checkpoint
+from ema_dist.cli.app import app
+from tests.support.layouts import trained
+
+
+def run(*arguments: object) -> Result:
+    """The command in this process; whatever it raised beyond an exit code is a bug."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def ok(*arguments: object) -> str:
+    """The standard output of a command that ends well."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def plainly_saved(folder: Path, state: dict[str, Any]) -> Path:
+    """What plain DCP writes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    return folder
+
+
+def foreign(folder: Path, **settings: Any) -> tuple[Path, ShardedEMA]:  # noqa: ANN401
+    """A checkpoint of plain DCP with a model and its averages, and the averages."""
+    model, ema = trained("plain", **settings)
+    return plainly_saved(folder, {"model": get_model_state_dict(model), "ema": ema}), ema
+
+
+def ours(root: Path, step: int = 3, **more: Any) -> tuple[Path, nn.Module, ShardedEMA]:  # noqa: ANN401
+    """A root with one checkpoint of ours, the model and the averages."""
+    model, ema = trained("plain")
+    checkpoint.save({"model": model, "ema": ema, **more}, root, step=step)
+    return root, model, ema
+
+
+def exported(folder: Path) -> dict[str, Tensor]:
+    """Every tensor in an export, read by safetensors itself."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

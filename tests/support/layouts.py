@@ -1,0 +1,271 @@
+"""A small awkward model, every way to wrap it, and its full weights by torch's own means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from ema_dist import ShardedEMA
+from tests.support.older_torch import ROWS_UNDER_BOTH
+
+CPU = torch.device("cpu")
+
+
+class Block(nn.Module):
+    """Seven rows, which no world of 2 to 4 divides; one row, which leaves ranks without any; a child called module."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.module = nn.Linear(6, hidden)
+        self.out = nn.Linear(hidden, 6)
+        self.norm = nn.LayerNorm(6)
+        self.scale = nn.Parameter(torch.ones(1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.out(self.module(x).relu())) * self.scale
+
+
+class Net(nn.Module):
+    """Two blocks between a tied input and output, a frozen layer, running statistics and a persistent mask."""
+
+    mask: Tensor
+
+    def __init__(self, hidden: int = 7) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 5, bias=False)
+        self.frozen = nn.Linear(6, 6).requires_grad_(requires_grad=False)
+        self.blocks = nn.ModuleList([Block(hidden), Block(hidden)])
+        self.stats = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf"), 1.0]))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.frozen(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.stats(x)) + self.embed(x)
+
+
+def make_net(*layouts: str, seed: int = 0) -> Net:
+    """The same weights on every rank, in shapes that each of ``layouts`` can wrap."""
+    torch.manual_seed(seed)
+    return Net(min(LAYOUTS[layout].hidden for layout in layouts))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to wrap a `Net`, the number of ranks that it wants, and the rows of the hidden layer."""
+
+    wrap: Callable[[nn.Module], nn.Module]
+    ranks: int = 2
+    hidden: int = 7  # tensor parallelism cuts activations too, and only evenly: 6 over 2, for FSDP2 to cut unevenly
+
+
+def _ddp(net: nn.Module) -> nn.Module:
+    return DistributedDataParallel(net)
+
+
+def _fsdp1(net: nn.Module, strategy: str = "FULL_SHARD", *, use_orig_params: bool = True) -> nn.Module:
+    frozen_apart = None if use_orig_params else net.frozen  # one flat parameter then requires a gradient or does not
+    hybrid = strategy == "HYBRID_SHARD"
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2) if hybrid else (dist.get_world_size(),))
+    return FullyShardedDataParallel(
+        net,
+        auto_wrap_policy=CustomPolicy(lambda module: isinstance(module, Block) or module is frozen_apart),
+        sharding_strategy=ShardingStrategy[strategy],
+        use_orig_params=use_orig_params,
+        device_id=CPU,
+        device_mesh=mesh,
+    )
+
+
+def _fsdp2(net: nn.Module, *, nested: bool = True, reshard: bool = True, replicas: int = 1) -> nn.Module:
+    shape = (dist.get_world_size(),) if replicas == 1 else (replicas, dist.get_world_size() // replicas)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("shard",) if replicas == 1 else ("replicate", "shard"))
+    for block in net.blocks if nested else []:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+    return fully_shard(net, mesh=mesh, reshard_after_forward=reshard)
+
+
+PLAN = {
+    "blocks.*.module": partial(ColwiseParallel),
+    "blocks.*.out": partial(RowwiseParallel),
+}
+
+
+def _tp(net: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return parallelize_module(net, mesh, {name: style() for name, style in PLAN.items()})
+
+
+def _fsdp2_tp(net: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "model"))
+    parallelize_module(net, mesh["model"], {name: style() for name, style in PLAN.items()})
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh["data"])
+    return fully_shard(net, mesh=mesh["data"])
+
+
+def _checkpointed(net: nn.Module, then: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    apply_activation_checkpointing(net, check_fn=lambda module: isinstance(module, Block))
+    return then(net)
+
+
+def _compiled(net: nn.Module, then: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return torch.compile(then(net), backend="eager")
+
+
+LAYOUTS = {
+    "plain": Layout(lambda net: net, ranks=1),
+    "ddp": Layout(_ddp),
+    "ddp-3": Layout(_ddp, ranks=3),
+    "fsdp1": Layout(_fsdp1),
+    "fsdp1-3": Layout(_fsdp1, ranks=3),
+    "fsdp1-flat": Layout(partial(_fsdp1, use_orig_params=False)),
+    "fsdp1-grad-op": Layout(partial(_fsdp1, strategy="SHARD_GRAD_OP")),
+    "fsdp1-flat-grad-op": Layout(partial(_fsdp1, strategy="SHARD_GRAD_OP", use_orig_params=False)),
+    "fsdp1-no-shard": Layout(partial(_fsdp1, strategy="NO_SHARD")),
+    "fsdp1-hybrid": Layout(partial(_fsdp1, strategy="HYBRID_SHARD"), ranks=4),
+    "fsdp2": Layout(_fsdp2),
+    "fsdp2-1": Layout(_fsdp2, ranks=1),
+    "fsdp2-3": Layout(_fsdp2, ranks=3),
+    "fsdp2-4": Layout(_fsdp2, ranks=4),
+    "fsdp2-root": Layout(partial(_fsdp2, nested=False)),
+    "fsdp2-keep": Layout(partial(_fsdp2, reshard=False)),
+    "hsdp": Layout(partial(_fsdp2, replicas=2), ranks=4),
+    "tp": Layout(_tp, hidden=6),
+    "fsdp2-tp": Layout(_fsdp2_tp, ranks=4, hidden=ROWS_UNDER_BOTH),
+    "ddp-checkpointed": Layout(partial(_checkpointed, then=_ddp)),
+    "fsdp1-checkpointed": Layout(partial(_checkpointed, then=_fsdp1)),
+    "fsdp2-checkpointed": Layout(partial(_checkpointed, then=_fsdp2)),
+    "ddp-compiled": Layout(partial(_compiled, then=_ddp)),
+    "hsdp-checkpointed": Layout(partial(_checkpointed, then=partial(_fsdp2, replicas=2)), ranks=4),
+    "tp-checkpointed": Layout(lambda net: _checkpointed(_tp(net), then=lambda wrapped: wrapped), hidden=6),
+    "fsdp2-tp-checkpointed": Layout(
+        lambda net: _checkpointed(_fsdp2_tp(net), then=lambda it: it), ranks=4, hidden=ROWS_UNDER_BOTH
+    ),
+    "plain-compiled": Layout(partial(_compiled, then=lambda net: net), ranks=1),
+    "fsdp1-compiled": Layout(partial(_compiled, then=_fsdp1)),
+    "fsdp2-compiled": Layout(partial(_compiled, then=_fsdp2)),
+    "hsdp-compiled": Layout(partial(_compiled, then=partial(_fsdp2, replicas=2)), ranks=4),
+    "tp-compiled": Layout(partial(_compiled, then=_tp), hidden=6),
+    "fsdp2-tp-compiled": Layout(partial(_compiled, then=_fsdp2_tp), ranks=4, hidden=ROWS_UNDER_BOTH),
+}
+
+
+TORCH_WARNS = (
+    pytest.mark.filterwarnings("ignore:The `NO_SHARD` sharding strategy is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo
+    pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning"),  # what FSDP1 saves as
+    pytest.mark.filterwarnings("ignore:`_get_pg_default_device` will be deprecated:UserWarning"),  # FSDP1's own call
+    pytest.mark.filterwarnings("ignore:Multiple backends are registered with this ProcessGroup:UserWarning"),  # and its
+    pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning"),
+)
+
+
+def layouts(*names: str) -> pytest.MarkDecorator:
+    """Parametrizes ``layout`` by name, each on as many ranks as it wants; without names by all of them."""
+    chosen = names or tuple(LAYOUTS)
+    return pytest.mark.parametrize(
+        "layout",
+        [pytest.param(name, marks=(pytest.mark.world_size(LAYOUTS[name].ranks), *TORCH_WARNS)) for name in chosen],
+    )
+
+
+def wrap(layout: str, net: nn.Module) -> nn.Module:
+    """``net`` wrapped in that way."""
+    return LAYOUTS[layout].wrap(net)
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every full live tensor in float64 by canonical name, on every rank, by torch's own means."""
+    if not FullyShardedDataParallel.fsdp_modules(model):
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        return {name: tensor.detach().clone().double() for name, tensor in state.items()}
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        return {
+            _without_wrappers(name): tensor.detach().clone().double() for name, tensor in named if "scratch" not in name
+        }
+
+
+def _without_wrappers(name: str) -> str:
+    for segment in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(segment, "")
+    return name
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """One step on a batch that is the same on every rank and for every layout."""
+    batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+    model.train()
+    model(batch).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trained(layout: str, net: Net | None = None, **settings: Any) -> tuple[nn.Module, ShardedEMA]:  # noqa: ANN401
+    """A wrapped model after three steps, and its averages."""
+    model = wrap(layout, net or make_net(layout))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    ema = ShardedEMA(model, **{"decay": 0.8} | settings)
+    for step in range(3):
+        train_step(model, optimizer, step)
+        ema.update()
+    return model, ema
+
+
+def assert_bitwise_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names, and the same values to the bit (compared in float64)."""
+    assert found.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(found[name].double(), value.double())] == []
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module) -> Tensor:
+    """The outputs on a fixed batch."""
+    model.eval()
+    return model(torch.randn(4, 6, generator=torch.Generator().manual_seed(-1))).clone()
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Most bytes of tensors that ``call`` held at any moment beyond those that were there before it."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        kept = call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = current = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    del kept
+    return peak
+
+
+def resident_peak(call: Callable[[], object]) -> int:
+    """Most bytes that the process held at any moment of ``call`` beyond what it held before."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

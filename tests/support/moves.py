@@ -1,0 +1,54 @@
+"""From which layout and world to which other: what is saved on the one loads on the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.support.layouts import TORCH_WARNS
+
+MOVES = [
+    ("fsdp2", 4, "fsdp2", 2),
+    ("fsdp2", 4, "fsdp2", 3),
+    ("fsdp2", 2, "fsdp2", 4),
+    ("fsdp2", 2, "ddp", 2),
+    ("ddp", 2, "fsdp2", 2),
+    ("ddp", 3, "ddp", 2),
+    ("fsdp1", 2, "fsdp2", 2),
+    ("fsdp1-flat", 3, "fsdp2", 2),
+    ("fsdp1", 4, "fsdp1-flat", 3),
+    ("fsdp2", 3, "fsdp1", 2),
+    ("fsdp1-hybrid", 4, "fsdp2", 3),
+    ("fsdp1-no-shard", 2, "plain", 1),
+    ("hsdp", 4, "fsdp2", 2),
+    ("plain", 1, "hsdp", 4),
+    ("fsdp2", 2, "plain", 1),
+    ("tp", 2, "fsdp2", 3),
+    ("fsdp2-tp", 4, "plain", 1),
+    ("ddp", 2, "fsdp2-tp", 4),
+]
+
+moves = pytest.mark.parametrize(
+    ("saved_as", "saved_on", "loaded_as", "loaded_on"),
+    [pytest.param(*move, marks=(pytest.mark.world_size(max(move[1], move[3])), *TORCH_WARNS)) for move in MOVES],
+)
+"""Parametrizes a test on as many ranks as the larger world has."""
+
+
+def in_world(size: int, directory: Path, body: Callable[[], None]) -> None:
+    """Run ``body`` on the first ranks in a world of their own; the next world starts when they are done."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    rank = int(os.environ["RANK"])
+    if rank < size:
+        store = dist.FileStore(str(directory / f"store-of-{body.__name__}"), size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+        body()
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,59 @@
+"""launch/train.py on ranks that send signals at chosen moments: `torchrun ... sabotaged_train.py OPTIONS`.
+
+The environment says which ranks and when: see sabotage.py, which starts it. Nothing is patched: Python's profiler sees
+every call, in every thread.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).parents[2]
+# The path that `train.py` would have, and the root for `tests`; without the folder of this script.
+sys.path[0:1] = [str(ROOT / "launch"), str(ROOT)]
+
+import train  # noqa: E402
+from tests.support.sabotage import Sabotage  # noqa: E402
+
+
+def profiler(sabotage: Sabotage) -> Callable[[FrameType, str, object], None]:
+    """Counts calls of the function, then whatever its thread does next, and sends the signal."""
+    calls, events, thread = sabotage.call, sabotage.after, 0
+
+    def profile(frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal calls, events, thread
+        if calls and event == "call" and frame.f_code.co_name == sabotage.function:
+            calls -= frame.f_code.co_filename.endswith(sabotage.file)
+            thread = threading.get_ident()
+        if calls == 0 and events >= 0 and threading.get_ident() == thread:
+            events -= 1
+            if events < 0:
+                os.write(2, f"now: {sabotage}\n".encode())
+                os.kill(os.getppid() if sabotage.to_agent else os.getpid(), signal.Signals[sabotage.signal])
+
+    return profile
+
+
+def main() -> None:
+    attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+    if folder := os.environ.get("SABOTAGE_PIDS"):
+        (Path(folder) / f"{attempt}-{rank}").write_text(str(os.getpid()))
+    plan = Sabotage.read(os.environ.get("SABOTAGE", "[]"))
+    for sabotage in plan:
+        if (sabotage.attempt, sabotage.rank) == (attempt, rank):
+            threading.setprofile(profiler(sabotage))
+            sys.setprofile(profiler(sabotage))
+    train.main()
+    sys.setprofile(None)
+    sys.stdout.flush()
+    os._exit(0)  # as train.py ends
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Kills ranks of launch/train.py at random moments, lets torchrun restart them, and compares with undisturbed runs.
+
+    python -m tests.support.stress_restarts                  # 24 kills at awkward places, then some at random times
+    python -m tests.support.stress_restarts --seed 1 --runs 2
+
+Each run is killed three times: while stepping, while swapping and while saving, in random order. It takes minutes, so
+that pytest leaves it out; tests/launch/test_launch.py kills three times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.sabotage import SABOTAGED, TORCHRUN, Sabotage, differences
+
+RANKS = 2
+KILLS = 3
+LAYOUTS = ("ddp", "fsdp2")
+
+# (file, function, called on both ranks); each is called within a few steps of any checkpoint.
+MOMENTS = {
+    "stepping": [
+        ("torch/_tensor.py", "backward", True),
+        ("torch/optim/adam.py", "step", True),
+        ("ema_dist/ema.py", "_update", True),
+        ("launch/recipe/preemption.py", "agreed", True),
+    ],
+    "swapping": [
+        ("ema_dist/ema.py", "swapped", True),
+        ("ema_dist/evaluation/swap.py", "__init__", True),
+        ("ema_dist/communication/replicas.py", "fill_from_parts", True),
+        ("launch/recipe/evaluation.py", "evaluate", True),
+        ("ema_dist/evaluation/swap.py", "leave", True),
+    ],
+    "saving": [
+        ("ema_dist/checkpoint/saving.py", "save", True),
+        ("ema_dist/checkpoint/folders.py", "begin", False),
+        ("ema_dist/checkpoint/writer.py", "write_data", True),
+        ("ema_dist/checkpoint/writer.py", "write", True),
+        ("ema_dist/checkpoint/manifest.py", "write", False),
+        ("ema_dist/checkpoint/folders.py", "commit", False),
+        ("ema_dist/checkpoint/folders.py", "_remove", False),
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=8, help="with kills at awkward places, three each")
+    parser.add_argument("--timed-runs", type=int, default=3, help="with kills at random times, up to three each")
+    args = parser.parse_args()
+    draw = random.Random(args.seed)
+    kills, failures = 0, 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for layout in LAYOUTS:
+            subprocess.run(command(folder / layout, layout), check=True, stdout=subprocess.DEVNULL)
+        for run in range(args.runs + args.timed_runs):
+            layout = LAYOUTS[run % len(LAYOUTS)]
+            options = (layout, "--resume", *["--async-checkpoints"] * (run // len(LAYOUTS) % 2))
+            plan = [*moments(draw)] if run < args.runs else []
+            killed, restarts, problems = disturbed(folder / "disturbed", options, plan, draw, folder / layout)
+            say(f"run {run} {options}: {restarts}; {problems or 'bit-identical'}", *killed)
+            kills += len(killed)
+            failures += bool(problems or (plan and len(killed) != KILLS))
+    say(f"{kills} kills, {failures} failed runs")
+    sys.exit(bool(failures))
+
+
+def say(*lines: str) -> None:
+    sys.stdout.write("\n    ".join(lines) + "\n")
+    sys.stdout.flush()
+
+
+def moments(draw: random.Random) -> Iterator[Sabotage]:
+    """One kill of each kind, each in an attempt of its own."""
+    for attempt, kind in enumerate(draw.sample(sorted(MOMENTS), KILLS)):
+        file, function, on_both = draw.choice(MOMENTS[kind])
+        call = {"stepping": draw.randint(1, 12), "swapping": 1, "saving": draw.randint(1, 2)}[kind]
+        yield Sabotage(file, function, call, draw.randint(0, 300), draw.randrange(RANKS) * on_both, attempt)
+
+
+def disturbed(
+    folder: Path, options: tuple[str, ...], plan: list[Sabotage], draw: random.Random, undisturbed: Path
+) -> tuple[list[str], list[str], list[str]]:
+    """A run with kills by plan, or else at random times: the kills, where it started each time, what came out wrong."""
+    shutil.rmtree(folder, ignore_errors=True)
+    pids = folder / "pids"
+    pids.mkdir(parents=True)
+    environment = Sabotage.environment(plan) | {"SABOTAGE_PIDS": str(pids)}
+    log = folder / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command(folder, *options), stdout=output, stderr=output, env=environment)
+        killed = [] if plan else [*kill_at_random(process, pids, draw)]
+        process.wait(timeout=900)
+    lines = log.read_text().splitlines()
+    killed += [line.removeprefix("now: ") for line in lines if line.startswith("now: ")]
+    starts = [line.partition(" in /")[0] for line in lines if line.startswith(("continuing", "starting"))]
+    if process.returncode:
+        return killed, starts, [f"exit code {process.returncode}", *lines]
+    return killed, starts, differences(folder, undisturbed)
+
+
+def kill_at_random(process: subprocess.Popen[bytes], pids: Path, draw: random.Random) -> Iterator[str]:
+    """Once in each attempt, some seconds after a rank has begun it."""
+    for attempt in range(KILLS):
+        rank, delay = draw.randrange(RANKS), draw.uniform(0, 6)
+        pid = pids / f"{attempt}-{rank}"
+        while process.poll() is None and not (pid.exists() and pid.read_text()):
+            time.sleep(0.01)
+        time.sleep(delay)
+        if process.poll() is not None:
+            return
+        try:
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        yield f"SIGKILL on rank {rank}, after {delay:.2f} s"
+
+
+def command(folder: Path, layout: str, *options: str) -> list[str | Path]:
+    ranks = ("--standalone", "--nproc-per-node", str(RANKS), "--max-restarts", str(KILLS))
+    folders = ("--output-dir", folder, "--checkpoint-dir", folder / "checkpoints", "--checkpoint-every", "5")
+    training = ("--device", "cpu", "--epochs", "2", "--parallel", layout, *folders, *options)
+    return [*TORCHRUN, *ranks, SABOTAGED, *training]
+
+
+if __name__ == "__main__":
+    main()
