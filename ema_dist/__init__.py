@@ -10,5 +10,12 @@ from ema_dist.ema import ShardedEMA
 from ema_dist.functional import compute_ema
 from ema_dist.schedules.decay import HalfLife
 
-__all__ = ["Compensated", "HalfLife", "Offloaded", "ShardedEMA", "Stochastic", "compute_ema"]
+__all__ = [
+    "Compensated",
+    "HalfLife",
+    "Offloaded",
+    "ShardedEMA",
+    "Stochastic",
+    "compute_ema",
+]
 __version__ = "0.1.0"

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ema_dist.averages.full_weights import collect, copy_into, full_shapes, gather, scatter, unite
+from ema_dist.averages.full_weights import collect, copy_into, full_shapes, gather, gather_pipeline, scatter
 from ema_dist.averages.offload import Offloaded
-from ema_dist.averages.optimizer_hook import Attachment
+from ema_dist.averages.optimizer_hook import OptimizerHook
 from ema_dist.averages.precision import Compensated, Precision, Stochastic
-from ema_dist.averages.state import read_state, write_state
+from ema_dist.averages.state import load_state, make_state
 from ema_dist.averages.tracks import BufferPolicy, Tracks
-from ema_dist.communication.rendezvous import agreed, meet
+from ema_dist.communication.rendezvous import agree_on, rendezvous
 from ema_dist.evaluation.live_model import LiveModel
-from ema_dist.evaluation.session import Pair
-from ema_dist.evaluation.swap import Exchange
+from ema_dist.evaluation.session import TrackedModel
+from ema_dist.evaluation.swap import Swap
 from ema_dist.schedules.clock import Clock
-from ema_dist.schedules.decay import TRACK, HalfLife, as_decays
-from ema_dist.sharding import Layout, Replicas
+from ema_dist.schedules.decay import DEFAULT_TRACK, HalfLife, as_decays
+from ema_dist.sharding import Layout, ReplicaPolicy
 
 
 class ShardedEMA:
@@ -67,7 +67,7 @@ class ShardedEMA:
         update_interval: int = 1,
         dtype: torch.dtype | None = None,
         rounding: Stochastic | Compensated = Stochastic(),  # noqa: B008 - frozen
-        replicas: Replicas = "shard",
+        replicas: ReplicaPolicy = "shard",
         buffers: BufferPolicy = "average",
         select: Callable[[str, Tensor], bool] | None = None,
         kernel: str | None = None,
@@ -82,11 +82,11 @@ class ShardedEMA:
         if buffers not in ("average", "copy"):
             raise ValueError(f'buffers is "average" or "copy", got {buffers!r}')
         self._clock = Clock(as_decays(decay), start=start, interval=update_interval)
-        self._attachment: Attachment | None = None
+        self._optimizer_hook: OptimizerHook | None = None
         live = LiveModel(model, replicas=replicas, select=select, timeout=timeout)
         if live.is_split:
-            live.meet("ShardedEMA(model)")
-            live.refuse_drift("ShardedEMA(model)")
+            live.rendezvous("ShardedEMA(model)")
+            live.check_replicas("ShardedEMA(model)")
         tracks = Tracks(
             live.layout,
             self._clock.decays.keys(),
@@ -94,10 +94,10 @@ class ShardedEMA:
             precision=precision,
             buffers=buffers,
             kernel=kernel,
-            agree=agreed if live.is_copied else None,
+            agree=agree_on if live.has_replicated_averages else None,
             store=store,
         )
-        self._pair = Pair(live, tracks)
+        self._tracked_model = TrackedModel(live, tracks)
 
     @property
     def model(self) -> nn.Module:
@@ -135,12 +135,12 @@ class ShardedEMA:
         self._update(found_inf, overlap=False)
 
     def _update(self, found_inf: Tensor | None, *, overlap: bool) -> None:
-        self._pair.refuse_inside("update()")
-        self._pair.prepare_update()
+        self._tracked_model.require_inactive("update()")
+        self._tracked_model.prepare_update()
         weights = self._clock.tick(found_inf)
-        self._tracks.follow(weights, self._clock.last_update, overlap=overlap)
+        self._tracks.update_averages(weights, self._clock.update_number, overlap=overlap)
 
-    def attach(self, optimizer: Optimizer, *, overlap: bool = False) -> Attachment:
+    def attach(self, optimizer: Optimizer, *, overlap: bool = False) -> OptimizerHook:
         """Update after each real step of ``optimizer`` from now on, until ``remove()`` of the returned handle.
 
         Steps that a gradient scaler lets a fused optimizer skip are left out on the device, and so are the dummy
@@ -155,21 +155,21 @@ class ShardedEMA:
         Raises: RuntimeError when an optimizer is attached already: with several, attach the one that steps last.
             ValueError when this one steps none of the averaged parameters.
         """
-        if self._attachment is not None and self._attachment.active:
+        if self._optimizer_hook is not None and self._optimizer_hook.is_active:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
-        self._pair.prepare("attach()", together=False)
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(self._live.layout.parameters[name].owner) in stepped for name in self._live.selected):
+        self._tracked_model.prepare("attach()", collective=False)
+        stepped_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(self._live.layout.parameters[name].owner) in stepped_ids for name in self._live.selected):
             raise ValueError(
                 "this optimizer steps none of the averaged parameters (was it built before the model was wrapped?); "
                 "attach the one that does, or call update() after its steps"
             )
-        self._attachment = Attachment(
+        self._optimizer_hook = OptimizerHook(
             optimizer,
             lambda found_inf: self._update(found_inf, overlap=overlap),
             before_steps=self._tracks.streams.join if overlap else None,
         )
-        return self._attachment
+        return self._optimizer_hook
 
     def swapped(self, track: str | None = None) -> AbstractContextManager[nn.Module]:
         """The model holds its averages inside the ``with`` block, and its live weights again after it, to the bit.
@@ -190,7 +190,7 @@ class ShardedEMA:
             on leaving, when parameters were written to. ValueError for an unknown track, when the model has changed, or
             when a parameter became trainable that has no average.
         """
-        return self._pair.swapped(self._tracks.named(track))
+        return self._tracked_model.swapped(self._tracks.resolve(track))
 
     def serving(self, track: str | None = None) -> AbstractContextManager[nn.Module]:
         """Forward passes in the ``with`` block read the averages, without gradients; the live weights stay in place.
@@ -203,36 +203,36 @@ class ShardedEMA:
             track: whose averages; None for the only one, or the one called ``default``.
 
         Collective: entering, where averages are split among replicas; leaving, only with `swapped`.
-        Memory: the buffers. Where `serves_by` says so a copy of this rank's live shards, whole on each replica.
+        Memory: the buffers. Where `serving_mode` says so a copy of this rank's live shards, whole on each replica.
         Raises: RuntimeError inside `swapped` or `serving`, when ranks do not come within ``timeout``, and on leaving,
             when parameters were written to. ValueError as `swapped`.
         """
-        return self._pair.serving(self._tracks.named(track))
+        return self._tracked_model.serving(self._tracks.resolve(track))
 
     @property
-    def moves_by(self) -> str:
+    def update_kernel(self) -> str:
         """The kernels that move the averages of parameters, by name: the fastest here, unless ``kernel`` was given.
 
         "foreach" reads the live weights for each track, the others once for all.
         """
-        return " and ".join(self._tracks.kernels)
+        return " and ".join(self._tracks.kernel_names)
 
     @property
-    def serves_by(self) -> str:
+    def serving_mode(self) -> str:
         """What forward passes read inside `serving`, at the costliest.
 
         Either "the averages themselves", "a cast copy" where dtypes differ, "a copy on the model's device" where the
         averages are kept elsewhere, "a gathered copy" where replicas share them, or "swapped(), since" there is no
         other way.
         """
-        return self._pair.serving_of(next(iter(self._tracks.values()))).by
+        return self._tracked_model.get_serving(next(iter(self._tracks.values()))).mode
 
     def restore(self) -> None:
         """Leave `swapped`: for ranks that could not leave it together, or to end it early; else nothing happens.
 
         Collective: as `swapped`. Memory: as `swapped`. Raises: as `swapped` on leaving.
         """
-        self._pair.restore()
+        self._tracked_model.restore()
 
     def check_replicas(self) -> None:
         """Compare the live weights of ranks that should hold the same ones (DDP, HSDP), by checksums of their bits.
@@ -240,8 +240,8 @@ class ShardedEMA:
         Collective: over all ranks that hold the model. Memory: 8 bytes per tensor and replica.
         Raises: RuntimeError naming the tensors that differ and the ranks on which they do.
         """
-        self._pair.prepare("check_replicas()", together=True)
-        self._live.refuse_drift("check_replicas()")
+        self._tracked_model.prepare("check_replicas()", collective=True)
+        self._live.check_replicas("check_replicas()")
 
     def state_dict(self) -> dict[str, Any]:
         """The averages and counts as `torch.distributed.checkpoint` (DCP) saves and reshards them.
@@ -254,13 +254,13 @@ class ShardedEMA:
         Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name:
             tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
         """
-        self._pair.prepare("state_dict()", together=self._live.is_spread)
+        self._tracked_model.prepare("state_dict()", collective=self._live.has_sharded_averages)
         current: Mapping[str, Mapping[str, Tensor]] = {
-            track: self._pair.current(its) for track, its in self._tracks.items()
+            track: self._tracked_model.current(averages) for track, averages in self._tracks.items()
         }
-        if self._pair.exchange is not None:  # they lie in the model: nothing must be loaded into them there
-            current = {track: self._tracks[track].copies(its) for track, its in current.items()}
-        return write_state(self._clock, self._live.layout, self._tracks, current)
+        if self._tracked_model.swap is not None:  # they lie in the model: nothing must be loaded into them there
+            current = {track: self._tracks[track].clone_shared(averages) for track, averages in current.items()}
+        return make_state(self._clock, self._live.layout, self._tracks, current)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned: on this layout, resharded by DCP, or with full tensors.
@@ -271,9 +271,9 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped`; ValueError when format, tracks, names or shapes differ, before anything
             changes.
         """
-        self._pair.refuse_inside("load_state_dict()")
-        self._pair.prepare("load_state_dict()", together=False)
-        read_state(state_dict, self._clock, self._live.layout, self._tracks)
+        self._tracked_model.require_inactive("load_state_dict()")
+        self._tracked_model.prepare("load_state_dict()", collective=False)
+        load_state(state_dict, self._clock, self._live.layout, self._tracks)
 
     def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:
         """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.
@@ -306,14 +306,14 @@ class ShardedEMA:
         """
         entries = self._gather("full_state_dict()", dtype, track)
         if pipeline is not None:
-            stages = dist.get_process_group_ranks(pipeline)
-            if len({*stages} & {*self._live.ranks}) > 1:
+            pipeline_ranks = dist.get_process_group_ranks(pipeline)
+            if len({*pipeline_ranks} & {*self._live.ranks}) > 1:
                 raise ValueError(
-                    f"pipeline={stages} should hold one rank of each stage, but one is held by {self._live.ranks}"
+                    f"pipeline={pipeline_ranks} should hold one rank of each stage, but one is held by {self._live.ranks}"
                 )
-            meet("full_state_dict(pipeline=...)", stages, timeout=self._live.timeout)
-            entries = unite(entries, pipeline, self._live.layout.shards[0].device)
-        return collect(entries, keep=self._live.is_first)
+            rendezvous("full_state_dict(pipeline=...)", pipeline_ranks, timeout=self._live.timeout)
+            entries = gather_pipeline(entries, pipeline, self._live.layout.shards[0].device)
+        return collect(entries, is_destination=self._live.is_first)
 
     def full_shapes(self, *, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
         """The entries of `full_state_dict` as tensors on the meta device; None for extra states that are not tensors.
@@ -332,12 +332,12 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped`, and on every rank when a value cannot be read; ValueError on every rank
             when names, shapes or kinds of dtype differ, before anything changes.
         """
-        averages = self._tracks.named(track)
-        self._pair.refuse_inside("load_full_state_dict()")
-        self._pair.prepare("load_full_state_dict()", together=True)
+        averages = self._tracks.resolve(track)
+        self._tracked_model.require_inactive("load_full_state_dict()")
+        self._tracked_model.prepare("load_full_state_dict()", collective=True)
         scatter(self._live.layout, averages, full)
-        averages.note_infinities()
-        self._tracks.bind(self._live.layout)
+        averages.find_infinities()
+        self._tracks.bind_layout(self._live.layout)
 
     def copy_to(self, model: nn.Module, *, track: str | None = None) -> None:
         """Overwrite the live weights of ``model`` with the averages, and all else in its state with this model's.
@@ -350,10 +350,10 @@ class ShardedEMA:
         Memory: one full tensor on each rank.
         Raises: RuntimeError inside `swapped`; ValueError when names or shapes differ, before anything changes.
         """
-        averages = self._tracks.named(track)
-        self._pair.refuse_inside("copy_to()")
-        self._pair.prepare("copy_to()", together=self._live.is_spread)
-        copy_into(Layout(model, "copy"), self._live.layout, averages.numbers())
+        averages = self._tracks.resolve(track)
+        self._tracked_model.require_inactive("copy_to()")
+        self._tracked_model.prepare("copy_to()", collective=self._live.has_sharded_averages)
+        copy_into(Layout(model, "copy"), self._live.layout, averages.recombined())
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -367,31 +367,33 @@ class ShardedEMA:
         decays = self._clock.decays
         return (
             f"{type(self).__name__}({len(parameters)} parameters, {numel:,} elements on this rank, "
-            f"{decays[TRACK] if [*decays] == [TRACK] else decays}, start={self._clock.start}, "
-            f"update_interval={self._clock.interval}, moves by {self.moves_by}, "
-            f"serves by {self.serves_by}{f', {self._tracks.store}' if self._tracks.store else ''})"
+            f"{decays[DEFAULT_TRACK] if [*decays] == [DEFAULT_TRACK] else decays}, start={self._clock.start}, "
+            f"update_interval={self._clock.interval}, update_kernel={self.update_kernel}, "
+            f"serving_mode={self.serving_mode}{f', {self._tracks.store}' if self._tracks.store else ''})"
         )
 
     @property
     def _live(self) -> LiveModel:
-        return self._pair.live
+        return self._tracked_model.live
 
     @property
     def _tracks(self) -> Tracks:
-        return self._pair.tracks
+        return self._tracked_model.tracks
 
     def _gather(self, call: str, dtype: torch.dtype | None, track: str | None) -> Iterator[tuple[str, Any]]:
-        averages = self._tracks.named(track)
-        self._pair.prepare(call, together=self._live.is_spread)
-        entries = gather(self._live.layout, self._pair.current(averages), dtype=dtype, keep=self._live.is_first)
-        return self._entries(entries, self._pair.exchange, self._tracks.followed)
+        averages = self._tracks.resolve(track)
+        self._tracked_model.prepare(call, collective=self._live.has_sharded_averages)
+        entries = gather(
+            self._live.layout, self._tracked_model.current(averages), dtype=dtype, is_destination=self._live.is_first
+        )
+        return self._checked_entries(entries, self._tracked_model.swap, self._tracks.update_calls)
 
-    def _entries(
-        self, entries: Iterator[tuple[str, Any]], exchange: Exchange | None, followed: int
+    def _checked_entries(
+        self, entries: Iterator[tuple[str, Any]], swap: Swap | None, update_calls: int
     ) -> Iterator[tuple[str, Any]]:
         for entry in entries:
-            if self._pair.exchange is not exchange:
+            if self._tracked_model.swap is not swap:
                 raise RuntimeError("swapped() was entered or left while gather() was under way; exhaust it before that")
-            if self._tracks.followed != followed:
+            if self._tracks.update_calls != update_calls:
                 raise RuntimeError("update() was called while gather() was under way; exhaust it before that")
             yield entry

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ema_dist.kernels import lerp_, paired
-from ema_dist.messages import few
+from ema_dist.kernels import group_pairs, lerp_
+from ema_dist.messages import abbreviated
 from ema_dist.schedules.decay import Constant
 from ema_dist.sharding import Layout
 
@@ -24,20 +24,24 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     Source: ``composer.algorithms.ema.compute_ema``, whose half-life is ``-log(2) / log(smoothing)``.
     """
     weight = 1 - Constant(smoothing).value
-    lives, averages = Layout(model, "copy"), Layout(ema_model, "copy")
-    ours, theirs = averages.by_any_name(), lives.by_any_name()
+    live_layout, average_layout = Layout(model, "copy"), Layout(ema_model, "copy")
+    average_shards, live_shards = average_layout.shards_by_name(), live_layout.shards_by_name()
     different = [
-        n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs or not ours[n].same_cut(theirs[n])
+        name
+        for name in average_shards.keys() | live_shards.keys()
+        if name not in average_shards
+        or name not in live_shards
+        or not average_shards[name].is_sharded_like(live_shards[name])
     ]
     if different:
-        raise ValueError(f"the models differ in the names, shapes or cuts of {few(sorted(different))}")
+        raise ValueError(f"the models differ in the names, shapes or cuts of {abbreviated(sorted(different))}")
     averaged: list[tuple[Tensor, Tensor]] = []
     copied: list[tuple[Tensor, Tensor]] = []
-    for name, shard in (averages.parameters | averages.buffers).items():
-        pair = shard.local, theirs[name].local
+    for name, shard in (average_layout.parameters | average_layout.buffers).items():
+        pair = shard.local, live_shards[name].local
         is_inexact = shard.owner.is_floating_point() or shard.owner.is_complex()
         (averaged if is_inexact else copied).append(pair)
-    for targets, sources in paired(averaged):
+    for targets, sources in group_pairs(averaged):
         lerp_(targets, sources, weight, finite=False)
-    for targets, sources in paired(copied):
+    for targets, sources in group_pairs(copied):
         lerp_(targets, sources, 1.0)

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 
 
-def few(names: Iterable[str], count: int = 10, between: str = ", ") -> str:
+def abbreviated(names: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
     """The first of these, and how many more there are: a model has thousands of tensors, and a message one point."""
-    every = list(names)
-    more = f" and {len(every) - count} more" if len(every) > count else ""
-    return between.join(every[:count]) + more
+    all_names = list(names)
+    more = f" and {len(all_names) - limit} more" if len(all_names) > limit else ""
+    return separator.join(all_names[:limit]) + more
 
 
-def apart(one: str, ours: AbstractSet[str], other: str, theirs: AbstractSet[str]) -> str:
+def describe_difference(left: str, left_names: AbstractSet[str], right: str, right_names: AbstractSet[str]) -> str:
     """Which names only one of two has, with what these two are called; empty where none are."""
-    both = {one: ours - theirs, other: theirs - ours}
-    return "; ".join(f"only {whose} has {few(sorted(names))}" for whose, names in both.items() if names)
+    only_in = {left: left_names - right_names, right: right_names - left_names}
+    return "; ".join(f"only {label} has {abbreviated(sorted(names))}" for label, names in only_in.items() if names)

@@ -21,7 +21,7 @@ from ema_dist import HalfLife, ShardedEMA
 from recipe.data import Batches, Images, load_images
 from recipe.evaluation import evaluate
 from recipe.model import VisionTransformer
-from recipe.parallel import WRAPS, data_shard, default_parallel, process_group, wrap
+from recipe.parallel import WRAPPERS, data_rank_and_size, default_parallel, process_group, wrap
 
 
 def main() -> None:
@@ -35,43 +35,49 @@ def distill(args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(args.seed)
     training, test = load_images(device)
     labelled = Images(training.pixels[: args.labels], training.labels[: args.labels])
-    part = data_shard(args.parallel)
-    lessons = Batches(labelled, args.labels, args.seed, *part)  # one step an epoch
+    part = data_rank_and_size(args.parallel)
+    labelled_batches = Batches(labelled, args.labels, args.seed, *part)  # one step an epoch
     batches = Batches(training, args.batch_size, args.seed, *part)  # whose labels nobody looks at
     model = wrap(VisionTransformer(), args.parallel, device)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     # Whole on each rank, since the teacher is asked at each step: nothing has to be gathered for it.
     ema = ShardedEMA(model, decay=HalfLife(args.half_life), replicas="copy")
-    print_once(f"teaching from {ema.serves_by}")
+    print_rank_0(f"teaching from {ema.serving_mode}")
     torch.manual_seed(args.seed + dist.get_rank())  # of the noise
 
     steps = args.epochs * len(batches)
     for epoch in range(1, args.epochs + 1):
         model.train()
         for pixels, _ in batches.epoch(epoch):
-            known, labels = next(lessons.epoch(ema.steps))
-            noisy = pixels + args.noise * torch.randn_like(pixels)
+            labelled_pixels, labels = next(labelled_batches.epoch(ema.steps))
+            noisy_pixels = pixels + args.noise * torch.randn_like(pixels)
             optimizer.zero_grad()
-            answers, guesses = model(torch.cat([known, noisy])).split([len(known), len(noisy)])
+            labelled_logits, noisy_logits = model(torch.cat([labelled_pixels, noisy_pixels])).split(
+                [len(labelled_pixels), len(noisy_pixels)]
+            )
             with ema.serving():  # the student's graph is alive, and stays as it is
                 targets = model(pixels).softmax(dim=1)
-            consistency = args.consistency * ramp(ema.steps / steps) * F.mse_loss(guesses.softmax(dim=1), targets)
-            (F.cross_entropy(answers, labels) + consistency).backward()
+            consistency = (
+                args.consistency
+                * consistency_ramp(ema.steps / steps)
+                * F.mse_loss(noisy_logits.softmax(dim=1), targets)
+            )
+            (F.cross_entropy(labelled_logits, labels) + consistency).backward()
             optimizer.step()
             ema.update()
         student = evaluate(model, test)
         with ema.serving():
             teacher = evaluate(model, test)
-        print_once(f"epoch {epoch:3}  student: {student}  teacher: {teacher}")
-    print_once(f"averaged model: test {teacher}, of {args.labels} labels")
+        print_rank_0(f"epoch {epoch:3}  student: {student}  teacher: {teacher}")
+    print_rank_0(f"averaged model: test {teacher}, of {args.labels} labels")
 
 
-def ramp(progress: float) -> float:
+def consistency_ramp(progress: float) -> float:
     """How much the teacher is listened to: little at first, when it knows nothing; fully from a third of the run on."""
     return min(1.0, 3 * progress) ** 2
 
 
-def print_once(text: str) -> None:
+def print_rank_0(text: str) -> None:
     if dist.get_rank() == 0:
         print(text, flush=True)
 
@@ -79,7 +85,7 @@ def print_once(text: str) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--parallel", choices=WRAPS, default=default_parallel(), help="default: ddp on several ranks, else plain")
+    option("--parallel", choices=WRAPPERS, default=default_parallel(), help="default: ddp on several ranks, else plain")
     option("--device", choices=["auto", "cpu", "cuda"], default="auto")
     option("--labels", type=int, default=48, metavar="IMAGES", help="training images that have a label")
     option("--consistency", type=float, default=20.0, metavar="WEIGHT", help="of agreeing with the teacher")

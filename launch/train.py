@@ -26,10 +26,10 @@ from ema_dist import HalfLife, ShardedEMA, checkpoint
 from recipe.data import Batches, load_images
 from recipe.evaluation import evaluate
 from recipe.model import VisionTransformer
-from recipe.parallel import WRAPS, data_shard, default_parallel, process_group, wrap
-from recipe.preemption import Preempted, Preemption
-from recipe.report import HEADING, Row, progress_bar, write_csv, write_curves
-from recipe.resuming import Checkpoints, Progress
+from recipe.parallel import WRAPPERS, data_rank_and_size, default_parallel, process_group, wrap
+from recipe.preemption import Preempted, PreemptionHandler
+from recipe.report import HEADING, EpochMetrics, progress_bar, write_csv, write_curves
+from recipe.resuming import Checkpoints, TrainingProgress
 from recipe.stopwatch import stopwatch
 
 
@@ -41,54 +41,56 @@ def main() -> None:
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """The recipe: data, model, optimizer, average; then epochs of training and evaluation, with checkpoints."""
-    preemption = Preemption()
+    preemption = PreemptionHandler()
     torch.manual_seed(args.seed)
     training, test = load_images(device)
-    batches = Batches(training, args.batch_size, args.seed, *data_shard(args.parallel))
+    batches = Batches(training, args.batch_size, args.seed, *data_rank_and_size(args.parallel))
     model = wrap(VisionTransformer(), args.parallel, device)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
-    schedule = LinearLR(optimizer, start_factor=0.1, total_iters=len(batches))
+    lr_scheduler = LinearLR(optimizer, start_factor=0.1, total_iters=len(batches))
     ema = ShardedEMA(model, decay=HalfLife(args.half_life))
-    progress = Progress(schedule)
+    progress = TrainingProgress(lr_scheduler)
     checkpoints = Checkpoints(
         args.checkpoint_dir, {"model": model, "optim": optimizer, "ema": ema, "progress": progress}
     )
-    every = args.checkpoint_every or len(batches)
+    save_interval = args.checkpoint_every or len(batches)
 
-    def stop_if_told() -> None:
-        if preemption.agreed():
+    def stop_if_preempted() -> None:
+        if preemption.should_stop():
             checkpoints.save(ema.steps, block=True)  # also inside swapped(), which changes nothing about what is saved
             bar.console.print(f"told to stop: stopped at step {ema.steps}")
             raise Preempted
 
     step_time, update_time = stopwatch(device), stopwatch(device)
     with progress_bar(dist.get_rank()) as bar:
-        bar.console.print(checkpoints.resume(asked=args.resume))
+        bar.console.print(checkpoints.resume(is_requested=args.resume))
         task = bar.add_task("steps", total=args.epochs * len(batches), completed=ema.steps)
         bar.console.print(HEADING)
         for epoch in range(len(progress.rows) + 1, args.epochs + 1):
             model.train()
-            for pixels, labels in batches.epoch(epoch, first=ema.steps - (epoch - 1) * len(batches)):
-                stop_if_told()
+            for pixels, labels in batches.epoch(epoch, first_step=ema.steps - (epoch - 1) * len(batches)):
+                stop_if_preempted()
                 with step_time:
                     optimizer.zero_grad()
                     F.cross_entropy(model(pixels), labels).backward()
                     optimizer.step()
-                    schedule.step()
+                    lr_scheduler.step()
                     with update_time:
                         ema.update()
                 bar.advance(task)
-                if ema.steps % every == 0 and ema.steps % len(batches):  # the last of an epoch comes with its scores
+                if ema.steps % save_interval == 0 and ema.steps % len(
+                    batches
+                ):  # the last of an epoch comes with its scores
                     checkpoints.save(ema.steps, block=not args.async_checkpoints)
 
-            live = evaluate(model, test, before_batch=stop_if_told)
+            live = evaluate(model, test, before_batch=stop_if_preempted)
             with ema.swapped():
-                average = evaluate(model, test, before_batch=stop_if_told)
+                average = evaluate(model, test, before_batch=stop_if_preempted)
             # A run that resumed right here has taken no step of this epoch.
-            row = Row(epoch, ema.steps, *live, *average, update_time.read() / (step_time.read() or math.nan))
+            row = EpochMetrics(epoch, ema.steps, *live, *average, update_time.read() / (step_time.read() or math.nan))
             progress.rows.append(row)
             bar.console.print(str(row))
-            if ema.steps % every == 0 or epoch == args.epochs:
+            if ema.steps % save_interval == 0 or epoch == args.epochs:
                 checkpoints.save(ema.steps, block=not args.async_checkpoints)
     checkpoint.wait()
 
@@ -103,7 +105,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--parallel", choices=WRAPS, default=default_parallel(), help="default: ddp on several ranks, else plain")
+    option("--parallel", choices=WRAPPERS, default=default_parallel(), help="default: ddp on several ranks, else plain")
     option("--device", choices=["auto", "cpu", "cuda"], default="auto")
     option("--half-life", type=float, default=60, metavar="STEPS", help="of the average, in optimizer steps")
     option("--epochs", type=int, default=24)

@@ -27,13 +27,13 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from ema_dist.composer import EMA
-from recipe.data import Images, load_images, shifted
+from recipe.data import Images, load_images, shift_images
 from recipe.evaluation import Scores
 from recipe.model import Block, VisionTransformer
 
-AVERAGE, LIVE = "eval", "eval-live"
-NEWEST = "latest-rank0.pt"  # as Composer calls it, monolithic or sharded
-PARALLEL: dict[str, dict[str, Any] | None] = {
+AVERAGE_LABEL, LIVE_LABEL = "eval", "eval-live"
+LATEST_CHECKPOINT = "latest-rank0.pt"  # as Composer calls it, monolithic or sharded
+PARALLELISM_CONFIGS: dict[str, dict[str, Any] | None] = {
     "ddp": None,
     "fsdp1": {"fsdp": {"sharding_strategy": "FULL_SHARD", "state_dict_type": "sharded"}},
     "fsdp2": {"fsdp": {"state_dict_type": "sharded"}},
@@ -47,15 +47,15 @@ class LiveEvaluation(Callback):
         self.ema = ema
 
     def eval_start(self, state: State, logger: Logger) -> None:  # noqa: ARG002  Composer's signature
-        if state.dataloader_label == LIVE and self.ema.ema_weights_active:
+        if state.dataloader_label == LIVE_LABEL and self.ema.ema_weights_active:
             self.ema.get_training_model(state.model)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:  # noqa: ARG002
-        live, average = scores(state, LIVE), scores(state, AVERAGE)
+        live, average = scores(state, LIVE_LABEL), scores(state, AVERAGE_LABEL)
         if dist.get_global_rank() == 0:
             epoch, batch = state.timestamp.epoch.value, state.timestamp.batch.value
-            below_the_bar = "\n" if sys.stderr.isatty() else ""  # Composer leaves the cursor on its line
-            print(f"{below_the_bar}epoch {epoch}, batch {batch}: live {live}; average {average}", flush=True)
+            line_break = "\n" if sys.stderr.isatty() else ""  # Composer leaves the cursor on its line
+            print(f"{line_break}epoch {epoch}, batch {batch}: live {live}; average {average}", flush=True)
 
 
 def scores(state: State, label: str) -> Scores:
@@ -84,12 +84,14 @@ def train(args: argparse.Namespace) -> None:
         algorithms=[ema],
         callbacks=[LiveEvaluation(ema)],
         train_dataloader=training_batches(training, args),
-        eval_dataloader=[Evaluator(label=label, dataloader=test_batches(test)) for label in (AVERAGE, LIVE)],
+        eval_dataloader=[
+            Evaluator(label=label, dataloader=test_batches(test)) for label in (AVERAGE_LABEL, LIVE_LABEL)
+        ],
         optimizers=AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05),
         schedulers=ConstantWithWarmupScheduler(t_warmup="1ep"),
         max_duration=f"{args.epochs}ep",
         eval_interval="1ep",
-        parallelism_config=PARALLEL[args.parallel],
+        parallelism_config=PARALLELISM_CONFIGS[args.parallel],
         device=args.device,
         precision="fp32",
         seed=args.seed,
@@ -119,12 +121,12 @@ def training_batches(images: Images, args: argparse.Namespace) -> DataSpec:
     data = TensorDataset(images.pixels, images.labels)
     sampler = dist.get_sampler(data, shuffle=True, drop_last=True, seed=args.seed)
     loader = DataLoader(data, batch_size=args.batch_size // ranks, sampler=sampler, drop_last=True)
-    return DataSpec(loader, batch_transforms=augmented)
+    return DataSpec(loader, batch_transforms=augment)
 
 
-def augmented(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def augment(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     pixels, labels = batch
-    return shifted(pixels, torch.randint(3, (len(pixels), 2))), labels
+    return shift_images(pixels, torch.randint(3, (len(pixels), 2))), labels
 
 
 def test_batches(images: Images) -> DataLoader[Any]:
@@ -137,7 +139,7 @@ def test_batches(images: Images) -> DataLoader[Any]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--parallel", choices=PARALLEL, default="ddp")
+    option("--parallel", choices=PARALLELISM_CONFIGS, default="ddp")
     option("--device", choices=["cpu", "gpu"], default="gpu" if torch.cuda.is_available() else "cpu")
     option("--half-life", type=int, default=60, metavar="BATCHES", help="of the average")
     option("--epochs", type=int, default=24)
@@ -149,7 +151,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.resume and not args.save_folder:
         parser.error("--resume needs --save-folder")
-    if args.save_folder and not args.resume and os.path.lexists(args.save_folder / NEWEST):
+    if args.save_folder and not args.resume and os.path.lexists(args.save_folder / LATEST_CHECKPOINT):
         parser.error(f"{args.save_folder} is of an earlier run: pass --resume to continue it or another --save-folder")
     if args.parallel == "fsdp1" and args.device == "cpu":
         parser.error("--parallel fsdp1 needs a GPU: Composer asks CUDA for one when it wraps; pass --parallel fsdp2")

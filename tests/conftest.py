@@ -49,7 +49,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     filters = (*pyfuncitem.config.getini("filterwarnings"), *_marked_warning_filters(pyfuncitem))
 
     def run(**arguments: object) -> None:
-        body = world.Body(test.__module__, test.__name__, pickle.dumps(arguments), filters)
+        body = world.RemoteTest(test.__module__, test.__name__, pickle.dumps(arguments), filters)
         world.run(body, _world(pyfuncitem))
 
     if hypothesis.is_hypothesis_test(test):
@@ -61,8 +61,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 
 def _world(item: pytest.Item) -> world.World:
     marker = item.get_closest_marker("world_size")
-    asked = world.World(*marker.args, **marker.kwargs) if marker else world.World(1)
-    return dataclasses.replace(asked, backend="cpu:gloo,cuda:nccl") if item.get_closest_marker("gpu") else asked
+    world_settings = world.World(*marker.args, **marker.kwargs) if marker else world.World(1)
+    return (
+        dataclasses.replace(world_settings, backend="cpu:gloo,cuda:nccl")
+        if item.get_closest_marker("gpu")
+        else world_settings
+    )
 
 
 def _marked_warning_filters(item: pytest.Item) -> list[str]:

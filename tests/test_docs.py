@@ -33,7 +33,7 @@ SCRIPTS = [pytest.param(page.relative_to(ROOT), name, id=name) for page in PAGES
 
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize(("page", "name"), SCRIPTS)
-def test_what_the_pages_print_runs(page: Path, name: str, tmp_path: Path) -> None:
+def test_code_in_the_documentation_runs(page: Path, name: str, tmp_path: Path) -> None:
     """A script of its own runs twice, as a resumed one does; a page, once."""
     script = tmp_path / f"rank{dist.get_rank()}.py"
     script.write_text(scripts(ROOT / page)[name])

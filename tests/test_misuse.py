@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ema_dist import HalfLife, Offloaded, ShardedEMA, compute_ema
-from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, trained, wrap
+from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, make_trained, wrap
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_model_on_meta_is_refused(layout: str) -> None:
 
 @layouts("plain", "ddp", "fsdp2")
 def test_a_changed_model_is_named_and_nothing_is_averaged(layout: str) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     before = ema.full_state_dict()
     net = model.module if layout == "ddp" else model
     kept = net.blocks[1].out
@@ -120,7 +120,7 @@ def test_a_copy_is_refused_and_says_what_to_do(copied: Callable[[ShardedEMA], ob
 @layouts("plain", "ddp", "fsdp1", "fsdp2")
 def test_a_parameter_that_became_trainable_is_named(layout: str) -> None:
     """It would ship untracked."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     for name, parameter in model.named_parameters():
         if "frozen" in name:
             parameter.requires_grad_()
@@ -134,7 +134,7 @@ def test_a_parameter_that_became_trainable_is_named(layout: str) -> None:
 
 @pytest.mark.world_size(2)
 def test_calls_after_the_process_group_is_gone() -> None:
-    _, ema = trained("ddp")
+    _, ema = make_trained("ddp")
     dist.barrier()
     dist.destroy_process_group()
     with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] together, and there is no process group"), ema.swapped():
@@ -145,8 +145,8 @@ def test_calls_after_the_process_group_is_gone() -> None:
 
 
 @layouts("fsdp1", "fsdp2")
-def test_gathering_on_rank_0_alone_is_told_within_the_timeout(layout: str) -> None:
-    _, ema = trained(layout, timeout=0.5)
+def test_gathering_on_rank_0_alone_is_an_error_within_the_timeout(layout: str) -> None:
+    _, ema = make_trained(layout, timeout=0.5)
     if dist.get_rank() == 0:
         for call in (ema.full_state_dict, ema.state_dict, lambda: ema.load_full_state_dict({})):
             with pytest.raises(RuntimeError, match=r"waited 0.5 s in .*: ranks \[1\] did not come"):
@@ -163,7 +163,7 @@ def test_compute_ema_refuses_models_that_differ() -> None:
 
 
 def test_copying_to_another_model_is_refused() -> None:
-    _, ema = trained("plain")
+    _, ema = make_trained("plain")
     other = make_net("plain", seed=1)
     other.blocks[0].out = nn.Linear(7, 5)
     before = full_weights(other)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ema_dist.averages.tracks import Averages
-from ema_dist.messages import apart, few
+from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.sharding import Layout, Shard
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @torch.no_grad()
 def gather(
-    layout: Layout, averages: Mapping[str, Tensor], *, dtype: torch.dtype | None, keep: bool
+    layout: Layout, averages: Mapping[str, Tensor], *, dtype: torch.dtype | None, is_destination: bool
 ) -> Iterator[tuple[str, Any]]:
     """Everything the unwrapped model's ``state_dict()`` holds, one full CPU tensor at a time.
 
@@ -32,30 +32,32 @@ def gather(
 
     Collective: over the layout's ranks, all of which must exhaust it. Memory: one tensor beyond those handed out.
     """
-    for shard, local in _averaged(layout, averages):
+    for shard, local in _shards_and_values(layout, averages):
         full = shard.full(local)
-        value = _on_cpu(full, local, dtype or shard.owner.dtype) if keep else None
+        value = _to_cpu(full, local, dtype or shard.owner.dtype) if is_destination else None
         del full
         for name in shard.names:
             yield name, value
     for name, module in layout.extra_states.items():
-        yield name, module.get_extra_state() if keep else None
+        yield name, module.get_extra_state() if is_destination else None
 
 
 def full_shapes(layout: Layout, *, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
     """The entries that `gather` would hand out, on the meta device; None for extra states that are not tensors."""
     shapes: dict[str, Tensor | None] = {}
     for shard in layout.shards:
-        wanted = dtype if dtype and shard.owner.is_floating_point() else shard.owner.dtype
+        target_dtype = dtype if dtype and shard.owner.is_floating_point() else shard.owner.dtype
         for name in shard.names:
-            shapes[name] = torch.empty(shard.shape, dtype=wanted, device="meta")
+            shapes[name] = torch.empty(shard.shape, dtype=target_dtype, device="meta")
     for name, module in layout.extra_states.items():
         state = module.get_extra_state()
         shapes[name] = state.to("meta") if isinstance(state, Tensor) else None
     return shapes
 
 
-def unite(entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch.device) -> Iterator[tuple[str, Any]]:
+def gather_pipeline(
+    entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch.device
+) -> Iterator[tuple[str, Any]]:
     """The entries of all pipeline stages on the first rank of ``group``, one after the other; nothing elsewhere.
 
     Args:
@@ -68,7 +70,7 @@ def unite(entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch
     if dist.get_rank() == first:
         yield from entries
         for source in others:
-            yield from _received(source, group, device)
+            yield from _receive(source, group, device)
         return
     for name, value in entries:
         if value is None:
@@ -81,7 +83,7 @@ def unite(entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch
     dist.send_object_list([None], dst=first, group=group)
 
 
-def collect(entries: Iterator[tuple[str, Any]], *, keep: bool) -> dict[str, Any]:
+def collect(entries: Iterator[tuple[str, Any]], *, is_destination: bool) -> dict[str, Any]:
     """All entries in one dictionary; those without a value only where this rank gets the tensors.
 
     Raises: ValueError when pipeline stages hold different tensors under one name.
@@ -89,17 +91,17 @@ def collect(entries: Iterator[tuple[str, Any]], *, keep: bool) -> dict[str, Any]
     full: dict[str, Any] = {}
     different: list[str] = []
     for name, value in entries:
-        if value is None and not keep:
+        if value is None and not is_destination:
             continue
         if isinstance(value, Tensor) and name in full and not torch.equal(full[name], value):
             different.append(name)
         full.setdefault(name, value)
     if different:
-        raise ValueError(f"pipeline stages hold different tensors under the names {few(different)}")
+        raise ValueError(f"pipeline stages hold different tensors under the names {abbreviated(different)}")
     return full
 
 
-def _received(source: int, group: ProcessGroup, device: torch.device) -> Iterator[tuple[str, Any]]:
+def _receive(source: int, group: ProcessGroup, device: torch.device) -> Iterator[tuple[str, Any]]:
     while True:
         header: list[Any] = [None]
         dist.recv_object_list(header, src=source, group=group)
@@ -107,9 +109,9 @@ def _received(source: int, group: ProcessGroup, device: torch.device) -> Iterato
             return
         name, value = header[0]
         if isinstance(value, Tensor):
-            arriving = torch.empty_like(value, device=device)
-            dist.recv(arriving, src=source, group=group)
-            value = arriving.to("cpu")
+            buffer = torch.empty_like(value, device=device)
+            dist.recv(buffer, src=source, group=group)
+            value = buffer.to("cpu")
         yield name, value
 
 
@@ -124,15 +126,17 @@ def scatter(layout: Layout, averages: Averages, full: Mapping[str, Any]) -> None
     Raises: ValueError on every rank, before anything changes, when names, shapes or kinds of dtype are not the
         model's; RuntimeError on every rank when a value cannot be read.
     """
-    kept = averages.all
-    shards = {shard.name: shard.part for shard in layout.shards if shard.name in kept}
-    first = _First(layout)
-    mismatch, outlines = first.says(lambda: _compare(layout, shards, full))
+    stored = averages.tensors
+    shards = {shard.name: shard.averaged_part for shard in layout.shards if shard.name in stored}
+    first_rank = _FirstRank(layout)
+    mismatch, specs = first_rank.broadcast_result(lambda: _find_mismatches(layout, shards, full))
     if mismatch:
         raise ValueError(f"these full tensors belong to another model: {mismatch}")
-    for name, (source, outline) in outlines.items():
+    for name, (source, spec) in specs.items():
         shard = shards[name]
-        averages.put(name, shard.cut(first.sends(partial(getitem, full, source), outline, shard.device)))
+        averages.write(
+            name, shard.slice_full(first_rank.broadcast_tensor(partial(getitem, full, source), spec, shard.device))
+        )
 
 
 @torch.no_grad()
@@ -142,135 +146,151 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
     Collective: over the layout's ranks, except where both models are cut alike. Memory: one full tensor on each rank.
     Raises: ValueError when names or shapes differ, before anything changes.
     """
-    theirs, ours = target.by_any_name(), layout.by_any_name()
-    names, their_names = (ours | layout.extra_states).keys(), (theirs | target.extra_states).keys()
-    if different := apart("the averaged one", names, "the given one", their_names):
+    target_shards_by_name, shards_by_name = target.shards_by_name(), layout.shards_by_name()
+    names, target_names = (
+        (shards_by_name | layout.extra_states).keys(),
+        (target_shards_by_name | target.extra_states).keys(),
+    )
+    if different := describe_difference("the averaged one", names, "the given one", target_names):
         raise ValueError(f"the models differ: {different}")
-    if wrong := [name for name, shard in ours.items() if theirs[name].shape != shard.shape]:
-        raise ValueError(f"the models differ in the shapes of {few(wrong)}")
-    for shard, local in _averaged(layout, averages):
+    if mismatched := [
+        name for name, shard in shards_by_name.items() if target_shards_by_name[name].shape != shard.shape
+    ]:
+        raise ValueError(f"the models differ in the shapes of {abbreviated(mismatched)}")
+    for shard, local in _shards_and_values(layout, averages):
         # Several, where the other model's are not tied.
-        goals = list({id(theirs[name]): theirs[name] for name in shard.names}.values())
-        full = local if all(goal.same_cut(shard) for goal in goals) else shard.full(local)
-        for goal in goals:
-            if goal.local is not local:
-                goal.local.copy_(local if goal.same_cut(shard) else goal.cut(full))
+        target_shards = list(
+            {id(target_shards_by_name[name]): target_shards_by_name[name] for name in shard.names}.values()
+        )
+        full = (
+            local if all(target_shard.is_sharded_like(shard) for target_shard in target_shards) else shard.full(local)
+        )
+        for target_shard in target_shards:
+            if target_shard.local is not local:
+                target_shard.local.copy_(
+                    local if target_shard.is_sharded_like(shard) else target_shard.slice_full(full)
+                )
     for name, module in layout.extra_states.items():
         if target.extra_states[name] is not module:
             target.extra_states[name].set_extra_state(module.get_extra_state())
 
 
-def _averaged(layout: Layout, averages: Mapping[str, Tensor]) -> Iterator[tuple[Shard, Tensor]]:
+def _shards_and_values(layout: Layout, averages: Mapping[str, Tensor]) -> Iterator[tuple[Shard, Tensor]]:
     """The part that is averaged and its average, or the live shard and its tensor where there is none."""
     for shard in layout.shards:
         average = averages.get(shard.name)
-        yield (shard, shard.local) if average is None else (shard.part, average)
+        yield (shard, shard.local) if average is None else (shard.averaged_part, average)
 
 
-def _on_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
     """``full`` as a contiguous CPU tensor of its own."""
-    wanted = dtype if full.is_floating_point() else full.dtype
+    target_dtype = dtype if full.is_floating_point() else full.dtype
     shares_storage = full.untyped_storage().data_ptr() == local.untyped_storage().data_ptr()
-    return full.to("cpu", wanted, copy=shares_storage).contiguous()
+    return full.to("cpu", target_dtype, copy=shares_storage).contiguous()
 
 
-class _First:
+class _FirstRank:
     """The first rank speaks, and what goes wrong there is raised on all: they would wait for it forever."""
 
     def __init__(self, layout: Layout) -> None:
         self._group = layout.group
-        self._rank = layout.ranks[0] if layout.ranks else 0
-        self._is_me = self._group is None or dist.get_rank() == self._rank
-        self._room = torch.empty(0, dtype=torch.uint8)
+        self._source = layout.ranks[0] if layout.ranks else 0
+        self._is_source = self._group is None or dist.get_rank() == self._source
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def says(self, call: Callable[[], T], hint: str = "") -> T:
+    def broadcast_result(self, call: Callable[[], T], hint: str = "") -> T:
         """What ``call`` returns there, on every rank."""
-        told: list[Any] = [None, ""]
+        message: list[Any] = [None, ""]
         cause = None
-        if self._is_me:
+        if self._is_source:
             try:
-                told[0] = call()
+                message[0] = call()
             except Exception as error:  # noqa: BLE001
                 cause = error
-                told[1] = f"the full tensors cannot be read: {error!r}{hint}"
+                message[1] = f"the full tensors cannot be read: {error!r}{hint}"
         if self._group is not None:
-            dist.broadcast_object_list(told, src=self._rank, group=self._group)
-        result, problem = told
+            dist.broadcast_object_list(message, src=self._source, group=self._group)
+        result, problem = message
         if problem:
             raise RuntimeError(problem) from cause
         return result
 
-    def sends(self, read: Callable[[], Tensor], outline: Tensor, device: torch.device) -> Tensor:
+    def broadcast_tensor(self, read: Callable[[], Tensor], spec: Tensor, device: torch.device) -> Tensor:
         """The full tensor that ``read`` returns there, on every rank; elsewhere in the place of the one before."""
         values: list[Tensor] = []
-        self.says(
-            lambda: values.append(_fitting(read(), outline).to(device).contiguous()),
+        self.broadcast_result(
+            lambda: values.append(_require_spec(read(), spec).to(device).contiguous()),
             hint="; the averages are new in part only, so load them again",
         )
-        value = values.pop() if values else self._room_for(outline, device)
+        value = values.pop() if values else self._receive_buffer(spec, device)
         if self._group is not None:
-            dist.broadcast(value, src=self._rank, group=self._group)
+            dist.broadcast(value, src=self._source, group=self._group)
         return value
 
-    def _room_for(self, outline: Tensor, device: torch.device) -> Tensor:
+    def _receive_buffer(self, spec: Tensor, device: torch.device) -> Tensor:
         # One for all: threads of gloo hold what they have received for a moment longer.
-        if self._room.nbytes < outline.nbytes or self._room.device != device:
-            self._room = torch.empty(outline.nbytes, dtype=torch.uint8, device=device)
-        return self._room[: outline.nbytes].view(outline.dtype).view(outline.shape)
+        if self._buffer.nbytes < spec.nbytes or self._buffer.device != device:
+            self._buffer = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)
+        return self._buffer[: spec.nbytes].view(spec.dtype).view(spec.shape)
 
 
-def _compare(
+def _find_mismatches(
     layout: Layout, shards: Mapping[str, Shard], full: Mapping[str, Any]
 ) -> tuple[str, dict[str, tuple[str, Any]]]:
     """What keeps ``full`` from being taken over, if anything; and which of its values is whose, and its outline."""
-    names = {first: [name for name in shard.names if name in full] for first, shard in shards.items()}
-    outlines = {first: (found[0], _outline(full[found[0]])) for first, found in names.items() if found}
+    names = {canonical_name: [name for name in shard.names if name in full] for canonical_name, shard in shards.items()}
+    specs = {
+        canonical_name: (present[0], _spec_of(full[present[0]])) for canonical_name, present in names.items() if present
+    }
     mismatch = {
-        "unknown names": full.keys() - layout.by_any_name().keys() - layout.extra_states.keys(),
-        "missing names": [first for first, found in names.items() if not found],
+        "unknown names": full.keys() - layout.shards_by_name().keys() - layout.extra_states.keys(),
+        "missing names": [canonical_name for canonical_name, present in names.items() if not present],
         "tied names with different values": [
-            name for found in names.values() for name in found[1:] if not _same(full[name], full[found[0]])
+            name
+            for present in names.values()
+            for name in present[1:]
+            if not _is_identical(full[name], full[present[0]])
         ],
-        "not tensors": [first for first, (_, outline) in outlines.items() if not isinstance(outline, Tensor)],
+        "not tensors": [canonical_name for canonical_name, (_, spec) in specs.items() if not isinstance(spec, Tensor)],
         "shapes (expected, got)": [
-            f"{first} ({tuple(shards[first].shape)}, {getattr(outline, 'shape', outline)})"
-            for first, (_, outline) in outlines.items()
-            if getattr(outline, "shape", None) != shards[first].shape
+            f"{canonical_name} ({tuple(shards[canonical_name].shape)}, {getattr(spec, 'shape', spec)})"
+            for canonical_name, (_, spec) in specs.items()
+            if getattr(spec, "shape", None) != shards[canonical_name].shape
         ],
         "kinds of dtype (expected, got)": [
-            f"{first} ({_kind(shards[first].owner.dtype)}, {_kind(outline.dtype)})"
-            for first, (_, outline) in outlines.items()
-            if isinstance(outline, Tensor) and _kind(outline.dtype) != _kind(shards[first].owner.dtype)
+            f"{canonical_name} ({_dtype_kind(shards[canonical_name].owner.dtype)}, {_dtype_kind(spec.dtype)})"
+            for canonical_name, (_, spec) in specs.items()
+            if isinstance(spec, Tensor) and _dtype_kind(spec.dtype) != _dtype_kind(shards[canonical_name].owner.dtype)
         ],
     }
-    return "; ".join(f"{what}: {few(sorted(where))}" for what, where in mismatch.items() if where), outlines
+    return "; ".join(f"{what}: {abbreviated(sorted(where))}" for what, where in mismatch.items() if where), specs
 
 
-def _outline(value: object) -> Tensor | str:
+def _spec_of(value: object) -> Tensor | str:
     """Shape and dtype of a tensor, on the meta device; the type of anything else."""
     if isinstance(value, Tensor):
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     return type(value).__name__
 
 
-def _kind(dtype: torch.dtype) -> str:
+def _dtype_kind(dtype: torch.dtype) -> str:
     """Casts between two of one kind round, at most; others drop what they cannot hold."""
     if dtype.is_floating_point or dtype.is_complex:
         return "floating" if dtype.is_floating_point else "complex"
     return "boolean" if dtype is torch.bool else "integer"
 
 
-def _fitting(value: Tensor, outline: Tensor) -> Tensor:
-    if (value.shape, value.dtype) != (outline.shape, outline.dtype):
-        found = f"{value.dtype} of {tuple(value.shape)}"
-        raise ValueError(f"expected {outline.dtype} of {tuple(outline.shape)} as at first, found {found}")
+def _require_spec(value: Tensor, spec: Tensor) -> Tensor:
+    if (value.shape, value.dtype) != (spec.shape, spec.dtype):
+        got = f"{value.dtype} of {tuple(value.shape)}"
+        raise ValueError(f"expected {spec.dtype} of {tuple(spec.shape)} as at first, found {got}")
     return value
 
 
-def _same(left: object, right: object) -> bool:
+def _is_identical(left: object, right: object) -> bool:
     """Whether two values are the same one, or tensors alike to the bit; NaN is like NaN there."""
     if left is right or not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return left is right
     if (left.shape, left.dtype) != (right.shape, right.dtype):
         return False
-    return torch.equal(*(it.cpu().contiguous().flatten().view(torch.uint8) for it in (left, right)))
+    return torch.equal(*(tensor.cpu().contiguous().flatten().view(torch.uint8) for tensor in (left, right)))

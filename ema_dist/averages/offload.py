@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ema_dist.averages.side_streams import SideStreams
-from ema_dist.kernels import Follow, HostCopy, ToHost, Update, Weight
+from ema_dist.kernels import HostBuffer, HostCopier, Kernel, UpdateIndex, Weight
 
 _log = logging.getLogger(__name__)
 
@@ -53,15 +53,15 @@ class Worker:
 
     def submit(self, job: Callable[..., None], *arguments: object) -> Future[None]:
         """Do it when all before it is done. Raises: RuntimeError in a forked process, which has no such thread."""
-        self._refuse_forked()
-        return self._pool.submit(self._do, job, *arguments)
+        self._require_same_process()
+        return self._pool.submit(self._run, job, *arguments)
 
     def wait(self, job: Future[None] | None = None) -> None:
         """Return when it is done; None for all that were submitted. Raises: RuntimeError in a forked process."""
-        self._refuse_forked()
+        self._require_same_process()
         (job or self._pool.submit(lambda: None)).result()
 
-    def require_sound(self) -> None:
+    def require_no_failure(self) -> None:
         """Raise RuntimeError when a job has failed: from then on, as what it was to write is written in part."""
         if self._failure:
             raise RuntimeError(
@@ -69,7 +69,7 @@ class Worker:
                 "ShardedEMA again, and load its averages from a checkpoint"
             ) from self._failure
 
-    def _do(self, job: Callable[..., None], *arguments: object) -> None:
+    def _run(self, job: Callable[..., None], *arguments: object) -> None:
         if self._failure:
             return
         try:
@@ -78,7 +78,7 @@ class Worker:
             self._failure = error
             _log.error("an update of the averages failed: %r", error)  # nobody may ask
 
-    def _refuse_forked(self) -> None:
+    def _require_same_process(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(
                 "these averages move on a thread of the process that this one was forked from: use them there, or "
@@ -86,7 +86,7 @@ class Worker:
             )
 
 
-class Offload:
+class OffloadKernel:
     """Moves averages as the kernels that it is given, but later: call it as one of them.
 
     Args:
@@ -102,7 +102,7 @@ class Offload:
     def __init__(
         self,
         values: Sequence[Tensor],
-        bind: Callable[[list[Tensor]], Sequence[Follow]],
+        make_kernels: Callable[[list[Tensor]], Sequence[Kernel]],
         *,
         worker: Worker,
         streams: SideStreams,
@@ -110,34 +110,36 @@ class Offload:
     ) -> None:
         self._worker = worker
         self._streams = streams
-        copies = ToHost(values)
+        copier = HostCopier(values)
         self._slots: deque[_Slot] = deque()
         for _ in range(store.max_pending):
-            room = copies.room(pinned=store.pin_memory and bool(streams.devices))
-            self._slots.append(_Slot(room, bind(room.values)))
+            host_buffer = copier.host_buffer(pinned=store.pin_memory and bool(streams.devices))
+            self._slots.append(_Slot(host_buffer, make_kernels(host_buffer.values)))
 
     @property
     def name(self) -> str:
         """Of the kernels that it runs."""
         return " and ".join(sorted({kernel.name for kernel in self._slots[0].kernels}))
 
-    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:
+    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
         """Copy the live values, and let the averages follow; waits while ``max_pending`` updates are under way.
 
         Raises: RuntimeError when an earlier one failed; then it does nothing.
         """
         slot = self._slots[0]
         self._finish(slot)
-        self._worker.require_sound()
+        self._worker.require_no_failure()
         devices = self._streams.devices
         try:
-            numbers = [
-                it.to("cpu", non_blocking=it.device in devices) if isinstance(it, Tensor) else it
-                for it in (*weights, update)
+            scalars = [
+                scalar.to("cpu", non_blocking=scalar.device in devices) if isinstance(scalar, Tensor) else scalar
+                for scalar in (*weights, update_index)
             ]
-            with self._streams.beside():
-                slot.room.fill(non_blocking=devices)
-            slot.job = self._worker.submit(_move, slot.kernels, self._streams.ends, numbers[:-1], numbers[-1])
+            with self._streams.fork():
+                slot.host_copy.fill(non_blocking=devices)
+            slot.job = self._worker.submit(
+                _run_kernels, slot.kernels, self._streams.end_events, scalars[:-1], scalars[-1]
+            )
             self._slots.rotate(-1)
         except BaseException:
             self._worker.wait()  # there may be a job that nobody knows of, which reads what the next one copies
@@ -147,7 +149,7 @@ class Offload:
         """Return when the averages have followed. Raises: RuntimeError when one of the updates failed."""
         for slot in (*self._slots,):
             self._finish(slot)
-        self._worker.require_sound()
+        self._worker.require_no_failure()
 
     def _finish(self, slot: _Slot) -> None:
         if slot.job:
@@ -159,13 +161,15 @@ class Offload:
 class _Slot:
     """Room for the live values of one update, what moves the averages towards them, and when that is done."""
 
-    room: HostCopy
-    kernels: Sequence[Follow]
+    host_copy: HostBuffer
+    kernels: Sequence[Kernel]
     job: Future[None] | None = None
 
 
-def _move(kernels: Sequence[Follow], copied: Sequence[Any], weights: Sequence[Weight], update: Update) -> None:
-    for event in copied:
+def _run_kernels(
+    kernels: Sequence[Kernel], copy_events: Sequence[Any], weights: Sequence[Weight], update_index: UpdateIndex
+) -> None:
+    for event in copy_events:
         event.synchronize()
     for kernel in kernels:
-        kernel(weights, update)
+        kernel(weights, update_index)

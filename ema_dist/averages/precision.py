@@ -69,18 +69,18 @@ class Precision:
             )
 
     @property
-    def of_buffers(self) -> Precision:
+    def buffer_precision(self) -> Precision:
         """Those of buffers are never taken apart: what a swap finds written to them would get the rest of another."""
         return Precision() if isinstance(self.rounding, Compensated) else self
 
-    def stored(self, live: torch.dtype) -> torch.dtype:
-        """The dtype of averages beside weights of dtype ``live``."""
-        if live.is_complex:
-            return torch.complex64 if self.dtype is None and live == torch.complex32 else live
-        if self.dtype is not None and (isinstance(self.rounding, Stochastic) or self.splits(live)):
+    def storage_dtype(self, live_dtype: torch.dtype) -> torch.dtype:
+        """The dtype of averages beside weights of dtype ``live_dtype``."""
+        if live_dtype.is_complex:
+            return torch.complex64 if self.dtype is None and live_dtype == torch.complex32 else live_dtype
+        if self.dtype is not None and (isinstance(self.rounding, Stochastic) or self.has_residuals(live_dtype)):
             return self.dtype
-        return torch.float32 if live.itemsize < torch.float32.itemsize else live
+        return torch.float32 if live_dtype.itemsize < torch.float32.itemsize else live_dtype
 
-    def splits(self, live: torch.dtype) -> bool:
+    def has_residuals(self, live_dtype: torch.dtype) -> bool:
         """Whether what averages lack is kept beside them."""
-        return isinstance(self.rounding, Compensated) and live == self.dtype
+        return isinstance(self.rounding, Compensated) and live_dtype == self.dtype

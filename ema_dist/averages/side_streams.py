@@ -23,7 +23,7 @@ class SideStreams:
         self._modules = {device: module for device, module in modules.items() if module is not None}
         self._process = os.getpid()
         self._streams: dict[torch.device, Any] = {}
-        self._ends: dict[torch.device, Any] = {}
+        self._end_events: dict[torch.device, Any] = {}
 
     @property
     def devices(self) -> set[torch.device]:
@@ -31,7 +31,7 @@ class SideStreams:
         return {*self._modules}
 
     @contextmanager
-    def beside(self, read: Iterable[object] = ()) -> Iterator[None]:
+    def fork(self, inputs: Iterable[object] = ()) -> Iterator[None]:
         """What the block tells a device is done after all it was told before, and beside what it is told next.
 
         Args:
@@ -39,15 +39,15 @@ class SideStreams:
         """
         with ExitStack() as stack:
             for device, module in self._modules.items():
-                if _captures(module):  # a graph takes the block as it comes
+                if _is_capturing(module):  # a graph takes the block as it comes
                     continue
                 if device not in self._streams:
                     self._streams[device] = module.Stream(device)
                 stream = self._streams[device]
                 stream.wait_stream(module.current_stream(device))
-                stack.callback(self._end, device, _event(module))  # also when the block raises in the middle
+                stack.callback(self._record_end, device, _new_event(module))  # also when the block raises in the middle
                 stack.enter_context(module.stream(stream))
-            for tensor in read:
+            for tensor in inputs:
                 if isinstance(tensor, Tensor) and tensor.device in self._streams:
                     tensor.record_stream(self._streams[tensor.device])
             yield
@@ -59,19 +59,19 @@ class SideStreams:
         """
         if os.getpid() != self._process:  # a forked one has no device
             return
-        for device, end in self._ends.items():
+        for device, end in self._end_events.items():
             module = self._modules[device]
-            if not _captures(module):  # nor does a graph wait for what is not in it
+            if not _is_capturing(module):  # nor does a graph wait for what is not in it
                 module.current_stream(device).wait_event(end)
 
     @property
-    def ends(self) -> list[Any]:
+    def end_events(self) -> list[Any]:
         """Events, one for each device: when the last block was done. To ``synchronize()`` with one is for the host."""
-        return [*self._ends.values()]
+        return [*self._end_events.values()]
 
-    def _end(self, device: torch.device, event: Any) -> None:  # noqa: ANN401  each kind of device has its own
+    def _record_end(self, device: torch.device, event: Any) -> None:  # noqa: ANN401  each kind of device has its own
         self._streams[device].record_event(event)
-        self._ends[device] = event
+        self._end_events[device] = event
 
 
 def module_with_streams(device: torch.device) -> Any:  # noqa: ANN401  ``torch.cuda`` and its like have no common type
@@ -80,13 +80,13 @@ def module_with_streams(device: torch.device) -> Any:  # noqa: ANN401  ``torch.c
     return module if hasattr(module, "Stream") else None
 
 
-def _captures(module: Any) -> bool:  # noqa: ANN401
+def _is_capturing(module: Any) -> bool:  # noqa: ANN401
     """Whether what is told now becomes part of a graph."""
-    asked = getattr(module, "is_current_stream_capturing", None)
-    return bool(asked and asked())
+    is_capturing = getattr(module, "is_current_stream_capturing", None)
+    return bool(is_capturing and is_capturing())
 
 
-def _event(module: Any) -> Any:  # noqa: ANN401
+def _new_event(module: Any) -> Any:  # noqa: ANN401
     try:
         return module.Event(blocking=True)  # a thread that waits for it lets others have its core
     except TypeError:  # only CUDA's can

@@ -14,77 +14,84 @@ import torch
 from torch import Tensor
 
 from ema_dist.averages.tracks import Averages, Tracks
-from ema_dist.messages import apart, few
+from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.schedules.clock import Clock
 from ema_dist.sharding import Layout, Shard
 
-FORMAT = 1
+STATE_FORMAT = 1
 
 
-def write_state(
+def make_state(
     clock: Clock, layout: Layout, tracks: Tracks, current: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
     """The state, whose tensors share storage with ``current``: the averages by track and name."""
-    written = {
+    track_states = {
         track: {
             "decay": clock.decays[track].state(),
-            "averages": {name: layout.parameters[name].part.wrap(current[track][name]) for name in its.parameters},
-            "buffers": {name: layout.buffers[name].wrap(current[track][name]) for name in its.buffers},
+            "averages": {
+                name: layout.parameters[name].averaged_part.wrap(current[track][name]) for name in averages.parameters
+            },
+            "buffers": {name: layout.buffers[name].wrap(current[track][name]) for name in averages.buffers},
         }
-        for track, its in tracks.items()
+        for track, averages in tracks.items()
     }
-    return {"format": FORMAT, "steps": clock.steps, "updates": clock.updates, "tracks": written}
+    return {"format": STATE_FORMAT, "steps": clock.steps, "updates": clock.updates, "tracks": track_states}
 
 
 @torch.no_grad()
-def read_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: Tracks) -> None:
+def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: Tracks) -> None:
     """Take over a state; a decay other than the clock's is a warning.
 
     Raises: ValueError when its format, tracks, names or shapes are not these, before anything changes.
     """
     try:
         version, steps, updates = state["format"], int(state["steps"]), int(state["updates"])
-        saved = {name: (it["decay"], it["averages"], it["buffers"]) for name, it in state["tracks"].items()}
+        saved = {name: (entry["decay"], entry["averages"], entry["buffers"]) for name, entry in state["tracks"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"expected a state of ShardedEMA, a part of it is missing: {error}") from None
-    if version != FORMAT:
-        raise ValueError(f"expected a state of ShardedEMA with format {FORMAT}, got format {version!r}")
+    if version != STATE_FORMAT:
+        raise ValueError(f"expected a state of ShardedEMA with format {STATE_FORMAT}, got format {version!r}")
     if saved.keys() != tracks.keys():
         raise ValueError(f"expected a state with the tracks {[*tracks]}, got one with {[*saved]}")
-    found: list[tuple[Averages, dict[str, Tensor]]] = []
+    loaded: list[tuple[Averages, dict[str, Tensor]]] = []
     for track, (_, averages, buffers) in saved.items():
-        parts = {name: layout.parameters[name].part for name in tracks[track].parameters}
-        found.append((tracks[track], _local("averages", parts, averages) | _local("buffers", layout.buffers, buffers)))
-    now = {track: clock.decays[track].state() for track in tracks}
+        parts = {name: layout.parameters[name].averaged_part for name in tracks[track].parameters}
+        loaded.append(
+            (
+                tracks[track],
+                _local_tensors("averages", parts, averages) | _local_tensors("buffers", layout.buffers, buffers),
+            )
+        )
+    current_decays = {track: clock.decays[track].state() for track in tracks}
     if changed := [
-        f"the averages {track!r} were taken with {decay} and go on with {now[track]}"
+        f"the averages {track!r} were taken with {decay} and go on with {current_decays[track]}"
         for track, (decay, *_) in saved.items()
-        if decay != now[track]
+        if decay != current_decays[track]
     ]:
         warnings.warn("; ".join(changed), stacklevel=3)
-    for its, values in found:
+    for target, values in loaded:
         for name, value in values.items():
-            its.put(name, value)
+            target.write(name, value)
     clock.set(steps=steps, updates=updates)
-    for its in tracks.values():
-        its.note_infinities()
-    tracks.bind(layout)
+    for target in tracks.values():
+        target.find_infinities()
+    tracks.bind_layout(layout)
 
 
-def _local(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _local_tensors(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's tensors of a state."""
-    if different := apart("the model", shards.keys(), "the state", saved.keys()):
+    if different := describe_difference("the model", shards.keys(), "the state", saved.keys()):
         raise ValueError(f"these {kind} belong to another model: {different}")
     values: dict[str, Tensor] = {}
-    wrong: list[str] = []
+    mismatches: list[str] = []
     for name, shard in shards.items():
         try:
             values[name] = shard.unwrap(saved[name])
         except ValueError as error:  # noqa: PERF203  all that is wrong is named at once
-            wrong.append(f"{name} ({error})")
-    if wrong:
+            mismatches.append(f"{name} ({error})")
+    if mismatches:
         raise ValueError(
-            f"these {kind} are cut or shaped differently: {few(wrong)}; load the state through "
+            f"these {kind} are cut or shaped differently: {abbreviated(mismatches)}; load the state through "
             "torch.distributed.checkpoint"
         )
     return values

@@ -12,24 +12,24 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from ema_dist.averages.offload import Offload, Offloaded, Worker
+from ema_dist.averages.offload import Offloaded, OffloadKernel, Worker
 from ema_dist.averages.precision import Precision, Stochastic
 from ema_dist.averages.side_streams import SideStreams
 from ema_dist.kernels import (
     Agree,
-    ByChance,
-    Follow,
-    Place,
-    Remainders,
-    Update,
+    CompensatedRounding,
+    Kernel,
+    StochasticRounding,
+    TensorOffset,
+    UpdateIndex,
     Weight,
-    alike,
     bind,
-    joined,
-    paired,
-    split,
+    group_by_dtype,
+    group_pairs,
+    recombine,
+    split_hi_lo,
 )
-from ema_dist.schedules.decay import TRACK
+from ema_dist.schedules.decay import DEFAULT_TRACK
 from ema_dist.sharding import Layout, Shard
 
 BufferPolicy = Literal["average", "copy"]
@@ -55,73 +55,82 @@ class Averages:
         names: Collection[str],
         *,
         precision: Precision,
-        lerped_buffers: Collection[str],
+        averaged_buffers: Collection[str],
         device: torch.device | None = None,
     ) -> None:
-        parts = {name: layout.parameters[name].part for name in names}
+        parts = {name: layout.parameters[name].averaged_part for name in names}
         self.parameters = {
-            name: _copy(part, precision.stored(part.local.dtype), device) for name, part in parts.items()
+            name: _initial_average(averaged_part, precision.storage_dtype(averaged_part.local.dtype), device)
+            for name, averaged_part in parts.items()
         }
-        of_buffers = {name: precision.of_buffers if name in lerped_buffers else None for name in layout.buffers}
+        buffer_precision = {
+            name: precision.buffer_precision if name in averaged_buffers else None for name in layout.buffers
+        }
         self.buffers = {
-            name: _copy(shard, its.stored(shard.local.dtype) if (its := of_buffers[name]) else None, device)
+            name: _initial_average(
+                shard,
+                own_precision.storage_dtype(shard.local.dtype) if (own_precision := buffer_precision[name]) else None,
+                device,
+            )
             for name, shard in layout.buffers.items()
         }
-        self.rests = {
+        self.residuals = {
             name: torch.zeros_like(self.parameters[name], dtype=torch.int16)
-            for name, part in parts.items()
-            if precision.splits(part.local.dtype)
+            for name, averaged_part in parts.items()
+            if precision.has_residuals(averaged_part.local.dtype)
         }
         """What averages of parameters lack, where they are kept in two halves."""
-        self.note_infinities()
+        self.find_infinities()
 
     @property
-    def all(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Averages of parameters and buffers by name, as they are kept."""
         return self.parameters | self.buffers
 
-    def numbers(self, places: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+    def recombined(self, tensors: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
         """The averages by name; those that are kept in two halves as float32, each made when it is asked for.
 
         Args:
             places: where `all` of them lie now, if the model has them.
         """
-        return _Numbers(self.all if places is None else places, self.rests)
+        return _Recombined(self.tensors if tensors is None else tensors, self.residuals)
 
-    def copies(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def clone_shared(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of what `numbers` gave: those that it had to make are such."""
-        return {name: it if name in self.rests else it.clone() for name, it in numbers.items()}
+        return {name: tensor if name in self.residuals else tensor.clone() for name, tensor in values.items()}
 
-    def shown(self, name: str, dtype: torch.dtype) -> Tensor:
+    def value_for_dtype(self, name: str, dtype: torch.dtype) -> Tensor:
         """What becomes a weight of this dtype: the average as it is kept, or its number where that says more."""
-        kept = self._kept(name)
-        return kept if kept.dtype == dtype else _number(kept, self.rests.get(name))
+        stored = self._stored(name)
+        return stored if stored.dtype == dtype else _recombine_if_split(stored, self.residuals.get(name))
 
     @torch.no_grad()
-    def put(self, name: str, value: Tensor) -> None:
+    def write(self, name: str, value: Tensor) -> None:
         """Take ``value`` over as an average, unless it lies there already."""
-        kept = self._kept(name)
-        if value.data_ptr() == kept.data_ptr():
+        stored = self._stored(name)
+        if value.data_ptr() == stored.data_ptr():
             return
-        if name in self.rests:
-            value, rest = split(value.float())
-            self.rests[name].copy_(rest)
-        kept.copy_(value)
+        if name in self.residuals:
+            value, residual = split_hi_lo(value.float())
+            self.residuals[name].copy_(residual)
+        stored.copy_(value)
 
-    def _kept(self, name: str) -> Tensor:
+    def _stored(self, name: str) -> Tensor:
         return (self.parameters if name in self.parameters else self.buffers)[name]
 
     def parameter_pairs(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
         """Each average, and the part of the live parameter beside it."""
-        return {name: (average, layout.parameters[name].part.local) for name, average in self.parameters.items()}
+        return {
+            name: (average, layout.parameters[name].averaged_part.local) for name, average in self.parameters.items()
+        }
 
     def buffer_pairs(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
         """Each average, and the live buffer beside it: buffers are averaged whole."""
         return {name: (average, layout.buffers[name].local) for name, average in self.buffers.items()}
 
-    def note_infinities(self) -> None:
+    def find_infinities(self) -> None:
         """Look once for averages with infinities (masks): they take the careful kernel. Waits for the device."""
-        self.infinite = {name for name, average in self.parameters.items() if not _is_finite(average)}
+        self.infinite_names = {name for name, average in self.parameters.items() if not _is_finite(average)}
 
 
 class Tracks(Mapping[str, Averages]):
@@ -158,21 +167,25 @@ class Tracks(Mapping[str, Averages]):
         """On which updates may go on; whoever writes to live weights or reads averages joins them first."""
         # Memory of averages that nobody holds any more must not be given away before the side stream has left it.
         finalize(self, self.streams.join).atexit = False  # pyrefly: ignore[missing-attribute]  it has it
-        self._offload = partial(Offload, worker=Worker(), streams=self.streams, store=store) if store else None
-        self.followed = 0
+        self._make_offload_kernel = (
+            partial(OffloadKernel, worker=Worker(), streams=self.streams, store=store) if store else None
+        )
+        self.update_calls = 0
         """How often they have followed the live weights."""
-        self._parameters: list[Follow] = []
-        self._buffers: list[Follow] = []
-        self._copied: list[Follow] = []
-        self._lerped_buffers = {
+        self._parameter_kernels: list[Kernel] = []
+        self._buffer_kernels: list[Kernel] = []
+        self._copy_kernels: list[Kernel] = []
+        self._averaged_buffers = {
             name for name, shard in layout.buffers.items() if buffers == "average" and _is_inexact(shard.local.dtype)
         }
         device = torch.device("cpu") if store else None
         self._tracks = {
-            name: Averages(layout, parameters, precision=precision, lerped_buffers=self._lerped_buffers, device=device)
+            name: Averages(
+                layout, parameters, precision=precision, averaged_buffers=self._averaged_buffers, device=device
+            )
             for name in names
         }
-        self.bind(layout)
+        self.bind_layout(layout)
 
     def __getitem__(self, name: str) -> Averages:
         return self._tracks[name]
@@ -183,35 +196,39 @@ class Tracks(Mapping[str, Averages]):
     def __len__(self) -> int:
         return len(self._tracks)
 
-    def named(self, track: str | None) -> Averages:
-        """Those of a track; None is the only one, or the one called `TRACK`. Raises: ValueError if it is not there."""
-        chosen = track or (next(iter(self)) if len(self) == 1 else TRACK)
+    def resolve(self, track: str | None) -> Averages:
+        """Those of a track; None is the only one, or the one called `DEFAULT_TRACK`. Raises: ValueError if it is not there."""
+        chosen = track or (next(iter(self)) if len(self) == 1 else DEFAULT_TRACK)
         if chosen not in self:
             raise ValueError(f"expected one of the tracks {[*self]}, got {track!r}")
         return self[chosen]
 
-    def bind(self, layout: Layout) -> None:
+    def bind_layout(self, layout: Layout) -> None:
         """Follow the live weights that ``layout`` shows from now on. Raises: as `drain`, after that."""
         try:
             self.drain()
         finally:
-            self._parameters = []  # what they take is free for the new ones
-            live = {name: layout.parameters[name].part.local for name in self._first.parameters}
-            self._parameters = self._following(live, partial(self._parameter_kernels, layout=layout))
+            self._parameter_kernels = []  # what they take is free for the new ones
+            live = {name: layout.parameters[name].averaged_part.local for name in self._first.parameters}
+            self._parameter_kernels = self._maybe_offload(live, partial(self._build_parameter_kernels, layout=layout))
             self.bind_buffers(layout)
 
     def bind_buffers(self, layout: Layout) -> None:
         """Follow the buffers that ``layout`` shows from now on. Raises: as `drain`, after that."""
         try:
-            self._drain([*self._buffers, *self._copied])
+            self._drain([*self._buffer_kernels, *self._copy_kernels])
         finally:
             live = {name: layout.buffers[name].local for name in self._first.buffers}
-            lerped = {name: value for name, value in live.items() if name in self._lerped_buffers}
-            copied = {name: value for name, value in live.items() if name not in self._lerped_buffers}
-            self._buffers = self._following(lerped, partial(self._kernels, layout=layout, finite=False))
-            self._copied = self._following(copied, self._copies)
+            averaged = {name: value for name, value in live.items() if name in self._averaged_buffers}
+            copied = {name: value for name, value in live.items() if name not in self._averaged_buffers}
+            self._buffer_kernels = self._maybe_offload(
+                averaged, partial(self._build_kernels, layout=layout, finite=False)
+            )
+            self._copy_kernels = self._maybe_offload(copied, self._build_copy_kernels)
 
-    def follow(self, weights: Mapping[str, float | Tensor], update: Update, *, overlap: bool = False) -> None:
+    def update_averages(
+        self, weights: Mapping[str, float | Tensor], update_index: UpdateIndex, *, overlap: bool = False
+    ) -> None:
         """Move the averages towards the live weights: no collective, and nothing waits for the device.
 
         Args:
@@ -221,17 +238,17 @@ class Tracks(Mapping[str, Averages]):
 
         Raises: RuntimeError when an earlier update failed, on its thread.
         """
-        self.followed += 1
-        in_order = [weights[name] for name in self]
-        is_taken = any(isinstance(weight, Tensor) or weight for weight in in_order)
+        self.update_calls += 1
+        ordered_weights = [weights[name] for name in self]
+        is_update_due = any(isinstance(weight, Tensor) or weight for weight in ordered_weights)
         self.streams.join()
-        for kernel in [*(self._buffers if is_taken else ()), *self._copied]:
-            kernel(in_order, update)
+        for kernel in [*(self._buffer_kernels if is_update_due else ()), *self._copy_kernels]:
+            kernel(ordered_weights, update_index)
         self.streams.join()  # the next forward pass may write to buffers
-        if is_taken:  # between intervals nothing is even read
-            with self.streams.beside([*in_order, update]) if overlap else nullcontext():
-                for kernel in self._parameters:
-                    kernel(in_order, update)
+        if is_update_due:  # between intervals nothing is even read
+            with self.streams.fork([*ordered_weights, update_index]) if overlap else nullcontext():
+                for kernel in self._parameter_kernels:
+                    kernel(ordered_weights, update_index)
         if not overlap:
             self.streams.join()
 
@@ -240,70 +257,84 @@ class Tracks(Mapping[str, Averages]):
 
         Raises: RuntimeError when an update failed, on its thread.
         """
-        self._drain([*self._parameters, *self._buffers, *self._copied])
+        self._drain([*self._parameter_kernels, *self._buffer_kernels, *self._copy_kernels])
 
-    def _drain(self, kernels: Iterable[Follow]) -> None:
+    def _drain(self, kernels: Iterable[Kernel]) -> None:
         self.streams.join()
-        with ExitStack() as of_all:  # also when one of them raises
+        with ExitStack() as stack:  # also when one of them raises
             for kernel in kernels:
-                if isinstance(kernel, Offload):
-                    of_all.callback(kernel.drain)
+                if isinstance(kernel, OffloadKernel):
+                    stack.callback(kernel.drain)
 
-    def _following(
-        self, live: Mapping[str, Tensor], bind: Callable[[Mapping[str, Tensor]], list[Follow]]
-    ) -> list[Follow]:
+    def _maybe_offload(
+        self, live: Mapping[str, Tensor], make_kernels: Callable[[Mapping[str, Tensor]], list[Kernel]]
+    ) -> list[Kernel]:
         """What moves the averages towards live values: the kernels, or what lets them do it later."""
-        if not live or not self._offload:
-            return bind(live)
-        return [self._offload([*live.values()], lambda copies: bind(dict(zip(live, copies, strict=True))))]
+        if not live or not self._make_offload_kernel:
+            return make_kernels(live)
+        return [
+            self._make_offload_kernel(
+                [*live.values()], lambda host_copies: make_kernels(dict(zip(live, host_copies, strict=True)))
+            )
+        ]
 
-    def _parameter_kernels(self, values: Mapping[str, Tensor], *, layout: Layout) -> list[Follow]:
-        infinite = set[str]().union(*(track.infinite for track in self.values()))
+    def _build_parameter_kernels(self, values: Mapping[str, Tensor], *, layout: Layout) -> list[Kernel]:
+        infinite_names = set[str]().union(*(track.infinite_names for track in self.values()))
         return [
             kernel
             for finite in (True, False)
-            for kernel in self._kernels(
-                {name: value for name, value in values.items() if finite == (name not in infinite)},
+            for kernel in self._build_kernels(
+                {name: value for name, value in values.items() if finite == (name not in infinite_names)},
                 layout=layout,
                 finite=finite,
             )
         ]
 
-    def _kernels(self, values: Mapping[str, Tensor], *, layout: Layout, finite: bool) -> list[Follow]:
+    def _build_kernels(self, values: Mapping[str, Tensor], *, layout: Layout, finite: bool) -> list[Kernel]:
         """What moves the averages of these towards them: as few kernels as their dtypes allow."""
         shards = layout.parameters | layout.buffers
-        kept = [(track.all, track.rests) for track in self.values()]
+        stored = [(track.tensors, track.residuals) for track in self.values()]
         rows = {
-            name: (*(its[name] for its, _ in kept), *(rests[name] for _, rests in kept if name in rests), value)
+            name: (
+                *(tensors[name] for tensors, _ in stored),
+                *(residuals[name] for _, residuals in stored if name in residuals),
+                value,
+            )
             for name, value in values.items()
         }
-        kernels: list[Follow] = []
-        for names in alike(rows):
-            *moved, followed = (list(column) for column in zip(*(rows[name] for name in names), strict=True))
-            tracks, rests = moved[: len(self)], moved[len(self) :]
-            places = [Place(crc32(name.encode()), shards[name].part.first) for name in names]
-            by_chance = ByChance(places, self._seed) if tracks[0][0].dtype == torch.bfloat16 else None
-            rounding = Remainders(rests) if rests else by_chance
+        kernels: list[Kernel] = []
+        for names in group_by_dtype(rows):
+            *stored_columns, live_values = (
+                list(column) for column in zip(*(rows[name] for name in names), strict=True)
+            )
+            tracks, residuals = stored_columns[: len(self)], stored_columns[len(self) :]
+            tensor_offsets = [
+                TensorOffset(crc32(name.encode()), shards[name].averaged_part.global_offset) for name in names
+            ]
+            stochastic = (
+                StochasticRounding(tensor_offsets, self._seed) if tracks[0][0].dtype == torch.bfloat16 else None
+            )
+            rounding = CompensatedRounding(residuals) if residuals else stochastic
             kernels.append(
-                bind(tracks, followed, finite=finite, kernel=self._kernel, rounding=rounding, agree=self._agree)
+                bind(tracks, live_values, finite=finite, kernel=self._kernel, rounding=rounding, agree=self._agree)
             )
         return kernels
 
-    def _copies(self, values: Mapping[str, Tensor]) -> list[Follow]:
+    def _build_copy_kernels(self, values: Mapping[str, Tensor]) -> list[Kernel]:
         pairs = [(track.buffers[name], value) for track in self.values() for name, value in values.items()]
-        return [Copies(pairs)]
+        return [CopyKernel(pairs)]
 
     @property
-    def kernels(self) -> list[str]:
+    def kernel_names(self) -> list[str]:
         """The names of the kernels that move parameters."""
-        return sorted({kernel.name for kernel in self._parameters})
+        return sorted({kernel.name for kernel in self._parameter_kernels})
 
     @property
     def _first(self) -> Averages:
         return next(iter(self.values()))
 
 
-class Copies:
+class CopyKernel:
     """Buffers that are not averaged, whatever the weights.
 
     Args:
@@ -313,31 +344,31 @@ class Copies:
     name = "copy"
 
     def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self._lists = paired(pairs)
+        self._lists = group_pairs(pairs)
 
-    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:  # noqa: ARG002  as `Follow`
+    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002  as `Kernel`
         """Copy them as they are now."""
-        for copies, values in self._lists:
-            torch._foreach_copy_(copies, values)
+        for targets, values in self._lists:
+            torch._foreach_copy_(targets, values)
 
 
-class _Numbers(Mapping[str, Tensor]):
-    def __init__(self, places: Mapping[str, Tensor], rests: Mapping[str, Tensor]) -> None:
-        self._places = places
-        self._rests = rests
+class _Recombined(Mapping[str, Tensor]):
+    def __init__(self, tensors: Mapping[str, Tensor], residuals: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._rests = residuals
 
     def __getitem__(self, name: str) -> Tensor:
-        return _number(self._places[name], self._rests.get(name))
+        return _recombine_if_split(self._tensors[name], self._rests.get(name))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._tensors)
 
 
-def _number(kept: Tensor, rest: Tensor | None) -> Tensor:
-    return kept if rest is None else joined(kept, rest)
+def _recombine_if_split(stored: Tensor, residual: Tensor | None) -> Tensor:
+    return stored if residual is None else recombine(stored, residual)
 
 
 def _is_inexact(dtype: torch.dtype) -> bool:
@@ -349,6 +380,6 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def _copy(shard: Shard, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
-    average = shard.empty(dtype, device)
+def _initial_average(shard: Shard, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
+    average = shard.empty_local(dtype, device)
     return average.copy_(shard.local.to(average.device))  # from one device to another first: casts take memory

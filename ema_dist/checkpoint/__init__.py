@@ -16,4 +16,12 @@ from ema_dist.checkpoint.gathering import gather, scatter
 from ema_dist.checkpoint.loading import latest, load
 from ema_dist.checkpoint.saving import save, wait
 
-__all__ = ["CheckpointError", "gather", "latest", "load", "save", "scatter", "wait"]
+__all__ = [
+    "CheckpointError",
+    "gather",
+    "latest",
+    "load",
+    "save",
+    "scatter",
+    "wait",
+]

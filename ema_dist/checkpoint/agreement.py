@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.communication.rendezvous import meet
+from ema_dist.communication.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ _groups: MutableMapping[object, ProcessGroup] = WeakKeyDictionary()
 """The group for checkpoints in each world."""
 
 
-def come(call: str, *, timeout: float, problem: str = "") -> ProcessGroup | None:
+def checkpoint_rendezvous(call: str, *, timeout: float, problem: str = "") -> ProcessGroup | None:
     """Meet all ranks in ``call``; the group over which a checkpoint is agreed on, or None in a process on its own.
 
     It is a group of its own, over gloo: a save in the background must not get between the collectives of training.
@@ -31,9 +31,9 @@ def come(call: str, *, timeout: float, problem: str = "") -> ProcessGroup | None
     if not dist.is_initialized():
         # torch warns of the obvious at each single-process save and load, some of them in a thread.
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-        meet(call, [], timeout=timeout, problem=problem)
+        rendezvous(call, [], timeout=timeout, problem=problem)
         return None
-    meet(call, list(range(dist.get_world_size())), timeout=timeout, problem=problem)
+    rendezvous(call, list(range(dist.get_world_size())), timeout=timeout, problem=problem)
     world = dist.group.WORLD
     if world not in _groups:
         group = dist.new_group(backend="gloo")
@@ -42,59 +42,59 @@ def come(call: str, *, timeout: float, problem: str = "") -> ProcessGroup | None
     return _groups[world]
 
 
-def on_first(call: Callable[[], T], group: ProcessGroup | None) -> T:
+def run_on_first_rank(call: Callable[[], T], group: ProcessGroup | None) -> T:
     """What ``call`` returns on the first rank, on every rank; what it raises there becomes a CheckpointError on all.
 
     Collective: over ``group``.
     """
-    told: list[tuple[T | None, str]] = [(None, "")]
+    outcome: list[tuple[T | None, str]] = [(None, "")]
     if group is None or group.rank() == 0:
         try:
-            told = [(call(), "")]
+            outcome = [(call(), "")]
         except Exception as error:  # noqa: BLE001  the other ranks wait for it
-            told = [(None, str(error) if isinstance(error, (CheckpointError, OSError)) else repr(error))]
+            outcome = [(None, str(error) if isinstance(error, (CheckpointError, OSError)) else repr(error))]
     if group is not None:
-        dist.broadcast_object_list(told, src=0, group=group)
-    result, problem = told[0]
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    result, problem = outcome[0]
     if problem:
         raise CheckpointError(problem)
     return result  # pyrefly: ignore  a call that did not raise has returned its own type
 
 
-def alike(what: str, names: Sequence[str], group: ProcessGroup | None) -> None:
+def require_same_names(what: str, names: Sequence[str], group: ProcessGroup | None) -> None:
     """Raise RuntimeError on every rank unless the same names are there on all of them.
 
     Collective: over ``group``.
     """
-    if different := differences(names, group):
+    if different := describe_rank_differences(names, group):
         raise RuntimeError(f"{what} must be the same on every rank, but {different}")
 
 
-def differences(names: Sequence[str], group: ProcessGroup | None) -> str:
+def describe_rank_differences(names: Sequence[str], group: ProcessGroup | None) -> str:
     """Which of the names are not on all ranks, in words, the same on every rank; empty where all are.
 
     Collective: over ``group``.
     """
-    mine = sorted({*names} ^ {*on_first(lambda: names, group)})
-    told = f"ranks 0 and {group.rank()} differ in {mine}" if mine and group else ""
-    return "; ".join(together([told] * bool(told), group))
+    differing = sorted({*names} ^ {*run_on_first_rank(lambda: names, group)})
+    report = f"ranks 0 and {group.rank()} differ in {differing}" if differing and group else ""
+    return "; ".join(gather_problems([report] * bool(report), group))
 
 
-def together(problems: list[str], group: ProcessGroup | None) -> list[str]:
+def gather_problems(problems: list[str], group: ProcessGroup | None) -> list[str]:
     """The problems of all ranks, in their order, each once.
 
     Collective: over ``group``.
     """
     if group is None:
         return problems
-    some = torch.tensor(bool(problems), dtype=torch.int32, device="cpu")
-    dist.all_reduce(some, dist.ReduceOp.MAX, group)
-    of_ranks: list[list[str]] = [[] for _ in range(group.size())]
-    if some:
-        dist.all_gather_object(of_ranks, problems, group=group)
-    return list(dict.fromkeys(problem for of_rank in of_ranks for problem in of_rank))
+    has_problems = torch.tensor(bool(problems), dtype=torch.int32, device="cpu")
+    dist.all_reduce(has_problems, dist.ReduceOp.MAX, group)
+    problems_per_rank: list[list[str]] = [[] for _ in range(group.size())]
+    if has_problems:
+        dist.all_gather_object(problems_per_rank, problems, group=group)
+    return list(dict.fromkeys(problem for rank_problems in problems_per_rank for problem in rank_problems))
 
 
-def by_rank(problem: str, group: ProcessGroup | None) -> str:
+def prefix_rank(problem: str, group: ProcessGroup | None) -> str:
     """The problem, and whose it is."""
     return problem if group is None else f"rank {group.rank()}: {problem}"

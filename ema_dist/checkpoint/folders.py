@@ -13,32 +13,32 @@ from ema_dist.checkpoint.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 
-REPLACED = ".replaced"
+REPLACED_SUFFIX = ".replaced"
 """What a complete checkpoint is called for the moment in which another of the same step takes its name."""
 
-COMPLETE = re.compile(rf"step-(\d{{10,}})({re.escape(REPLACED)})?")
+STEP_NAME = re.compile(rf"step-(\d{{10,}})({re.escape(REPLACED_SUFFIX)})?")
 
 
-def folder_of(root: Path, step: int) -> Path:
+def step_folder(root: Path, step: int) -> Path:
     """Where the checkpoint of a step lies once it is complete."""
     return root / f"step-{step:010}"
 
 
 def complete_steps(root: Path) -> dict[int, Path]:
     """The complete checkpoints in ``root`` by step, oldest first."""
-    found: dict[int, Path] = {}
+    steps: dict[int, Path] = {}
     for path in sorted(root.iterdir(), reverse=True) if root.is_dir() else ():
-        if (match := COMPLETE.fullmatch(path.name)) and path.is_dir():
-            found[int(match[1])] = path  # in this order a name without a suffix comes last, and wins
-    return dict(sorted(found.items()))
+        if (match := STEP_NAME.fullmatch(path.name)) and path.is_dir():
+            steps[int(match[1])] = path  # in this order a name without a suffix comes last, and wins
+    return dict(sorted(steps.items()))
 
 
-def begin(root: Path, step: int) -> Path:
+def create_partial_folder(root: Path, step: int) -> Path:
     """An empty folder in which to write the checkpoint of a step; what an earlier attempt left there is gone.
 
     Checkpoints of later steps belong to a run that has been rolled back: they are set aside, with a warning.
     """
-    final = folder_of(root, step)
+    final = step_folder(root, step)
     if final.exists() and not final.is_dir():
         raise CheckpointError(f"{final} is not a folder: move it away")
     partial = final.with_suffix(".partial")
@@ -48,25 +48,25 @@ def begin(root: Path, step: int) -> Path:
     partial.mkdir()
     for other, later in complete_steps(root).items():
         if other > step:
-            _set_aside(later, step)
+            _mark_superseded(later, step)
     return partial
 
 
 def commit(partial: Path, *, keep: int | None) -> None:
     """Give a finished checkpoint its name, and drop all but the newest ``keep`` and what was never finished."""
     root, final = partial.parent, partial.with_suffix("")
-    sync(partial)
+    fsync(partial)
     if final.exists():
-        _remove(_replaced(final))
-        final.rename(_replaced(final))
+        _remove(_replaced_path(final))
+        final.rename(_replaced_path(final))
     partial.rename(final)
-    sync(root)
+    fsync(root)
     try:
-        _remove(_replaced(final))
+        _remove(_replaced_path(final))
         complete = complete_steps(root)
         for old in list(complete)[: -keep if keep else 0]:
             _remove(complete.pop(old))
-        _clear_away(root, complete)
+        _remove_leftovers(root, complete)
     except OSError as error:  # the checkpoint is there
         _log.warning("%s is saved, but what is old in %s could not be removed: %s", final.name, root, error)
 
@@ -92,18 +92,22 @@ def locate(path: Path, step: int | None = None) -> Path:
     )
 
 
-def _clear_away(root: Path, complete: dict[int, Path]) -> None:
+def _remove_leftovers(root: Path, complete: dict[int, Path]) -> None:
     """Remove what saves that were killed have left: unfinished, replaced or half removed."""
-    for leftover in [*root.glob("step-*.partial"), *root.glob("step-*.removed"), *root.glob(f"step-*{REPLACED}")]:
+    for leftover in [
+        *root.glob("step-*.partial"),
+        *root.glob("step-*.removed"),
+        *root.glob(f"step-*{REPLACED_SUFFIX}"),
+    ]:
         if leftover not in complete.values():
             shutil.rmtree(leftover)
 
 
-def _replaced(final: Path) -> Path:
-    return final.with_name(final.name + REPLACED)
+def _replaced_path(final: Path) -> Path:
+    return final.with_name(final.name + REPLACED_SUFFIX)
 
 
-def _set_aside(later: Path, step: int) -> None:
+def _mark_superseded(later: Path, step: int) -> None:
     names = (later.with_suffix(f".superseded{number or ''}") for number in range(1000))
     aside = next(name for name in names if not name.exists())
     later.rename(aside)
@@ -117,14 +121,14 @@ def _set_aside(later: Path, step: int) -> None:
 def _remove(folder: Path) -> None:
     """Remove a checkpoint; under another name first, so that no half of it is ever taken for a whole one."""
     if folder.exists():
-        doomed = folder.with_suffix(".removed")
-        if doomed.exists():
-            shutil.rmtree(doomed)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        renamed = folder.with_suffix(".removed")
+        if renamed.exists():
+            shutil.rmtree(renamed)
+        folder.rename(renamed)
+        shutil.rmtree(renamed)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until the disk has a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from ema_dist.checkpoint.agreement import come, differences, on_first, together
+from ema_dist.checkpoint.agreement import (
+    checkpoint_rendezvous,
+    describe_rank_differences,
+    gather_problems,
+    run_on_first_rank,
+)
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.saving import wait
 from ema_dist.checkpoint.weights.files import WeightFiles, WeightWriter
@@ -46,20 +51,20 @@ def gather(
         by ``full_state_dict(pipeline=...)``.
     """
     wait()
-    group = come("gather(ema, folder)", timeout=timeout)
+    group = checkpoint_rendezvous("gather(ema, folder)", timeout=timeout)
     entries = ema.gather(dtype=dtype)
     planned = ema.full_shapes(dtype=dtype)
-    if different := differences([*planned], group):
+    if different := describe_rank_differences([*planned], group):
         raise ValueError(
             f"ranks hold different models: {different}; unite pipeline stages by ema.full_state_dict(pipeline=...), "
             "and write that"
         )
-    writer = _made(
+    writer = _make_on_first_rank(
         lambda: WeightWriter(folder, planned=planned, max_shard_size=max_shard_size, file_format=file_format), group
     )
     if writer is None:
         _exhaust(entries)
-    paths = on_first(lambda: _write(writer, entries) if writer else [], group)
+    paths = run_on_first_rank(lambda: _write(writer, entries) if writer else [], group)
     return paths if writer else []
 
 
@@ -75,7 +80,7 @@ def scatter(ema: ShardedEMA, folder: str | os.PathLike[str]) -> None:
     ema.load_full_state_dict(WeightFiles(folder))
 
 
-def _made(make: Callable[[], WeightWriter], group: ProcessGroup | None) -> WeightWriter | None:
+def _make_on_first_rank(make: Callable[[], WeightWriter], group: ProcessGroup | None) -> WeightWriter | None:
     """What ``make`` returns on the first rank; None elsewhere.
 
     Collective: over ``group``. Raises: ValueError on every rank when it raises one, or TypeError.
@@ -86,7 +91,7 @@ def _made(make: Callable[[], WeightWriter], group: ProcessGroup | None) -> Weigh
             writer = make()
         except (TypeError, ValueError) as error:
             cause = error
-    if problems := together([str(cause)] if cause else [], group):
+    if problems := gather_problems([str(cause)] if cause else [], group):
         raise ValueError("; ".join(problems)) from cause
     return writer
 

@@ -13,15 +13,21 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import Metadata
 
-from ema_dist.checkpoint.agreement import alike, by_rank, come, on_first, together
+from ema_dist.checkpoint.agreement import (
+    checkpoint_rendezvous,
+    gather_problems,
+    prefix_rank,
+    require_same_names,
+    run_on_first_rank,
+)
 from ema_dist.checkpoint.dcp.contents import Contents
 from ema_dist.checkpoint.dcp.metadata import read_metadata
-from ema_dist.checkpoint.dcp.reader import read
+from ema_dist.checkpoint.dcp.reader import read_entries
 from ema_dist.checkpoint.entries import Entry
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import complete_steps, locate
-from ema_dist.checkpoint.manifest import Manifest, problems, read_manifest, share
-from ema_dist.checkpoint.saving import entries_of, wait
+from ema_dist.checkpoint.manifest import Manifest, files_to_verify, read_manifest, verify_files
+from ema_dist.checkpoint.saving import make_entries, wait
 
 
 def latest(root: str | os.PathLike[str]) -> int | None:
@@ -59,39 +65,39 @@ def load(
     """
     wait()
     root = Path(root).absolute()
-    group = come("checkpoint.load()", timeout=timeout)
-    alike("the keys of what is loaded", [str(key) for key in state], group)
-    sound = _soundest(root, step, group)
-    contents = Contents(sound.metadata, model_keys=sound.manifest.models if sound.manifest else {})
-    contents.scalars.update(_plain_values(contents, state))
-    read(sound.folder, contents.scalars, metadata=sound.metadata, group=group)
+    group = checkpoint_rendezvous("checkpoint.load()", timeout=timeout)
+    require_same_names("the keys of what is loaded", [str(key) for key in state], group)
+    checkpoint = _find_intact(root, step, group)
+    contents = Contents(checkpoint.metadata, model_keys=checkpoint.manifest.models if checkpoint.manifest else {})
+    contents.plain_values.update(_plain_values_to_read(contents, state))
+    read_entries(checkpoint.folder, contents.plain_values, metadata=checkpoint.metadata, group=group)
     entries: dict[str, Entry] = {}
     targets: dict[str, dict[str, Tensor]] = {}
-    wrong: list[str] = []
+    problems: list[str] = []
     try:
-        entries = entries_of(state)
+        entries = make_entries(state)
     except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
-        wrong.append(str(error))
+        problems.append(str(error))
     for key, entry in entries.items():
         try:
             targets[key] = entry.targets(contents)
         except Exception as error:  # noqa: BLE001, PERF203  all that is wrong is named at once
-            wrong.append(f"{key!r}: {error}")
-    come(f"checkpoint.load() of {sound.folder}", timeout=timeout, problem="; ".join(wrong))
-    read(sound.folder, *map(dict, targets.values()), metadata=sound.metadata, group=group)
+            problems.append(f"{key!r}: {error}")
+    checkpoint_rendezvous(f"checkpoint.load() of {checkpoint.folder}", timeout=timeout, problem="; ".join(problems))
+    read_entries(checkpoint.folder, *map(dict, targets.values()), metadata=checkpoint.metadata, group=group)
     for key, entry in entries.items():
         try:
-            entry.take(contents)
+            entry.finish_load(contents)
         except Exception as error:  # noqa: BLE001, PERF203  this rank's weights are read; the other ranks must get to know
-            wrong.append(f"{key!r} does not take over what was saved: {error!r}")
+            problems.append(f"{key!r} does not take over what was saved: {error!r}")
     # Not by a meeting: who leaves it first may be the one that has the store, and end.
-    if lost := together([by_rank(problem, group) for problem in wrong], group):
-        raise RuntimeError("; ".join(lost))
-    return sound.manifest.step if sound.manifest else None
+    if failures := gather_problems([prefix_rank(problem, group) for problem in problems], group):
+        raise RuntimeError("; ".join(failures))
+    return checkpoint.manifest.step if checkpoint.manifest else None
 
 
 @dataclass(frozen=True)
-class Sound:
+class OpenedCheckpoint:
     """A checkpoint in which nothing is damaged."""
 
     folder: Path
@@ -99,43 +105,48 @@ class Sound:
     manifest: Manifest | None
 
 
-def _plain_values(contents: Contents, keys: Iterable[str]) -> dict[str, Any]:
+def _plain_values_to_read(contents: Contents, keys: Iterable[str]) -> dict[str, Any]:
     """What is to be read that is not a tensor, by DCP's names: in these entries, and in extra states beside them."""
-    wanted = [name for key in keys for name in contents.of(key).values()]
-    wanted += [name for key in contents.keys for of in contents.extra_states((key,)).values() for name in of.values()]
+    wanted = [name for key in keys for name in contents.entry_names(key).values()]
+    wanted += [
+        name
+        for key in contents.entry_keys
+        for parts in contents.extra_states((key,)).values()
+        for name in parts.values()
+    ]
     return {name: None for name in wanted if name not in contents.tensors}
 
 
-def _soundest(root: Path, step: int | None, group: ProcessGroup | None) -> Sound:
+def _find_intact(root: Path, step: int | None, group: ProcessGroup | None) -> OpenedCheckpoint:
     """The newest checkpoint in which nothing is damaged.
 
     Collective: over ``group``.
     """
     damaged: list[str] = []
-    for folder in on_first(lambda: _candidates(root, step), group):
-        found, sound = _checked(folder, group)
-        if sound is not None and not found:
+    for folder in run_on_first_rank(lambda: _candidates(root, step), group):
+        problems, checkpoint = _open_and_verify(folder, group)
+        if checkpoint is not None and not problems:
             if damaged and (group is None or group.rank() == 0):
                 warnings.warn(f"passed over, and loaded {folder.name} instead: {'; '.join(damaged)}", stacklevel=3)
-            return sound
-        damaged += found
+            return checkpoint
+        damaged += problems
     raise CheckpointError(f"no sound checkpoint in {root}: {'; '.join(damaged)}")
 
 
 def _candidates(root: Path, step: int | None) -> list[Path]:
-    found = locate(root, step)
-    return [found] if step is not None or found == root else [*complete_steps(root).values()][::-1]
+    folder = locate(root, step)
+    return [folder] if step is not None or folder == root else [*complete_steps(root).values()][::-1]
 
 
-def _checked(folder: Path, group: ProcessGroup | None) -> tuple[list[str], Sound | None]:
+def _open_and_verify(folder: Path, group: ProcessGroup | None) -> tuple[list[str], OpenedCheckpoint | None]:
     """What is wrong with a checkpoint, of which each rank checks its share; the checkpoint, if it can be read here."""
-    mine: list[str] = []
-    sound: Sound | None = None
+    problems: list[str] = []
+    checkpoint: OpenedCheckpoint | None = None
     try:
         if manifest := read_manifest(folder):
             rank, count = (group.rank(), group.size()) if group else (0, 1)
-            mine = problems(folder, share(manifest.files, rank, count))
-        sound = Sound(folder, read_metadata(folder), manifest)
+            problems = verify_files(folder, files_to_verify(manifest.files, rank, count))
+        checkpoint = OpenedCheckpoint(folder, read_metadata(folder), manifest)
     except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
-        mine.append(str(error) if isinstance(error, CheckpointError) else f"{folder}: {error!r}")
-    return together(mine, group), sound
+        problems.append(str(error) if isinstance(error, CheckpointError) else f"{folder}: {error!r}")
+    return gather_problems(problems, group), checkpoint

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import xxhash
 
-from ema_dist.checkpoint.dcp.metadata import inside
+from ema_dist.checkpoint.dcp.metadata import safe_join
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.folders import COMPLETE, sync
+from ema_dist.checkpoint.folders import STEP_NAME, fsync
 
-NAME = "manifest.json"
-FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+MANIFEST_FORMAT = 1
 CHUNK_BYTES = 2**20
 
 
@@ -46,9 +46,9 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it into ``folder``, down to the disk."""
-        content = {"format": FORMAT, **asdict(self)}
-        (folder / NAME).write_text(json.dumps(content | {"xxh3_128": _digest(content)}, indent=1))
-        sync(folder / NAME)
+        content = {"format": MANIFEST_FORMAT, **asdict(self)}
+        (folder / MANIFEST_FILE).write_text(json.dumps(content | {"xxh3_128": _digest(content)}, indent=1))
+        fsync(folder / MANIFEST_FILE)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -56,8 +56,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 
     Raises: CheckpointError when it is damaged, or missing in a folder that `save` has named, or of another step.
     """
-    path = inside(folder, NAME)
-    saved_as = COMPLETE.fullmatch(folder.resolve().name)
+    path = safe_join(folder, MANIFEST_FILE)
+    saved_as = STEP_NAME.fullmatch(folder.resolve().name)
     if not os.path.lexists(path):
         if saved_as:
             raise CheckpointError(f"{path} is missing: it was there when {folder.name} got its name")
@@ -69,11 +69,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
     if saved_as and int(saved_as[1]) != manifest.step:
-        raise CheckpointError(f"{folder} was renamed: {NAME} in it is of step {manifest.step}")
+        raise CheckpointError(f"{folder} was renamed: {MANIFEST_FILE} in it is of step {manifest.step}")
     return manifest
 
 
-def problems(
+def verify_files(
     folder: Path, files: dict[str, FileRecord], *, on_bytes: Callable[[int], object] = lambda _: None
 ) -> list[str]:
     """What is wrong with these files, one line each; all of them are read.
@@ -81,32 +81,32 @@ def problems(
     Args:
         on_bytes: called with the number of bytes read since the last call.
     """
-    found: list[str] = []
+    problems: list[str] = []
     for name, expected in files.items():
         try:
-            path = inside(folder, name)
+            path = safe_join(folder, name)
             size = path.stat().st_size if path.is_file() else -1
             if size < 0:
-                found.append(f"{path} is missing, or not a file")
+                problems.append(f"{path} is missing, or not a file")
             elif size != expected.size:
-                found.append(f"{path} has {size} bytes, not the {expected.size} that were written")
+                problems.append(f"{path} has {size} bytes, not the {expected.size} that were written")
             elif _checksum(path, on_bytes) != expected.xxh3_128:
-                found.append(f"{path} has another checksum than when it was written: some of its bytes changed")
+                problems.append(f"{path} has another checksum than when it was written: some of its bytes changed")
         except OSError as error:  # noqa: PERF203  all that is wrong is named at once
-            found.append(f"{folder / name} cannot be read: {error.strerror}")
+            problems.append(f"{folder / name} cannot be read: {error.strerror}")
         except CheckpointError as error:
-            found.append(str(error))
-    return found
+            problems.append(str(error))
+    return problems
 
 
-def share(files: dict[str, FileRecord], index: int, count: int) -> dict[str, FileRecord]:
+def files_to_verify(files: dict[str, FileRecord], index: int, count: int) -> dict[str, FileRecord]:
     """The files that one of ``count`` readers checks, so that each reads about as many bytes."""
-    loads = [0] * count
+    bytes_per_reader = [0] * count
     mine: dict[str, FileRecord] = {}
     for name, record in sorted(files.items(), key=lambda item: (-item[1].size, item[0])):
-        least = loads.index(min(loads))
-        loads[least] += record.size
-        if least == index:
+        reader = bytes_per_reader.index(min(bytes_per_reader))
+        bytes_per_reader[reader] += record.size
+        if reader == index:
             mine[name] = record
     return mine
 
@@ -124,30 +124,33 @@ def _checksum(path: Path, on_bytes: Callable[[int], object]) -> str:
 def _parse(text: bytes) -> Manifest:
     content = json.loads(text)
     checksum = content.pop("xxh3_128")
-    if content["format"] != FORMAT:
-        raise ValueError(f"expected format {FORMAT}, found {content['format']!r}")
+    if content["format"] != MANIFEST_FORMAT:
+        raise ValueError(f"expected format {MANIFEST_FORMAT}, found {content['format']!r}")
     if _digest(content) != checksum:
         raise ValueError("its own checksum does not fit")
     del content["format"]
-    files = {name: FileRecord(_whole(it["size"]), str(it["xxh3_128"])) for name, it in content.pop("files").items()}
+    files = {
+        name: FileRecord(_require_count(record["size"]), str(record["xxh3_128"]))
+        for name, record in content.pop("files").items()
+    }
     return Manifest(
-        step=_whole(content.pop("step")),
-        world_size=_whole(content.pop("world_size")),
-        layouts=_texts(content.pop("layouts")),
-        ties={key: _texts(ties) for key, ties in content.pop("ties").items()},
-        models=_texts(content.pop("models")),
+        step=_require_count(content.pop("step")),
+        world_size=_require_count(content.pop("world_size")),
+        layouts=_require_strings(content.pop("layouts")),
+        ties={key: _require_strings(ties) for key, ties in content.pop("ties").items()},
+        models=_require_strings(content.pop("models")),
         files=files,
-        **_texts(content),
+        **_require_strings(content),
     )
 
 
-def _whole(value: object) -> int:
+def _require_count(value: object) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"expected a whole number, found {value!r}")
     return value
 
 
-def _texts(value: Any) -> dict[str, str]:
+def _require_strings(value: Any) -> dict[str, str]:
     if not all(isinstance(text, str) for text in value.values()):
         raise ValueError(f"expected texts, found {value!r}")
     return dict(value)

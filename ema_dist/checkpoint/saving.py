@@ -18,13 +18,19 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from ema_dist.checkpoint.agreement import alike, by_rank, come, on_first, together
-from ema_dist.checkpoint.entries import Average, Entry, Model, Other
+from ema_dist.checkpoint.agreement import (
+    checkpoint_rendezvous,
+    gather_problems,
+    prefix_rank,
+    require_same_names,
+    run_on_first_rank,
+)
+from ema_dist.checkpoint.entries import EMAEntry, Entry, ModelEntry, OtherEntry
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.folders import begin, folder_of
+from ema_dist.checkpoint.folders import create_partial_folder, step_folder
 from ema_dist.checkpoint.manifest import Manifest
 from ema_dist.checkpoint.optimizers import OptimizerEntry
-from ema_dist.checkpoint.writer import Writer
+from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.ema import ShardedEMA
 from ema_dist.sharding import cpu_copy
 
@@ -32,14 +38,14 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Pending:
+class PendingSave:
     """A save in the background."""
 
     folder: Path
-    done: Future[Any]
+    future: Future[Any]
 
 
-_pending: list[Pending] = []
+_pending_saves: list[PendingSave] = []
 """The save in the background, if there is one."""
 
 
@@ -77,30 +83,30 @@ def save(
     step = _checked_step(step, keep)
     root = Path(root).absolute()
     entries: dict[str, Entry] = {}
-    problem = _failure()
+    problem = _wait_for_pending()
     if not problem:
         try:
-            entries = entries_of(dict(state))
+            entries = make_entries(dict(state))
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
             problem = str(error)
-    group = come(f"checkpoint.save(step={step})", timeout=timeout, problem=problem)
+    group = checkpoint_rendezvous(f"checkpoint.save(step={step})", timeout=timeout, problem=problem)
     what = "the names of what is saved (pipeline stages: save them by torch.distributed.checkpoint)"
-    alike(what, _names(entries), group)
-    contents, wrong = _saved(entries, copied=not block)
-    if wrong := together([by_rank(problem, group) for problem in wrong], group):
-        raise RuntimeError(f"step {step} is not saved: {'; '.join(wrong)}")
+    require_same_names(what, _saved_names(entries), group)
+    state_dict, problems = _collect_state(entries, copy_to_cpu=not block)
+    if problems := gather_problems([prefix_rank(problem, group) for problem in problems], group):
+        raise RuntimeError(f"step {step} is not saved: {'; '.join(problems)}")
     manifest = _manifest(step, entries, group)
-    writer = Writer(on_first(lambda: begin(root, step), group), manifest, keep=keep)
+    writer = CheckpointWriter(run_on_first_rank(lambda: create_partial_folder(root, step), group), manifest, keep=keep)
     if block:
         try:
-            dcp.save(contents, storage_writer=writer, process_group=group)
+            dcp.save(state_dict, storage_writer=writer, process_group=group)
         except CheckpointException as error:
-            raise CheckpointError(f"{folder_of(root, step)} was not saved: {reasons(error)}") from error
+            raise CheckpointError(f"{step_folder(root, step)} was not saved: {describe_failures(error)}") from error
     else:
-        done = dcp.async_save(contents, storage_writer=writer, process_group=group)
-        assert isinstance(done, Future), "the writer has staged by the time it returns"
-        done.add_done_callback(_tell_failure)
-        _pending.append(Pending(folder_of(root, step), done))
+        future = dcp.async_save(state_dict, storage_writer=writer, process_group=group)
+        assert isinstance(future, Future), "the writer has staged by the time it returns"
+        future.add_done_callback(_log_failure)
+        _pending_saves.append(PendingSave(step_folder(root, step), future))
 
 
 def wait() -> None:
@@ -109,16 +115,16 @@ def wait() -> None:
     Collective: no, but the save ends only when it does on every rank.
     Raises: `CheckpointError` when it failed.
     """
-    if problem := _failure():
+    if problem := _wait_for_pending():
         raise CheckpointError(problem)
 
 
-def entries_of(state: MutableMapping[str, Any]) -> dict[str, Entry]:
+def make_entries(state: MutableMapping[str, Any]) -> dict[str, Entry]:
     """The values of ``state`` as what they are, in the order of their keys, which is the same on every rank."""
-    if wrong := [key for key in state if not isinstance(key, str)]:
-        raise ValueError(f"expected the names of what is saved as keys, got {wrong}")
+    if bad_keys := [key for key in state if not isinstance(key, str)]:
+        raise ValueError(f"expected the names of what is saved as keys, got {bad_keys}")
     entries: dict[str, Entry] = {}
-    models = {key: Model(key, value) for key, value in state.items() if isinstance(value, nn.Module)}
+    models = {key: ModelEntry(key, value) for key, value in state.items() if isinstance(value, nn.Module)}
     for key, value in sorted(state.items()):
         match value:
             case nn.Module():
@@ -126,9 +132,9 @@ def entries_of(state: MutableMapping[str, Any]) -> dict[str, Entry]:
             case Optimizer():
                 entries[key] = OptimizerEntry(key, value, [model.layout for model in models.values()])
             case ShardedEMA():
-                entries[key] = Average(key, value)
+                entries[key] = EMAEntry(key, value)
             case _:
-                entries[key] = Other(key, state)
+                entries[key] = OtherEntry(key, state)
     return entries
 
 
@@ -139,75 +145,80 @@ def _checked_step(step: int, keep: int | None) -> int:
     return whole
 
 
-def _names(entries: Mapping[str, Entry]) -> list[str]:
-    models = {key: entry for key, entry in entries.items() if isinstance(entry, Model)}
-    return [*entries, *(f"{key}.{name}" for key, model in models.items() for name in model.layout.by_any_name())]
+def _saved_names(entries: Mapping[str, Entry]) -> list[str]:
+    models = {key: entry for key, entry in entries.items() if isinstance(entry, ModelEntry)}
+    return [*entries, *(f"{key}.{name}" for key, model in models.items() for name in model.layout.shards_by_name())]
 
 
-def _saved(entries: Mapping[str, Entry], *, copied: bool) -> tuple[dict[str, Any], list[str]]:
+def _collect_state(entries: Mapping[str, Entry], *, copy_to_cpu: bool) -> tuple[dict[str, Any], list[str]]:
     """What DCP is to write, and what cannot be saved."""
-    contents: dict[str, Any] = {}
-    wrong: list[str] = []
-    for key, entry in sorted(entries.items(), key=lambda item: not isinstance(item[1], Average)):  # those meet
+    state_dict: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, entry in sorted(entries.items(), key=lambda item: not isinstance(item[1], EMAEntry)):  # those meet
         try:
-            contents[key] = _copied(entry.saved(), {}) if copied else entry.saved()
+            state_dict[key] = _copy_to_cpu(entry.state_to_save(), {}) if copy_to_cpu else entry.state_to_save()
         except Exception as error:  # noqa: BLE001, PERF203  all that is wrong is named at once
-            wrong.append(f"{key!r}: {error}")
+            problems.append(f"{key!r}: {error}")
     # DCP spreads tensors that several ranks hold, in this order, over those with least to write so far; of a cut tensor
     # it counts the whole, so that averages, cut by DDP's replicas, would make it believe that the first had most.
-    return dict(sorted(contents.items(), key=lambda item: isinstance(entries[item[0]], Average))), wrong
+    return dict(sorted(state_dict.items(), key=lambda item: isinstance(entries[item[0]], EMAEntry))), problems
 
 
-def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
+def _copy_to_cpu(value: Any, memo: dict[int, Tensor]) -> Any:
     """Nested dictionaries and lists with a copy of every tensor in them, each made once."""
     match value:
         case Tensor():
-            if id(value) not in copies:
-                copies[id(value)] = cpu_copy(value)
-            return copies[id(value)]
+            if id(value) not in memo:
+                memo[id(value)] = cpu_copy(value)
+            return memo[id(value)]
         case dict():
-            return {key: _copied(item, copies) for key, item in value.items()}
+            return {key: _copy_to_cpu(item, memo) for key, item in value.items()}
         case list():
-            return [_copied(item, copies) for item in value]
+            return [_copy_to_cpu(item, memo) for item in value]
     return copy.deepcopy(value)
 
 
 def _manifest(step: int, entries: Mapping[str, Entry], group: ProcessGroup | None) -> Manifest:
     """What can be said before anything is written."""
-    models = {key: entry for key, entry in entries.items() if isinstance(entry, Model)}
-    averages = {key: entry for key, entry in entries.items() if isinstance(entry, Average)}
+    models = {key: entry for key, entry in entries.items() if isinstance(entry, ModelEntry)}
+    averages = {key: entry for key, entry in entries.items() if isinstance(entry, EMAEntry)}
     return Manifest(
         step=step,
         world_size=group.size() if group else 1,
         layouts={key: model.layout.summary for key, model in models.items()},
         ties={key: model.layout.ties for key, model in models.items()},
-        models={key: name for key, its in averages.items() for name, model in models.items() if its.is_of(model)},
+        models={
+            key: name
+            for key, average in averages.items()
+            for name, model in models.items()
+            if average.belongs_to(model)
+        },
     )
 
 
-def reasons(error: CheckpointException) -> str:
+def describe_failures(error: CheckpointException) -> str:
     """What went wrong, and where: DCP collects the failures of all ranks."""
-    of_ranks: dict[str, list[int]] = {}
+    ranks_by_reason: dict[str, list[int]] = {}
     for rank, (failure, _) in error.failures.items():
-        of_ranks.setdefault(f"{type(failure).__name__}: {failure}", []).append(rank)
-    return "; ".join(f"on ranks {ranks}: {reason}" for reason, ranks in of_ranks.items())
+        ranks_by_reason.setdefault(f"{type(failure).__name__}: {failure}", []).append(rank)
+    return "; ".join(f"on ranks {ranks}: {reason}" for reason, ranks in ranks_by_reason.items())
 
 
-def _failure() -> str:
+def _wait_for_pending() -> str:
     """Wait for the save in the background; why it failed, or an empty string."""
-    if not _pending:
+    if not _pending_saves:
         return ""
-    pending = _pending[0]
-    error = pending.done.exception()
-    _pending.clear()
-    return f"{pending.folder} was not saved, in the background: {_reason(error)}" if error else ""
+    pending = _pending_saves[0]
+    error = pending.future.exception()
+    _pending_saves.clear()
+    return f"{pending.folder} was not saved, in the background: {_describe_error(error)}" if error else ""
 
 
-def _reason(error: BaseException) -> str:
-    return reasons(error) if isinstance(error, CheckpointException) else f"{type(error).__name__}: {error}"
+def _describe_error(error: BaseException) -> str:
+    return describe_failures(error) if isinstance(error, CheckpointException) else f"{type(error).__name__}: {error}"
 
 
-def _tell_failure(done: Future[Any]) -> None:
+def _log_failure(future: Future[Any]) -> None:
     # The next call raises it; but there may be none.
-    if error := done.exception():
-        _log.error("a checkpoint was not saved: %s", _reason(error))
+    if error := future.exception():
+        _log.error("a checkpoint was not saved: %s", _describe_error(error))

@@ -11,38 +11,37 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ema_dist.averages.state import FORMAT
-from ema_dist.checkpoint.dcp.index import Outline, Track, dotted
+from ema_dist.averages.state import STATE_FORMAT
+from ema_dist.checkpoint.dcp.index import CheckpointIndex, TrackNames, dotted_name
 from ema_dist.checkpoint.dcp.metadata import read_metadata
-from ema_dist.checkpoint.dcp.reader import read
+from ema_dist.checkpoint.dcp.reader import read_entries
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import Manifest, read_manifest
-from ema_dist.checkpoint.values import Path as Place
-from ema_dist.checkpoint.values import nested, restored
+from ema_dist.checkpoint.values import KeyPath, unflatten, unpack_value
 from ema_dist.checkpoint.weights.casts import cast
 from ema_dist.kernels import checksum
-from ema_dist.messages import few
+from ema_dist.messages import abbreviated
 from ema_dist.schedules.decay import Constant, Decay, HalfLife, decay_from_half_life, half_life_from_decay
 
-Which = Literal["ema", "live"]
+WeightsKind = Literal["ema", "live"]
 
 BATCH_BYTES = 16 * 2**20
 """Smaller tensors are read together up to so many bytes: each call of the reader costs."""
 
 
 @dataclass(frozen=True)
-class SavedDecay:
+class StoredDecay:
     """The decay of one track as a checkpoint records it, without the interval at which averages were taken."""
 
     decay: Decay
 
     @property
     def unit(self) -> Literal["step", "update"]:
-        """What `per_unit` and `half_life` count: optimizer steps, or averages taken."""
+        """What `decay_per_unit` and `half_life` count: optimizer steps, or averages taken."""
         return "step" if isinstance(self.decay, HalfLife) else "update"
 
     @property
-    def per_unit(self) -> float:
+    def decay_per_unit(self) -> float:
         """The factor of the old average."""
         return decay_from_half_life(self.decay.steps) if isinstance(self.decay, HalfLife) else self.decay.value
 
@@ -53,23 +52,23 @@ class SavedDecay:
 
 
 @dataclass(frozen=True)
-class Averages:
+class StoredAverages:
     """A state of `ShardedEMA` in a checkpoint."""
 
-    place: Place
+    key_path: KeyPath
     steps: int
     updates: int
-    tracks: dict[str, Track]
-    decays: dict[str, SavedDecay]
+    tracks: dict[str, TrackNames]
+    decays: dict[str, StoredDecay]
 
     @property
-    def stale(self) -> bool:
+    def is_stale(self) -> bool:
         """Whether steps were seen, and no average taken: these are the weights that they began with, or followed."""
         return self.steps > 0 and self.updates == 0
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightSelection:
     """The weights of one model: where each lies in the checkpoint, and the dtype that it shall have."""
 
     sources: dict[str, tuple[str, torch.dtype]]
@@ -77,19 +76,19 @@ class Weights:
     """Names that have their live values among averages."""
     guessed_ties: dict[str, str] = field(default_factory=dict)
     """Names that have the average of another one, because their live values are equal and no manifest tells."""
-    extra_states: dict[str, dict[Place, str]] = field(default_factory=dict)
+    extra_states: dict[str, dict[KeyPath, str]] = field(default_factory=dict)
     """What is no tensor, by name: the DCP names of its parts."""
-    averages: Averages | None = None
+    averages: StoredAverages | None = None
     """Where averages come from."""
-    alone: bool = False
+    is_model_missing: bool = False
     """Whether the checkpoint holds no live model of its averages."""
 
-    def only(self, names: Iterable[str]) -> Weights:
+    def subset(self, names: Iterable[str]) -> WeightSelection:
         """The tensors of these names, in this order."""
         return replace(self, sources={name: self.sources[name] for name in names}, extra_states={})
 
 
-class Stored:
+class StoredCheckpoint:
     """What one folder of a checkpoint holds; nothing in it is run, and tensors are read when they are asked for.
 
     Raises: CheckpointError when it is none, or is damaged.
@@ -99,19 +98,24 @@ class Stored:
         self.folder = folder
         self.manifest: Manifest | None = read_manifest(folder)
         self._metadata = read_metadata(folder)
-        self.outline = Outline(self._metadata)
+        self.index = CheckpointIndex(self._metadata)
 
     @cached_property
-    def averages(self) -> dict[Place, Averages]:
+    def averages(self) -> dict[KeyPath, StoredAverages]:
         """The states of `ShardedEMA` in it, by place.
 
         Raises: CheckpointError for one of another format.
         """
-        return {place: self._averages(place) for place in self.outline.averages}
+        return {key_path: self._read_averages(key_path) for key_path in self.index.averages}
 
     def weights(
-        self, which: Which, *, track: str | None = None, entry: str | None = None, dtype: torch.dtype | None = None
-    ) -> Weights:
+        self,
+        weights_kind: WeightsKind,
+        *,
+        track: str | None = None,
+        entry: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> WeightSelection:
         """Which tensors make up a model: its averages, and what has none from the live model; or all from the latter.
 
         Args:
@@ -121,37 +125,44 @@ class Stored:
 
         Raises: CheckpointError when there are no such weights, or when averages and model do not fit.
         """
-        place, model = self._choose(which, entry)
-        tensors: dict[str, str] = {} if model is None else self.outline.models[model]
-        found: dict[str, dict[Place, str]] = {} if model is None else self.outline.extra_states(model)
-        states = {name: parts for name, parts in found.items() if name not in tensors}
-        if which == "live" or place is None:
-            return Weights({name: self._source(it, it, dtype) for name, it in tensors.items()}, extra_states=states)
-        averages = self.averages[place]
-        chosen = self._track(averages, track)
-        if model is None:
-            sources = {name: self._source(it, it, dtype) for name, it in chosen.all.items()}
-            return Weights(sources, averages=averages, alone=True)
-        if lost := self.unfit(chosen, tensors):
-            raise CheckpointError(
-                f"{self.folder}: the averages in {dotted(place)!r} and the model in {dotted(model)!r} differ: {lost}"
+        key_path, model = self._select_entries(weights_kind, entry)
+        tensors: dict[str, str] = {} if model is None else self.index.models[model]
+        stored_states: dict[str, dict[KeyPath, str]] = {} if model is None else self.index.extra_states(model)
+        states = {name: parts for name, parts in stored_states.items() if name not in tensors}
+        if weights_kind == "live" or key_path is None:
+            return WeightSelection(
+                {name: self._source_and_dtype(dcp_name, dcp_name, dtype) for name, dcp_name in tensors.items()},
+                extra_states=states,
             )
-        ties = self._ties(model, chosen)
-        averaged = self._averaged(model, chosen, ties)
-        return Weights(
-            {name: self._source(averaged.get(name, live), live, dtype) for name, live in tensors.items()},
+        averages = self.averages[key_path]
+        selected = self._select_track(averages, track)
+        if model is None:
+            sources = {
+                name: self._source_and_dtype(dcp_name, dcp_name, dtype) for name, dcp_name in selected.all.items()
+            }
+            return WeightSelection(sources, averages=averages, is_model_missing=True)
+        if mismatches := self.mismatches(selected, tensors):
+            raise CheckpointError(
+                f"{self.folder}: the averages in {dotted_name(key_path)!r} and the model in {dotted_name(model)!r} differ: {mismatches}"
+            )
+        ties = self._ties(model, selected)
+        averaged = self._average_names(model, selected, ties)
+        return WeightSelection(
+            {name: self._source_and_dtype(averaged.get(name, live), live, dtype) for name, live in tensors.items()},
             without_average=[name for name in tensors if name not in averaged],
             guessed_ties={} if self.manifest else ties,
             extra_states=states,
             averages=averages,
         )
 
-    def models_of(self, averages: Place) -> list[Place]:
+    def matching_models(self, averages: KeyPath) -> list[KeyPath]:
         """The models whose averages these may be: the one that the manifest tells, else all whose names fit best."""
-        told = self.manifest.models.get(dotted(averages)) if self.manifest else None
-        return [it for it in self.outline.models if dotted(it) == told] or self.outline.models_of(averages)
+        recorded = self.manifest.models.get(dotted_name(averages)) if self.manifest else None
+        return [model for model in self.index.models if dotted_name(model) == recorded] or self.index.matching_models(
+            averages
+        )
 
-    def averages_for(self, model: Place, track: Track) -> dict[str, str]:
+    def average_names(self, model: KeyPath, track: TrackNames) -> dict[str, str]:
         """The DCP name of the average of each tensor of a model that has one, in the model's order.
 
         Averages are stored under the first name of a tied tensor. Which second names there are, a manifest tells; in a
@@ -159,36 +170,36 @@ class Stored:
 
         Raises: CheckpointError when the manifest ties tensors of different shapes.
         """
-        return self._averaged(model, track, self._ties(model, track))
+        return self._average_names(model, track, self._ties(model, track))
 
-    def unfit(self, track: Track, tensors: Mapping[str, str]) -> dict[str, Any]:
+    def mismatches(self, track: TrackNames, tensors: Mapping[str, str]) -> dict[str, Any]:
         """Averages that the model with these tensors has none for, or of another shape or kind; empty if they fit."""
         averaged = track.all
         missing = sorted(averaged.keys() - tensors.keys())
         shapes = {
-            name: (tuple(self.outline.shape(tensors[name])), tuple(self.outline.shape(it)))
-            for name, it in averaged.items()
-            if name in tensors and self.outline.shape(it) != self.outline.shape(tensors[name])
+            name: (tuple(self.index.shape(tensors[name])), tuple(self.index.shape(average)))
+            for name, average in averaged.items()
+            if name in tensors and self.index.shape(average) != self.index.shape(tensors[name])
         }
         kinds = sorted(
             name
-            for name, it in averaged.items()
-            if name in tensors and self.outline.is_floating_point(it) != self.outline.is_floating_point(tensors[name])
+            for name, average in averaged.items()
+            if name in tensors and self.index.is_floating_point(average) != self.index.is_floating_point(tensors[name])
         )
-        found = {
+        by_reason = {
             "names that the model lacks": missing,
             "shapes (model, average)": shapes,
             "floating on one side only": kinds,
         }
-        return {what: where for what, where in found.items() if where}
+        return {what: where for what, where in by_reason.items() if where}
 
-    def values(self, dcp_names: Iterable[str]) -> dict[str, Any]:
+    def read_values(self, dcp_names: Iterable[str]) -> dict[str, Any]:
         """Values by DCP name, tensors among them on the CPU.
 
         Raises: CheckpointError for one that could not be read without running code.
         """
         wanted: dict[str, Any] = dict.fromkeys(dcp_names)
-        read(self.folder, wanted, metadata=self._metadata)
+        read_entries(self.folder, wanted, metadata=self._metadata)
         return wanted
 
     def stream(
@@ -202,13 +213,13 @@ class Stored:
         Memory: `BATCH_BYTES`, or one larger tensor, and one stored piece, beyond those handed out.
         """
         for batch in self._batches(dcp_names):
-            tensors = self.values(batch)
+            tensors = self.read_values(batch)
             for name in batch:
-                on_bytes(self.outline.nbytes(name))
+                on_bytes(self.index.nbytes(name))
                 yield tensors.pop(name)
 
     def read_weights(
-        self, weights: Weights, *, on_bytes: Callable[[int], object] = lambda _: None
+        self, weights: WeightSelection, *, on_bytes: Callable[[int], object] = lambda _: None
     ) -> Iterator[tuple[str, Tensor]]:
         """The names and full CPU tensors of `weights`, in the model's order, without extra states.
 
@@ -219,65 +230,73 @@ class Stored:
         for (name, (_, dtype)), tensor in zip(weights.sources.items(), tensors, strict=True):
             yield name, cast(name, tensor, dtype)
 
-    def shapes(self, weights: Weights) -> dict[str, Tensor | None]:
+    def meta_tensors(self, weights: WeightSelection) -> dict[str, Tensor | None]:
         """What `read_weights` will give, on the meta device; None for what is no tensor."""
         tensors = {
-            name: torch.empty(self.outline.shape(source), dtype=dtype, device="meta")
+            name: torch.empty(self.index.shape(source), dtype=dtype, device="meta")
             for name, (source, dtype) in weights.sources.items()
         }
         return {**tensors, **dict.fromkeys(weights.extra_states)}
 
-    def extra_state(self, parts: Mapping[Place, str]) -> Any:
+    def extra_state(self, parts: Mapping[KeyPath, str]) -> Any:
         """One extra state of a module, as it was saved."""
-        found = self.values(parts.values())
-        return restored(nested({place: found[name] for place, name in parts.items()}))
+        loaded = self.read_values(parts.values())
+        return unpack_value(unflatten({key_path: loaded[name] for key_path, name in parts.items()}))
 
-    def _ties(self, model: Place, track: Track) -> dict[str, str]:
+    def _ties(self, model: KeyPath, track: TrackNames) -> dict[str, str]:
         """Second names of tied tensors of a model, and the first name of each."""
         if self.manifest:
-            return self.manifest.ties.get(dotted(model), {})
-        return self._alike(self.outline.models[model], track)
+            return self.manifest.ties.get(dotted_name(model), {})
+        return self._guess_ties(self.index.models[model], track)
 
-    def _averaged(self, model: Place, track: Track, ties: Mapping[str, str]) -> dict[str, str]:
-        tensors, averaged = self.outline.models[model], track.all
+    def _average_names(self, model: KeyPath, track: TrackNames, ties: Mapping[str, str]) -> dict[str, str]:
+        tensors, averaged = self.index.models[model], track.all
         sources = {name: averaged.get(ties.get(name, name)) for name in tensors}
-        found = {name: average for name, average in sources.items() if average is not None}
-        if lost := self.unfit(Track({name: found[name] for name in ties.keys() & found}), tensors):
-            raise CheckpointError(f"{self.folder}: its {dotted(model)!r} ties tensors that differ: {lost}")
-        return found
+        averages = {name: average for name, average in sources.items() if average is not None}
+        if mismatches := self.mismatches(
+            TrackNames({name: averages[name] for name in ties.keys() & averages}), tensors
+        ):
+            raise CheckpointError(f"{self.folder}: its {dotted_name(model)!r} ties tensors that differ: {mismatches}")
+        return averages
 
-    def _alike(self, tensors: Mapping[str, str], track: Track) -> dict[str, str]:
+    def _guess_ties(self, tensors: Mapping[str, str], track: TrackNames) -> dict[str, str]:
         """The matrices without an average, and the averaged one that each equals."""
-        kinds = {name: (self.outline.shape(it), self.outline.dtype(it)) for name, it in tensors.items()}
-        firsts = [name for name in track.averages if name in kinds]
-        averaged = {kinds[name] for name in firsts}
-        bare = [name for name, kind in kinds.items() if name not in track.all and len(kind[0]) > 1 and kind in averaged]
-        wanted = {kinds[name] for name in bare}
-        firsts = [name for name in firsts if kinds[name] in wanted]
-        names = [*firsts, *bare]
-        sums = [checksum(live).item() for live in self.stream(tensors[name] for name in names)]
-        keys = dict(zip(names, zip(sums, (kinds[name] for name in names), strict=True), strict=True))
-        first_of = {keys[name]: name for name in firsts[::-1]}
-        return {name: first_of[keys[name]] for name in bare if keys[name] in first_of}
+        signatures = {
+            name: (self.index.shape(dcp_name), self.index.dtype(dcp_name)) for name, dcp_name in tensors.items()
+        }
+        candidates = [name for name in track.averages if name in signatures]
+        averaged = {signatures[name] for name in candidates}
+        unaveraged = [
+            name
+            for name, signature in signatures.items()
+            if name not in track.all and len(signature[0]) > 1 and signature in averaged
+        ]
+        wanted = {signatures[name] for name in unaveraged}
+        candidates = [name for name in candidates if signatures[name] in wanted]
+        names = [*candidates, *unaveraged]
+        checksums = [checksum(live).item() for live in self.stream(tensors[name] for name in names)]
+        fingerprints = dict(zip(names, zip(checksums, (signatures[name] for name in names), strict=True), strict=True))
+        first_names = {fingerprints[name]: name for name in candidates[::-1]}
+        return {name: first_names[fingerprints[name]] for name in unaveraged if fingerprints[name] in first_names}
 
     def _batches(self, names: Iterable[str]) -> Iterator[list[str]]:
         batch: list[str] = []
         total = 0
         for name in names:
-            if batch and (total + self.outline.nbytes(name) > BATCH_BYTES or name in batch):
+            if batch and (total + self.index.nbytes(name) > BATCH_BYTES or name in batch):
                 yield [*batch]
                 batch.clear()
                 total = 0
             batch.append(name)
-            total += self.outline.nbytes(name)
+            total += self.index.nbytes(name)
         if batch:
             yield batch
 
-    def _source(self, source: str, live: str, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
-        own = self.outline.dtype(source)
-        return source, (dtype or self.outline.dtype(live)) if own.is_floating_point else own
+    def _source_and_dtype(self, source: str, live: str, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
+        own = self.index.dtype(source)
+        return source, (dtype or self.index.dtype(live)) if own.is_floating_point else own
 
-    def _track(self, averages: Averages, track: str | None) -> Track:
+    def _select_track(self, averages: StoredAverages, track: str | None) -> TrackNames:
         tracks = averages.tracks
         wanted = track or (next(iter(tracks)) if len(tracks) == 1 else "default")
         if wanted not in tracks:
@@ -286,59 +305,65 @@ class Stored:
             )
         return tracks[wanted]
 
-    def _choose(self, which: Which, entry: str | None) -> tuple[Place | None, Place | None]:
+    def _select_entries(self, weights_kind: WeightsKind, entry: str | None) -> tuple[KeyPath | None, KeyPath | None]:
         """The places of the averages and of the model that are meant."""
-        outline = self.outline
-        pairs = [(averages, model) for averages in outline.averages for model in self.models_of(averages) or [None]]
+        index = self.index
+        pairs = [(averages, model) for averages in index.averages for model in self.matching_models(averages) or [None]]
         paired = {model for _, model in pairs}
-        alone = [(None, model) for model in outline.models if model not in paired]
-        named = [pair for pair in [*pairs, *alone] if entry in {None, *(dotted(it) for it in pair if it is not None)}]
-        fitting = [pair for pair in named if pair[which == "live"] is not None]
+        unpaired = [(None, model) for model in index.models if model not in paired]
+        named = [
+            pair
+            for pair in [*pairs, *unpaired]
+            if entry in {None, *(dotted_name(path) for path in pair if path is not None)}
+        ]
+        fitting = [pair for pair in named if pair[weights_kind == "live"] is not None]
         chosen = [pair for pair in fitting if pair[0] is not None] or fitting
-        if which == "live":
+        if weights_kind == "live":
             chosen = [(None, model) for model in dict.fromkeys(model for _, model in chosen)]
         if len(chosen) == 1:
             return chosen[0]
-        found = ", ".join(f"{kind} {dotted(place)!r}" for place, kind in outline.entries()) or "nothing"
+        available = ", ".join(f"{kind} {dotted_name(key_path)!r}" for key_path, kind in index.entries()) or "nothing"
         if chosen:
-            raise CheckpointError(f"several entries of {self.folder} could be meant: choose one by --entry, of {found}")
-        wanted = ("averages" if which == "ema" else "a model") + (f" in an entry {entry!r}" if entry else "")
+            raise CheckpointError(
+                f"several entries of {self.folder} could be meant: choose one by --entry, of {available}"
+            )
+        wanted = ("averages" if weights_kind == "ema" else "a model") + (f" in an entry {entry!r}" if entry else "")
         raise CheckpointError(
-            f"expected {wanted} in {self.folder}, found {found}"
-            + ("; --weights live takes live weights" if which == "ema" and outline.models else "")
+            f"expected {wanted} in {self.folder}, found {available}"
+            + ("; --weights live takes live weights" if weights_kind == "ema" and index.models else "")
         )
 
-    def _averages(self, place: Place) -> Averages:
-        names = {at: name for name, at in self.outline.paths.items()}
-        tracks = self.outline.averages[place]
-        keys = {key: (*place, key) for key in ("format", "steps", "updates")}
+    def _read_averages(self, key_path: KeyPath) -> StoredAverages:
+        names = {leaf_path: name for name, leaf_path in self.index.key_paths.items()}
+        tracks = self.index.averages[key_path]
+        leaf_paths = {key: (*key_path, key) for key in ("format", "steps", "updates")}
         for track in tracks:
-            keys |= {f"{track} {key}": (*place, "tracks", track, "decay", key) for key in ("kind", "value")}
-        where = f"{self.folder}: the averages in {dotted(place)!r}"
-        if missing := [dotted(at) for at in keys.values() if at not in names]:
-            raise CheckpointError(f"{where} lack {few(missing)}")
-        stored = self.values(names[at] for at in keys.values())
-        found = {key: stored[names[at]] for key, at in keys.items()}
-        if type(found["format"]) is not int or found["format"] != FORMAT:
-            raise CheckpointError(f"{where} have format {found['format']!r}, expected {FORMAT}")
+            leaf_paths |= {f"{track} {key}": (*key_path, "tracks", track, "decay", key) for key in ("kind", "value")}
+        prefix = f"{self.folder}: the averages in {dotted_name(key_path)!r}"
+        if missing := [dotted_name(leaf_path) for leaf_path in leaf_paths.values() if leaf_path not in names]:
+            raise CheckpointError(f"{prefix} lack {abbreviated(missing)}")
+        stored = self.read_values(names[leaf_path] for leaf_path in leaf_paths.values())
+        fields = {key: stored[names[leaf_path]] for key, leaf_path in leaf_paths.items()}
+        if type(fields["format"]) is not int or fields["format"] != STATE_FORMAT:
+            raise CheckpointError(f"{prefix} have format {fields['format']!r}, expected {STATE_FORMAT}")
         try:
-            decays = {track: _decay(found[f"{track} kind"], found[f"{track} value"]) for track in tracks}
-            return Averages(place, int(found["steps"]), int(found["updates"]), tracks, decays)
+            decays = {track: _parse_decay(fields[f"{track} kind"], fields[f"{track} value"]) for track in tracks}
+            return StoredAverages(key_path, int(fields["steps"]), int(fields["updates"]), tracks, decays)
         except (
             TypeError,
             ValueError,
             OverflowError,
             RuntimeError,
         ) as error:  # the latter of a tensor that is no number
-            raise CheckpointError(f"{where} are damaged: {error}") from None
+            raise CheckpointError(f"{prefix} are damaged: {error}") from None
 
 
-def _decay(kind: object, value: object) -> SavedDecay:
+def _parse_decay(kind: object, value: object) -> StoredDecay:
     if not isinstance(value, int | float):
         raise ValueError(f"expected a number as the decay, got {value!r}")
     match kind:
         case "half_life":
-            return SavedDecay(HalfLife(value))
+            return StoredDecay(HalfLife(value))
         case "constant":
-            return SavedDecay(Constant(value))
+            return StoredDecay(Constant(value))
     raise ValueError(f"expected a decay of the kind half_life or constant, got {kind!r}")

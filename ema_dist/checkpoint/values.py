@@ -9,19 +9,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ema_dist.sharding import is_cut
+from ema_dist.sharding import is_sharded
 
-Path: TypeAlias = tuple[str | int, ...]
+KeyPath: TypeAlias = tuple[str | int, ...]
 """Where a value lies in nested dictionaries (str) and lists (int)."""
 
-PACKED = "ema_dist.packed"
+PACKED_MARKER = "ema_dist.packed"
 """Marks a mapping that DCP would change: it turns keys into strings, and drops mappings without any."""
 
-HARMLESS = (bool, int, float, complex, str, bytes, type(None))
+PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
 
 
-def storable(value: object, name: str) -> Any:
-    """``value`` in a form that comes back equal through `restored`.
+def pack_value(value: object, name: str) -> Any:
+    """``value`` in a form that comes back equal through `unpack_value`.
 
     Args:
         name: of the value, for the error.
@@ -31,29 +31,29 @@ def storable(value: object, name: str) -> Any:
     """
     if isinstance(value, Mapping):
         if value and all(isinstance(key, str) for key in value):
-            return {key: storable(item, f"{name}.{key}") for key, item in value.items()}
+            return {key: pack_value(item, f"{name}.{key}") for key, item in value.items()}
         _refuse_tensors_in(list(value.values()), name)
-        return _checked((PACKED, list(value.items())), name)
+        return _require_storable((PACKED_MARKER, list(value.items())), name)
     if isinstance(value, list):
-        return [storable(item, f"{name}.{index}") for index, item in enumerate(value)]
-    if isinstance(value, Tensor) or type(value) in HARMLESS:
+        return [pack_value(item, f"{name}.{index}") for index, item in enumerate(value)]
+    if isinstance(value, Tensor) or type(value) in PLAIN_TYPES:
         return value
-    return _checked(value, name)
+    return _require_storable(value, name)
 
 
-def restored(value: Any) -> Any:
-    """The reverse of `storable`, for what came out of a checkpoint."""
+def unpack_value(value: Any) -> Any:
+    """The reverse of `pack_value`, for what came out of a checkpoint."""
     match value:
-        case (packed, list(items)) if isinstance(packed, str) and packed == PACKED:
+        case (packed, list(items)) if isinstance(packed, str) and packed == PACKED_MARKER:
             return dict(items)
         case dict():
-            return {key: restored(item) for key, item in value.items()}
+            return {key: unpack_value(item) for key, item in value.items()}
         case list():
-            return [restored(item) for item in value]
+            return [unpack_value(item) for item in value]
     return value
 
 
-def flattened(value: object, path: Path = ()) -> dict[Path, Any]:
+def flatten(value: object, path: KeyPath = ()) -> dict[KeyPath, Any]:
     """Every value in nested mappings and lists by its path, cut up as DCP cuts: lists of plain values stay whole.
 
     DCP drops empty mappings; here they are values.
@@ -64,22 +64,22 @@ def flattened(value: object, path: Path = ()) -> dict[Path, Any]:
         items = list(enumerate(value))
     else:
         return {path: value}
-    return {at: leaf for key, item in items for at, leaf in flattened(item, (*path, key)).items()}
+    return {leaf_path: leaf for key, item in items for leaf_path, leaf in flatten(item, (*path, key)).items()}
 
 
-def nested(values: Mapping[Path, Any]) -> Any:
-    """The reverse of `flattened`."""
+def unflatten(values: Mapping[KeyPath, Any]) -> Any:
+    """The reverse of `flatten`."""
     if () in values:
         return values[()]
-    groups: dict[str | int, dict[Path, Any]] = {}
+    groups: dict[str | int, dict[KeyPath, Any]] = {}
     for (key, *rest), value in values.items():
         groups.setdefault(key, {})[tuple(rest)] = value
     if all(isinstance(key, int) for key in groups):
-        return [nested(groups[key]) for key in sorted(groups, key=int)]
-    return {key: nested(group) for key, group in groups.items()}
+        return [unflatten(groups[key]) for key in sorted(groups, key=int)]
+    return {key: unflatten(group) for key, group in groups.items()}
 
 
-def require_loadable(value: Any, otherwise: str) -> None:
+def require_loadable(value: Any, message: str) -> None:
     """Raise ValueError, with what there is to say ``otherwise``, for what torch would not load without running code."""
     buffer = io.BytesIO()
     try:
@@ -87,7 +87,7 @@ def require_loadable(value: Any, otherwise: str) -> None:
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{otherwise} ({error})") from error
+        raise ValueError(f"{message} ({error})") from error
 
 
 def _holds_tensors_or_mappings(value: list[Any]) -> bool:
@@ -97,9 +97,9 @@ def _holds_tensors_or_mappings(value: list[Any]) -> bool:
     )
 
 
-def _checked(value: Any, name: str) -> Any:
+def _require_storable(value: Any, name: str) -> Any:
     if isinstance(value, tuple):
-        _refuse_tensors_in([item for item in value if isinstance(item, Tensor) and is_cut(item)], name)
+        _refuse_tensors_in([item for item in value if isinstance(item, Tensor) and is_sharded(item)], name)
     require_loadable(
         value,
         f"{name!r} is a {type(value).__name__}, which could not be loaded again without running code from the "
@@ -109,7 +109,7 @@ def _checked(value: Any, name: str) -> Any:
 
 
 def _refuse_tensors_in(values: list[Any], name: str) -> None:
-    if any(isinstance(leaf, Tensor) for value in values for leaf in flattened(value).values()):
+    if any(isinstance(leaf, Tensor) for value in values for leaf in flatten(value).values()):
         raise ValueError(
             f"{name!r} holds tensors under keys that are not strings, or parts of a cut tensor in a tuple; DCP would "
             "keep one rank's: pass optimizers and modules themselves, and tensors in dictionaries with string keys"

@@ -22,7 +22,7 @@ from ema_dist.checkpoint.folders import commit
 from ema_dist.checkpoint.manifest import FileRecord, Manifest
 
 
-class Writer(FileSystemWriter):
+class CheckpointWriter(FileSystemWriter):
     """Writes the files of one checkpoint into ``partial``; the first rank adds the manifest, renames and prunes.
 
     Args:
@@ -43,21 +43,27 @@ class Writer(FileSystemWriter):
         # DCP carries results to the first rank, so the records of the files travel among those of the items.
         records = [WriteResult(MetadataIndex(name), file.size, file) for name, file in self._files.records.items()]
         self._files.records.clear()
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results + records)
-        return done
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results + records)
+        return future
 
     def stage(self, state_dict: Any) -> Any:
         return state_dict  # `save` has copied it already, when ranks could still agree not to save
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        everything = [result for of_rank in results for result in of_rank]
-        files = {it.index.fqn: it.storage_data for it in everything if isinstance(it.storage_data, FileRecord)}
-        super().finish(metadata, [[it for it in everything if not isinstance(it.storage_data, FileRecord)]])
+        all_results = [result for rank_results in results for result in rank_results]
+        files = {
+            result.index.fqn: result.storage_data
+            for result in all_results
+            if isinstance(result.storage_data, FileRecord)
+        }
+        super().finish(
+            metadata, [[result for result in all_results if not isinstance(result.storage_data, FileRecord)]]
+        )
         files |= {name.removesuffix(".tmp"): record for name, record in self._files.records.items()}
-        if elsewhere := sorted(name for name in files if not (self._partial / name).exists()):
+        if missing := sorted(name for name in files if not (self._partial / name).exists()):
             raise CheckpointError(
-                f"other ranks wrote {elsewhere}, which are not in {self._partial} as the first rank sees it: "
+                f"other ranks wrote {missing}, which are not in {self._partial} as the first rank sees it: "
                 "save into a file system that all ranks share"
             )
         replace(self._manifest, files=files).write(self._partial)

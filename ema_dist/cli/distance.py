@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 2**14
+CHUNK_ELEMENTS = 2**14
 """Elements that are compared at a time, so few that all stays in the cache of one processor."""
 
 
@@ -20,7 +20,7 @@ class Distance:
     them are 0.
     """
 
-    equal: bool
+    is_equal: bool
     """Whether every value is equal: a difference may be too small for the numbers below, and too large."""
     largest: float
     """The largest absolute difference, by the mean absolute value."""
@@ -37,40 +37,42 @@ def distance(reference: Tensor, other: Tensor) -> Distance:
     Shape: both the same.
     """
     assert reference.shape == other.shape, "shapes are compared before"
-    equal, largest, totals, squares = True, 0.0, [0.0, 0.0], [0.0, 0.0]
-    chunks = zip(reference.reshape(-1).split(CHUNK), other.reshape(-1).split(CHUNK), strict=True)
-    for expected, found in chunks:
-        equal = equal and _equal(expected, found)
-        sizes = _sizes(_wide(expected), _wide(found))
-        largest = _larger(largest, sizes[0].max().item() if sizes[0].numel() else 0.0)
-        totals = [total + size.sum().item() for total, size in zip(totals, sizes, strict=True)]
-        squares = [total + size.square().sum().item() for total, size in zip(squares, sizes, strict=True)]
-    mean_size = totals[1] / max(reference.numel(), 1)
-    return Distance(equal, _ratio(largest, mean_size), _ratio(*totals), _ratio(*map(math.sqrt, squares)))
+    is_equal, largest, sums, squares = True, 0.0, [0.0, 0.0], [0.0, 0.0]
+    chunks = zip(reference.reshape(-1).split(CHUNK_ELEMENTS), other.reshape(-1).split(CHUNK_ELEMENTS), strict=True)
+    for expected, actual in chunks:
+        is_equal = is_equal and _equal(expected, actual)
+        magnitudes = _magnitudes(_to_double(expected), _to_double(actual))
+        largest = _max_or_nan(largest, magnitudes[0].max().item() if magnitudes[0].numel() else 0.0)
+        sums = [total + magnitude.sum().item() for total, magnitude in zip(sums, magnitudes, strict=True)]
+        squares = [
+            total + magnitude.square().sum().item() for total, magnitude in zip(squares, magnitudes, strict=True)
+        ]
+    mean_size = sums[1] / max(reference.numel(), 1)
+    return Distance(is_equal, _ratio(largest, mean_size), _ratio(*sums), _ratio(*map(math.sqrt, squares)))
 
 
-def _equal(expected: Tensor, found: Tensor) -> bool:
+def _equal(expected: Tensor, actual: Tensor) -> bool:
     """Integers of one dtype are compared as they are: not each of them is a floating number."""
-    if expected.dtype == found.dtype and not (expected.is_floating_point() or expected.is_complex()):
-        return torch.equal(expected, found)
-    return bool(_same(_wide(expected), _wide(found)).all())
+    if expected.dtype == actual.dtype and not (expected.is_floating_point() or expected.is_complex()):
+        return torch.equal(expected, actual)
+    return bool(_equal_or_nan(_to_double(expected), _to_double(actual)).all())
 
 
-def _same(expected: Tensor, found: Tensor) -> Tensor:
-    return (expected == found) | (expected.isnan() & found.isnan())
+def _equal_or_nan(expected: Tensor, actual: Tensor) -> Tensor:
+    return (expected == actual) | (expected.isnan() & actual.isnan())
 
 
-def _sizes(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+def _magnitudes(expected: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
     """The absolute differences, and the absolute values to which they are relative."""
-    same = _same(expected, found)
-    return (found - expected).abs().masked_fill(same, 0), expected.abs().nan_to_num(0, 0, 0)
+    same = _equal_or_nan(expected, actual)
+    return (actual - expected).abs().masked_fill(same, 0), expected.abs().nan_to_num(0, 0, 0)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _to_double(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
-def _larger(left: float, right: float) -> float:
+def _max_or_nan(left: float, right: float) -> float:
     return right if math.isnan(right) or right > left else left
 
 

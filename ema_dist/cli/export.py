@@ -9,18 +9,18 @@ from typing import Annotated
 import torch
 import typer
 
-from ema_dist.checkpoint.dcp.index import dotted
+from ema_dist.checkpoint.dcp.index import dotted_name
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import locate
-from ema_dist.checkpoint.manifest import problems
-from ema_dist.checkpoint.stored_checkpoint import Stored, Weights
+from ema_dist.checkpoint.manifest import verify_files
+from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightSelection
 from ema_dist.checkpoint.weights.files import WeightWriter, size_in_bytes
-from ema_dist.cli.options import CheckpointArgument, EntryOption, StepOption, TrackOption, Which, WhichOption
-from ema_dist.cli.terminal import in_bytes, output, progress, say
-from ema_dist.messages import few
+from ema_dist.cli.options import CheckpointArgument, EntryOption, StepOption, TrackOption, WeightsChoice, WeightsOption
+from ema_dist.cli.terminal import format_bytes, print_stderr, progress, stdout_console
+from ema_dist.messages import abbreviated
 
 
-class FileFormat(str, Enum):
+class FormatChoice(str, Enum):
     """What files to write."""
 
     SAFETENSORS = "safetensors"
@@ -61,7 +61,7 @@ def export(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write into.", show_default=False)],
     *,
-    weights: WhichOption = Which.EMA,
+    weights: WeightsOption = WeightsChoice.EMA,
     dtype: Annotated[
         torch.dtype | None,
         typer.Option(
@@ -75,7 +75,7 @@ def export(
         str,
         typer.Option(parser=parse_size, metavar="SIZE", help="Of the tensors in one file: bytes, or as in 500MB."),
     ] = "5GB",
-    format: Annotated[FileFormat, typer.Option(help="What files to write.")] = FileFormat.SAFETENSORS,  # noqa: A002
+    format: Annotated[FormatChoice, typer.Option(help="What files to write.")] = FormatChoice.SAFETENSORS,  # noqa: A002
     step: StepOption = None,
     track: TrackOption = None,
     entry: EntryOption = None,
@@ -85,29 +85,29 @@ def export(
     One process, by stream: at most one output file and one tensor are in memory. Nothing is written unless all is well,
     the checksums of the checkpoint's files included; an earlier export of the same format in OUT is replaced then.
     """
-    stored = Stored(locate(checkpoint, step))
-    chosen = stored.weights(weights.value, track=track, entry=entry, dtype=dtype)
-    _tell_exceptions(stored, chosen)
-    planned = stored.shapes(chosen)
+    stored = StoredCheckpoint(locate(checkpoint, step))
+    selection = stored.weights(weights.value, track=track, entry=entry, dtype=dtype)
+    _print_caveats(stored, selection)
+    planned = stored.meta_tensors(selection)
     writer = WeightWriter(out, planned=planned, max_shard_size=max_shard_size, file_format=format.value)
-    total = sum(stored.outline.nbytes(source) for source, _ in chosen.sources.values())
+    total = sum(stored.index.nbytes(source) for source, _ in selection.sources.values())
     with writer:
         with progress("exporting", total) as advance:
-            for name, tensor in stored.read_weights(chosen, on_bytes=advance):
+            for name, tensor in stored.read_weights(selection, on_bytes=advance):
                 _add(writer, name, tensor)
-        if format is FileFormat.TORCH:
-            for name, parts in chosen.extra_states.items():
+        if format is FormatChoice.TORCH:
+            for name, parts in selection.extra_states.items():
                 _add(writer, name, stored.extra_state(parts))
-        _require_sound(stored)  # while the disk takes the last file
+        _require_intact(stored)  # while the disk takes the last file
     for path in writer.paths:
-        output().print(f"{path}  {in_bytes(path.stat().st_size)}", soft_wrap=True)
+        stdout_console().print(f"{path}  {format_bytes(path.stat().st_size)}", soft_wrap=True)
 
 
-def _require_sound(stored: Stored) -> None:
+def _require_intact(stored: StoredCheckpoint) -> None:
     files = stored.manifest.files if stored.manifest else {}
     with progress("checksums", sum(file.size for file in files.values())) as advance:
-        if found := problems(stored.folder, files, on_bytes=advance):
-            raise CheckpointError(f"the checkpoint is damaged, nothing is exported: {'; '.join(found)}")
+        if problems := verify_files(stored.folder, files, on_bytes=advance):
+            raise CheckpointError(f"the checkpoint is damaged, nothing is exported: {'; '.join(problems)}")
 
 
 def _add(writer: WeightWriter, name: str, value: object) -> None:
@@ -117,28 +117,30 @@ def _add(writer: WeightWriter, name: str, value: object) -> None:
         raise OSError(f"{writer.folder} cannot be written (is the disk full?): {error}") from error
 
 
-def _tell_exceptions(stored: Stored, chosen: Weights) -> None:
+def _print_caveats(stored: StoredCheckpoint, selection: WeightSelection) -> None:
     """Say what a user would not expect of these weights."""
-    if chosen.alone:
-        others = ", ".join(repr(dotted(place)) for place in stored.outline.models)
+    if selection.is_model_missing:
+        others = ", ".join(repr(dotted_name(key_path)) for key_path in stored.index.models)
         of_these = f" with the names of these averages (it holds {others})" if others else ""
-        say(f"{stored.folder} holds no live model{of_these}: the averages are exported, and nothing that has none")
-    if chosen.averages and chosen.averages.stale:
-        say(f"the averages saw {chosen.averages.steps} steps, and no average was taken yet")
-    if trained := [name for name in chosen.without_average if name in stored.outline.optimized]:
-        say(
+        print_stderr(
+            f"{stored.folder} holds no live model{of_these}: the averages are exported, and nothing that has none"
+        )
+    if selection.averages and selection.averages.is_stale:
+        print_stderr(f"the averages saw {selection.averages.steps} steps, and no average was taken yet")
+    if trained := [name for name in selection.without_average if name in stored.index.optimized_names]:
+        print_stderr(
             f"{len(trained)} tensors that an optimizer in the checkpoint trains have no average and are exported with "
-            f"their live values: {few(trained)}"
+            f"their live values: {abbreviated(trained)}"
         )
-    untold = [name for name in chosen.without_average if name not in trained]
-    if untold and not stored.manifest:
-        say(
-            f"{len(untold)} tensors have no average and are exported with their live values (frozen ones, or second "
-            f"names of tied ones: the checkpoint does not tell): {few(untold)}"
+    unexplained = [name for name in selection.without_average if name not in trained]
+    if unexplained and not stored.manifest:
+        print_stderr(
+            f"{len(unexplained)} tensors have no average and are exported with their live values (frozen ones, or second "
+            f"names of tied ones: the checkpoint does not tell): {abbreviated(unexplained)}"
         )
-    if ties := chosen.guessed_ties:
+    if ties := selection.guessed_ties:
         pairs = [f"{name} (that of {first})" for name, first in ties.items()]
-        say(
+        print_stderr(
             f"{len(pairs)} tensors are exported with the average of another, whose live values they equal (tied ones, "
-            f"most likely: the checkpoint does not tell): {few(pairs)}"
+            f"most likely: the checkpoint does not tell): {abbreviated(pairs)}"
         )

@@ -13,15 +13,15 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ema_dist.checkpoint.dcp.index import Outline, Track, dotted
+from ema_dist.checkpoint.dcp.index import CheckpointIndex, TrackNames, dotted_name
 from ema_dist.checkpoint.folders import locate
-from ema_dist.checkpoint.stored_checkpoint import Averages, SavedDecay, Stored
-from ema_dist.checkpoint.values import Path as Place
+from ema_dist.checkpoint.stored_checkpoint import StoredAverages, StoredCheckpoint, StoredDecay
+from ema_dist.checkpoint.values import KeyPath
 from ema_dist.cli.distance import distance
 from ema_dist.cli.options import CheckpointArgument, StepOption
-from ema_dist.cli.terminal import in_bytes, output, progress
+from ema_dist.cli.terminal import format_bytes, progress, stdout_console
 
-BAR = 10
+BAR_COLUMNS = 10
 """Columns of the bar that shows the largest distance."""
 
 
@@ -40,34 +40,34 @@ def inspect(
     averages and distances by tensor), tensors (by name: shape, dtype, bytes, pieces). Numbers that are not finite are
     strings.
     """
-    stored = Stored(locate(checkpoint, step))
-    facts = _facts(stored)
+    stored = StoredCheckpoint(locate(checkpoint, step))
+    summary = _summarize(stored)
     if as_json:
-        typer.echo(json.dumps(_finite(facts), indent=1, allow_nan=False))
+        typer.echo(json.dumps(_replace_non_finite(summary), indent=1, allow_nan=False))
         return
-    _show_head(facts)
-    _show_entries(facts)
-    models = {dotted(place): tensors for place, tensors in stored.outline.models.items()}
-    for entry, averages in facts["averages"].items():
+    _show_header(summary)
+    _show_entries(summary)
+    models = {dotted_name(key_path): tensors for key_path, tensors in stored.index.models.items()}
+    for entry, averages in summary["averages"].items():
         for name, track in averages["tracks"].items():
-            beside = f", beside {_named(averages['model'])}" if averages["model"] in models else ""
+            model_note = f", beside {_entry_label(averages['model'])}" if averages["model"] in models else ""
             live = models.get(averages["model"], {})
-            title = f"averages {_named(entry)}, track {name}{beside}"
-            _show_tensors(title, stored.outline, live, averages=track["averages"], distances=track["distances"])
-    shown = {averages["model"] for averages in facts["averages"].values()}
-    for entry in models.keys() - shown:
-        _show_tensors(f"model {_named(entry)}", stored.outline, models[entry], averages={}, distances={})
+            title = f"averages {_entry_label(entry)}, track {name}{model_note}"
+            _show_tensors(title, stored.index, live, averages=track["averages"], distances=track["distances"])
+    shown_models = {averages["model"] for averages in summary["averages"].values()}
+    for entry in models.keys() - shown_models:
+        _show_tensors(f"model {_entry_label(entry)}", stored.index, models[entry], averages={}, distances={})
 
 
-def _facts(stored: Stored) -> dict[str, Any]:
+def _summarize(stored: StoredCheckpoint) -> dict[str, Any]:
     """What ``--json`` prints."""
-    outline, manifest = stored.outline, stored.manifest
+    index, manifest = stored.index, stored.manifest
     entries = {
-        dotted(place): {
+        dotted_name(key_path): {
             "kind": kind,
-            **_sums(outline, [name for name in outline.under(place) if name in outline.tensors]),
+            **_totals(index, [name for name in index.names_under(key_path) if name in index.tensors]),
         }
-        for place, kind in outline.entries()
+        for key_path, kind in index.entries()
     }
     return {
         "path": str(stored.folder),
@@ -76,111 +76,114 @@ def _facts(stored: Stored) -> dict[str, Any]:
         if manifest
         else None,
         "entries": entries,
-        "averages": {dotted(place): _averages(stored, averages) for place, averages in stored.averages.items()},
+        "averages": {
+            dotted_name(key_path): _summarize_averages(stored, averages)
+            for key_path, averages in stored.averages.items()
+        },
         "tensors": {
             name: {
-                "shape": list(outline.shape(name)),
-                "dtype": _dtype(outline, name),
-                "bytes": outline.nbytes(name),
-                "pieces": outline.pieces(name),
+                "shape": list(index.shape(name)),
+                "dtype": _dtype_name(index, name),
+                "bytes": index.nbytes(name),
+                "pieces": index.num_chunks(name),
             }
-            for name in outline.tensors
+            for name in index.tensors
         },
     }
 
 
-def _sums(outline: Outline, names: list[str]) -> dict[str, Any]:
+def _totals(index: CheckpointIndex, names: list[str]) -> dict[str, Any]:
     return {
         "tensors": len(names),
-        "pieces": sum(map(outline.pieces, names)),
-        "bytes": sum(map(outline.nbytes, names)),
-        "dtypes": dict(Counter(_dtype(outline, name) for name in names)),
+        "pieces": sum(map(index.num_chunks, names)),
+        "bytes": sum(map(index.nbytes, names)),
+        "dtypes": dict(Counter(_dtype_name(index, name) for name in names)),
     }
 
 
-def _averages(stored: Stored, averages: Averages) -> dict[str, Any]:
-    model = next(iter(stored.models_of(averages.place)), None)
+def _summarize_averages(stored: StoredCheckpoint, averages: StoredAverages) -> dict[str, Any]:
+    model = next(iter(stored.matching_models(averages.key_path)), None)
     return {
-        "model": None if model is None else dotted(model),
+        "model": None if model is None else dotted_name(model),
         "steps": averages.steps,
         "updates": averages.updates,
         "tracks": {
-            name: {"decay": _decay(averages.decays[name]), **_compared(stored, track, model)}
+            name: {"decay": _decay(averages.decays[name]), **_compare(stored, track, model)}
             for name, track in averages.tracks.items()
         },
     }
 
 
-def _decay(decay: SavedDecay) -> dict[str, Any]:
-    return {**decay.decay.state(), "half_life": decay.half_life, "decay": decay.per_unit, "per": decay.unit}
+def _decay(decay: StoredDecay) -> dict[str, Any]:
+    return {**decay.decay.state(), "half_life": decay.half_life, "decay": decay.decay_per_unit, "per": decay.unit}
 
 
-def _compared(stored: Stored, track: Track, model: Place | None) -> dict[str, dict[str, Any]]:
+def _compare(stored: StoredCheckpoint, track: TrackNames, model: KeyPath | None) -> dict[str, dict[str, Any]]:
     """The average of each tensor, and how far it is from the live one, in the model's order."""
     if model is None:
         return {"averages": track.all, "distances": {}}
-    outline = stored.outline
-    live, averages = outline.models[model], stored.averages_for(model, track)
-    fitting = [name for name, average in averages.items() if outline.shape(average) == outline.shape(live[name])]
-    names = [name for pair in ((averages[name], live[name]) for name in fitting) for name in pair]
-    with progress("comparing", sum(map(outline.nbytes, names))) as advance:
+    index = stored.index
+    live, averages = index.models[model], stored.average_names(model, track)
+    comparable = [name for name, average in averages.items() if index.shape(average) == index.shape(live[name])]
+    names = [name for pair in ((averages[name], live[name]) for name in comparable) for name in pair]
+    with progress("comparing", sum(map(index.nbytes, names))) as advance:
         tensors = stored.stream(names, on_bytes=advance)
-        distances = {name: distance(other=next(tensors), reference=next(tensors)).norm for name in fitting}
+        distances = {name: distance(other=next(tensors), reference=next(tensors)).norm for name in comparable}
     return {"averages": averages, "distances": distances}
 
 
-def _show_head(facts: Mapping[str, Any]) -> None:
-    for label, text in _head(facts):
-        output().print(f"[bold]{label:<12}[/]{escape(text)}", soft_wrap=True)
+def _show_header(summary: Mapping[str, Any]) -> None:
+    for label, text in _header_rows(summary):
+        stdout_console().print(f"[bold]{label:<12}[/]{escape(text)}", soft_wrap=True)
 
 
-def _head(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "checkpoint", facts["path"]
-    if saved := facts["saved"]:
+def _header_rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "checkpoint", summary["path"]
+    if saved := summary["saved"]:
         ranks = saved["world_size"]
-        yield "step", str(facts["step"])
+        yield "step", str(summary["step"])
         yield "saved by", f"{ranks} {'rank' if ranks == 1 else 'ranks'}, torch {saved['torch']}"
         for entry, layout in saved["layouts"].items():
             yield "layout", f"{entry}: {layout}"
     else:
-        pieces = max((tensor["pieces"] for tensor in facts["tensors"].values()), default=0)
+        pieces = max((tensor["pieces"] for tensor in summary["tensors"].values()), default=0)
         yield "saved by", f"plain dcp.save (no manifest), tensors in at most {pieces} pieces each"
-    for entry, averages in facts["averages"].items():
+    for entry, averages in summary["averages"].items():
         for name, track in averages["tracks"].items():
             decay = track["decay"]
             half_life = f"half-life {decay['half_life']:,.6g} {decay['per']}s"
             counts = f"{averages['steps']:,} steps, {averages['updates']:,} updates"
-            per_unit = f"decay {decay['decay']:.9g} per {decay['per']}"
-            yield "averages", f"{_named(entry)}, track {name}: {half_life} ({per_unit}), {counts}"
+            decay_per_unit = f"decay {decay['decay']:.9g} per {decay['per']}"
+            yield "averages", f"{_entry_label(entry)}, track {name}: {half_life} ({decay_per_unit}), {counts}"
 
 
-def _show_entries(facts: Mapping[str, Any]) -> None:
+def _show_entries(summary: Mapping[str, Any]) -> None:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("entry", overflow="fold")
     table.add_column("kind", overflow="fold")
     for header in ("tensors", "pieces", "size"):
         table.add_column(header, justify="right", overflow="fold")
     table.add_column("dtypes", overflow="fold")
-    for name, entry in facts["entries"].items():
+    for name, entry in summary["entries"].items():
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in entry["dtypes"].items())
         table.add_row(
-            escape(_named(name)),
+            escape(_entry_label(name)),
             entry["kind"],
             str(entry["tensors"]),
             str(entry["pieces"]),
-            in_bytes(entry["bytes"]),
+            format_bytes(entry["bytes"]),
             dtypes,
         )
-    total = sum(tensor["bytes"] for tensor in facts["tensors"].values())
+    total = sum(tensor["bytes"] for tensor in summary["tensors"].values())
     table.add_section()
-    pieces = sum(tensor["pieces"] for tensor in facts["tensors"].values())
-    table.add_row("total", "", str(len(facts["tensors"])), str(pieces), in_bytes(total), "")
-    output().print(table)
+    pieces = sum(tensor["pieces"] for tensor in summary["tensors"].values())
+    table.add_row("total", "", str(len(summary["tensors"])), str(pieces), format_bytes(total), "")
+    stdout_console().print(table)
 
 
 def _show_tensors(
     title: str,
-    outline: Outline,
+    index: CheckpointIndex,
     live: Mapping[str, str],
     *,
     averages: Mapping[str, str],
@@ -196,46 +199,46 @@ def _show_tensors(
         table.add_column("average", overflow="fold")
     if distances:
         table.add_column("distance", justify="right", overflow="fold")
-        table.add_column("", width=BAR)
-    longest = max((it for it in distances.values() if math.isfinite(it)), default=0.0)
+        table.add_column("", width=BAR_COLUMNS)
+    largest = max((value for value in distances.values() if math.isfinite(value)), default=0.0)
     for name in {**live, **averages}:
-        main = live.get(name) or averages[name]
+        dcp_name = live.get(name) or averages[name]
         row = [
             escape(name),
-            " x ".join(map(str, outline.shape(main))) or "scalar",
-            _dtype(outline, live[name]) if name in live else "",
-            in_bytes(outline.nbytes(main)),
+            " x ".join(map(str, index.shape(dcp_name))) or "scalar",
+            _dtype_name(index, live[name]) if name in live else "",
+            format_bytes(index.nbytes(dcp_name)),
         ]
         if averages:
-            row.append(_dtype(outline, averages[name]) if name in averages else "[dim]none[/]")
+            row.append(_dtype_name(index, averages[name]) if name in averages else "[dim]none[/]")
         if distances:
-            far = distances.get(name)
-            row += ["", ""] if far is None else [f"{far:.3g}", _bar(far, longest)]
+            value = distances.get(name)
+            row += ["", ""] if value is None else [f"{value:.3g}", _bar(value, largest)]
         table.add_row(*row)
-    output().print(table)
+    stdout_console().print(table)
 
 
-def _bar(far: float, longest: float) -> str:
-    if not math.isfinite(far):
-        return "[red]" + "!" * BAR
-    return "[cyan]" + "━" * (math.ceil(BAR * far / longest) if longest else 0)
+def _bar(value: float, largest: float) -> str:
+    if not math.isfinite(value):
+        return "[red]" + "!" * BAR_COLUMNS
+    return "[cyan]" + "━" * (math.ceil(BAR_COLUMNS * value / largest) if largest else 0)
 
 
-def _named(entry: str) -> str:
+def _entry_label(entry: str) -> str:
     return entry or "(the checkpoint itself)"
 
 
-def _dtype(outline: Outline, name: str) -> str:
-    return str(outline.dtype(name)).removeprefix("torch.")
+def _dtype_name(index: CheckpointIndex, name: str) -> str:
+    return str(index.dtype(name)).removeprefix("torch.")
 
 
-def _finite(facts: Any) -> Any:  # noqa: ANN401  JSON
+def _replace_non_finite(summary: Any) -> Any:  # noqa: ANN401  JSON
     """The same, without the numbers that JSON has no words for."""
-    match facts:
+    match summary:
         case dict():
-            return {key: _finite(value) for key, value in facts.items()}
+            return {key: _replace_non_finite(value) for key, value in summary.items()}
         case list():
-            return [_finite(value) for value in facts]
-        case float() if not math.isfinite(facts):
-            return str(facts)
-    return facts
+            return [_replace_non_finite(value) for value in summary]
+        case float() if not math.isfinite(summary):
+            return str(summary)
+    return summary

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 
-class Which(str, Enum):
+class WeightsChoice(str, Enum):
     """The weights to take."""
 
     EMA = "ema"
@@ -38,4 +38,4 @@ EntryOption = Annotated[
 TrackOption = Annotated[
     str | None, typer.Option(help="The track of the averages, if there are several.", show_default=False)
 ]
-WhichOption = Annotated[Which, typer.Option(help="The averages, or the live weights.")]
+WeightsOption = Annotated[WeightsChoice, typer.Option(help="The averages, or the live weights.")]

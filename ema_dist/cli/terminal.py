@@ -19,32 +19,36 @@ from ema_dist.checkpoint.errors import CheckpointError
 
 P = ParamSpec("P")
 
-WIDE = 160
+PIPE_COLUMNS = 160
 """Columns of a table that goes into a file or a pipe, where nothing tells how wide it may be."""
 
 
-class _Console(Console):
+class _EscapingConsole(Console):
     """Shows what is no printable character by its code: names in a checkpoint could otherwise steer the terminal."""
 
     def render_str(self, text: str, **settings: Any) -> Text:  # noqa: ANN401  as in rich
-        shown = "".join(it if it.isprintable() or it == "\n" else ascii(it)[1:-1] for it in text)
-        return super().render_str(shown, **settings)
+        printable = "".join(it if it.isprintable() or it == "\n" else ascii(it)[1:-1] for it in text)
+        return super().render_str(printable, **settings)
 
 
-def output() -> Console:
+def stdout_console() -> Console:
     """Where results go."""
-    console = _Console(highlight=False, emoji=False)
-    return console if console.is_terminal else _Console(highlight=False, emoji=False, width=max(WIDE, console.width))
+    console = _EscapingConsole(highlight=False, emoji=False)
+    return (
+        console
+        if console.is_terminal
+        else _EscapingConsole(highlight=False, emoji=False, width=max(PIPE_COLUMNS, console.width))
+    )
 
 
-def say(message: str) -> None:
+def print_stderr(message: str) -> None:
     """Tell the user something beside the results, on stderr."""
-    _errors().print(escape(message))
+    _stderr_console().print(escape(message))
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """End the command with an error on stderr."""
-    _errors().print(f"[bold red]error:[/] {escape(message)}")
+    _stderr_console().print(f"[bold red]error:[/] {escape(message)}")
     raise typer.Exit(code)
 
 
@@ -71,7 +75,7 @@ def clean_errors(command: Callable[P, None], *, code: int = 1) -> Callable[P, No
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
+def progress(description: str, total: int) -> Iterator[Callable[[int], object]]:
     """A bar on stderr, if that is a terminal, gone when all is done; the caller advances it by bytes."""
     console = Console(stderr=True)
     if not console.is_terminal:  # a bar that is disabled ends with an empty line before rich 14
@@ -85,11 +89,11 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)
 
 
-def in_bytes(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A size as people read it."""
     value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -99,8 +103,8 @@ def in_bytes(size: int) -> str:
     return f"{value:.1f} TiB"
 
 
-def _errors() -> Console:
-    return _Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+def _stderr_console() -> Console:
+    return _EscapingConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager
@@ -108,7 +112,7 @@ def _plain_warnings() -> Iterator[None]:
     """Warnings as a sentence on stderr, without the line of code that gave them."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        say(f"warning: {message}")
+        print_stderr(f"warning: {message}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")

@@ -10,16 +10,16 @@ from pathlib import Path
 import typer
 from torch import Tensor
 
-from ema_dist.checkpoint.dcp.index import dotted
+from ema_dist.checkpoint.dcp.index import dotted_name
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import locate
-from ema_dist.checkpoint.manifest import problems, read_manifest
-from ema_dist.checkpoint.stored_checkpoint import Stored
-from ema_dist.checkpoint.values import Path as Place
-from ema_dist.checkpoint.weights.casts import calculable
+from ema_dist.checkpoint.manifest import read_manifest, verify_files
+from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
+from ema_dist.checkpoint.values import KeyPath
+from ema_dist.checkpoint.weights.casts import upcast_float8
 from ema_dist.cli.options import CheckpointArgument, StepOption
-from ema_dist.cli.terminal import in_bytes, output, progress, say
-from ema_dist.messages import few
+from ema_dist.cli.terminal import format_bytes, print_stderr, progress, stdout_console
+from ema_dist.messages import abbreviated
 
 
 def verify(checkpoint: CheckpointArgument, *, step: StepOption = None) -> None:
@@ -31,22 +31,22 @@ def verify(checkpoint: CheckpointArgument, *, step: StepOption = None) -> None:
     """
     folder = locate(checkpoint, step)
     report = Report()
-    with report.collecting():
+    with report.collecting_errors():
         _check_files(folder, report)
-    with report.collecting():
-        stored = Stored(folder)
+    with report.collecting_errors():
+        stored = StoredCheckpoint(folder)
         _check_averages(stored, report)
         _check_values(stored, report)
-        tensors = stored.outline.tensors
-        summary = f"{len(tensors)} tensors, {in_bytes(sum(map(stored.outline.nbytes, tensors)))}"
+        tensors = stored.index.tensors
+        summary = f"{len(tensors)} tensors, {format_bytes(sum(map(stored.index.nbytes, tensors)))}"
     for note in report.notes:
-        say(f"note: {note}")
+        print_stderr(f"note: {note}")
     for problem in report.problems:
-        output().print(problem, markup=False, soft_wrap=True)
+        stdout_console().print(problem, markup=False, soft_wrap=True)
     if count := len(report.problems):
-        say(f"{folder}: {count} {'problem' if count == 1 else 'problems'}")
+        print_stderr(f"{folder}: {count} {'problem' if count == 1 else 'problems'}")
         raise typer.Exit(1)
-    output().print(f"{folder}: all is well ({summary})", markup=False, soft_wrap=True)
+    stdout_console().print(f"{folder}: all is well ({summary})", markup=False, soft_wrap=True)
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
+    def collecting_errors(self) -> Iterator[None]:
         """Whatever makes the checkpoint unreadable inside the block is one more problem."""
         try:
             yield
@@ -71,79 +71,81 @@ def _check_files(folder: Path, report: Report) -> None:
         report.notes.append(f"{folder} has no manifest (plain dcp.save writes none): files are not checked by checksum")
         return
     with progress("checksums", sum(record.size for record in manifest.files.values())) as advance:
-        report.problems += problems(folder, manifest.files, on_bytes=advance)
-    beside = [path.name for path in folder.parent.glob("step-*.*") if path.is_dir()]
-    if beside:
-        report.notes.append(f"{folder.parent} also holds what is no complete checkpoint: {few(sorted(beside))}")
+        report.problems += verify_files(folder, manifest.files, on_bytes=advance)
+    leftovers = [path.name for path in folder.parent.glob("step-*.*") if path.is_dir()]
+    if leftovers:
+        report.notes.append(
+            f"{folder.parent} also holds what is no complete checkpoint: {abbreviated(sorted(leftovers))}"
+        )
 
 
-def _check_averages(stored: Stored, report: Report) -> None:
+def _check_averages(stored: StoredCheckpoint, report: Report) -> None:
     """The averages' names and shapes must be those of a model beside them."""
-    for place in stored.outline.averages:
-        with report.collecting():
-            averages = stored.averages[place]
+    for key_path in stored.index.averages:
+        with report.collecting_errors():
+            averages = stored.averages[key_path]
             tracks = averages.tracks
-            if averages.stale:
+            if averages.is_stale:
                 report.notes.append(
-                    f"the averages in {dotted(place)!r} saw {averages.steps} steps, and no average was taken yet"
+                    f"the averages in {dotted_name(key_path)!r} saw {averages.steps} steps, and no average was taken yet"
                 )
-            models = {model: stored.outline.models[model] for model in stored.models_of(place)}
+            models = {model: stored.index.models[model] for model in stored.matching_models(key_path)}
             if not models:
-                report.notes.append(f"{stored.folder} holds no model for the averages in {dotted(place)!r}")
+                report.notes.append(f"{stored.folder} holds no model for the averages in {dotted_name(key_path)!r}")
             for name, track in tracks.items() if models else ():
-                unfit = {model: stored.unfit(track, tensors) for model, tensors in models.items()}
-                if all(unfit.values()):
-                    model, how = next(iter(unfit.items()))
+                mismatches = {model: stored.mismatches(track, tensors) for model, tensors in models.items()}
+                if all(mismatches.values()):
+                    model, mismatch = next(iter(mismatches.items()))
                     report.problems.append(
-                        f"track {name!r} of the averages in {dotted(place)!r} does not fit the model in "
-                        f"{dotted(model)!r}: {how}"
+                        f"track {name!r} of the averages in {dotted_name(key_path)!r} does not fit the model in "
+                        f"{dotted_name(model)!r}: {mismatch}"
                     )
 
 
-def _check_values(stored: Stored, report: Report) -> None:
+def _check_values(stored: StoredCheckpoint, report: Report) -> None:
     """Everything must be readable, and floating tensors finite."""
-    outline = stored.outline
-    weights = _weights(stored)
-    with progress("values", sum(map(outline.nbytes, outline.tensors))) as advance:
-        for name in outline.paths:
-            with report.collecting():
-                if name not in outline.tensors:
-                    stored.values([name])
+    index = stored.index
+    must_be_finite = _finite_tensor_names(stored)
+    with progress("values", sum(map(index.nbytes, index.tensors))) as advance:
+        for name in index.key_paths:
+            with report.collecting_errors():
+                if name not in index.tensors:
+                    stored.read_values([name])
                     continue
-                nans, infinities = _not_finite(next(stored.stream([name], on_bytes=advance)))
+                nans, infinities = _count_non_finite(next(stored.stream([name], on_bytes=advance)))
                 if nans:
                     report.problems.append(f"{name} holds {nans} NaN")
                 if infinities:
-                    (report.problems if name in weights else report.notes).append(
+                    (report.problems if name in must_be_finite else report.notes).append(
                         f"{name} holds {infinities} infinities"
                     )
 
 
-def _weights(stored: Stored) -> set[str]:
+def _finite_tensor_names(stored: StoredCheckpoint) -> set[str]:
     """The DCP names of what must never be infinite: weights, their averages, and optimizer states.
 
     Which of a model's tensors are weights, its averages tell, or its optimizer; if there is neither, all count as such.
     """
-    outline = stored.outline
-    found = {name for place in outline.optimizers for name in outline.under(place)}
-    buffers: dict[Place, set[str]] = {}
-    for place, tracks in outline.averages.items():
+    index = stored.index
+    finite_names = {name for key_path in index.optimizers for name in index.names_under(key_path)}
+    buffers: dict[KeyPath, set[str]] = {}
+    for key_path, tracks in index.averages.items():
         for track in tracks.values():
-            found |= {*track.averages.values()}
-            for model in stored.models_of(place):
+            finite_names |= {*track.averages.values()}
+            for model in stored.matching_models(key_path):
                 buffers.setdefault(model, set()).update(track.buffers)
-    for model, tensors in outline.models.items():
-        trained = tensors.keys() & outline.optimized or tensors.keys()
-        names = tensors.keys() - buffers[model] if model in buffers else trained
-        found |= {tensors[name] for name in names}
-    return found
+    for model, tensors in index.models.items():
+        trained = tensors.keys() & index.optimized_names or tensors.keys()
+        weight_names = tensors.keys() - buffers[model] if model in buffers else trained
+        finite_names |= {tensors[name] for name in weight_names}
+    return finite_names
 
 
-def _not_finite(tensor: Tensor) -> tuple[int, int]:
+def _count_non_finite(tensor: Tensor) -> tuple[int, int]:
     """How many NaN and how many infinities are in a tensor."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0, 0
-    tensor = calculable(tensor)
+    tensor = upcast_float8(tensor)
     if tensor.isfinite().all():
         return 0, 0
     return int(tensor.isnan().sum()), int(tensor.isinf().sum())

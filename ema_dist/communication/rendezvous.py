@@ -13,7 +13,7 @@ from torch.distributed import Store
 
 from ema_dist.sharding import world_store
 
-_held: MutableMapping[object, Counter[tuple[int, ...]]] = WeakKeyDictionary()
+_completed: MutableMapping[object, Counter[tuple[int, ...]]] = WeakKeyDictionary()
 """Meetings held in each world by each set of ranks; a failed one is not counted, so that they agree on the next."""
 
 _answers: MutableMapping[object, dict[str, str]] = WeakKeyDictionary()
@@ -22,7 +22,7 @@ _answers: MutableMapping[object, dict[str, str]] = WeakKeyDictionary()
 GAVE_UP = json.dumps(["", "this rank had given up waiting"])
 
 
-def require_world(call: str, ranks: list[int]) -> None:
+def require_process_group(call: str, ranks: list[int]) -> None:
     """Raise RuntimeError when ``ranks`` are several and there is no process group through which they could meet."""
     if len(ranks) > 1 and not dist.is_initialized():
         raise RuntimeError(
@@ -31,7 +31,7 @@ def require_world(call: str, ranks: list[int]) -> None:
         )
 
 
-def agreed(question: str, answer: str) -> str:
+def agree_on(question: str, answer: str) -> str:
     """What the first rank that came here has answered: the same on every rank, and nobody waits for another one.
 
     Collective: no; ranks read it from the process group's store.
@@ -44,7 +44,7 @@ def agreed(question: str, answer: str) -> str:
     return answers[question]
 
 
-def meet(call: str, ranks: list[int], *, timeout: float, problem: str = "") -> None:
+def rendezvous(call: str, ranks: list[int], *, timeout: float, problem: str = "") -> None:
     """Return once all of ``ranks`` have come to ``call``, none of them with a problem.
 
     Args:
@@ -61,52 +61,52 @@ def meet(call: str, ranks: list[int], *, timeout: float, problem: str = "") -> N
         if problem:
             raise RuntimeError(problem)
         return
-    require_world(call, ranks)
-    held = _held.setdefault(dist.group.WORLD, Counter())
+    require_process_group(call, ranks)
+    completed = _completed.setdefault(dist.group.WORLD, Counter())
     key = tuple(ranks)
-    verdict = _Room(world_store(), ranks, held[key]).wait_for_all(call, problem, timeout)
-    held[key] += 1
-    if held[key] > 1:
-        _Room(world_store(), ranks, held[key] - 2).clear()
+    verdict = _Rendezvous(world_store(), ranks, completed[key]).wait_for_all(call, problem, timeout)
+    completed[key] += 1
+    if completed[key] > 1:
+        _Rendezvous(world_store(), ranks, completed[key] - 2).clear()
     if verdict:
         raise RuntimeError(verdict)
 
 
-class _Room:
+class _Rendezvous:
     """The keys in the store that belong to one meeting."""
 
     def __init__(self, store: Store, ranks: list[int], number: int) -> None:
         self._store = store
         self._ranks = ranks
-        self._me = dist.get_rank()
+        self._rank = dist.get_rank()
         self._prefix = f"ema_dist/{hash(tuple(ranks))}/{number}"
 
     def wait_for_all(self, call: str, problem: str, timeout: float) -> str:
         """Return when all have come: an empty string, or why none of them can go on."""
-        self._store.set(self._key(self._me), json.dumps([call, problem]))
+        self._store.set(self._key(self._rank), json.dumps([call, problem]))
         if self._store.add(self._key("came"), 1) == len(self._ranks):
-            self._store.set(self._key("verdict"), self._judge())
+            self._store.set(self._key("verdict"), self._decide())
         try:
             self._store.wait([self._key("verdict")], timedelta(seconds=timeout))
         except RuntimeError:  # DistStoreError from some stores, its parent from others
             self._give_up(call, timeout)
         return self._store.get(self._key("verdict")).decode()
 
-    def _judge(self) -> str:
-        came = {rank: json.loads(self._said(rank)) for rank in self._ranks}
-        calls = {rank: call for rank, (call, _) in came.items()}
+    def _decide(self) -> str:
+        reports = {rank: json.loads(self._read_report(rank)) for rank in self._ranks}
+        calls = {rank: call for rank, (call, _) in reports.items()}
         if len(set(calls.values())) > 1:
             return f"all ranks must make the same call, but they made (rank: call) {calls}"
         problems: dict[str, list[int]] = defaultdict(list)
-        for rank, (_, problem) in came.items():
+        for rank, (_, problem) in reports.items():
             problems[problem].append(rank)
         problems.pop("", None)
         return "; ".join(f"on ranks {ranks}: {problem}" for problem, ranks in problems.items())
 
     def clear(self) -> None:
         """Delete the keys of a meeting that everyone has left, which a later one proves."""
-        self._store.delete_key(self._key(self._me))
-        if self._me == self._ranks[0]:
+        self._store.delete_key(self._key(self._rank))
+        if self._rank == self._ranks[0]:
             self._store.delete_key(self._key("came"))
             self._store.delete_key(self._key("verdict"))
 
@@ -115,18 +115,20 @@ class _Room:
             self._store.add(self._key("came"), 1)  # the last one came in this very moment, and is about to say so
             self._store.wait([self._key("verdict")], timedelta(seconds=timeout))
             return
-        self._store.set(self._key(self._me), GAVE_UP)
-        others = [rank for rank in self._ranks if rank != self._me]
-        never = [rank for rank in others if not self._store.check([self._key(rank)])]
-        before = [rank for rank in others if rank not in never and self._said(rank) == GAVE_UP]
-        absent = [f"ranks {never} did not come"] * bool(never) + [f"ranks {before} had given up before"] * bool(before)
+        self._store.set(self._key(self._rank), GAVE_UP)
+        others = [rank for rank in self._ranks if rank != self._rank]
+        absent = [rank for rank in others if not self._store.check([self._key(rank)])]
+        gave_up = [rank for rank in others if rank not in absent and self._read_report(rank) == GAVE_UP]
+        reasons = [f"ranks {absent} did not come"] * bool(absent) + [f"ranks {gave_up} had given up before"] * bool(
+            gave_up
+        )
         raise RuntimeError(
-            f"rank {self._me} waited {timeout:g} s in {call}: {' and '.join(absent)}. It needs ranks {self._ranks} "
+            f"rank {self._rank} waited {timeout:g} s in {call}: {' and '.join(reasons)}. It needs ranks {self._ranks} "
             "together: call it on each of them, not under `if rank == 0:`; where some are slower than that, "
             "ShardedEMA(..., timeout=seconds) waits longer"
         )
 
-    def _said(self, rank: int) -> str:
+    def _read_report(self, rank: int) -> str:
         return self._store.get(self._key(rank)).decode()
 
     def _key(self, name: int | str) -> str:

@@ -10,71 +10,71 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ema_dist.kernels import checksum, chunks, make_scratch, views
-from ema_dist.messages import few
-from ema_dist.sharding import Shard, all_gather, flat
+from ema_dist.kernels import checksum, chunks, make_scratch, scratch_views
+from ema_dist.messages import abbreviated
+from ema_dist.sharding import Shard, all_gather, flat_view
 
 
-def drift(shards: Iterable[Shard]) -> str:
+def describe_drift(shards: Iterable[Shard]) -> str:
     """How what replicas hold alike differs among them, by checksums of their bits; empty when it does not.
 
     Collective: over the replicas of each shard, which alone get to know. Memory: 8 bytes per tensor and replica.
     """
     drifted: list[str] = []
-    for group, alike in _by_group(shards):
-        sums = torch.stack([checksum(shard.local).to(shard.device) for shard in alike])
-        everyones = sums.new_empty(group.size(), len(alike))
-        all_gather(everyones.view(-1), sums, group=group)
+    for group, group_shards in _group_by_replicas(shards):
+        checksums = torch.stack([checksum(shard.local).to(shard.device) for shard in group_shards])
+        gathered = checksums.new_empty(group.size(), len(group_shards))
+        all_gather(gathered.view(-1), checksums, group=group)
         ranks = dist.get_process_group_ranks(group)
-        for shard, column in zip(alike, everyones.t().tolist(), strict=True):
-            if different := [rank for rank, its in zip(ranks, column, strict=True) if its != column[0]]:
+        for shard, column in zip(group_shards, gathered.t().tolist(), strict=True):
+            if different := [rank for rank, value in zip(ranks, column, strict=True) if value != column[0]]:
                 drifted.append(f"{shard.name} on ranks {different}")
     if not drifted:
         return ""
     return (
-        f"replicas should hold the same weights, but these differ from the first one's: {few(drifted)}. "
+        f"replicas should hold the same weights, but these differ from the first one's: {abbreviated(drifted)}. "
         "Averaging would mix them; broadcast the weights from one replica first"
     )
 
 
 @torch.no_grad()
-def fill_from_parts(shards: Iterable[Shard]) -> None:
+def all_gather_parts(shards: Iterable[Shard]) -> None:
     """Fill every replica's ``local`` with the parts that the replicas hold in theirs.
 
     Collective: over the replicas of each split shard. Memory: one scratch of `ema_dist.kernels`.
     """
-    for group, split in _by_group(shard for shard in shards if shard.is_split):
+    for group, split_shards in _group_by_replicas(shard for shard in shards if shard.is_split):
         by_dtype: dict[torch.dtype, list[Shard]] = defaultdict(list)
-        for shard in split:
+        for shard in split_shards:
             by_dtype[shard.local.dtype].append(shard)
-        for alike in by_dtype.values():
-            _broadcast_parts(alike, group)
+        for same_dtype in by_dtype.values():
+            _broadcast_parts(same_dtype, group)
 
 
 def _broadcast_parts(shards: list[Shard], group: ProcessGroup) -> None:
     """One replica after the other sends its parts: bounded buffers, and nothing for those that hold no rows."""
     scratch = make_scratch([shard.local for shard in shards]).to(shards[0].device)
     for replica, rank in enumerate(dist.get_process_group_ranks(group)):
-        parts = [_part(shard.local, replica, group.size()) for shard in shards]
-        for (pieces,) in chunks(parts, limit=scratch.nbytes):
-            sent = views(scratch, pieces)
+        parts = [_replica_part(shard.local, replica, group.size()) for shard in shards]
+        for (pieces,) in chunks(parts, max_bytes=scratch.nbytes):
+            buffers = scratch_views(scratch, pieces)
             if replica == group.rank():
-                torch._foreach_copy_(sent, pieces)
+                torch._foreach_copy_(buffers, pieces)
             dist.broadcast(scratch[: sum(piece.numel() for piece in pieces)], rank, group=group)
             if replica != group.rank():
-                torch._foreach_copy_(pieces, sent)
+                torch._foreach_copy_(pieces, buffers)
 
 
-def _part(local: Tensor, replica: int, count: int) -> Tensor:
+def _replica_part(local: Tensor, replica: int, count: int) -> Tensor:
     """The elements of one replica's rows, flat."""
     rows = local.shape[0]
-    per_part = -(-rows // count) * (local.numel() // max(rows, 1))
-    return flat(local)[replica * per_part : (replica + 1) * per_part]
+    part_numel = -(-rows // count) * (local.numel() // max(rows, 1))
+    return flat_view(local)[replica * part_numel : (replica + 1) * part_numel]
 
 
-def _by_group(shards: Iterable[Shard]) -> list[tuple[ProcessGroup, list[Shard]]]:
+def _group_by_replicas(shards: Iterable[Shard]) -> list[tuple[ProcessGroup, list[Shard]]]:
     groups: dict[ProcessGroup, list[Shard]] = {}
     for shard in shards:
-        if shard.replicas is not None and shard.replicas.size() > 1:
-            groups.setdefault(shard.replicas, []).append(shard)
+        if shard.replica_group is not None and shard.replica_group.size() > 1:
+            groups.setdefault(shard.replica_group, []).append(shard)
     return list(groups.items())

@@ -11,4 +11,7 @@ if find_spec("composer") is None:
 from ema_dist.composer.algorithm import EMA
 from ema_dist.functional import compute_ema
 
-__all__ = ["EMA", "compute_ema"]
+__all__ = [
+    "EMA",
+    "compute_ema",
+]

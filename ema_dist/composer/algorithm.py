@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from ema_dist.averages.full_weights import copy_into
 from ema_dist.averages.precision import Compensated, Precision, Stochastic
 from ema_dist.averages.tracks import BufferPolicy
-from ema_dist.composer.checkpoints import Checkpoints
-from ema_dist.composer.monolithic import moved
-from ema_dist.composer.schedule import DefaultHalfLife, Schedule
-from ema_dist.composer.steps import StepsTaken
+from ema_dist.composer.checkpoints import CheckpointHandler
+from ema_dist.composer.monolithic import transfer_averages
+from ema_dist.composer.schedule import DefaultHalfLife, UpdateSchedule
+from ema_dist.composer.steps import StepMonitor
 from ema_dist.ema import ShardedEMA
-from ema_dist.evaluation.swap import exchanges_in
-from ema_dist.sharding import Layout, Replicas
+from ema_dist.evaluation.swap import active_swaps
+from ema_dist.sharding import Layout, ReplicaPolicy
 
 CHECKPOINT_EVENTS = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERATION_CHECKPOINT)
 
 
-class Stay(Enum):
+class SwapPhase(Enum):
     """Why the averages are in the model; the events during which they stay there."""
 
     EVALUATION = frozenset(
@@ -84,12 +84,12 @@ class EMA(Algorithm):
         *,
         dtype: torch.dtype | None = None,
         rounding: Stochastic | Compensated = Stochastic(),  # noqa: B008 - frozen
-        replicas: Replicas | None = None,
+        replicas: ReplicaPolicy | None = None,
         buffers: BufferPolicy = "average",
         select: Callable[[str, Tensor], bool] | None = None,
         timeout: float = 300.0,
     ) -> None:
-        self._schedule = Schedule.parsed(half_life, smoothing, ema_start, update_interval)
+        self._schedule = UpdateSchedule.parse(half_life, smoothing, ema_start, update_interval)
         self.half_life = self._schedule.half_life
         self.smoothing = self._schedule.smoothing
         self.ema_start = self._schedule.start
@@ -105,11 +105,11 @@ class EMA(Algorithm):
         }
         self._replicas = replicas
         self._ema: ShardedEMA | None = None
-        self._stay: Stay | None = None
-        self._interrupted: Stay | None = None
-        self._swap = ExitStack()
-        self._steps: StepsTaken | None = None
-        self._checkpoints: Checkpoints | None = None
+        self._phase: SwapPhase | None = None
+        self._interrupted_phase: SwapPhase | None = None
+        self._swap_stack = ExitStack()
+        self._step_monitor: StepMonitor | None = None
+        self._checkpoints: CheckpointHandler | None = None
 
     @property
     def ema(self) -> ShardedEMA | None:
@@ -124,21 +124,21 @@ class EMA(Algorithm):
     @property
     def ema_weights_active(self) -> bool:
         """Whether the averages are in the model."""
-        return self._stay is not None
+        return self._phase is not None
 
     def __repr__(self) -> str:
         return (
-            f"EMA(half_life={_text(self.half_life)}, smoothing={None if self.half_life else self.smoothing}, "
-            f"ema_start={_text(self.ema_start)}, update_interval={_text(self.update_interval)}, "
+            f"EMA(half_life={_time_string(self.half_life)}, smoothing={None if self.half_life else self.smoothing}, "
+            f"ema_start={_time_string(self.ema_start)}, update_interval={_time_string(self.update_interval)}, "
             f"train_with_ema_weights={self.train_with_ema_weights})"
         )
 
     def match(self, event: Event, state: State) -> bool:
         """Whether `apply` has something to do at this event."""
-        if self._interrupted is not None or (self._stay is not None and event not in self._stay.value):
+        if self._interrupted_phase is not None or (self._phase is not None and event not in self._phase.value):
             return True
         if event in CHECKPOINT_EVENTS:
-            return self._ema is not None and _is_saved(event, state)
+            return self._ema is not None and _is_checkpoint_due(event, state)
         return event in (
             *(Event.INIT, Event.BEFORE_LOAD, Event.AFTER_LOAD, Event.FIT_START),
             *(Event.EVAL_START, Event.PREDICT_START, self._schedule.update_event),
@@ -146,28 +146,28 @@ class EMA(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:  # noqa: ARG002  Composer's signature
         """Update, or exchange averages and live weights, as the event wants it."""
-        self._go_on(event)
-        if self._stay is not None and event not in self._stay.value:
-            self._leave()
+        self._resume_phase(event)
+        if self._phase is not None and event not in self._phase.value:
+            self._swap_out()
         if event == Event.INIT:
-            self._begin(state)
+            self._initialize(state)
         elif event == Event.BEFORE_LOAD:
-            self._require_whole_averages()
-            self._of_state().before_load()
+            self._require_copy_replicas()
+            self._require_checkpoints().before_load()
         elif event == Event.AFTER_LOAD:
-            self._ema = self._of_state().after_load(self._made)
+            self._ema = self._require_checkpoints().after_load(self._make_averages)
         elif event == Event.FIT_START:
-            self._follow_wrapping(state)
-            self._watch(state)
-            self._start_late(state)
+            self._match_wrapping(state)
+            self._monitor_steps(state)
+            self._start_after_load(state)
         elif event == Event.EVAL_START:
-            self._follow_wrapping(state)
-            self._enter(Stay.EVALUATION)
+            self._match_wrapping(state)
+            self._swap_in(SwapPhase.EVALUATION)
         elif event == Event.PREDICT_START:
-            self._follow_wrapping(state)
-            self._enter(Stay.PREDICTION)
-        elif event in CHECKPOINT_EVENTS and _is_saved(event, state):
-            self._enter(Stay.CHECKPOINT)
+            self._match_wrapping(state)
+            self._swap_in(SwapPhase.PREDICTION)
+        elif event in CHECKPOINT_EVENTS and _is_checkpoint_due(event, state):
+            self._swap_in(SwapPhase.CHECKPOINT)
         elif event == self._schedule.update_event:
             self._update(state)
 
@@ -176,25 +176,25 @@ class EMA(Algorithm):
 
         Collective: over all ranks, when several hold parts of the averages.
         """
-        part = super().state_dict()
+        algorithm_state = super().state_dict()
         if self._checkpoints is None:  # not in a Trainer yet
-            return part
-        part |= {"ema_weights_active": self.ema_weights_active, "ema_started": self.ema_started}
+            return algorithm_state
+        algorithm_state |= {"ema_weights_active": self.ema_weights_active, "ema_started": self.ema_started}
         if self._checkpoints.is_loading:
-            self._checkpoints.lay_out(self._made)
-            return part
+            self._checkpoints.allocate_targets(self._make_averages)
+            return algorithm_state
         if self._ema is None:
-            self._checkpoints.forget()
-            return part
-        live = self._live() if self._stay is not None else None
-        return part | self._checkpoints.write(self._ema, live)
+            self._checkpoints.release()
+            return algorithm_state
+        live = self._copy_live_weights() if self._phase is not None else None
+        return algorithm_state | self._checkpoints.write(self._ema, live)
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002
         """Take over what a checkpoint holds, of this, of Composer's own EMA, or of its older versions, after loading.
 
         Raises: ValueError then, for a checkpoint of another model.
         """
-        self._of_state().note(state)
+        self._require_checkpoints().keep_state(state)
 
     def get_ema_model(self, model: nn.Module) -> nn.Module:
         """The model given, which has the averages now: its parameters and buffers are overwritten.
@@ -207,9 +207,9 @@ class EMA(Algorithm):
         """
         if self.ema_weights_active:
             raise ValueError("The ema weight are currently contained in the composer model.")
-        self._of_state()
+        self._require_checkpoints()
         if self._ema is None:
-            raise ValueError(f"there are no averages before ema_start, {_text(self.ema_start)}")
+            raise ValueError(f"there are no averages before ema_start, {_time_string(self.ema_start)}")
         self._ema.copy_to(model)
         return model
 
@@ -226,122 +226,133 @@ class EMA(Algorithm):
         if not self.ema_weights_active:
             raise ValueError("The training weights are currently contained in the composer model.")
         assert self._ema is not None
-        stay = self._stay
-        self._leave()
+        phase = self._phase
+        self._swap_out()
         if {*map(id, model.parameters())} != {*map(id, self._ema.model.parameters())}:
             try:
                 copy_into(Layout(model, "copy"), Layout(self._ema.model, "copy"), {})
             finally:
-                self._enter(stay)
+                self._swap_in(phase)
         return model
 
-    def _begin(self, state: State) -> None:
-        if len(twins := [it for it in state.algorithms if type(it).__qualname__ == "EMA"]) > 1:
+    def _initialize(self, state: State) -> None:
+        if (
+            len(duplicates := [algorithm for algorithm in state.algorithms if type(algorithm).__qualname__ == "EMA"])
+            > 1
+        ):
             raise ValueError(
-                f"expected one EMA among the algorithms, found {len(twins)}: {twins}; their averages would be "
+                f"expected one EMA among the algorithms, found {len(duplicates)}: {duplicates}; their averages would be "
                 "exchanged with each other's, and overwrite each other's in checkpoints"
             )
-        if self._steps is not None:  # of another Trainer, as the averages are
-            self._steps.remove()
-        self._steps, self._stay, self._swap, self._ema, self._interrupted = None, None, ExitStack(), None, None
-        self._checkpoints = Checkpoints(state, self._interrupt)
+        if self._step_monitor is not None:  # of another Trainer, as the averages are
+            self._step_monitor.remove()
+        self._step_monitor, self._phase, self._swap_stack, self._ema, self._interrupted_phase = (
+            None,
+            None,
+            ExitStack(),
+            None,
+            None,
+        )
+        self._checkpoints = CheckpointHandler(state, self._pause_for_save)
 
-    def _of_state(self) -> Checkpoints:
+    def _require_checkpoints(self) -> CheckpointHandler:
         if self._checkpoints is None:
             raise RuntimeError("EMA is not in a Trainer: pass it as Trainer(algorithms=[EMA(...)])")
         return self._checkpoints
 
-    def _require_whole_averages(self) -> None:
-        if self._of_state().is_sharded and self._replicas not in (None, "copy"):
+    def _require_copy_replicas(self) -> None:
+        if self._require_checkpoints().is_sharded and self._replicas not in (None, "copy"):
             raise ValueError(
                 f"replicas={self._replicas!r} is not to be had with sharded checkpoints: Composer saves the first "
                 'replica alone; leave it out, or pass replicas="copy"'
             )
 
-    def _made(self, model: nn.Module) -> ShardedEMA:
+    def _make_averages(self, model: nn.Module) -> ShardedEMA:
         """New averages, which are the model's weights."""
-        replicas = self._replicas or ("copy" if self._of_state().is_sharded else "shard")
+        replicas = self._replicas or ("copy" if self._require_checkpoints().is_sharded else "shard")
         return ShardedEMA(model, decay=self.smoothing, replicas=replicas, **self._settings)
 
-    def _follow_wrapping(self, state: State) -> None:
+    def _match_wrapping(self, state: State) -> None:
         """Split the averages as the model is: Composer wraps it for DDP when a checkpoint has been loaded."""
         if self._ema is not None and self._ema.model is not state.model:
-            self._ema = moved(self._ema, self._made(state.model))
+            self._ema = transfer_averages(self._ema, self._make_averages(state.model))
 
-    def _watch(self, state: State) -> None:
-        if self._steps is None or self._steps.optimizers != [*state.optimizers]:
-            if self._steps is not None:
-                self._steps.remove()
-            self._steps = StepsTaken(state.optimizers, before=self._schedule.is_under_way(state))
+    def _monitor_steps(self, state: State) -> None:
+        if self._step_monitor is None or self._step_monitor.optimizers != [*state.optimizers]:
+            if self._step_monitor is not None:
+                self._step_monitor.remove()
+            self._step_monitor = StepMonitor(state.optimizers, has_stepped=self._schedule.is_mid_interval(state))
 
-    def _start_late(self, state: State) -> None:
+    def _start_after_load(self, state: State) -> None:
         """Begin now, if the checkpoint has no averages, and there should be some."""
-        if self._ema is None and self._of_state().lacks_averages and self._schedule.has_started(state):
+        if self._ema is None and self._require_checkpoints().lacks_averages and self._schedule.has_started(state):
             warnings.warn(
-                f"training goes on at {_text(state.timestamp.batch)} from a checkpoint without averages, which begin "
-                f"at {_text(self.ema_start)}: they start from the weights as they are now",
+                f"training goes on at {_time_string(state.timestamp.batch)} from a checkpoint without averages, which begin "
+                f"at {_time_string(self.ema_start)}: they start from the weights as they are now",
                 stacklevel=2,
             )
-            self._ema = self._made(state.model)
+            self._ema = self._make_averages(state.model)
 
     def _update(self, state: State) -> None:
-        assert self._steps is not None, "training starts with FIT_START"
+        assert self._step_monitor is not None, "training starts with FIT_START"
         if self._ema is None:
             if not self._schedule.has_started(state):
-                self._steps.take()  # they do not count
+                self._step_monitor.consume()  # they do not count
                 return
-            self._ema = self._made(state.model)
+            self._ema = self._make_averages(state.model)
         if not self._schedule.is_due(state):
             return
-        stepped, found_inf = self._steps.take()
+        stepped, found_inf = self._step_monitor.consume()
         if not stepped:
             return
         self._ema.update(found_inf=found_inf)
         if self.train_with_ema_weights:
             self._ema.copy_to(state.model)
 
-    def _enter(self, stay: Stay | None) -> None:
+    def _swap_in(self, phase: SwapPhase | None) -> None:
         if self._ema is not None:
-            self._swap.enter_context(self._ema.swapped())
-            self._stay = stay
+            self._swap_stack.enter_context(self._ema.swapped())
+            self._phase = phase
 
-    def _interrupt(self) -> None:
+    def _pause_for_save(self) -> None:
         """Let an explicit save find the live weights, in the middle of an evaluation or after an exception in it."""
-        if self._stay in (Stay.EVALUATION, Stay.PREDICTION):
-            self._interrupted = self._stay
-            self._leave()
+        if self._phase in (SwapPhase.EVALUATION, SwapPhase.PREDICTION):
+            self._interrupted_phase = self._phase
+            self._swap_out()
 
-    def _go_on(self, event: Event) -> None:
+    def _resume_phase(self, event: Event) -> None:
         """Put the averages back after a save, if the evaluation goes on."""
-        interrupted, self._interrupted = self._interrupted, None
-        if interrupted is not None and event in interrupted.value:
-            self._enter(interrupted)
+        interrupted_phase, self._interrupted_phase = self._interrupted_phase, None
+        if interrupted_phase is not None and event in interrupted_phase.value:
+            self._swap_in(interrupted_phase)
 
-    def _leave(self) -> None:
+    def _swap_out(self) -> None:
         assert self._ema is not None
         try:
             self._ema.restore()
         finally:
-            if not exchanges_in(self._ema.model):  # else ranks did not leave together, and the next event tries again
-                self._stay = None
-                self._swap.close()
-                self._of_state().forget()
+            if not active_swaps(self._ema.model):  # else ranks did not leave together, and the next event tries again
+                self._phase = None
+                self._swap_stack.close()
+                self._require_checkpoints().release()
 
-    def _live(self) -> Mapping[str, Tensor]:
+    def _copy_live_weights(self) -> Mapping[str, Tensor]:
         """A copy of the live weights as a state of the model, while the averages are in it."""
-        stay = self._stay
-        self._leave()
+        phase = self._phase
+        self._swap_out()
         try:
-            return self._of_state().copied_model()
+            return self._require_checkpoints().copy_model_state()
         finally:
-            self._enter(stay)
+            self._swap_in(phase)
 
 
-def _is_saved(event: Event, state: State) -> bool:
+def _is_checkpoint_due(event: Event, state: State) -> bool:
     """Whether a checkpoint will be saved at this event."""
-    savers = [it for it in state.callbacks if isinstance(it, CheckpointSaver)]
-    return any(it.save_interval(state, event) and it.last_checkpoint_batch != state.timestamp.batch for it in savers)
+    savers = [saver for saver in state.callbacks if isinstance(saver, CheckpointSaver)]
+    return any(
+        saver.save_interval(state, event) and saver.last_checkpoint_batch != state.timestamp.batch for saver in savers
+    )
 
 
-def _text(time: Time | None) -> str | None:
+def _time_string(time: Time | None) -> str | None:
     return None if time is None else time.to_timestring()

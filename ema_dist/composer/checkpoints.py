@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from ema_dist.composer import monolithic
-from ema_dist.composer.sharded import ATTRIBUTE, Loading, Path
+from ema_dist.composer.sharded import ATTRIBUTE, KeyPath, PlannerOverride
 from ema_dist.ema import ShardedEMA
-from ema_dist.messages import apart
+from ema_dist.messages import describe_difference
 from ema_dist.sharding import cpu_copy
 
-Make = Callable[[nn.Module], ShardedEMA]
+AveragesFactory = Callable[[nn.Module], ShardedEMA]
 """Makes new averages of a model."""
 
 KINDS = ("averages", "buffers")
 
 
-class Checkpoints:
+class CheckpointHandler:
     """The checkpoints of one State.
 
     Monolithic ones hold full tensors in the algorithm's part, sharded ones tensors as DCP cuts them, in an attribute of
@@ -37,15 +37,15 @@ class Checkpoints:
 
     def __init__(self, state: State, before_save: Callable[[], None]) -> None:
         self._state = state
-        self._model_state = state.get_model_state_dict
+        self._get_model_state = state.get_model_state_dict
         # No event tells of an explicit save, and this is what each asks for the model's weights.
-        state.get_model_state_dict = partial(_after, before_save, self._model_state)
-        self._loading: Loading | None = None
+        state.get_model_state_dict = partial(_call_after, before_save, self._get_model_state)
+        self._planner_override: PlannerOverride | None = None
         self._part: Mapping[str, Any] | None = None
         self.lacks_averages = False
         if ATTRIBUTE not in state.serialized_attributes:
             state.serialized_attributes.append(ATTRIBUTE)
-        self.forget()
+        self.release()
 
     @property
     def is_sharded(self) -> bool:
@@ -55,90 +55,97 @@ class Checkpoints:
     @property
     def is_loading(self) -> bool:
         """Whether Composer, when it asks for a state, wants to read into it."""
-        return self._loading is not None
+        return self._planner_override is not None
 
     def before_load(self) -> None:
         """Composer may load a checkpoint now."""
         if self.is_sharded:
-            self._loading = Loading(self._state)
+            self._planner_override = PlannerOverride(self._state)
 
-    def after_load(self, make: Make) -> ShardedEMA | None:
+    def after_load(self, make_averages: AveragesFactory) -> ShardedEMA | None:
         """The averages of the checkpoint that Composer has loaded, if there are some; the model has its live weights.
 
         Collective: over all ranks.
         Memory: with sharded checkpoints, two sets of averages and a copy of the live weights.
         Raises: ValueError for a checkpoint of another model.
         """
-        found = self._loading.end() if self._loading is not None else set()
-        read = getattr(self._state, ATTRIBUTE)
-        part, self._part, self._loading = self._part, None, None
-        self.forget()
-        if part is not None and not part.get("ema_started", True):
+        found_paths = self._planner_override.restore_config() if self._planner_override is not None else set()
+        loaded = getattr(self._state, ATTRIBUTE)
+        algorithm_state, self._part, self._planner_override = self._part, None, None
+        self.release()
+        if algorithm_state is not None and not algorithm_state.get("ema_started", True):
             return None
-        if part is not None and "ema_model" in part:
-            return self._from_monolithic(part, make)
-        if part is not None and found:
-            return self._from_sharded(part, read, found, make)
+        if algorithm_state is not None and "ema_model" in algorithm_state:
+            return self._from_monolithic(algorithm_state, make_averages)
+        if algorithm_state is not None and found_paths:
+            return self._from_sharded(algorithm_state, loaded, found_paths, make_averages)
         self.lacks_averages = self._state.timestamp.batch > 0
         return None
 
-    def note(self, part: Mapping[str, Any]) -> None:
+    def keep_state(self, algorithm_state: Mapping[str, Any]) -> None:
         """Keep the algorithm's part of a checkpoint until `after_load`."""
-        self._part = part
+        self._part = algorithm_state
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Let go of the tensors that were to be written."""
         setattr(self._state, ATTRIBUTE, None)
 
-    def lay_out(self, make: Make) -> None:
+    def allocate_targets(self, make_averages: AveragesFactory) -> None:
         """Provide what there is to read into, from a checkpoint that may hold all of it, or some, or nothing.
 
         Collective: over all ranks. Memory: the averages, and a copy of the live weights.
         """
-        assert self._loading is not None
-        self._loading.require_own_planner()
-        setattr(self._state, ATTRIBUTE, {"ema": make(self._state.model).state_dict(), "live": self.copied_model()})
+        assert self._planner_override is not None
+        self._planner_override.require_own_planner()
+        setattr(
+            self._state,
+            ATTRIBUTE,
+            {"ema": make_averages(self._state.model).state_dict(), "live": self.copy_model_state()},
+        )
 
     def write(self, ema: ShardedEMA, live: Mapping[str, Any] | None) -> dict[str, Any]:
         """The algorithm's part of a checkpoint.
 
         Args:
-            live: what `copied_model` returned, while the averages are in the model.
+            live: what `copy_model_state` returned, while the averages are in the model.
 
         Collective: over all ranks.
         """
         if not self.is_sharded:
-            prefix = monolithic.WRAPPED if self._state.is_model_ddp else ""
+            prefix = monolithic.DDP_PREFIX if self._state.is_model_ddp else ""
             return monolithic.write(ema, live, prefix=prefix)
         state = ema.state_dict()
-        averaged = [name for kind in KINDS for name in state["tracks"]["default"][kind]]
+        averaged_names = [name for kind in KINDS for name in state["tracks"]["default"][kind]]
         if live is None:
             setattr(self._state, ATTRIBUTE, {"ema": state})
         else:
             track = state["tracks"]["default"]
             for kind in KINDS:
-                track[kind] = {name: it for name, it in track[kind].items() if it.dtype != live[name].dtype}
+                track[kind] = {name: tensor for name, tensor in track[kind].items() if tensor.dtype != live[name].dtype}
             setattr(self._state, ATTRIBUTE, {"ema": state, "live": live})
-        return {"averaged": averaged}
+        return {"averaged": averaged_names}
 
-    def copied_model(self) -> dict[str, Any]:
+    def copy_model_state(self) -> dict[str, Any]:
         """A copy of the model's state as Composer saves it, on the CPU; empty where this rank has nothing to write.
 
         Collective: over all ranks.
         """
-        state = self._model_state()
+        state = self._get_model_state()
         if not self.is_sharded and dist.get_global_rank() != 0:
             return {}
-        return {name: cpu_copy(it) if isinstance(it, Tensor) else copy.deepcopy(it) for name, it in state.items()}
+        return {
+            name: cpu_copy(value) if isinstance(value, Tensor) else copy.deepcopy(value)
+            for name, value in state.items()
+        }
 
-    def _from_monolithic(self, part: Mapping[str, Any], make: Make) -> ShardedEMA:
+    def _from_monolithic(self, algorithm_state: Mapping[str, Any], make_averages: AveragesFactory) -> ShardedEMA:
         model = self._state.model
-        ema = make(model)
+        ema = make_averages(model)
         state = ema.state_dict()
         saved = monolithic.read(
-            part,
-            averaged=[name for kind in KINDS for name in state["tracks"]["default"][kind]],
-            known=ema.full_shapes(),
+            algorithm_state,
+            averaged_names=[name for kind in KINDS for name in state["tracks"]["default"][kind]],
+            known_names=ema.full_shapes(),
             parameters=[name for name, _ in model.named_parameters()],
             buffers=[name for name, _ in model.named_buffers()],
         )
@@ -146,35 +153,43 @@ class Checkpoints:
         if saved.averages:
             ema.load_full_state_dict(saved.averages)
         if saved.live:
-            self._set_model(saved.live)
+            self._load_live_weights(saved.live)
         return ema
 
     def _from_sharded(
-        self, part: Mapping[str, Any], read: Mapping[str, Any], stored: set[Path], make: Make
+        self,
+        algorithm_state: Mapping[str, Any],
+        loaded: Mapping[str, Any],
+        stored: set[KeyPath],
+        make_averages: AveragesFactory,
     ) -> ShardedEMA:
-        is_active = part["ema_weights_active"]
-        ema = make(self._state.model)
-        state = ema.state_dict() | {count: read["ema"][count] for count in ("format", "steps", "updates")}
-        lost: set[str] = set()
+        is_active = algorithm_state["ema_weights_active"]
+        ema = make_averages(self._state.model)
+        state = ema.state_dict() | {count: loaded["ema"][count] for count in ("format", "steps", "updates")}
+        missing: set[str] = set()
         names: set[str] = set()
         for kind in KINDS:
             tensors = state["tracks"]["default"][kind]
-            found = {name for name in tensors if ("ema", "tracks", "default", kind, name) in stored}
+            found_names = {name for name in tensors if ("ema", "tracks", "default", kind, name) in stored}
             names |= tensors.keys()
-            lost |= set() if is_active else tensors.keys() - found
-            tensors |= {name: read["ema"]["tracks"]["default"][kind][name] for name in found}
-        names_of_live = {path[1] for path in stored if path[0] == "live"}  # DCP takes extra states of modules apart
-        live = {name: it for name, it in read["live"].items() if name in names_of_live or not isinstance(it, Tensor)}
-        lost |= read["live"].keys() - live.keys() if is_active else set()
-        saved = {*part["averaged"]}
-        if different := apart("the model", lost | (names - saved), "the checkpoint", saved - names):
-            raise ValueError(f"the checkpoint holds the averages of another model: {different}")
+            missing |= set() if is_active else tensors.keys() - found_names
+            tensors |= {name: loaded["ema"]["tracks"]["default"][kind][name] for name in found_names}
+        live_names = {path[1] for path in stored if path[0] == "live"}  # DCP takes extra states of modules apart
+        live = {
+            name: value for name, value in loaded["live"].items() if name in live_names or not isinstance(value, Tensor)
+        }
+        missing |= loaded["live"].keys() - live.keys() if is_active else set()
+        saved_names = {*algorithm_state["averaged"]}
+        if difference := describe_difference(
+            "the model", missing | (names - saved_names), "the checkpoint", saved_names - names
+        ):
+            raise ValueError(f"the checkpoint holds the averages of another model: {difference}")
         ema.load_state_dict(state)
         if is_active:
-            self._set_model(live)
+            self._load_live_weights(live)
         return ema
 
-    def _set_model(self, live: Mapping[str, Any]) -> None:
+    def _load_live_weights(self, live: Mapping[str, Any]) -> None:
         options = StateDictOptions(
             full_state_dict=self._state.fsdp_state_dict_type == "full",
             cpu_offload=self._state.fsdp_enabled,
@@ -183,6 +198,6 @@ class Checkpoints:
         set_model_state_dict(self._state.model, dict(live), options=options)
 
 
-def _after(first: Callable[[], None], then: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _call_after(first: Callable[[], None], then: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     first()
     return then()

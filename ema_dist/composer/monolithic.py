@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ema_dist.ema import ShardedEMA
-from ema_dist.messages import apart
+from ema_dist.messages import describe_difference
 
-WRAPPED = "module."
+DDP_PREFIX = "module."
 """How the names of a replicated model begin, as Composer saves them."""
 
 
 @dataclass(frozen=True)
-class Saved:
+class MonolithicState:
     """What an algorithm's part of a monolithic checkpoint holds, by canonical names.
 
     Args:
@@ -47,30 +47,34 @@ def write(ema: ShardedEMA, live: Mapping[str, Tensor] | None, *, prefix: str) ->
     """
     track = ema.state_dict()["tracks"]["default"]
     is_rounded = _is_rounded(ema, track)
-    averages = _exact(ema, track) if live is None or is_rounded else {}
-    others = averages if live is None else live
-    part: dict[str, Any] = {"steps": ema.steps, "updates": ema.updates}
-    part["ema_model"] = {
-        f"named_{kind}_dict": {prefix + name: others[name] for name in track[of]} if others else {}
-        for kind, of in (("parameters", "averages"), ("buffers", "buffers"))
+    averages = _gather_exact(ema, track) if live is None or is_rounded else {}
+    tensors = averages if live is None else live
+    algorithm_state: dict[str, Any] = {"steps": ema.steps, "updates": ema.updates}
+    algorithm_state["ema_model"] = {
+        f"named_{kind}_dict": {prefix + name: tensors[name] for name in track[key]} if tensors else {}
+        for kind, key in (("parameters", "averages"), ("buffers", "buffers"))
     }
-    return part if live is None else part | {"averages": averages}
+    return algorithm_state if live is None else algorithm_state | {"averages": averages}
 
 
-def moved(ema: ShardedEMA, target: ShardedEMA) -> ShardedEMA:
+def transfer_averages(ema: ShardedEMA, target: ShardedEMA) -> ShardedEMA:
     """The target, which has the averages and counts of ``ema`` now, whatever the layouts.
 
     Collective: over all ranks that hold either.
     """
-    averages = _exact(ema, ema.state_dict()["tracks"]["default"])
+    averages = _gather_exact(ema, ema.state_dict()["tracks"]["default"])
     target.load_state_dict(target.state_dict() | {"steps": ema.steps, "updates": ema.updates})
     target.load_full_state_dict(averages)
     return target
 
 
 def read(
-    part: Mapping[str, Any], averaged: list[str], known: Iterable[str], parameters: list[str], buffers: list[str]
-) -> Saved:
+    algorithm_state: Mapping[str, Any],
+    averaged_names: list[str],
+    known_names: Iterable[str],
+    parameters: list[str],
+    buffers: list[str],
+) -> MonolithicState:
     """What a part of a checkpoint holds: of ours, of Composer's own, or of its older versions.
 
     Args:
@@ -81,41 +85,51 @@ def read(
 
     Raises: ValueError when it is of another model.
     """
-    is_active = bool(part.get("ema_weights_active", False))
-    ema_model = part["ema_model"]
-    if "training_model" in part:  # before Composer 0.13: two models, positional before 0.11
-        averages = _older(ema_model, parameters, buffers)
-        live = _older(part["training_model"], parameters, buffers) if is_active else {}
+    is_active = bool(algorithm_state.get("ema_weights_active", False))
+    ema_model = algorithm_state["ema_model"]
+    if "training_model" in algorithm_state:  # before Composer 0.13: two models, positional before 0.11
+        averages = _parse_old_format(ema_model, parameters, buffers)
+        live = _parse_old_format(algorithm_state["training_model"], parameters, buffers) if is_active else {}
     else:
-        others = {**ema_model["named_parameters_dict"], **ema_model["named_buffers_dict"]}
-        averages, live = (part.get("averages", {}), others) if is_active else (others, {})
-    spare = {*known, *buffers}  # frozen and tied ones, in the older formats; buffers that are not saved, in Composer's
-    found = [_fitting(it, averaged, spare) if it else {} for it in (averages, live)]
-    return Saved(*found, steps=int(part.get("steps", 0)), updates=int(part.get("updates", 0)))
+        tensors = {**ema_model["named_parameters_dict"], **ema_model["named_buffers_dict"]}
+        averages, live = (algorithm_state.get("averages", {}), tensors) if is_active else (tensors, {})
+    ignored_names = {
+        *known_names,
+        *buffers,
+    }  # frozen and tied ones, in the older formats; buffers that are not saved, in Composer's
+    selected = [
+        _select_averages(values, averaged_names, ignored_names) if values else {} for values in (averages, live)
+    ]
+    return MonolithicState(
+        *selected, steps=int(algorithm_state.get("steps", 0)), updates=int(algorithm_state.get("updates", 0))
+    )
 
 
 def _is_rounded(ema: ShardedEMA, track: Mapping[str, Any]) -> bool:
     """Whether the model cannot hold the averages as they are, having weights of another dtype."""
-    live = {name: it.dtype for name, it in ema.full_shapes().items() if it is not None}
-    return any(it.dtype != live[name] for kind in ("averages", "buffers") for name, it in track[kind].items())
+    live = {name: tensor.dtype for name, tensor in ema.full_shapes().items() if tensor is not None}
+    return any(tensor.dtype != live[name] for kind in ("averages", "buffers") for name, tensor in track[kind].items())
 
 
-def _exact(ema: ShardedEMA, track: Mapping[str, Any]) -> dict[str, Tensor]:
+def _gather_exact(ema: ShardedEMA, track: Mapping[str, Any]) -> dict[str, Tensor]:
     """Full averages as they are, or wider, on the first rank."""
-    dtypes = {it.dtype for it in (*track["averages"].values(), *track["buffers"].values())}
+    dtypes = {tensor.dtype for tensor in (*track["averages"].values(), *track["buffers"].values())}
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     gathered = ema.gather(dtype=wide if _is_rounded(ema, track) else None)
-    return {name: it for name, it in gathered if name in track["averages"] or name in track["buffers"]}
+    return {name: tensor for name, tensor in gathered if name in track["averages"] or name in track["buffers"]}
 
 
-def _older(model: Mapping[str, Any], parameters: list[str], buffers: list[str]) -> dict[str, Tensor]:
+def _parse_old_format(model: Mapping[str, Any], parameters: list[str], buffers: list[str]) -> dict[str, Tensor]:
     if {*model} != {"parameters", "buffers"}:
         return dict(model)
-    listed = [*_listed(model["parameters"], parameters, "parameters"), *_listed(model["buffers"], buffers, "buffers")]
+    listed = [
+        *_pair_by_position(model["parameters"], parameters, "parameters"),
+        *_pair_by_position(model["buffers"], buffers, "buffers"),
+    ]
     return dict(listed)
 
 
-def _listed(values: Iterable[Tensor], names: list[str], kind: str) -> list[tuple[str, Tensor]]:
+def _pair_by_position(values: Iterable[Tensor], names: list[str], kind: str) -> list[tuple[str, Tensor]]:
     found = list(values)
     if len(found) != len(names):
         raise ValueError(
@@ -125,11 +139,13 @@ def _listed(values: Iterable[Tensor], names: list[str], kind: str) -> list[tuple
     return list(zip(names, found, strict=True))
 
 
-def _fitting(values: Mapping[str, Tensor], wanted: list[str], spare: set[str]) -> dict[str, Tensor]:
+def _select_averages(values: Mapping[str, Tensor], wanted: list[str], ignored_names: set[str]) -> dict[str, Tensor]:
     """The values by canonical names, in the order wanted: on every rank the same, as each is sent."""
-    plain = dict(values)
-    if plain.keys().isdisjoint(wanted) and all(name.startswith(WRAPPED) for name in plain):
-        plain = {name.removeprefix(WRAPPED): value for name, value in plain.items()}
-    if different := apart("the model", {*wanted} - plain.keys(), "the checkpoint", plain.keys() - {*wanted} - spare):
-        raise ValueError(f"the checkpoint holds the averages of another model: {different}")
-    return {name: plain[name] for name in wanted}
+    unprefixed = dict(values)
+    if unprefixed.keys().isdisjoint(wanted) and all(name.startswith(DDP_PREFIX) for name in unprefixed):
+        unprefixed = {name.removeprefix(DDP_PREFIX): value for name, value in unprefixed.items()}
+    if difference := describe_difference(
+        "the model", {*wanted} - unprefixed.keys(), "the checkpoint", unprefixed.keys() - {*wanted} - ignored_names
+    ):
+        raise ValueError(f"the checkpoint holds the averages of another model: {difference}")
+    return {name: unprefixed[name] for name in wanted}

@@ -19,7 +19,7 @@ class DefaultHalfLife(str):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class UpdateSchedule:
     """From when on, and how often, which part of the old average is kept.
 
     Args:
@@ -32,9 +32,9 @@ class Schedule:
     interval: Time
 
     @classmethod
-    def parsed(
+    def parse(
         cls, half_life: str | None, smoothing: float | None, ema_start: str, update_interval: str | None
-    ) -> Schedule:
+    ) -> UpdateSchedule:
         """The schedule that Composer's arguments mean.
 
         Raises: ValueError where Composer does, and for what it does not notice.
@@ -47,17 +47,17 @@ class Schedule:
             raise ValueError("Only one of half_life or smoothing can be specified")
         if update_interval is not None and not isinstance(update_interval, str):
             raise ValueError(f"update_interval must be None or a time string, got {update_interval!r}")
-        life = None if half_life is None else _time("half_life", half_life)
-        interval = _interval(update_interval, life)
+        parsed_half_life = None if half_life is None else _parse_time("half_life", half_life)
+        interval = _parse_interval(update_interval, parsed_half_life)
         if smoothing is None:
-            assert life is not None
-            smoothing = decay_from_half_life(life.value, interval.value)
+            assert parsed_half_life is not None
+            smoothing = decay_from_half_life(parsed_half_life.value, interval.value)
         if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing <= 1:
             raise ValueError(f"smoothing is the factor of the old average, a number in [0, 1], got {smoothing!r}")
-        start = _time("ema_start", ema_start)
+        start = _parse_time("ema_start", ema_start)
         if start.unit not in START_UNITS:
             raise ValueError(f"Invalid time unit for parameter ema_start: {start.unit}; expected 'dur', 'ba' or 'ep'")
-        return cls(life, float(smoothing), start, interval)
+        return cls(parsed_half_life, float(smoothing), start, interval)
 
     @property
     def update_event(self) -> Event:
@@ -71,7 +71,7 @@ class Schedule:
             return elapsed is not None and self.start <= elapsed
         return self.start <= state.timestamp.get(self.start.unit)
 
-    def is_under_way(self, state: State) -> bool:
+    def is_mid_interval(self, state: State) -> bool:
         """Whether batches have been trained since an average was due."""
         if self.interval.unit == TimeUnit.EPOCH and state.timestamp.batch_in_epoch > 0:
             return True
@@ -82,22 +82,22 @@ class Schedule:
         return state.timestamp.get(self.interval.unit).value % self.interval.value == 0
 
 
-def _interval(given: str | None, half_life: Time | None) -> Time:
-    if given is None:
+def _parse_interval(update_interval: str | None, half_life: Time | None) -> Time:
+    if update_interval is None:
         interval = Time(1, half_life.unit if half_life else TimeUnit.BATCH)
     else:
-        interval = _time("update_interval", given)
+        interval = _parse_time("update_interval", update_interval)
     if interval.unit not in UPDATE_EVENTS:
-        name = "update_interval" if given else "half_life"
+        name = "update_interval" if update_interval else "half_life"
         raise ValueError(f"Invalid time unit for parameter {name}: {interval.unit}; expected 'ba' or 'ep'")
     if half_life is not None and half_life.unit != interval.unit:
         raise ValueError(f"Units of half_life and update_interval must match, got {half_life} and {interval}.")
     if interval.value < 1:
-        raise ValueError(f"update_interval is 1 or more, got {given!r}")
+        raise ValueError(f"update_interval is 1 or more, got {update_interval!r}")
     return interval
 
 
-def _time(name: str, text: str) -> Time:
+def _parse_time(name: str, text: str) -> Time:
     if not isinstance(text, str):
         raise ValueError(f"{name} must be a time string such as '10ba', got {text!r}")
     try:

@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 ATTRIBUTE = "ema_dist"
 """Of State: what goes into a sharded checkpoint, and what came out of one."""
 
-PLACE = ("state", ATTRIBUTE)
+ATTRIBUTE_PATH = ("state", ATTRIBUTE)
 
-Path: TypeAlias = tuple[str | int, ...]
+KeyPath: TypeAlias = tuple[str | int, ...]
 """Where a value lies in nested dictionaries."""
 
 
-class Loading:
+class PlannerOverride:
     """The time in which Composer may read a sharded checkpoint, which need not hold averages.
 
     Composer asks State for all that is to be read into before it looks at the checkpoint, and DCP does not go on where
@@ -31,37 +31,37 @@ class Loading:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._planner = Planner()
-        self._users: Any = state.fsdp_config
-        planned = copy.copy(self._users)
-        if isinstance(planned, FSDP2Config):
-            planned.__class__ = _PlannedConfig
-        planned.load_planner = self._planner
-        state.fsdp_config = planned
+        self._planner = PartialLoadPlanner()
+        self._user_config: Any = state.fsdp_config
+        config = copy.copy(self._user_config)
+        if isinstance(config, FSDP2Config):
+            config.__class__ = _ConfigWithPlanner
+        config.load_planner = self._planner
+        state.fsdp_config = config
 
     def require_own_planner(self) -> None:
         """Raise ValueError where the user has chosen another planner."""
-        if self._users.load_planner is not None:
+        if self._user_config.load_planner is not None:
             raise ValueError(
-                f"expected no load_planner in the FSDP configuration, found {self._users.load_planner!r}: EMA needs "
+                f"expected no load_planner in the FSDP configuration, found {self._user_config.load_planner!r}: EMA needs "
                 "its own, as not every checkpoint holds averages; leave it out, or load without EMA"
             )
 
-    def end(self) -> set[Path]:
+    def restore_config(self) -> set[KeyPath]:
         """Put the user's configuration back; the paths below `ATTRIBUTE` of what was in the checkpoint."""
-        self._state.fsdp_config = self._users
-        return self._planner.found
+        self._state.fsdp_config = self._user_config
+        return self._planner.found_paths
 
 
-class Planner(DefaultLoadPlanner):
+class PartialLoadPlanner(DefaultLoadPlanner):
     """Reads what there is of ours, and all of the rest.
 
-    `found` has the paths below `ATTRIBUTE` of what was there.
+    `found_paths` has the paths below `ATTRIBUTE` of what was there.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[Path] = set()
+        self.found_paths: set[KeyPath] = set()
 
     def set_up_planner(
         self,
@@ -72,12 +72,18 @@ class Planner(DefaultLoadPlanner):
         super().set_up_planner(state_dict, metadata, is_coordinator)
         assert metadata is not None
         stored = metadata.state_dict_metadata
-        asked = {name: path[len(PLACE) :] for name, path in self.mappings.items() if path[: len(PLACE)] == PLACE}
-        self.found = {path for name, path in asked.items() if name in stored}
-        self.state_dict = {name: it for name, it in self.state_dict.items() if name not in asked or name in stored}
+        requested = {
+            name: path[len(ATTRIBUTE_PATH) :]
+            for name, path in self.mappings.items()
+            if path[: len(ATTRIBUTE_PATH)] == ATTRIBUTE_PATH
+        }
+        self.found_paths = {path for name, path in requested.items() if name in stored}
+        self.state_dict = {
+            name: value for name, value in self.state_dict.items() if name not in requested or name in stored
+        }
 
 
-class _PlannedConfig(FSDP2Config):
+class _ConfigWithPlanner(FSDP2Config):
     """Composer's own has no place for a planner."""
 
     load_planner: Any = None

@@ -8,38 +8,38 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ema_dist.averages.optimizer_hook import Attachment
+from ema_dist.averages.optimizer_hook import OptimizerHook
 
 
-class StepsTaken:
-    """The real steps of some optimizers since `take` was called last.
+class StepMonitor:
+    """The real steps of some optimizers since `consume` was called last.
 
     Args:
         before: whether there were some before this began to count.
     """
 
-    def __init__(self, optimizers: Iterable[Optimizer], *, before: bool) -> None:
+    def __init__(self, optimizers: Iterable[Optimizer], *, has_stepped: bool) -> None:
         self.optimizers = list(optimizers)
-        self._handles = [Attachment(optimizer, self._note) for optimizer in self.optimizers]
-        self._any = before
-        self._left_out: Tensor | None = None
+        self._handles = [OptimizerHook(optimizer, self._record_step) for optimizer in self.optimizers]
+        self._has_stepped = has_stepped
+        self._found_inf: Tensor | None = None
 
-    def take(self) -> tuple[bool, Tensor | None]:
+    def consume(self) -> tuple[bool, Tensor | None]:
         """Whether there was one; and if only the device knows, a tensor that is not zero when all were left out."""
-        taken = self._any, self._left_out
-        self._any, self._left_out = False, None
-        return taken
+        result = self._has_stepped, self._found_inf
+        self._has_stepped, self._found_inf = False, None
+        return result
 
     def remove(self) -> None:
         """Stop watching."""
         for handle in self._handles:
             handle.remove()
 
-    def _note(self, found_inf: Tensor | None) -> None:
-        known = found_inf is None or (self._any and self._left_out is None)
+    def _record_step(self, found_inf: Tensor | None) -> None:
+        known = found_inf is None or (self._has_stepped and self._found_inf is None)
         if known:
-            self._left_out = None
+            self._found_inf = None
         else:
             assert found_inf is not None
-            self._left_out = found_inf if self._left_out is None else torch.minimum(self._left_out, found_inf)
-        self._any = True
+            self._found_inf = found_inf if self._found_inf is None else torch.minimum(self._found_inf, found_inf)
+        self._has_stepped = True

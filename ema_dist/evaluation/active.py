@@ -12,34 +12,34 @@ from torch import nn
 from ema_dist.sharding import Layout
 
 
-class Stay(Protocol):
+class HasLayout(Protocol):
     """Something that is begun and ended, in the model that ``layout`` shows."""
 
     layout: Layout
 
 
-S = TypeVar("S", bound=Stay)
+S = TypeVar("S", bound=HasLayout)
 
 
-class Stays(Generic[S]):
+class ActiveRegistry(Generic[S]):
     """Those that have begun and not ended; other threads may begin and end theirs meanwhile."""
 
     def __init__(self) -> None:
         self._all: MutableSet[S] = WeakSet()
         self._lock = Lock()
 
-    def begin(self, stay: S) -> None:
+    def add(self, entry: S) -> None:
         """From now on it is one of them."""
         with self._lock:
-            self._all.add(stay)
+            self._all.add(entry)
 
-    def end(self, stay: S) -> None:
+    def remove(self, entry: S) -> None:
         """It is one of them no more."""
         with self._lock:
-            self._all.discard(stay)
+            self._all.discard(entry)
 
-    def within(self, model: nn.Module) -> list[S]:
+    def overlapping(self, model: nn.Module) -> list[S]:
         """Those in ``model``, or in a part of it, or in something that it is a part of."""
         with self._lock:
-            stays = list(self._all)
-        return [stay for stay in stays if stay.layout.concerns(model)]
+            entries = list(self._all)
+        return [entry for entry in entries if entry.layout.shares_modules_with(model)]

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ema_dist.communication.rendezvous import meet, require_world
-from ema_dist.communication.replicas import drift
-from ema_dist.messages import few
-from ema_dist.sharding import Layout, Replicas
+from ema_dist.communication.rendezvous import rendezvous, require_process_group
+from ema_dist.communication.replicas import describe_drift
+from ema_dist.messages import abbreviated
+from ema_dist.sharding import Layout, ReplicaPolicy
 
 
 class LiveModel:
@@ -30,58 +30,64 @@ class LiveModel:
         self,
         model: nn.Module,
         *,
-        replicas: Replicas,
+        replicas: ReplicaPolicy,
         select: Callable[[str, Tensor], bool] | None,
         timeout: float,
     ) -> None:
-        self._replicas: Replicas = replicas
+        self._replicas: ReplicaPolicy = replicas
         self._select = select or (lambda _, parameter: parameter.requires_grad)
         self.timeout = timeout
         self.layout = Layout(model, replicas)
         self.ranks = self.layout.ranks
         """The global ranks that hold the model together, in order; empty when this rank holds it alone."""
-        self.selected = [name for name in self.layout.parameters if self._selects(name)]
-        self._left_out = [name for name in self.layout.parameters if name not in set(self.selected)]
+        self.selected = [name for name in self.layout.parameters if self._is_selected(name)]
+        self._unselected = [name for name in self.layout.parameters if name not in set(self.selected)]
         if not self.selected:
             raise ValueError(
-                f"nothing to average: none of the {len(self._left_out)} parameters "
+                f"nothing to average: none of the {len(self._unselected)} parameters "
                 + ("requires a gradient" if select is None else "is selected by select(name, parameter)")
             )
         owners = {name: self.layout.parameters[name].owner for name in self.selected}
-        if whole := [name for name, at in owners.items() if not (at.is_floating_point() or at.is_complex())]:
-            raise ValueError(f"select picked {few(whole)}, which are not floating-point and have no average")
+        if unsupported := [
+            name for name, owner in owners.items() if not (owner.is_floating_point() or owner.is_complex())
+        ]:
+            raise ValueError(
+                f"select picked {abbreviated(unsupported)}, which are not floating-point and have no average"
+            )
         self.is_split = any(shard.is_split for shard in self.layout.shards)
         """Whether replicas share averages among them."""
-        self.is_spread = any(shard.ranks or shard.part.ranks for shard in self.layout.shards)
+        self.has_sharded_averages = any(shard.ranks or shard.averaged_part.ranks for shard in self.layout.shards)
         """Whether several ranks hold parts of the averages."""
         if (
             isinstance(replicas, ProcessGroup)
             and replicas.size() > 1
-            and all(s.replicas is not replicas for s in self.layout.shards)
+            and all(s.replica_group is not replicas for s in self.layout.shards)
         ):
             warnings.warn(
                 "replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=3
             )
 
     @property
-    def is_copied(self) -> bool:
+    def has_replicated_averages(self) -> bool:
         """Whether replicas keep the same averages, each all of them."""
-        return any(shard.replicas is not None and not shard.is_split for shard in self.layout.parameters.values())
+        return any(shard.replica_group is not None and not shard.is_split for shard in self.layout.parameters.values())
 
     @property
     def is_first(self) -> bool:
         """Whether this rank is the one that gets full tensors."""
         return not self.ranks or dist.get_rank() == self.ranks[0]
 
-    def meet(self, call: str, problem: str = "") -> None:
+    def rendezvous(self, call: str, problem: str = "") -> None:
         """Go on when every rank that holds the model is in the same call, and none has a problem.
 
         Collective: over `ranks`. Raises: RuntimeError otherwise.
         """
-        meet(call, self.ranks, timeout=self.timeout, problem=problem)
+        rendezvous(call, self.ranks, timeout=self.timeout, problem=problem)
 
-    def prepare(self, call: str, *, together: bool, quick: bool = False, problem: Exception | None = None) -> None:
-        """Look at the model as it is now; if ``together``, meet the other ranks, and go on only if all can.
+    def prepare(
+        self, call: str, *, collective: bool, only_if_moved: bool = False, problem: Exception | None = None
+    ) -> None:
+        """Look at the model as it is now; if ``collective``, meet the other ranks, and go on only if all can.
 
         Args:
             quick: read the model again only if something in it has moved.
@@ -90,51 +96,53 @@ class LiveModel:
         Collective: over `ranks`, if together.
         Raises: ValueError when the model has changed; RuntimeError when it has elsewhere, or a rank does not come.
         """
-        if together:
-            require_world(call, self.ranks)
-        changed = self.follow(quick=quick)
+        if collective:
+            require_process_group(call, self.ranks)
+        changed = self.refresh(only_if_moved=only_if_moved)
         problem = problem or changed
-        if together:
+        if collective:
             try:
-                self.meet(call, str(problem or ""))
+                self.rendezvous(call, str(problem or ""))
             except RuntimeError:
                 if problem is None:
                     raise
         if problem is not None:
             raise problem
 
-    def follow(self, *, quick: bool = False) -> ValueError | None:
+    def refresh(self, *, only_if_moved: bool = False) -> ValueError | None:
         """Follow the live weights to where they are now; what is wrong with them, if anything.
 
         Args:
             quick: read the model again only if something in it has moved.
         """
         try:
-            if not (quick and self.layout.is_current()):
+            if not (only_if_moved and self.layout.is_current()):
                 layout = Layout(self.layout.model, self._replicas)
-                if changes := self.layout.changes_to(layout):
-                    told = few((f"{name} ({then}; {now})" for name, (then, now) in changes.items()), count=3)
+                if changes := self.layout.describe_changes(layout):
+                    described = abbreviated(
+                        (f"{name} ({then}; {now})" for name, (then, now) in changes.items()), limit=3
+                    )
                     return ValueError(
-                        f"the model is not the one that ShardedEMA(model) was given (then; now): {told}; "
+                        f"the model is not the one that ShardedEMA(model) was given (then; now): {described}; "
                         "construct it again after changing or wrapping a model"
                     )
                 self.layout = layout
-            if late := [name for name in self._left_out if self._selects(name)]:
+            if newly_selected := [name for name in self._unselected if self._is_selected(name)]:
                 return ValueError(
-                    f"parameters {few(late)} became trainable after ShardedEMA(model) and have no average; "
+                    f"parameters {abbreviated(newly_selected)} became trainable after ShardedEMA(model) and have no average; "
                     "construct it after unfreezing, or leave them out with select="
                 )
         except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
             return ValueError(f"the model cannot be read: {error!r}").with_traceback(error.__traceback__)
         return None
 
-    def refuse_drift(self, call: str) -> None:
+    def check_replicas(self, call: str) -> None:
         """Compare replicas; all ranks get to know, also those whose own replicas agree.
 
         Collective: over `ranks`. Raises: RuntimeError when they differ.
         """
-        found = drift(self.layout.parameters.values())
-        self.meet(f"{call}, comparing replicas", problem=found)
+        difference = describe_drift(self.layout.parameters.values())
+        self.rendezvous(f"{call}, comparing replicas", problem=difference)
 
-    def _selects(self, name: str) -> bool:
+    def _is_selected(self, name: str) -> bool:
         return self._select(name, self.layout.parameters[name].owner)

@@ -12,27 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from ema_dist.averages.tracks import Averages
-from ema_dist.communication.replicas import fill_from_parts
-from ema_dist.evaluation.active import Stays
-from ema_dist.kernels import lerp_, paired
-from ema_dist.messages import few
-from ema_dist.sharding import Layout, Shard, Stage, obstacle, replays_graphs
+from ema_dist.communication.replicas import all_gather_parts
+from ema_dist.evaluation.active import ActiveRegistry
+from ema_dist.kernels import group_pairs, lerp_
+from ema_dist.messages import abbreviated
+from ema_dist.sharding import Layout, Shard, Substitution, replays_cuda_graph, unsupported_reason
 
-THEMSELVES = "the averages themselves"
-CAST = "a cast copy"
-MOVED = "a copy on the model's device"
-GATHERED = "a gathered copy"
+DIRECT = "the averages themselves"
+CAST_COPY = "a cast copy"
+DEVICE_COPY = "a copy on the model's device"
+GATHERED_COPY = "a gathered copy"
 
-_stays: Stays[Serving] = Stays()
+_active_servings: ActiveRegistry[Serving] = ActiveRegistry()
 
-_told: MutableSet[Averages] = WeakSet()
+_warned: MutableSet[Averages] = WeakSet()
 """Those of which a warning has said that serving them takes a swap."""
 
 
-class _Scene(NamedTuple):
+class _ServingSetup(NamedTuple):
     """A stage, and the tensors on it that are copies: each as a shard, with the average that belongs into its part."""
 
-    stage: Stage
+    substitution: Substitution
     copies: list[tuple[Shard, Tensor]]
 
 
@@ -41,97 +41,105 @@ class Serving:
 
     def __init__(self, layout: Layout, averages: Averages) -> None:
         self.layout = layout
-        self.is_on = False
+        self.is_active = False
         self._averages = averages
-        self._obstacle = obstacle(layout)
+        self._unsupported_reason = unsupported_reason(layout)
         self._modules = list(layout.model.modules())
         pairs = {name: (layout.parameters[name], average) for name, average in averages.parameters.items()}
-        self._copied = {name: shard for name, (shard, average) in pairs.items() if not _fits(average, shard)}
-        self._lasting: _Scene | None = None
+        self._copied_shards = {
+            name: shard for name, (shard, average) in pairs.items() if not _can_substitute(average, shard)
+        }
+        self._cached_setup: _ServingSetup | None = None
 
     @property
-    def by(self) -> str:
+    def mode(self) -> str:
         """What forward passes read: the costliest of the ways in which averages of parameters are served."""
         if reason := self._reason_to_swap():
             return f"swapped(), since {reason}"
-        if any(shard.is_split for shard in self._copied.values()):
-            return GATHERED
-        if any(self._averages.parameters[name].device != shard.local.device for name, shard in self._copied.items()):
-            return MOVED
-        return CAST if self._copied else THEMSELVES
+        if any(shard.is_split for shard in self._copied_shards.values()):
+            return GATHERED_COPY
+        if any(
+            self._averages.parameters[name].device != shard.local.device for name, shard in self._copied_shards.items()
+        ):
+            return DEVICE_COPY
+        return CAST_COPY if self._copied_shards else DIRECT
 
     @contextmanager
-    def on(self, swapped: Callable[[], AbstractContextManager[nn.Module]]) -> Iterator[nn.Module]:
+    def activate(self, swapped: Callable[[], AbstractContextManager[nn.Module]]) -> Iterator[nn.Module]:
         """Forward passes in the ``with`` block read the averages, without gradients; or ``swapped`` has to do.
 
         Collective: over the replicas of split weights, on entering.
-        Memory: a copy of buffers, kept; of parameters those that `by` says are copied, for the time of the block.
+        Memory: a copy of buffers, kept; of parameters those that `mode` says are copied, for the time of the block.
         Raises: RuntimeError after the block, when parameters were written to, cast, moved, replaced, or given gradients
             in it.
         """
         with torch.no_grad():
             if reason := self._reason_to_swap():
-                if self._averages not in _told:
-                    _told.add(self._averages)
+                if self._averages not in _warned:
+                    _warned.add(self._averages)
                     warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=5)
                 with swapped() as model:
                     yield model
                 return
-            scene = self._set()
-            self.is_on = True
-            _stays.begin(self)
+            setup = self._prepare_setup()
+            self.is_active = True
+            _active_servings.add(self)
             try:
-                scene.stage.enter()
+                setup.substitution.enter()
                 yield self.layout.model
             finally:
-                self.is_on = False
-                _stays.end(self)
-                self._lasting = None  # unless what modules were shown is what it was
-                changed, trained = scene.stage.leave()
-                if not (changed or self._copied or scene.stage.is_touched):
-                    self._lasting = scene
+                self.is_active = False
+                _active_servings.remove(self)
+                self._cached_setup = None  # unless what modules were shown is what it was
+                changed, trained = setup.substitution.leave()
+                if not (changed or self._copied_shards or setup.substitution.has_requires_grad):
+                    self._cached_setup = setup
         if changed:
             raise RuntimeError(
-                f"parameters were written to, cast, moved or replaced inside serving(): {few(changed)}. What was "
+                f"parameters were written to, cast, moved or replaced inside serving(): {abbreviated(changed)}. What was "
                 "written may be in the averages, or under FSDP2 in the live weights: load them from a checkpoint"
             )
         if trained:
             raise RuntimeError(
-                f"backward() inside serving() gave gradients to {few(trained)}: with activation checkpointing they may "
+                f"backward() inside serving() gave gradients to {abbreviated(trained)}: with activation checkpointing they may "
                 "come from averages; call it after the block, or before"
             )
 
     def _reason_to_swap(self) -> str:
-        if self._obstacle:
-            return self._obstacle
-        return "a module replays a CUDA graph, which reads fixed addresses" if replays_graphs(self._modules) else ""
+        if self._unsupported_reason:
+            return self._unsupported_reason
+        return "a module replays a CUDA graph, which reads fixed addresses" if replays_cuda_graph(self._modules) else ""
 
-    def _set(self) -> _Scene:
+    def _prepare_setup(self) -> _ServingSetup:
         """What the forward pass is to find, with the averages as they are now."""
         with torch.inference_mode(mode=False), torch.no_grad():  # what is kept must serve outside of it, too
-            scene = self._lasting or self._build()
-            for targets, sources in paired((copy.part.local, average) for copy, average in scene.copies):
+            setup = self._cached_setup or self._build_setup()
+            for targets, sources in group_pairs((copy.averaged_part.local, average) for copy, average in setup.copies):
                 lerp_(targets, sources, 1.0)
-            fill_from_parts(copy for copy, _ in scene.copies)
-        return scene
+            all_gather_parts(copy for copy, _ in setup.copies)
+        return setup
 
-    def _build(self) -> _Scene:
+    def _build_setup(self) -> _ServingSetup:
         parameters = self._averages.parameters
         # Of buffers always, as forward passes may write to them: what BatchNorm does in training mode goes nowhere.
-        fresh = {name: shard.fresh() for name, shard in {**self._copied, **self.layout.buffers}.items()}
-        locals_ = parameters | {name: shard.local for name, shard in fresh.items()}
-        copies = [(shard, self._averages.shown(name, shard.local.dtype)) for name, shard in fresh.items()]
-        return _Scene(Stage(self.layout, locals_), copies)
+        with_empty_local = {
+            name: shard.with_empty_local() for name, shard in {**self._copied_shards, **self.layout.buffers}.items()
+        }
+        substitutes = parameters | {name: shard.local for name, shard in with_empty_local.items()}
+        copies = [
+            (shard, self._averages.value_for_dtype(name, shard.local.dtype)) for name, shard in with_empty_local.items()
+        ]
+        return _ServingSetup(Substitution(self.layout, substitutes), copies)
 
 
-def servings_in(model: nn.Module) -> list[Serving]:
+def active_servings(model: nn.Module) -> list[Serving]:
     """Those under way in ``model``, or in a part of it, or in something that it is a part of."""
-    return _stays.within(model)
+    return _active_servings.overlapping(model)
 
 
-def _fits(average: Tensor, shard: Shard) -> bool:
+def _can_substitute(average: Tensor, shard: Shard) -> bool:
     """Whether the average itself can take the place of the live shard."""
     if shard.is_split or (average.dtype, average.device) != (shard.local.dtype, shard.local.device):
         return False
     elements = average.untyped_storage().nbytes() // average.element_size() - average.storage_offset()
-    return elements >= shard.room
+    return elements >= shard.padded_numel

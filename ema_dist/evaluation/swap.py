@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ema_dist.averages.tracks import Averages
-from ema_dist.communication.replicas import fill_from_parts
-from ema_dist.evaluation.active import Stays
-from ema_dist.kernels import exchange_, paired
+from ema_dist.communication.replicas import all_gather_parts
+from ema_dist.evaluation.active import ActiveRegistry
+from ema_dist.kernels import group_pairs, swap_
 from ema_dist.sharding import Layout, Shard
 
-_stays: Stays[Exchange] = Stays()
+_active_swaps: ActiveRegistry[Swap] = ActiveRegistry()
 
 
-class Exchange:
+class Swap:
     """One stay of the averages in the model, from construction until `leave`.
 
     Where dtypes are equal, an average changes places with the part of the live weight beside it. Where they differ
@@ -39,16 +39,20 @@ class Exchange:
             for name, (average, live) in pairs.items()
             if (average.dtype, average.device) != (live.dtype, live.device)
         }
-        self._exchange(pairs)
+        self._swap_tensors(pairs)
         try:
-            _copy((live, averages.shown(name, live.dtype)) for name, (_, live) in pairs.items() if name in self._stash)
-            fill_from_parts(layout.parameters.values())
+            _copy_pairs(
+                (live, averages.value_for_dtype(name, live.dtype))
+                for name, (_, live) in pairs.items()
+                if name in self._stash
+            )
+            all_gather_parts(layout.parameters.values())
         except BaseException:
             # A replica is gone: at least this rank's parts of the live weights, and its averages, are themselves again.
             self._restore(pairs)
             raise
         self._versions = {name: layout.parameters[name].version for name in averages.parameters}
-        _stays.begin(self)
+        _active_swaps.add(self)
 
     def current(self, layout: Layout) -> dict[str, Tensor]:
         """Where the averages are now, as they are kept: parameters' parts and buffers by name."""
@@ -68,8 +72,8 @@ class Exchange:
             self._keep_written_buffers(pairs)
             self._restore(pairs)
             self._is_restored = True
-        fill_from_parts(layout.parameters.values())
-        _stays.end(self)
+        all_gather_parts(layout.parameters.values())
+        _active_swaps.remove(self)
         return self._written
 
     def live(self) -> Iterator[tuple[Shard, Tensor]]:
@@ -78,27 +82,27 @@ class Exchange:
         The second shares storage with this rank's part of the live tensor, wherever that lies now.
         Raises: RuntimeError when the model left the storage in which they changed places.
         """
-        self.layout.follow_buffers()
+        self.layout.refresh_buffers()
         if self.layout.has_moved():
             raise RuntimeError("the model was moved or cast inside swapped(); leave the block before saving")
         for name, (average, live) in _pairs(self.layout, self.averages).items():
-            away = live if self._is_restored else self._stash.get(name, average)
+            live_value = live if self._is_restored else self._stash.get(name, average)
             shard = self.layout.parameters[name] if name in self.averages.parameters else self.layout.buffers[name]
-            yield shard, shard.part.wrap(away)
+            yield shard, shard.averaged_part.wrap(live_value)
 
     def _was_written(self, name: str, now: Shard) -> bool:
-        then = self.layout.parameters[name]
-        if now.local.numel() and now.local.data_ptr() == then.local.data_ptr():
+        before = self.layout.parameters[name]
+        if now.local.numel() and now.local.data_ptr() == before.local.data_ptr():
             return now.version != self._versions[name]
         # FSDP2 moves uneven shards when it first runs forward: what matters is whether they are what they were.
-        return now.local.dtype != then.local.dtype or not torch.equal(_bits(now.local), _bits(then.local))
+        return now.local.dtype != before.local.dtype or not torch.equal(_as_bytes(now.local), _as_bytes(before.local))
 
     def _restore(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self._exchange(pairs)
-        _copy((pairs[name][1], stashed) for name, stashed in self._stash.items())
+        self._swap_tensors(pairs)
+        _copy_pairs((pairs[name][1], stashed) for name, stashed in self._stash.items())
 
-    def _exchange(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-        exchange_(paired(pair for name, pair in pairs.items() if name not in self._stash))
+    def _swap_tensors(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+        swap_(group_pairs(pair for name, pair in pairs.items() if name not in self._stash))
 
     @torch.no_grad()
     def _keep_written_buffers(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -108,12 +112,12 @@ class Exchange:
                 average.copy_(live)
 
 
-def exchanges_in(model: nn.Module) -> list[Exchange]:
+def active_swaps(model: nn.Module) -> list[Swap]:
     """The exchanges that are under way in ``model``, or in a part of it, or in something that it is a part of."""
-    return _stays.within(model)
+    return _active_swaps.overlapping(model)
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def _as_bytes(tensor: Tensor) -> Tensor:
     """Equal to those of a tensor with the same values, NaN among them."""
     return tensor.flatten().view(torch.uint8)
 
@@ -123,6 +127,6 @@ def _pairs(layout: Layout, averages: Averages) -> dict[str, tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for targets, sources in paired(pairs):
+def _copy_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for targets, sources in group_pairs(pairs):
         torch._foreach_copy_(targets, sources)

@@ -4,14 +4,14 @@ The tensors of one list share a device and a dtype; lists are paired by position
 """
 
 from ema_dist.kernels.checksums import checksum
-from ema_dist.kernels.compensated import joined, split
-from ema_dist.kernels.exchange import exchange_
-from ema_dist.kernels.follow import Follow, follow_, lerp_
-from ema_dist.kernels.host_copy import HostCopy, ToHost
-from ema_dist.kernels.lerp import Update, Weight
-from ema_dist.kernels.lists import alike, chunks, paired
-from ema_dist.kernels.rounding import ByChance, Place, Remainders, Rounding
-from ema_dist.kernels.scratch import CPU_SCRATCH_BYTES, DEVICE_SCRATCH_BYTES, make_scratch, views
+from ema_dist.kernels.compensated import recombine, split_hi_lo
+from ema_dist.kernels.exchange import swap_
+from ema_dist.kernels.follow import Kernel, lerp_, lerp_tracks_
+from ema_dist.kernels.host_copy import HostBuffer, HostCopier
+from ema_dist.kernels.lerp import UpdateIndex, Weight
+from ema_dist.kernels.lists import chunks, group_by_dtype, group_pairs
+from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding, TensorOffset
+from ema_dist.kernels.scratch import CPU_SCRATCH_BYTES, DEVICE_SCRATCH_BYTES, make_scratch, scratch_views
 from ema_dist.kernels.selection import KERNELS, Agree, bind
 
 __all__ = [
@@ -19,25 +19,25 @@ __all__ = [
     "DEVICE_SCRATCH_BYTES",
     "KERNELS",
     "Agree",
-    "ByChance",
-    "Follow",
-    "HostCopy",
-    "Place",
-    "Remainders",
+    "CompensatedRounding",
+    "HostBuffer",
+    "HostCopier",
+    "Kernel",
     "Rounding",
-    "ToHost",
-    "Update",
+    "StochasticRounding",
+    "TensorOffset",
+    "UpdateIndex",
     "Weight",
-    "alike",
     "bind",
     "checksum",
     "chunks",
-    "exchange_",
-    "follow_",
-    "joined",
+    "group_by_dtype",
+    "group_pairs",
     "lerp_",
+    "lerp_tracks_",
     "make_scratch",
-    "paired",
-    "split",
-    "views",
+    "recombine",
+    "scratch_views",
+    "split_hi_lo",
+    "swap_",
 ]

@@ -2,7 +2,7 @@
  *
  * Compiled with LIVE and STORED, the types of live values and averages, each one of float, double, half, bfloat;
  * WIDE, the type in which averages move: double for double, else float; HALF if one of them is half, as not every
- * compiler has it; and for bfloat averages perhaps BY_CHANCE or REMAINDERS, as rounding.py has them. */
+ * compiler has it; and for bfloat averages perhaps STOCHASTIC or COMPENSATED, as rounding.py has them. */
 
 #include <math.h>
 #include <stdint.h>
@@ -43,8 +43,8 @@ static inline half stored_half(float x) { return (half)x; }
 static inline float fma_float(float x, float y, float z) { return fmaf(x, y, z); }
 static inline double fma_double(double x, double y, double z) { return fma(x, y, z); }
 
-/* `mixed` of noise.py. */
-static inline uint32_t mixed(uint32_t bits) {
+/* `mix32` of random_bits.py. */
+static inline uint32_t mix32(uint32_t bits) {
     bits = (bits ^ bits >> 16) * 0x7FEB352D;
     bits = (bits ^ bits >> 15) * 0x846CA68B;
     return bits ^ bits >> 16;
@@ -57,22 +57,22 @@ static inline uint32_t mixed(uint32_t bits) {
 typedef struct {
     const LIVE *restrict values;
     STORED *restrict averages;
-    int16_t *restrict remainders;
+    int16_t *restrict residuals;
     uint32_t place; /* of the first element, mixed with the key */
     int64_t count;
 } Run;
 
 #define VALUE(i) ((WIDE)OF(wide, LIVE)(run.values[i]))
-#if defined BY_CHANCE
+#if defined STOCHASTIC
 #define AVERAGE(i) OF(wide, STORED)(run.averages[i])
-#define STORE(i, x) (run.averages[i].bits = (safe_bits_of(x) + (mixed(run.place + (uint32_t)(i)) & 0xFFFF)) >> 16)
-#elif defined REMAINDERS
-#define AVERAGE(i) of_bits(((uint32_t)run.averages[i].bits << 16) + (uint32_t)(int32_t)run.remainders[i])
+#define STORE(i, x) (run.averages[i].bits = (safe_bits_of(x) + (mix32(run.place + (uint32_t)(i)) & 0xFFFF)) >> 16)
+#elif defined COMPENSATED
+#define AVERAGE(i) of_bits(((uint32_t)run.averages[i].bits << 16) + (uint32_t)(int32_t)run.residuals[i])
 #define STORE(i, x) \
     do { \
         uint32_t bits = safe_bits_of(x); \
         run.averages[i].bits = (bits + 0x8000) >> 16; \
-        run.remainders[i] = (int16_t)bits; \
+        run.residuals[i] = (int16_t)bits; \
     } while (0)
 #else
 #define AVERAGE(i) OF(wide, STORED)(run.averages[i])
@@ -105,9 +105,9 @@ static void move_carefully(const Run run, WIDE weight) {
     }
 }
 
-/* The tables of tables.py, and of noise.py (only BY_CHANCE reads these); the weight of each track; the number of the
+/* The tables of tables.py, and of noise.py (only STOCHASTIC reads these); the weight of each track; the number of the
  * update; how many tensors and tracks there are; and which blocks to move. */
-void follow(const int64_t *value_addresses, const int64_t *average_addresses, const int64_t *sizes,
+void lerp_tracks(const int64_t *value_addresses, const int64_t *average_addresses, const int64_t *sizes,
             const int32_t *block_tensors, const int64_t *block_starts, const uint32_t *names, const uint32_t *firsts,
             const uint32_t *seeds, const double *weights, int64_t update, int64_t tensors, int64_t tracks,
             int64_t finite, int64_t block, int64_t begin, int64_t end) {
@@ -117,11 +117,11 @@ void follow(const int64_t *value_addresses, const int64_t *average_addresses, co
                    .count = rest < block ? rest : block};
         for (int64_t track = 0; track < tracks; track++) {
             run.averages = (STORED *)(intptr_t)average_addresses[track * tensors + tensor] + start;
-#ifdef REMAINDERS
-            run.remainders = (int16_t *)(intptr_t)average_addresses[(tracks + track) * tensors + tensor] + start;
+#ifdef COMPENSATED
+            run.residuals = (int16_t *)(intptr_t)average_addresses[(tracks + track) * tensors + tensor] + start;
 #endif
-#ifdef BY_CHANCE
-            run.place = mixed(names[tensor] ^ mixed((uint32_t)update + seeds[track])) + firsts[tensor] + (uint32_t)start;
+#ifdef STOCHASTIC
+            run.place = mix32(names[tensor] ^ mix32((uint32_t)update + seeds[track])) + firsts[tensor] + (uint32_t)start;
 #endif
             if (weights[track] >= 1)
                 copy(run);

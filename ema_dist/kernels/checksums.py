@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels.lists import chunks
-from ema_dist.kernels.scratch import scratch_bytes
+from ema_dist.kernels.scratch import max_scratch_bytes
 
 
 @torch.no_grad()
@@ -14,13 +14,15 @@ def checksum(tensor: Tensor) -> Tensor:
     """A 0-d int64 tensor on the same device that two tensors of equal bytes share. Memory: a constant scratch."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    as_integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    int_dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    limit = tensor.element_size() * scratch_bytes(tensor) // 32  # each element takes three times eight bytes here
-    for (pieces,) in chunks([tensor], limit=limit):
+    max_bytes = (
+        tensor.element_size() * max_scratch_bytes(tensor) // 32
+    )  # each element takes three times eight bytes here
+    for (pieces,) in chunks([tensor], max_bytes=max_bytes):
         for piece in pieces:
-            bits = piece.view(as_integers).reshape(-1).long()
+            bits = piece.view(int_dtype).reshape(-1).long()
             # Places count by odd numbers, so that no bit is multiplied away.
-            places = torch.arange(1, 2 * bits.numel(), 2, device=tensor.device)
-            total = total * 31 + (bits * places).sum()
+            odd_factors = torch.arange(1, 2 * bits.numel(), 2, device=tensor.device)
+            total = total * 31 + (bits * odd_factors).sum()
     return total

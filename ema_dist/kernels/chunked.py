@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.lerp import Update, Weight, move_
+from ema_dist.kernels.lerp import UpdateIndex, Weight, lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks, is_small
-from ema_dist.kernels.scratch import chunk_elements, views
+from ema_dist.kernels.scratch import chunk_elements, scratch_views
 
 
-class InChunks:
+class ScratchKernel:
     """Moves tracks chunk by chunk, through a scratch in the averages' dtype where that is not the live one.
 
     It keeps views of the tensors it is made for: make another one when they move to other storage.
@@ -30,18 +30,18 @@ class InChunks:
 
     def __init__(self, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool = True) -> None:
         self._finite = finite
-        self._chunks = _chunked(tracks, values) if tracks and values else []
+        self._chunks = _make_chunks(tracks, values) if tracks and values else []
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:  # noqa: ARG002
+    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002
         """Move each track by its weight."""
         for chunk in self._chunks:
             if chunk.packed is not None:
                 torch.cat(chunk.values, out=chunk.packed)
-            for rooms, values in chunk.conversions:
-                torch._foreach_copy_(rooms, values)
+            for converted, values in chunk.conversions:
+                torch._foreach_copy_(converted, values)
             for averages, sources, weight in zip(chunk.tracks, chunk.sources, weights, strict=True):
-                move_(averages, sources, weight, finite=self._finite)
+                lerp_uniform_(averages, sources, weight, finite=self._finite)
 
 
 class _Chunk(NamedTuple):
@@ -55,22 +55,22 @@ class _Chunk(NamedTuple):
     """What is filled, and from what: one for each dtype."""
 
 
-def _chunked(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> list[_Chunk]:
+def _make_chunks(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> list[_Chunk]:
     live, device = values[0].dtype, values[0].device
-    others = dict.fromkeys(track[0].dtype for track in tracks if track[0].dtype != live)
-    packs = bool(others) and device.type == "cpu" and is_small(values)
-    itemsize = max(track[0].dtype.itemsize for track in tracks) + (live.itemsize if packs else 0)
+    other_dtypes = dict.fromkeys(track[0].dtype for track in tracks if track[0].dtype != live)
+    is_packing = bool(other_dtypes) and device.type == "cpu" and is_small(values)
+    itemsize = max(track[0].dtype.itemsize for track in tracks) + (live.itemsize if is_packing else 0)
     elements = chunk_elements(values, itemsize=itemsize)
-    scratches = {dtype: torch.empty(elements, dtype=dtype, device=device) for dtype in others}
-    room_to_pack = torch.empty(elements, dtype=live, device=device) if packs else None
-    found = []
-    for followed, *moved in flat_chunks(values, *tracks, elements=elements):
-        rooms = {dtype: views(scratch, followed) for dtype, scratch in scratches.items()}
-        sources = [rooms.get(pieces[0].dtype, followed) for pieces in moved]
+    scratches = {dtype: torch.empty(elements, dtype=dtype, device=device) for dtype in other_dtypes}
+    pack_buffer = torch.empty(elements, dtype=live, device=device) if is_packing else None
+    chunks = []
+    for live_pieces, *track_pieces in flat_chunks(values, *tracks, elements=elements):
+        converted = {dtype: scratch_views(scratch, live_pieces) for dtype, scratch in scratches.items()}
+        sources = [converted.get(pieces[0].dtype, live_pieces) for pieces in track_pieces]
         packed = None
-        conversions = [(room, followed) for room in rooms.values()]
-        if room_to_pack is not None and is_small(followed) and all(piece.dim() == 1 for piece in followed):
-            packed = room_to_pack[: sum(piece.numel() for piece in followed)]
+        conversions = [(targets, live_pieces) for targets in converted.values()]
+        if pack_buffer is not None and is_small(live_pieces) and all(piece.dim() == 1 for piece in live_pieces):
+            packed = pack_buffer[: sum(piece.numel() for piece in live_pieces)]
             conversions = [([scratch[: packed.numel()]], [packed]) for scratch in scratches.values()]
-        found.append(_Chunk(followed, moved, sources, packed, conversions))
-    return found
+        chunks.append(_Chunk(live_pieces, track_pieces, sources, packed, conversions))
+    return chunks

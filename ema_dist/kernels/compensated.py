@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.lerp import Update, Weight, move_
+from ema_dist.kernels.lerp import UpdateIndex, Weight, lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks
-from ema_dist.kernels.rounding import Remainders
-from ema_dist.kernels.scratch import chunk_elements, views
+from ema_dist.kernels.rounding import CompensatedRounding
+from ema_dist.kernels.scratch import chunk_elements, scratch_views
 
 
 @torch.no_grad()
-def split(wide: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest bfloat16 to each float32 (of two, the larger in magnitude), and int16 remainders for `joined`.
+def split_hi_lo(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest bfloat16 to each float32 (of two, the larger in magnitude), and int16 remainders for `recombine`.
 
     Memory: twice ``wide``, beside what is returned.
     """
@@ -26,13 +26,13 @@ def split(wide: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def joined(high: Tensor, low: Tensor) -> Tensor:
-    """The float32 numbers that `split` took apart, to the bit; only a NaN may have become another one."""
-    return _join_(high.view(torch.int16).int(), low).view(torch.float32)
+def recombine(high: Tensor, low: Tensor) -> Tensor:
+    """The float32 numbers that `split_hi_lo` took apart, to the bit; only a NaN may have become another one."""
+    return _recombine_(high.view(torch.int16).int(), low).view(torch.float32)
 
 
-class Compensated:
-    """Moves tracks that are kept as `split` gives them: to the bit what a float32 average would be.
+class CompensatedKernel:
+    """Moves tracks that are kept as `split_hi_lo` gives them: to the bit what a float32 average would be.
 
     It keeps views of the tensors it is made for: make another one when they move to other storage.
 
@@ -48,7 +48,12 @@ class Compensated:
     name = "scratch"
 
     def __init__(
-        self, tracks: Sequence[list[Tensor]], values: list[Tensor], rounding: Remainders, *, finite: bool = True
+        self,
+        tracks: Sequence[list[Tensor]],
+        values: list[Tensor],
+        rounding: CompensatedRounding,
+        *,
+        finite: bool = True,
     ) -> None:
         self._finite = finite
         self._chunks = []
@@ -57,31 +62,31 @@ class Compensated:
         elements = chunk_elements(values, itemsize=3 * torch.float32.itemsize)
         value, wide, spare = torch.empty(3, elements, dtype=torch.float32, device=values[0].device)
         self._wide, self._spare = wide.view(torch.int32), spare.view(torch.int32)
-        for followed, *parts in flat_chunks(values, *tracks, *rounding.tracks, elements=elements):
-            room, moved = views(value, followed), views(wide, followed)
-            bits, rest = views(self._wide, followed), views(self._spare, followed)
+        for live_pieces, *parts in flat_chunks(values, *tracks, *rounding.residuals, elements=elements):
+            wide_values, wide_averages = scratch_views(value, live_pieces), scratch_views(wide, live_pieces)
+            bits, residual_pieces = scratch_views(self._wide, live_pieces), scratch_views(self._spare, live_pieces)
             highs = [[piece.view(torch.int16) for piece in pieces] for pieces in parts[: len(tracks)]]
             stored = list(zip(highs, parts[len(tracks) :], strict=True))
-            self._chunks.append((followed, room, moved, bits, rest, stored))
+            self._chunks.append((live_pieces, wide_values, wide_averages, bits, residual_pieces, stored))
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:  # noqa: ARG002
+    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002
         """Move each track by its weight."""
-        for values, room, moved, bits, rest, tracks in self._chunks:
-            torch._foreach_copy_(room, values)
+        for values, wide_values, wide_averages, bits, residual_pieces, tracks in self._chunks:
+            torch._foreach_copy_(wide_values, values)
             size = sum(piece.numel() for piece in values)
             wide, spare = self._wide[:size], self._spare[:size]
             for (highs, lows), weight in zip(tracks, weights, strict=True):
                 torch._foreach_copy_(bits, highs)
-                torch._foreach_copy_(rest, lows)
-                _join_(wide, spare)
-                move_(moved, room, weight, finite=self._finite)
+                torch._foreach_copy_(residual_pieces, lows)
+                _recombine_(wide, spare)
+                lerp_uniform_(wide_averages, wide_values, weight, finite=self._finite)
                 _split_(wide, spare)
-                torch._foreach_copy_(highs, rest)
+                torch._foreach_copy_(highs, residual_pieces)
                 torch._foreach_copy_(lows, bits)
 
 
-def _join_(high: Tensor, low: Tensor) -> Tensor:
+def _recombine_(high: Tensor, low: Tensor) -> Tensor:
     """The bits of float32 in the place of ``high``, which holds the upper halves as int32."""
     return high.bitwise_left_shift_(16).add_(low)
 

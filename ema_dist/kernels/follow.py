@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.chunked import InChunks
-from ema_dist.kernels.lerp import Update, Weight, move_
+from ema_dist.kernels.chunked import ScratchKernel
+from ema_dist.kernels.lerp import UpdateIndex, Weight, lerp_uniform_
 from ema_dist.kernels.rounding import Rounding
 
 
-class Follow(Protocol):
+class Kernel(Protocol):
     """Moves the tracks that it was made for, at each call."""
 
     @property
@@ -21,16 +21,16 @@ class Follow(Protocol):
         """What `choose` and summaries call it."""
         ...
 
-    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:
+    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
         """Move each track by its weight; only rounding by chance asks for the number of the update."""
         ...
 
 
-class UnfitError(Exception):
+class UnsupportedKernelError(Exception):
     """What a kernel asks for is not there; the message says what."""
 
 
-class InOneCall:
+class ForeachKernel:
     """Moves each track by one call of torch.
 
     Memory: nothing for numbers as weights and finite tensors, else a bounded scratch.
@@ -48,23 +48,25 @@ class InOneCall:
         rounding: Rounding | None = None,
     ) -> None:
         if rounding:
-            raise UnfitError(f"torch rounds to nearest; found {type(rounding).__name__}")
-        if found := {track[0].dtype for track in tracks if track} - {value.dtype for value in values[:1]}:
-            raise UnfitError(f"torch lerps equal dtypes only; found averages of {found} that follow {values[0].dtype}")
+            raise UnsupportedKernelError(f"torch rounds to nearest; found {type(rounding).__name__}")
+        if other_dtypes := {track[0].dtype for track in tracks if track} - {value.dtype for value in values[:1]}:
+            raise UnsupportedKernelError(
+                f"torch lerps equal dtypes only; found averages of {other_dtypes} that follow {values[0].dtype}"
+            )
         self._tracks = tracks
         self._values = values
         self._finite = finite
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update: Update = 0) -> None:  # noqa: ARG002
+    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002
         """Move each track by its weight."""
         for averages, weight in zip(self._tracks, weights, strict=True):
             if averages:
-                move_(averages, self._values, weight, finite=self._finite)
+                lerp_uniform_(averages, self._values, weight, finite=self._finite)
 
 
 @torch.no_grad()
-def follow_(
+def lerp_tracks_(
     tracks: Sequence[list[Tensor]], values: list[Tensor], weights: Sequence[Weight], *, finite: bool = True
 ) -> None:
     """Move each track's averages towards the live values, in place, reading those once for all tracks.
@@ -79,18 +81,18 @@ def follow_(
     """
     if len(weights) != len(tracks):
         raise ValueError(f"expected a weight for each of the {len(tracks)} tracks, found {len(weights)}")
-    moving = [(track, weight) for track, weight in zip(tracks, weights, strict=True) if _moves(weight)]
-    if not moving or not values:
+    active = [(track, weight) for track, weight in zip(tracks, weights, strict=True) if _changes_average(weight)]
+    if not active or not values:
         return
-    tracks, weights = zip(*moving, strict=True)
-    if all(_copies(weight) for weight in weights):
+    tracks, weights = zip(*active, strict=True)
+    if all(_is_copy(weight) for weight in weights):
         for track in tracks:
             torch._foreach_copy_(track, values)
         return
     # Elsewhere than on the CPU a chunk does not stay in a cache long enough to be worth the launches.
     is_read_once = len(tracks) == 1 or values[0].device.type != "cpu"
-    is_whole = is_read_once and all(track[0].dtype == values[0].dtype for track in tracks)
-    (InOneCall if is_whole else InChunks)(tracks, values, finite=finite)(weights)
+    is_one_call = is_read_once and all(track[0].dtype == values[0].dtype for track in tracks)
+    (ForeachKernel if is_one_call else ScratchKernel)(tracks, values, finite=finite)(weights)
 
 
 def lerp_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool = True) -> None:
@@ -104,12 +106,12 @@ def lerp_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finit
     Memory: nothing for finite tensors of equal dtypes and a weight known here; else at most twice
     `CPU_SCRATCH_BYTES` or `DEVICE_SCRATCH_BYTES`, whatever the tensors' sizes.
     """
-    follow_([averages], values, [weight], finite=finite)
+    lerp_tracks_([averages], values, [weight], finite=finite)
 
 
-def _moves(weight: Weight) -> bool:
+def _changes_average(weight: Weight) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
-def _copies(weight: Weight) -> bool:
+def _is_copy(weight: Weight) -> bool:
     return not isinstance(weight, Tensor) and weight == 1

@@ -6,35 +6,35 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ema_dist.kernels.chunked import InChunks
-from ema_dist.kernels.compensated import Compensated
-from ema_dist.kernels.follow import Follow
-from ema_dist.kernels.rounding import ByChance, Remainders, Rounding
-from ema_dist.kernels.stochastic import Stochastic
+from ema_dist.kernels.chunked import ScratchKernel
+from ema_dist.kernels.compensated import CompensatedKernel
+from ema_dist.kernels.follow import Kernel
+from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
+from ema_dist.kernels.stochastic import StochasticKernel
 
 
-def in_chunks(
+def make_scratch_kernel(
     tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool = True, rounding: Rounding | None = None
-) -> Follow:
+) -> Kernel:
     """Move them chunk by chunk through a scratch; see `bind`."""
     match rounding:
-        case ByChance():
-            return Stochastic(tracks, values, rounding, finite=finite)
-        case Remainders():
-            return Compensated(tracks, values, rounding, finite=finite)
+        case StochasticRounding():
+            return StochasticKernel(tracks, values, rounding, finite=finite)
+        case CompensatedRounding():
+            return CompensatedKernel(tracks, values, rounding, finite=finite)
         case None:
-            return InChunks(tracks, values, finite=finite)
+            return ScratchKernel(tracks, values, finite=finite)
 
 
-def in_chunks_only(
-    tensors: Sequence[int],
+def make_subset_kernel(
+    indices: Sequence[int],
     tracks: Sequence[list[Tensor]],
     values: list[Tensor],
     *,
     finite: bool,
     rounding: Rounding | None,
-) -> Follow:
-    """As `in_chunks`, of these tensors only."""
-    some_tracks = [[track[tensor] for tensor in tensors] for track in tracks]
-    some_values = [values[tensor] for tensor in tensors]
-    return in_chunks(some_tracks, some_values, finite=finite, rounding=rounding and rounding.of(tensors))
+) -> Kernel:
+    """As `make_scratch_kernel`, of these tensors only."""
+    some_tracks = [[track[index] for index in indices] for track in tracks]
+    some_values = [values[index] for index in indices]
+    return make_scratch_kernel(some_tracks, some_values, finite=finite, rounding=rounding and rounding.subset(indices))

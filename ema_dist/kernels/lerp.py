@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels.lists import chunks
-from ema_dist.kernels.scratch import scratch_bytes
+from ema_dist.kernels.scratch import max_scratch_bytes
 
 Weight = float | Tensor
 """Of the live values, in [0, 1]: a number, or a 0-d tensor that is never asked for its value."""
 
-Update = int | Tensor
+UpdateIndex = int | Tensor
 """The number of an update: on a device where the kernel is to be captured in a graph."""
 
 
-def move_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool) -> None:
+def lerp_uniform_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool) -> None:
     """Move each average towards its value, in place; both lists have one dtype.
 
     Weights of 0 and 1 are exact. A number moves finite tensors in one call; else elements that would not be finite
@@ -28,20 +28,20 @@ def move_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finit
         torch._foreach_lerp_(averages, values, weight)
     else:
         weight = weight.to(averages[0].device) if isinstance(weight, Tensor) else weight
-        for targets, sources in chunks(averages, values, limit=scratch_bytes(averages[0]) // 8):
-            _move_carefully_(targets, sources, weight)
+        for targets, sources in chunks(averages, values, max_bytes=max_scratch_bytes(averages[0]) // 8):
+            _lerp_nonfinite_(targets, sources, weight)
 
 
-def _move_carefully_(targets: list[Tensor], values: list[Tensor], weight: Weight) -> None:
+def _lerp_nonfinite_(targets: list[Tensor], values: list[Tensor], weight: Weight) -> None:
     """As one flat tensor, in a few launches however many there are."""
     average = torch.cat([target.reshape(-1) for target in targets])
     value = torch.cat([value.reshape(-1) for value in values])
     if isinstance(weight, Tensor):
-        moved = average + (value - average) * weight
-        moved = torch.where(moved.isfinite() & (weight < 1), moved, value)
-        moved = torch.where(weight > 0, moved, average)
+        result = average + (value - average) * weight
+        result = torch.where(result.isfinite() & (weight < 1), result, value)
+        result = torch.where(weight > 0, result, average)
     else:
-        moved = torch.lerp(average, value, weight)
-        moved = torch.where(moved.isfinite(), moved, value)
-    pieces = moved.split([target.numel() for target in targets])
+        result = torch.lerp(average, value, weight)
+        result = torch.where(result.isfinite(), result, value)
+    pieces = result.split([target.numel() for target in targets])
     torch._foreach_copy_(targets, [piece.view_as(target) for piece, target in zip(pieces, targets, strict=True)])

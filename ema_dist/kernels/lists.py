@@ -10,48 +10,48 @@ from torch import Tensor
 T = TypeVar("T", bound=Hashable)
 
 
-def paired(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+def group_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
     """The pairs as lists that one call takes: of one device, and of one dtype on either side."""
-    return [(left, right) for left, right in grouped(pairs)]
+    return [(left, right) for left, right in group_rows(pairs)]
 
 
-def grouped(rows: Iterable[Sequence[Tensor]]) -> list[list[list[Tensor]]]:
+def group_rows(rows: Iterable[Sequence[Tensor]]) -> list[list[list[Tensor]]]:
     """The columns of a table of tensors as lists that one call takes: of one device, and each of one dtype."""
-    numbered = dict(enumerate(rows))
-    groups = [[numbered[number] for number in numbers] for numbers in alike(numbered)]
+    rows_by_index = dict(enumerate(rows))
+    groups = [[rows_by_index[index] for index in indices] for indices in group_by_dtype(rows_by_index)]
     return [[list(column) for column in zip(*group, strict=True)] for group in groups]
 
 
-def alike(rows: Mapping[T, Sequence[Tensor]]) -> list[list[T]]:
+def group_by_dtype(rows: Mapping[T, Sequence[Tensor]]) -> list[list[T]]:
     """Which rows of a table of tensors one call takes: of one device, and each column of one dtype."""
     groups: dict[object, list[T]] = {}
     for key, row in rows.items():
-        groups.setdefault((row[0].device, *(it.dtype for it in row)), []).append(key)
+        groups.setdefault((row[0].device, *(tensor.dtype for tensor in row)), []).append(key)
     return list(groups.values())
 
 
-SMALL = 2**14
+SMALL_NUMEL = 2**14
 """Up to so many elements a tensor costs as a call rather than by its bytes."""
 
 
 def is_small(tensors: list[Tensor]) -> bool:
     """Whether they cost as calls, on average."""
-    return sum(tensor.numel() for tensor in tensors) <= SMALL * len(tensors)
+    return sum(tensor.numel() for tensor in tensors) <= SMALL_NUMEL * len(tensors)
 
 
-def chunks(*lists: list[Tensor], limit: int) -> Iterator[tuple[list[Tensor], ...]]:
-    """The same tensors in runs of at most ``limit`` bytes, counted in the first list; large ones are cut into views.
+def chunks(*lists: list[Tensor], max_bytes: int) -> Iterator[tuple[list[Tensor], ...]]:
+    """The same tensors in runs of at most ``max_bytes`` bytes, counted in the first list; large ones are cut into views.
 
     Pieces come in row-major order: each holds the elements that follow those of the piece before.
     """
-    batch = _empty(len(lists))
+    batch = _empty_lists(len(lists))
     filled = 0
     for row in zip(*lists, strict=True):
-        for pieces in _cut(row, limit):
+        for pieces in _split_row(row, max_bytes):
             size = pieces[0].numel() * pieces[0].element_size()
-            if filled and filled + size > limit:
+            if filled and filled + size > max_bytes:
                 yield batch
-                batch, filled = _empty(len(lists)), 0
+                batch, filled = _empty_lists(len(lists)), 0
             for column, piece in zip(batch, pieces, strict=True):
                 column.append(piece)
             filled += size
@@ -62,12 +62,12 @@ def chunks(*lists: list[Tensor], limit: int) -> Iterator[tuple[list[Tensor], ...
 def flat_chunks(*lists: list[Tensor], elements: int) -> Iterator[tuple[list[Tensor], ...]]:
     """As `chunks`, of so many elements at most; what is dense and laid out alike in all lists comes flat."""
     if lists[0]:
-        rows = [flattened(row) or row for row in zip(*lists, strict=True)]
+        rows = [flat_views(row) or row for row in zip(*lists, strict=True)]
         columns = [list(column) for column in zip(*rows, strict=True)]
-        yield from chunks(*columns, limit=elements * lists[0][0].element_size())
+        yield from chunks(*columns, max_bytes=elements * lists[0][0].element_size())
 
 
-def flattened(row: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+def flat_views(row: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """Views of the tensors as one dimension in memory order; None unless all are dense and laid out alike."""
     first = row[0]
     if not all(tensor.is_contiguous() for tensor in row):
@@ -80,18 +80,18 @@ def flattened(row: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     return tuple(tensor.view(-1) for tensor in row)
 
 
-def _empty(count: int) -> tuple[list[Tensor], ...]:
+def _empty_lists(count: int) -> tuple[list[Tensor], ...]:
     return tuple([] for _ in range(count))
 
 
-def _cut(row: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
-    """One tensor of each list, along the first dimension that can be cut until a piece fits into ``limit`` bytes."""
+def _split_row(row: tuple[Tensor, ...], max_bytes: int) -> Iterator[tuple[Tensor, ...]]:
+    """One tensor of each list, along the first dimension that can be cut until a piece fits into ``max_bytes`` bytes."""
     first = row[0]
     size = first.numel() * first.element_size()
-    if size <= limit or first.numel() == 1:
+    if size <= max_bytes or first.numel() == 1:
         yield row
         return
     dim = next(dim for dim in range(first.dim()) if first.size(dim) > 1)
-    per_piece = max(1, first.size(dim) * limit // size)
+    per_piece = max(1, first.size(dim) * max_bytes // size)
     for pieces in zip(*(tensor.split(per_piece, dim) for tensor in row), strict=True):
-        yield from _cut(pieces, limit)
+        yield from _split_row(pieces, max_bytes)

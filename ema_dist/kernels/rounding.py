@@ -9,47 +9,47 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Place(NamedTuple):
+class TensorOffset(NamedTuple):
     """Where the elements of a tensor lie: the same places get the same random bits, on any rank."""
 
-    tensor: int
+    tensor_id: int
     """Which one it is: different for each tensor of a model, and the same in every run."""
-    first: int = 0
+    offset: int = 0
     """The place of its first element in the full tensor, where that is cut."""
 
 
 @dataclass(frozen=True)
-class ByChance:
+class StochasticRounding:
     """Up or down by chance, in proportion to what lies between two bfloat16: right on average.
 
-    The random bits depend on the seed, the number of the update and of the track, and the place; see `noise`.
+    The random bits depend on the seed, the number of the update and of the track, and the place; see `random_bits`.
 
     Args:
-        places: of each tensor; of tensors that are dense in another order than row-major, elements count in memory.
+        tensor_offsets: of each tensor; of tensors that are dense in another order than row-major, elements count in memory.
         seed: not negative.
     """
 
-    places: Sequence[Place]
+    tensor_offsets: Sequence[TensorOffset]
     seed: int = 0
 
-    def of(self, tensors: Sequence[int]) -> ByChance:
+    def subset(self, indices: Sequence[int]) -> StochasticRounding:
         """The same for these tensors only."""
-        return ByChance([self.places[tensor] for tensor in tensors], self.seed)
+        return StochasticRounding([self.tensor_offsets[index] for index in indices], self.seed)
 
 
 @dataclass(frozen=True)
-class Remainders:
-    """To nearest, and what that leaves is kept beside it: no bit of a float32 average is lost; see `split`.
+class CompensatedRounding:
+    """To nearest, and what that leaves is kept beside it: no bit of a float32 average is lost; see `split_hi_lo`.
 
     Args:
-        tracks: int16 remainders of each track, in the order of its averages.
+        residuals: int16, those of each track, in the order of its averages.
     """
 
-    tracks: Sequence[list[Tensor]]
+    residuals: Sequence[list[Tensor]]
 
-    def of(self, tensors: Sequence[int]) -> Remainders:
+    def subset(self, indices: Sequence[int]) -> CompensatedRounding:
         """The same for these tensors only."""
-        return Remainders([[track[tensor] for tensor in tensors] for track in self.tracks])
+        return CompensatedRounding([[track[index] for index in indices] for track in self.residuals])
 
 
-Rounding = ByChance | Remainders
+Rounding = StochasticRounding | CompensatedRounding

@@ -12,24 +12,24 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.c_kernel import Compiled
-from ema_dist.kernels.follow import Follow, InOneCall, UnfitError
-from ema_dist.kernels.in_chunks import in_chunks
-from ema_dist.kernels.lists import SMALL, is_small
+from ema_dist.kernels.c_kernel import CompiledKernel
+from ema_dist.kernels.follow import ForeachKernel, Kernel, UnsupportedKernelError
+from ema_dist.kernels.in_chunks import make_scratch_kernel
+from ema_dist.kernels.lists import SMALL_NUMEL, is_small
 from ema_dist.kernels.rounding import Rounding
 from ema_dist.kernels.scratch import chunk_elements
-from ema_dist.kernels.triton_launch import InOneLaunch
+from ema_dist.kernels.triton_launch import TritonKernel
 
-KERNELS = {"foreach": InOneCall, "scratch": in_chunks, "compiled": Compiled, "triton": InOneLaunch}
+KERNELS = {"foreach": ForeachKernel, "scratch": make_scratch_kernel, "compiled": CompiledKernel, "triton": TritonKernel}
 """By the names that users give and summaries show."""
 
-MOST_MEASURED = 2**24
+MAX_MEASURED_NUMEL = 2**24
 """Elements of the tensors on which kernels are measured, at most: more than a cache holds, soon done with."""
 
 Agree = Callable[[str, str], str]
 """Takes a question and what was found here, and returns what all ranks are to take for the answer."""
 
-ROUNDS = 5
+TIMING_ROUNDS = 5
 """In which kernels take turns, as what else runs on the machine comes and goes."""
 
 
@@ -41,8 +41,8 @@ def bind(
     kernel: str | None = None,
     rounding: Rounding | None = None,
     agree: Agree | None = None,
-) -> Follow:
-    """What moves these tracks towards these values at each call, as `follow_` does once.
+) -> Kernel:
+    """What moves these tracks towards these values at each call, as `lerp_tracks_` does once.
 
     It keeps views of the tensors: bind again when they move to other storage.
 
@@ -53,7 +53,7 @@ def bind(
         kernel: one of `KERNELS`; None for the fastest one, which is measured once in this process for each kind of
             device, dtypes, number of tracks, small or large tensors, and size, unless all is one chunk. Where it cannot
             do, another one does, whose name is in ``name``.
-        rounding: of bfloat16 averages: `ByChance` or `Remainders`; None for to nearest.
+        rounding: of bfloat16 averages: `StochasticRounding` or `CompensatedRounding`; None for to nearest.
         agree: on the fastest kernel, where ranks hold the same averages and must move them alike.
 
     Memory: while kernels are measured as much as there is, at most 64 MiB for each float32 track and for the values.
@@ -64,26 +64,26 @@ def bind(
     if rounding and (found := {average.dtype for track in tracks for average in track} - {torch.bfloat16}):
         raise ValueError(f"{type(rounding).__name__} is for bfloat16 averages; found {found}, which go without")
     if not tracks or not values:
-        return InOneCall([], [])
-    always = _always_possible(tracks, values, rounding)
-    asked = f"kernel={kernel!r}"
+        return ForeachKernel([], [])
+    torch_kernels = _torch_kernels(tracks, values, rounding)
+    choice = f"kernel={kernel!r}"
     if kernel is None:
-        possible = (*always, "triton") if values[0].is_cuda else always
-        kind = _Kind.of(tracks, values, finite=finite)
-        kernel = possible[0] if len(possible) == 1 else _fastest(kind, possible)
-        if agree and len(possible) > 1:
-            kernel = agree(f"the fastest of {possible} for {kind}", kernel)
-        asked = f"{kernel!r}, found to be the fastest,"
+        candidates = (*torch_kernels, "triton") if values[0].is_cuda else torch_kernels
+        workload = _Workload.from_tensors(tracks, values, finite=finite)
+        kernel = candidates[0] if len(candidates) == 1 else _fastest(workload, candidates)
+        if agree and len(candidates) > 1:
+            kernel = agree(f"the fastest of {candidates} for {workload}", kernel)
+        choice = f"{kernel!r}, found to be the fastest,"
     try:
         return KERNELS[kernel](tracks, values, finite=finite, rounding=rounding)
-    except UnfitError as reason:
-        other = always[0]
-        warnings.warn(f"{asked} cannot move these averages, {other!r} does: {reason}", stacklevel=2)
-        return KERNELS[other](tracks, values, finite=finite, rounding=rounding)
+    except UnsupportedKernelError as reason:
+        fallback = torch_kernels[0]
+        warnings.warn(f"{choice} cannot move these averages, {fallback!r} does: {reason}", stacklevel=2)
+        return KERNELS[fallback](tracks, values, finite=finite, rounding=rounding)
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _Workload:
     """What groups of tensors have in common for which one kernel is the fastest, however they are rounded.
 
     Args:
@@ -98,21 +98,19 @@ class _Kind:
     finite: bool
 
     @classmethod
-    def of(cls, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool) -> _Kind:
+    def from_tensors(cls, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool) -> _Workload:
         averages = tuple(track[0].dtype for track in tracks)
         elements = max(1, sum(value.numel() for value in values))
-        elements = min(MOST_MEASURED, 1 << (elements.bit_length() - 1))
+        elements = min(MAX_MEASURED_NUMEL, 1 << (elements.bit_length() - 1))
         return cls(values[0].device.type, values[0].dtype, averages, is_small(values), elements, finite)
 
-    def tensors(self, dtype: torch.dtype) -> list[Tensor]:
+    def make_tensors(self, dtype: torch.dtype) -> list[Tensor]:
         """As many as are measured, of one dtype."""
-        each = min(SMALL // 4 if self.is_small else self.elements // 4, self.elements)
-        return [torch.zeros(each, dtype=dtype, device=self.device) for _ in range(self.elements // each)]
+        numel = min(SMALL_NUMEL // 4 if self.is_small else self.elements // 4, self.elements)
+        return [torch.zeros(numel, dtype=dtype, device=self.device) for _ in range(self.elements // numel)]
 
 
-def _always_possible(
-    tracks: Sequence[list[Tensor]], values: list[Tensor], rounding: Rounding | None
-) -> tuple[str, ...]:
+def _torch_kernels(tracks: Sequence[list[Tensor]], values: list[Tensor], rounding: Rounding | None) -> tuple[str, ...]:
     """Kernels that need nothing but torch, as far as they may differ in speed."""
     if rounding or any(track[0].dtype != values[0].dtype for track in tracks):
         return ("scratch",)
@@ -122,37 +120,37 @@ def _always_possible(
 
 
 @cache
-def _fastest(kind: _Kind, names: tuple[str, ...]) -> str:
+def _fastest(workload: _Workload, names: tuple[str, ...]) -> str:
     try:
-        return _measured(kind, names)
+        return _measure_fastest(workload, names)
     except torch.OutOfMemoryError:
         return names[0]
 
 
-def _measured(kind: _Kind, names: tuple[str, ...]) -> str:
-    values = kind.tensors(kind.live)
-    tracks = [kind.tensors(dtype) for dtype in kind.averages]
-    bound: dict[str, Follow] = {}
+def _measure_fastest(workload: _Workload, names: tuple[str, ...]) -> str:
+    values = workload.make_tensors(workload.live)
+    tracks = [workload.make_tensors(dtype) for dtype in workload.averages]
+    kernels: dict[str, Kernel] = {}
     for name in names:
-        with suppress(UnfitError):
-            bound[name] = KERNELS[name](tracks, values, finite=kind.finite)
+        with suppress(UnsupportedKernelError):
+            kernels[name] = KERNELS[name](tracks, values, finite=workload.finite)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for follow in bound.values():
-        _seconds(follow, len(tracks), kind.device)  # what only a first call does
-    for _ in range(ROUNDS):
-        for name, follow in bound.items():
-            times[name].append(_seconds(follow, len(tracks), kind.device))
-    return min(bound, key=lambda name: sorted(times[name])[ROUNDS // 2])
+    for kernel in kernels.values():
+        _seconds(kernel, len(tracks), workload.device)  # what only a first call does
+    for _ in range(TIMING_ROUNDS):
+        for name, kernel in kernels.items():
+            times[name].append(_seconds(kernel, len(tracks), workload.device))
+    return min(kernels, key=lambda name: sorted(times[name])[TIMING_ROUNDS // 2])
 
 
-def _seconds(follow: Follow, tracks: int, device: str) -> float:
-    _wait_for(device)
+def _seconds(kernel: Kernel, tracks: int, device: str) -> float:
+    _synchronize(device)
     begin = time.perf_counter()
-    follow([0.5] * tracks)
-    _wait_for(device)
+    kernel([0.5] * tracks)
+    _synchronize(device)
     return time.perf_counter() - begin
 
 
-def _wait_for(device: str) -> None:
+def _synchronize(device: str) -> None:
     if device != "cpu":
         torch.accelerator.synchronize(device)

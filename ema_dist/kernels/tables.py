@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.lists import flattened
+from ema_dist.kernels.lists import flat_views
 
 Row = tuple[Tensor, ...]
 """The live values of one tensor, and each track's averages of it; then their remainders if there are any."""
 
 
-class Tables(NamedTuple):
+class AddressTables(NamedTuple):
     """What a kernel reads before it reads tensors. They hold addresses: keep the tensors as long as these."""
 
     value_addresses: Tensor
@@ -29,30 +29,36 @@ class Tables(NamedTuple):
     """The first element of each block in its tensor."""
 
 
-def tables(rows: Sequence[Row], *, block: int) -> Tables:
+def make_address_tables(rows: Sequence[Row], *, block: int) -> AddressTables:
     """Tables for flat tensors in blocks of so many elements, on the tensors' device. Memory: 12 bytes a block."""
     addresses = torch.tensor([[tensor.data_ptr() for tensor in row] for row in rows], device="cpu")
     sizes = torch.tensor([row[0].numel() for row in rows], device="cpu")
     counts = (sizes + block - 1) // block
     tensors = torch.arange(len(rows), device="cpu").repeat_interleave(counts)
     starts = (torch.arange(len(tensors), device="cpu") - (counts.cumsum(0) - counts)[tensors]) * block
-    found = Tables(addresses[:, 0].contiguous(), addresses[:, 1:].t().contiguous(), sizes, tensors.int(), starts)
-    return Tables(*(table.to(rows[0][0].device) for table in found))
+    cpu_tables = AddressTables(
+        addresses[:, 0].contiguous(), addresses[:, 1:].t().contiguous(), sizes, tensors.int(), starts
+    )
+    return AddressTables(*(table.to(rows[0][0].device) for table in cpu_tables))
 
 
-class Sorted(NamedTuple):
+class DenseRows(NamedTuple):
     """Tensors by what can be done with them."""
 
     rows: list[Row]
     """Flat views of those that have elements and are dense, in the same order in all lists."""
-    flat: list[int]
+    dense_indices: list[int]
     """Which ones these are."""
-    others: list[int]
+    strided_indices: list[int]
     """Which ones have gaps, or differ in their order."""
 
 
-def flat_rows(*lists: list[Tensor]) -> Sorted:
+def find_dense_rows(*lists: list[Tensor]) -> DenseRows:
     """Sort out of which tensors one address and one size tell all."""
-    views = [(index, flattened(row)) for index, row in enumerate(zip(*lists, strict=True)) if row[0].numel()]
-    flat = [(index, row) for index, row in views if row]
-    return Sorted([row for _, row in flat], [index for index, _ in flat], [index for index, row in views if not row])
+    flat_by_index = [(index, flat_views(row)) for index, row in enumerate(zip(*lists, strict=True)) if row[0].numel()]
+    dense_indices = [(index, row) for index, row in flat_by_index if row]
+    return DenseRows(
+        [row for _, row in dense_indices],
+        [index for index, _ in dense_indices],
+        [index for index, row in flat_by_index if not row],
+    )

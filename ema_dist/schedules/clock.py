@@ -31,26 +31,26 @@ class Clock:
         self.interval = interval
         self._steps = 0
         self._updates = 0
-        self._on_device: Tensor | None = None
+        self._device_counts: Tensor | None = None
 
     @property
     def steps(self) -> int:
         """Optimizer steps seen, skipped ones not counted. Waits for the device if it counted some of them."""
-        return self._steps + self._read(0)
+        return self._steps + self._device_count(0)
 
     @property
     def updates(self) -> int:
         """Averages taken. Waits for the device if it counted some of them."""
-        return self._updates + self._read(1)
+        return self._updates + self._device_count(1)
 
     @property
-    def last_update(self) -> int | Tensor:
+    def update_number(self) -> int | Tensor:
         """As `updates`; where the device counted some, a tensor there, which nobody waits for."""
-        return self._updates if self._on_device is None else self._on_device[1] + self._updates
+        return self._updates if self._device_counts is None else self._device_counts[1] + self._updates
 
     def set(self, *, steps: int, updates: int) -> None:
         """Go on from these counts."""
-        self._steps, self._updates, self._on_device = steps, updates, None
+        self._steps, self._updates, self._device_counts = steps, updates, None
 
     def tick(self, found_inf: Tensor | None = None) -> dict[str, float] | dict[str, Tensor]:
         """Count one optimizer step; the weight of the live value in each average: 0 for not now, 1 for follow.
@@ -58,7 +58,7 @@ class Clock:
         Args:
             found_inf: not zero if the optimizer left the step out; read on its device only, never here.
         """
-        if found_inf is None and self._on_device is None:
+        if found_inf is None and self._device_counts is None:
             self._steps += 1
             if self._steps <= self.start:
                 return dict.fromkeys(self.decays, 1.0)
@@ -72,16 +72,18 @@ class Clock:
         return {name: 1 - decay.decay(self.interval) for name, decay in self.decays.items()}
 
     def _tick_on_device(self, found_inf: Tensor | None) -> dict[str, Tensor]:
-        if self._on_device is None:
+        if self._device_counts is None:
             assert found_inf is not None
-            self._on_device = torch.zeros(2, dtype=torch.int64, device=found_inf.device)
-        taken = torch.ones_like(self._on_device[0]) if found_inf is None else (found_inf == 0).long().reshape(())
-        self._on_device[0] += taken
-        step = self._on_device[0] + self._steps
-        follows = taken * (step <= self.start)
-        averages = (taken - follows) * (step % self.interval == 0)
-        self._on_device[1] += averages
-        return {name: follows.double() + averages * weight for name, weight in self._weights().items()}
+            self._device_counts = torch.zeros(2, dtype=torch.int64, device=found_inf.device)
+        is_real_step = (
+            torch.ones_like(self._device_counts[0]) if found_inf is None else (found_inf == 0).long().reshape(())
+        )
+        self._device_counts[0] += is_real_step
+        step = self._device_counts[0] + self._steps
+        is_before_start = is_real_step * (step <= self.start)
+        is_update_due = (is_real_step - is_before_start) * (step % self.interval == 0)
+        self._device_counts[1] += is_update_due
+        return {name: is_before_start.double() + is_update_due * weight for name, weight in self._weights().items()}
 
-    def _read(self, index: int) -> int:
-        return 0 if self._on_device is None else int(self._on_device[index])
+    def _device_count(self, index: int) -> int:
+        return 0 if self._device_counts is None else int(self._device_counts[index])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-TRACK = "default"
+DEFAULT_TRACK = "default"
 """The name of the only track of averages with one decay."""
 
 
@@ -92,12 +92,12 @@ def as_decay(decay: HalfLife | float) -> Decay:
 
 
 def as_decays(decay: HalfLife | float | Mapping[str, HalfLife | float]) -> dict[str, Decay]:
-    """The settings that a user's ``decay`` argument names, by track: `TRACK` for a single one.
+    """The settings that a user's ``decay`` argument names, by track: `DEFAULT_TRACK` for a single one.
 
     Raises: as `as_decay`; ValueError for no track, or a name that is empty or has a dot.
     """
     if not isinstance(decay, Mapping):
-        return {TRACK: as_decay(decay)}
+        return {DEFAULT_TRACK: as_decay(decay)}
     if not decay or not all(isinstance(name, str) and name and "." not in name for name in decay):
         raise ValueError(f"expected decays by the names of their tracks, texts without dots, got {dict(decay)!r}")
-    return {name: as_decay(its) for name, its in decay.items()}
+    return {name: as_decay(value) for name, value in decay.items()}

@@ -27,6 +27,6 @@ def cpu_copy(tensor: Tensor) -> Tensor:
         )
 
 
-def is_cut(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether ``tensor`` stands for one of which other ranks hold other parts."""
     return isinstance(tensor, (DTensor, ShardedTensor))

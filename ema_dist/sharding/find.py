@@ -11,63 +11,67 @@ from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor import Shard as Rows
+from torch.distributed.tensor import Shard as ShardPlacement
 
 from ema_dist.sharding import fsdp1
-from ema_dist.sharding.mesh_shard import MeshShard, local_of, on_groups_of, split_rows
-from ema_dist.sharding.names import Place, places
-from ema_dist.sharding.registries import Site, live_behind
-from ema_dist.sharding.shard import Shard, splits_by_rows
-from ema_dist.sharding.whole_shard import WholeShard
+from ema_dist.sharding.mesh_shard import MeshShard, dtensor_local, permute_mesh, split_rows
+from ema_dist.sharding.names import NamedModule, named_modules
+from ema_dist.sharding.registries import RegistryEntry, resolve_live
+from ema_dist.sharding.shard import Shard, has_contiguous_rows
+from ema_dist.sharding.whole_shard import PlainShard
 
-Replicas: TypeAlias = Literal["shard", "copy"] | ProcessGroup
+ReplicaPolicy: TypeAlias = Literal["shard", "copy"] | ProcessGroup
 """What is kept of weights that replicas hold alike; a process group says over which ranks an unwrapped model is one."""
 
 
 @dataclass(frozen=True)
-class Found:
+class ModelTensor:
     """One tensor of the model: tied names lead to the same one."""
 
-    make: Callable[[tuple[str, ...]], Shard]
+    make_shard: Callable[[tuple[str, ...]], Shard]
     is_buffer: bool
     names: list[str] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
+    registry_entries: list[RegistryEntry] = field(default_factory=list)
 
 
-def find(model: nn.Module, replicas: Replicas) -> tuple[list[Found], dict[str, nn.Module]]:
+def find_tensors(model: nn.Module, replicas: ReplicaPolicy) -> tuple[list[ModelTensor], dict[str, nn.Module]]:
     """Everything the unwrapped model's ``state_dict()`` holds: tensors, and modules with an extra state by its name."""
-    flat = fsdp1.flat_tensors(model)
-    make = _Maker(split=replicas != "copy")
-    found: dict[object, Found] = {}
+    flat_by_module = fsdp1.flat_tensors(model)
+    factory = _ShardFactory(split=replicas != "copy")
+    found: dict[object, ModelTensor] = {}
     extra_states = {}
-    for place in places(Place(model, replicas=replicas if isinstance(replicas, ProcessGroup) else None)):
-        module, in_flat = place.module, flat.get(id(place.module), {})
-        for name, flat_tensor in in_flat.items():
-            tensor = found.setdefault(flat_tensor.key, Found(flat_tensor.make, is_buffer=False))
-            tensor.names.append(place.prefix + name)
-        for is_buffer, registry, name, shown in _registered(module):
-            if name in in_flat:
+    for parent in named_modules(
+        NamedModule(model, replica_group=replicas if isinstance(replicas, ProcessGroup) else None)
+    ):
+        module, module_flat_tensors = parent.module, flat_by_module.get(id(parent.module), {})
+        for name, flat_tensor in module_flat_tensors.items():
+            tensor = found.setdefault(flat_tensor.key, ModelTensor(flat_tensor.make_shard, is_buffer=False))
+            tensor.names.append(parent.prefix + name)
+        for is_buffer, registry, name, registered in _registered_tensors(module):
+            if name in module_flat_tensors:
                 continue
-            value = live_behind(shown)
+            value = resolve_live(registered)
             if getattr(value, "_fsdp_flattened", False):  # set by FSDP1 on what it shows of a flat parameter
                 raise ValueError(
-                    f"{place.prefix + name!r} is a piece of a flat parameter of FSDP1, which is wrapped around this "
+                    f"{parent.prefix + name!r} is a piece of a flat parameter of FSDP1, which is wrapped around this "
                     "module: pass the FullyShardedDataParallel module itself"
                 )
-            tensor = found.setdefault(id(value), Found(make.for_tensor(value, place, is_buffer=is_buffer), is_buffer))
-            tensor.names.append(place.prefix + name)
-            tensor.sites.append(Site(module, registry, name))
+            tensor = found.setdefault(
+                id(value), ModelTensor(factory.shard_maker(value, parent, is_buffer=is_buffer), is_buffer)
+            )
+            tensor.names.append(parent.prefix + name)
+            tensor.registry_entries.append(RegistryEntry(module, registry, name))
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            extra_states[f"{place.prefix}_extra_state"] = module
+            extra_states[f"{parent.prefix}_extra_state"] = module
     return list(found.values()), extra_states
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's plain tensor inside a parameter or buffer, without autograd: the same storage and version counter."""
-    return local_of(tensor) if isinstance(tensor, DTensor) else tensor.detach()
+    return dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _registered(module: nn.Module) -> Iterator[tuple[bool, dict[str, Any], str, Tensor]]:
+def _registered_tensors(module: nn.Module) -> Iterator[tuple[bool, dict[str, Any], str, Tensor]]:
     # named_parameters() and named_buffers() hide which buffers are persistent, and the registries themselves,
     # in which Layout looks a tensor up again.
     for name, parameter in module._parameters.items():
@@ -78,59 +82,74 @@ def _registered(module: nn.Module) -> Iterator[tuple[bool, dict[str, Any], str, 
             yield True, module._buffers, name, buffer
 
 
-class _Maker:
+class _ShardFactory:
     """Builds shards; meshes over the same replicas are built once."""
 
     def __init__(self, *, split: bool) -> None:
         self._split = split
         self._meshes: dict[object, DeviceMesh] = {}
 
-    def for_tensor(self, tensor: Tensor, place: Place, *, is_buffer: bool) -> Callable[[tuple[str, ...]], Shard]:
-        alone = is_buffer or id(tensor) in place.unsynchronised
-        replicas = None if alone or place.replicas is None or place.replicas.size() == 1 else place.replicas
+    def shard_maker(
+        self, tensor: Tensor, parent: NamedModule, *, is_buffer: bool
+    ) -> Callable[[tuple[str, ...]], Shard]:
+        is_unreplicated = is_buffer or id(tensor) in parent.ignored_ids
+        replica_group = (
+            None
+            if is_unreplicated or parent.replica_group is None or parent.replica_group.size() == 1
+            else parent.replica_group
+        )
         if isinstance(tensor, DTensor):
-            return lambda names: self._on_mesh(names, tensor, replicas, split=self._split and not is_buffer)
-        return lambda names: self._whole(names, tensor, replicas)
+            return lambda names: self._mesh_shard(names, tensor, replica_group, split=self._split and not is_buffer)
+        return lambda names: self._plain_shard(names, tensor, replica_group)
 
-    def _whole(self, names: tuple[str, ...], tensor: Tensor, replicas: ProcessGroup | None) -> Shard:
-        shard = WholeShard(names, tensor.detach(), tensor, replicas=replicas)
-        if replicas is not None and self._split and splits_by_rows(shard.local):
-            key = replicas, tensor.device.type
+    def _plain_shard(self, names: tuple[str, ...], tensor: Tensor, replica_group: ProcessGroup | None) -> Shard:
+        shard = PlainShard(names, tensor.detach(), tensor, replica_group=replica_group)
+        if replica_group is not None and self._split and has_contiguous_rows(shard.local):
+            key = replica_group, tensor.device.type
             if key not in self._meshes:
-                self._meshes[key] = DeviceMesh.from_group(replicas, tensor.device.type)
-            shard.part = split_rows(shard, self._meshes[key], [], tensor.stride())
+                self._meshes[key] = DeviceMesh.from_group(replica_group, tensor.device.type)
+            shard.averaged_part = split_rows(shard, self._meshes[key], [], tensor.stride())
         return shard
 
-    def _on_mesh(self, names: tuple[str, ...], tensor: DTensor, around: ProcessGroup | None, *, split: bool) -> Shard:
+    def _mesh_shard(
+        self, names: tuple[str, ...], tensor: DTensor, outer_group: ProcessGroup | None, *, split: bool
+    ) -> Shard:
         mesh, placements = tensor.device_mesh, tensor.placements
-        if around is not None and len({*get_process_group_ranks(around)} & {*mesh.mesh.flatten().tolist()}) > 1:
-            around = None  # ranks of one mesh hold different blocks, whatever is said of the model
+        if (
+            outer_group is not None
+            and len({*get_process_group_ranks(outer_group)} & {*mesh.mesh.flatten().tolist()}) > 1
+        ):
+            outer_group = None  # ranks of one mesh hold different blocks, whatever is said of the model
         if partial := [placement for placement in placements if placement.is_partial()]:
             raise ValueError(f"{names[0]!r} is placed {partial}: a sum still to be made is not a weight to average")
-        alike = [dim for dim, at in enumerate(placements) if at.is_replicate() and mesh.size(dim) > 1]
+        replica_dims = [
+            dim for dim, placement in enumerate(placements) if placement.is_replicate() and mesh.size(dim) > 1
+        ]
         shard = MeshShard(
             names,
-            local_of(tensor),
+            dtensor_local(tensor),
             tensor,
             mesh=mesh,
             placements=placements,
             shape=tensor.shape,
             stride=tensor.stride(),
-            replicas=mesh.get_group(alike[0]) if alike else around,
+            replica_group=mesh.get_group(replica_dims[0]) if replica_dims else outer_group,
         )
         # A strided placement (FSDP2 over TP) already orders its dimensions in its own way: such a block stays whole.
-        simple = all(type(placement) in (Rows, Replicate) for placement in placements)
-        if alike and split and simple and splits_by_rows(shard.local):
-            others = [dim for dim in range(mesh.ndim) if dim != alike[0]]
-            turned = self._turned(mesh, [*others, alike[0]])
-            shard.part = split_rows(shard, turned, [placements[dim] for dim in others], tensor.stride())
+        is_unstrided = all(type(placement) in (ShardPlacement, Replicate) for placement in placements)
+        if replica_dims and split and is_unstrided and has_contiguous_rows(shard.local):
+            other_dims = [dim for dim in range(mesh.ndim) if dim != replica_dims[0]]
+            permuted_mesh = self._permuted_mesh(mesh, [*other_dims, replica_dims[0]])
+            shard.averaged_part = split_rows(
+                shard, permuted_mesh, [placements[dim] for dim in other_dims], tensor.stride()
+            )
         return shard
 
-    def _turned(self, mesh: DeviceMesh, order: list[int]) -> DeviceMesh:
+    def _permuted_mesh(self, mesh: DeviceMesh, order: list[int]) -> DeviceMesh:
         """The same mesh with its dimensions in another order."""
         if order == list(range(mesh.ndim)):
             return mesh
         key = mesh, tuple(order)
         if key not in self._meshes:
-            self._meshes[key] = on_groups_of(mesh, order, mesh.device_type)
+            self._meshes[key] = permute_mesh(mesh, order, mesh.device_type)
         return self._meshes[key]

@@ -15,9 +15,9 @@ from torch.distributed._shard.sharded_tensor import Shard as Block
 from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 
-from ema_dist.sharding.shard import Shard, flat, memory_order
+from ema_dist.sharding.shard import Shard, flat_view, memory_order
 
-Run = tuple[int, int]
+ElementRange = tuple[int, int]
 """First element and one past the last, counted in the memory order of the full tensor."""
 
 
@@ -39,15 +39,15 @@ class FlatShard(Shard):
         local: Tensor,
         owner: Tensor,
         *,
-        runs: Sequence[Run],
+        ranges: Sequence[ElementRange],
         shape: torch.Size,
         stride: tuple[int, ...],
         group: ProcessGroup,
         device: torch.device,
-        replicas: ProcessGroup | None = None,
+        replica_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(names, local, owner, replicas=replicas)
-        self.runs = tuple(runs)
+        super().__init__(names, local, owner, replica_group=replica_group)
+        self.ranges = tuple(ranges)
         self._shape = shape
         self.stride = stride
         self._group = group
@@ -58,8 +58,8 @@ class FlatShard(Shard):
         return self._shape
 
     @property
-    def first(self) -> int:
-        return self.runs[self._group.rank()][0]
+    def global_offset(self) -> int:
+        return self.ranges[self._group.rank()][0]
 
     @property
     def device(self) -> torch.device:
@@ -74,13 +74,13 @@ class FlatShard(Shard):
         return self._group
 
     def wrap(self, local: Tensor) -> Tensor:
-        offset = self.runs[self._group.rank()][0]
+        offset = self.ranges[self._group.rank()][0]
         blocks: list[Block] = []
         metadata: list[ShardMetadata] = []
-        for group_rank, run in enumerate(self.runs):
-            place = f"rank:{dist.get_global_rank(self._group, group_rank)}/{local.device}"
-            for start, corner, sizes in self._rectangles(run):
-                metadata.append(ShardMetadata(corner, sizes, place))
+        for group_rank, element_range in enumerate(self.ranges):
+            placement = f"rank:{dist.get_global_rank(self._group, group_rank)}/{local.device}"
+            for start, offsets, sizes in self._rectangles(element_range):
+                metadata.append(ShardMetadata(offsets, sizes, placement))
                 if group_rank == self._group.rank():
                     block = self._view(local[start - offset : start - offset + prod(sizes)], sizes)
                     blocks.append(Block(block, metadata[-1]))
@@ -95,44 +95,44 @@ class FlatShard(Shard):
 
     def unwrap(self, value: Tensor) -> Tensor:
         if not isinstance(value, ShardedTensor):
-            return self.cut(value)
-        mine = self._rectangles(self.runs[self._group.rank()])
-        expected = self._shape, [(corner, sizes) for _, corner, sizes in mine]
+            return self.slice_full(value)
+        own_rectangles = self._rectangles(self.ranges[self._group.rank()])
+        expected = self._shape, [(offsets, sizes) for _, offsets, sizes in own_rectangles]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch deprecates what FSDP1 saves as
             blocks, size = value.local_shards(), value.size()
-        found = size, [(list(b.metadata.shard_offsets), list(b.metadata.shard_sizes)) for b in blocks]
-        if found != expected:
-            raise ValueError(f"expected shape and cut {expected}, got {found}")
+        actual = size, [(list(b.metadata.shard_offsets), list(b.metadata.shard_sizes)) for b in blocks]
+        if actual != expected:
+            raise ValueError(f"expected shape and cut {expected}, got {actual}")
         order = self._memory_order()
-        runs = [block.tensor.permute(order).reshape(-1) for block in blocks]
-        return torch.cat(runs) if runs else self.local.new_empty(0)
+        ranges = [block.tensor.permute(order).reshape(-1) for block in blocks]
+        return torch.cat(ranges) if ranges else self.local.new_empty(0)
 
     def full(self, local: Tensor) -> Tensor:
-        whole = torch.empty_strided(self._shape, self.stride, dtype=local.dtype, device=self._device)
-        for group_rank, (start, stop) in enumerate(self.runs):
+        gathered = torch.empty_strided(self._shape, self.stride, dtype=local.dtype, device=self._device)
+        for group_rank, (start, stop) in enumerate(self.ranges):
             if start == stop:
                 continue
-            piece = flat(whole)[start:stop]
+            piece = flat_view(gathered)[start:stop]
             if group_rank == self._group.rank():
                 piece.copy_(local)
             dist.broadcast(piece, dist.get_global_rank(self._group, group_rank), group=self._group)
-        return whole
+        return gathered
 
-    def cut(self, full: Tensor) -> Tensor:
+    def slice_full(self, full: Tensor) -> Tensor:
         if full.shape != self._shape:
             raise ValueError(f"expected {tuple(self._shape)}, got {tuple(full.shape)}")
-        start, stop = self.runs[self._group.rank()]
+        start, stop = self.ranges[self._group.rank()]
         return full.permute(self._memory_order()).reshape(-1)[start:stop]
 
     @property
-    def layout(self) -> str:
-        copies = "" if self.replicas is None else f", on each of {self.replicas.size()} replicas"
+    def summary(self) -> str:
+        copies = "" if self.replica_group is None else f", on each of {self.replica_group.size()} replicas"
         return f"flat over {self._group.size()} ranks{copies}"
 
     def describe(self) -> str:
         ranks = dist.get_process_group_ranks(self._group)
-        return f"{tuple(self._shape)}, strides {self.stride}, flat runs {self.runs} over ranks {ranks}"
+        return f"{tuple(self._shape)}, strides {self.stride}, flat runs {self.ranges} over ranks {ranks}"
 
     def _memory_order(self) -> list[int]:
         order = memory_order(self._shape, self.stride)
@@ -145,43 +145,47 @@ class FlatShard(Shard):
         # ShardedTensor takes contiguous blocks only; where dimensions are permuted in memory, that is a copy.
         return ordered.permute([order.index(dim) for dim in range(len(order))]).contiguous()
 
-    def _rectangles(self, run: Run) -> list[tuple[int, list[int], list[int]]]:
+    def _rectangles(self, element_range: ElementRange) -> list[tuple[int, list[int], list[int]]]:
         """Start in memory order, corner and sizes of each rectangle that ``run`` covers; one without rows if none."""
-        if run[0] == run[1]:  # DCP passes over a tensor that has no block here, and then misses it in the checkpoint
-            return [(run[0], [self._shape[0], *[0] * (len(self._shape) - 1)], [0, *self._shape[1:]])]
+        if (
+            element_range[0] == element_range[1]
+        ):  # DCP passes over a tensor that has no block here, and then misses it in the checkpoint
+            return [(element_range[0], [self._shape[0], *[0] * (len(self._shape) - 1)], [0, *self._shape[1:]])]
         order = self._memory_order()
-        found = []
-        for start, corner, sizes in rectangles(run, [self._shape[dim] for dim in order]):
-            back = [order.index(dim) for dim in range(len(order))]
-            found.append((start, [corner[at] for at in back], [sizes[at] for at in back]))
-        return found
+        blocks = []
+        for start, offsets, sizes in rectangles(element_range, [self._shape[dim] for dim in order]):
+            inverse_order = [order.index(dim) for dim in range(len(order))]
+            blocks.append((start, [offsets[dim] for dim in inverse_order], [sizes[dim] for dim in inverse_order]))
+        return blocks
 
 
-def rectangles(run: Run, shape: Sequence[int]) -> Iterator[tuple[int, list[int], list[int]]]:
+def rectangles(element_range: ElementRange, shape: Sequence[int]) -> Iterator[tuple[int, list[int], list[int]]]:
     """The fewest blocks of a row-major tensor that together are ``run``: start, corner and sizes of each.
 
     A run of rows is one block; the ragged ends before and after it are runs of one row each, cut the same way.
     """
-    start, stop = run
+    start, stop = element_range
     if start == stop:
         return
     if not shape:
         yield start, [], []
         return
     row = prod(shape[1:])
-    first, last = -(-start // row), stop // row
-    if first > last:  # inside one row
-        yield from _within_row(last, run, shape)
+    first_row, end_row = -(-start // row), stop // row
+    if first_row > end_row:  # inside one row
+        yield from _within_row(end_row, element_range, shape)
         return
-    if start < first * row:
-        yield from _within_row(first - 1, (start, first * row), shape)
-    if first < last:
-        yield first * row, [first, *[0] * (len(shape) - 1)], [last - first, *shape[1:]]
-    if last * row < stop:
-        yield from _within_row(last, (last * row, stop), shape)
+    if start < first_row * row:
+        yield from _within_row(first_row - 1, (start, first_row * row), shape)
+    if first_row < end_row:
+        yield first_row * row, [first_row, *[0] * (len(shape) - 1)], [end_row - first_row, *shape[1:]]
+    if end_row * row < stop:
+        yield from _within_row(end_row, (end_row * row, stop), shape)
 
 
-def _within_row(index: int, run: Run, shape: Sequence[int]) -> Iterator[tuple[int, list[int], list[int]]]:
-    base = index * prod(shape[1:])
-    for start, corner, sizes in rectangles((run[0] - base, run[1] - base), shape[1:]):
-        yield base + start, [index, *corner], [1, *sizes]
+def _within_row(
+    index: int, element_range: ElementRange, shape: Sequence[int]
+) -> Iterator[tuple[int, list[int], list[int]]]:
+    row_start = index * prod(shape[1:])
+    for start, offsets, sizes in rectangles((element_range[0] - row_start, element_range[1] - row_start), shape[1:]):
+        yield row_start + start, [index, *offsets], [1, *sizes]

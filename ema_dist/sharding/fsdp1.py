@@ -14,9 +14,9 @@ from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import HandleTrainingState
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-from ema_dist.sharding.flat_shard import FlatShard, Run
+from ema_dist.sharding.flat_shard import ElementRange, FlatShard
 from ema_dist.sharding.shard import Shard
-from ema_dist.sharding.whole_shard import WholeShard
+from ema_dist.sharding.whole_shard import PlainShard
 
 # FSDP1 is in maintenance and has no public way to see its cut or to drop gathered weights without gathering
 # them first. These are the private attributes read here; without one of them FSDP1 is refused, by name.
@@ -39,7 +39,7 @@ class FlatTensor:
     """One original tensor in a flat parameter: equal keys are tied; the shard is made once its names are complete."""
 
     key: object
-    make: Callable[[tuple[str, ...]], Shard]
+    make_shard: Callable[[tuple[str, ...]], Shard]
 
 
 def handles(model: nn.Module) -> list[tuple[FullyShardedDataParallel, FlatParamHandle]]:
@@ -48,8 +48,8 @@ def handles(model: nn.Module) -> list[tuple[FullyShardedDataParallel, FlatParamH
     Raises: RuntimeError when this version of torch hides what must be read of FSDP1.
     """
     units = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
-    found = [(unit, handle) for unit in units if (handle := getattr(unit, "_handle", None)) is not None]
-    for _, handle in found:
+    units_with_handles = [(unit, handle) for unit in units if (handle := getattr(unit, "_handle", None)) is not None]
+    for _, handle in units_with_handles:
         missing = [name for name in HANDLE_ATTRIBUTES if not hasattr(handle, name)]
         missing += [name for name in FLAT_PARAM_ATTRIBUTES if not hasattr(handle.flat_param, name)]
         if missing:
@@ -57,23 +57,23 @@ def handles(model: nn.Module) -> list[tuple[FullyShardedDataParallel, FlatParamH
                 f"FSDP1 in torch {torch.__version__} lacks {missing}, which ema_dist reads; "
                 "use fully_shard (FSDP2), or a version of torch that CHANGELOG names as tested"
             )
-    return found
+    return units_with_handles
 
 
 def flat_tensors(model: nn.Module) -> dict[int, dict[str, FlatTensor]]:
     """Every original tensor in a flat parameter, by the id of its module and its own name there."""
-    found: dict[int, dict[str, FlatTensor]] = defaultdict(dict)
+    by_module: dict[int, dict[str, FlatTensor]] = defaultdict(dict)
     for unit, handle in handles(model):
         flat_param = handle.flat_param
         if any(extension is not None for extension in flat_param._param_extensions):
             raise ValueError("FSDP1 around tensor-parallel parameters is not supported; use fully_shard (FSDP2) there")
         for index, (info, start) in enumerate(zip(flat_param._param_infos, _starts(flat_param), strict=True)):
-            found[id(info.module)][info.param_name] = FlatTensor(
-                (id(flat_param), index), _maker(unit, handle, index, start)
+            by_module[id(info.module)][info.param_name] = FlatTensor(
+                (id(flat_param), index), _shard_maker(unit, handle, index, start)
             )
         for info in flat_param._shared_param_infos:
-            found[id(info.module)][info.param_name] = found[id(info.prim_module)][info.prim_param_name]
-    return found
+            by_module[id(info.module)][info.param_name] = by_module[id(info.prim_module)][info.prim_param_name]
+    return by_module
 
 
 def local_shard(handle: FlatParamHandle) -> Tensor:
@@ -105,7 +105,7 @@ def _starts(flat_param: FlatParameter) -> Iterator[int]:
             yield start
 
 
-def _maker(
+def _shard_maker(
     unit: FullyShardedDataParallel, handle: FlatParamHandle, index: int, start: int
 ) -> Callable[[tuple[str, ...]], Shard]:
     flat_param = handle.flat_param
@@ -115,37 +115,37 @@ def _maker(
     owner: Tensor = flat_param if flat_param._params is None else flat_param._params[index]
     local = local_shard(handle)
 
-    def in_owner(shard: Shard, offset: int) -> Shard:
-        shard.offset = offset if owner is flat_param else None
+    def with_owner_offset(shard: Shard, owner_offset: int) -> Shard:
+        shard.owner_offset = owner_offset if owner is flat_param else None
         return shard
 
     if not handle.uses_sharded_strategy:
-        whole = local.as_strided(shape, stride, local.storage_offset() + start)
-        return lambda names: in_owner(WholeShard(names, whole, owner, replicas=group), start)
+        tensor = local.as_strided(shape, stride, local.storage_offset() + start)
+        return lambda names: with_owner_offset(PlainShard(names, tensor, owner, replica_group=group), start)
 
-    per_rank = flat_param._sharded_size.numel()
-    runs = [_run(start, shape.numel(), rank * per_rank, per_rank) for rank in range(group.size())]
-    mine = runs[group.rank()]
-    offset = start + mine[0] - group.rank() * per_rank if mine[0] < mine[1] else 0
-    replicas: ProcessGroup | None = getattr(unit, "_inter_node_pg", None)
-    return lambda names: in_owner(
+    shard_numel = flat_param._sharded_size.numel()
+    ranges = [_overlap(start, shape.numel(), rank * shard_numel, shard_numel) for rank in range(group.size())]
+    own_range = ranges[group.rank()]
+    offset = start + own_range[0] - group.rank() * shard_numel if own_range[0] < own_range[1] else 0
+    replica_group: ProcessGroup | None = getattr(unit, "_inter_node_pg", None)
+    return lambda names: with_owner_offset(
         FlatShard(
             names,
-            local[offset : offset + mine[1] - mine[0]],
+            local[offset : offset + own_range[1] - own_range[0]],
             owner,
-            runs=runs,
+            ranges=ranges,
             shape=shape,
             stride=stride,
             group=group,
             device=handle.device,
-            replicas=replicas,
+            replica_group=replica_group,
         ),
         offset,
     )
 
 
-def _run(start: int, numel: int, shard_start: int, per_rank: int) -> Run:
+def _overlap(start: int, numel: int, shard_start: int, shard_numel: int) -> ElementRange:
     """What the elements ``start .. start + numel`` have in common with one rank's piece, counted from ``start``."""
     first = min(max(shard_start - start, 0), numel)
-    last = min(max(shard_start + per_rank - start, 0), numel)
+    last = min(max(shard_start + shard_numel - start, 0), numel)
     return (first, last) if first < last else (0, 0)

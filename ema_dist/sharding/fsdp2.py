@@ -20,7 +20,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # There is no public way to let FSDP2 gather another tensor. These are the private attributes that it takes; where a
-# version of torch lacks one, `Units.missing` names it, and averages are served by a swap instead.
+# version of torch lacks one, `FSDP2Units.missing_attributes` names it, and averages are served by a swap instead.
 STATE_ATTRIBUTES = ("_training_state", "_state_ctx", "_comm_ctx", "_root_pre_forward")
 STATE_ATTRIBUTES += ("_register_root_post_backward_final_callback",)
 GROUP_ATTRIBUTES = ("fsdp_params", "is_sharded", "reshard", "lazy_init", "wait_for_unshard", "_all_gather_result")
@@ -29,7 +29,7 @@ PARAMETER_ATTRIBUTES = ("sharded_param", "_sharded_param_data", "_sharded_local_
 CONTEXT_ATTRIBUTES = ("iter_forward_root", "post_optim_event")
 
 
-class Units:
+class FSDP2Units:
     """What ``fully_shard`` has cut in one model.
 
     Its attributes are empty for a model without FSDP2, and where torch hides what must be read of it.
@@ -40,18 +40,22 @@ class Units:
         states = [module._get_fsdp_state() for module in self._modules if hasattr(module, "_get_fsdp_state")]
         self.states: list[FSDPState] = list({id(state): state for state in states}.values())
         self.groups: list[FSDPParamGroup] = [group for state in self.states for group in _groups(state)]
-        parameters: list[FSDPParam] = [it for group in self.groups for it in getattr(group, "fsdp_params", ())]
-        self.missing = _missing(self.states, self.groups, parameters)
+        fsdp_params: list[FSDPParam] = [
+            fsdp_param for group in self.groups for fsdp_param in getattr(group, "fsdp_params", ())
+        ]
+        self.missing_attributes = _missing(self.states, self.groups, fsdp_params)
         """Private attributes that this version of torch lacks."""
         if self._modules and not self.states:
-            self.missing = ["_get_fsdp_state"]
-        self._is_settled = False
-        self.parameters: dict[int, FSDPParam] = {} if self.missing else {id(it.sharded_param): it for it in parameters}
+            self.missing_attributes = ["_get_fsdp_state"]
+        self._is_initialized = False
+        self.fsdp_params: dict[int, FSDPParam] = (
+            {} if self.missing_attributes else {id(fsdp_param.sharded_param): fsdp_param for fsdp_param in fsdp_params}
+        )
         """FSDP2's own records, by the ids of the parameters that the modules show."""
 
     def reshard(self) -> None:
         """Drop gathered weights, also those on their way: the next forward gathers the shards as they are then."""
-        if self.missing:
+        if self.missing_attributes:
             for module in self._modules:
                 module.reshard()
             return
@@ -61,25 +65,25 @@ class Units:
             if not group.is_sharded:
                 group.reshard()
 
-    def settle(self) -> None:
+    def init_and_reshard(self) -> None:
         """Drop gathered weights, and do now what FSDP2 would put off until its first forward pass.
 
         Uneven shards may move by that. Raises: RuntimeError in the middle of a forward or backward pass.
         """
-        groups = [] if self.missing else self.groups
+        groups = [] if self.missing_attributes else self.groups
         if any(not group.is_sharded and group._training_state.name != "IDLE" for group in groups):
             raise RuntimeError(
                 "FSDP2 is in the middle of a forward or backward pass, or an exception ended one: come back outside of "
                 "it, after a complete one"
             )
-        for group in () if self._is_settled else groups:
+        for group in () if self._is_initialized else groups:
             group.lazy_init()
-        self._is_settled = True
+        self._is_initialized = True
         self.reshard()
 
-    def abandon(self) -> None:
+    def abandon_pass(self) -> None:
         """Forget a pass that an exception ended: FSDP2 would keep its weights gathered for the next one."""
-        groups = [] if self.missing else self.groups
+        groups = [] if self.missing_attributes else self.groups
         if any(not group.is_sharded and group._training_state.name != "IDLE" for group in groups):
             idle = type(groups[0]._training_state).IDLE
             for owner in (*self.states, *groups):
@@ -88,100 +92,112 @@ class Units:
                 state._state_ctx.iter_forward_root = None
             self.reshard()
 
-    def room(self, parameter: Tensor) -> int | None:
+    def padded_numel(self, parameter: Tensor) -> int | None:
         """Elements of the buffer that FSDP2 gathers for ``parameter``, padding included; None where it does not."""
-        record = self.parameters.get(id(parameter))
-        return None if record is None else record._sharded_param_data.numel()
+        fsdp_param = self.fsdp_params.get(id(parameter))
+        return None if fsdp_param is None else fsdp_param._sharded_param_data.numel()
 
     @property
-    def transformed(self) -> bool:
+    def has_gather_transforms(self) -> bool:
         """Whether shards transform themselves before they are gathered (float8): then others cannot be gathered."""
-        return any(hasattr(it._sharded_local_tensor, "fsdp_pre_all_gather") for it in self.parameters.values())
+        return any(
+            hasattr(fsdp_param._sharded_local_tensor, "fsdp_pre_all_gather") for fsdp_param in self.fsdp_params.values()
+        )
 
 
-class Diversion:
+class GatherSubstitution:
     """FSDP2 gathers other tensors than the live shards between `enter` and `leave`; nobody else sees the difference.
 
     A graph that was built before runs backward after it as ever, and nothing else of the pass in progress changes. What
     would mix averages into gradients is refused inside: a forward pass with gradients, and any backward pass.
 
     Args:
-        data: for each parameter, by its id, a tensor in storage with as many elements as `Units.room` says.
+        data: for each parameter, by its id, a tensor in storage with as many elements as `FSDP2Units.padded_numel` says.
 
     Memory: nothing. Collective: no; but gathered weights are dropped, and gathered again when they are needed.
     """
 
-    def __init__(self, units: Units, data: Mapping[int, Tensor]) -> None:
-        self._units = units
-        self._records = [(units.parameters[key], _flat_room(units, key, local)) for key, local in data.items()]
-        self._live: list[Tensor] = []
-        self._marks: list[tuple[Any, str, Any]] = []
-        self._lengths: list[tuple[list[Any], int]] = []
+    def __init__(self, fsdp2_units: FSDP2Units, data: Mapping[int, Tensor]) -> None:
+        self._units = fsdp2_units
+        self._replacements = [
+            (fsdp2_units.fsdp_params[key], _padded_view(fsdp2_units, key, local)) for key, local in data.items()
+        ]
+        self._live_data: list[Tensor] = []
+        self._saved_attributes: list[tuple[Any, str, Any]] = []
+        self._saved_lengths: list[tuple[list[Any], int]] = []
 
     def enter(self) -> None:
         """Begin: what is gathered from now on is ``data``."""
-        units = self._units
-        contexts = list({id(state._state_ctx): state._state_ctx for state in units.states}.values())
-        orders = {id(order): order for state in units.states if (order := _order(state)) is not None}.values()
-        self._marks = [(it, "_training_state", it._training_state) for it in (*units.states, *units.groups)]
-        self._marks += [(context, name, getattr(context, name)) for context in contexts for name in CONTEXT_ATTRIBUTES]
-        self._lengths = [(it, len(it)) for it in (*orders, *(group._post_forward_indices for group in units.groups))]
+        fsdp2_units = self._units
+        contexts = list({id(state._state_ctx): state._state_ctx for state in fsdp2_units.states}.values())
+        forward_orders = {
+            id(order): order for state in fsdp2_units.states if (order := _forward_order(state)) is not None
+        }.values()
+        self._saved_attributes = [
+            (it, "_training_state", it._training_state) for it in (*fsdp2_units.states, *fsdp2_units.groups)
+        ]
+        self._saved_attributes += [
+            (context, name, getattr(context, name)) for context in contexts for name in CONTEXT_ATTRIBUTES
+        ]
+        self._saved_lengths = [
+            (it, len(it)) for it in (*forward_orders, *(group._post_forward_indices for group in fsdp2_units.groups))
+        ]
         for context in contexts:
             context.post_optim_event = None  # else gathering waits for the optimizer only, not for the averages
-        for state in units.states:
-            vars(state)["_root_pre_forward"] = partial(_refuse_graphs, state._root_pre_forward)
+        for state in fsdp2_units.states:
+            vars(state)["_root_pre_forward"] = partial(_refuse_grad_forward, state._root_pre_forward)
             refuse = partial(_refuse_backward, state, state._training_state)
             vars(state)["_register_root_post_backward_final_callback"] = refuse
-        self._live = [record._sharded_param_data for record, _ in self._records]
-        for record, data in self._records:
-            record._sharded_param_data = data
+        self._live_data = [fsdp_param._sharded_param_data for fsdp_param, _ in self._replacements]
+        for fsdp_param, data in self._replacements:
+            fsdp_param._sharded_param_data = data
 
     def leave(self) -> list[Tensor]:
         """End: the live shards are gathered again; the parameters that somebody gave other storage meanwhile."""
         for state in self._units.states:
             for name in ("_root_pre_forward", "_register_root_post_backward_final_callback"):
                 vars(state).pop(name, None)
-        for owner, name, value in self._marks:  # as they were, also when an exception left a forward pass
+        for owner, name, value in self._saved_attributes:  # as they were, also when an exception left a forward pass
             setattr(owner, name, value)
-        for passes, length in self._lengths:  # backward prefetches as if there had been no forward pass meanwhile
+        for passes, length in self._saved_lengths:  # backward prefetches as if there had been no forward pass meanwhile
             del passes[length:]
         moved: list[Tensor] = []
-        for (record, data), live in zip(self._records, self._live, strict=True):
-            if record._sharded_param_data is data:
-                record._sharded_param_data = live
+        for (fsdp_param, data), live in zip(self._replacements, self._live_data, strict=True):
+            if fsdp_param._sharded_param_data is data:
+                fsdp_param._sharded_param_data = live
             else:
-                moved.append(record.sharded_param)
+                moved.append(fsdp_param.sharded_param)
         self._units.reshard()
         return moved
 
 
 def _groups(state: FSDPState) -> list[FSDPParamGroup]:
-    several = getattr(state, "_fsdp_param_groups", None)
-    if several is None:  # a state has one group in older versions of torch
-        one = getattr(state, "_fsdp_param_group", None)
-        return [] if one is None else [one]
-    return list(several)
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # a state has one group in older versions of torch
+        group = getattr(state, "_fsdp_param_group", None)
+        return [] if group is None else [group]
+    return list(groups)
 
 
-def _order(state: FSDPState) -> list[FSDPParamGroup] | None:
+def _forward_order(state: FSDPState) -> list[FSDPParamGroup] | None:
     """The groups in the order of their forward passes; there is no such list before the first pass."""
     return getattr(state._comm_ctx, "post_forward_order", None)
 
 
-def _missing(states: list[FSDPState], groups: list[FSDPParamGroup], parameters: list[FSDPParam]) -> list[str]:
-    asked: list[tuple[object, tuple[str, ...]]] = [(state, STATE_ATTRIBUTES) for state in states]
-    asked += [(getattr(state, "_state_ctx", None), CONTEXT_ATTRIBUTES) for state in states]
-    asked += [(group, GROUP_ATTRIBUTES) for group in groups]
-    asked += [(parameter, PARAMETER_ATTRIBUTES) for parameter in parameters]
-    return sorted({name for owner, names in asked for name in names if not hasattr(owner, name)})
+def _missing(states: list[FSDPState], groups: list[FSDPParamGroup], fsdp_params: list[FSDPParam]) -> list[str]:
+    required: list[tuple[object, tuple[str, ...]]] = [(state, STATE_ATTRIBUTES) for state in states]
+    required += [(getattr(state, "_state_ctx", None), CONTEXT_ATTRIBUTES) for state in states]
+    required += [(group, GROUP_ATTRIBUTES) for group in groups]
+    required += [(parameter, PARAMETER_ATTRIBUTES) for parameter in fsdp_params]
+    return sorted({name for owner, names in required for name in names if not hasattr(owner, name)})
 
 
-def _flat_room(units: Units, key: int, local: Tensor) -> Tensor:
-    room = units.parameters[key]._sharded_param_data.numel()
-    return local.as_strided((room,), (1,))
+def _padded_view(fsdp2_units: FSDP2Units, key: int, local: Tensor) -> Tensor:
+    padded_numel = fsdp2_units.fsdp_params[key]._sharded_param_data.numel()
+    return local.as_strided((padded_numel,), (1,))
 
 
-def _refuse_graphs(root_pre_forward: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def _refuse_grad_forward(root_pre_forward: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "a forward pass with gradients inside serving(): FSDP2 would run its backward with the live weights; "
@@ -190,8 +206,8 @@ def _refuse_graphs(root_pre_forward: Callable[P, R], *args: P.args, **kwargs: P.
     return root_pre_forward(*args, **kwargs)
 
 
-def _refuse_backward(state: FSDPState, before: TrainingState) -> NoReturn:
-    state._training_state = before
+def _refuse_backward(state: FSDPState, training_state: TrainingState) -> NoReturn:
+    state._training_state = training_state
     raise RuntimeError(
         "backward() inside serving(): FSDP2 would gather averages for it; call it after the block, or before"
     )

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ema_dist.sharding import fsdp1
-from ema_dist.sharding.find import Replicas, find, local_tensor
-from ema_dist.sharding.fsdp2 import Units
-from ema_dist.sharding.registries import Site, live_behind
+from ema_dist.sharding.find import ReplicaPolicy, find_tensors, local_tensor
+from ema_dist.sharding.fsdp2 import FSDP2Units
+from ema_dist.sharding.registries import RegistryEntry, resolve_live
 from ema_dist.sharding.shard import Shard
-from ema_dist.sharding.watch import Watch
+from ema_dist.sharding.watch import ChangeDetector
 
 
 class Layout:
@@ -27,36 +27,40 @@ class Layout:
     Raises: ValueError for a model on the meta device; RuntimeError where torch hides what must be read of FSDP1.
     """
 
-    def __init__(self, model: nn.Module, replicas: Replicas = "shard") -> None:
+    def __init__(self, model: nn.Module, replicas: ReplicaPolicy = "shard") -> None:
         self.model = model
-        self.units = Units(model)
+        self.fsdp2_units = FSDP2Units(model)
         """What FSDP2 has cut of it."""
         self.reshard()
         self.shards: list[Shard] = []
         """Parameters and buffers, each where ``state_dict()`` has its first name."""
         self.parameters: dict[str, Shard] = {}
         self.buffers: dict[str, Shard] = {}
-        self.sites: dict[str, list[Site]] = {}
+        self.registry_entries: dict[str, list[RegistryEntry]] = {}
         """Where modules look each tensor up, by its first name; FSDP1 leaves none."""
-        found, self.extra_states = find(model, replicas)
-        for tensor in found:
-            shard = tensor.make(tuple(tensor.names))
+        tensors, self.extra_states = find_tensors(model, replicas)
+        for tensor in tensors:
+            shard = tensor.make_shard(tuple(tensor.names))
             if shard.local.is_meta:
                 raise ValueError(f"{shard.name!r} is on the meta device; materialise the model first")
-            shard.room = self.units.room(shard.owner) or shard.room
+            shard.padded_numel = self.fsdp2_units.padded_numel(shard.owner) or shard.padded_numel
             self.shards.append(shard)
-            self.sites[shard.name] = tensor.sites
+            self.registry_entries[shard.name] = tensor.registry_entries
             (self.buffers if tensor.is_buffer else self.parameters)[shard.name] = shard
-        self._watch = Watch(model, [site for name in self.parameters for site in self.sites[name]])
+        self._change_detector = ChangeDetector(
+            model, [entry for name in self.parameters for entry in self.registry_entries[name]]
+        )
 
     @property
     def ranks(self) -> list[int]:
         """The global ranks that hold this model together, in order; empty when this rank holds it alone."""
-        sets = {shard.ranks | shard.part.ranks for shard in self.shards}
-        sets |= {frozenset(dist.get_process_group_ranks(s.replicas)) for s in self.shards if s.replicas is not None}
-        union = frozenset[int]().union(*sets)
+        rank_sets = {shard.ranks | shard.averaged_part.ranks for shard in self.shards}
+        rank_sets |= {
+            frozenset(dist.get_process_group_ranks(s.replica_group)) for s in self.shards if s.replica_group is not None
+        }
+        union = frozenset[int]().union(*rank_sets)
         # Groups of which none holds all the others (DDP over TP, HYBRID_SHARD) reach further than one rank can see.
-        return sorted(union) if not union or union in sets else list(range(dist.get_world_size()))
+        return sorted(union) if not union or union in rank_sets else list(range(dist.get_world_size()))
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -67,7 +71,10 @@ class Layout:
         ranks = self.ranks
         if not ranks:
             return None
-        groups = [dist.group.WORLD, *(g for s in self.shards for g in (s.part.group, s.group, s.replicas))]
+        groups = [
+            dist.group.WORLD,
+            *(g for s in self.shards for g in (s.averaged_part.group, s.group, s.replica_group)),
+        ]
         for group in groups:
             if group is not None and dist.get_process_group_ranks(group) == ranks:
                 return group
@@ -76,28 +83,28 @@ class Layout:
     @property
     def summary(self) -> str:
         """How its tensors are cut, in words: each way once, with the number of tensors cut so."""
-        ways = Counter(shard.layout for shard in self.shards)
-        return "; ".join(f"{count} tensors {way}" for way, count in ways.items())
+        counts = Counter(shard.summary for shard in self.shards)
+        return "; ".join(f"{count} tensors {text}" for text, count in counts.items())
 
     @property
     def ties(self) -> dict[str, str]:
         """The second names of tied tensors, and the first one of each."""
         return {name: shard.name for shard in self.shards for name in shard.names[1:]}
 
-    def concerns(self, model: nn.Module) -> bool:
+    def shares_modules_with(self, model: nn.Module) -> bool:
         """Whether it shows tensors of ``model``, or of a part of it, or of something that it is a part of."""
         return not {*map(id, self.model.modules())}.isdisjoint(map(id, model.modules()))
 
-    def by_any_name(self) -> dict[str, Shard]:
+    def shards_by_name(self) -> dict[str, Shard]:
         """Parameters and buffers under each of their names, tied ones included."""
         return {name: shard for shard in self.shards for name in shard.names}
 
     def reshard(self) -> None:
         """Drop weights that a forward pass left gathered, so that the next one reads the shards."""
-        self.units.reshard()
+        self.fsdp2_units.reshard()
         fsdp1.reshard(self.model)
 
-    def changes_to(self, other: Layout) -> dict[str, tuple[str, str]]:
+    def describe_changes(self, other: Layout) -> dict[str, tuple[str, str]]:
         """What is differently shaped, cut, placed or tied in ``other``: here and there, by name."""
         here, there = self._descriptions(), other._descriptions()
         differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
@@ -105,21 +112,21 @@ class Layout:
 
     def has_moved(self) -> bool:
         """Whether the live weights left the storage that the shards show (``.to()``, ``assign=True``, offloading)."""
-        return self._watch.differs()
+        return self._change_detector.has_changed()
 
     def is_current(self) -> bool:
         """Whether everything is where it was read, after dropping gathered weights; False under FSDP1 in any case."""
         if self.has_flat_parameters:
             return False
-        self.units.settle()
-        return not (self.has_moved() or self._watch.finds_others() or self._replaced_buffers())
+        self.fsdp2_units.init_and_reshard()
+        return not (self.has_moved() or self._change_detector.has_replaced_params() or self._replaced_buffers())
 
     @property
     def has_flat_parameters(self) -> bool:
         """Whether FSDP1 has flattened any of its tensors."""
-        return self._watch.has_flat_parameters
+        return self._change_detector.has_flat_parameters
 
-    def follow_buffers(self) -> bool:
+    def refresh_buffers(self) -> bool:
         """Show the buffers that are registered now, and whether any is another tensor: modules may replace theirs."""
         replaced = self._replaced_buffers()
         for shard, buffer in replaced:
@@ -130,10 +137,10 @@ class Layout:
         """Those in whose places modules now have others, and these."""
         replaced: list[tuple[Shard, Tensor]] = []
         for name, shard in self.buffers.items():
-            _, registry, own_name = self.sites[name][0]
+            _, registry, own_name = self.registry_entries[name][0]
             buffer = registry.get(own_name)
-            buffer = None if buffer is None else live_behind(buffer)
-            if buffer is shard.owner and _place(buffer) == _place(shard.local):
+            buffer = None if buffer is None else resolve_live(buffer)
+            if buffer is shard.owner and _storage_key(buffer) == _storage_key(shard.local):
                 continue
             if buffer is None or buffer.shape != shard.shape:
                 now = None if buffer is None else tuple(buffer.shape)
@@ -142,14 +149,14 @@ class Layout:
         return replaced
 
     def _descriptions(self) -> dict[str, str]:
-        return {name: _description(name, shard) for name, shard in self.by_any_name().items()}
+        return {name: _description(name, shard) for name, shard in self.shards_by_name().items()}
 
 
 def _description(name: str, shard: Shard) -> str:
     tied = f", tied to {sorted({*shard.names} - {name})}" if len(shard.names) > 1 else ""
-    return f"{shard.part.describe()} on {shard.local.device}{tied}"
+    return f"{shard.averaged_part.describe()} on {shard.local.device}{tied}"
 
 
-def _place(tensor: Tensor) -> tuple[object, ...]:
+def _storage_key(tensor: Tensor) -> tuple[object, ...]:
     local = local_tensor(tensor)
     return local.data_ptr(), local.dtype

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor import Shard as Rows
+from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import Placement
 
 from ema_dist.sharding.compat import all_gather
@@ -32,9 +32,9 @@ class MeshShard(Shard):
         placements: Sequence[Placement],
         shape: torch.Size,
         stride: tuple[int, ...],
-        replicas: ProcessGroup | None = None,
+        replica_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(names, local, owner, replicas=replicas)
+        super().__init__(names, local, owner, replica_group=replica_group)
         self.mesh = mesh
         self.placements = tuple(placements)
         self._shape = shape
@@ -49,17 +49,19 @@ class MeshShard(Shard):
         return self._shape
 
     @property
-    def first(self) -> int:
-        cuts = [(dim, placement) for dim, placement in enumerate(self.placements) if not placement.is_replicate()]
-        if all(type(placement) is Rows and placement.dim == 0 for _, placement in cuts):
-            _, starts = self._cuts()
+    def global_offset(self) -> int:
+        sharding_dims = [
+            (dim, placement) for dim, placement in enumerate(self.placements) if not placement.is_replicate()
+        ]
+        if all(type(placement) is ShardPlacement and placement.dim == 0 for _, placement in sharding_dims):
+            _, starts = self._lengths_and_starts()
             return starts[0] * self.stride[0] if starts else 0
-        number, sizes = 0, list(self._shape)
-        for dim, placement in cuts:
-            number = number * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
-            cut: int = placement.dim  # pyrefly: ignore[missing-attribute]  strided ones have it, too
-            sizes[cut] = -(-sizes[cut] // self.mesh.size(dim))
-        return number * prod(sizes)
+        block_index, sizes = 0, list(self._shape)
+        for dim, placement in sharding_dims:
+            block_index = block_index * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
+            sharded_dim: int = placement.dim  # pyrefly: ignore[missing-attribute]  strided ones have it, too
+            sizes[sharded_dim] = -(-sizes[sharded_dim] // self.mesh.size(dim))
+        return block_index * prod(sizes)
 
     @property
     def device(self) -> torch.device:
@@ -76,72 +78,72 @@ class MeshShard(Shard):
     def wrap(self, local: Tensor) -> DTensor:
         mesh = self.mesh
         if local.device.type != mesh.device_type:  # it would be copied to the mesh's device
-            mesh = _elsewhere(mesh, local.device.type)
+            mesh = _mesh_for_device_type(mesh, local.device.type)
         return DTensor.from_local(local, mesh, self.placements, run_check=False, shape=self._shape, stride=self.stride)
 
     def unwrap(self, value: Tensor) -> Tensor:
         if not isinstance(value, DTensor):
-            return self.cut(value)
+            return self.slice_full(value)
         same_ranks = value.device_mesh == self.mesh or torch.equal(value.device_mesh.mesh, self.mesh.mesh)
         if value.shape != self.shape or not same_ranks or value.placements != self.placements:
             raise ValueError(
                 f"expected {tuple(self.shape)} placed {self.placements} on {self.mesh}, "
                 f"got {tuple(value.shape)} placed {value.placements} on {value.device_mesh}"
             )
-        return local_of(value)
+        return dtensor_local(value)
 
     def full(self, local: Tensor) -> Tensor:
         local = local.to(self.device)
-        if any(type(placement) not in (Rows, Replicate) for placement in self.placements):
+        if any(type(placement) not in (ShardPlacement, Replicate) for placement in self.placements):
             return self.wrap(local).full_tensor()  # strided placements (FSDP2 over TP): only DTensor knows their order
-        lengths, _ = self._cuts()
+        lengths, _ = self._lengths_and_starts()
         for mesh_dim in reversed(range(self.mesh.ndim)):
             placement = self.placements[mesh_dim]
-            if isinstance(placement, Rows):
+            if isinstance(placement, ShardPlacement):
                 local = _gather_dim(local, placement.dim, lengths[mesh_dim], self.mesh.get_group(mesh_dim))
         return local
 
-    def cut(self, full: Tensor) -> Tensor:
+    def slice_full(self, full: Tensor) -> Tensor:
         if full.shape != self.shape:
             raise ValueError(f"expected {tuple(self.shape)}, got {tuple(full.shape)}")
-        everywhere = DTensor.from_local(
+        replicated = DTensor.from_local(
             full.to(self.device), self.mesh, [Replicate()] * self.mesh.ndim, run_check=False
         )
-        return local_of(everywhere.redistribute(placements=self.placements))
+        return dtensor_local(replicated.redistribute(placements=self.placements))
 
-    def beside(self, state: Tensor) -> Tensor | None:
+    def local_state(self, state: Tensor) -> Tensor | None:
         if isinstance(state, DTensor):
-            alike = state.device_mesh == self.mesh and state.placements == self.placements
-            return local_of(state) if alike and state.shape == self.shape else None
+            has_same_placement = state.device_mesh == self.mesh and state.placements == self.placements
+            return dtensor_local(state) if has_same_placement and state.shape == self.shape else None
         return state.detach() if state.shape == self.local.shape else None
 
-    def _cuts(self) -> tuple[list[int], list[int]]:
+    def _lengths_and_starts(self) -> tuple[list[int], list[int]]:
         """Length, before each mesh dimension cuts it, of what it cuts; where the block begins, by tensor dimension."""
         sizes, starts = list(self._shape), [0] * len(self._shape)
         lengths: list[int] = []
         for mesh_dim, placement in enumerate(self.placements):
-            dim = placement.dim if isinstance(placement, Rows) else 0
+            dim = placement.dim if isinstance(placement, ShardPlacement) else 0
             lengths.append(sizes[dim])
-            if isinstance(placement, Rows):
-                run = -(-sizes[dim] // self.mesh.size(mesh_dim))
-                begin = min(run * self.mesh.get_local_rank(mesh_dim), sizes[dim])
+            if isinstance(placement, ShardPlacement):
+                chunk_size = -(-sizes[dim] // self.mesh.size(mesh_dim))
+                begin = min(chunk_size * self.mesh.get_local_rank(mesh_dim), sizes[dim])
                 starts[dim] += begin
-                sizes[dim] = min(run, sizes[dim] - begin)
+                sizes[dim] = min(chunk_size, sizes[dim] - begin)
         return lengths, starts
 
     @property
-    def layout(self) -> str:
-        placed = ", ".join(str(placement) for placement in self.placements)
-        return f"{placed} over a mesh of {' x '.join(map(str, self.mesh.mesh.shape))} ranks"
+    def summary(self) -> str:
+        placements_text = ", ".join(str(placement) for placement in self.placements)
+        return f"{placements_text} over a mesh of {' x '.join(map(str, self.mesh.mesh.shape))} ranks"
 
     def describe(self) -> str:
         return f"{tuple(self._shape)}, placed {self.placements} over ranks {self.mesh.mesh.tolist()}"
 
 
-FEW_SENDERS = 8
+MAX_BROADCAST_RANKS = 8
 """Up to so many ranks send their runs in turn: gloo needs no second copy for that, as it does for an all-gather."""
 
-PADDING_BYTES = 2**20
+MAX_PADDING_BYTES = 2**20
 """How much longer than the tensor the buffer of an all-gather may be, where the last runs are short or empty."""
 
 
@@ -152,38 +154,38 @@ def _gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Te
     """
     local = local.movedim(dim, 0).contiguous()
     shape = local.shape[1:]
-    run = max(1, -(-length // group.size()))
-    padded = run * group.size()
+    chunk_size = max(1, -(-length // group.size()))
+    padded = chunk_size * group.size()
     padding = (padded - length) * shape.numel() * local.element_size()
-    if length <= FEW_SENDERS * run or padding > PADDING_BYTES:
+    if length <= MAX_BROADCAST_RANKS * chunk_size or padding > MAX_PADDING_BYTES:
         gathered = local.new_empty((length, *shape))
-        for index, rows in enumerate(gathered.split(run)):
+        for index, rows in enumerate(gathered.split(chunk_size)):
             if index == group.rank():
                 rows.copy_(local)
             dist.broadcast(rows, dist.get_global_rank(group, index), group=group)
     else:
         gathered = local.new_empty((padded, *shape))
-        sent = local
-        if len(local) < run:
-            sent = local.new_empty((run, *shape))
-            sent[: len(local)] = local
-        all_gather(gathered.view(-1), sent.view(-1), group=group)
+        padded_local = local
+        if len(local) < chunk_size:
+            padded_local = local.new_empty((chunk_size, *shape))
+            padded_local[: len(local)] = local
+        all_gather(gathered.view(-1), padded_local.view(-1), group=group)
     return gathered[:length].movedim(0, dim)
 
 
-_others: MutableMapping[DeviceMesh, dict[str, DeviceMesh]] = WeakKeyDictionary()
+_meshes_by_device_type: MutableMapping[DeviceMesh, dict[str, DeviceMesh]] = WeakKeyDictionary()
 """For each mesh those of the same ranks for tensors on other kinds of devices."""
 
 
-def _elsewhere(mesh: DeviceMesh, device_type: str) -> DeviceMesh:
+def _mesh_for_device_type(mesh: DeviceMesh, device_type: str) -> DeviceMesh:
     """The same mesh for tensors that are not on its devices: DCP asks it for ranks and places, and sends nothing."""
-    others = _others.setdefault(mesh, {})
-    if device_type not in others:
-        others[device_type] = on_groups_of(mesh, range(mesh.ndim), device_type)
-    return others[device_type]
+    by_device_type = _meshes_by_device_type.setdefault(mesh, {})
+    if device_type not in by_device_type:
+        by_device_type[device_type] = permute_mesh(mesh, range(mesh.ndim), device_type)
+    return by_device_type[device_type]
 
 
-def on_groups_of(mesh: DeviceMesh, order: Sequence[int], device_type: str) -> DeviceMesh:
+def permute_mesh(mesh: DeviceMesh, order: Sequence[int], device_type: str) -> DeviceMesh:
     """The same ranks, with dimensions in another order, on the groups there are: the constructor makes new ones."""
     return DeviceMesh.from_group(
         [mesh.get_group(dim) for dim in order],
@@ -193,7 +195,7 @@ def on_groups_of(mesh: DeviceMesh, order: Sequence[int], device_type: str) -> De
     )
 
 
-def local_of(value: DTensor) -> Tensor:
+def dtensor_local(value: DTensor) -> Tensor:
     """The very tensor that ``value`` keeps on this rank."""
     with torch.no_grad():  # with autograd on, to_local() hands out a view that records history
         return value.to_local()
@@ -207,7 +209,7 @@ def split_rows(shard: Shard, mesh: DeviceMesh, placements: Sequence[Placement], 
         rows,
         shard.owner,
         mesh=mesh,
-        placements=[*placements, Rows(0)],
+        placements=[*placements, ShardPlacement(0)],
         shape=shard.shape,
         stride=stride,
     )

@@ -12,11 +12,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ema_dist.sharding.registries import live_behind
+from ema_dist.sharding.registries import resolve_live
 
 
 @dataclass(frozen=True)
-class Place:
+class NamedModule:
     """One module at one canonical place; a shared module has several.
 
     Args:
@@ -27,22 +27,24 @@ class Place:
 
     module: nn.Module
     prefix: str = ""
-    replicas: ProcessGroup | None = None
-    unsynchronised: frozenset[int] = frozenset()
+    replica_group: ProcessGroup | None = None
+    ignored_ids: frozenset[int] = frozenset()
 
 
-def places(at: Place) -> Iterator[Place]:
+def named_modules(parent: NamedModule) -> Iterator[NamedModule]:
     """Every module under ``at`` in the order of ``state_dict()``; wrappers are passed through, not named."""
-    inner = unwrap_once(at.module)
+    inner = unwrap_once(parent.module)
     if inner is not None:
-        replicas, unsynchronised = at.replicas, at.unsynchronised
-        if isinstance(at.module, DistributedDataParallel):
-            replicas, unsynchronised = at.module.process_group, ignored_by_ddp(at.module)
-        yield from places(Place(inner, at.prefix, replicas, unsynchronised))
+        replica_group, ignored_ids = parent.replica_group, parent.ignored_ids
+        if isinstance(parent.module, DistributedDataParallel):
+            replica_group, ignored_ids = parent.module.process_group, ddp_ignored_ids(parent.module)
+        yield from named_modules(NamedModule(inner, parent.prefix, replica_group, ignored_ids))
         return
-    yield at
-    for name, child in children(at.module):
-        yield from places(Place(child, f"{at.prefix}{name}.", at.replicas, at.unsynchronised))
+    yield parent
+    for name, child in children(parent.module):
+        yield from named_modules(
+            NamedModule(child, f"{parent.prefix}{name}.", parent.replica_group, parent.ignored_ids)
+        )
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -63,8 +65,8 @@ def unwrap_once(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def ignored_by_ddp(ddp: DistributedDataParallel) -> frozenset[int]:
+def ddp_ignored_ids(ddp: DistributedDataParallel) -> frozenset[int]:
     """Ids of the tensors that DDP does not keep identical, because the user asked so."""
-    ignored = set(getattr(ddp, "parameters_to_ignore", ()))
+    ignored_names = set(getattr(ddp, "parameters_to_ignore", ()))
     named: list[tuple[str, Tensor]] = [*ddp.module.named_parameters(), *ddp.module.named_buffers()]
-    return frozenset(id(live_behind(tensor)) for name, tensor in named if name in ignored)
+    return frozenset(id(resolve_live(tensor)) for name, tensor in named if name in ignored_names)

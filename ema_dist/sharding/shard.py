@@ -27,17 +27,17 @@ class Shard(ABC):
         local: Tensor,
         owner: Tensor,
         *,
-        replicas: ProcessGroup | None = None,
+        replica_group: ProcessGroup | None = None,
     ) -> None:
         self.names = names
         self.local = local
         self.owner = owner
-        self.replicas = replicas
-        self.part: Shard = self
+        self.replica_group = replica_group
+        self.averaged_part: Shard = self
         """What this rank averages of ``local``: all of it, or its rows among the replicas'."""
-        self.room = local.numel()
+        self.padded_numel = local.numel()
         """Elements that a tensor takes which the wrapper is to gather in the place of ``local``."""
-        self.offset: int | None = None
+        self.owner_offset: int | None = None
         """Where ``local`` begins in an owner that holds the elements of several tensors, one after the other."""
 
     @property
@@ -48,7 +48,7 @@ class Shard(ABC):
     @property
     def is_split(self) -> bool:
         """Whether this rank averages only a part of what it holds."""
-        return self.part is not self
+        return self.averaged_part is not self
 
     @property
     def version(self) -> tuple[object, ...]:
@@ -56,24 +56,26 @@ class Shard(ABC):
         # Autograd's version counter has no public name.
         return self.owner._version, self.local.data_ptr(), self.local.dtype
 
-    def empty(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
-        """A new tensor like ``local``, with zeros behind it where the wrapper wants more `room`."""
-        if self.room == self.local.numel():
+    def empty_local(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+        """A new tensor like ``local``, with zeros behind it where the wrapper wants more `padded_numel`."""
+        if self.padded_numel == self.local.numel():
             return torch.empty_like(self.local, dtype=dtype, device=device)
-        storage = self.local.new_zeros(self.room, dtype=dtype or self.local.dtype, device=device)
+        storage = self.local.new_zeros(self.padded_numel, dtype=dtype or self.local.dtype, device=device)
         return storage[: self.local.numel()].view(self.local.shape)
 
-    def fresh(self) -> Shard:
-        """A shard cut as this one, whose ``local`` is a new tensor; the ``part`` lies in it as ever."""
-        twin = copy(self)
-        twin.local = twin.owner = self.empty()
-        twin.part = twin
+    def with_empty_local(self) -> Shard:
+        """A shard cut as this one, whose ``local`` is a new tensor; the ``averaged_part`` lies in it as ever."""
+        new_shard = copy(self)
+        new_shard.local = new_shard.owner = self.empty_local()
+        new_shard.averaged_part = new_shard
         if self.is_split:
-            twin.part = copy(self.part)
-            begin = self.part.local.storage_offset() - self.local.storage_offset()
-            place = twin.local.storage_offset() + begin
-            twin.part.local = twin.local.as_strided(self.part.local.shape, self.part.local.stride(), place)
-        return twin
+            new_shard.averaged_part = copy(self.averaged_part)
+            begin = self.averaged_part.local.storage_offset() - self.local.storage_offset()
+            start = new_shard.local.storage_offset() + begin
+            new_shard.averaged_part.local = new_shard.local.as_strided(
+                self.averaged_part.local.shape, self.averaged_part.local.stride(), start
+            )
+        return new_shard
 
     @property
     @abstractmethod
@@ -81,7 +83,7 @@ class Shard(ABC):
         """Shape of the full tensor."""
 
     @property
-    def first(self) -> int:
+    def global_offset(self) -> int:
         """Where ``local`` begins when all ranks' parts are laid one after the other; of rows, in the full tensor."""
         return 0
 
@@ -122,28 +124,28 @@ class Shard(ABC):
         """
 
     @abstractmethod
-    def cut(self, full: Tensor) -> Tensor:
+    def slice_full(self, full: Tensor) -> Tensor:
         """This rank's part of a full plain tensor: a view of it wherever the cut allows one."""
 
-    def beside(self, state: Tensor) -> Tensor | None:
+    def local_state(self, state: Tensor) -> Tensor | None:
         """This rank's part of a tensor that lies beside the owner, as an optimizer's moments do; a view of it.
 
         Returns: None for one that is not cut as the owner is, such as a step count.
         """
         if state.shape != self.owner.shape:
             return None
-        if self.offset is not None:
-            start = state.storage_offset() + self.offset
+        if self.owner_offset is not None:
+            start = state.storage_offset() + self.owner_offset
             return state.detach().as_strided(self.local.shape, self.local.stride(), start)
         return state.detach() if state.shape == self.local.shape else None
 
-    def same_cut(self, other: Shard) -> bool:
+    def is_sharded_like(self, other: Shard) -> bool:
         """Whether both hold the same part of a tensor of the same shape, on every rank."""
         return self.describe() == other.describe()
 
     @property
     @abstractmethod
-    def layout(self) -> str:
+    def summary(self) -> str:
         """How it is cut and how often it is held, in a few words for people."""
 
     @abstractmethod
@@ -164,12 +166,12 @@ def memory_order(shape: Iterable[int], stride: Iterable[int]) -> list[int] | Non
     return order
 
 
-def flat(tensor: Tensor) -> Tensor:
+def flat_view(tensor: Tensor) -> Tensor:
     """A 1-D view of a dense tensor in memory order."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def splits_by_rows(tensor: Tensor) -> bool:
+def has_contiguous_rows(tensor: Tensor) -> bool:
     """Whether chunks of rows are contiguous in memory: a dense tensor whose first dimension is outermost."""
     order = memory_order(tensor.shape, tensor.stride())
     if not order:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from ema_dist.sharding.shard import Shard
 
 
-class WholeShard(Shard):
+class PlainShard(Shard):
     """The whole tensor, on this rank."""
 
     @property
@@ -36,19 +36,19 @@ class WholeShard(Shard):
     def unwrap(self, value: Tensor) -> Tensor:
         if isinstance(value, (DTensor, ShardedTensor)):
             raise ValueError(f"expected a plain tensor, got this rank's part of one ({type(value).__name__})")
-        return self.cut(value)
+        return self.slice_full(value)
 
     def full(self, local: Tensor) -> Tensor:
         return local
 
-    def cut(self, full: Tensor) -> Tensor:
+    def slice_full(self, full: Tensor) -> Tensor:
         if full.shape != self.shape:
             raise ValueError(f"expected {tuple(self.shape)}, got {tuple(full.shape)}")
         return full
 
     @property
-    def layout(self) -> str:
-        return "whole" if self.replicas is None else f"whole on each of {self.replicas.size()} ranks"
+    def summary(self) -> str:
+        return "whole" if self.replica_group is None else f"whole on each of {self.replica_group.size()} ranks"
 
     def describe(self) -> str:
         return f"{tuple(self.shape)}, whole"

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from launch.benchmark.average_report import AverageResults, found_packages
 from launch.benchmark.average_tables import average_tables
-from launch.benchmark.cases import Case, Live, Parallel, SmallTensors, Transformer
+from launch.benchmark.cases import Case, LiveDtype, Parallel, SmallTensors, Transformer
 from launch.benchmark.checkpoint_report import CheckpointResults, checkpoint_tables
 from launch.benchmark.checkpoints import checkpoint_costs, reshard_costs
 from launch.benchmark.exports import export_costs, gather_costs
@@ -39,23 +39,23 @@ from launch.benchmark.steps import step_shares
 from launch.benchmark.swaps import full_state_costs, swap_costs
 from launch.benchmark.updates import update_costs
 
-Layout = tuple[Parallel, int]
-UPDATED: list[tuple[Parallel, int, Live]] = [
+LayoutAndRanks = tuple[Parallel, int]
+UPDATE_CASES: list[tuple[Parallel, int, LiveDtype]] = [
     ("plain", 1, "float32"),
     ("plain", 1, "bfloat16"),
     ("ddp", 2, "float32"),
     ("fsdp2", 2, "float32"),
     ("fsdp2", 2, "bfloat16"),
 ]
-SWAPPED: list[Layout] = [("plain", 1), ("ddp", 2), ("fsdp2", 2)]
+SWAP_LAYOUTS: list[LayoutAndRanks] = [("plain", 1), ("ddp", 2), ("fsdp2", 2)]
 TRACKS = (1, 2, 4)
-TRACKED = Transformer(blocks=4, vocabulary=97)
+SMALL_TRANSFORMER = Transformer(blocks=4, vocabulary=97)
 """Small enough that every way can keep seven averages of it."""
-SIZES = {"30M": TRACKED, "100M": Transformer(), "1B": Transformer(blocks=18, width=2048)}
-SAVED: list[Layout] = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)]
-RESHARDED: list[Layout] = [("fsdp2", 1), ("fsdp2", 4), ("ddp", 2)]
-RESHARDED_FROM: Layout = ("fsdp2", 2)
-LARGE = Transformer(blocks=76)
+SIZES = {"30M": SMALL_TRANSFORMER, "100M": Transformer(), "1B": Transformer(blocks=18, width=2048)}
+SAVE_LAYOUTS: list[LayoutAndRanks] = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)]
+RESHARD_TARGETS: list[LayoutAndRanks] = [("fsdp2", 1), ("fsdp2", 4), ("ddp", 2)]
+RESHARD_SOURCE: LayoutAndRanks = ("fsdp2", 2)
+LARGE_TRANSFORMER = Transformer(blocks=76)
 """2.15 GiB, to be gathered in the memory of a few hundred MiB."""
 
 
@@ -67,60 +67,60 @@ class Section:
     repeats: int
     data: str
     page: str
-    obstacle: Callable[[str], str | None] = lambda _: None
+    skip_reason: Callable[[str], str | None] = lambda _: None
     """What keeps it from being measured on a type of device."""
     picture: Callable[[Any, Path], object] = lambda *_: None
 
 
 def measure_averages(run: Run, repeats: int) -> tuple[AverageResults, list[Table]]:
-    small, large, tracked = SmallTensors(), run.large, TRACKED
+    small, large, tracked = SmallTensors(), run.large, SMALL_TRANSFORMER
     if run.quick:
         small, large, tracked = SmallTensors(20, 8), Transformer(2, 16, 97), Transformer(1, 16, 97)
     results = AverageResults(Environment.here(run.device_type), packages=found_packages())
-    missing = results.not_measured
-    for parallel, ranks, live in UPDATED:
+    not_measured = results.not_measured
+    for parallel, ranks, live in UPDATE_CASES:
         for shape in (small, large):
             case = Case(parallel, ranks, shape, live)
-            for costs in run.measure(partial(update_costs, repeats=repeats), case, missing):
+            for costs in run.measure(partial(update_costs, repeats=repeats), case, not_measured):
                 results.updates += costs
     for shape in (small, tracked):
-        measured = partial(update_costs, repeats=repeats, tracks=TRACKS)
-        for costs in run.measure(measured, Case("plain", 1, shape), missing):
+        measure_tracks = partial(update_costs, repeats=repeats, tracks=TRACKS)
+        for costs in run.measure(measure_tracks, Case("plain", 1, shape), not_measured):
             results.tracks += costs
-    for parallel, ranks in SWAPPED:
+    for parallel, ranks in SWAP_LAYOUTS:
         case = Case(parallel, ranks, large)
-        for swapped in (replace(case, shape=small), case):
-            results.swaps += run.measure(partial(swap_costs, repeats=repeats), swapped, missing)
-        results.exports += run.measure(partial(full_state_costs, repeats=repeats), case, missing)
-        results.steps += run.measure(partial(step_shares, repeats=repeats), case, missing)
+        for swap_case in (replace(case, shape=small), case):
+            results.swaps += run.measure(partial(swap_costs, repeats=repeats), swap_case, not_measured)
+        results.exports += run.measure(partial(full_state_costs, repeats=repeats), case, not_measured)
+        results.steps += run.measure(partial(step_shares, repeats=repeats), case, not_measured)
     if run.device_type == "cuda" and not run.quick:
-        beside = Case("fsdp2", torch.cuda.device_count(), SIZES["1B"])
+        overlap_case = Case("fsdp2", torch.cuda.device_count(), SIZES["1B"])
     else:
-        beside = Case("fsdp2", 2, tracked)
-    results.overlap += run.measure(partial(step_costs, repeats=repeats), beside, missing)
+        overlap_case = Case("fsdp2", 2, tracked)
+    results.overlap += run.measure(partial(step_costs, repeats=repeats), overlap_case, not_measured)
     return results, average_tables(results)
 
 
 def measure_checkpoints(run: Run, repeats: int) -> tuple[CheckpointResults, list[Table]]:
     shape = Transformer(2, 16, 97) if run.quick else Transformer(blocks=16)
     results = CheckpointResults(Environment.here(run.device_type), file_system=file_system(run.scratch))
-    for layout in SAVED:
+    for layout in SAVE_LAYOUTS:
         with tempfile.TemporaryDirectory(dir=run.scratch) as folder:
             case = Case(*layout, shape)
             settings = {"repeats": repeats, "folder": Path(folder)}
-            measured = [(checkpoint_costs, case), (gather_costs, case)]
-            if layout == RESHARDED_FROM:
+            measurements = [(checkpoint_costs, case), (gather_costs, case)]
+            if layout == RESHARD_SOURCE:
                 reshard, export = (partial(costs, saved=case) for costs in (reshard_costs, export_costs))
-                measured += [(reshard, Case(*other, shape)) for other in RESHARDED]
-                measured += [(export, Case("plain", 1, shape))]
-            for costs, on in measured:
-                for found in run.measure(partial(costs, **settings), on, results.not_measured):
-                    results.costs += found
+                measurements += [(reshard, Case(*target_layout, shape)) for target_layout in RESHARD_TARGETS]
+                measurements += [(export, Case("plain", 1, shape))]
+            for costs, measured_case in measurements:
+                for result in run.measure(partial(costs, **settings), measured_case, results.not_measured):
+                    results.costs += result
     with tempfile.TemporaryDirectory(dir=run.scratch) as folder:
-        measured_large = partial(gather_costs, repeats=repeats, folder=Path(folder))
-        large = Case(*RESHARDED_FROM, shape if run.quick else LARGE)
-        for found in run.measure(measured_large, large, results.not_measured):
-            results.costs += found
+        measure_large = partial(gather_costs, repeats=repeats, folder=Path(folder))
+        large = Case(*RESHARD_SOURCE, shape if run.quick else LARGE_TRANSFORMER)
+        for result in run.measure(measure_large, large, results.not_measured):
+            results.costs += result
     return results, checkpoint_tables(results)
 
 
@@ -133,12 +133,12 @@ def measure_composer(run: Run, repeats: int) -> tuple[Results, list[Table]]:
     results = ComposerResults(Environment.here(run.device_type), composer=version("mosaicml"))
     for parallel in ("ddp", "fsdp1"):
         case = TrainerCase(parallel, 2, shape)
-        measured = partial(trainer_costs, case=case, repeats=repeats)
-        results.costs.append(run.on_ranks(measured, case.ranks, str(case)))
+        measure_trainer = partial(trainer_costs, case=case, repeats=repeats)
+        results.costs.append(run.on_ranks(measure_trainer, case.ranks, str(case)))
     return results, composer_tables(results)
 
 
-def composer_obstacle(device_type: str) -> str | None:
+def composer_skip_reason(device_type: str) -> str | None:
     if find_spec("composer") is None:
         return 'it needs Composer, which is not installed: pip install "ema-dist[composer]"'
     return "it is measured on a CPU: --device cpu" if device_type != "cpu" else None
@@ -148,7 +148,7 @@ SECTIONS = {
     "averages": Section(measure_averages, repeats=20, data="results.json", page="index.md", picture=write_picture),
     "checkpoints": Section(measure_checkpoints, repeats=7, data="checkpoints.json", page="checkpoints.md"),
     "composer": Section(
-        measure_composer, repeats=20, data="composer.json", page="composer.md", obstacle=composer_obstacle
+        measure_composer, repeats=20, data="composer.json", page="composer.md", skip_reason=composer_skip_reason
     ),
 }
 
@@ -162,8 +162,8 @@ def main() -> None:
         console.print("Tiny models: the times and the memory of these say nothing.")
     for name in args.only or SECTIONS:
         section = SECTIONS[name]
-        if obstacle := section.obstacle(args.device):
-            console.print(f"{name} is left out: {obstacle}", highlight=False, markup=False)
+        if skip_reason := section.skip_reason(args.device):
+            console.print(f"{name} is left out: {skip_reason}", highlight=False, markup=False)
             continue
         results, tables = section.measure(run, args.repeats or section.repeats)
         for table in tables:
@@ -189,8 +189,8 @@ def parse_arguments() -> argparse.Namespace:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in args.only or ():
-        if obstacle := SECTIONS[name].obstacle(args.device):
-            parser.error(f"--only {name}: {obstacle}")
+        if skip_reason := SECTIONS[name].skip_reason(args.device):
+            parser.error(f"--only {name}: {skip_reason}")
     return args
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.benchmark.cases import SmallTensors, Transformer
 from launch.benchmark.overlap import OVERLAPPED, StepCosts
-from launch.benchmark.peers import COPYING, FOREACH, OURS, SERVING
+from launch.benchmark.peers import FOREACH, OURS, PEER_METHODS, SERVING
 from launch.benchmark.results import MIB, Results, Target, describe, median_ratio, times_reference
 from launch.benchmark.steps import StepShares
 from launch.benchmark.swaps import SWAPPED, ExportCosts, SwapCosts
@@ -55,8 +55,8 @@ class AverageResults(Results):
         if not self.environment.gpu:
             yield Target("GPU: update() over a copy of as many bytes, either dtype", LIMIT_TIMES_COPY, None, "x")
             yield Target("GPU: host time of update() of 1000 tensors", LIMIT_HOST_US, None, "us")
-        longer = self.overlap[0].longer(OVERLAPPED) if self.environment.gpu and self.overlap else None
-        yield Target("GPU: steps with overlap=True over steps without averages", LIMIT_LONGER_STEPS, longer, "x")
+        slowdown = self.overlap[0].slowdown(OVERLAPPED) if self.environment.gpu and self.overlap else None
+        yield Target("GPU: steps with overlap=True over steps without averages", LIMIT_LONGER_STEPS, slowdown, "x")
 
     def notes(self) -> list[str]:
         versions = ", ".join(f"{name} {found}" for name, found in self.packages.items())
@@ -68,7 +68,9 @@ class AverageResults(Results):
             "updates": [_update_json(costs) for costs in self.updates],
             "tracks": [_update_json(costs) for costs in self.tracks],
             "steps": [asdict(it) | {"shares": it.shares()} for it in self.steps],
-            "overlap": [asdict(it) | {"longer": {name: it.longer(name) for name in it.seconds}} for it in self.overlap],
+            "overlap": [
+                asdict(it) | {"longer": {name: it.slowdown(name) for name in it.seconds}} for it in self.overlap
+            ],
         }
         return super().as_json() | found
 
@@ -121,7 +123,7 @@ def over(costs: UpdateCosts, other: str) -> float:
 
 def best_peer(costs: UpdateCosts) -> str | None:
     """The fastest of those that keep a copy; None where none works."""
-    medians = {name: statistics.median(costs.seconds[name]) for name in COPYING if name in costs.seconds}
+    medians = {name: statistics.median(costs.seconds[name]) for name in PEER_METHODS if name in costs.seconds}
     return min(medians, key=lambda name: medians[name], default=None)
 
 

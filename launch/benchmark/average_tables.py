@@ -14,7 +14,7 @@ from launch.benchmark.peers import (
     FOREACH,
     LIGHTNING,
     OURS,
-    OURS_WHOLE,
+    OURS_COPY,
     TIMM,
 )
 from launch.benchmark.report import Table, mib, ms, target_table
@@ -25,7 +25,7 @@ from launch.benchmark.updates import COPY, NOT_INSTALLED, UpdateCosts
 
 SHORT = {
     OURS: "ours",
-    OURS_WHOLE: "ours, copy",
+    OURS_COPY: "ours, copy",
     FOREACH: "plain foreach",
     DTENSOR_FOREACH: "DTensor foreach",
     AVERAGED_MODEL: "torch",
@@ -144,7 +144,7 @@ def _step_rows(steps: StepShares) -> Iterator[Sequence[str]]:
 def _overlap_rows(costs: StepCosts) -> Iterator[Sequence[str]]:
     case = f"{describe(costs.case)} ({costs.elements / 1e6:.1f}M)"
     for name, seconds in costs.seconds.items():
-        yield case, name, ms(statistics.median(seconds)), f"{costs.longer(name):.3f}"
+        yield case, name, ms(statistics.median(seconds)), f"{costs.slowdown(name):.3f}"
         case = ""
 
 

@@ -11,13 +11,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from launch.benchmark.formulas import Kept
+from launch.benchmark.formulas import ElementSizes
 from launch.recipe.model import Block
 
 Parallel = Literal["plain", "ddp", "fsdp2", "hsdp"]
-Live = Literal["float32", "bfloat16"]
+LiveDtype = Literal["float32", "bfloat16"]
 DECAY = 0.999
-LIVE_DTYPES: dict[Live, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LIVE_DTYPES: dict[LiveDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Case:
     parallel: Parallel
     ranks: int
     shape: SmallTensors | Transformer
-    live: Live = "float32"
+    live: LiveDtype = "float32"
 
     @property
-    def kept(self) -> Kept:
-        return Kept(live_width=LIVE_DTYPES[self.live].itemsize)
+    def element_sizes(self) -> ElementSizes:
+        return ElementSizes(live_itemsize=LIVE_DTYPES[self.live].itemsize)
 
-    def wrapped(self, device: torch.device) -> nn.Module:
+    def build_model(self, device: torch.device) -> nn.Module:
         model = self.shape.model().to(device, LIVE_DTYPES[self.live])
         if self.parallel == "ddp":
             return DistributedDataParallel(model)
@@ -81,13 +81,13 @@ class Case:
 
 
 @torch.no_grad()
-def change_weights(model: nn.Module, *, factor: float) -> None:
+def scale_weights(model: nn.Module, *, factor: float) -> None:
     """Write to every weight, as an optimizer does just before an update; by a factor of 1 they stay what they are."""
     weights: list[Tensor] = list(model.parameters())
     torch._foreach_mul_(weights, factor)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_ddp(model: nn.Module) -> nn.Module:
     """The module that a training script has wrapped in DDP, as it hands it to whatever copies it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from ema_dist import ShardedEMA, checkpoint
-from launch.benchmark.cases import DECAY, Case, change_weights, local, nbytes
+from launch.benchmark.cases import DECAY, Case, local, nbytes, scale_weights
 from launch.benchmark.ways import Costs, Way, is_first, measured
 
 DCP_SAVE, DCP_LOAD, DCP_ASYNC_SAVE = "dcp.save", "dcp.load", "dcp.async_save, until it returns"
@@ -23,26 +23,26 @@ SAVE, LOAD, ASYNC_SAVE = "checkpoint.save", "checkpoint.load", "checkpoint.save,
 TORCH_SAVE, TORCH_LOAD = "gathered, torch.save, fsync", "torch.load, scattered"
 
 
-class State:
+class TrainingState:
     """A model and its averages, and the same as other tools take it."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        self.model = case.wrapped(device)
+        self.model = case.build_model(device)
         self.ema = ShardedEMA(self.model, decay=DECAY)
-        change_weights(self.model, factor=1.5)
+        scale_weights(self.model, factor=1.5)
         self.objects: dict[str, Any] = {"model": self.model, "ema": self.ema}
         self.tensors: dict[str, Any] = {"model": get_model_state_dict(self.model), "ema": self.ema.state_dict()}
         tensors = [*self.tensors["model"].values(), *self.tensors["ema"]["tracks"]["default"]["averages"].values()]
         self.total_bytes = nbytes(tensors)
         self._locals = [local(tensor) for tensor in tensors]
-        self._sums = self._summed()
+        self._sums = self._compute_sums()
 
     def full(self) -> dict[str, Any]:
         """Full tensors on the first rank."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return {"model": get_model_state_dict(self.model, options=options), "ema": self.ema.full_state_dict()}
 
-    def take(self, full: Mapping[str, Any]) -> None:
+    def load_full(self, full: Mapping[str, Any]) -> None:
         """The reverse of `full`."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(self.model, full["model"], options=options)
@@ -51,34 +51,34 @@ class State:
     def erase(self) -> None:
         torch._foreach_zero_(self._locals)
 
-    def require_whole(self) -> None:
+    def assert_restored(self) -> None:
         """Whoever loads something else has not taken part."""
-        assert self._summed() == self._sums
+        assert self._compute_sums() == self._sums
 
-    def _summed(self) -> list[float]:
+    def _compute_sums(self) -> list[float]:
         return [tensor.sum(dtype=torch.float64).item() for tensor in self._locals]
 
 
 def checkpoint_costs(device: torch.device, *, case: Case, repeats: int, folder: Path) -> list[Costs]:
     """Of saving into `folder`, where it stays, and of loading that."""
-    state = State(case, device)
+    state = TrainingState(case, device)
     measure = partial(measured, repeats=repeats, device=device)
-    costs = [Costs("save", case, case, state.total_bytes, *measure(_saves(state, folder)))]
+    costs = [Costs("save", case, case, state.total_bytes, *measure(_save_methods(state, folder)))]
     for forgotten in (None, folder):
-        found = measure(_loads(state, folder), forgotten=forgotten)
+        found = measure(_load_methods(state, folder), forgotten=forgotten)
         costs.append(Costs("load", case, case, state.total_bytes, *found, cold=forgotten is not None))
     return costs
 
 
 def reshard_costs(device: torch.device, *, case: Case, saved: Case, repeats: int, folder: Path) -> list[Costs]:
     """Of loading what another case has left in `folder`."""
-    state = State(case, device)
-    ways = _loads(state, folder)
+    state = TrainingState(case, device)
+    ways = _load_methods(state, folder)
     del ways[TORCH_LOAD]
     return [Costs("load", case, saved, state.total_bytes, *measured(ways, repeats=repeats, device=device))]
 
 
-def _saves(state: State, folder: Path) -> dict[str, Way]:
+def _save_methods(state: TrainingState, folder: Path) -> dict[str, Way]:
     background: list[Any] = []
 
     def dcp_async_save() -> None:
@@ -105,14 +105,14 @@ def _saves(state: State, folder: Path) -> dict[str, Way]:
     }
 
 
-def _loads(state: State, folder: Path) -> dict[str, Way]:
+def _load_methods(state: TrainingState, folder: Path) -> dict[str, Way]:
     def torch_load() -> None:
         full: dict[str, Any] = {"model": {}, "ema": {}}
-        state.take(torch.load(folder / "torch" / "state.pt", weights_only=True) if is_first() else full)
+        state.load_full(torch.load(folder / "torch" / "state.pt", weights_only=True) if is_first() else full)
 
     runs: dict[str, Callable[[], object]] = {
         DCP_LOAD: lambda: dcp.load(state.tensors, checkpoint_id=folder / "dcp"),
         LOAD: lambda: checkpoint.load(state.objects, folder / "ours"),
         TORCH_LOAD: torch_load,
     }
-    return {name: Way(run, before=state.erase, after=state.require_whole) for name, run in runs.items()}
+    return {name: Way(run, before=state.erase, after=state.assert_restored) for name, run in runs.items()}

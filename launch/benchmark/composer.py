@@ -25,7 +25,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor  # no public n
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ema_dist.composer import EMA
-from launch.benchmark.cases import Transformer, change_weights, local, nbytes
+from launch.benchmark.cases import Transformer, local, nbytes, scale_weights
 from launch.benchmark.measure import highest, in_turn, peak_memory
 from launch.recipe.model import Block
 
@@ -33,8 +33,8 @@ OURS, THEIRS = "ema_dist.composer.EMA", "composer.algorithms.EMA"
 BATCHES, SAMPLES, TOKENS = 3, 2, 8
 MEMORY_TURNS = 3
 FSDP1 = {"sharding_strategy": "FULL_SHARD", "mixed_precision": "PURE", "state_dict_type": "sharded"}
-PARALLELISM = {"ddp": None, "fsdp1": {"fsdp": FSDP1}}
-LAYOUTS = {"ddp": "DDP", "fsdp1": "FSDP1"}
+PARALLELISM_CONFIGS = {"ddp": None, "fsdp1": {"fsdp": FSDP1}}
+LAYOUT_LABELS = {"ddp": "DDP", "fsdp1": "FSDP1"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TrainerCase:
     shape: Transformer
 
     def __str__(self) -> str:
-        return f"{LAYOUTS[self.parallel]}, {self.ranks} ranks"
+        return f"{LAYOUT_LABELS[self.parallel]}, {self.ranks} ranks"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TrainerCosts:
     collectives: dict[str, int]
 
 
-class Theirs(composer.algorithms.EMA):
+class ComposerEMA(composer.algorithms.EMA):
     """Composer's own. By its own name ours would refuse to run beside it; here nothing exchanges weights."""
 
     def averages(self) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ class Theirs(composer.algorithms.EMA):
         return self.ema_model.named_parameters_dict | self.ema_model.named_buffers_dict
 
 
-class Model(ComposerModel):
+class BenchmarkModel(ComposerModel):
     """A transformer, under the only name of an attribute with which Composer's own algorithm runs under FSDP1."""
 
     def __init__(self, shape: Transformer) -> None:
@@ -91,7 +91,7 @@ class Model(ComposerModel):
         return F.cross_entropy(outputs.flatten(0, 1), batch[1].flatten())
 
 
-class AtLastUpdate(Callback):
+class LastBatchCallback(Callback):
     """Calls `measure` once, when the last batch has been trained and both algorithms have averaged its weights."""
 
     def __init__(self, measure: Callable[[State, Logger], None]) -> None:
@@ -103,36 +103,36 @@ class AtLastUpdate(Callback):
 
 
 def trainer_costs(device: torch.device, *, case: TrainerCase, repeats: int) -> TrainerCosts:
-    found: list[TrainerCosts] = []
-    ours, theirs = EMA(), Theirs()
+    results: list[TrainerCosts] = []
+    ours, theirs = EMA(), ComposerEMA()
 
     def measure(state: State, logger: Logger) -> None:
-        turns = Turns(state, logger, {THEIRS: theirs, OURS: ours})
-        seconds = turns.seconds(repeats, device)
-        extra_bytes = turns.extra_bytes(device)
-        collectives = turns.collectives(device)
+        updates = AlternatingUpdates(state, logger, {THEIRS: theirs, OURS: ours})
+        seconds = updates.seconds(repeats, device)
+        extra_bytes = updates.extra_bytes(device)
+        collectives = updates.collectives(device)
         assert ours.ema is not None
-        _require_alike(ours.ema.full_state_dict(), theirs.averages())
+        _assert_averages_close(ours.ema.full_state_dict(), theirs.averages())
         held = [nbytes(theirs.averages().values()), _held_bytes(ours)]
         held_bytes = {name: int(size) for name, size in zip(seconds, highest(held, device), strict=True)}
-        found.append(TrainerCosts(case, elements, seconds, held_bytes, extra_bytes, collectives))
+        results.append(TrainerCosts(case, elements, seconds, held_bytes, extra_bytes, collectives))
 
-    model = Model(case.shape)
+    model = BenchmarkModel(case.shape)
     elements = sum(parameter.numel() for parameter in model.parameters())
     # Composer asks CUDA for the current device when it prepares FSDP1; nothing else keeps that from a CPU.
     with patch.object(torch.cuda, "current_device", return_value=device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are about the Trainer and the settings of wrappers
-        _trainer(case, model, [ours, theirs], AtLastUpdate(measure)).fit()
-    return found[0]
+        _trainer(case, model, [ours, theirs], LastBatchCallback(measure)).fit()
+    return results[0]
 
 
-class Turns:
+class AlternatingUpdates:
     """The algorithms' updates in turn, each after a step of the optimizer."""
 
     def __init__(self, state: State, logger: Logger, algorithms: Mapping[str, Algorithm]) -> None:
-        self._updates = {name: partial(_update, it, state, logger) for name, it in algorithms.items()}
+        self._updates = {name: partial(_update, algorithm, state, logger) for name, algorithm in algorithms.items()}
         (self._optimizer,) = state.optimizers
-        change_weights(state.model, factor=1.5)
+        scale_weights(state.model, factor=1.5)
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0  # it reads gradients and writes weights, which stay what they are: averages stay alike
 
@@ -143,17 +143,17 @@ class Turns:
     def extra_bytes(self, device: torch.device) -> dict[str, int]:
         """The most memory of an update. Apart from the times: who gave memory back must wait to get it again."""
         memory = peak_memory(device)
-        taken: dict[str, list[int]] = {name: [] for name in self._updates}
+        peak_bytes: dict[str, list[int]] = {name: [] for name in self._updates}
 
         def before(name: str) -> None:
             self._step(name)
             memory.reset()
 
         def after(name: str) -> None:
-            taken[name].append(memory.read())
+            peak_bytes[name].append(memory.read())
 
         in_turn(self._updates, before=before, after=after, repeats=MEMORY_TURNS, device=device)
-        return self._highest({name: max(sizes) for name, sizes in taken.items()}, device)
+        return self._highest({name: max(sizes) for name, sizes in peak_bytes.items()}, device)
 
     def collectives(self, device: torch.device) -> dict[str, int]:
         """How many calls torch counts in an update."""
@@ -169,7 +169,12 @@ class Turns:
         return dict(zip(values, map(int, highest([*values.values()], device)), strict=True))
 
     def _step(self, _: str) -> None:
-        gradients = [it.grad for group in self._optimizer.param_groups for it in group["params"] if it.numel() > 0]
+        gradients = [
+            parameter.grad
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.numel() > 0
+        ]
         assert all(gradient is not None for gradient in gradients), "without gradients a step does nothing"
         self._optimizer.step()
 
@@ -180,7 +185,7 @@ def _update(algorithm: Algorithm, state: State, logger: Logger) -> None:
     algorithm.apply(Event.BATCH_END, state, logger)
 
 
-def _trainer(case: TrainerCase, model: Model, algorithms: list[Algorithm], callback: Callback) -> Trainer:
+def _trainer(case: TrainerCase, model: BenchmarkModel, algorithms: list[Algorithm], callback: Callback) -> Trainer:
     rank, ranks = str(dist.get_rank()), str(case.ranks)
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": "0"}
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -194,7 +199,7 @@ def _trainer(case: TrainerCase, model: Model, algorithms: list[Algorithm], callb
         train_dataloader=[(tokens, targets)] * BATCHES,
         max_duration=f"{BATCHES}ba",
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-        parallelism_config=PARALLELISM[case.parallel],
+        parallelism_config=PARALLELISM_CONFIGS[case.parallel],
         device_train_microbatch_size=SAMPLES,
         precision="fp32",
         device="cpu",
@@ -207,20 +212,20 @@ def _held_bytes(algorithm: EMA) -> int:
     assert algorithm.ema is not None
     track = algorithm.ema.state_dict()["tracks"]["default"]
     tensors = [*track["averages"].values(), *track["buffers"].values()]
-    return nbytes(part for tensor in tensors for part in _parts(tensor))
+    return nbytes(part for tensor in tensors for part in _local_tensors(tensor))
 
 
-def _parts(tensor: Tensor) -> list[Tensor]:
+def _local_tensors(tensor: Tensor) -> list[Tensor]:
     if isinstance(tensor, ShardedTensor):
         return [block.tensor for block in tensor.local_shards()]
     return [local(tensor)]
 
 
-def _require_alike(full: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+def _assert_averages_close(full: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
     """Whoever computes something else has not taken part. `full` is there on the first rank only."""
     if dist.get_rank() == 0:
-        named = {name.replace("_fsdp_wrapped_module.", ""): average for name, average in theirs.items()}
-        prefix = "module." if len(named.keys() & full.keys()) < len(full) else ""  # DDP's
+        by_name = {name.replace("_fsdp_wrapped_module.", ""): average for name, average in theirs.items()}
+        prefix = "module." if len(by_name.keys() & full.keys()) < len(full) else ""  # DDP's
         torch.testing.assert_close(
-            {name.removeprefix(prefix): average for name, average in named.items()}, dict(full), rtol=1e-4, atol=1e-6
+            {name.removeprefix(prefix): average for name, average in by_name.items()}, dict(full), rtol=1e-4, atol=1e-6
         )

@@ -16,7 +16,7 @@ from ema_dist.checkpoint.gathering import gather
 from ema_dist.checkpoint.weights.files import WeightFiles
 from ema_dist.cli.export import export
 from launch.benchmark.cases import Case
-from launch.benchmark.checkpoints import State
+from launch.benchmark.checkpoints import TrainingState
 from launch.benchmark.ways import Costs, Way, is_first, measured
 
 GATHERED = "full_state_dict, save_file, fsync"
@@ -26,70 +26,72 @@ EXPORT, EXPORT_SMALL = "ema-dist export", "ema-dist export, small files"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ExportSizes:
     """Bytes of all tensors, of files that are small, and of the largest tensor."""
 
-    whole: int
+    total: int
     small: int
     largest: int
 
     @classmethod
-    def of(cls, tensors: Iterable[Tensor]) -> "Sizes":
+    def of(cls, tensors: Iterable[Tensor]) -> "ExportSizes":
         sizes = [tensor.nbytes for tensor in tensors]
         return cls(sum(sizes), max(sum(sizes) // 8, *sizes), max(sizes))
 
-    def allowed(self, whole: str, small: str) -> dict[str, int]:
+    def allowed(self, total: str, small: str) -> dict[str, int]:
         """One file and one tensor, for ways with files of either size."""
-        return {whole: self.whole + self.largest, small: self.small + self.largest}
+        return {total: self.total + self.largest, small: self.small + self.largest}
 
 
 def gather_costs(device: torch.device, *, case: Case, repeats: int, folder: Path) -> list[Costs]:
     """Of writing everyone's averages from the first rank."""
-    ema = State(case, device).ema
-    sizes = Sizes.of(tensor for tensor in ema.full_shapes().values() if tensor is not None)
+    ema = TrainingState(case, device).ema
+    sizes = ExportSizes.of(tensor for tensor in ema.full_shapes().values() if tensor is not None)
 
-    def gathered() -> None:
+    def gather_and_save() -> None:
         full = ema.full_state_dict()
         if is_first():
             _save_file(full, folder / "gathered", sync=True)
 
     ways = {
-        GATHERED: Way(gathered, folder / "gathered"),
-        GATHER: Way(lambda: gather(ema, folder / "whole", max_shard_size=sizes.whole), folder / "whole"),
+        GATHERED: Way(gather_and_save, folder / "gathered"),
+        GATHER: Way(lambda: gather(ema, folder / "whole", max_shard_size=sizes.total), folder / "whole"),
         GATHER_SMALL: Way(lambda: gather(ema, folder / "small", max_shard_size=sizes.small), folder / "small"),
     }
     found = measured(ways, repeats=repeats, device=device)
     full = ema.full_state_dict()
     if is_first():
-        _require_alike([folder / "gathered", folder / "whole", folder / "small"], full)
+        _assert_files_equal([folder / "gathered", folder / "whole", folder / "small"], full)
     allowed = sizes.allowed(GATHER, GATHER_SMALL)
-    return [Costs("gather", case, case, sizes.whole, *found, allowed_bytes=allowed)]
+    return [Costs("gather", case, case, sizes.total, *found, allowed_bytes=allowed)]
 
 
 def export_costs(device: torch.device, *, case: Case, saved: Case, repeats: int, folder: Path) -> list[Costs]:
     """Of writing the averages in what another case has left in `folder`, in one process."""
-    averages = State(case, device).ema.full_state_dict()
-    sizes = Sizes.of(averages.values())
+    averages = TrainingState(case, device).ema.full_state_dict()
+    sizes = ExportSizes.of(averages.values())
     names = (SAVE_FILE, SAVE_FILE_CACHED, EXPORT, EXPORT_SMALL)
-    outs = {name: folder / f"export{index}" for index, name in enumerate(names)}
+    output_folders = {name: folder / f"export{index}" for index, name in enumerate(names)}
 
-    def exported(name: str, size: int) -> None:
+    def run_export(name: str, size: int) -> None:
         with redirect_stdout(io.StringIO()):
-            export(folder / "ours", outs[name], max_shard_size=f"{size // 1000 + 1}KB")
+            export(folder / "ours", output_folders[name], max_shard_size=f"{size // 1000 + 1}KB")
 
     ways = {
-        SAVE_FILE: Way(lambda: _save_file(averages, outs[SAVE_FILE], sync=True), outs[SAVE_FILE]),
-        SAVE_FILE_CACHED: Way(lambda: _save_file(averages, outs[SAVE_FILE_CACHED], sync=False), outs[SAVE_FILE_CACHED]),
-        EXPORT: Way(lambda: exported(EXPORT, sizes.whole), outs[EXPORT]),
-        EXPORT_SMALL: Way(lambda: exported(EXPORT_SMALL, sizes.small), outs[EXPORT_SMALL]),
+        SAVE_FILE: Way(lambda: _save_file(averages, output_folders[SAVE_FILE], sync=True), output_folders[SAVE_FILE]),
+        SAVE_FILE_CACHED: Way(
+            lambda: _save_file(averages, output_folders[SAVE_FILE_CACHED], sync=False), output_folders[SAVE_FILE_CACHED]
+        ),
+        EXPORT: Way(lambda: run_export(EXPORT, sizes.total), output_folders[EXPORT]),
+        EXPORT_SMALL: Way(lambda: run_export(EXPORT_SMALL, sizes.small), output_folders[EXPORT_SMALL]),
     }
     costs: list[Costs] = []
     allowed = sizes.allowed(EXPORT, EXPORT_SMALL)
     for forgotten in (None, folder / "ours"):
         found = measured(ways, repeats=repeats, device=device, forgotten=forgotten)
         cold = forgotten is not None
-        costs.append(Costs("export", case, saved, sizes.whole, *found, cold=cold, allowed_bytes=allowed))
-    _require_alike([*outs.values()], averages)
+        costs.append(Costs("export", case, saved, sizes.total, *found, cold=cold, allowed_bytes=allowed))
+    _assert_files_equal([*output_folders.values()], averages)
     return costs
 
 
@@ -101,7 +103,7 @@ def _save_file(tensors: Mapping[str, Tensor], folder: Path, *, sync: bool) -> No
             os.fsync(file.fileno())
 
 
-def _require_alike(folders: list[Path], expected: Mapping[str, Any]) -> None:
+def _assert_files_equal(folders: list[Path], expected: Mapping[str, Any]) -> None:
     """Whoever writes something else has not taken part."""
     for folder in folders:
         found = WeightFiles(folder)

@@ -11,7 +11,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Spread:
+class Sharding:
     """A model over `shards * replicas` ranks: `shards` of them hold it together, `replicas` such groups hold it alike.
 
     DDP has one shard, FSDP2 one replica, HSDP several of both.
@@ -30,11 +30,11 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Kept:
+class ElementSizes:
     """What is kept of each element: bytes of the live weight, bytes of an average of it, and how many averages."""
 
-    live_width: int = 4
-    average_width: int = 4
+    live_itemsize: int = 4
+    average_itemsize: int = 4
     tracks: int = 1
 
 
@@ -48,13 +48,17 @@ class Passes:
     live: float
     average: float
 
-    def bytes(self, elements: int, kept: Kept) -> int:
+    def bytes(self, elements: int, element_sizes: ElementSizes) -> int:
         """Of all tracks together, each in passes of its own."""
-        return int(elements * kept.tracks * (self.live * kept.live_width + self.average * kept.average_width))
+        return int(
+            elements
+            * element_sizes.tracks
+            * (self.live * element_sizes.live_itemsize + self.average * element_sizes.average_itemsize)
+        )
 
 
 @dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """A training step of the whole job.
 
     Args:
@@ -64,69 +68,71 @@ class Step:
     """
 
     tokens: float
-    operations_per_second: float
+    flops_per_second: float
     memory_bandwidth: float
 
 
-def rows_of(rows: int, parts: int, place: int) -> int:
+def chunk_rows_of(rows: int, parts: int, index: int) -> int:
     """Rows of one part: all parts have ``ceil(rows / parts)``, the last ones fewer or none.
 
     Source: `torch.Tensor.chunk`, by which FSDP2 and `ema_dist` cut.
     """
-    each = math.ceil(rows / parts)
-    return max(0, min(each, rows - place * each))
+    rows_per_part = math.ceil(rows / parts)
+    return max(0, min(rows_per_part, rows - index * rows_per_part))
 
 
-def live_elements(shapes: Iterable[Shape], spread: Spread, rank: int = 0) -> int:
+def live_elements(shapes: Iterable[Shape], sharding: Sharding, rank: int = 0) -> int:
     """Elements of live weights on a rank; none has more than the first."""
-    return sum(_rows(shape, spread, rank) * _row(shape) for shape in shapes)
+    return sum(_shard_rows(shape, sharding, rank) * _row_elements(shape) for shape in shapes)
 
 
-def average_elements(shapes: Iterable[Shape], spread: Spread, rank: int = 0) -> int:
+def average_elements(shapes: Iterable[Shape], sharding: Sharding, rank: int = 0) -> int:
     """Elements of one track's averages on a rank; none has more than the first. A scalar is whole on every rank."""
-    parts = spread.replicas if spread.split else 1
+    parts = sharding.replicas if sharding.split else 1
     return sum(
-        rows_of(_rows(shape, spread, rank), parts, rank // spread.shards % parts) * _row(shape) if shape else 1
+        chunk_rows_of(_shard_rows(shape, sharding, rank), parts, rank // sharding.shards % parts) * _row_elements(shape)
+        if shape
+        else 1
         for shape in shapes
     )
 
 
-def average_bytes(elements: int, kept: Kept) -> int:
+def average_bytes(elements: int, element_sizes: ElementSizes) -> int:
     """Memory for the averages of so many elements."""
-    return elements * kept.tracks * kept.average_width
+    return elements * element_sizes.tracks * element_sizes.average_itemsize
 
 
-def update_bytes(elements: int, kept: Kept) -> int:
+def update_bytes(elements: int, element_sizes: ElementSizes) -> int:
     """What an update of the averages of so many elements moves: each live weight is read once for all tracks."""
-    return elements * (kept.live_width + 2 * kept.average_width * kept.tracks)
+    return elements * (element_sizes.live_itemsize + 2 * element_sizes.average_itemsize * element_sizes.tracks)
 
 
-def swap_network_bytes(shapes: Sequence[Shape], spread: Spread, kept: Kept, rank: int = 0) -> int:
+def swap_network_bytes(shapes: Sequence[Shape], sharding: Sharding, element_sizes: ElementSizes, rank: int = 0) -> int:
     """What passes a rank's network when averages go into the model; their leaving takes the same less the checksums.
 
     Each replica sends its part of every tensor to the others, so all parts pass each rank, its own on the way out.
     First the replicas compare 8 bytes for each tensor.
     """
-    if not spread.split or spread.replicas == 1:
+    if not sharding.split or sharding.replicas == 1:
         return 0
-    parts = live_elements((shape for shape in shapes if shape), spread, rank) * kept.live_width
-    return parts + 8 * len(shapes) * spread.replicas
+    parts = live_elements((shape for shape in shapes if shape), sharding, rank) * element_sizes.live_itemsize
+    return parts + 8 * len(shapes) * sharding.replicas
 
 
-def checkpoint_bytes(elements: int, kept: Kept) -> int:
+def checkpoint_bytes(elements: int, element_sizes: ElementSizes) -> int:
     """What the averages of so many elements add to a checkpoint; each rank writes the part it keeps."""
-    return average_bytes(elements, kept)
+    return average_bytes(elements, element_sizes)
 
 
-def share_of_step(spread: Spread, kept: Kept, step: Step) -> float:
+def update_time_ratio(sharding: Sharding, element_sizes: ElementSizes, step: TrainingStep) -> float:
     """Time of an update over the time of the rest of a training step, when one rank's memory is what limits it.
 
     A step takes 6 floating-point operations for each parameter and token (Kaplan et al. 2020, section 2.1). Ranks share
     both, so their number cancels, unless replicas average the same rows again.
     """
-    again = 1 if spread.split else spread.replicas
-    update = update_bytes(1, kept) * again / step.memory_bandwidth
-    return update / (6 * step.tokens / step.operations_per_second)
+    redundancy = 1 if sharding.split else sharding.replicas
+    update = update_bytes(1, element_sizes) * redundancy / step.memory_bandwidth
+    return update / (6 * step.tokens / step.flops_per_second)
 
 
 @dataclass(frozen=True)
@@ -137,14 +143,14 @@ class Decoder:
     layers: int
     width: int
     hidden: int
-    key_width: int
+    kv_width: int
     vocabulary: int
 
     def shapes(self) -> list[Shape]:
         block: list[Shape] = [
             (self.width, self.width),
-            (self.key_width, self.width),
-            (self.key_width, self.width),
+            (self.kv_width, self.width),
+            (self.kv_width, self.width),
             (self.width, self.width),
             (self.hidden, self.width),
             (self.hidden, self.width),
@@ -152,17 +158,17 @@ class Decoder:
             (self.width,),
             (self.width,),
         ]
-        ends: list[Shape] = [(self.vocabulary, self.width), (self.vocabulary, self.width), (self.width,)]
-        return self.layers * block + ends
+        outside_blocks: list[Shape] = [(self.vocabulary, self.width), (self.vocabulary, self.width), (self.width,)]
+        return self.layers * block + outside_blocks
 
     def elements(self) -> int:
         return sum(map(math.prod, self.shapes()))
 
 
-def _rows(shape: Shape, spread: Spread, rank: int) -> int:
-    return rows_of(shape[0], spread.shards, rank % spread.shards) if shape else 1
+def _shard_rows(shape: Shape, sharding: Sharding, rank: int) -> int:
+    return chunk_rows_of(shape[0], sharding.shards, rank % sharding.shards) if shape else 1
 
 
-def _row(shape: Shape) -> int:
+def _row_elements(shape: Shape) -> int:
     """Elements of one row."""
     return math.prod(shape[1:])

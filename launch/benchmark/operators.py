@@ -12,7 +12,7 @@ WRITES_ONLY = {"copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_"}
 """Operators that write to an argument without reading it."""
 
 
-class Operators(TorchDispatchMode):
+class OperatorCounter(TorchDispatchMode):
     """Counts what runs inside its `with` block on plain tensors, whatever they are wrapped in.
 
     Views and empty tensors are no work and do not count. What a compiled kernel does inside is not seen.
@@ -21,13 +21,13 @@ class Operators(TorchDispatchMode):
         of: only bytes in the storage of these tensors count; None for those of all tensors.
     """
 
-    def __init__(self, of: Iterable[Tensor] | None = None) -> None:
+    def __init__(self, tensors: Iterable[Tensor] | None = None) -> None:
         super().__init__()
         self.count = 0
         self.bytes_moved = 0
         self.bytes_sent = 0
         """Payload of collectives, as one rank sees it."""
-        self._storages = None if of is None else {_storage(tensor) for tensor in of}
+        self._storages = None if tensors is None else {_storage(tensor) for tensor in tensors}
 
     def __torch_dispatch__(
         self,
@@ -41,21 +41,21 @@ class Operators(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
             self.bytes_sent += sum(tensor.nbytes for tensor in _tensors(args[0]))
-        elif func.namespace == "aten" and _does_something(func):
+        elif func.namespace == "aten" and _is_counted(func):
             self.count += 1
-            self.bytes_moved += sum(map(self._nbytes, self._touched(func, args, kwargs or {}, result)))
+            self.bytes_moved += sum(map(self._nbytes, self._accessed(func, args, kwargs or {}, result)))
         return result
 
-    def _touched(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: object) -> Iterator[Tensor]:  # noqa: ANN401
+    def _accessed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: object) -> Iterator[Tensor]:  # noqa: ANN401
         """Each tensor that is read, and each that is written to."""
         name = func.overloadpacket.__name__
-        for place, argument in enumerate(func._schema.arguments):  # noqa: SLF001 - how torch says what is written to
-            given = args[place] if place < len(args) else kwargs.get(argument.name)
+        for index, argument in enumerate(func._schema.arguments):  # noqa: SLF001 - how torch says what is written to
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             if is_written:
-                yield from _tensors(given)
+                yield from _tensors(value)
             if not (is_written and name in WRITES_ONLY):
-                yield from _tensors(given)
+                yield from _tensors(value)
         if all(returned.alias_info is None for returned in func._schema.returns):  # noqa: SLF001
             yield from _tensors(result)
 
@@ -63,17 +63,19 @@ class Operators(TorchDispatchMode):
         return tensor.nbytes if self._storages is None or _storage(tensor) in self._storages else 0
 
 
-def operators_in(call: Callable[[], object], *, of: Iterable[Tensor] | None = None) -> Operators:
+def count_operators(call: Callable[[], object], *, tensors: Iterable[Tensor] | None = None) -> OperatorCounter:
     """What one call asks of torch."""
-    with Operators(of) as operators:
+    with OperatorCounter(tensors) as operators:
         call()
     return operators
 
 
-def _does_something(func: Any) -> bool:  # noqa: ANN401
+def _is_counted(func: Any) -> bool:  # noqa: ANN401
     """Neither a view nor memory that nobody has written to yet."""
     returns = func._schema.returns  # noqa: SLF001
-    is_view = bool(returns) and all(it.alias_info is not None and not it.alias_info.is_write for it in returns)
+    is_view = bool(returns) and all(
+        returned.alias_info is not None and not returned.alias_info.is_write for returned in returns
+    )
     return not is_view and not func.overloadpacket.__name__.startswith(("empty", "new_empty", "detach"))
 
 

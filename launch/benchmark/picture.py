@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from launch.benchmark.average_report import PICTURE, AverageResults, update_case
 from launch.benchmark.average_tables import SHORT, shown_ratio
 from launch.benchmark.cases import Transformer
-from launch.benchmark.peers import FOREACH, OURS, OURS_WHOLE
+from launch.benchmark.peers import FOREACH, OURS, OURS_COPY
 from launch.benchmark.results import times_reference
 from launch.benchmark.updates import COPY, UpdateCosts
 
@@ -41,7 +41,7 @@ def _draw(axes: Axes, costs: UpdateCosts) -> None:
     ratios = {name: ratio for name, ratio in times_reference(costs.seconds).items() if name != COPY}
     names = sorted(ratios, key=lambda name: ratios[name]) + list(costs.failures)
     widths = [ratios.get(name, 0.0) for name in names]
-    colors = [OUR_COLOR if n in {OURS, OURS_WHOLE} else FLOOR_COLOR if n == FOREACH else PEER_COLOR for n in names]
+    colors = [OUR_COLOR if n in {OURS, OURS_COPY} else FLOOR_COLOR if n == FOREACH else PEER_COLOR for n in names]
     axes.barh(range(len(names)), widths, color=colors)
     furthest = max([1.0, *widths])
     for place, name in enumerate(names):

@@ -3,9 +3,9 @@
 from contextlib import suppress
 from importlib import import_module
 
-PEERS = ("diffusers.training_utils", "ema_pytorch", "pytorch_lightning.callbacks")
-NEEDED = ("ema_dist.cli.export", "matplotlib.figure", "rich.table", "sklearn.datasets")
+PEER_MODULES = ("diffusers.training_utils", "ema_pytorch", "pytorch_lightning.callbacks")
+OWN_MODULES = ("ema_dist.cli.export", "matplotlib.figure", "rich.table", "sklearn.datasets")
 
-for name in (*PEERS, *NEEDED):
+for name in (*PEER_MODULES, *OWN_MODULES):
     with suppress(Exception):  # whoever asks for it gets to know why it cannot be had
         import_module(name)

@@ -9,11 +9,11 @@ from torch.optim import AdamW
 
 from launch.benchmark.cases import DECAY, Case, Parallel
 from launch.benchmark.measure import highest, in_turn
-from launch.benchmark.peers import Averaging, ways
-from launch.benchmark.updates import attempt
+from launch.benchmark.peers import Averager, averaging_methods
+from launch.benchmark.updates import make_or_explain
 from launch.recipe.data import Batches, load_images
 from launch.recipe.model import VisionTransformer
-from launch.recipe.parallel import data_shard, wrap
+from launch.recipe.parallel import data_rank_and_size, wrap
 from launch.recipe.stopwatch import stopwatch
 
 BATCH_SIZE = 48
@@ -41,29 +41,29 @@ def step_shares(device: torch.device, *, case: Case, repeats: int) -> StepShares
     """Only the layout of `case` counts: the model is the one of `train.py`."""
     model = wrap(VisionTransformer(), case.parallel, device)
     optimizer = AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    batches = Batches(load_images(device)[0], BATCH_SIZE, 0, *data_shard(case.parallel))
+    batches = Batches(load_images(device)[0], BATCH_SIZE, 0, *data_rank_and_size(case.parallel))
     pixels, labels = next(iter(batches.epoch(1)))
-    steps = stopwatch(device)
+    step_watch = stopwatch(device)
     seconds_step: list[float] = []
 
     def step(_: str = "") -> None:
-        with steps:
+        with step_watch:
             optimizer.zero_grad()
             F.cross_entropy(model(pixels), labels).backward()
             optimizer.step()
-        seconds_step.append(steps.read())
+        seconds_step.append(step_watch.read())
 
-    found: dict[str, Averaging] = {}
+    averagers: dict[str, Averager] = {}
     failures: dict[str, str] = {}
-    for name, way in ways(case).items():
-        made = attempt(way.make, model, [DECAY], device)
-        if isinstance(made, str):
-            failures[name] = made
+    for name, method in averaging_methods(case).items():
+        averager = make_or_explain(method.make, model, [DECAY], device)
+        if isinstance(averager, str):
+            failures[name] = averager
         else:
-            found[name] = made
+            averagers[name] = averager
     step()  # the optimizer makes its state in the first one
     seconds_step.clear()
-    updates = {name: averaging.update for name, averaging in found.items()}
+    updates = {name: averager.update for name, averager in averagers.items()}
     seconds = in_turn(updates, before=step, repeats=repeats, device=device)
     slowest = {name: highest(samples, device) for name, samples in seconds.items()}
     return StepShares(case.parallel, case.ranks, highest(seconds_step, device), slowest, failures)

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ema_dist import ShardedEMA
-from launch.benchmark.cases import DECAY, LIVE_DTYPES, Case, SmallTensors, change_weights, local, nbytes
+from launch.benchmark.cases import DECAY, LIVE_DTYPES, Case, SmallTensors, local, nbytes, scale_weights
 from launch.benchmark.measure import highest, in_turn, peak_memory
-from launch.benchmark.peers import COPYING, OURS, SERVING, SWAPPING, Averaging, ours
-from launch.benchmark.updates import attempt
+from launch.benchmark.peers import OURS, PEER_METHODS, SERVING, SWAPPING_PEERS, Averager, sharded_ema
+from launch.benchmark.updates import make_or_explain
 from launch.recipe.stopwatch import stopwatch
 
 SWAPPED = f"{OURS}.swapped()"
@@ -57,26 +57,28 @@ class ExportCosts:
 
 def swap_costs(device: torch.device, *, case: Case, repeats: int) -> SwapCosts:
     """Of our ways, and of those peers that have one."""
-    model = case.wrapped(device)
+    model = case.build_model(device)
     costs = SwapCosts(case)
-    makes = {SWAPPED: ours, SERVING: partial(ours, serving=True)} | {name: COPYING[name].make for name in SWAPPING}
+    factories = {SWAPPED: sharded_ema, SERVING: partial(sharded_ema, serving=True)} | {
+        name: PEER_METHODS[name].make for name in SWAPPING_PEERS
+    }
     swaps: dict[str, Swap] = {}
-    for name, make in makes.items():
-        made = attempt(partial(_made_and_swapped, make), model, [DECAY], device)
-        if isinstance(made, str):
-            costs.failures[name] = made
+    for name, make in factories.items():
+        averager = make_or_explain(partial(_make_and_swap, make), model, [DECAY], device)
+        if isinstance(averager, str):
+            costs.failures[name] = averager
             continue
-        swaps[name] = _swap(made)
-        (held,) = highest([nbytes(local(average) for average in made.averages()[0].values())], device)
+        swaps[name] = _swap(averager)
+        (held,) = highest([nbytes(local(average) for average in averager.averages()[0].values())], device)
         costs.held_bytes[name] = int(held)
-    change_weights(model, factor=1.5)
-    _require_alike_inside(swaps, model, case, device)
+    scale_weights(model, factor=1.5)
+    _assert_outputs_close(swaps, model, case, device)
     _measure(costs, swaps, model, repeats, device)
     return costs
 
 
 def full_state_costs(device: torch.device, *, case: Case, repeats: int) -> ExportCosts:
-    ema = ShardedEMA(case.wrapped(device), decay=DECAY)
+    ema = ShardedEMA(case.build_model(device), decay=DECAY)
     watch, memory = stopwatch(device), peak_memory(device)
     seconds: list[float] = []
     extra_bytes: list[int] = []
@@ -91,25 +93,25 @@ def full_state_costs(device: torch.device, *, case: Case, repeats: int) -> Expor
         seconds.append(watch.read())
         del gathered
     first = dist.get_rank() == 0
-    extra, others = highest([max(extra_bytes) if first else 0, 0 if first else max(extra_bytes)], device)
-    return ExportCosts(case, sum(sizes), max(sizes, default=0), int(extra), int(others), highest(seconds, device))
+    extra, other_ranks = highest([max(extra_bytes) if first else 0, 0 if first else max(extra_bytes)], device)
+    return ExportCosts(case, sum(sizes), max(sizes, default=0), int(extra), int(other_ranks), highest(seconds, device))
 
 
-def _made_and_swapped(
-    make: Callable[[nn.Module, Sequence[float]], Averaging], model: nn.Module, decays: Sequence[float]
-) -> Averaging:
-    averaging = make(model, decays)
-    with _swap(averaging)():
-        return averaging
+def _make_and_swap(
+    make: Callable[[nn.Module, Sequence[float]], Averager], model: nn.Module, decays: Sequence[float]
+) -> Averager:
+    averager = make(model, decays)
+    with _swap(averager)():
+        return averager
 
 
-def _swap(averaging: Averaging) -> Swap:
-    assert averaging.swapped is not None
-    return averaging.swapped
+def _swap(averager: Averager) -> Swap:
+    assert averager.swapped is not None
+    return averager.swapped
 
 
 @torch.no_grad()
-def _require_alike_inside(swaps: Mapping[str, Swap], model: nn.Module, case: Case, device: torch.device) -> None:
+def _assert_outputs_close(swaps: Mapping[str, Swap], model: nn.Module, case: Case, device: torch.device) -> None:
     """Whoever computes something else has not taken part."""
     width = case.shape.side if isinstance(case.shape, SmallTensors) else case.shape.width
     inputs = torch.randn(1, 2, width, device=device, dtype=LIVE_DTYPES[case.live])
@@ -123,30 +125,30 @@ def _require_alike_inside(swaps: Mapping[str, Swap], model: nn.Module, case: Cas
 
 def _measure(costs: SwapCosts, swaps: Mapping[str, Swap], model: nn.Module, repeats: int, device: torch.device) -> None:
     """Memory apart from the times: who gave memory back must wait to get it again."""
-    leaving, memory = stopwatch(device), peak_memory(device)
+    leave_watch, memory = stopwatch(device), peak_memory(device)
     stack = ExitStack()
     seconds_out: dict[str, list[float]] = {name: [] for name in swaps}
-    taken: dict[str, list[int]] = {name: [] for name in swaps}
+    peak_bytes: dict[str, list[int]] = {name: [] for name in swaps}
 
     def leave(name: str) -> None:
-        with leaving:
+        with leave_watch:
             stack.close()
-        seconds_out[name].append(leaving.read())
+        seconds_out[name].append(leave_watch.read())
 
     def leave_and_read(name: str) -> None:
         stack.close()
-        taken[name].append(memory.read())
+        peak_bytes[name].append(memory.read())
 
-    def write(_: str) -> None:
-        change_weights(model, factor=1.0)
+    def touch_weights(_: str) -> None:
+        scale_weights(model, factor=1.0)
 
     runs = {name: partial(_enter, stack, swap) for name, swap in swaps.items()}
-    seconds_in = in_turn(runs, before=write, after=leave, repeats=repeats, device=device)
+    seconds_in = in_turn(runs, before=touch_weights, after=leave, repeats=repeats, device=device)
     in_turn(runs, before=lambda _: memory.reset(), after=leave_and_read, repeats=MEMORY_TURNS, device=device)
     for name in swaps:
         costs.seconds_in[name] = highest(seconds_in[name], device)
         costs.seconds_out[name] = highest(seconds_out[name], device)
-        costs.extra_bytes[name] = int(highest([max(taken[name])], device)[0])
+        costs.extra_bytes[name] = int(highest([max(peak_bytes[name])], device)[0])
 
 
 def _enter(stack: ExitStack, swap: Swap) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from launch.benchmark.cases import Case, Live, Parallel, Transformer
+from launch.benchmark.cases import Case, LiveDtype, Parallel, Transformer
 from launch.benchmark.results import Environment
 from launch.benchmark.run import Run, write
-from launch.cost.measure import costs
+from launch.cost.measure import measure_costs
 from launch.cost.report import CostResults, cost_tables
 
 LAYOUTS: list[tuple[Parallel, int, bool]] = [
@@ -33,22 +33,22 @@ LAYOUTS: list[tuple[Parallel, int, bool]] = [
     ("hsdp", 4, False),
 ]
 """The last of each says whether replicas split the averages."""
-KEPT: list[tuple[Live, int]] = [("float32", 1), ("bfloat16", 1), ("bfloat16", 2)]
+DTYPES_AND_TRACKS: list[tuple[LiveDtype, int]] = [("float32", 1), ("bfloat16", 1), ("bfloat16", 2)]
 """Dtypes of live weights, and numbers of tracks; several of the live dtype may find the weights in the cache."""
-CHECKED = Transformer(blocks=2, width=770)
+MEASURED_MODEL = Transformer(blocks=2, width=770)
 """770 rows do not divide by 4, nor do the 50257 of the head by 2."""
 
 
 def main() -> None:
     args = parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 120)
-    shape = Transformer(1, 18, 97) if args.quick else CHECKED
+    shape = Transformer(1, 18, 97) if args.quick else MEASURED_MODEL
     run = Run(args.device, args.quick, Path(tempfile.gettempdir()), console, shape)
     results = CostResults(Environment.here(args.device))
     for parallel, ranks, split in LAYOUTS:
-        for live, tracks in KEPT:
-            measured = partial(costs, split=split, tracks=tracks, repeats=args.repeats)
-            results.costs += run.measure(measured, Case(parallel, ranks, shape, live), results.not_measured)
+        for live, tracks in DTYPES_AND_TRACKS:
+            measure_case = partial(measure_costs, split=split, tracks=tracks, repeats=args.repeats)
+            results.costs += run.measure(measure_case, Case(parallel, ranks, shape, live), results.not_measured)
     tables = cost_tables(results)
     for table in tables:
         console.print(table.for_terminal())

@@ -47,21 +47,21 @@ class Batches:
     batch_size: int
     seed: int
     data_rank: int
-    data_ranks: int
+    data_world_size: int
 
     def __post_init__(self) -> None:
         if not 0 < self.batch_size <= len(self.images):
             raise ValueError(f"a batch of {self.batch_size} images cannot be drawn from {len(self.images)}")
-        if self.batch_size % self.data_ranks:
+        if self.batch_size % self.data_world_size:
             raise ValueError(
-                f"a batch of {self.batch_size} images does not divide over {self.data_ranks} data-parallel ranks: "
-                f"pass --batch-size with a multiple of {self.data_ranks}"
+                f"a batch of {self.batch_size} images does not divide over {self.data_world_size} data-parallel ranks: "
+                f"pass --batch-size with a multiple of {self.data_world_size}"
             )
 
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
 
-    def epoch(self, epoch: int, *, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The (pixels, labels) of this rank for every step of one epoch; the images left over sit this epoch out.
 
         Args:
@@ -71,13 +71,13 @@ class Batches:
         device = self.images.labels.device
         order = torch.randperm(len(self.images), generator=generator).to(device)
         shifts = torch.randint(3, (len(self.images), 2), generator=generator).to(device)
-        for step in range(first, len(self)):
+        for step in range(first_step, len(self)):
             start = step * self.batch_size + self.data_rank
-            chosen = order[start : (step + 1) * self.batch_size : self.data_ranks]
-            yield shifted(self.images.pixels[chosen], shifts[chosen]), self.images.labels[chosen]
+            indices = order[start : (step + 1) * self.batch_size : self.data_world_size]
+            yield shift_images(self.images.pixels[indices], shifts[indices]), self.images.labels[indices]
 
 
-def shifted(pixels: Tensor, shifts: Tensor) -> Tensor:
+def shift_images(pixels: Tensor, shifts: Tensor) -> Tensor:
     """Each image moved by up to one pixel in each direction, its border filled with paper.
 
     Shape: pixels (count, 1, side, side), shifts (count, 2) of 0, 1 or 2.

@@ -17,11 +17,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        query, key, value = (self._heads(project(tokens)) for project in (self.query, self.key, self.value))
+        query, key, value = (self._split_heads(project(tokens)) for project in (self.query, self.key, self.value))
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
-    def _heads(self, projected: Tensor) -> Tensor:
+    def _split_heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
 

@@ -29,7 +29,7 @@ def process_group(device_type: str) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         store, rank, ranks = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt {_attempt()}", store)
+        store = dist.PrefixStore(f"attempt {_restart_count()}", store)
         dist.init_process_group(BACKENDS[device_type], store=store, rank=rank, world_size=ranks)
     else:
         dist.init_process_group(BACKENDS[device_type], store=dist.HashStore(), rank=0, world_size=1)
@@ -40,7 +40,7 @@ def process_group(device_type: str) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def _attempt() -> str:
+def _restart_count() -> str:
     """How many times torchrun has restarted the ranks.
 
     torch 2.13 gives ranks that were restarted the store of those before them, with the addresses of those in it. On
@@ -51,10 +51,10 @@ def _attempt() -> str:
 
 def wrap(model: VisionTransformer, parallel: str, device: torch.device) -> nn.Module:
     """`model` on `device` in the layout that `--parallel` names."""
-    return WRAPS[parallel](model.to(device))
+    return WRAPPERS[parallel](model.to(device))
 
 
-def data_shard(parallel: str) -> tuple[int, int]:
+def data_rank_and_size(parallel: str) -> tuple[int, int]:
     """Which part of each batch this rank takes, of how many; tensor parallelism feeds every rank the same."""
     if parallel == "tp":
         return 0, 1
@@ -130,7 +130,7 @@ def _tp(model: VisionTransformer) -> nn.Module:
     return parallelize_module(model, _mesh(model, tensor=ranks), plan)
 
 
-WRAPS: dict[str, Callable[[VisionTransformer], nn.Module]] = {
+WRAPPERS: dict[str, Callable[[VisionTransformer], nn.Module]] = {
     "plain": _plain,
     "ddp": _ddp,
     "fsdp1": _fsdp1,

@@ -16,7 +16,7 @@ class Preempted(BaseException):
     """Leaves the training from wherever the ranks have agreed to stop; no error that anything should catch."""
 
 
-class Preemption:
+class PreemptionHandler:
     """Whether any rank was told to stop, by SIGTERM (torchrun and schedulers send it) or SIGUSR1.
 
     torchrun sends SIGTERM to the others too when a rank has died. Then there is nobody to agree with: they end at once,
@@ -26,33 +26,33 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self._told = False
-        of_ranks: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, (socket.gethostname(), os.getpid()))
-        self._neighbours = [pid for host, pid in of_ranks if host == socket.gethostname()]
-        told, tell = os.pipe()
-        os.set_blocking(tell, False)
-        signal.set_wakeup_fd(tell)  # is written to while Python waits in a collective and runs no handler
-        threading.Thread(target=self._leave_if_bereft, args=(told,), daemon=True).start()
+        self._is_signalled = False
+        hosts_and_pids: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
+        dist.all_gather_object(hosts_and_pids, (socket.gethostname(), os.getpid()))
+        self._local_pids = [pid for host, pid in hosts_and_pids if host == socket.gethostname()]
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end)  # is written to while Python waits in a collective and runs no handler
+        threading.Thread(target=self._exit_if_a_peer_died, args=(read_end,), daemon=True).start()
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self._on_signal)
 
-    def agreed(self) -> bool:
+    def should_stop(self) -> bool:
         """The same answer on every rank, so that all of them save and leave at the same batch.
 
         Collective: every rank, through gloo, so that no device is waited for.
         """
-        told = torch.tensor([self._told], dtype=torch.int32)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return bool(told.item())
+        signalled = torch.tensor([self._is_signalled], dtype=torch.int32)
+        dist.all_reduce(signalled, dist.ReduceOp.MAX)
+        return bool(signalled.item())
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self._told = True
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._is_signalled = True
 
-    def _leave_if_bereft(self, told: int) -> None:
-        while os.read(told, 1)[0] not in SIGNALS:
+    def _exit_if_a_peer_died(self, read_end: int) -> None:
+        while os.read(read_end, 1)[0] not in SIGNALS:
             pass
-        if not all(map(_is_alive, self._neighbours)):
+        if not all(map(_is_alive, self._local_pids)):
             os._exit(1)
 
 

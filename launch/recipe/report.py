@@ -13,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .evaluation import Scores
 
 HEADING = " epoch   step | live loss  accuracy | average loss  accuracy | update()"
-LIVE, AVERAGE = "#b0572c", "#1f5fa8"
+LIVE_COLOR, AVERAGE_COLOR = "#b0572c", "#1f5fa8"
 
 
 @dataclass(frozen=True)
-class Row:
+class EpochMetrics:
     """One epoch: test scores of live and averaged weights, and `update()`'s share of the time of a step."""
 
     epoch: int
@@ -41,33 +41,35 @@ class Row:
 
 def progress_bar(rank: int) -> Progress:
     """A bar on rank 0's terminal; its console prints plain lines where there is no terminal, nothing on other ranks."""
-    terminal = sys.stdout.isatty()
-    console = Console(force_terminal=terminal, quiet=rank != 0, highlight=False, soft_wrap=True)
+    is_terminal = sys.stdout.isatty()
+    console = Console(force_terminal=is_terminal, quiet=rank != 0, highlight=False, soft_wrap=True)
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn()
-    return Progress(*columns, console=console, transient=True, disable=rank != 0 or not terminal)
+    return Progress(*columns, console=console, transient=True, disable=rank != 0 or not is_terminal)
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
+def write_csv(rows: list[EpochMetrics], path: Path) -> None:
     """`rows` as a table with the fields' names as its heading."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, [field.name for field in fields(EpochMetrics)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
 
 
-def write_curves(rows: list[Row], path: Path) -> None:
+def write_curves(rows: list[EpochMetrics], path: Path) -> None:
     """Loss and accuracy over the epochs, live against average."""
     epochs = [row.epoch for row in rows]
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    loss.plot(epochs, [row.live_loss for row in rows], ".-", color=LIVE, label="live weights")
-    loss.plot(epochs, [row.average_loss for row in rows], ".-", color=AVERAGE, label="averaged weights")
+    loss.plot(epochs, [row.live_loss for row in rows], ".-", color=LIVE_COLOR, label="live weights")
+    loss.plot(epochs, [row.average_loss for row in rows], ".-", color=AVERAGE_COLOR, label="averaged weights")
     loss.set(yscale="log", ylabel="test loss (cross-entropy, nats)")
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter(NullFormatter())
-    accuracy.plot(epochs, [100 * row.live_accuracy for row in rows], ".-", color=LIVE, label="live weights")
-    accuracy.plot(epochs, [100 * row.average_accuracy for row in rows], ".-", color=AVERAGE, label="averaged weights")
+    accuracy.plot(epochs, [100 * row.live_accuracy for row in rows], ".-", color=LIVE_COLOR, label="live weights")
+    accuracy.plot(
+        epochs, [100 * row.average_accuracy for row in rows], ".-", color=AVERAGE_COLOR, label="averaged weights"
+    )
     accuracy.set(ylabel="test accuracy (%)")
     for axes in (loss, accuracy):
         axes.set(xlabel="epoch")

@@ -10,22 +10,22 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ema_dist import checkpoint
 
-from .report import Row
+from .report import EpochMetrics
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a run has come: a DCP `Stateful`."""
 
-    schedule: LRScheduler
-    rows: list[Row] = field(default_factory=list)
+    lr_scheduler: LRScheduler
+    rows: list[EpochMetrics] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"schedule": self.schedule.state_dict(), "rows": [asdict(row) for row in self.rows]}
+        return {"schedule": self.lr_scheduler.state_dict(), "rows": [asdict(row) for row in self.rows]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.schedule.load_state_dict(state_dict["schedule"])
-        self.rows = [Row(**row) for row in state_dict["rows"]]
+        self.lr_scheduler.load_state_dict(state_dict["schedule"])
+        self.rows = [EpochMetrics(**row) for row in state_dict["rows"]]
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Checkpoints:
     root: Path | None
     state: MutableMapping[str, Any]
 
-    def resume(self, *, asked: bool) -> str:
+    def resume(self, *, is_requested: bool) -> str:
         """Continue from the newest sound checkpoint, if there is one; where the run starts, in words.
 
-        Collective: every rank. Raises: ValueError when there is one and nobody `asked` to resume.
+        Collective: every rank. Raises: ValueError when there is one and nobody `is_requested` to resume.
         """
-        newest = checkpoint.latest(self.root) if self.root else None
-        if self.root is None or newest is None:
-            return "starting from the beginning" + (f": no checkpoint in {self.root}" if asked else "")
-        if not asked:
+        newest_step = checkpoint.latest(self.root) if self.root else None
+        if self.root is None or newest_step is None:
+            return "starting from the beginning" + (f": no checkpoint in {self.root}" if is_requested else "")
+        if not is_requested:
             raise ValueError(
-                f"step {newest} in {self.root} is from an earlier run: pass --resume to continue it or another "
+                f"step {newest_step} in {self.root} is from an earlier run: pass --resume to continue it or another "
                 "--checkpoint-dir"
             )
         return f"continuing from step {checkpoint.load(self.state, self.root)} in {self.root}"

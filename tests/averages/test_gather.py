@@ -19,8 +19,8 @@ from tests.support.layouts import (
     full_weights,
     layouts,
     make_net,
-    resident_peak,
-    trained,
+    make_trained,
+    peak_resident_memory,
     wrap,
 )
 
@@ -29,7 +29,7 @@ from tests.support.layouts import (
 def test_names_are_those_of_the_unwrapped_state_dict(layout: str) -> None:
     """All of them, once; a user's submodule may be called `module` (failure 11)."""
     names = list(make_net(layout).state_dict())
-    _, ema = trained(layout)
+    _, ema = make_trained(layout)
     assert sorted(name for name, _ in ema.gather()) == sorted(names)
     for name, value in ema.gather():
         assert (value is None) == (dist.get_rank() > 0), name
@@ -37,7 +37,7 @@ def test_names_are_those_of_the_unwrapped_state_dict(layout: str) -> None:
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2-3", "hsdp")
 def test_tied_names_share_one_tensor_and_frozen_parameters_are_live(layout: str) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     live = full_weights(model)
     full = ema.full_state_dict()
     if full:
@@ -47,7 +47,7 @@ def test_tied_names_share_one_tensor_and_frozen_parameters_are_live(layout: str)
 
 
 def test_full_tensors_are_copies() -> None:
-    model, ema = trained("plain")
+    model, ema = make_trained("plain")
     full = ema.full_state_dict()
     kept = {name: value.clone() for name, value in full.items()}
     with torch.no_grad():
@@ -67,7 +67,7 @@ class Counted(nn.Linear):
         self.count = state["count"]
 
 
-def test_extra_states_are_in_it() -> None:
+def test_extra_states_are_included() -> None:
     model = nn.Sequential(Counted(2, 2))
     full = ShardedEMA(model).full_state_dict()
     fresh = nn.Sequential(Counted(2, 2))
@@ -81,7 +81,7 @@ def test_extra_states_are_in_it() -> None:
 @layouts("plain", "ddp", "ddp-3", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp", "fsdp2-tp")
 def test_copy_to_overwrites_live_weights(layout: str) -> None:
     """In the same model, one wrapped the same way, and an unwrapped one on every rank."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     with ema.swapped():
         averaged = full_weights(model)
     same_way, unwrapped = wrap(layout, make_net(layout, seed=1)), make_net(layout, seed=2)
@@ -95,7 +95,7 @@ def test_copy_to_overwrites_live_weights(layout: str) -> None:
 
 @layouts("plain", "ddp")
 def test_copy_to_reaches_every_name_of_a_target_that_is_not_tied(layout: str) -> None:
-    _, ema = trained(layout)
+    _, ema = make_trained(layout)
     target = make_net(layout, seed=1)
     target.head.weight = nn.Parameter(torch.zeros(5, 6))
     ema.copy_to(target)
@@ -108,7 +108,7 @@ def test_copy_to_reaches_every_name_of_a_target_that_is_not_tied(layout: str) ->
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2-3", "hsdp", "tp")
 def test_the_functional_form_between_two_wrapped_models(layout: str) -> None:
     """The seed's closed form; integer buffers are copied, where the seed truncates them."""
-    model, _ = trained(layout)
+    model, _ = make_trained(layout)
     ema_model = wrap(layout, make_net(layout, seed=1))
     live, average = full_weights(model), full_weights(ema_model)
     compute_ema(model, ema_model, smoothing=0.75)
@@ -175,7 +175,7 @@ def test_peak_memory_is_one_tensor_beyond_the_result() -> None:
     ema = ShardedEMA(fully_shard(layers))
     one = side * side * 4
     result = count * one if dist.get_rank() == 0 else 0
-    assert resident_peak(ema.full_state_dict) <= result + 2.5 * one
+    assert peak_resident_memory(ema.full_state_dict) <= result + 2.5 * one
 
 
 def test_an_update_between_entries_is_refused() -> None:

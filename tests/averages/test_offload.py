@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor import Shard as Rows
+from torch.distributed.tensor import Shard as ShardPlacement
 
 from ema_dist import Compensated, HalfLife, Offloaded, ShardedEMA, Stochastic, checkpoint
 from ema_dist.averages import offload
@@ -27,28 +27,28 @@ from ema_dist.averages.offload import Worker
 from ema_dist.averages.precision import Precision
 from ema_dist.averages.tracks import Averages
 from ema_dist.evaluation.serving import Serving
-from ema_dist.kernels import HostCopy, ToHost, host_copy
+from ema_dist.kernels import HostBuffer, HostCopier, host_copy
 from ema_dist.sharding import Layout
 from ema_dist.sharding.mesh_shard import MeshShard
 from tests.support.layouts import (
-    TORCH_WARNS,
+    IGNORED_WARNINGS,
     assert_bitwise_equal,
     evaluate,
     full_weights,
     layouts,
     make_net,
+    make_trained,
     peak_memory,
     train_step,
-    trained,
     wrap,
 )
-from tests.support.moves import in_world
+from tests.support.moves import run_in_world
 
 few_layouts = layouts("plain", "ddp-3", "fsdp1", "hsdp")
 some_layouts = layouts("plain", "ddp-3", "fsdp1", "fsdp2-3", "hsdp", "tp", "fsdp2-tp")
 
 
-class Both:
+class OffloadedAndInPlace:
     """A trained model with averages of both kinds, which follow it side by side."""
 
     def __init__(self, layout: str, store: Offloaded = Offloaded(), **settings: Any) -> None:  # noqa: ANN401, B008
@@ -73,7 +73,7 @@ class Both:
 
 @layouts()
 def test_averages_are_those_of_an_update_in_place(layout: str) -> None:
-    Both(layout).assert_alike()
+    OffloadedAndInPlace(layout).assert_alike()
 
 
 @few_layouts
@@ -88,13 +88,15 @@ def test_averages_are_those_of_an_update_in_place(layout: str) -> None:
     ],
     ids=str,
 )
-def test_whatever_the_settings(layout: str, settings: dict[str, Any]) -> None:
-    Both(layout, **settings).assert_alike()
+def test_offloaded_averages_match_under_all_settings(layout: str, settings: dict[str, Any]) -> None:
+    OffloadedAndInPlace(layout, **settings).assert_alike()
 
 
 @few_layouts
 @pytest.mark.parametrize("rounding", [Stochastic(seed=7), Compensated()], ids=str)
-def test_bfloat16_averages_are_rounded_alike(layout: str, rounding: Stochastic | Compensated, tmp_path: Path) -> None:
+def test_bfloat16_averages_are_rounded_as_in_place(
+    layout: str, rounding: Stochastic | Compensated, tmp_path: Path
+) -> None:
     model = wrap(layout, make_net(layout).bfloat16())
     settings: dict[str, Any] = {"decay": 0.9, "dtype": torch.bfloat16, "rounding": rounding}
     in_place, ema = ShardedEMA(model, **settings), ShardedEMA(model, **settings, store=Offloaded())
@@ -116,7 +118,7 @@ def test_bfloat16_averages_are_rounded_alike(layout: str, rounding: Stochastic |
 
 @pytest.mark.parametrize("skipped", [0.0, 1.0])
 def test_a_step_left_out_on_the_device_is_left_out(skipped: float) -> None:
-    both = Both("plain")
+    both = OffloadedAndInPlace("plain")
     both.train(2, found_inf=torch.tensor(skipped))
     both.assert_alike()
     assert both.ema.updates == (5 if skipped else 7)
@@ -146,7 +148,7 @@ def test_attached_to_a_fused_optimizer_it_leaves_out_what_a_scaler_skips(overlap
 
 @some_layouts
 def test_swaps_show_the_averages_and_give_the_live_weights_back(layout: str) -> None:
-    both = Both(layout)
+    both = OffloadedAndInPlace(layout)
     live = full_weights(both.model)
     with both.in_place.swapped():
         averaged = full_weights(both.model)
@@ -160,8 +162,8 @@ def test_swaps_show_the_averages_and_give_the_live_weights_back(layout: str) -> 
 
 @some_layouts
 @pytest.mark.filterwarnings("ignore:serving\\(\\) swaps")  # FSDP1
-def test_serving_reads_them(layout: str) -> None:
-    both = Both(layout)
+def test_serving_reads_offloaded_averages(layout: str) -> None:
+    both = OffloadedAndInPlace(layout)
     with both.in_place.serving():
         expected = evaluate(both.model)
     with both.ema.serving():
@@ -171,8 +173,8 @@ def test_serving_reads_them(layout: str) -> None:
 
 
 @some_layouts
-def test_full_tensors_are_taken_over_and_copied_to_models(layout: str) -> None:
-    both = Both(layout)
+def test_offloaded_averages_load_full_tensors_and_copy_to_models(layout: str) -> None:
+    both = OffloadedAndInPlace(layout)
     for ema in (both.in_place, both.ema):
         ema.load_full_state_dict(make_net(layout, seed=1).state_dict())
     both.train(2)
@@ -185,33 +187,33 @@ def test_full_tensors_are_taken_over_and_copied_to_models(layout: str) -> None:
 
 @pytest.mark.world_size(4)
 @pytest.mark.parametrize(
-    ("saved_as", "loaded_as"),
-    [("ddp", "fsdp2"), ("fsdp2", "hsdp"), pytest.param("fsdp1-hybrid", "fsdp1", marks=TORCH_WARNS)],
+    ("source_layout", "target_layout"),
+    [("ddp", "fsdp2"), ("fsdp2", "hsdp"), pytest.param("fsdp1-hybrid", "fsdp1", marks=IGNORED_WARNINGS)],
 )
 @pytest.mark.parametrize("stores", [(Offloaded(), None), (None, Offloaded()), (Offloaded(), Offloaded())], ids=str)
-def test_they_are_saved_and_resumed_whatever_the_store(
-    saved_as: str, loaded_as: str, stores: tuple[Offloaded | None, Offloaded | None], tmp_path: Path
+def test_averages_resume_from_either_store(
+    source_layout: str, target_layout: str, stores: tuple[Offloaded | None, Offloaded | None], tmp_path: Path
 ) -> None:
     def save() -> None:
-        model, ema = trained(saved_as, make_net(saved_as, loaded_as), store=stores[0])
+        model, ema = make_trained(source_layout, make_net(source_layout, target_layout), store=stores[0])
         checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=3)
         torch.save(ema.full_state_dict(), tmp_path / f"{dist.get_rank()}.pt")
 
     def load() -> None:
-        model = wrap(loaded_as, make_net(saved_as, loaded_as, seed=1))
+        model = wrap(target_layout, make_net(source_layout, target_layout, seed=1))
         ema = ShardedEMA(model, decay=0.8, store=stores[1])
         checkpoint.load({"model": model, "ema": ema}, tmp_path / "root")
         assert ema.updates == 3
         if full := ema.full_state_dict():
             assert_bitwise_equal(full, torch.load(tmp_path / "0.pt"))
 
-    in_world(4, tmp_path, save)
-    in_world(4, tmp_path, load)
+    run_in_world(4, tmp_path, save)
+    run_in_world(4, tmp_path, load)
 
 
 @layouts("plain", "fsdp2")
 def test_weights_that_are_cast_are_followed(layout: str) -> None:
-    both = Both(layout)
+    both = OffloadedAndInPlace(layout)
     both.model.to(torch.bfloat16)
     for _ in range(2):
         for ema in (both.in_place, both.ema):
@@ -242,13 +244,13 @@ class Gate:
     """Holds the worker before each update until it is let through."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._move = offload._move  # noqa: SLF001
+        self._run_kernels = offload._run_kernels  # noqa: SLF001
         self._open = threading.Semaphore(0)
-        monkeypatch.setattr(offload, "_move", self)
+        monkeypatch.setattr(offload, "_run_kernels", self)
 
     def __call__(self, *arguments: Any) -> None:  # noqa: ANN401
         assert self._open.acquire(timeout=30)
-        self._move(*arguments)
+        self._run_kernels(*arguments)
 
     def let_through(self, updates: int) -> None:
         self._open.release(updates)
@@ -311,7 +313,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
     ],
     ids=["state_dict", "full_state_dict", "swapped", "serving", "copy_to", "load_state_dict", "load_full_state_dict"],
 )
-def test_whoever_asks_for_averages_waits_for_them(
+def test_reading_averages_waits_for_pending_updates(
     ask: Callable[[ShardedEMA], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ema, average = one_weight()
@@ -335,7 +337,7 @@ def test_a_failure_is_raised_by_the_next_update_and_logged(
 ) -> None:
     model, ema, _ = one_weight()
     with monkeypatch.context() as patch:
-        patch.setattr(offload, "_move", failing)
+        patch.setattr(offload, "_run_kernels", failing)
         ema.update()
         wait_until(lambda: "an update of the averages failed: MemoryError('no more')" in caplog.text)
     match = r"failed on its thread: MemoryError\('no more'\).*construct ShardedEMA again"
@@ -348,9 +350,9 @@ def test_a_failure_is_raised_by_the_next_update_and_logged(
             call()
 
 
-def test_a_failure_is_raised_by_whoever_asks_for_averages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_raised_when_averages_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     _, ema, _ = one_weight(store=Offloaded(max_pending=3))
-    monkeypatch.setattr(offload, "_move", failing)
+    monkeypatch.setattr(offload, "_run_kernels", failing)
     ema.update()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="failed on its thread"):
@@ -359,11 +361,13 @@ def test_a_failure_is_raised_by_whoever_asks_for_averages(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("max_pending", [1, 2])
 @pytest.mark.parametrize("where", ["copying", "submitting"])
-def test_who_is_interrupted_does_not_mix_updates(where: str, max_pending: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_call_does_not_mix_updates(
+    where: str, max_pending: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No job is forgotten, and no copy is overwritten that is still to be read."""
     model, ema, average = one_weight(store=Offloaded(max_pending=max_pending))
     seen: list[float] = []
-    move, submit = offload._move, Worker.submit  # noqa: SLF001
+    move, submit = offload._run_kernels, Worker.submit  # noqa: SLF001
 
     def slowly(*arguments: Any) -> None:  # noqa: ANN401
         time.sleep(0.1)
@@ -375,12 +379,12 @@ def test_who_is_interrupted_does_not_mix_updates(where: str, max_pending: int, m
             submit(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(offload, "_move", slowly)
+    monkeypatch.setattr(offload, "_run_kernels", slowly)
     nn.init.constant_(model.weight, 1.0)
     ema.update()
     nn.init.constant_(model.weight, 2.0)
     with monkeypatch.context() as patch:
-        patch.setattr(*((HostCopy, "fill") if where == "copying" else (Worker, "submit")), interrupted)
+        patch.setattr(*((HostBuffer, "fill") if where == "copying" else (Worker, "submit")), interrupted)
         with pytest.raises(KeyboardInterrupt):
             ema.update()
     expected = [1.0] if where == "copying" else [1.0, 2.0]
@@ -397,7 +401,7 @@ def test_a_failure_does_not_hide_that_buffers_were_replaced(monkeypatch: pytest.
     with ema.serving():
         pass
     with monkeypatch.context() as patch:
-        patch.setattr(offload, "_move", failing)
+        patch.setattr(offload, "_run_kernels", failing)
         with suppress(RuntimeError):  # of buffers, and parameters may come to know
             ema.update()
         replaced = model.running_mean = torch.full((3,), 4.0)
@@ -409,11 +413,11 @@ def test_a_failure_does_not_hide_that_buffers_were_replaced(monkeypatch: pytest.
 
 
 @pytest.mark.world_size(2)
-def test_every_rank_hears_of_a_failure() -> None:
-    _, ema = trained("fsdp2", store=Offloaded())
+def test_a_failure_is_raised_on_every_rank() -> None:
+    _, ema = make_trained("fsdp2", store=Offloaded())
     match = r"on ranks \[1\]: an update of the averages failed on its thread: MemoryError"
     if dist.get_rank() == 1:
-        offload._move = failing  # noqa: SLF001  this process ends with the test
+        offload._run_kernels = failing  # noqa: SLF001  this process ends with the test
         match = "^an update of the averages failed on its thread: MemoryError"
     with suppress(RuntimeError):  # of buffers, and parameters may come to know
         ema.update()
@@ -429,7 +433,7 @@ def test_other_stores_are_refused() -> None:
 
 @pytest.mark.world_size(2)
 def test_updates_after_a_save_in_the_background_do_not_get_into_it(tmp_path: Path) -> None:
-    model, ema = trained("fsdp2", store=Offloaded())
+    model, ema = make_trained("fsdp2", store=Offloaded())
     expected = ema.full_state_dict()
     checkpoint.save({"ema": ema}, tmp_path, step=3, block=False)
     with torch.no_grad():
@@ -453,7 +457,7 @@ from ema_dist import Offloaded, ShardedEMA
 from ema_dist.averages import offload
 model = nn.Linear(2, 2)
 ema = ShardedEMA(model, store=Offloaded())
-moves = offload._move
+moves = offload._run_kernels
 """
 
 
@@ -462,27 +466,27 @@ def ended(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 
-def test_a_process_ends_when_the_last_update_is_done() -> None:
+def test_a_process_exits_after_its_last_update() -> None:
     process = ended("""
 def slowly(*arguments):
     time.sleep(0.5)
     moves(*arguments)
     print("moved")
-offload._move = slowly
+offload._run_kernels = slowly
 ema.update()
 print("end")
 """)
     assert (process.returncode, process.stdout.split(), process.stderr) == (0, ["end", "moved"], "")
 
 
-def test_a_kernel_with_threads_of_its_own_ends_so_too() -> None:
+def test_a_process_exits_after_a_multithreaded_kernel() -> None:
     """The interpreter starts no threads any more by then."""
     process = ended("""
 def slowly(*arguments):
     time.sleep(0.5)
     moves(*arguments)
     print(average[0, 0].item())
-offload._move = slowly
+offload._run_kernels = slowly
 torch.set_num_threads(2)
 model = nn.Linear(1024, 1024)
 nn.init.zeros_(model.weight)
@@ -494,12 +498,12 @@ ema.update()
     assert (process.returncode, process.stdout.split(), process.stderr) == (0, ["0.5"], "")
 
 
-def test_a_failure_that_nobody_can_be_told_of_any_more_is_logged() -> None:
+def test_a_failure_at_exit_is_logged() -> None:
     process = ended("""
 def failing(*arguments):
     time.sleep(0.5)
     raise MemoryError("no more")
-offload._move = failing
+offload._run_kernels = failing
 ema.update()
 """)
     assert process.returncode == 0
@@ -507,7 +511,7 @@ ema.update()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_forked_process_is_told_that_it_has_no_thread() -> None:
+def test_a_forked_process_gets_an_error() -> None:
     process = ended("""
 ema.update()
 ema.state_dict()
@@ -522,7 +526,7 @@ os.wait()
     assert "move on a thread of the process that this one was forked from" in process.stdout
 
 
-def test_it_takes_its_copies_of_the_live_weights_beside_the_averages() -> None:
+def test_memory_is_averages_plus_pending_copies_of_live_weights() -> None:
     model = nn.Linear(1024, 1024, bias=False).bfloat16()
     for max_pending in (1, 2):
         expected = model.weight.numel() * (4 + 2 * max_pending)
@@ -530,22 +534,22 @@ def test_it_takes_its_copies_of_the_live_weights_beside_the_averages() -> None:
         assert expected <= taken <= expected + 4 * 2**20  # and what kernels take
 
 
-def test_no_update_may_be_under_way_is_refused() -> None:
+def test_max_pending_0_is_refused() -> None:
     with pytest.raises(ValueError, match="max_pending is a number of updates, 1 or more, got 0"):
         Offloaded(max_pending=0)
 
 
-def test_serving_says_that_averages_are_elsewhere() -> None:
+def test_serving_mode_names_the_offloaded_averages() -> None:
     model, _, _ = one_weight()
     layout = Layout(model)
-    averages = Averages(layout, ["weight"], precision=Precision(), lerped_buffers=())
+    averages = Averages(layout, ["weight"], precision=Precision(), averaged_buffers=())
     averages.parameters = {name: average.to("meta") for name, average in averages.parameters.items()}
-    assert Serving(layout, averages).by == "a copy on the model's device"
+    assert Serving(layout, averages).mode == "a copy on the model's device"
 
 
-def test_the_summary_says_where_they_are() -> None:
+def test_the_summary_names_the_store() -> None:
     _, ema, _ = one_weight()
-    assert "moves by foreach" in repr(ema)
+    assert "update_kernel=foreach" in repr(ema)
     assert "Offloaded(pin_memory=True, max_pending=1)" in repr(ema)
 
 
@@ -574,40 +578,42 @@ def test_copies_on_the_host_equal_their_tensors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Packed, as they are where they come from a device."""
-    monkeypatch.setattr(host_copy, "is_packed", lambda _: packed)
-    monkeypatch.setattr(host_copy, "PACKED_BYTES", limit)
+    monkeypatch.setattr(host_copy, "needs_packing", lambda _: packed)
+    monkeypatch.setattr(host_copy, "MAX_PACKED_BYTES", limit)
     values = awkward_tensors()
-    copies = ToHost(values)
-    rooms = [copies.room(pinned=False) for _ in range(2)]
-    for room in rooms:
+    copies = HostCopier(values)
+    host_buffers = [copies.host_buffer(pinned=False) for _ in range(2)]
+    for host_buffer in host_buffers:
         for value in values:
             value.copy_(torch.randint(0, 9, value.shape))
-        room.fill()
-        for copied, value in zip(room.values, values, strict=True):
+        host_buffer.fill()
+        for copied, value in zip(host_buffer.values, values, strict=True):
             assert torch.equal(copied, value)
             assert copied.dtype == value.dtype
             assert copied.stride() == torch.empty_like(value).stride()
-    assert not torch.equal(rooms[0].values[0], rooms[1].values[0])
+    assert not torch.equal(host_buffers[0].values[0], host_buffers[1].values[0])
 
 
 def test_many_small_tensors_come_in_few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_copy, "is_packed", lambda _: True)
-    room = ToHost([torch.ones(64, 64) for _ in range(1000)]).room(pinned=False)
+    monkeypatch.setattr(host_copy, "needs_packing", lambda _: True)
+    host_buffer = HostCopier([torch.ones(64, 64) for _ in range(1000)]).host_buffer(pinned=False)
     with torch.profiler.profile() as profile:
-        room.fill(non_blocking={torch.device("cpu")})
+        host_buffer.fill(non_blocking={torch.device("cpu")})
     calls = [event.name for event in profile.events() if event.name == "aten::_foreach_copy_"]
     assert len(calls) == 2  # into the scratch, and from there
-    scratch = peak_memory(lambda: ToHost([torch.ones(2**20) for _ in range(32)]))
-    assert scratch <= 32 * 4 * 2**20 + host_copy.PACKED_BYTES
+    scratch = peak_memory(lambda: HostCopier([torch.ones(2**20) for _ in range(32)]))
+    assert scratch <= 32 * 4 * 2**20 + host_copy.MAX_PACKED_BYTES
 
 
 @pytest.mark.world_size(2)
-def test_what_checkpoints_get_stays_on_the_cpu_whatever_the_mesh_is_for(tmp_path: Path) -> None:
+def test_saved_averages_stay_on_the_cpu_for_any_mesh(tmp_path: Path) -> None:
     """`DTensor.from_local` would copy it to the mesh's device. Nothing of a GPU is touched here."""
     full = torch.arange(21.0).view(7, 3)
     mesh = DeviceMesh.from_group(dist.group.WORLD, "cuda")
-    rows = distribute_tensor(full, init_device_mesh("cpu", (2,)), [Rows(0)]).to_local()
-    shard = MeshShard(("w",), rows, rows, mesh=mesh, placements=[Rows(0)], shape=full.shape, stride=full.stride())
+    rows = distribute_tensor(full, init_device_mesh("cpu", (2,)), [ShardPlacement(0)]).to_local()
+    shard = MeshShard(
+        ("w",), rows, rows, mesh=mesh, placements=[ShardPlacement(0)], shape=full.shape, stride=full.stride()
+    )
     wrapped = shard.wrap(rows)
     assert isinstance(wrapped, DTensor)
     assert wrapped.to_local().data_ptr() == rows.data_ptr()
@@ -617,6 +623,9 @@ def test_what_checkpoints_get_stays_on_the_cpu_whatever_the_mesh_is_for(tmp_path
     dcp.load({"w": target}, checkpoint_id=tmp_path)
     assert torch.equal(target.to_local(), rows)
     other = DeviceMesh.from_group([dist.group.WORLD], "cpu", mesh=torch.tensor([0, 1]), mesh_dim_names=("other",))
-    assert shard.unwrap(DTensor.from_local(rows, other, [Rows(0)], shape=full.shape, stride=full.stride())) is not None
+    assert (
+        shard.unwrap(DTensor.from_local(rows, other, [ShardPlacement(0)], shape=full.shape, stride=full.stride()))
+        is not None
+    )
     with pytest.raises(ValueError, match=r"expected .*cuda"):
-        shard.unwrap(distribute_tensor(full.t().contiguous(), init_device_mesh("cpu", (2,)), [Rows(0)]))
+        shard.unwrap(distribute_tensor(full.t().contiguous(), init_device_mesh("cpu", (2,)), [ShardPlacement(0)]))

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from ema_dist import Offloaded, ShardedEMA, side_streams
+from ema_dist import Offloaded, ShardedEMA
+from ema_dist.averages import side_streams
 from ema_dist.averages.side_streams import SideStreams
 from tests.support.layouts import assert_bitwise_equal, layouts, make_net, train_step, wrap
 
@@ -21,38 +22,38 @@ from tests.support.layouts import assert_bitwise_equal, layouts, make_net, train
 class Stream:
     """Does everything at once."""
 
-    def __init__(self, told: list[str], name: str) -> None:
-        self._told = told
+    def __init__(self, recorded: list[str], name: str) -> None:
+        self._recorded = recorded
         self.name = name
 
     def wait_stream(self, other: Stream) -> None:
-        self._told.append(f"{self.name} waits for {other.name}")
+        self._recorded.append(f"{self.name} waits for {other.name}")
 
     def record_event(self, event: Event) -> None:
         event.name = f"the end of {self.name}"
-        self._told.append(event.name)
+        self._recorded.append(event.name)
 
     def wait_event(self, event: Event) -> None:
-        self._told.append(f"{self.name} waits for {event.name}")
+        self._recorded.append(f"{self.name} waits for {event.name}")
 
 
 class Event:
     """Has happened as soon as it is recorded."""
 
-    def __init__(self, told: list[str]) -> None:
-        self._told = told
+    def __init__(self, recorded: list[str]) -> None:
+        self._recorded = recorded
         self.name = ""
 
     def synchronize(self) -> None:
-        self._told.append(f"{threading.current_thread().name[:8]} waits for {self.name}")
+        self._recorded.append(f"{threading.current_thread().name[:8]} waits for {self.name}")
 
 
 class Recorder:
     """Stands for ``torch.cuda``, and writes down what streams are told."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
-        self._current = [Stream(self.told, "main")]
+        self.recorded: list[str] = []
+        self._current = [Stream(self.recorded, "main")]
 
     def current_stream(self, _: torch.device) -> Stream:
         return self._current[-1]
@@ -67,8 +68,8 @@ class Recorder:
 
     def module(self) -> Any:  # noqa: ANN401
         class Module:
-            Stream = staticmethod(lambda _: Stream(self.told, "side"))
-            Event = staticmethod(lambda: Event(self.told))  # none that blocks, as on XPU
+            Stream = staticmethod(lambda _: Stream(self.recorded, "side"))
+            Event = staticmethod(lambda: Event(self.recorded))  # none that blocks, as on XPU
             current_stream = staticmethod(self.current_stream)
             stream = staticmethod(self.stream)
 
@@ -76,8 +77,8 @@ class Recorder:
 
     def read(self) -> list[str]:
         """What was told since the last time."""
-        told, self.told[:] = list(self.told), []
-        return told
+        recorded, self.recorded[:] = list(self.recorded), []
+        return recorded
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def step_of(recorder: Recorder, model: nn.Module) -> tuple[torch.optim.Optimizer
     class SGD(torch.optim.SGD):
         @torch.no_grad()
         def step(self, _: object = None) -> None:
-            recorder.told.append("weights are written")
+            recorder.recorded.append("weights are written")
             for parameter in self.param_groups[0]["params"]:
                 parameter.sub_(0.1 * parameter.grad)
 
@@ -185,7 +186,7 @@ def test_weights_that_a_device_computed_are_kept_for_the_side_stream(
     assert WAIT not in recorder.read()
 
 
-def test_averages_that_are_freed_are_left_by_the_side_stream_first(recorder: Recorder) -> None:
+def test_freeing_averages_waits_for_the_side_stream(recorder: Recorder) -> None:
     model = nn.Linear(2, 2)
     ema = ShardedEMA(model)
     optimizer, step = step_of(recorder, model)
@@ -205,9 +206,9 @@ def test_live_weights_are_copied_on_the_side_stream_and_averaged_by_the_worker(r
     ema = ShardedEMA(model, decay=0.5, store=Offloaded(pin_memory=False))
     ema.update()
     ema.state_dict()
-    told = recorder.read()
-    assert told.index("ema_dist waits for the end of side") > told.index("the end of side")
-    assert told.index(WAIT) > told.index("the end of side")  # live weights may be written to from here on
+    recorded = recorder.read()
+    assert recorded.index("ema_dist waits for the end of side") > recorded.index("the end of side")
+    assert recorded.index(WAIT) > recorded.index("the end of side")  # live weights may be written to from here on
     optimizer, step = step_of(recorder, model)
     ema.attach(optimizer, overlap=True)
     first, second = ([it for it in step() if not it.startswith("ema_dist")] for _ in range(2))
@@ -222,15 +223,15 @@ def test_buffers_are_copied_before_the_next_forward_pass(recorder: Recorder) -> 
     ema.attach(optimizer, overlap=True)
     model(torch.randn(4, 2)).sum().backward()
     optimizer.step()
-    told = [it for it in recorder.read() if not it.startswith("ema_dist")]
+    recorded = [it for it in recorder.read() if not it.startswith("ema_dist")]
     buffers = [*UPDATE, *UPDATE, WAIT]  # those averaged, and those copied
-    assert told[: len(buffers)] == buffers
-    assert told[len(buffers) :][-1] == "the end of side"
+    assert recorded[: len(buffers)] == buffers
+    assert recorded[len(buffers) :][-1] == "the end of side"
 
 
-def test_what_ends_by_an_exception_is_waited_for(recorder: Recorder) -> None:
+def test_overlapped_updates_are_awaited_after_an_exception(recorder: Recorder) -> None:
     streams = SideStreams([torch.device("cpu")])
-    with pytest.raises(MemoryError), streams.beside():
+    with pytest.raises(MemoryError), streams.fork():
         raise MemoryError
     streams.join()
     assert recorder.read() == [*UPDATE, WAIT]

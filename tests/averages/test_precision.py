@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import Compensated, ShardedEMA, Stochastic, checkpoint
 from ema_dist.sharding import Layout
-from tests.support.commands import exported, ok
+from tests.support.commands import load_exported, run_ok
 from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, wrap
-from tests.support.moves import in_world
+from tests.support.moves import run_in_world
 
 WEIGHT = 1e-4  # decay 0.9999
 UPDATES = 20_000
@@ -51,7 +51,7 @@ def wide(ema: ShardedEMA, **settings: Any) -> dict[str, Tensor]:  # noqa: ANN401
 
 
 @everywhere
-def test_two_halves_are_float32_averages_to_the_bit(layout: str) -> None:
+def test_compensated_averages_are_bit_identical_to_float32(layout: str) -> None:
     """Outside and inside of swaps, and the model gets the nearest bfloat16 of them, either one of two that are."""
     model = in_bfloat16(layout)
     reference = ShardedEMA(model, decay={"short": 0.5, "long": 0.99}, start=1, update_interval=2)
@@ -74,7 +74,7 @@ def test_two_halves_are_float32_averages_to_the_bit(layout: str) -> None:
 
 
 @by_rows
-def test_chance_is_the_same_on_every_layout_that_holds_rows(layout: str) -> None:
+def test_random_bits_are_the_same_on_every_row_sharded_layout(layout: str) -> None:
     net = make_net(layout).bfloat16()
     alone = ShardedEMA(net, decay=0.9, **BY_CHANCE)
     for _ in moving(net):
@@ -92,19 +92,25 @@ def test_chance_is_the_same_on_every_layout_that_holds_rows(layout: str) -> None
 
 
 @layouts("tp", "fsdp2-tp", "fsdp2-3", "hsdp", "ddp-3", "fsdp1-3")
-def test_no_two_elements_of_a_tensor_have_the_same_chance(layout: str) -> None:
+def test_every_element_gets_its_own_random_bits(layout: str) -> None:
     """Else the mean of many weights would be off by more than it should: blocks of columns, too."""
     shards = Layout(wrap(layout, make_net(layout))).parameters
-    mine = {name: (shard.part.first, shard.part.local.numel()) for name, shard in shards.items()}
+    mine = {
+        name: (shard.averaged_part.global_offset, shard.averaged_part.local.numel()) for name, shard in shards.items()
+    }
     found: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, mine)
     for name, shard in shards.items():
-        places = [place for first, count in {its[name] for its in found} for place in range(first, first + count)]
+        places = [
+            place
+            for global_offset, count in {its[name] for its in found}
+            for place in range(global_offset, global_offset + count)
+        ]
         assert len(places) == len({*places}) == shard.shape.numel(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_models_that_are_cast_later_get_the_averages_to_the_bit(dtype: torch.dtype) -> None:
+def test_models_cast_after_construction_get_exact_averages(dtype: torch.dtype) -> None:
     net = make_net("plain").bfloat16()
     ema, reference = ShardedEMA(net, decay=0.9, **TWO_HALVES), ShardedEMA(net, decay=0.9)
     for _ in moving(net):
@@ -124,7 +130,7 @@ def test_models_that_are_cast_later_get_the_averages_to_the_bit(dtype: torch.dty
 
 @pytest.mark.world_size(2)
 @both
-def test_replicas_that_keep_whole_averages_agree(settings: dict[str, Any]) -> None:
+def test_replicas_with_full_copies_agree(settings: dict[str, Any]) -> None:
     model = DistributedDataParallel(make_net("ddp").bfloat16())
     ema = ShardedEMA(model, decay=0.9, replicas="copy", **settings)
     for _ in moving(model):
@@ -137,7 +143,7 @@ def test_replicas_that_keep_whole_averages_agree(settings: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("seed", [0, 2**70])
-def test_another_seed_is_another_chance(seed: int) -> None:
+def test_another_seed_rounds_differently(seed: int) -> None:
     found = []
     for its in (seed, seed, seed + 1):
         net = make_net("plain").bfloat16()
@@ -206,15 +212,15 @@ def load_ours(ema: ShardedEMA, folder: Path) -> None:
 
 
 @pytest.mark.world_size(4)
-@pytest.mark.parametrize(("saved_as", "loaded_as"), [("fsdp2", "hsdp"), ("ddp", "fsdp2"), ("fsdp1", "fsdp2")])
+@pytest.mark.parametrize(("source_layout", "target_layout"), [("fsdp2", "hsdp"), ("ddp", "fsdp2"), ("fsdp1", "fsdp2")])
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside a swap"])
 @pytest.mark.parametrize(
     ("store", "restore"), [(save_dcp, load_dcp), (save_ours, load_ours)], ids=["dcp", "ema_dist.checkpoint"]
 )
 @both
-def test_a_resumed_run_goes_on_to_the_bit(
-    saved_as: str,
-    loaded_as: str,
+def test_a_resumed_low_precision_run_is_bit_identical(
+    source_layout: str,
+    target_layout: str,
     inside: bool,  # noqa: FBT001
     store: Callable[[ShardedEMA, Path], None],
     restore: Callable[[ShardedEMA, Path], None],
@@ -222,7 +228,7 @@ def test_a_resumed_run_goes_on_to_the_bit(
     tmp_path: Path,
 ) -> None:
     def save() -> None:
-        model = in_bfloat16(saved_as)
+        model = in_bfloat16(source_layout)
         ema = ShardedEMA(model, decay=0.9, **settings)
         for step in moving(model):
             ema.update()
@@ -232,7 +238,7 @@ def test_a_resumed_run_goes_on_to_the_bit(
         torch.save(wide(ema), tmp_path / f"{dist.get_rank()}.pt")
 
     def load() -> None:
-        model = in_bfloat16(loaded_as)
+        model = in_bfloat16(target_layout)
         ema = ShardedEMA(model, decay=0.9, **settings)
         for step in moving(model):
             if step == 2:
@@ -241,8 +247,8 @@ def test_a_resumed_run_goes_on_to_the_bit(
                 ema.update()
         assert_bitwise_equal(wide(ema), torch.load(tmp_path / f"{dist.get_rank()}.pt"))
 
-    in_world(4, tmp_path, save)
-    in_world(4, tmp_path, load)
+    run_in_world(4, tmp_path, save)
+    run_in_world(4, tmp_path, load)
 
 
 @everywhere
@@ -258,7 +264,7 @@ def test_full_tensors_go_in_and_come_out_as_float32(layout: str) -> None:
         assert not found or torch.equal(found[name], expected[name])
 
 
-def test_two_halves_are_stored_as_float32_and_exported_so(tmp_path: Path) -> None:
+def test_compensated_averages_are_stored_and_exported_as_float32(tmp_path: Path) -> None:
     """A checkpoint does not tell how averages were kept: each kind goes on from that of the other."""
     net = make_net("plain").bfloat16()
     ema, plain = ShardedEMA(net, decay=0.9, **TWO_HALVES), ShardedEMA(net, decay=0.9)
@@ -268,8 +274,8 @@ def test_two_halves_are_stored_as_float32_and_exported_so(tmp_path: Path) -> Non
     checkpoint.save({"model": net, "ema": ema}, tmp_path / "halves", step=1)
     checkpoint.save({"model": net, "ema": plain}, tmp_path / "plain", step=1)
     expected = wide(plain)
-    ok("export", tmp_path / "halves", tmp_path / "out", "--dtype", "float32")
-    assert_bitwise_equal(exported(tmp_path / "out"), expected)
+    run_ok("export", tmp_path / "halves", tmp_path / "out", "--dtype", "float32")
+    assert_bitwise_equal(load_exported(tmp_path / "out"), expected)
     for source, target in (("plain", ema), ("halves", plain)):
         checkpoint.load({"ema": target}, tmp_path / source)
         assert_bitwise_equal(wide(target), expected)
@@ -289,7 +295,7 @@ def test_buffers_written_inside_a_swap_stay_in_the_average(settings: dict[str, A
     assert torch.equal(model.running_mean, torch.ones(3).bfloat16())
 
 
-def test_beside_float32_weights_nothing_is_taken_apart() -> None:
+def test_averages_of_float32_weights_are_not_split() -> None:
     state = ShardedEMA(nn.Linear(2, 2), decay=0.5, **TWO_HALVES).state_dict()
     averages = state["tracks"]["default"]["averages"]
     assert {average.dtype for average in averages.values()} == {torch.float32}
@@ -303,8 +309,8 @@ def test_beside_float32_weights_nothing_is_taken_apart() -> None:
 @pytest.mark.world_size(2)
 def test_bfloat16_averages_of_bfloat16_weights_are_served_without_a_copy(layout: str, settings: dict[str, Any]) -> None:
     ema = ShardedEMA(in_bfloat16(layout), decay=0.5, **settings)
-    assert ema.serves_by == "the averages themselves"
-    assert ShardedEMA(in_bfloat16(layout), decay=0.5).serves_by == "a cast copy"
+    assert ema.serving_mode == "the averages themselves"
+    assert ShardedEMA(in_bfloat16(layout), decay=0.5).serving_mode == "a cast copy"
 
 
 @pytest.mark.parametrize(
@@ -329,6 +335,6 @@ def test_a_negative_seed_is_refused() -> None:
         Stochastic(1.5)  # pyrefly: ignore[bad-argument-type]
 
 
-def test_averages_that_may_stand_still_are_warned_of() -> None:
+def test_averages_that_may_stall_are_warned_about() -> None:
     with pytest.warns(UserWarning, match="with a decay close to 1 they stand still; use dtype=torch.bfloat16"):
         ShardedEMA(nn.Linear(2, 2), dtype=torch.float16)

@@ -15,23 +15,31 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import HalfLife, ShardedEMA
-from tests.support.layouts import TORCH_WARNS, assert_bitwise_equal, full_weights, layouts, make_net, trained, wrap
-from tests.support.moves import in_world, moves
+from tests.support.layouts import (
+    IGNORED_WARNINGS,
+    assert_bitwise_equal,
+    full_weights,
+    layouts,
+    make_net,
+    make_trained,
+    wrap,
+)
+from tests.support.moves import reshard_cases, run_in_world
 
 
-@moves
+@reshard_cases
 def test_a_checkpoint_loads_under_another_layout_and_world(
-    saved_as: str, saved_on: int, loaded_as: str, loaded_on: int, tmp_path: Path
+    source_layout: str, source_ranks: int, target_layout: str, target_ranks: int, tmp_path: Path
 ) -> None:
     def save() -> None:
-        _, ema = trained(saved_as, make_net(saved_as, loaded_as))
+        _, ema = make_trained(source_layout, make_net(source_layout, target_layout))
         full = ema.full_state_dict()
         if full:
             torch.save(full, tmp_path / "full.pt")
         dcp.save({"ema": ema}, checkpoint_id=tmp_path / "checkpoint")
 
     def load() -> None:
-        model = wrap(loaded_as, make_net(saved_as, loaded_as, seed=1))
+        model = wrap(target_layout, make_net(source_layout, target_layout, seed=1))
         ema = ShardedEMA(model, decay=0.8)
         dcp.load({"ema": ema}, checkpoint_id=tmp_path / "checkpoint")
         assert (ema.steps, ema.updates) == (3, 3)
@@ -42,13 +50,13 @@ def test_a_checkpoint_loads_under_another_layout_and_world(
             assert_bitwise_equal({name: full[name] for name in averaged}, averaged)
         ema.update()
 
-    in_world(saved_on, tmp_path, save)
-    in_world(loaded_on, tmp_path, load)
+    run_in_world(source_ranks, tmp_path, save)
+    run_in_world(target_ranks, tmp_path, load)
 
 
 @layouts("plain", "ddp-3", "fsdp1-flat", "fsdp2-4", "hsdp", "fsdp2-tp")
 def test_loading_its_own_state_changes_nothing(layout: str) -> None:
-    _, ema = trained(layout)
+    _, ema = make_trained(layout)
     before = ema.full_state_dict()
     ema.load_state_dict(ema.state_dict())
     assert_bitwise_equal(ema.full_state_dict(), before)
@@ -56,7 +64,7 @@ def test_loading_its_own_state_changes_nothing(layout: str) -> None:
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
 def test_the_state_inside_a_swap_is_the_averages(layout: str, tmp_path: Path) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     before = ema.full_state_dict()
     with ema.swapped():
         assert_bitwise_equal(ema.full_state_dict(), before)
@@ -70,7 +78,7 @@ def test_the_state_inside_a_swap_is_the_averages(layout: str, tmp_path: Path) ->
 
 @layouts("plain", "ddp", "ddp-3", "fsdp1", "fsdp1-flat", "fsdp1-hybrid", "fsdp2-3", "hsdp", "tp", "fsdp2-tp")
 def test_full_tensors_scatter_back_into_shards(layout: str) -> None:
-    _, ema = trained(layout)
+    _, ema = make_trained(layout)
     new = make_net(layout, seed=1)
     new.stats.running_mean.fill_(3)
     new.stats.running_var[0] = float("nan")
@@ -87,7 +95,7 @@ def test_full_tensors_scatter_back_into_shards(layout: str) -> None:
 @layouts("plain", "ddp", "fsdp1", "fsdp2")
 def test_full_tensors_of_another_model_change_nothing(layout: str) -> None:
     """Every rank gets the error, though only the first has seen the tensors."""
-    _, ema = trained(layout)
+    _, ema = make_trained(layout)
     before = ema.full_state_dict()
     other = make_net(layout).state_dict()
     other["stranger"] = other.pop("blocks.0.scale")
@@ -103,7 +111,7 @@ def test_full_tensors_of_another_model_change_nothing(layout: str) -> None:
 
 @layouts("plain", "fsdp2")
 def test_a_state_of_another_model_changes_nothing(layout: str) -> None:
-    _, ema = trained(layout)
+    _, ema = make_trained(layout)
     before = ema.full_state_dict()
     good = ema.state_dict()
     averages = dict(good["tracks"]["default"]["averages"])
@@ -122,7 +130,7 @@ def test_a_state_of_another_model_changes_nothing(layout: str) -> None:
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2")
 def test_an_incomplete_state_changes_nothing(layout: str) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     before = ema.full_state_dict()
     other = ShardedEMA(model, decay=0.8).state_dict()
     for key in ("format", "steps", "updates", "tracks"):
@@ -138,9 +146,9 @@ def test_an_incomplete_state_changes_nothing(layout: str) -> None:
 
 
 @pytest.mark.world_size(2)
-def test_a_state_with_split_averages_does_not_load_into_whole_ones() -> None:
+def test_sharded_averages_do_not_load_into_full_copies() -> None:
     """Not by itself, that is: DCP reshards it."""
-    model, split = trained("ddp")
+    model, split = make_trained("ddp")
     whole = ShardedEMA(model, decay=0.8, replicas="copy")
     before = whole.full_state_dict()
     with pytest.raises(ValueError, match=r"torch.distributed.checkpoint"):
@@ -150,7 +158,7 @@ def test_a_state_with_split_averages_does_not_load_into_whole_ones() -> None:
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2")
 def test_loading_inside_a_swap_is_refused_and_loses_nothing(layout: str, tmp_path: Path) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     dcp.save({"ema": ShardedEMA(model, decay=0.8)}, checkpoint_id=tmp_path)
     before, live = ema.full_state_dict(), full_weights(model)
     with ema.swapped(), pytest.raises(RuntimeError, match=r"inside swapped"):
@@ -161,7 +169,7 @@ def test_loading_inside_a_swap_is_refused_and_loses_nothing(layout: str, tmp_pat
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(name, marks=(pytest.mark.world_size(2), *TORCH_WARNS)) for name in ("ddp", "fsdp1")],
+    [pytest.param(name, marks=(pytest.mark.world_size(2), *IGNORED_WARNINGS)) for name in ("ddp", "fsdp1")],
 )
 def test_weights_permuted_in_memory_are_saved_and_loaded(layout: str, tmp_path: Path) -> None:
     """Channels last, transposed; a first dimension of one row, whose stride means nothing."""
@@ -186,7 +194,7 @@ def test_weights_permuted_in_memory_are_saved_and_loaded(layout: str, tmp_path: 
 @layouts("plain", "fsdp2")
 def test_a_checkpoint_of_another_model_loses_nothing(layout: str, tmp_path: Path) -> None:
     """DCP refuses before it reads."""
-    _, ema = trained(layout)
+    _, ema = make_trained(layout)
     before = ema.full_state_dict()
     dcp.save({"ema": ShardedEMA(nn.Linear(2, 2))}, checkpoint_id=tmp_path)
     with pytest.raises((CheckpointException, RuntimeError), match="Missing key"):
@@ -203,10 +211,10 @@ def test_the_constructor_decides_the_decay_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", [pytest.param("ddp", marks=pytest.mark.world_size(2))])
-def test_counts_and_averages_resume_as_if_never_stopped(layout: str, tmp_path: Path) -> None:
+def test_counts_and_averages_resume_as_without_interruption(layout: str, tmp_path: Path) -> None:
     """The step counter is in the state: `start` and `update_interval` go on where they were (failure 10)."""
     settings = {"decay": 0.5, "start": 2, "update_interval": 2}
-    model, ema = trained(layout, **settings)
+    model, ema = make_trained(layout, **settings)
     dcp.save({"ema": ema}, checkpoint_id=tmp_path)
     again = ShardedEMA(model, **settings)
     dcp.load({"ema": again}, checkpoint_id=tmp_path)

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
-from tests.support.commands import exported, ok
+from tests.support.commands import load_exported, run_ok
 from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, train_step, wrap
-from tests.support.moves import in_world
+from tests.support.moves import run_in_world
 
 DECAYS: dict[str, Any] = {"short": HalfLife(1), "long": HalfLife(20)}
 
@@ -90,16 +90,16 @@ def test_full_tensors_load_into_one_track(layout: str) -> None:
 
 
 @pytest.mark.world_size(4)
-@pytest.mark.parametrize(("saved_as", "loaded_as"), [("ddp", "fsdp2"), ("fsdp2", "hsdp"), ("hsdp", "plain")])
+@pytest.mark.parametrize(("source_layout", "target_layout"), [("ddp", "fsdp2"), ("fsdp2", "hsdp"), ("hsdp", "plain")])
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside a swap"])
 def test_tracks_are_saved_and_resharded_by_name(
-    saved_as: str,
-    loaded_as: str,
+    source_layout: str,
+    target_layout: str,
     inside: bool,  # noqa: FBT001
     tmp_path: Path,
 ) -> None:
     def save() -> None:
-        _, ema, _ = together_and_alone(saved_as)
+        _, ema, _ = together_and_alone(source_layout)
         torch.save(
             {track: ema.full_state_dict(track=track) for track in ema.tracks}, tmp_path / f"{dist.get_rank()}.pt"
         )
@@ -110,7 +110,7 @@ def test_tracks_are_saved_and_resharded_by_name(
             dcp.save({"ema": ema}, checkpoint_id=tmp_path / "checkpoint")
 
     def load() -> None:
-        ema = ShardedEMA(wrap(loaded_as, make_net(saved_as, loaded_as, seed=1)), decay=DECAYS)
+        ema = ShardedEMA(wrap(target_layout, make_net(source_layout, target_layout, seed=1)), decay=DECAYS)
         dcp.load({"ema": ema}, checkpoint_id=tmp_path / "checkpoint")
         expected = torch.load(tmp_path / "0.pt")
         for track in ema.tracks:
@@ -119,8 +119,8 @@ def test_tracks_are_saved_and_resharded_by_name(
                 assert torch.equal(full[name], expected[track][name])
         assert ema.updates == 5
 
-    in_world(4, tmp_path, save)
-    in_world(1 if loaded_as == "plain" else 4, tmp_path, load)
+    run_in_world(4, tmp_path, save)
+    run_in_world(1 if target_layout == "plain" else 4, tmp_path, load)
 
 
 @pytest.mark.world_size(2)
@@ -154,10 +154,10 @@ def test_the_command_line_names_tracks(tmp_path: Path) -> None:
     model, ema, _ = together_and_alone("plain")
     checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=5)
     for track in ema.tracks:
-        ok("export", tmp_path / "root", tmp_path / track, "--track", track)
-        assert_bitwise_equal(exported(tmp_path / track), ema.full_state_dict(track=track))
-        assert f"track {track}: half-life" in ok("inspect", tmp_path / "root")
-    ok("verify", tmp_path / "root")
+        run_ok("export", tmp_path / "root", tmp_path / track, "--track", track)
+        assert_bitwise_equal(load_exported(tmp_path / track), ema.full_state_dict(track=track))
+        assert f"track {track}: half-life" in run_ok("inspect", tmp_path / "root")
+    run_ok("verify", tmp_path / "root")
 
 
 def test_a_track_must_be_named_where_none_is_called_default() -> None:

@@ -24,9 +24,9 @@ from tests.support.layouts import (
     full_weights,
     layouts,
     make_net,
+    make_trained,
     peak_memory,
     train_step,
-    trained,
     wrap,
 )
 
@@ -53,7 +53,7 @@ class Ops(TorchDispatchMode):
 
 @layouts()
 def test_an_update_sends_nothing(layout: str) -> None:
-    _, ema = trained(layout)
+    _, ema = make_trained(layout)
     with CommDebugMode() as communication, Ops() as ops:
         ema.update()
     assert communication.get_total_counts() == 0
@@ -134,13 +134,13 @@ def test_averages_of_bfloat16_weights_move() -> None:
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp")
 def test_integer_buffers_equal_the_live_ones(layout: str) -> None:
     """`num_batches_tracked` is a count, not a weight (failure 12)."""
-    _, ema = trained(layout, buffers="average")
+    _, ema = make_trained(layout, buffers="average")
     full = ema.full_state_dict()
     assert not full or full["stats.num_batches_tracked"] == 3
 
 
 def test_buffers_can_be_copied() -> None:
-    model, ema = trained("plain", buffers="copy")
+    model, ema = make_trained("plain", buffers="copy")
     full, live = ema.full_state_dict(), model.state_dict()
     assert torch.equal(full["stats.running_mean"], live["stats.running_mean"])
     assert not torch.equal(full["blocks.0.out.weight"], live["blocks.0.out.weight"])
@@ -215,7 +215,7 @@ def test_fsdp1_mixed_precision(use_orig_params: bool) -> None:  # noqa: FBT001
 @layouts("plain", "ddp", "fsdp2")
 def test_weights_that_are_no_longer_tied_are_named(layout: str) -> None:
     """The one that is left would ship its live values (`assign=True` and `to_empty()` do it)."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     inner = model.module if layout == "ddp" else model
     inner.load_state_dict({name: value.clone() for name, value in inner.state_dict().items()}, assign=True)
     with pytest.raises(ValueError, match=r"tied to \['embed.weight'\]"):
@@ -223,7 +223,7 @@ def test_weights_that_are_no_longer_tied_are_named(layout: str) -> None:
 
 
 def test_non_persistent_buffers_are_left_alone() -> None:
-    model, ema = trained("plain")
+    model, ema = make_trained("plain")
     assert "scratch" not in ema.full_state_dict()
     kept = model.scratch
     with ema.swapped():
@@ -233,7 +233,7 @@ def test_non_persistent_buffers_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("decay", "expected"), [(HalfLife(0), 8.0), (HalfLife(math.inf), 0.0), (0.0, 8.0), (1.0, 0.0), (HalfLife(1), 6.0)]
 )
-def test_the_ends_of_the_range(decay: HalfLife | float, expected: float) -> None:
+def test_decay_0_and_decay_1(decay: HalfLife | float, expected: float) -> None:
     """No averaging, and no update."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
@@ -321,7 +321,7 @@ def test_steps_skipped_by_a_gradient_scaler_are_left_out(fused: bool, settings: 
 @layouts("plain", "ddp", "fsdp1", "fsdp2", "tp")
 def test_averages_follow_weights_that_move_to_other_storage(layout: str) -> None:
     """Views of the old storage would average dead numbers (failure 7)."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     twin = {name: value.clone() for name, value in full_weights(model).items()}
     before = ema.full_state_dict()
     if layout.startswith("fsdp1"):
@@ -344,7 +344,7 @@ def test_averages_follow_weights_that_move_to_other_storage(layout: str) -> None
 
 @layouts("plain", "ddp", "fsdp2")
 def test_a_change_of_dtype_is_followed(layout: str) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     model.to(torch.bfloat16)
     before = ema.full_state_dict(dtype=torch.float32)
     live = full_weights(model)
@@ -360,7 +360,7 @@ def test_a_change_of_dtype_is_followed(layout: str) -> None:
 @layouts("ddp", "ddp-3")
 def test_each_replica_keeps_its_rows_only(layout: str) -> None:
     """Under DDP on R ranks each stores 1/R of the elements, as far as rows can be divided."""
-    _, ema = trained(layout)
+    _, ema = make_trained(layout)
     ranks = dist.get_world_size()
     for name, average in ema.state_dict()["tracks"]["default"]["averages"].items():
         rows = average.shape[0]
@@ -370,7 +370,7 @@ def test_each_replica_keeps_its_rows_only(layout: str) -> None:
 
 
 @pytest.mark.world_size(2)
-def test_an_unwrapped_model_can_be_said_to_be_replicated() -> None:
+def test_an_unwrapped_model_can_be_declared_replicated() -> None:
     """Gradient averaging done by hand: the group says over which ranks the model is one."""
     net = Net()
     for tensor in [*net.parameters(), *net.buffers()]:

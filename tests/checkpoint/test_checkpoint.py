@@ -17,10 +17,10 @@ from torch.optim import AdamW, Optimizer
 
 from ema_dist import ShardedEMA, checkpoint
 from ema_dist.checkpoint.dcp.metadata import read_metadata
-from ema_dist.checkpoint.dcp.reader import read
+from ema_dist.checkpoint.dcp.reader import read_entries
 from ema_dist.sharding import local_tensor
 from tests.support.layouts import Net, assert_bitwise_equal, full_weights, layouts, make_net, train_step, wrap
-from tests.support.moves import in_world, moves
+from tests.support.moves import reshard_cases, run_in_world
 
 Run = tuple[nn.Module, Optimizer, ShardedEMA]
 
@@ -54,7 +54,7 @@ def stored(folder: Path) -> dict[str, Any]:
     """Everything in a checkpoint, read by this process alone."""
     metadata = read_metadata(folder)
     values: dict[str, Any] = dict.fromkeys(metadata.state_dict_metadata)
-    read(folder, values, metadata=metadata)
+    read_entries(folder, values, metadata=metadata)
     return values
 
 
@@ -85,7 +85,7 @@ def assert_alike(found: Any, expected: Any, name: str = "") -> None:  # noqa: AN
 
 
 @layouts()
-def test_a_checkpoint_holds_the_weights_moments_and_averages_and_gives_them_back(layout: str, tmp_path: Path) -> None:
+def test_weights_moments_and_averages_round_trip(layout: str, tmp_path: Path) -> None:
     run = start(layout)
     train(run, 0, 1, 2)
     model, optimizer, ema = run
@@ -126,19 +126,19 @@ def test_a_checkpoint_taken_inside_a_swap_has_the_live_weights(layout: str, tmp_
     assert_bitwise_equal(under("model.", stored(tmp_path / "step-0000000003")), under("model.", outside))
 
 
-@moves
+@reshard_cases
 def test_everything_loads_under_another_layout_and_world(
-    saved_as: str, saved_on: int, loaded_as: str, loaded_on: int, tmp_path: Path
+    source_layout: str, source_ranks: int, target_layout: str, target_ranks: int, tmp_path: Path
 ) -> None:
     def save() -> None:
-        run = start(saved_as, make_net(saved_as, loaded_as))
+        run = start(source_layout, make_net(source_layout, target_layout))
         train(run, 0, 1)
         mark_moments(run[1])
         with run[2].swapped():
             checkpoint.save(state_of(run), tmp_path, step=2)
 
     def load() -> None:
-        run = start(loaded_as, make_net(saved_as, loaded_as, seed=1))
+        run = start(target_layout, make_net(source_layout, target_layout, seed=1))
         train(run, 7)  # there is a state already, which must not shine through
         checkpoint.load(state_of(run), tmp_path)
         checkpoint.save(state_of(run), tmp_path / "again", step=2)
@@ -146,12 +146,12 @@ def test_everything_loads_under_another_layout_and_world(
         assert_same(stored(tmp_path / "again" / "step-0000000002"), stored(tmp_path / "step-0000000002"))
         train(run, 2)
 
-    in_world(saved_on, tmp_path, save)
-    in_world(loaded_on, tmp_path, load)
+    run_in_world(source_ranks, tmp_path, save)
+    run_in_world(target_ranks, tmp_path, load)
 
 
 @layouts("plain", "ddp", "fsdp2", "hsdp")
-def test_a_part_of_a_model_is_saved_live_inside_a_swap(layout: str, tmp_path: Path) -> None:
+def test_a_submodule_saved_inside_a_swap_has_live_weights(layout: str, tmp_path: Path) -> None:
     net = make_net(layout)
     run = start(layout, net)
     train(run, 0, 1)
@@ -162,7 +162,7 @@ def test_a_part_of_a_model_is_saved_live_inside_a_swap(layout: str, tmp_path: Pa
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp")
-def test_what_happens_after_a_save_in_the_background_does_not_leak_into_it(layout: str, tmp_path: Path) -> None:
+def test_changes_after_an_async_save_do_not_leak_into_it(layout: str, tmp_path: Path) -> None:
     run = start(layout)
     train(run, 0)
     for step in (1, 2, 3):
@@ -176,7 +176,7 @@ def test_what_happens_after_a_save_in_the_background_does_not_leak_into_it(layou
 
 
 @layouts("plain", "ddp", "fsdp2", "tp")
-def test_torch_itself_reads_what_was_saved(layout: str, tmp_path: Path) -> None:
+def test_dcp_loads_our_checkpoints(layout: str, tmp_path: Path) -> None:
     run = start(layout)
     train(run, 0, 1)
     checkpoint.save(state_of(run), tmp_path, step=2)
@@ -191,7 +191,7 @@ def test_torch_itself_reads_what_was_saved(layout: str, tmp_path: Path) -> None:
 
 
 @layouts("plain", "ddp", "fsdp2", "tp")
-def test_what_torch_saved_is_read(layout: str, tmp_path: Path) -> None:
+def test_checkpoints_of_plain_dcp_are_loaded(layout: str, tmp_path: Path) -> None:
     run = start(layout)
     train(run, 0, 1)
     weights, moments = get_state_dict(run[0], run[1])
@@ -290,14 +290,14 @@ def test_plain_values_and_stateful_objects_come_back_equal(tmp_path: Path) -> No
     ],
 )
 @pytest.mark.world_size(2)
-def test_what_could_not_be_loaded_again_is_not_saved(value: object, message: str, tmp_path: Path) -> None:
+def test_values_that_could_not_be_loaded_are_refused_by_save(value: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=message):
         checkpoint.save({"x": value}, tmp_path, step=0)
     assert not list(tmp_path.glob("step*"))
 
 
 @pytest.mark.world_size(2)
-def test_an_optimizer_without_its_model_is_not_saved(tmp_path: Path) -> None:
+def test_an_optimizer_without_its_model_is_refused_by_save(tmp_path: Path) -> None:
     _, optimizer, _ = start("fsdp2")
     with pytest.raises(RuntimeError, match="pass the model as well"):
         checkpoint.save({"optim": optimizer}, tmp_path, step=0)
@@ -331,7 +331,7 @@ def test_a_model_is_not_loaded_while_it_holds_its_averages(tmp_path: Path) -> No
 
 
 @pytest.mark.world_size(2)
-def test_a_problem_of_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+def test_a_save_error_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     value = object() if dist.get_rank() == 1 else 1
     with pytest.raises(RuntimeError, match=r"step 0 is not saved: rank 1: 'x': 'x' is a object"):
         checkpoint.save({"x": value}, tmp_path, step=0)
@@ -354,7 +354,7 @@ def test_a_model_without_buffers_is_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.world_size(2)
-def test_averages_of_twins_are_told_apart(tmp_path: Path) -> None:
+def test_averages_of_identical_models_are_distinguished(tmp_path: Path) -> None:
     """Two models of the same names and shapes: what has no average comes from the right one."""
     twins = {key: start("fsdp2", make_net("fsdp2", seed=seed)) for seed, key in enumerate("ab")}
     for key, run in twins.items():
@@ -390,7 +390,7 @@ def test_optimizers_of_models_with_equal_names_keep_their_own_moments(tmp_path: 
         checkpoint.save({"a": runs[0][0], "b": runs[1][0], "optim": both}, tmp_path, step=2)
 
 
-def test_moments_of_another_dtype_than_the_weights_come_back_to_the_bit(tmp_path: Path) -> None:
+def test_moments_in_another_dtype_round_trip_exactly(tmp_path: Path) -> None:
     net = nn.Linear(3, 2).bfloat16()
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9)
     optimizer.state[net.weight]["momentum_buffer"] = torch.full((2, 3), 1 / 3)
@@ -402,7 +402,7 @@ def test_moments_of_another_dtype_than_the_weights_come_back_to_the_bit(tmp_path
 
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("odd", [torch.ones(2), [torch.ones(3)], {"row": torch.ones(1)}])
-def test_a_state_whose_cut_cannot_be_seen_is_not_saved(odd: object, tmp_path: Path) -> None:
+def test_optimizer_state_of_unknown_sharding_is_refused_by_save(odd: object, tmp_path: Path) -> None:
     model, optimizer, ema = start("fsdp2")
     train((model, optimizer, ema), 0)
     optimizer.state[model.blocks[0].out.weight]["odd"] = odd
@@ -411,13 +411,13 @@ def test_a_state_whose_cut_cannot_be_seen_is_not_saved(odd: object, tmp_path: Pa
 
 
 @layouts("fsdp1")
-def test_what_is_inside_fsdp1_is_not_taken_for_a_model(layout: str, tmp_path: Path) -> None:
+def test_the_module_inside_fsdp1_is_refused_by_save(layout: str, tmp_path: Path) -> None:
     model, _, _ = start(layout)
     with pytest.raises(RuntimeError, match="pass the FullyShardedDataParallel module itself"):
         checkpoint.save({"model": model.module}, tmp_path, step=0)
 
 
-def test_averages_of_two_do_not_enter_one_model(tmp_path: Path) -> None:
+def test_two_averages_cannot_be_loaded_into_one_model(tmp_path: Path) -> None:
     run = start("plain")
     other = ShardedEMA(run[0])
     with run[2].swapped():
@@ -427,7 +427,7 @@ def test_averages_of_two_do_not_enter_one_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.world_size(2)
-def test_ranks_with_different_models_or_keys_are_told(tmp_path: Path) -> None:
+def test_ranks_with_different_models_or_keys_get_an_error(tmp_path: Path) -> None:
     rank = dist.get_rank()
     stage = nn.ModuleDict({f"part{rank}": nn.Linear(2, 2)})
     with pytest.raises(RuntimeError, match=r"ranks 0 and 1 differ in \['model.part0.bias'"):
@@ -438,14 +438,14 @@ def test_ranks_with_different_models_or_keys_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.world_size(2)
-def test_a_problem_of_one_rank_is_told_beside_averages_that_meet(tmp_path: Path) -> None:
+def test_a_save_error_on_one_rank_does_not_hang_the_averages(tmp_path: Path) -> None:
     run = start("fsdp2")
     state = {"a": object() if dist.get_rank() else 1, **state_of(run)}
     with pytest.raises(RuntimeError, match="step 0 is not saved: rank 1: 'a': 'a' is a object"):
         checkpoint.save(state, tmp_path, step=0)
 
 
-def test_a_tensor_of_another_dtype_is_not_cast_on_the_way(tmp_path: Path) -> None:
+def test_loading_does_not_cast_tensors(tmp_path: Path) -> None:
     checkpoint.save({"x": torch.tensor(0.75)}, tmp_path, step=torch.tensor(1))
     state = {"x": torch.tensor(0)}
     assert checkpoint.load(state, tmp_path) == 1

@@ -58,7 +58,7 @@ def test_checkpoints_of_a_run_that_was_rolled_back_are_set_aside(tmp_path: Path)
     assert loaded_number(tmp_path) == 2
 
 
-def test_what_was_never_finished_is_not_loaded_and_is_cleared_away(tmp_path: Path) -> None:
+def test_unfinished_checkpoints_are_not_loaded_and_are_removed(tmp_path: Path) -> None:
     save_numbers(tmp_path, 1, 2)
     (tmp_path / "step-0000000002").rename(tmp_path / "step-0000000002.partial")
     assert loaded_number(tmp_path) == 1
@@ -86,7 +86,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
-def test_a_damaged_checkpoint_is_named_and_passed_over(damage: Any, name: str, tmp_path: Path) -> None:  # noqa: ANN401
+def test_a_damaged_checkpoint_is_reported_and_skipped(damage: Any, name: str, tmp_path: Path) -> None:  # noqa: ANN401
     save_numbers(tmp_path, 1, 2)
     damage(tmp_path / "step-0000000002" / name)
     with pytest.warns(UserWarning, match=rf"loaded step-0000000001 instead.*step-0000000002.*{name}"):
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage: Any, name: str, t
 
 
 @pytest.mark.world_size(3)
-def test_damage_that_one_rank_finds_is_passed_over_by_all(tmp_path: Path) -> None:
+def test_damage_found_by_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
     ema = ShardedEMA(wrap("fsdp2-3", make_net("fsdp2-3")))
     for step in (1, 2):
         ema.update()
@@ -131,7 +131,7 @@ def test_a_step_that_is_no_whole_number_is_refused(step: Any, tmp_path: Path) ->
     assert not names(tmp_path)
 
 
-def test_what_cannot_be_tidied_up_does_not_fail_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_cleanup_does_not_fail_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def rmtree(_: object) -> None:
         raise OSError("busy")
 

@@ -19,9 +19,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from ema_dist import ShardedEMA, checkpoint
 from ema_dist.checkpoint.dcp.metadata import read_metadata
-from ema_dist.checkpoint.dcp.reader import read
+from ema_dist.checkpoint.dcp.reader import read_entries
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.stored_checkpoint import Stored
+from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 
 EXAMPLES = 300
 FEW = 60
@@ -83,12 +83,12 @@ def limited_memory() -> Iterator[None]:
 
 def load(folder: Path) -> None:
     """Every value, as a process that loads sees it."""
-    read(folder, dict.fromkeys(read_metadata(folder).state_dict_metadata))
+    read_entries(folder, dict.fromkeys(read_metadata(folder).state_dict_metadata))
 
 
 def look(folder: Path) -> None:
     """What the command line looks at."""
-    stored = Stored(folder)
+    stored = StoredCheckpoint(folder)
     for _ in stored.read_weights(stored.weights("ema")):
         pass
 

@@ -29,20 +29,20 @@ from torch.distributed.checkpoint.metadata import (
 
 from ema_dist.checkpoint.dcp import unpickler
 from ema_dist.checkpoint.dcp.metadata import read_metadata
-from ema_dist.checkpoint.dcp.reader import Reader, read, unpack
+from ema_dist.checkpoint.dcp.reader import SafeReader, read_entries, safe_torch_load
 from ema_dist.checkpoint.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 FOLDER_READERS: dict[str, Callable[[Path], object]] = {
     "read_metadata": read_metadata,
-    "read": lambda folder: read(folder, {"weight": torch.zeros(4, 3), "note": None}),
-    "Reader": lambda folder: Reader(folder).read_metadata(),
+    "read": lambda folder: read_entries(folder, {"weight": torch.zeros(4, 3), "note": None}),
+    "Reader": lambda folder: SafeReader(folder).read_metadata(),
 }
 """Everything that opens a folder which DCP wrote: each must refuse what lies in it."""
 
 FILE_READERS: dict[str, Callable[[Path], object]] = {
-    "unpack": lambda path: unpack(io.BytesIO(path.read_bytes())),
+    "unpack": lambda path: safe_torch_load(io.BytesIO(path.read_bytes())),
 }
 """Everything that opens a file which `torch.save` wrote."""
 
@@ -50,7 +50,7 @@ every_folder_reader = pytest.mark.parametrize("reader", FOLDER_READERS.values(),
 every_file_reader = pytest.mark.parametrize("reader", FILE_READERS.values(), ids=FILE_READERS.keys())
 
 
-class Harm:
+class Payload:
     """Creates a file when it is unpickled, as `rm -rf` would delete some."""
 
     def __init__(self, marker: Path) -> None:
@@ -133,7 +133,7 @@ PICKLES: dict[str, Callable[[str], bytes]] = {
 
 
 @pytest.mark.parametrize("pickled", PICKLES.values(), ids=PICKLES.keys())
-def test_the_pickles_of_these_tests_do_run(pickled: Callable[[str], bytes], marker: Path) -> None:
+def test_the_payloads_run_under_plain_pickle(pickled: Callable[[str], bytes], marker: Path) -> None:
     """What follows would prove nothing otherwise."""
     pickle.loads(pickled(f"touch {marker}"))
     assert marker.exists()
@@ -150,7 +150,7 @@ def test_crafted_metadata_runs_nothing(
     assert not marker.exists()
 
 
-PLACES: dict[str, Callable[[Metadata, Harm], object]] = {
+PLACES: dict[str, Callable[[Metadata, Payload], object]] = {
     "everything": lambda metadata, harm: setattr(metadata, "state_dict_metadata", harm),
     "an entry": lambda metadata, harm: metadata.state_dict_metadata.update(weight=harm),
     "a size": lambda metadata, harm: setattr(metadata.state_dict_metadata["weight"], "size", harm),
@@ -165,10 +165,10 @@ PLACES: dict[str, Callable[[Metadata, Harm], object]] = {
 
 @every_folder_reader
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
-def test_harm_inside_good_metadata_runs_nothing(
-    place: Callable[[Metadata, Harm], object], reader: Callable[[Path], object], folder: Path, marker: Path
+def test_payloads_inside_valid_metadata_run_nothing(
+    place: Callable[[Metadata, Payload], object], reader: Callable[[Path], object], folder: Path, marker: Path
 ) -> None:
-    edit(folder, lambda metadata: place(metadata, Harm(marker)))
+    edit(folder, lambda metadata: place(metadata, Payload(marker)))
     with pytest.raises(CheckpointError, match=r"it asks for (posix|nt)\.system, which is no part of DCP's metadata"):
         reader(folder)
     assert not marker.exists()
@@ -176,9 +176,9 @@ def test_harm_inside_good_metadata_runs_nothing(
     assert marker.exists()
 
 
-@pytest.mark.parametrize("module_and_name", [*unpickler.STANDS_FOR, ("torch", "Size"), ("torch", "float32")], ids=str)
+@pytest.mark.parametrize("module_and_name", [*unpickler.RECORD_TYPES, ("torch", "Size"), ("torch", "float32")], ids=str)
 @pytest.mark.parametrize("state", [b"N}" + text("poisoned") + b"\x88s\x86", b"}" + text("poisoned") + b"\x88s"])
-def test_what_the_metadata_may_name_cannot_be_changed_by_it(
+def test_allowed_classes_cannot_be_modified_by_a_pickle(
     module_and_name: tuple[str, str], state: bytes, folder: Path
 ) -> None:
     """BUILD sets attributes on whatever it is given: a class would stay changed for the rest of the process."""
@@ -187,7 +187,7 @@ def test_what_the_metadata_may_name_cannot_be_changed_by_it(
         read_metadata(folder)
     module, name = module_and_name
     assert not hasattr(getattr(sys.modules.get(module), name, None), "poisoned")
-    assert not any(hasattr(record, "poisoned") for record in unpickler.STANDS_FOR.values())
+    assert not any(hasattr(record, "poisoned") for record in unpickler.RECORD_TYPES.values())
 
 
 def test_plain_pickle_would_change_a_class() -> None:
@@ -207,12 +207,12 @@ def test_a_pickle_cannot_choose_how_much_memory_it_takes(opcode: bytes, folder: 
 
 def test_a_crafted_byte_entry_runs_nothing(tmp_path: Path, marker: Path) -> None:
     """The metadata beside it is clean."""
-    folder = save(tmp_path / "saved", note=Harm(marker))
+    folder = save(tmp_path / "saved", note=Payload(marker))
     assert read_metadata(folder).state_dict_metadata.keys() == {"weight", "inner.bias", "note"}
     with pytest.raises(
         CheckpointError, match=r"the entry 'note', bytes .*, cannot be read: it holds (posix|nt)\.system"
     ):
-        read(folder, {"note": None})
+        read_entries(folder, {"note": None})
     assert not marker.exists()
     dcp.load({"note": None}, checkpoint_id=folder)
     assert marker.exists()
@@ -222,16 +222,16 @@ def test_a_byte_entry_of_an_unknown_class_says_how_to_admit_it(tmp_path: Path) -
     folder = save(tmp_path / "saved", note=Path("somewhere"))
     wanted = {"note": None}
     with pytest.raises(CheckpointError, match=r"add_safe_globals\(\[pathlib"):
-        read(folder, wanted)
+        read_entries(folder, wanted)
     with torch.serialization.safe_globals([type(Path()), *([] if sys.version_info < (3, 13) else [Path])]):
-        read(folder, wanted)
+        read_entries(folder, wanted)
     assert wanted == {"note": Path("somewhere")}
 
 
 @every_file_reader
 def test_a_crafted_file_runs_nothing(reader: Callable[[Path], object], tmp_path: Path, marker: Path) -> None:
     path = tmp_path / "weights.pt"
-    torch.save({"weight": torch.ones(2), "more": Harm(marker)}, path)
+    torch.save({"weight": torch.ones(2), "more": Payload(marker)}, path)
     with pytest.raises(CheckpointError, match=r"(posix|nt)\.system"):
         reader(path)
     assert not marker.exists()
@@ -252,12 +252,12 @@ def test_a_pickle_called_a_torch_file_runs_nothing(
 
 
 def test_crafted_bytes_of_a_tensor_run_nothing(folder: Path, marker: Path) -> None:
-    torch.save(Harm(marker), file := io.BytesIO())
+    torch.save(Payload(marker), file := io.BytesIO())
     redirect(folder, "weight", file.getvalue())
     with pytest.raises(
         CheckpointError, match=r"the entry 'weight', bytes .*, cannot be read: it holds (posix|nt)\.system"
     ):
-        read(folder, {"weight": torch.zeros(4, 3)})
+        read_entries(folder, {"weight": torch.zeros(4, 3)})
     assert not marker.exists()
 
 
@@ -272,12 +272,12 @@ def test_crafted_bytes_of_a_tensor_run_nothing(folder: Path, marker: Path) -> No
         torch.ones(4, 3, device="meta"),
     ],
 )
-def test_a_stored_tensor_is_what_the_metadata_says(value: object, folder: Path) -> None:
+def test_a_stored_tensor_must_match_the_metadata(value: object, folder: Path) -> None:
     """DCP would cast and broadcast."""
     torch.save(value, file := io.BytesIO())
     redirect(folder, "weight", file.getvalue())
     with pytest.raises(CheckpointError, match=r"expected torch.float32 \[4, 3\] as the metadata says, found"):
-        read(folder, {"weight": torch.zeros(4, 3)})
+        read_entries(folder, {"weight": torch.zeros(4, 3)})
 
 
 def redirect(folder: Path, name: str, data: bytes) -> None:
@@ -324,7 +324,7 @@ def test_a_file_name_that_leads_elsewhere_is_refused(name: str, folder: Path) ->
     outside.write_bytes((folder / "__0_0.distcp").read_bytes())
     point_at(folder, name.format(outside=outside))
     with files_opened() as opened, pytest.raises(CheckpointError, match="expected the plain name of a file in it"):
-        read(folder, {"weight": torch.zeros(4, 3), "note": None})
+        read_entries(folder, {"weight": torch.zeros(4, 3), "note": None})
     assert opened == [str(folder / ".metadata")]
 
 
@@ -344,14 +344,14 @@ def test_a_link_out_of_the_folder_is_refused(name: str, folder: Path) -> None:
     (folder / name).symlink_to(outside)
     message = re.escape(f"{folder / name} is a link out of the checkpoint's folder")
     with files_opened() as opened, pytest.raises(CheckpointError, match=message):
-        read(folder, {"weight": torch.zeros(4, 3)})
+        read_entries(folder, {"weight": torch.zeros(4, 3)})
     assert opened == ([] if name == ".metadata" else [str(folder / ".metadata")])
 
 
 def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
     (folder / "__0_0.distcp").rename(folder / "blob")
     (folder / "__0_0.distcp").symlink_to(folder / "blob")
-    read(folder, {"weight": (weight := torch.zeros(4, 3))})
+    read_entries(folder, {"weight": (weight := torch.zeros(4, 3))})
     assert weight.sum() == 66
 
 
@@ -368,7 +368,7 @@ def weight_of(metadata: Metadata) -> TensorStorageMetadata:
     return metadata.state_dict_metadata["weight"]
 
 
-def cut(metadata: Metadata, *chunks: tuple[list[int], list[int]]) -> None:
+def rechunk(metadata: Metadata, *chunks: tuple[list[int], list[int]]) -> None:
     """Let the weight consist of these chunks, each with an item."""
     item = metadata.storage_data.pop(MetadataIndex("weight", [0, 0]))
     weight_of(metadata).chunks[:] = [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size in chunks]
@@ -381,16 +381,16 @@ def changed_item(metadata: Metadata, **changes: object) -> None:
 
 
 LIES: dict[str, tuple[Callable[[Metadata], object], str]] = {
-    "a gap": (lambda it: cut(it, ([0, 0], [3, 3])), "chunks that do not cover"),
-    "an overlap": (lambda it: cut(it, ([0, 0], [3, 3]), ([2, 0], [2, 3])), "chunks that do not cover"),
-    "gap and overlap": (lambda it: cut(it, ([0, 0], [2, 3]), ([1, 0], [2, 3])), "chunks that do not cover"),
+    "a gap": (lambda it: rechunk(it, ([0, 0], [3, 3])), "chunks that do not cover"),
+    "an overlap": (lambda it: rechunk(it, ([0, 0], [3, 3]), ([2, 0], [2, 3])), "chunks that do not cover"),
+    "gap and overlap": (lambda it: rechunk(it, ([0, 0], [2, 3]), ([1, 0], [2, 3])), "chunks that do not cover"),
     "no chunks": (lambda it: weight_of(it).chunks.clear(), "chunks that do not cover"),
     "beyond the end": (
-        lambda it: cut(it, ([0, 0], [2, 3]), ([3, 0], [2, 3])),
+        lambda it: rechunk(it, ([0, 0], [2, 3]), ([3, 0], [2, 3])),
         r"a chunk at \[3, 0\] with size \[2, 3\]",
     ),
-    "other dimensions": (lambda it: cut(it, ([0], [12])), r"a chunk at \[0\] with size \[12\]"),
-    "a negative size": (lambda it: cut(it, ([0, 0], [-4, -3])), r"size \[-4, -3\]"),
+    "other dimensions": (lambda it: rechunk(it, ([0], [12])), r"a chunk at \[0\] with size \[12\]"),
+    "a negative size": (lambda it: rechunk(it, ([0, 0], [-4, -3])), r"size \[-4, -3\]"),
     "a huge size": (lambda it: setattr(weight_of(it), "size", torch.Size([2**40, 2**40])), r"size \[1099511627776, "),
     "too few bytes": (lambda it: changed_item(it, length=40), "an item of 40 bytes for a chunk of 48 bytes"),
     "no item": (lambda it: it.storage_data.pop(MetadataIndex("weight", [0, 0])), r"no item for the chunk at \[0, 0\]"),
@@ -422,21 +422,23 @@ def test_metadata_that_does_not_fit_together_is_refused(
         read_metadata(folder)
 
 
-def test_any_true_cut_is_taken(folder: Path) -> None:
+def test_any_valid_chunking_is_accepted(folder: Path) -> None:
     edit(
         folder,
-        lambda it: cut(it, ([0, 0], [1, 3]), ([1, 0], [3, 1]), ([1, 1], [2, 2]), ([3, 1], [1, 2]), ([4, 0], [0, 3])),
+        lambda it: rechunk(
+            it, ([0, 0], [1, 3]), ([1, 0], [3, 1]), ([1, 1], [2, 2]), ([3, 1], [1, 2]), ([4, 0], [0, 3])
+        ),
     )
     assert len(weight_of(read_metadata(folder)).chunks) == 5
 
 
 @pytest.mark.world_size(2)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_one_rank_finds_is_an_error_on_all(tmp_path: Path) -> None:
+def test_a_malformed_file_found_by_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
     folder = tmp_path / str(dist.get_rank())  # as if one machine saw a damaged copy
     with_note = {"weight": torch.ones(4, 3), "note": "as it was"}
     dcp.save(with_note, checkpoint_id=folder, no_dist=True)
-    read(folder, {"weight": (weight := torch.zeros(4, 3))}, group=dist.group.WORLD)
+    read_entries(folder, {"weight": (weight := torch.zeros(4, 3))}, group=dist.group.WORLD)
     assert weight.sum() == 12
     if dist.get_rank() == 1:
         path = folder / "__0_0.distcp"
@@ -444,9 +446,9 @@ def test_what_one_rank_finds_is_an_error_on_all(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"^rank 1: .*/1/__0_0\.distcp: the entry 'weight', bytes .* cannot be read"
     ):
-        read(folder, {"weight": torch.zeros(4, 3)}, group=dist.group.WORLD)
+        read_entries(folder, {"weight": torch.zeros(4, 3)}, group=dist.group.WORLD)
     missing = {} if dist.get_rank() == 0 else {"more": None}
     weight = torch.zeros(4, 3)
     with pytest.raises(CheckpointError, match=r"^rank 1: .*/1 has no entries more;"):
-        read(folder, {"weight": weight, **missing}, group=dist.group.WORLD)
+        read_entries(folder, {"weight": weight, **missing}, group=dist.group.WORLD)
     assert weight.sum() == 0

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
-from ema_dist.cli import NEEDED
-from tests.support.commands import exported, foreign, ok, ours, plainly_saved, run
-from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, trained
+from ema_dist.cli import REQUIRED_PACKAGES
+from tests.support.commands import load_exported, make_checkpoint, make_dcp_checkpoint, run, run_ok, save_with_dcp
+from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, make_trained
 
 SOURCES: dict[str, Callable[[Path], tuple[Path, ShardedEMA]]] = {
-    "ours": lambda path: ours(path / "root")[::2],
-    "plain DCP": lambda path: foreign(path / "dcp"),
+    "ours": lambda path: make_checkpoint(path / "root")[::2],
+    "plain DCP": lambda path: make_dcp_checkpoint(path / "dcp"),
 }
 sources = pytest.mark.parametrize("source", SOURCES)
 
@@ -32,9 +32,9 @@ sources = pytest.mark.parametrize("source", SOURCES)
 @sources
 def test_export_gives_the_averaged_model(source: str, tmp_path: Path) -> None:
     path, ema = SOURCES[source](tmp_path)
-    ok("export", path, tmp_path / "out")
+    run_ok("export", path, tmp_path / "out")
     expected = ema.full_state_dict()
-    found = exported(tmp_path / "out")
+    found = load_exported(tmp_path / "out")
     assert_bitwise_equal(found, expected)
     assert {name: it.dtype for name, it in found.items()} == {name: it.dtype for name, it in expected.items()}
     make_net("plain", seed=1).load_state_dict(found, strict=True)
@@ -43,10 +43,10 @@ def test_export_gives_the_averaged_model(source: str, tmp_path: Path) -> None:
 @sources
 def test_export_gives_the_live_model(source: str, tmp_path: Path) -> None:
     path, ema = SOURCES[source](tmp_path)
-    ok("export", path, tmp_path / "out", "--weights", "live")
+    run_ok("export", path, tmp_path / "out", "--weights", "live")
     with ema.swapped() as model:
         averaged = full_weights(model)
-    live = exported(tmp_path / "out")
+    live = load_exported(tmp_path / "out")
     assert_bitwise_equal(live, full_weights(model))
     assert not torch.equal(live["head.weight"].double(), averaged["head.weight"])
 
@@ -54,9 +54,9 @@ def test_export_gives_the_live_model(source: str, tmp_path: Path) -> None:
 @sources
 def test_export_casts_as_the_library_does(source: str, tmp_path: Path) -> None:
     path, ema = SOURCES[source](tmp_path)
-    ok("export", path, tmp_path / "out", "--dtype", "bfloat16")
+    run_ok("export", path, tmp_path / "out", "--dtype", "bfloat16")
     expected = ema.full_state_dict(dtype=torch.bfloat16)
-    found = exported(tmp_path / "out")
+    found = load_exported(tmp_path / "out")
     assert_bitwise_equal(found, expected)
     assert found["embed.weight"].dtype == torch.bfloat16
     assert found["stats.num_batches_tracked"].dtype == torch.int64
@@ -67,21 +67,21 @@ def test_export_keeps_the_live_dtype(tmp_path: Path) -> None:
     ema = ShardedEMA(model, decay=0.5)
     model.embed.weight.data.add_(1)
     ema.update()
-    plainly_saved(tmp_path / "dcp", {"model": get_model_state_dict(model), "ema": ema})
-    ok("export", tmp_path / "dcp", tmp_path / "out")
-    assert_bitwise_equal(exported(tmp_path / "out"), ema.full_state_dict())
-    assert exported(tmp_path / "out")["embed.weight"].dtype == torch.bfloat16
+    save_with_dcp(tmp_path / "dcp", {"model": get_model_state_dict(model), "ema": ema})
+    run_ok("export", tmp_path / "dcp", tmp_path / "out")
+    assert_bitwise_equal(load_exported(tmp_path / "out"), ema.full_state_dict())
+    assert load_exported(tmp_path / "out")["embed.weight"].dtype == torch.bfloat16
 
 
 def test_export_splits_into_files_with_an_index(tmp_path: Path) -> None:
-    path, ema = foreign(tmp_path / "dcp")
-    out = ok("export", path, tmp_path / "out", "--max-shard-size", "500")
+    path, ema = make_dcp_checkpoint(tmp_path / "dcp")
+    out = run_ok("export", path, tmp_path / "out", "--max-shard-size", "500")
     files = sorted((tmp_path / "out").glob("model-*-of-*.safetensors"))
     assert len(files) > 2
     assert all(str(file) in out for file in files)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert {*index["weight_map"].values()} == {file.name for file in files}
-    assert_bitwise_equal(exported(tmp_path / "out"), ema.full_state_dict())
+    assert_bitwise_equal(load_exported(tmp_path / "out"), ema.full_state_dict())
 
 
 class WithExtraState(nn.Linear):
@@ -98,49 +98,49 @@ def test_export_in_torchs_format_keeps_extra_states(tmp_path: Path) -> None:
     model = nn.Sequential(WithExtraState(2, 2))
     ema = ShardedEMA(model, decay=0.5)
     checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
-    ok("export", tmp_path / "root", tmp_path / "out", "--format", "torch")
+    run_ok("export", tmp_path / "root", tmp_path / "out", "--format", "torch")
     found = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
     model.load_state_dict(found, strict=True)
     assert model[0].state == model[0].get_extra_state()
     result = run("export", tmp_path / "root", tmp_path / "tensors")
     assert result.exit_code == 0
     assert "0._extra_state" in result.stderr
-    assert set(exported(tmp_path / "tensors")) == {"0.weight", "0.bias"}
+    assert set(load_exported(tmp_path / "tensors")) == {"0.weight", "0.bias"}
 
 
 def test_export_names_what_has_no_average(tmp_path: Path) -> None:
-    result = run("export", foreign(tmp_path / "dcp")[0], tmp_path / "out")
+    result = run("export", make_dcp_checkpoint(tmp_path / "dcp")[0], tmp_path / "out")
     assert "2 tensors have no average" in result.stderr
     assert "frozen.weight, frozen.bias" in result.stderr
-    root, *_ = ours(tmp_path / "root")
+    root, *_ = make_checkpoint(tmp_path / "root")
     assert run("export", root, tmp_path / "out").stderr == ""
 
 
-def test_averages_alone_are_exported_with_a_word(tmp_path: Path) -> None:
-    _, ema = trained("plain")
-    path = plainly_saved(tmp_path / "dcp", {"ema": ema})
+def test_exporting_averages_without_a_model_warns(tmp_path: Path) -> None:
+    _, ema = make_trained("plain")
+    path = save_with_dcp(tmp_path / "dcp", {"ema": ema})
     result = run("export", path, tmp_path / "out")
     assert result.exit_code == 0
     assert "no live model" in result.stderr
     full = ema.full_state_dict()
-    found = exported(tmp_path / "out")
+    found = load_exported(tmp_path / "out")
     assert_bitwise_equal(found, {name: full[name] for name in found})
     assert full.keys() - found.keys() == {"frozen.weight", "frozen.bias", "head.weight"}
 
 
 def test_a_flat_checkpoint_has_live_weights_only(tmp_path: Path) -> None:
-    model, _ = trained("plain")
-    path = plainly_saved(tmp_path / "dcp", dict(model.state_dict()))
+    model, _ = make_trained("plain")
+    path = save_with_dcp(tmp_path / "dcp", dict(model.state_dict()))
     result = run("export", path, tmp_path / "out")
     assert result.exit_code == 1
     assert "expected averages" in result.stderr
     assert "--weights live" in result.stderr
-    ok("export", path, tmp_path / "out", "--weights", "live")
-    assert_bitwise_equal(exported(tmp_path / "out"), full_weights(model))
+    run_ok("export", path, tmp_path / "out", "--weights", "live")
+    assert_bitwise_equal(load_exported(tmp_path / "out"), full_weights(model))
 
 
 def test_averages_and_models_are_found_however_deep(tmp_path: Path) -> None:
-    model, ema = trained("plain")
+    model, ema = make_trained("plain")
     optimizer = torch.optim.AdamW(model.parameters())
     state = {
         "state": {
@@ -150,10 +150,10 @@ def test_averages_and_models_are_found_however_deep(tmp_path: Path) -> None:
         },
         "rng": {"cpu": torch.get_rng_state()},
     }
-    path = plainly_saved(tmp_path / "dcp", state)
-    ok("export", path, tmp_path / "out")
-    assert_bitwise_equal(exported(tmp_path / "out"), ema.full_state_dict())
-    kinds = {name: entry["kind"] for name, entry in json.loads(ok("inspect", path, "--json"))["entries"].items()}
+    path = save_with_dcp(tmp_path / "dcp", state)
+    run_ok("export", path, tmp_path / "out")
+    assert_bitwise_equal(load_exported(tmp_path / "out"), ema.full_state_dict())
+    kinds = {name: entry["kind"] for name, entry in json.loads(run_ok("inspect", path, "--json"))["entries"].items()}
     assert kinds == {
         "state.algorithms.EMA": "averages",
         "state.model": "model",
@@ -162,7 +162,7 @@ def test_averages_and_models_are_found_however_deep(tmp_path: Path) -> None:
     }
 
 
-def test_several_models_are_told_apart_by_entry(tmp_path: Path) -> None:
+def test_several_models_are_distinguished_by_entry(tmp_path: Path) -> None:
     states: dict[str, Any] = {}
     averages: dict[str, ShardedEMA] = {}
     for name, width in {"generator": 2, "discriminator": 3}.items():
@@ -175,47 +175,47 @@ def test_several_models_are_told_apart_by_entry(tmp_path: Path) -> None:
     assert "--entry" in result.stderr
     assert "'discriminator_ema'" in result.stderr
     for entry in ("generator", "generator_ema"):
-        ok("export", tmp_path / "root", tmp_path / entry, "--entry", entry)
-        assert_bitwise_equal(exported(tmp_path / entry), averages["generator"].full_state_dict())
+        run_ok("export", tmp_path / "root", tmp_path / entry, "--entry", entry)
+        assert_bitwise_equal(load_exported(tmp_path / entry), averages["generator"].full_state_dict())
 
 
 @layouts("fsdp2-3", "hsdp", "fsdp1", "ddp", "fsdp2-tp")
 def test_export_puts_any_layout_together(layout: str, tmp_path: Path) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=7)
     expected = ema.full_state_dict()
     if dist.get_rank() == 0:
-        ok("export", tmp_path / "root", tmp_path / "out")
-        assert_bitwise_equal(exported(tmp_path / "out"), expected)
-        assert "all is well" in ok("verify", tmp_path / "root")
-        found = json.loads(ok("inspect", tmp_path / "root", "--json"))
+        run_ok("export", tmp_path / "root", tmp_path / "out")
+        assert_bitwise_equal(load_exported(tmp_path / "out"), expected)
+        assert "all is well" in run_ok("verify", tmp_path / "root")
+        found = json.loads(run_ok("inspect", tmp_path / "root", "--json"))
         assert found["saved"]["world_size"] == dist.get_world_size()
     dist.barrier()
 
 
 @layouts("fsdp2", "fsdp1")
 def test_export_puts_sharded_checkpoints_of_plain_dcp_together(layout: str, tmp_path: Path) -> None:
-    model, ema = trained(layout)
-    plainly_saved(tmp_path / "dcp", {"model": get_model_state_dict(model), "ema": ema})
+    model, ema = make_trained(layout)
+    save_with_dcp(tmp_path / "dcp", {"model": get_model_state_dict(model), "ema": ema})
     expected = ema.full_state_dict()
     if dist.get_rank() == 0:
-        ok("export", tmp_path / "dcp", tmp_path / "out")
-        assert_bitwise_equal(exported(tmp_path / "out"), expected)
+        run_ok("export", tmp_path / "dcp", tmp_path / "out")
+        assert_bitwise_equal(load_exported(tmp_path / "out"), expected)
     dist.barrier()
 
 
-def test_the_newest_step_is_taken_unless_told(tmp_path: Path) -> None:
-    model, ema = trained("plain")
+def test_the_newest_step_is_the_default(tmp_path: Path) -> None:
+    model, ema = make_trained("plain")
     expected: dict[int, dict[str, Tensor]] = {}
     for step in (1, 2):
         checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=step)
         expected[step] = ema.full_state_dict()
         model.embed.weight.data.add_(1)
         ema.update()
-    ok("export", tmp_path / "root", tmp_path / "newest")
-    ok("export", tmp_path / "root", tmp_path / "older", "--step", 1)
-    assert_bitwise_equal(exported(tmp_path / "newest"), expected[2])
-    assert_bitwise_equal(exported(tmp_path / "older"), expected[1])
+    run_ok("export", tmp_path / "root", tmp_path / "newest")
+    run_ok("export", tmp_path / "root", tmp_path / "older", "--step", 1)
+    assert_bitwise_equal(load_exported(tmp_path / "newest"), expected[2])
+    assert_bitwise_equal(load_exported(tmp_path / "older"), expected[1])
     result = run("export", tmp_path / "root", tmp_path / "never", "--step", 3)
     assert result.exit_code == 1
     assert "[1, 2]" in result.stderr
@@ -231,8 +231,8 @@ def test_the_newest_step_is_taken_unless_told(tmp_path: Path) -> None:
     ],
 )
 def test_inspect_knows_the_decay(decay: HalfLife | float, expected: dict[str, Any], tmp_path: Path) -> None:
-    path, _ = foreign(tmp_path / "dcp", decay=decay)
-    averages = json.loads(ok("inspect", path, "--json"))["averages"]["ema"]
+    path, _ = make_dcp_checkpoint(tmp_path / "dcp", decay=decay)
+    averages = json.loads(run_ok("inspect", path, "--json"))["averages"]["ema"]
     found = averages["tracks"]["default"]["decay"]
     assert {key: found[key] for key in expected} == pytest.approx(expected)
     assert (averages["steps"], averages["updates"]) == (3, 3)
@@ -241,7 +241,7 @@ def test_inspect_knows_the_decay(decay: HalfLife | float, expected: dict[str, An
 @sources
 def test_inspect_measures_distances_as_the_formula_says(source: str, tmp_path: Path) -> None:
     path, ema = SOURCES[source](tmp_path)
-    track = json.loads(ok("inspect", path, "--json"))["averages"]["ema"]["tracks"]["default"]
+    track = json.loads(run_ok("inspect", path, "--json"))["averages"]["ema"]["tracks"]["default"]
     with ema.swapped() as model:
         averaged = full_weights(model)
     live = full_weights(model)
@@ -253,14 +253,14 @@ def test_inspect_measures_distances_as_the_formula_says(source: str, tmp_path: P
     assert track["distances"] == pytest.approx({"mask": 0.0, **expected})
 
 
-def test_inspect_tells_what_there_is(tmp_path: Path) -> None:
-    root, model, ema = ours(tmp_path / "root", step=12)
-    found = json.loads(ok("inspect", root, "--json"))
+def test_inspect_lists_the_contents(tmp_path: Path) -> None:
+    root, model, ema = make_checkpoint(tmp_path / "root", step=12)
+    found = json.loads(run_ok("inspect", root, "--json"))
     assert (found["step"], found["saved"]["world_size"]) == (12, 1)
     assert found["tensors"]["model.embed.weight"] == {"shape": [5, 6], "dtype": "float32", "bytes": 120, "pieces": 1}
     assert found["entries"]["model"]["tensors"] == len(model.state_dict())
     assert found["averages"]["ema"]["model"] == "model"
-    text = ok("inspect", root)
+    text = run_ok("inspect", root)
     assert all(name in text for name in ema.full_state_dict())
     assert "half-life" in text
 
@@ -268,7 +268,7 @@ def test_inspect_tells_what_there_is(tmp_path: Path) -> None:
 def test_a_narrow_terminal_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    text = ok("inspect", foreign(tmp_path / "dcp")[0])
+    text = run_ok("inspect", make_dcp_checkpoint(tmp_path / "dcp")[0])
     assert "…" not in text
 
 
@@ -294,7 +294,7 @@ def damaged(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["truncated", "flipped"])
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "manifest.json"])
 def test_damage_is_found_and_never_exported(file: str, how: str, tmp_path: Path) -> None:
-    root, *_ = ours(tmp_path / "root")
+    root, *_ = make_checkpoint(tmp_path / "root")
     damaged(root / "step-0000000003" / file, how)
     result = run("verify", root)
     assert result.exit_code == 1
@@ -302,14 +302,14 @@ def test_damage_is_found_and_never_exported(file: str, how: str, tmp_path: Path)
     result = run("export", root, tmp_path / "out")
     assert result.exit_code == 1
     assert file in result.stderr
-    assert exported(tmp_path / "out") == {}
+    assert load_exported(tmp_path / "out") == {}
 
 
 def test_verify_names_what_is_not_finite(tmp_path: Path) -> None:
-    model, ema = trained("plain")
+    model, ema = make_trained("plain")
     model.embed.weight.data[0, 0] = torch.nan
     model.blocks[0].scale.data[0, 0] = torch.inf
-    path = plainly_saved(tmp_path / "dcp", {"model": get_model_state_dict(model), "ema": ema})
+    path = save_with_dcp(tmp_path / "dcp", {"model": get_model_state_dict(model), "ema": ema})
     result = run("verify", path)
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [
@@ -321,12 +321,12 @@ def test_verify_names_what_is_not_finite(tmp_path: Path) -> None:
 
 
 def test_verify_finds_averages_of_another_model(tmp_path: Path) -> None:
-    model, ema = trained("plain")
+    model, ema = make_trained("plain")
     state = get_model_state_dict(model)
     del state["blocks.1.out.weight"]
     state["stats.weight"] = torch.zeros(2)
     state["stats.bias"] = state["stats.bias"].long()
-    path = plainly_saved(tmp_path / "dcp", {"model": state, "ema": ema})
+    path = save_with_dcp(tmp_path / "dcp", {"model": state, "ema": ema})
     for command in (["verify", path], ["export", path, tmp_path / "out"]):
         result = run(*command)
         assert result.exit_code == 1
@@ -345,24 +345,24 @@ class Hostile:
         return os.system, (f"touch {self.witness}",)
 
 
-def test_nothing_in_a_checkpoint_runs(tmp_path: Path) -> None:
-    model, ema = trained("plain")
+def test_no_code_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
+    model, ema = make_trained("plain")
     state = {"model": get_model_state_dict(model), "ema": ema, "extra": {"config": Hostile(tmp_path / "ran")}}
-    path = plainly_saved(tmp_path / "dcp", state)
+    path = save_with_dcp(tmp_path / "dcp", state)
     assert run("verify", path).exit_code == 1
-    ok("inspect", path)
-    ok("export", path, tmp_path / "out")
+    run_ok("inspect", path)
+    run_ok("export", path, tmp_path / "out")
     torch.save({"weight": Hostile(tmp_path / "ran")}, tmp_path / "hostile.pt")
     assert run("diff", tmp_path / "hostile.pt", path).exit_code == 2
     assert not (tmp_path / "ran").exists()
 
 
 def test_diff_of_equal_weights_is_0(tmp_path: Path) -> None:
-    path, _ = foreign(tmp_path / "dcp")
-    ok("export", path, tmp_path / "out")
-    ok("export", path, tmp_path / "torch", "--format", "torch")
+    path, _ = make_dcp_checkpoint(tmp_path / "dcp")
+    run_ok("export", path, tmp_path / "out")
+    run_ok("export", path, tmp_path / "torch", "--format", "torch")
     for a, b in [(path, tmp_path / "out"), (tmp_path / "out" / "model.safetensors", tmp_path / "torch")]:
-        assert "24 of 24 tensors compared are equal" in ok("diff", a, b)
+        assert "24 of 24 tensors compared are equal" in run_ok("diff", a, b)
 
 
 def test_diff_measures_as_the_formula_says(tmp_path: Path) -> None:
@@ -390,18 +390,18 @@ def test_diff_measures_as_the_formula_says(tmp_path: Path) -> None:
     ],
     ids=["integers", "underflow", "overflow", "NaN"],
 )
-def test_diff_calls_nothing_equal_that_is_not(left: Tensor, right: Tensor, tmp_path: Path) -> None:
+def test_diff_never_reports_different_tensors_as_equal(left: Tensor, right: Tensor, tmp_path: Path) -> None:
     save_file({"it": left}, tmp_path / "a.safetensors")
     save_file({"it": right}, tmp_path / "b.safetensors")
-    assert "1 of 1 tensors compared are equal" in ok("diff", tmp_path / "a.safetensors", tmp_path / "a.safetensors")
+    assert "1 of 1 tensors compared are equal" in run_ok("diff", tmp_path / "a.safetensors", tmp_path / "a.safetensors")
     result = run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert result.exit_code == 1
     assert "0 of 1 tensors compared are equal" in result.stdout
 
 
-def test_no_name_steers_the_terminal(tmp_path: Path) -> None:
+def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     name = "weight\x1b]0;owned\x07\u202e"
-    path = plainly_saved(tmp_path / "dcp", {"model": {name: torch.tensor([torch.nan])}})
+    path = save_with_dcp(tmp_path / "dcp", {"model": {name: torch.tensor([torch.nan])}})
     save_file({name: torch.ones(1)}, tmp_path / "a.safetensors")
     for command in (
         ["inspect", path],
@@ -415,7 +415,7 @@ def test_no_name_steers_the_terminal(tmp_path: Path) -> None:
 
 
 def test_diff_compares_averages_with_live_weights(tmp_path: Path) -> None:
-    path, _ = foreign(tmp_path / "dcp")
+    path, _ = make_dcp_checkpoint(tmp_path / "dcp")
     result = run("diff", path, path, "--weights-b", "live")
     assert result.exit_code == 1
     assert "embed.weight" in result.stdout
@@ -446,8 +446,10 @@ def test_diff_compares_averages_with_live_weights(tmp_path: Path) -> None:
         (["diff", "{}/dcp", "{}/file"], 2, "{}/file"),
     ],
 )
-def test_a_mistake_is_told_and_never_traced_back(arguments: list[str], code: int, said: str, tmp_path: Path) -> None:
-    foreign(tmp_path / "dcp")
+def test_user_errors_print_a_message_and_no_traceback(
+    arguments: list[str], code: int, said: str, tmp_path: Path
+) -> None:
+    make_dcp_checkpoint(tmp_path / "dcp")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("nothing of the kind")
     result = run(*(argument.format(tmp_path) for argument in arguments))
@@ -457,15 +459,15 @@ def test_a_mistake_is_told_and_never_traced_back(arguments: list[str], code: int
     assert not (tmp_path / "out").exists()
 
 
-def test_foreign_weights_in_out_are_left_alone(tmp_path: Path) -> None:
-    path, _ = foreign(tmp_path / "dcp")
-    ok("export", path, tmp_path / "out", "--format", "torch")
+def test_export_refuses_to_replace_weights_in_another_format(tmp_path: Path) -> None:
+    path, _ = make_dcp_checkpoint(tmp_path / "dcp")
+    run_ok("export", path, tmp_path / "out", "--format", "torch")
     before = (tmp_path / "out" / "pytorch_model.bin").read_bytes()
     result = run("export", path, tmp_path / "out")
     assert result.exit_code == 1
     assert "another format" in result.stderr
     assert (tmp_path / "out" / "pytorch_model.bin").read_bytes() == before
-    assert exported(tmp_path / "out") == {}
+    assert load_exported(tmp_path / "out") == {}
 
 
 FULL_DISK = """
@@ -479,8 +481,8 @@ main()
 
 
 @pytest.mark.parametrize("file_format", ["safetensors", "torch"])
-def test_a_full_disk_is_told_and_leaves_nothing(file_format: str, tmp_path: Path) -> None:
-    path, _ = foreign(tmp_path / "dcp")
+def test_a_full_disk_is_an_error_and_leaves_no_files(file_format: str, tmp_path: Path) -> None:
+    path, _ = make_dcp_checkpoint(tmp_path / "dcp")
     # -B: what Python caches of modules would be cut short too, and would break whoever imports them next.
     command = [sys.executable, "-B", "-c", FULL_DISK, "export", path, tmp_path / "out", "--format", file_format]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -490,8 +492,8 @@ def test_a_full_disk_is_told_and_leaves_nothing(file_format: str, tmp_path: Path
     assert [*(tmp_path / "out").iterdir()] == []
 
 
-def test_the_command_runs_by_itself(tmp_path: Path) -> None:
-    path, _ = foreign(tmp_path / "dcp")
+def test_the_command_runs_in_its_own_process(tmp_path: Path) -> None:
+    path, _ = make_dcp_checkpoint(tmp_path / "dcp")
     command = [sys.executable, "-W", "error", "-m", "ema_dist.cli", "verify", path]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -506,7 +508,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("name", REQUIRED_PACKAGES)
 def test_without_the_extra_it_says_what_to_install(name: str) -> None:
     result = subprocess.run([sys.executable, "-c", HIDDEN, name, "--help"], capture_output=True, text=True, check=False)
     assert result.returncode == 1

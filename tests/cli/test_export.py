@@ -17,8 +17,8 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import read_manifest
 from ema_dist.checkpoint.weights.casts import cast
 from ema_dist.checkpoint.weights.files import WeightWriter
-from tests.support.commands import exported, foreign, ok, ours, plainly_saved, run
-from tests.support.layouts import assert_bitwise_equal, resident_peak
+from tests.support.commands import load_exported, make_checkpoint, make_dcp_checkpoint, run, run_ok, save_with_dcp
+from tests.support.layouts import assert_bitwise_equal, peak_resident_memory
 
 
 def moved(model: nn.Module, **settings: Any) -> ShardedEMA:  # noqa: ANN401
@@ -31,19 +31,19 @@ def moved(model: nn.Module, **settings: Any) -> ShardedEMA:  # noqa: ANN401
     return ema
 
 
-def test_a_tensor_without_elements_is_a_tensor(tmp_path: Path) -> None:
+def test_empty_tensors_are_exported(tmp_path: Path) -> None:
     model = nn.ParameterDict({"empty": torch.empty(0, 3), "full": torch.ones(2, 3)})
     ema = moved(model)
     checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
-    ok("inspect", tmp_path / "root")
-    ok("verify", tmp_path / "root")
-    ok("export", tmp_path / "root", tmp_path / "out")
-    assert_bitwise_equal(exported(tmp_path / "out"), ema.full_state_dict())
-    assert exported(tmp_path / "out")["empty"].shape == (0, 3)
-    ok("diff", tmp_path / "root", tmp_path / "out")
+    run_ok("inspect", tmp_path / "root")
+    run_ok("verify", tmp_path / "root")
+    run_ok("export", tmp_path / "root", tmp_path / "out")
+    assert_bitwise_equal(load_exported(tmp_path / "out"), ema.full_state_dict())
+    assert load_exported(tmp_path / "out")["empty"].shape == (0, 3)
+    run_ok("diff", tmp_path / "root", tmp_path / "out")
 
 
-def test_twins_have_their_own_averages(tmp_path: Path) -> None:
+def test_identical_models_have_their_own_averages(tmp_path: Path) -> None:
     """Names and shapes are the same: only the manifest tells them apart."""
     models = {name: nn.Linear(2, 2) for name in ("gen", "disc")}
     averages = {name: moved(model) for name, model in models.items()}
@@ -52,13 +52,13 @@ def test_twins_have_their_own_averages(tmp_path: Path) -> None:
     assert run("export", tmp_path / "root", tmp_path / "out").exit_code == 1
     for name, ema in averages.items():
         for entry in (name, f"ema_{name}"):
-            ok("export", tmp_path / "root", tmp_path / entry, "--entry", entry)
-            assert_bitwise_equal(exported(tmp_path / entry), ema.full_state_dict())
-    ok("export", tmp_path / "root", tmp_path / "live", "--entry", "disc", "--weights", "live")
-    assert_bitwise_equal(exported(tmp_path / "live"), models["disc"].state_dict())
+            run_ok("export", tmp_path / "root", tmp_path / entry, "--entry", entry)
+            assert_bitwise_equal(load_exported(tmp_path / entry), ema.full_state_dict())
+    run_ok("export", tmp_path / "root", tmp_path / "live", "--entry", "disc", "--weights", "live")
+    assert_bitwise_equal(load_exported(tmp_path / "live"), models["disc"].state_dict())
 
 
-def test_what_trains_without_an_average_is_told(tmp_path: Path) -> None:
+def test_trainable_parameters_without_averages_are_reported(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     ema = moved(model, select=lambda name, _: name.startswith("0."))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -70,7 +70,7 @@ def test_what_trains_without_an_average_is_told(tmp_path: Path) -> None:
     assert "1.weight, 1.bias" in said
 
 
-def test_a_guessed_tie_is_told(tmp_path: Path) -> None:
+def test_an_inferred_tie_is_reported(tmp_path: Path) -> None:
     """A frozen matrix may equal a trained one by chance; without a manifest nothing tells it from a tied one."""
     model = nn.ParameterDict(
         {"trained": torch.zeros(2, 2), "frozen": nn.Parameter(torch.ones(2, 2), requires_grad=False)}
@@ -78,26 +78,26 @@ def test_a_guessed_tie_is_told(tmp_path: Path) -> None:
     ema = ShardedEMA(model, decay=0.5)
     model["trained"].data.add_(1)
     ema.update()
-    path = plainly_saved(tmp_path / "dcp", {"model": model.state_dict(), "ema": ema})
+    path = save_with_dcp(tmp_path / "dcp", {"model": model.state_dict(), "ema": ema})
     said = run("export", path, tmp_path / "out").stderr
     assert "1 tensors are exported with the average of another" in said
     assert "frozen (that of trained)" in said
     checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
     assert run("export", tmp_path / "root", tmp_path / "ours").stderr == ""
-    assert_bitwise_equal(exported(tmp_path / "ours"), ema.full_state_dict())
+    assert_bitwise_equal(load_exported(tmp_path / "ours"), ema.full_state_dict())
 
 
-def test_averages_that_never_began_are_told(tmp_path: Path) -> None:
+def test_averages_that_never_started_are_reported(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     ema = moved(model, update_interval=10)
     checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
     assert "saw 1 steps, and no average was taken yet" in run("export", tmp_path / "root", tmp_path / "out").stderr
     assert "saw 1 steps, and no average was taken yet" in run("verify", tmp_path / "root").stderr
-    assert run("export", ours(tmp_path / "moving")[0], tmp_path / "moving").stderr == ""
+    assert run("export", make_checkpoint(tmp_path / "moving")[0], tmp_path / "moving").stderr == ""
 
 
-def test_averages_beside_another_model_are_told(tmp_path: Path) -> None:
-    path = plainly_saved(tmp_path / "dcp", {"ema": moved(nn.Linear(2, 2)), "other": {"scale": torch.ones(2)}})
+def test_averages_of_a_different_model_are_reported(tmp_path: Path) -> None:
+    path = save_with_dcp(tmp_path / "dcp", {"ema": moved(nn.Linear(2, 2)), "other": {"scale": torch.ones(2)}})
     said = run("export", path, tmp_path / "out").stderr
     assert "holds no live model with the names of these averages (it holds 'other')" in said
 
@@ -110,13 +110,13 @@ def test_no_weight_overflows_in_a_cast(dtype: str, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "'large' holds 70000" in result.stderr
     assert [*(tmp_path / "out").iterdir()] == []
-    ok("export", tmp_path / "root", tmp_path / "out", "--dtype", "bfloat16")
-    assert exported(tmp_path / "out")["large"].dtype == torch.bfloat16
+    run_ok("export", tmp_path / "root", tmp_path / "out", "--dtype", "bfloat16")
+    assert load_exported(tmp_path / "out")["large"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e5m2])
 @pytest.mark.parametrize("values", [[], [1.0, -448.0], [math.inf, -math.inf, 2.0], [math.nan], [-math.inf]])
-def test_what_is_not_finite_may_stay_so_in_a_cast(values: list[float], dtype: torch.dtype) -> None:
+def test_nonfinite_values_survive_a_cast(values: list[float], dtype: torch.dtype) -> None:
     found = cast("mask", torch.tensor(values), dtype)
     assert found.dtype == dtype
     torch.testing.assert_close(found.float(), torch.tensor(values), equal_nan=True)
@@ -130,7 +130,7 @@ def test_a_float8_tensor_is_cast_too() -> None:
 
 
 def test_two_exports_into_one_folder_do_not_mix(tmp_path: Path) -> None:
-    path, _ = foreign(tmp_path / "dcp")
+    path, _ = make_dcp_checkpoint(tmp_path / "dcp")
     mine = {name: torch.full((4,), 1.0) for name in ("a", "b")}
     planned: dict[str, Tensor | None] = {name: value.to("meta") for name, value in mine.items()}
     with WeightWriter(tmp_path / "out", planned=planned, max_shard_size=16) as writer:
@@ -139,8 +139,8 @@ def test_two_exports_into_one_folder_do_not_mix(tmp_path: Path) -> None:
         assert result.exit_code == 1
         assert "another export into" in result.stderr
         writer.add("b", mine["b"])
-    assert_bitwise_equal(exported(tmp_path / "out"), mine)
-    ok("export", path, tmp_path / "out")
+    assert_bitwise_equal(load_exported(tmp_path / "out"), mine)
+    run_ok("export", path, tmp_path / "out")
 
 
 DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -152,10 +152,10 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE.keys())
-def test_averages_with_odd_counts_are_refused(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
+def test_averages_with_invalid_counts_are_refused(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
     state = moved(nn.Linear(2, 2)).state_dict()
     change(state)
-    path = plainly_saved(tmp_path / "dcp", {"ema": state})
+    path = save_with_dcp(tmp_path / "dcp", {"ema": state})
     for command in (["inspect", path], ["verify", path], ["export", path, tmp_path / "out"]):
         result = run(*command)
         assert result.exit_code == 1
@@ -163,7 +163,7 @@ def test_averages_with_odd_counts_are_refused(change: Callable[[dict[str, Any]],
 
 
 def test_ties_of_different_shapes_are_refused(tmp_path: Path) -> None:
-    root, *_ = ours(tmp_path / "root")
+    root, *_ = make_checkpoint(tmp_path / "root")
     folder = root / "step-0000000003"
     manifest = read_manifest(folder)
     assert manifest is not None
@@ -174,21 +174,21 @@ def test_ties_of_different_shapes_are_refused(tmp_path: Path) -> None:
         assert "ties tensors that differ" in result.stderr
 
 
-def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    path = plainly_saved(tmp_path / "dcp", {"model": {"a\udc80": torch.ones(2)}})
+def test_a_name_that_is_not_a_string_is_refused(tmp_path: Path) -> None:
+    path = save_with_dcp(tmp_path / "dcp", {"model": {"a\udc80": torch.ones(2)}})
     result = run("export", path, tmp_path / "out", "--weights", "live")
     assert result.exit_code == 1
     assert "a name that is no Unicode" in result.stderr
 
 
 @pytest.mark.world_size(1)
-def test_export_holds_a_few_tensors_and_no_file(tmp_path: Path) -> None:
+def test_export_memory_is_a_few_tensors(tmp_path: Path) -> None:
     mebibyte = 2**20
     model = nn.ParameterDict({f"layer{index:02}": nn.Parameter(torch.ones(2, mebibyte)) for index in range(48)})
     checkpoint.save({"model": model, "ema": ShardedEMA(model)}, tmp_path / "root", step=1)
     del model
-    ok("export", tmp_path / "root", tmp_path / "out")  # what it imports is not what it holds
-    peak = resident_peak(lambda: ok("export", tmp_path / "root", tmp_path / "out"))
+    run_ok("export", tmp_path / "root", tmp_path / "out")  # what it imports is not what it holds
+    peak = peak_resident_memory(lambda: run_ok("export", tmp_path / "root", tmp_path / "out"))
     file, tensor = 48 * 8 * mebibyte, 8 * mebibyte
-    assert sum(it.nbytes for it in exported(tmp_path / "out").values()) == file
+    assert sum(it.nbytes for it in load_exported(tmp_path / "out").values()) == file
     assert peak < 16 * tensor < file / 2

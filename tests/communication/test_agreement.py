@@ -17,13 +17,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
-from tests.support.layouts import assert_bitwise_equal, evaluate, full_weights, layouts, make_net, trained, wrap
+from tests.support.layouts import assert_bitwise_equal, evaluate, full_weights, layouts, make_net, make_trained, wrap
 
 
 @layouts("ddp", "ddp-3", "hsdp")
-def test_drift_between_some_replicas_is_told_to_all_ranks(layout: str) -> None:
+def test_replica_drift_is_reported_on_all_ranks(layout: str) -> None:
     """Also to those whose own replicas agree: they would go on alone, and hang."""
-    model, ema = trained(layout, timeout=5.0)
+    model, ema = make_trained(layout, timeout=5.0)
     last = dist.get_world_size() - 1
     if dist.get_rank() == last:
         dict(model.named_parameters())[next(n for n, p in model.named_parameters() if "out.weight" in n)].data.mul_(2)
@@ -35,8 +35,8 @@ def test_drift_between_some_replicas_is_told_to_all_ranks(layout: str) -> None:
 
 
 @layouts("ddp", "fsdp2-3")
-def test_a_problem_on_one_rank_stops_all_of_them(layout: str) -> None:
-    model, ema = trained(layout, timeout=5.0)
+def test_an_error_on_one_rank_is_raised_on_all(layout: str) -> None:
+    model, ema = make_trained(layout, timeout=5.0)
     if dist.get_rank() == 1:
         for parameter in model.parameters():
             parameter.requires_grad_()
@@ -48,8 +48,8 @@ def test_a_problem_on_one_rank_stops_all_of_them(layout: str) -> None:
 
 
 @layouts("ddp", "hsdp")
-def test_a_swap_that_could_not_be_left_together_can_be_restored(layout: str) -> None:
-    model, ema = trained(layout, timeout=0.5)
+def test_a_swap_not_left_by_all_ranks_can_be_restored(layout: str) -> None:
+    model, ema = make_trained(layout, timeout=0.5)
     live = full_weights(model)
     if dist.get_rank() == 0:
         with pytest.raises(RuntimeError, match=r"restore\(\) on every rank"), ema.swapped() as inside:
@@ -69,7 +69,7 @@ def test_a_swap_that_could_not_be_left_together_can_be_restored(layout: str) -> 
 
 
 @pytest.mark.world_size(3)
-def test_a_new_world_starts_with_new_meetings(tmp_path: Path) -> None:
+def test_a_new_process_group_resets_the_rendezvous(tmp_path: Path) -> None:
     """Its ranks may have met elsewhere under other numbers."""
     net = make_net("ddp")
     if dist.get_rank() < 2:
@@ -89,9 +89,9 @@ def test_a_new_world_starts_with_new_meetings(tmp_path: Path) -> None:
 
 
 @pytest.mark.world_size(2)
-def test_gathering_does_not_survive_a_swap() -> None:
+def test_a_gather_cannot_continue_inside_a_swap() -> None:
     """What lies where changes under it."""
-    _, ema = trained("ddp")
+    _, ema = make_trained("ddp")
     entries = ema.gather()
     next(entries)
     with ema.swapped(), pytest.raises(RuntimeError, match="under way"):
@@ -110,7 +110,7 @@ def test_tensor_parallel_parameters_inside_fsdp1_are_refused() -> None:
 
 @layouts("fsdp1", "fsdp1-flat")
 def test_calls_inside_summon_full_params_are_refused(layout: str) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     with FullyShardedDataParallel.summon_full_params(model), pytest.raises(ValueError, match="summon_full_params"):
         ema.state_dict()
     assert ema.full_state_dict() or dist.get_rank() > 0

@@ -25,13 +25,13 @@ from tests.support.composer_runs import (
     assert_close,
     assert_same,
     batches,
-    decayed,
+    checkpoint_path,
+    composer_layouts,
     fit,
-    full_model,
+    full_tensors,
+    make_trainer,
     on_ranks,
-    parallel,
-    saved,
-    trainer,
+    reference_average,
 )
 
 
@@ -118,11 +118,11 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@parallel("plain", "ddp")
+@composer_layouts("plain", "ddp")
 def test_averages_equal_those_of_composers_own(layout: str, settings: dict[str, Any]) -> None:
     ours, theirs = EMA(**settings), composer.algorithms.EMA(**settings)
     for algorithm in (ours, theirs):
-        fit(trainer(layout, algorithm, max_duration="3ep", train_dataloader=batches(count=8)))
+        fit(make_trainer(layout, algorithm, max_duration="3ep", train_dataloader=batches(count=8)))
     their_names = {**theirs.ema_model.named_parameters_dict, **theirs.ema_model.named_buffers_dict}
     expected = {name.removeprefix("module."): it for name, it in their_names.items()}
     assert "net.stats.running_mean" in expected
@@ -132,38 +132,42 @@ def test_averages_equal_those_of_composers_own(layout: str, settings: dict[str, 
         assert found["net.stats.num_batches_tracked"] == (12 if layout == "ddp" else 24)
 
 
-@parallel("ddp", "fsdp1", "fsdp2", "hsdp")
+@composer_layouts("ddp", "fsdp1", "fsdp2", "hsdp")
 def test_averages_equal_the_float64_reference(layout: str) -> None:
     recorder, ema = Recorder(), EMA(half_life="3ba")
-    fit(trainer(layout, ema, callbacks=[recorder]))
-    assert len(recorder.after_batch) == 8
-    assert_averages(ema, decayed(recorder.after_batch, ema.smoothing))
+    fit(make_trainer(layout, ema, callbacks=[recorder]))
+    assert len(recorder.weights_after_batch) == 8
+    assert_averages(ema, reference_average(recorder.weights_after_batch, ema.smoothing))
 
 
-@parallel("ddp", "fsdp1", "fsdp2", "hsdp")
+@composer_layouts("ddp", "fsdp1", "fsdp2", "hsdp")
 def test_evaluation_sees_the_averages_and_training_the_live_weights(layout: str, tmp_path: Path) -> None:
     recorder, ema = Recorder(), EMA(half_life="3ba")
-    it = trainer(layout, ema, callbacks=[recorder], eval_interval="2ba", save_folder=str(tmp_path), save_interval="3ba")
+    it = make_trainer(
+        layout, ema, callbacks=[recorder], eval_interval="2ba", save_folder=str(tmp_path), save_interval="3ba"
+    )
     it.eval()
     fit(it, "5ba")
     it.eval()
-    before_prediction = full_model(it.state)
+    before_prediction = full_tensors(it.state)
     it.predict(batches(count=2))
-    assert_same(full_model(it.state), before_prediction)
+    assert_same(full_tensors(it.state), before_prediction)
     fit(it, "3ba")
     it.eval()
     assert not ema.ema_weights_active
     done = 0
-    for event, held in recorder.at:
-        live = recorder.after_batch[done - 1] if done else held
+    for event, held in recorder.model_at_event:
+        live = recorder.weights_after_batch[done - 1] if done else held
         if event == "batch_start":
             assert_same(weights_only(held), weights_only(live))
             done += 1
         elif done:
-            assert_close(weights_only(held), weights_only(decayed(recorder.after_batch[:done], ema.smoothing)))
+            assert_close(
+                weights_only(held), weights_only(reference_average(recorder.weights_after_batch[:done], ema.smoothing))
+            )
     assert done == 8
-    assert {event for event, _ in recorder.at} == {"batch_start", "eval_batch_start", "predict_batch_start"}
-    assert_same(weights_only(full_model(it.state)), weights_only(recorder.after_batch[-1]))
+    assert {event for event, _ in recorder.model_at_event} == {"batch_start", "eval_batch_start", "predict_batch_start"}
+    assert_same(weights_only(full_tensors(it.state)), weights_only(recorder.weights_after_batch[-1]))
 
 
 class Interrupted(Callback):
@@ -177,18 +181,18 @@ class Interrupted(Callback):
             raise KeyError("interrupted")
 
 
-@parallel("ddp", "fsdp1", "fsdp2")
+@composer_layouts("ddp", "fsdp1", "fsdp2")
 def test_live_weights_come_back_after_an_exception_inside_evaluation(layout: str) -> None:
     recorder, ema = Recorder(), EMA(half_life="3ba")
-    it = trainer(layout, ema, callbacks=[recorder, Interrupted()], eval_interval="2ba")
+    it = make_trainer(layout, ema, callbacks=[recorder, Interrupted()], eval_interval="2ba")
     with pytest.raises(KeyError, match="interrupted"):
         fit(it)
     assert ema.ema_weights_active
     fit(it, "4ba")
     assert not ema.ema_weights_active
-    starts = [held for event, held in recorder.at if event == "batch_start"]
-    assert_same(weights_only(starts[2]), weights_only(recorder.after_batch[1]))
-    assert_averages(ema, weights_only(decayed(recorder.after_batch, ema.smoothing)))
+    starts = [held for event, held in recorder.model_at_event if event == "batch_start"]
+    assert_same(weights_only(starts[2]), weights_only(recorder.weights_after_batch[1]))
+    assert_averages(ema, weights_only(reference_average(recorder.weights_after_batch, ema.smoothing)))
 
 
 class Overflowing(Callback):
@@ -212,7 +216,7 @@ class Overflowing(Callback):
     ],
     ids=str,
 )
-@parallel("plain")
+@composer_layouts("plain")
 def test_a_batch_whose_step_the_scaler_skipped_is_no_update(
     layout: str,
     settings: dict[str, Any],
@@ -224,38 +228,38 @@ def test_a_batch_whose_step_the_scaler_skipped_is_no_update(
 ) -> None:
     recorder, ema, model = Recorder(), EMA(half_life="3ba", **settings), Classifier()
     optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2, fused=fused)
-    it = trainer(layout, ema, model=model, optimizers=optimizer, callbacks=[recorder, Overflowing(*skipped)])
+    it = make_trainer(layout, ema, model=model, optimizers=optimizer, callbacks=[recorder, Overflowing(*skipped)])
     it.state.scaler = torch.amp.GradScaler("cpu")
     monkeypatch.setattr(it, "_use_grad_scaling", lambda *_: True)
     monkeypatch.setattr(it, "_use_closures", lambda: False)
     fit(it)
-    taken = [recorder.after_batch[batch] for batch in (began, *averaged)]
+    taken = [recorder.weights_after_batch[batch] for batch in (began, *averaged)]
     assert ema.ema is not None
     assert ema.ema.updates == len(averaged)
-    assert_averages(ema, weights_only(decayed(taken, ema.smoothing)))
+    assert_averages(ema, weights_only(reference_average(taken, ema.smoothing)))
 
 
 @pytest.mark.parametrize("weights_only_saved", [False, True])
-@parallel("plain", "ddp")
+@composer_layouts("plain", "ddp")
 def test_a_save_after_an_exception_inside_evaluation_has_the_live_weights(
     layout: str,
     weights_only_saved: bool,  # noqa: FBT001
     tmp_path: Path,
 ) -> None:
     recorder, ema = Recorder(), EMA(half_life="3ba")
-    it = trainer(layout, ema, callbacks=[recorder, Interrupted()], eval_interval="2ba")
+    it = make_trainer(layout, ema, callbacks=[recorder, Interrupted()], eval_interval="2ba")
     with pytest.raises(KeyError, match="interrupted"):
         fit(it)
     it.save_checkpoint(str(tmp_path / "saved.pt"), weights_only=weights_only_saved)
     assert not ema.ema_weights_active
     dist.barrier()
     state = torch.load(tmp_path / "saved.pt", weights_only=False)["state"]["model"]
-    assert_same(weights_only(state), weights_only(recorder.after_batch[-1]))
+    assert_same(weights_only(state), weights_only(recorder.weights_after_batch[-1]))
     fit(it, "4ba")
-    assert_averages(ema, weights_only(decayed(recorder.after_batch, ema.smoothing)))
+    assert_averages(ema, weights_only(reference_average(recorder.weights_after_batch, ema.smoothing)))
 
 
-@parallel("ddp", "fsdp2")
+@composer_layouts("ddp", "fsdp2")
 def test_a_save_in_the_middle_of_an_evaluation_has_the_live_weights(layout: str, tmp_path: Path) -> None:
     class Saving(Callback):
         def eval_batch_end(self, state: State, _: Logger) -> None:
@@ -263,23 +267,29 @@ def test_a_save_in_the_middle_of_an_evaluation_has_the_live_weights(layout: str,
                 it.save_checkpoint(str(tmp_path / "ep{epoch}-ba{batch}-rank{rank}"))
 
     recorder, ema = Recorder(), EMA(half_life="3ba")
-    it = trainer(layout, ema, callbacks=[recorder, Saving()], eval_interval="4ba", eval_dataloader=batches(count=8))
+    it = make_trainer(
+        layout, ema, callbacks=[recorder, Saving()], eval_interval="4ba", eval_dataloader=batches(count=8)
+    )
     fit(it)
-    average = weights_only(decayed(recorder.after_batch[:4], ema.smoothing))
-    evaluated = [held for event, held in recorder.at if event == "eval_batch_start"]
+    average = weights_only(reference_average(recorder.weights_after_batch[:4], ema.smoothing))
+    evaluated = [held for event, held in recorder.model_at_event if event == "eval_batch_start"]
     assert len(evaluated) == 8
     for held in evaluated[:4]:
         assert_close(weights_only(held), average)
     resumed, resumed_ema = Recorder(), EMA(half_life="3ba")
-    fit(trainer(layout, resumed_ema, model=Classifier(1), callbacks=[resumed], load_path=saved(tmp_path, 4)))
-    for weights, expected in zip(resumed.after_batch, recorder.after_batch[4:], strict=True):
+    fit(
+        make_trainer(
+            layout, resumed_ema, model=Classifier(1), callbacks=[resumed], load_path=checkpoint_path(tmp_path, 4)
+        )
+    )
+    for weights, expected in zip(resumed.weights_after_batch, recorder.weights_after_batch[4:], strict=True):
         assert_same(weights_only(weights), weights_only(expected))
 
 
-@parallel("plain")
+@composer_layouts("plain")
 def test_gradient_accumulation_counts_once_a_batch(layout: str) -> None:
     ema = EMA(half_life="3ba")
-    fit(trainer(layout, ema, device_train_microbatch_size=2))
+    fit(make_trainer(layout, ema, device_train_microbatch_size=2))
     assert ema.ema is not None
     assert ema.ema.updates == 8
 
@@ -294,20 +304,20 @@ class Stepped(Algorithm):
         return event == Event.BATCH_END
 
     def apply(self, _: Event, state: State, __: Logger) -> None:
-        self.weights.append(full_model(state))
+        self.weights.append(full_tensors(state))
 
 
-@parallel("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
+@composer_layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
 def test_training_may_go_on_from_the_averages(layout: str) -> None:
     recorder, stepped, ema = Recorder(), Stepped(), EMA(half_life="3ba", train_with_ema_weights=True)
-    fit(trainer(layout, stepped, ema, callbacks=[recorder]))
+    fit(make_trainer(layout, stepped, ema, callbacks=[recorder]))
     assert len(stepped.weights) == 8
-    for batch, live in enumerate(recorder.after_batch):
-        assert_close(weights_only(live), weights_only(decayed(stepped.weights[: batch + 1], ema.smoothing)))
-    assert_averages(ema, weights_only(recorder.after_batch[-1]))
+    for batch, live in enumerate(recorder.weights_after_batch):
+        assert_close(weights_only(live), weights_only(reference_average(stepped.weights[: batch + 1], ema.smoothing)))
+    assert_averages(ema, weights_only(recorder.weights_after_batch[-1]))
 
 
-@parallel("ddp", "fsdp1", "fsdp2")
+@composer_layouts("ddp", "fsdp1", "fsdp2")
 def test_models_are_given_the_averages_and_the_live_weights(layout: str) -> None:
     class Asking(Callback):
         live: dict[str, Tensor]
@@ -317,10 +327,10 @@ def test_models_are_given_the_averages_and_the_live_weights(layout: str) -> None
                 ema.get_ema_model(other)
             self.live = dict(ema.get_training_model(other).state_dict())
             assert ema.ema_weights_active
-            self.held = full_model(state)
+            self.held = full_tensors(state)
 
     ema, other, asking, recorder = EMA(half_life="3ba"), Classifier(seed=5), Asking(), Recorder()
-    it = trainer(layout, ema, callbacks=[asking, recorder])
+    it = make_trainer(layout, ema, callbacks=[asking, recorder])
     with pytest.raises(ValueError, match=r"there are no averages before ema_start, 0.0dur"):
         ema.get_ema_model(other)
     fit(it)
@@ -329,14 +339,16 @@ def test_models_are_given_the_averages_and_the_live_weights(layout: str) -> None
     with pytest.raises(ValueError, match="The training weights are currently contained in the composer model"):
         ema.get_training_model(other)
     it.eval()
-    assert_same(weights_only(asking.live), weights_only(recorder.after_batch[-1]))
-    assert_close(weights_only(asking.held), weights_only(decayed(recorder.after_batch, ema.smoothing)))
+    assert_same(weights_only(asking.live), weights_only(recorder.weights_after_batch[-1]))
+    assert_close(
+        weights_only(asking.held), weights_only(reference_average(recorder.weights_after_batch, ema.smoothing))
+    )
 
 
 def test_two_emas_are_refused() -> None:
     for other in (EMA(), composer.algorithms.EMA()):
         with pytest.raises(ValueError, match="expected one EMA among the algorithms, found 2"):
-            trainer("plain", EMA(), other)
+            make_trainer("plain", EMA(), other)
 
 
 def test_an_ema_outside_a_trainer_says_so() -> None:
@@ -352,7 +364,7 @@ def huggingface(seed: int) -> HuggingFaceModel:
     return HuggingFaceModel(transformers.BertForSequenceClassification(config), use_logits=True)
 
 
-@parallel("ddp", "fsdp1", "fsdp2")
+@composer_layouts("ddp", "fsdp1", "fsdp2")
 def test_huggingface_models_are_averaged_and_resumed(layout: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     samples = [
@@ -369,13 +381,13 @@ def test_huggingface_models_are_averaged_and_resumed(layout: str, tmp_path: Path
         sampler = dist.get_sampler(samples, shuffle=False)
         loader = torch.utils.data.DataLoader(samples, batch_size=2, sampler=sampler)
         given = {"train_dataloader": loader, "eval_dataloader": loader, "eval_interval": "3ba", **settings}
-        fit(trainer(layout, ema, model=huggingface(seed), callbacks=[recorder], **given))
+        fit(make_trainer(layout, ema, model=huggingface(seed), callbacks=[recorder], **given))
         return recorder, ema
 
-    undisturbed, ema = fitted(0, save_folder=str(tmp_path), save_interval="4ba")
-    assert_averages(ema, decayed(undisturbed.after_batch, ema.smoothing))
-    resumed, resumed_ema = fitted(1, load_path=saved(tmp_path, 4))
-    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
+    uninterrupted, ema = fitted(0, save_folder=str(tmp_path), save_interval="4ba")
+    assert_averages(ema, reference_average(uninterrupted.weights_after_batch, ema.smoothing))
+    resumed, resumed_ema = fitted(1, load_path=checkpoint_path(tmp_path, 4))
+    for weights, expected in zip(resumed.weights_after_batch, uninterrupted.weights_after_batch[4:], strict=True):
         assert_same(weights, expected)
     assert_same(averages(resumed_ema), averages(ema))
 
@@ -391,25 +403,25 @@ class Half(ComposerClassifier):
         return self.module(batch[0].bfloat16()).float()
 
 
-@parallel("plain", "fsdp2")
-def test_narrow_weights_have_wide_averages(layout: str) -> None:
+@composer_layouts("plain", "fsdp2")
+def test_half_precision_weights_have_float32_averages(layout: str) -> None:
     recorder, ema = Recorder(), EMA(half_life="50ba", replicas="copy")
-    fit(trainer(layout, ema, model=Half(), callbacks=[recorder]))
+    fit(make_trainer(layout, ema, model=Half(), callbacks=[recorder]))
     assert ema.ema is not None
     found = ema.ema.full_state_dict(dtype=torch.float32)
     if dist.get_global_rank() == 0:
-        assert_close(found, decayed(recorder.after_batch, ema.smoothing))
+        assert_close(found, reference_average(recorder.weights_after_batch, ema.smoothing))
 
 
 @on_ranks(2)
 def test_replicas_cannot_share_averages_in_sharded_checkpoints() -> None:
     with pytest.raises(ValueError, match="Composer saves the first replica alone; leave it out"):
-        fit(trainer("fsdp2", EMA(replicas="shard")))
+        fit(make_trainer("fsdp2", EMA(replicas="shard")))
 
 
 def test_events_that_change_nothing_are_not_matched() -> None:
     ema = EMA()
-    it = trainer("plain", ema)
+    it = make_trainer("plain", ema)
     for event in (Event.BATCH_START, Event.EVAL_END, Event.BATCH_CHECKPOINT, Event.EPOCH_END):
         assert not ema.match(event, it.state)
     assert ema.match(Event.BATCH_END, it.state)

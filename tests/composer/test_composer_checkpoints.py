@@ -26,15 +26,15 @@ from tests.support.composer_runs import (
     assert_close,
     assert_same,
     batches,
-    decayed,
+    checkpoint_path,
+    composer_layouts,
     fit,
-    full_model,
+    full_tensors,
+    make_trainer,
     on_ranks,
-    parallel,
-    saved,
-    trainer,
+    reference_average,
 )
-from tests.support.moves import in_world
+from tests.support.moves import run_in_world
 
 HALF_LIFE = "3ba"
 
@@ -51,9 +51,9 @@ def own(full: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: it for name, it in full.items() if "stats" not in name}
 
 
-def assert_resumed(resumed: Recorder, undisturbed: Recorder, *, after: int) -> None:
+def assert_resumed(resumed: Recorder, uninterrupted: Recorder, *, after: int) -> None:
     """The same weights after each batch that follows these, to the bit."""
-    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[after:], strict=True):
+    for weights, expected in zip(resumed.weights_after_batch, uninterrupted.weights_after_batch[after:], strict=True):
         assert_same(own(weights), own(expected))
 
 
@@ -72,24 +72,24 @@ def run(layout: str, folder: Path, **settings: Any) -> tuple[Trainer, EMA, Recor
     """Eight batches, with a checkpoint by the saver after the fourth."""
     recorder, ema = Recorder(), EMA(half_life=HALF_LIFE)
     given = {"save_folder": str(folder), "save_interval": "4ba", "callbacks": [recorder], **settings}
-    return trainer(layout, ema, **given), ema, recorder
+    return make_trainer(layout, ema, **given), ema, recorder
 
 
 def loaded(layout: str, path: str, **settings: Any) -> tuple[Trainer, EMA, Recorder]:  # noqa: ANN401
     """A trainer that has loaded a checkpoint, its model having begun with other weights."""
     recorder, ema = Recorder(), EMA(half_life=HALF_LIFE)
     given = {"model": Classifier(seed=1), "callbacks": [recorder], "load_path": path, **settings}
-    return trainer(layout, ema, **given), ema, recorder
+    return make_trainer(layout, ema, **given), ema, recorder
 
 
-@parallel()
-def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(layout: str, tmp_path: Path) -> None:
-    it, ema, undisturbed = run(layout, tmp_path)
+@composer_layouts()
+def test_a_resumed_run_is_bit_identical(layout: str, tmp_path: Path) -> None:
+    it, ema, uninterrupted = run(layout, tmp_path)
     fit(it)
-    again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 4))
+    again, resumed_ema, resumed = loaded(layout, checkpoint_path(tmp_path, 4))
     fit(again)
     assert again.state.timestamp.batch == 8
-    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
+    for weights, expected in zip(resumed.weights_after_batch, uninterrupted.weights_after_batch[4:], strict=True):
         assert_same(own(weights), own(expected))
         if dist.get_rank() == 0:  # whose statistics are those that Composer keeps
             assert_same(weights, expected)
@@ -99,27 +99,27 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_bit(layout: str, tmp_pat
     assert_same(*({n: it for n, it in each.ema.gather() if isinstance(it, Tensor)} for each in (resumed_ema, ema)))
 
 
-@parallel()
-def test_a_run_resumed_from_an_explicit_save_equals_an_undisturbed_one(layout: str, tmp_path: Path) -> None:
-    it, ema, undisturbed = run(layout, tmp_path / "saver", max_duration="8ba")
+@composer_layouts()
+def test_a_run_resumed_from_an_explicit_save_is_bit_identical(layout: str, tmp_path: Path) -> None:
+    it, ema, uninterrupted = run(layout, tmp_path / "saver", max_duration="8ba")
     fit(it, "4ba")
     it.eval()
     it.save_checkpoint(str(tmp_path / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
     fit(it, "4ba")
-    again, resumed_ema, resumed = loaded(layout, saved(tmp_path / "explicit", 4))
+    again, resumed_ema, resumed = loaded(layout, checkpoint_path(tmp_path / "explicit", 4))
     fit(again)
-    assert_resumed(resumed, undisturbed, after=4)
+    assert_resumed(resumed, uninterrupted, after=4)
     assert_same(averages(resumed_ema), averages(ema))
 
 
-@parallel("ddp")
-def test_which_weights_are_whose_in_a_monolithic_checkpoint(layout: str, tmp_path: Path) -> None:
+@composer_layouts("ddp")
+def test_live_and_average_weights_in_a_monolithic_checkpoint(layout: str, tmp_path: Path) -> None:
     it, _, recorder = run(layout, tmp_path / "saver")
     fit(it, "4ba")
     it.save_checkpoint(str(tmp_path / "explicit.pt"))
-    live, average = recorder.after_batch[-1], decayed(recorder.after_batch, 2 ** (-1 / 3))
+    live, average = recorder.weights_after_batch[-1], reference_average(recorder.weights_after_batch, 2 ** (-1 / 3))
     for path, model, other, is_active in (
-        (saved(tmp_path / "saver", 4), average, live, True),
+        (checkpoint_path(tmp_path / "saver", 4), average, live, True),
         (tmp_path / "explicit.pt", live, average, False),
     ):
         state = torch.load(path, weights_only=False)["state"]
@@ -162,18 +162,18 @@ def test_checkpoints_load_on_other_worlds(
         it.save_checkpoint(str(tmp_path / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
         expected = averages(ema)
         if dist.get_rank() == 0:
-            torch.save((own(recorder.after_batch[-1]), expected), tmp_path / "expected.pt")
+            torch.save((own(recorder.weights_after_batch[-1]), expected), tmp_path / "expected.pt")
 
     def load() -> None:
         os.environ["WORLD_SIZE"] = str(after)
-        it, ema, _ = loaded(layout, saved(tmp_path / ("saver" if by_saver else "explicit"), 4))
+        it, ema, _ = loaded(layout, checkpoint_path(tmp_path / ("saver" if by_saver else "explicit"), 4))
         it.eval()
         live, average = torch.load(tmp_path / "expected.pt")
-        assert_same(own(full_model(it.state)), live)
+        assert_same(own(full_tensors(it.state)), live)
         assert_averages(ema, average)
 
-    in_world(before, tmp_path, save)
-    in_world(after, tmp_path, load)
+    run_in_world(before, tmp_path, save)
+    run_in_world(after, tmp_path, load)
 
 
 class Narrow(ComposerClassifier):
@@ -188,32 +188,34 @@ class Narrow(ComposerClassifier):
         return self.module(batch[0].bfloat16()).float()
 
 
-@parallel("ddp", "fsdp2")
-def test_wide_averages_of_narrow_weights_come_back_exactly(layout: str, tmp_path: Path) -> None:
-    it, ema, undisturbed = run(layout, tmp_path, model=Narrow())
+@composer_layouts("ddp", "fsdp2")
+def test_float32_averages_of_narrow_weights_round_trip(layout: str, tmp_path: Path) -> None:
+    it, ema, uninterrupted = run(layout, tmp_path, model=Narrow())
     fit(it)
-    again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 4), model=Narrow(seed=1))
+    again, resumed_ema, resumed = loaded(layout, checkpoint_path(tmp_path, 4), model=Narrow(seed=1))
     fit(again)
-    assert_same(resumed.after_batch[-1], undisturbed.after_batch[-1])
+    assert_same(resumed.weights_after_batch[-1], uninterrupted.weights_after_batch[-1])
     assert ema.ema is not None
     assert resumed_ema.ema is not None
     exact = ema.ema.full_state_dict(dtype=torch.float32)
     assert_same(resumed_ema.ema.full_state_dict(dtype=torch.float32), exact)
 
 
-@parallel("ddp", "fsdp1", "fsdp2")
+@composer_layouts("ddp", "fsdp1", "fsdp2")
 def test_a_checkpoint_without_averages_starts_them_from_its_weights(layout: str, tmp_path: Path) -> None:
     before = Recorder()
-    fit(trainer(layout, callbacks=[before], save_folder=str(tmp_path), save_interval="4ba"), "4ba")
-    it, ema, after = loaded(layout, saved(tmp_path, 4))
+    fit(make_trainer(layout, callbacks=[before], save_folder=str(tmp_path), save_interval="4ba"), "4ba")
+    it, ema, after = loaded(layout, checkpoint_path(tmp_path, 4))
     with pytest.warns(UserWarning, match=r"training goes on at .*4.* without averages, which begin at 0.0dur"):
         it.fit()
     found = averages(ema)
     if dist.get_rank() == 0:
-        assert_close(found, own(decayed([before.after_batch[3], *after.after_batch], ema.smoothing)))
+        assert_close(
+            found, own(reference_average([before.weights_after_batch[3], *after.weights_after_batch], ema.smoothing))
+        )
 
 
-@parallel("ddp", "fsdp1", "fsdp2")
+@composer_layouts("ddp", "fsdp1", "fsdp2")
 def test_averages_of_another_model_are_refused(layout: str, tmp_path: Path) -> None:
     class Other(Classifier):
         def __init__(self) -> None:
@@ -224,7 +226,7 @@ def test_averages_of_another_model_are_refused(layout: str, tmp_path: Path) -> N
     fit(it, "4ba")
     ignored = ["state/optimizers/*"]
     with pytest.raises(ValueError, match=r"the checkpoint holds the averages of another model.*net.frozen.bias"):
-        loaded(layout, saved(tmp_path, 4), model=Other(), load_ignore_keys=ignored)
+        loaded(layout, checkpoint_path(tmp_path, 4), model=Other(), load_ignore_keys=ignored)
 
 
 def theirs(ema: composer.algorithms.EMA) -> dict[str, Tensor]:
@@ -235,7 +237,7 @@ def theirs(ema: composer.algorithms.EMA) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("by_saver", [True, False], ids=["saver", "explicit"])
-@parallel("ddp", "plain")
+@composer_layouts("ddp", "plain")
 def test_checkpoints_go_from_composers_own_ema_to_ours_and_back(layout: str, by_saver: bool, tmp_path: Path) -> None:  # noqa: FBT001
     """Each trains four batches after the other, and all four of them end where Composer alone does."""
     ends: dict[str, dict[str, Tensor]] = {}
@@ -243,7 +245,7 @@ def test_checkpoints_go_from_composers_own_ema_to_ours_and_back(layout: str, by_
         for second in (composer.algorithms.EMA, EMA):
             name = f"{first.__module__} to {second.__module__}"
             folder = tmp_path / name.replace(" ", "-")
-            half = trainer(
+            half = make_trainer(
                 layout,
                 first(half_life=HALF_LIFE),
                 max_duration="4ba",
@@ -252,9 +254,9 @@ def test_checkpoints_go_from_composers_own_ema_to_ours_and_back(layout: str, by_
             )
             fit(half)
             half.save_checkpoint(str(folder / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
-            path = saved(folder / ("saver" if by_saver else "explicit"), 4)
+            path = checkpoint_path(folder / ("saver" if by_saver else "explicit"), 4)
             ema = second(half_life=HALF_LIFE)
-            fit(trainer(layout, ema, load_path=path))
+            fit(make_trainer(layout, ema, load_path=path))
             if second is EMA:
                 assert isinstance(ema, EMA)
                 assert ema.ema is not None
@@ -282,12 +284,12 @@ def older_formats(model: Classifier, other: Classifier, *, is_active: bool) -> d
 
 
 @pytest.mark.parametrize(("version", "is_active"), [("0.11", True), ("0.11", False), ("0.7", False)])
-@parallel("plain", "ddp")
+@composer_layouts("plain", "ddp")
 def test_older_formats_are_read(layout: str, version: str, is_active: bool, tmp_path: Path) -> None:  # noqa: FBT001
     it, _, _ = run(layout, tmp_path / "run")
     fit(it, "4ba")
     it.save_checkpoint(str(tmp_path / "now" / "ep{epoch}-ba{batch}-rank{rank}"))
-    path = saved(tmp_path / "now", 4)
+    path = checkpoint_path(tmp_path / "now", 4)
     average, live = Classifier(seed=2), Classifier(seed=3)
     average.net.frozen.load_state_dict(live.net.frozen.state_dict())
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -299,17 +301,17 @@ def test_older_formats_are_read(layout: str, version: str, is_active: bool, tmp_
     dist.barrier()
     again, ema, _ = loaded(layout, path)
     again.eval()
-    assert_same(own(full_model(again.state)), own(dict(live.state_dict())))
+    assert_same(own(full_tensors(again.state)), own(dict(live.state_dict())))
     assert_averages(ema, own(dict(average.state_dict())))
 
 
 @on_ranks(2)
-def test_a_planner_of_the_users_own_is_refused_where_it_would_have_to_know_averages(tmp_path: Path) -> None:
+def test_a_custom_load_planner_is_refused_with_averages(tmp_path: Path) -> None:
     it, _, _ = run("fsdp1", tmp_path)
     fit(it, "4ba")
     settings = {"fsdp": {"state_dict_type": "sharded", "load_planner": DefaultLoadPlanner()}}
     with pytest.raises(ValueError, match="expected no load_planner in the FSDP configuration, found"):
-        loaded("fsdp1", saved(tmp_path, 4), parallelism_config=settings)
+        loaded("fsdp1", checkpoint_path(tmp_path, 4), parallelism_config=settings)
 
 
 @pytest.mark.parametrize(
@@ -324,55 +326,55 @@ def test_a_planner_of_the_users_own_is_refused_where_it_would_have_to_know_avera
     ],
     ids=str,
 )
-@parallel("plain")
-def test_averages_begin_and_are_due_as_in_an_undisturbed_run(
+@composer_layouts("plain")
+def test_start_and_interval_resume_as_without_interruption(
     layout: str, settings: dict[str, Any], saved_every: str, batch: int, tmp_path: Path
 ) -> None:
     def started(ema: EMA, **given: Any) -> EMA:  # noqa: ANN401
-        fit(trainer(layout, ema, max_duration="3ep", train_dataloader=batches(count=4), **given))
+        fit(make_trainer(layout, ema, max_duration="3ep", train_dataloader=batches(count=4), **given))
         return ema
 
-    undisturbed = started(EMA(**settings), save_folder=str(tmp_path), save_interval=saved_every)
-    resumed = started(EMA(**settings), model=Classifier(seed=1), load_path=saved(tmp_path, batch))
-    assert undisturbed.ema is not None
+    uninterrupted = started(EMA(**settings), save_folder=str(tmp_path), save_interval=saved_every)
+    resumed = started(EMA(**settings), model=Classifier(seed=1), load_path=checkpoint_path(tmp_path, batch))
+    assert uninterrupted.ema is not None
     assert resumed.ema is not None
-    assert resumed.ema.updates == undisturbed.ema.updates
-    assert_same(averages(resumed), averages(undisturbed))
+    assert resumed.ema.updates == uninterrupted.ema.updates
+    assert_same(averages(resumed), averages(uninterrupted))
 
 
-@parallel("plain")
-def test_a_second_fit_does_not_begin_averages_anew(layout: str) -> None:
+@composer_layouts("plain")
+def test_a_second_fit_does_not_restart_the_averages(layout: str) -> None:
     ema = EMA(half_life="2ep")
-    it = trainer(layout, ema, max_duration="2ep", train_dataloader=batches(count=4))
+    it = make_trainer(layout, ema, max_duration="2ep", train_dataloader=batches(count=4))
     fit(it, "2ba")
     fit(it, "2ba")
     assert ema.ema is not None
     assert ema.ema.updates == 1
 
 
-@parallel("plain", "ddp", "fsdp2")
+@composer_layouts("plain", "ddp", "fsdp2")
 def test_live_weights_are_in_the_model_right_after_loading(layout: str, tmp_path: Path) -> None:
     it, _, recorder = run(layout, tmp_path)
     fit(it, "4ba")
-    again, ema, _ = loaded(layout, saved(tmp_path, 4))
+    again, ema, _ = loaded(layout, checkpoint_path(tmp_path, 4))
     assert ema.ema_started
-    assert_same(own(full_model(again.state)), own(recorder.after_batch[-1]))
+    assert_same(own(full_tensors(again.state)), own(recorder.weights_after_batch[-1]))
 
 
-@parallel("fsdp2")
-def test_nothing_is_kept_of_a_template_that_was_not_filled(layout: str, tmp_path: Path) -> None:
-    fit(trainer(layout, save_folder=str(tmp_path / "without"), save_interval="4ba"), "4ba")
-    it, _, _ = loaded(layout, saved(tmp_path / "without", 4))
+@composer_layouts("fsdp2")
+def test_an_unfilled_load_template_is_discarded(layout: str, tmp_path: Path) -> None:
+    fit(make_trainer(layout, save_folder=str(tmp_path / "without"), save_interval="4ba"), "4ba")
+    it, _, _ = loaded(layout, checkpoint_path(tmp_path / "without", 4))
     assert it.state.ema_dist is None
     assert it.state.fsdp_config.load_planner is None
     assert type(it.state.fsdp_config).__name__ == "FSDP2Config"
 
 
-@parallel("plain")
-def test_an_instance_in_a_second_trainer_begins_anew(layout: str) -> None:
+@composer_layouts("plain")
+def test_an_instance_in_a_second_trainer_starts_over(layout: str) -> None:
     ema = EMA(half_life="3ba")
-    fit(trainer(layout, ema))
-    it = trainer(layout, ema, model=Classifier(seed=1), max_duration="2ba")
+    fit(make_trainer(layout, ema))
+    it = make_trainer(layout, ema, model=Classifier(seed=1), max_duration="2ba")
     assert not ema.ema_started
     fit(it)
     assert ema.ema is not None
@@ -380,85 +382,89 @@ def test_an_instance_in_a_second_trainer_begins_anew(layout: str) -> None:
     assert ema.ema.model is it.state.model
 
 
-@parallel("ddp", "fsdp2")
+@composer_layouts("ddp", "fsdp2")
 def test_only_the_weights_are_loaded_where_only_they_are_asked_for(layout: str, tmp_path: Path) -> None:
     it, _, recorder = run(layout, tmp_path)
     fit(it, "4ba")
-    again, ema, _ = loaded(layout, saved(tmp_path, 4), load_weights_only=True)
+    again, ema, _ = loaded(layout, checkpoint_path(tmp_path, 4), load_weights_only=True)
     assert not ema.ema_started
-    assert_close(own(full_model(again.state)), own(decayed(recorder.after_batch, 2 ** (-1 / 3))))
+    assert_close(own(full_tensors(again.state)), own(reference_average(recorder.weights_after_batch, 2 ** (-1 / 3))))
     fit(again, "1ba")
     assert ema.ema_started
 
 
-@parallel("ddp", "fsdp2")
+@composer_layouts("ddp", "fsdp2")
 def test_averages_may_be_left_out_of_what_is_loaded(layout: str, tmp_path: Path) -> None:
     it, _, recorder = run(layout, tmp_path)
     fit(it, "4ba")
     ignored = ["state/algorithms", "state/ema_dist/*"]
-    again, ema, _ = loaded(layout, saved(tmp_path, 4), load_ignore_keys=ignored)
+    again, ema, _ = loaded(layout, checkpoint_path(tmp_path, 4), load_ignore_keys=ignored)
     assert not ema.ema_started
     # The saver's file has the averages as the model's weights, and the live ones in what is left out.
-    assert_close(own(full_model(again.state)), own(decayed(recorder.after_batch, ema.smoothing)))
+    assert_close(own(full_tensors(again.state)), own(reference_average(recorder.weights_after_batch, ema.smoothing)))
     with pytest.warns(UserWarning, match="from a checkpoint without averages"):
         again.fit()
     assert ema.ema is not None
     assert ema.ema.updates == 4
 
 
-@parallel("ddp", "fsdp2")
+@composer_layouts("ddp", "fsdp2")
 def test_a_checkpoint_at_the_end_of_an_iteration_is_resumed(layout: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_duration": "2ep", "train_dataloader": batches(count=8)}
-    it, ema, undisturbed = run(layout, tmp_path, save_interval="1iter", **settings)
+    it, ema, uninterrupted = run(layout, tmp_path, save_interval="1iter", **settings)
     it.state._iteration_length = "1ep"  # noqa: SLF001  Composer has no public way to it
     fit(it)
-    again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 4), **settings)
+    again, resumed_ema, resumed = loaded(layout, checkpoint_path(tmp_path, 4), **settings)
     fit(again)
-    assert_resumed(resumed, undisturbed, after=4)
+    assert_resumed(resumed, uninterrupted, after=4)
     assert_same(averages(resumed_ema), averages(ema))
 
 
-@parallel("ddp", "fsdp2")
+@composer_layouts("ddp", "fsdp2")
 def test_each_of_several_savers_writes_the_averages_as_weights(layout: str, tmp_path: Path) -> None:
     name = "ep{epoch}-ba{batch}-rank{rank}.pt"
     often = CheckpointSaver(str(tmp_path / "often"), filename=name, save_interval="2ba")
     weights = CheckpointSaver(str(tmp_path / "weights"), filename=name, save_interval="4ba", weights_only=True)
     recorder, ema = Recorder(), EMA(half_life=HALF_LIFE)
-    it = trainer(layout, ema, callbacks=[recorder, often, weights])
+    it = make_trainer(layout, ema, callbacks=[recorder, often, weights])
     fit(it)
     for folder, batch in (("often", 2), ("often", 4), ("weights", 4)):
-        path = saved(tmp_path / folder, batch)
-        plain = trainer(layout, model=Classifier(seed=1), load_path=path, load_weights_only=True)
-        assert_close(own(full_model(plain.state)), own(decayed(recorder.after_batch[:batch], ema.smoothing)))
+        path = checkpoint_path(tmp_path / folder, batch)
+        plain = make_trainer(layout, model=Classifier(seed=1), load_path=path, load_weights_only=True)
+        assert_close(
+            own(full_tensors(plain.state)), own(reference_average(recorder.weights_after_batch[:batch], ema.smoothing))
+        )
 
 
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint:UserWarning")  # the saver's, at the end of each fit
-@parallel("ddp", "fsdp2")
+@composer_layouts("ddp", "fsdp2")
 def test_a_checkpoint_to_the_save_folder_has_the_live_weights_and_is_resumed(layout: str, tmp_path: Path) -> None:
-    it, ema, undisturbed = run(layout, tmp_path)
+    it, ema, uninterrupted = run(layout, tmp_path)
     fit(it, "3ba")
     it.save_checkpoint_to_save_folder()
     fit(it, "5ba")
-    plain = trainer(layout, model=Classifier(seed=1), load_path=saved(tmp_path, 3), load_weights_only=True)
-    assert_same(own(full_model(plain.state)), own(undisturbed.after_batch[2]))
-    again, resumed_ema, resumed = loaded(layout, saved(tmp_path, 3))
+    plain = make_trainer(
+        layout, model=Classifier(seed=1), load_path=checkpoint_path(tmp_path, 3), load_weights_only=True
+    )
+    assert_same(own(full_tensors(plain.state)), own(uninterrupted.weights_after_batch[2]))
+    again, resumed_ema, resumed = loaded(layout, checkpoint_path(tmp_path, 3))
     fit(again)
-    assert_resumed(resumed, undisturbed, after=3)
+    assert_resumed(resumed, uninterrupted, after=3)
     assert_same(averages(resumed_ema), averages(ema))
 
 
-@parallel("ddp", "fsdp2")
-def test_a_run_that_resumes_by_itself_equals_an_undisturbed_one(layout: str, tmp_path: Path) -> None:
-    it, ema, undisturbed = run(layout, tmp_path / "undisturbed")
+@composer_layouts("ddp", "fsdp2")
+def test_an_autoresumed_run_is_bit_identical(layout: str, tmp_path: Path) -> None:
+    it, ema, uninterrupted = run(layout, tmp_path / "undisturbed")
     fit(it)
     settings = {"save_folder": str(tmp_path / "broken"), "save_interval": "4ba", "autoresume": True, "run_name": "it"}
-    broken = trainer(layout, EMA(half_life=HALF_LIFE), **settings)
+    broken = make_trainer(layout, EMA(half_life=HALF_LIFE), **settings)
     fit(broken, "4ba")
     broken.close()
     recorder, resumed_ema = Recorder(), EMA(half_life=HALF_LIFE)
-    again = trainer(layout, resumed_ema, model=Classifier(seed=1), callbacks=[recorder], **settings)
+    again = make_trainer(layout, resumed_ema, model=Classifier(seed=1), callbacks=[recorder], **settings)
     fit(again)
-    assert_resumed(recorder, undisturbed, after=4)
+    assert_resumed(recorder, uninterrupted, after=4)
     assert_same(averages(resumed_ema), averages(ema))
 
 
@@ -487,13 +493,13 @@ class WithExtraState(ComposerClassifier):
         return self.module(batch[0])
 
 
-@parallel("ddp", "fsdp1", "fsdp2")
+@composer_layouts("ddp", "fsdp1", "fsdp2")
 def test_extra_states_of_modules_are_resumed(layout: str, tmp_path: Path) -> None:
-    undisturbed, resumed = Recorder(), Recorder()
-    fit(run(layout, tmp_path, model=WithExtraState(), callbacks=[undisturbed])[0])
-    again, _, _ = loaded(layout, saved(tmp_path, 4), model=WithExtraState(seed=1), callbacks=[resumed])
+    uninterrupted, resumed = Recorder(), Recorder()
+    fit(run(layout, tmp_path, model=WithExtraState(), callbacks=[uninterrupted])[0])
+    again, _, _ = loaded(layout, checkpoint_path(tmp_path, 4), model=WithExtraState(seed=1), callbacks=[resumed])
     fit(again)
-    for weights, expected in zip(resumed.after_batch, undisturbed.after_batch[4:], strict=True):
+    for weights, expected in zip(resumed.weights_after_batch, uninterrupted.weights_after_batch[4:], strict=True):
         assert_same(weights, expected)
     (scaled,) = (it for it in again.state.model.modules() if isinstance(it, Scaled))
     assert scaled.scale["seed"] == 0
@@ -505,18 +511,18 @@ def of_blocks(name: str, parameter: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("settings", [{"buffers": "copy"}, {"dtype": torch.float64}, {"select": of_blocks}], ids=list)
-@parallel("ddp", "fsdp2")
-def test_the_cores_settings_are_resumed(layout: str, settings: dict[str, Any], tmp_path: Path) -> None:
+@composer_layouts("ddp", "fsdp2")
+def test_sharded_ema_settings_are_resumed(layout: str, settings: dict[str, Any], tmp_path: Path) -> None:
     recorder, ema = Recorder(), EMA(half_life=HALF_LIFE, **settings)
-    fit(trainer(layout, ema, callbacks=[recorder], save_folder=str(tmp_path), save_interval="4ba"))
+    fit(make_trainer(layout, ema, callbacks=[recorder], save_folder=str(tmp_path), save_interval="4ba"))
     resumed_ema = EMA(half_life=HALF_LIFE, **settings)
-    fit(trainer(layout, resumed_ema, model=Classifier(seed=1), load_path=saved(tmp_path, 4)))
+    fit(make_trainer(layout, resumed_ema, model=Classifier(seed=1), load_path=checkpoint_path(tmp_path, 4)))
     assert ema.ema is not None
     assert resumed_ema.ema is not None
     found, expected = (own(each.full_state_dict(dtype=torch.float64)) for each in (resumed_ema.ema, ema.ema))
     assert_same(found, expected)
     if dist.get_rank() == 0:
-        average = decayed(recorder.after_batch, ema.smoothing)
+        average = reference_average(recorder.weights_after_batch, ema.smoothing)
         whole = "select" not in settings
         assert_close(
             expected, {n: it for n, it in own(average).items() if "mask" not in n and (whole or "blocks" in n)}

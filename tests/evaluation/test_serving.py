@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 
 from ema_dist import ShardedEMA, checkpoint
-from ema_dist.evaluation.serving import CAST, GATHERED, THEMSELVES
+from ema_dist.evaluation.serving import CAST_COPY, DIRECT, GATHERED_COPY
 from ema_dist.sharding import fsdp2
 from tests.support.layouts import (
     assert_bitwise_equal,
@@ -26,9 +26,9 @@ from tests.support.layouts import (
     full_weights,
     layouts,
     make_net,
+    make_trained,
     peak_memory,
     train_step,
-    trained,
     wrap,
 )
 
@@ -62,7 +62,7 @@ def batch(seed: int = 7) -> Tensor:
 @layouts(*SERVED)
 def test_a_forward_pass_inside_computes_with_the_averages(layout: str) -> None:
     """As the unwrapped model does that has them loaded; and before and after it as if nothing had happened."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     live = full_weights(model)
     before = evaluate(model)
     with ema.swapped():
@@ -85,11 +85,11 @@ def test_a_forward_pass_inside_computes_with_the_averages(layout: str) -> None:
 
 
 @layouts(*SERVED)
-def test_gradients_with_a_teacher_are_those_without_one_to_the_bit(layout: str) -> None:
+def test_gradients_with_a_teacher_are_bit_identical_to_those_without(layout: str) -> None:
     """Between forward and backward of a live graph, in training mode: the live statistics are the same as well."""
 
     def gradients(serving: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:  # noqa: FBT001
-        model, ema = trained(layout)
+        model, ema = make_trained(layout)
         averages = ema.full_state_dict()
         for step in range(2):
             output = model(batch(step))
@@ -112,7 +112,7 @@ def test_gradients_with_a_teacher_are_those_without_one_to_the_bit(layout: str) 
 @layouts("ddp", "fsdp2-3", "hsdp", "tp")
 def test_training_goes_on_as_without_a_teacher(layout: str) -> None:
     def weights(serving: bool) -> dict[str, Tensor]:  # noqa: FBT001
-        model, ema = trained(layout)
+        model, ema = make_trained(layout)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
         for step in range(3, 6):
             if serving:
@@ -128,7 +128,7 @@ def test_training_goes_on_as_without_a_teacher(layout: str) -> None:
 @layouts("plain", "ddp", "fsdp2-3", "hsdp", "tp", "plain-compiled")
 def test_state_dicts_taken_inside_hold_the_live_weights(layout: str) -> None:
     """Of the model and of a part of it, by torch's own means; the averages are served again after that."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     live, gathered = local_state(model), full_weights(model)
     part = next(module for name, module in model.named_modules() if name.endswith("blocks.1"))
     live_part = local_state(part)
@@ -148,7 +148,7 @@ def test_state_dicts_taken_inside_hold_the_live_weights(layout: str) -> None:
 
 @layouts("plain", "ddp", "fsdp2-3", "hsdp", "tp")
 def test_the_averages_can_be_gathered_and_saved_inside(layout: str, tmp_path: Path) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     optimizer = torch.optim.AdamW(model.parameters())
     full, live = ema.full_state_dict(), full_weights(model)
     with ema.serving():
@@ -156,24 +156,24 @@ def test_the_averages_can_be_gathered_and_saved_inside(layout: str, tmp_path: Pa
         assert_bitwise_equal(ema.full_state_dict(), full)
         assert_bitwise_equal({name: value for name, value in ema.gather() if full}, full)
         ema.check_replicas()
-        checkpoint.save({"model": model, "optim": optimizer, "ema": ema}, shared(tmp_path), step=1)
+        checkpoint.save({"model": model, "optim": optimizer, "ema": ema}, broadcast_path(tmp_path), step=1)
         assert torch.equal(evaluate(model), inside)
         with pytest.raises(RuntimeError, match=r"inside serving\(\).*after the block"):
-            checkpoint.load({"model": model, "optim": optimizer, "ema": ema}, shared(tmp_path))
+            checkpoint.load({"model": model, "optim": optimizer, "ema": ema}, broadcast_path(tmp_path))
     ema.update()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    checkpoint.load({"model": model, "optim": optimizer, "ema": ema}, shared(tmp_path))
+    checkpoint.load({"model": model, "optim": optimizer, "ema": ema}, broadcast_path(tmp_path))
     assert_bitwise_equal(full_weights(model), live)
     assert_bitwise_equal(ema.full_state_dict(), full)
 
 
-def shared(folder: Path) -> Path:
+def broadcast_path(folder: Path) -> Path:
     """The first rank's."""
-    told = [folder]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+    paths = [folder]
+    dist.broadcast_object_list(paths, src=0)
+    return paths[0]
 
 
 @pytest.mark.parametrize("replicas", ["shard", "copy"])
@@ -188,7 +188,7 @@ def test_narrower_live_weights_are_served_by_a_copy(layout: str, replicas: str) 
     ema.update()
     averages = ema.full_state_dict(dtype=torch.float32)
     split = replicas == "shard" and layout in ("ddp", "hsdp", "tp")
-    assert ema.serves_by == (GATHERED if split else CAST)
+    assert ema.serving_mode == (GATHERED_COPY if split else CAST_COPY)
     with ema.swapped():
         swapped = narrow_output(model)
     with ema.serving():
@@ -204,17 +204,17 @@ def narrow_output(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("replicas", ["shard", "copy"])
 @layouts("plain", "ddp", "fsdp2-3", "hsdp", "tp")
-def test_how_averages_are_served_is_said(layout: str, replicas: str) -> None:
-    _, ema = trained(layout, replicas=replicas)
+def test_the_serving_mode_is_reported(layout: str, replicas: str) -> None:
+    _, ema = make_trained(layout, replicas=replicas)
     split = replicas == "shard" and layout in ("ddp", "hsdp", "tp")
-    assert ema.serves_by == (GATHERED if split else THEMSELVES)
-    assert f"serves by {ema.serves_by})" in repr(ema)
+    assert ema.serving_mode == (GATHERED_COPY if split else DIRECT)
+    assert f"serving_mode={ema.serving_mode})" in repr(ema)
 
 
 @layouts("ddp", "hsdp")
 def test_one_rank_is_served_alone_with_copies(layout: str) -> None:
     """Entering sends nothing then; DDP's own forward would, so the module inside is asked."""
-    model, ema = trained(layout, replicas="copy")
+    model, ema = make_trained(layout, replicas="copy")
     with ema.swapped():
         swapped = evaluate(model.module if layout == "ddp" else model)
     if layout == "hsdp" or dist.get_rank() == 0:
@@ -223,8 +223,8 @@ def test_one_rank_is_served_alone_with_copies(layout: str) -> None:
 
 
 @pytest.mark.world_size(2)
-def test_one_rank_that_enters_alone_is_told_who_did_not_come() -> None:
-    _, ema = trained("ddp", timeout=0.5)
+def test_one_rank_entering_alone_gets_an_error_naming_the_others() -> None:
+    _, ema = make_trained("ddp", timeout=0.5)
     if dist.get_rank() == 0:
         with pytest.raises(RuntimeError, match=r"0.5 s in serving\(\): ranks \[1\] did not"), ema.serving():
             pass
@@ -235,7 +235,7 @@ def test_one_rank_that_enters_alone_is_told_who_did_not_come() -> None:
 
 @layouts("plain", "ddp", "fsdp2-3")
 def test_what_would_mix_live_weights_and_averages_is_refused(layout: str) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     other = ShardedEMA(model)
     inside = pytest.raises(RuntimeError, match=r"inside serving\(\).*after the block")
     for refused in (ema.update, ema.swapped().__enter__, ema.serving().__enter__, partial(ema.copy_to, model)):
@@ -275,7 +275,7 @@ def test_an_exception_inside_leaves_no_trace(layout: str) -> None:
     """Also one in the middle of a forward pass, which leaves FSDP2 with gathered averages."""
 
     def gradients(stumbles: bool) -> dict[str, Tensor]:  # noqa: FBT001
-        model, ema = trained(layout)
+        model, ema = make_trained(layout)
         output = model(batch(1))
         if stumbles:
             with stumbling(model), pytest.raises(StumbleError), ema.serving():
@@ -372,9 +372,9 @@ def test_every_way_to_use_fsdp2(shard: Callable[[nn.Module], nn.Module]) -> None
 
 
 @pytest.mark.world_size(2)
-def test_weights_on_their_way_are_not_taken_for_averages() -> None:
+def test_prefetched_all_gathers_are_not_used_for_averages() -> None:
     """Where the next forward pass would wait for an all-gather that has begun, and compute with that."""
-    model, ema = trained("fsdp2")
+    model, ema = make_trained("fsdp2")
     before = evaluate(model)
     with ema.serving():
         expected = evaluate(model)
@@ -390,7 +390,7 @@ def test_weights_on_their_way_are_not_taken_for_averages() -> None:
 @layouts("plain", "ddp", "tp")
 def test_backward_of_an_older_graph_inside_is_an_error_after_the_block(layout: str) -> None:
     """Its gradients are right here, where nothing is computed anew; but the same code is wrong elsewhere."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     model(batch()).sum().backward()
     expected = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
     for set_to_none in (True, False):
@@ -408,7 +408,7 @@ def test_backward_of_an_older_graph_inside_is_an_error_after_the_block(layout: s
 @layouts("fsdp2-3", "hsdp", "fsdp2-tp")
 def test_gradients_inside_are_refused_where_they_would_mix(layout: str) -> None:
     """FSDP2 gathers weights for backward; and afterwards everything goes on as if nothing had been asked."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     output = model(batch()).sum()
     with ema.serving():
         with pytest.raises(RuntimeError, match=r"backward\(\) inside serving\(\)"):
@@ -418,7 +418,7 @@ def test_gradients_inside_are_refused_where_they_would_mix(layout: str) -> None:
     model.zero_grad()
     model(batch()).sum().backward()
     found = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
-    model, _ = trained(layout)
+    model, _ = make_trained(layout)
     model(batch()).sum()
     model(batch()).sum().backward()
     expected = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
@@ -428,7 +428,7 @@ def test_gradients_inside_are_refused_where_they_would_mix(layout: str) -> None:
 @layouts("ddp-checkpointed", "tp-checkpointed")
 def test_recomputing_an_older_forward_pass_inside_is_an_error(layout: str) -> None:
     """Activation checkpointing would compute it again from averages; torch notices most of that, and we the rest."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     output = model(batch()).sum()
     told = r"backward\(\) inside serving\(\)"
     noticed = pytest.raises(torch.utils.checkpoint.CheckpointError)
@@ -438,7 +438,7 @@ def test_recomputing_an_older_forward_pass_inside_is_an_error(layout: str) -> No
 
 @layouts("plain", "ddp", "fsdp2-3", "tp")
 def test_loading_weights_inside_is_refused(layout: str) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     live, averages = full_weights(model), ema.full_state_dict()
     state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
     with ema.serving(), pytest.raises(RuntimeError, match=r"load_state_dict\(\) inside serving\(\)"):
@@ -450,7 +450,7 @@ def test_loading_weights_inside_is_refused(layout: str) -> None:
 
 
 @pytest.mark.world_size(2)
-def test_loading_is_refused_where_modules_show_the_live_weights_themselves() -> None:
+def test_loading_inside_serving_is_refused_under_fsdp2() -> None:
     """Under FSDP2, which would gather the loaded ones from then on."""
     model = fully_shard(nn.Linear(7, 7), mesh=init_device_mesh("cpu", (2,)))
     ema = ShardedEMA(model)
@@ -460,7 +460,7 @@ def test_loading_is_refused_where_modules_show_the_live_weights_themselves() -> 
 
 @pytest.mark.world_size(2)
 def test_serving_in_the_middle_of_a_forward_pass_is_refused_where_weights_are_in_use() -> None:
-    model, ema = trained("fsdp2")
+    model, ema = make_trained("fsdp2")
 
     def serve(*_: object) -> None:
         with ema.serving():
@@ -477,7 +477,7 @@ def test_serving_in_the_middle_of_a_forward_pass_is_refused_where_weights_are_in
 @layouts("plain", "ddp", "tp")
 def test_writing_parameters_inside_is_an_error(layout: str) -> None:
     """What modules show there are averages, if nothing was copied."""
-    model, ema = trained(layout, replicas="copy")
+    model, ema = make_trained(layout, replicas="copy")
     live = full_weights(model)
     with pytest.raises(RuntimeError, match=WRITTEN), ema.serving():
         for name, parameter in model.named_parameters():
@@ -489,7 +489,7 @@ def test_writing_parameters_inside_is_an_error(layout: str) -> None:
 @layouts("plain", "fsdp2")
 def test_casting_the_model_inside_is_an_error(layout: str) -> None:
     """The averages are not cast, and are served as before."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     averages = averaged(ema)
     with pytest.raises(RuntimeError, match=WRITTEN), ema.serving():
         model.to(torch.bfloat16)
@@ -506,7 +506,7 @@ def averaged(ema: ShardedEMA) -> dict[str, Tensor]:
 
 
 def test_replacing_a_parameter_inside_is_an_error() -> None:
-    model, ema = trained("plain")
+    model, ema = make_trained("plain")
     kept = model.embed.weight
     with pytest.raises(RuntimeError, match=r"inside serving\(\): embed.weight\. What"), ema.serving():
         model.embed.weight = nn.Parameter(torch.zeros(5, 6))
@@ -535,7 +535,7 @@ def test_modules_that_keep_their_weights_in_a_list_are_served() -> None:
 
 def test_gradients_reach_the_inputs_through_averages() -> None:
     """Perceptual losses, forces: what is computed inside with gradients knows no gradient of the averages."""
-    model, ema = trained("plain")
+    model, ema = make_trained("plain")
     inputs = batch().requires_grad_()
     with ema.serving(), torch.enable_grad():
         model.eval()
@@ -548,11 +548,11 @@ def test_gradients_reach_the_inputs_through_averages() -> None:
 
 
 @layouts("fsdp1", "fsdp1-flat", "fsdp1-no-shard")
-def test_fsdp1_is_swapped_and_says_so_once(layout: str) -> None:
-    model, ema = trained(layout)
+def test_fsdp1_falls_back_to_swapping_with_one_warning(layout: str) -> None:
+    model, ema = make_trained(layout)
     with ema.swapped():
         swapped = evaluate(model)
-    assert ema.serves_by == "swapped(), since FSDP1 computes with views of its flat parameters"
+    assert ema.serving_mode == "swapped(), since FSDP1 computes with views of its flat parameters"
     with (
         pytest.warns(UserWarning, match=r"serving\(\) swaps the averages into the model: FSDP1") as caught,
         ema.serving(),
@@ -565,10 +565,10 @@ def test_fsdp1_is_swapped_and_says_so_once(layout: str) -> None:
 
 @pytest.mark.world_size(2)
 @pytest.mark.filterwarnings("ignore:serving.. swaps the averages:UserWarning")
-def test_a_torch_that_hides_what_must_be_read_of_fsdp2_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_the_fsdp2_internals_falls_back_to_swapping(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsdp2, "GROUP_ATTRIBUTES", ("fsdp_params", "_hidden"))
-    model, ema = trained("fsdp2")
-    assert "lacks ['_hidden']" in ema.serves_by
+    model, ema = make_trained("fsdp2")
+    assert "lacks ['_hidden']" in ema.serving_mode
     with ema.swapped():
         swapped = evaluate(model)
     with ema.serving():
@@ -576,10 +576,10 @@ def test_a_torch_that_hides_what_must_be_read_of_fsdp2_is_swapped(monkeypatch: p
 
 
 @pytest.mark.filterwarnings("ignore:serving.. swaps the averages:UserWarning")
-def test_a_module_that_replays_a_cuda_graph_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_replaying_a_cuda_graph_falls_back_to_swapping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that was captured after averages had been served."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    model, ema = trained("plain")
+    model, ema = make_trained("plain")
     with ema.serving():
         inside = evaluate(model)
     forward = model.blocks[0].forward
@@ -589,15 +589,15 @@ def test_a_module_that_replays_a_cuda_graph_is_swapped(monkeypatch: pytest.Monke
 
     replay.__module__ = "torch.cuda.graphs"
     model.blocks[0].forward = replay
-    assert "CUDA graph" in ema.serves_by
+    assert "CUDA graph" in ema.serving_mode
     with ema.serving():
         assert torch.equal(evaluate(model), inside)
 
 
 @layouts("plain", "fsdp2-3", "tp")
-def test_whole_averages_of_the_live_dtype_are_served_without_a_byte(layout: str) -> None:
+def test_full_averages_in_the_live_dtype_are_served_without_copies(layout: str) -> None:
     """Uneven shards included: an average has room for the padding that FSDP2 gathers."""
-    _, ema = trained(layout, replicas="copy")
+    _, ema = make_trained(layout, replicas="copy")
 
     def serve() -> None:
         with ema.serving():

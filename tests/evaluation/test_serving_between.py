@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_dist import ShardedEMA
-from tests.support.layouts import assert_bitwise_equal, evaluate, full_weights, layouts, trained
+from tests.support.layouts import assert_bitwise_equal, evaluate, full_weights, layouts, make_trained
 
 
 class Codebook(nn.Module):
@@ -31,7 +31,7 @@ class Codebook(nn.Module):
         return self.inner(x)
 
 
-def test_buffers_that_modules_replace_between_stays_are_kept() -> None:
+def test_buffers_replaced_between_serving_blocks_are_kept() -> None:
     model = Codebook()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ema = ShardedEMA(model, decay=0.5)
@@ -73,9 +73,9 @@ def test_modules_that_share_their_registries_hold_the_live_weights_in_state_dict
 
 
 @layouts("plain", "fsdp2")
-def test_parameters_assigned_between_stays_are_those_that_train(layout: str) -> None:
+def test_parameters_assigned_between_serving_blocks_are_trained(layout: str) -> None:
     """Loaded with ``assign=True`` they are other objects in the same storage."""
-    model, ema = trained(layout, replicas="copy")
+    model, ema = make_trained(layout, replicas="copy")
     with ema.serving():
         pass
     state = model.state_dict()
@@ -95,7 +95,7 @@ def test_parameters_assigned_between_stays_are_those_that_train(layout: str) -> 
     handle.remove()
 
 
-def test_what_is_shown_forgets_what_was_asked_of_it() -> None:
+def test_requires_grad_set_inside_serving_is_dropped() -> None:
     """`requires_grad_` inside reaches what stands in for the parameters, for the time of the block."""
     model = nn.Linear(2, 2)
     ema = ShardedEMA(model, decay=0.5)
@@ -117,7 +117,7 @@ class Frozen(nn.Linear):
         super().__setattr__(name, value)
 
 
-def test_a_module_that_refuses_its_weights_ends_the_stay_only() -> None:
+def test_a_module_that_rejects_weights_ends_serving_cleanly() -> None:
     model = nn.Sequential(Frozen(2, 2), nn.Linear(2, 2))
     ema = ShardedEMA(model, decay=0.5)
     live = full_weights(model)
@@ -173,7 +173,7 @@ def full_weights_inside(model: nn.Module) -> dict[str, Tensor]:
 
 @layouts("plain", "ddp", "fsdp2")
 def test_each_track_is_served_by_its_name(layout: str) -> None:
-    model, ema = trained(layout, decay={"short": 0.5, "long": 0.9})
+    model, ema = make_trained(layout, decay={"short": 0.5, "long": 0.9})
     for track in ema.tracks:
         with ema.swapped(track):
             expected = evaluate(model)

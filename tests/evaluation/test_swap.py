@@ -18,8 +18,8 @@ from tests.support.layouts import (
     full_weights,
     layouts,
     make_net,
-    resident_peak,
-    trained,
+    make_trained,
+    peak_resident_memory,
     wrap,
 )
 
@@ -33,7 +33,7 @@ def unwrapped_output(layout: str, weights: dict[str, Tensor]) -> Tensor:
 @layouts()
 def test_evaluating_before_inside_and_after_a_swap(layout: str) -> None:
     """Also right after a no-grad forward, which leaves weights gathered that nobody would gather again (failure 1)."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     live = full_weights(model)
     before = evaluate(model)
     with ema.swapped():
@@ -76,7 +76,7 @@ def test_a_swap_into_narrower_weights_does_not_touch_the_average(layout: str) ->
 
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp")
 def test_live_comes_back_when_the_block_raises(layout: str) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     live = full_weights(model)
     with pytest.raises(ZeroDivisionError), ema.swapped():
         raise ZeroDivisionError
@@ -88,7 +88,7 @@ def test_live_comes_back_when_the_block_raises(layout: str) -> None:
 @pytest.mark.parametrize("backward", [False, True])
 def test_an_exception_in_the_middle_of_a_pass_leaves_no_averages_behind(layout: str, backward: bool) -> None:  # noqa: FBT001
     """FSDP2 would keep what it has gathered, the root's or for backward, and compute the next pass with it."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     before = evaluate(model)
 
     def stumble(*_: object) -> None:
@@ -106,7 +106,7 @@ def test_an_exception_in_the_middle_of_a_pass_leaves_no_averages_behind(layout: 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "fsdp2-keep", "hsdp", "tp")
 def test_writing_parameters_inside_is_an_error_after_live_is_back(layout: str) -> None:
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     live = full_weights(model)
     with (
         pytest.raises(RuntimeError, match=r"written to inside swapped\(\).*out\.weight"),
@@ -122,7 +122,7 @@ def test_writing_parameters_inside_is_an_error_after_live_is_back(layout: str) -
 @layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
 def test_live_comes_back_also_when_the_model_was_changed_inside(layout: str) -> None:
     """What is wrong with it now is told after that."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     live = full_weights(model)
     with pytest.raises(ValueError, match=r"parameters frozen.weight, frozen.bias became trainable"), ema.swapped():
         for name, parameter in model.named_parameters():
@@ -140,7 +140,7 @@ def test_live_comes_back_also_when_the_model_was_changed_inside(layout: str) -> 
 @layouts("plain", "ddp", "fsdp2")
 def test_casting_or_replacing_weights_inside_is_an_error(layout: str) -> None:
     """The averages were among them, and have been rounded or lost."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     with pytest.raises(RuntimeError, match=r"written to inside.*out\.weight"), ema.swapped():
         model.to(torch.bfloat16)
         model.to(torch.float32)
@@ -152,7 +152,7 @@ def test_casting_or_replacing_weights_inside_is_an_error(layout: str) -> None:
 @layouts("plain", "ddp", "fsdp1", "fsdp2")
 def test_buffers_written_inside_stay_in_the_average(layout: str) -> None:
     """As `torch.optim.swa_utils.update_bn` does."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     live = full_weights(model)
     batches = [torch.randn(16, 6, generator=torch.Generator().manual_seed(step)) for step in range(3)]
     with ema.swapped():
@@ -167,7 +167,7 @@ def test_buffers_written_inside_stay_in_the_average(layout: str) -> None:
 @layouts("plain")
 def test_a_graph_from_before_the_swap_refuses_to_run_backward(layout: str) -> None:
     """Its weights were written to: autograd says so, and we let it (failure 9)."""
-    model, ema = trained(layout)
+    model, ema = make_trained(layout)
     loss = model(torch.randn(8, 6)).sum()
     with ema.swapped():
         pass
@@ -177,7 +177,7 @@ def test_a_graph_from_before_the_swap_refuses_to_run_backward(layout: str) -> No
 
 @layouts("plain", "ddp", "fsdp2")
 def test_update_and_a_second_swap_inside_a_swap_are_refused(layout: str) -> None:
-    _, ema = trained(layout)
+    _, ema = make_trained(layout)
     with ema.swapped():
         with pytest.raises(RuntimeError, match=r"update\(\) inside swapped\(\)"):
             ema.update()
@@ -188,15 +188,15 @@ def test_update_and_a_second_swap_inside_a_swap_are_refused(layout: str) -> None
 @pytest.mark.world_size(2)
 def test_one_rank_evaluates_alone_with_copies() -> None:
     """Common under DDP: with whole copies a swap needs nobody else (failure 13)."""
-    _, ema = trained("ddp", replicas="copy")
+    _, ema = make_trained("ddp", replicas="copy")
     if torch.distributed.get_rank() == 0:
         with ema.swapped() as model:
             evaluate(model.module)
 
 
 @pytest.mark.world_size(2)
-def test_one_rank_that_swaps_alone_is_told_who_did_not_come() -> None:
-    model, ema = trained("ddp", timeout=0.5)
+def test_one_rank_swapping_alone_gets_an_error_naming_the_others() -> None:
+    model, ema = make_trained("ddp", timeout=0.5)
     live = full_weights(model)
     if torch.distributed.get_rank() == 0:
         with pytest.raises(RuntimeError, match=r"0.5 s in swapped\(\): ranks \[1\] did not"), ema.swapped():
@@ -210,8 +210,8 @@ def test_one_rank_that_swaps_alone_is_told_who_did_not_come() -> None:
 
 
 @pytest.mark.world_size(3)
-def test_ranks_that_make_different_calls_are_told() -> None:
-    _, ema = trained("ddp-3")
+def test_ranks_that_make_different_calls_get_an_error() -> None:
+    _, ema = make_trained("ddp-3")
     with pytest.raises(RuntimeError, match=r"same call, but they made .*swapped\(\).*full_state_dict\(\)"):
         if torch.distributed.get_rank() == 1:
             ema.full_state_dict()
@@ -221,8 +221,8 @@ def test_ranks_that_make_different_calls_are_told() -> None:
 
 
 @pytest.mark.world_size(2)
-def test_when_one_rank_leaves_alone_everyone_gets_an_error_and_no_mosaic() -> None:
-    model, ema = trained("ddp", timeout=0.5)
+def test_one_rank_leaving_alone_is_an_error_and_mixes_nothing() -> None:
+    model, ema = make_trained("ddp", timeout=0.5)
     with ema.swapped():
         averaged = full_weights(model)
     with pytest.raises(RuntimeError, match=r"leaving swapped\(\): ranks .* still in the model"), ema.swapped():
@@ -235,7 +235,7 @@ def test_when_one_rank_leaves_alone_everyone_gets_an_error_and_no_mosaic() -> No
 
 @pytest.mark.world_size(2)
 def test_drifted_replicas_are_noticed_before_anything_is_mixed() -> None:
-    model, ema = trained("ddp")
+    model, ema = make_trained("ddp")
     if torch.distributed.get_rank() == 1:
         model.module.blocks[1].out.weight.data[0, 0] += 1
     live = {name: value.clone() for name, value in model.state_dict().items()}
@@ -262,7 +262,7 @@ def test_a_swap_of_a_large_model_needs_a_constant_scratch(layout: str) -> None:
             pass
 
     swap()
-    assert resident_peak(swap) <= DEVICE_SCRATCH_BYTES
+    assert peak_resident_memory(swap) <= DEVICE_SCRATCH_BYTES
 
 
 def test_net_has_tied_and_frozen_parts() -> None:

@@ -56,7 +56,9 @@ def test_averages_are_those_of_an_update_in_place_on_the_cpu(layout: str, dtype:
         if "num_batches" not in name:
             assert torch.equal(inside[name].cpu(), value.to(dtype).double())
     with ema.serving():
-        assert ema.serves_by in ("a copy on the model's device", "a gathered copy") or "swapped()" in ema.serves_by
+        assert (
+            ema.serving_mode in ("a copy on the model's device", "a gathered copy") or "swapped()" in ema.serving_mode
+        )
     assert_bitwise_equal(full_weights(model), live)
     for average in ema.state_dict()["tracks"]["default"]["averages"].values():
         local = average.to_local() if hasattr(average, "to_local") else average
@@ -125,7 +127,7 @@ def test_the_next_step_waits_for_an_update_that_is_late(store: Offloaded | None)
     reference.attach(optimizers[1])
     big = torch.randn(8192, 8192, device="cuda")
     streams = ema._tracks.streams  # noqa: SLF001
-    with streams.beside():
+    with streams.fork():
         pass  # it is made when it is first used
     for step in range(5):
         for it, optimizer in zip((model, twin), optimizers, strict=True):
@@ -167,7 +169,7 @@ def test_steps_skipped_on_the_device_are_left_out(fused: bool, overlap: bool, st
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_they_are_gathered_and_saved_where_ranks_speak_nccl_only(layout: str, tmp_path: Path) -> None:
+def test_averages_are_gathered_and_saved_with_an_nccl_only_group(layout: str, tmp_path: Path) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.barrier()
     dist.destroy_process_group()

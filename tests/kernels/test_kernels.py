@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_dist.kernels import checksum, chunked, exchange, exchange_, lerp_, paired, scratch
+from ema_dist.kernels import checksum, chunked, exchange, group_pairs, lerp_, scratch, swap_
 from tests.support.layouts import peak_memory
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
@@ -66,18 +66,18 @@ def test_weights_of_zero_and_one_are_exact() -> None:
         assert all(torch.equal(a, v) for a, v in zip(averages, values, strict=True))
 
 
-def test_exchange_is_to_the_bit_and_its_own_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exchange_is_exact_and_its_own_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 100)
     left = [torch.randn(40, 3), torch.tensor([float("nan"), -0.0, float("inf")]), torch.arange(30), torch.zeros(0)]
     right = [torch.randn(3, 40).t(), torch.zeros(3), torch.zeros(30, dtype=torch.int64), torch.zeros(0)]
     before = [tensor.view(torch.uint8 if tensor.numel() == 0 else torch.int32).clone() for tensor in left + right]
-    exchange_(paired(zip(left, right, strict=True)))
+    swap_(group_pairs(zip(left, right, strict=True)))
     assert all(torch.equal(t.view(b.dtype), b) for t, b in zip(right + left, before, strict=True))
-    exchange_(paired(zip(left, right, strict=True)))
+    swap_(group_pairs(zip(left, right, strict=True)))
     assert all(torch.equal(t.view(b.dtype), b) for t, b in zip(left + right, before, strict=True))
 
 
-def test_an_exchange_without_room_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exchange_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """All scratches are taken before the first list is touched."""
     left = [torch.zeros(40), torch.zeros(40, dtype=torch.int64)]
     right = [torch.ones(40), torch.ones(40, dtype=torch.int64)]
@@ -90,13 +90,13 @@ def test_an_exchange_without_room_changes_nothing(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(exchange, "make_scratch", runs_out)
     with pytest.raises(MemoryError):
-        exchange_(paired(zip(left, right, strict=True)))
+        swap_(group_pairs(zip(left, right, strict=True)))
     assert not any(tensor.any() for tensor in left)
     assert all(tensor.all() for tensor in right)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
-def test_checksums_tell_changed_and_exchanged_elements(dtype: torch.dtype) -> None:
+def test_checksums_detect_changed_and_exchanged_elements(dtype: torch.dtype) -> None:
     tensor = torch.ones(9).to(dtype)
     before = checksum(tensor)
     assert checksum(tensor.clone()) == before
@@ -111,10 +111,10 @@ def test_small_weights_are_converted_together_within_the_limit_of_a_scratch() ->
     """Each by itself costs a call."""
     values = [torch.ones(64, 64, dtype=torch.bfloat16) for _ in range(300)]
     averages = [torch.zeros(64, 64) for _ in values]
-    follow = chunked.InChunks([averages], values)
+    bound = chunked.ScratchKernel([averages], values)
     with torch.profiler.profile() as profiled:
-        follow([0.5])
+        bound([0.5])
     counts = {event.key: event.count for event in profiled.key_averages()}
     assert 1 < counts["aten::copy_"] == counts["aten::cat"] < 10
     assert all(torch.equal(average, torch.full((64, 64), 0.5)) for average in averages)
-    assert peak_memory(lambda: chunked.InChunks([averages], values)) <= scratch.CPU_SCRATCH_BYTES
+    assert peak_memory(lambda: chunked.ScratchKernel([averages], values)) <= scratch.CPU_SCRATCH_BYTES

@@ -48,7 +48,7 @@ def test_a_kind_of_tensors_is_measured_once_in_a_process(measured: list[int]) ->
 def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch, measured: list[int]) -> None:  # noqa: ARG001
     for fastest in ("foreach", "scratch"):
         selection._fastest.cache_clear()  # noqa: SLF001
-        monkeypatch.setattr(selection, "_seconds", lambda follow, *_, best=fastest: float(follow.name != best))
+        monkeypatch.setattr(selection, "_seconds", lambda bound, *_, best=fastest: float(bound.name != best))
         assert bind(ones(2), [torch.zeros(3)]).name == fastest
 
 
@@ -58,12 +58,12 @@ def test_ranks_agree_on_a_kernel() -> None:
     best = ["foreach", "scratch"][dist.get_rank() % 2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)
-        patch.setattr(selection, "_seconds", lambda follow, *_: float(follow.name != best))
+        patch.setattr(selection, "_seconds", lambda bound, *_: float(bound.name != best))
         assert bind(ones(2), [torch.zeros(3)]).name == best
         model = DistributedDataParallel(nn.Linear(2, 2))
         decays = {"short": 0.5, "long": 0.9}
         said = [repr(ShardedEMA(model, decay=decays, replicas="copy")) for _ in range(2)]
-    chosen = re.findall("moves by ([a-z]+),", " ".join(said))
+    chosen = re.findall("update_kernel=([a-z]+),", " ".join(said))
     found: list[list[str]] = [[]] * 3
     dist.all_gather_object(found, chosen)
     assert found in ([["foreach"] * 2] * 3, [["scratch"] * 2] * 3)
@@ -90,20 +90,20 @@ def test_an_unknown_kernel_is_an_error_that_names_the_known_ones() -> None:
         bind(ones(1), [torch.zeros(3)], kernel="fast")
 
 
-def test_a_kernel_that_cannot_is_replaced_and_says_so() -> None:
+def test_an_unusable_kernel_is_replaced_with_a_warning() -> None:
     """What runs is in its name."""
     tracks = ones(1)
     with pytest.warns(UserWarning, match=r"kernel='foreach' cannot .* 'scratch' does: torch lerps equal dtypes only"):
-        follow = bind(tracks, [torch.zeros(3, dtype=torch.bfloat16)], kernel="foreach")
-    assert follow.name == "scratch"
-    follow([0.5])
+        bound = bind(tracks, [torch.zeros(3, dtype=torch.bfloat16)], kernel="foreach")
+    assert bound.name == "scratch"
+    bound([0.5])
     assert torch.equal(tracks[0][0], torch.full((3,), 0.5))
 
 
-def test_a_fastest_kernel_that_cannot_here_is_not_called_the_users_choice(measured: list[int]) -> None:  # noqa: ARG001
+def test_the_warning_says_that_the_kernel_was_chosen_by_speed(measured: list[int]) -> None:  # noqa: ARG001
     with pytest.warns(UserWarning, match="'triton', found to be the fastest, cannot move .* 'foreach' does: "):
-        follow = bind(ones(2), [torch.zeros(3)], agree=lambda _question, _found: "triton")
-    assert follow.name == "foreach"
+        bound = bind(ones(2), [torch.zeros(3)], agree=lambda _question, _found: "triton")
+    assert bound.name == "foreach"
 
 
 def test_without_memory_to_measure_in_the_first_possible_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ema_dist.kernels import bind, c_kernel, follow_
-from tests.support.kernel_lists import tensors
+from ema_dist.kernels import bind, c_kernel, lerp_tracks_
+from tests.support.kernel_lists import sample_tensors
 
 F32, F64 = torch.float32, torch.float64
 WEIGHTS = [1e-4, 0.3, 0.5, 0.9, 0.0, 1.0]
@@ -18,30 +18,30 @@ WEIGHTS = [1e-4, 0.3, 0.5, 0.9, 0.0, 1.0]
 @pytest.fixture(autouse=True)
 def forget() -> None:
     """Compile again."""
-    c_kernel._compiled.cache_clear()  # noqa: SLF001
+    c_kernel._compile.cache_clear()  # noqa: SLF001
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="torch rounds twice on this processor")
 @pytest.mark.parametrize(("average", "live"), [(F32, F32), (F32, torch.bfloat16), (F32, torch.float16), (F64, F64)])
 @pytest.mark.parametrize("finite", [False, True])
-def test_averages_are_those_of_torch_to_the_bit(
+def test_averages_are_bit_identical_to_torch(
     average: torch.dtype,
     live: torch.dtype,
     finite: bool,  # noqa: FBT001
 ) -> None:
     """So that runs, and replicas, may differ in their kernels."""
-    tracks, values = [tensors(average) for _ in WEIGHTS], tensors(live)
+    tracks, values = [sample_tensors(average) for _ in WEIGHTS], sample_tensors(live)
     expected = [[tensor.clone() for tensor in track] for track in tracks]
     bind(tracks, values, finite=finite, kernel="compiled")(WEIGHTS)
-    follow_(expected, values, WEIGHTS, finite=finite)
+    lerp_tracks_(expected, values, WEIGHTS, finite=finite)
     for track, reference in zip(tracks, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(track, reference, strict=True))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_all_threads_do_their_part(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_is_divided_among_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(c_kernel, "LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(c_kernel, "MIN_THREAD_ELEMENTS", 1)
     monkeypatch.setattr(c_kernel, "BLOCK", 16)
     averages = [torch.zeros(size) for size in (5, 3 * 16 + 1, 1, 16)]
     bind([averages], [torch.ones_like(average) for average in averages], kernel="compiled")([0.25])
@@ -52,22 +52,22 @@ def test_all_threads_do_their_part(threads: int, monkeypatch: pytest.MonkeyPatch
     ("compiler", "message"),
     [("", "there is no C compiler: install gcc or clang, or name one in CC"), ("/bin/false", "/bin/false .* failed: ")],
 )
-def test_without_a_compiler_another_kernel_serves_and_says_so(
+def test_without_a_compiler_it_falls_back_with_a_warning(
     compiler: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(os.environ, "CC", compiler)
     monkeypatch.setitem(os.environ, "PATH", str(tmp_path))
     averages, values = [torch.zeros(3)], [torch.ones(3, dtype=torch.bfloat16)]
     with pytest.warns(UserWarning, match=f"kernel='compiled' cannot .* 'scratch' does: {message}"):
-        follow = bind([averages], values, kernel="compiled")
-    assert follow.name == "scratch"
-    follow([0.5])
+        bound = bind([averages], values, kernel="compiled")
+    assert bound.name == "scratch"
+    bound([0.5])
     assert torch.equal(averages[0], torch.full((3,), 0.5))
 
 
-def test_other_dtypes_and_devices_are_left_to_another_kernel() -> None:
+def test_other_dtypes_and_devices_fall_back_to_another_kernel() -> None:
     with pytest.warns(UserWarning, match=r"'foreach' does: it moves tracks of one dtype on the CPU"):
-        follow = bind(
+        bound = bind(
             [[torch.zeros(3, dtype=torch.complex64)]], [torch.ones(3, dtype=torch.complex64)], kernel="compiled"
         )
-    assert follow.name == "foreach"
+    assert bound.name == "foreach"

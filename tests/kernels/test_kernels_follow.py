@@ -7,11 +7,11 @@ from itertools import product
 import pytest
 import torch
 
-from ema_dist.kernels import bind, follow_, scratch, triton_launch
-from tests.support.kernel_lists import INTERPRETED, assert_close, followed, tensors
+from ema_dist.kernels import bind, lerp_tracks_, scratch, triton_launch
+from tests.support.kernel_lists import IS_INTERPRETED, assert_close, expected_average, sample_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-KERNELS_HERE = ["triton"] if INTERPRETED else [None, "foreach", "scratch", "compiled"]
+KERNELS_HERE = ["triton"] if IS_INTERPRETED else [None, "foreach", "scratch", "compiled"]
 WEIGHTS = [0.125, 0.75, 1.0, 0.0]
 
 
@@ -38,16 +38,16 @@ def test_each_track_equals_the_float64_reference(
     finite: bool,  # noqa: FBT001
 ) -> None:
     """Every pair of dtypes, weights of the host and of the device, 0 and 1 among them, the careful way or not."""
-    tracks, values = [tensors(average) for _ in range(count)], tensors(live)
+    tracks, values = [sample_tensors(average) for _ in range(count)], sample_tensors(live)
     before = [value.clone() for value in values]
-    follow = bind(tracks, values, finite=finite, kernel=kernel)
-    assert kernel in (None, follow.name)
+    bound = bind(tracks, values, finite=finite, kernel=kernel)
+    assert kernel in (None, bound.name)
     for weights in (WEIGHTS[:count], WEIGHTS[-count:]):
         expected = [
-            [followed(a, v, weight) for a, v in zip(track, values, strict=True)]
+            [expected_average(a, v, weight) for a, v in zip(track, values, strict=True)]
             for track, weight in zip(tracks, weights, strict=True)
         ]
-        follow([torch.tensor(weight) if on_device else weight for weight in weights])
+        bound([torch.tensor(weight) if on_device else weight for weight in weights])
         for track, reference in zip(tracks, expected, strict=True):
             assert_close(track, reference)
     assert all(map(torch.equal, values, before))
@@ -60,8 +60,8 @@ def test_weights_of_zero_and_one_are_exact(kernel: str | None, on_device: bool) 
     """Infinities and NaN are left alone by the one, and followed by the other."""
     averages, values = [torch.full((6,), 2.0)] * 2, [torch.tensor([1.0, -0.0, 1e-45, torch.inf, -torch.inf, torch.nan])]
     tracks = [[averages[0].clone()], [averages[1].clone()]]
-    follow = bind(tracks, values, finite=False, kernel=kernel)
-    follow([torch.tensor(weight) if on_device else weight for weight in (0.0, 1.0)])
+    bound = bind(tracks, values, finite=False, kernel=kernel)
+    bound([torch.tensor(weight) if on_device else weight for weight in (0.0, 1.0)])
     assert torch.equal(tracks[0][0], averages[0])
     assert torch.equal(tracks[1][0].view(torch.int32), values[0].view(torch.int32))
 
@@ -69,7 +69,7 @@ def test_weights_of_zero_and_one_are_exact(kernel: str | None, on_device: bool) 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, which interprets Triton
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
 @pytest.mark.parametrize("weight", [0.25, 0.75])
-def test_what_is_not_finite_follows_the_value(kernel: str | None, weight: float) -> None:
+def test_nonfinite_averages_take_the_value(kernel: str | None, weight: float) -> None:
     """Equal infinities stay, and ranges that begin at infinity come back from there."""
     inf, nan = torch.inf, torch.nan
     average, value = torch.tensor([inf, -inf, inf, 0.0, nan, 1.0]), torch.tensor([inf, -inf, 1.0, inf, 2.0, nan])
@@ -79,64 +79,64 @@ def test_what_is_not_finite_follows_the_value(kernel: str | None, weight: float)
 
 def test_tracks_may_differ_in_dtype() -> None:
     """Each is converted to its own."""
-    tracks, values = [tensors(dtype) for dtype in DTYPES], tensors(torch.bfloat16)
-    expected = [[followed(a, v, 0.25) for a, v in zip(track, values, strict=True)] for track in tracks]
-    follow_(tracks, values, [0.25] * len(tracks))
+    tracks, values = [sample_tensors(dtype) for dtype in DTYPES], sample_tensors(torch.bfloat16)
+    expected = [[expected_average(a, v, 0.25) for a, v in zip(track, values, strict=True)] for track in tracks]
+    lerp_tracks_(tracks, values, [0.25] * len(tracks))
     for track, reference in zip(tracks, expected, strict=True):
         assert_close(track, reference)
 
 
-def test_tracks_do_what_one_track_does_to_the_bit() -> None:
+def test_several_tracks_are_bit_identical_to_single_ones() -> None:
     """A track more changes nothing for the others."""
-    tracks, values = [tensors(torch.float32) for _ in range(3)], tensors(torch.bfloat16)
+    tracks, values = [sample_tensors(torch.float32) for _ in range(3)], sample_tensors(torch.bfloat16)
     alone = [[average.clone() for average in track] for track in tracks]
     weights = [0.1, torch.tensor(0.3), 1.0]
-    follow_(tracks, values, weights)
+    lerp_tracks_(tracks, values, weights)
     for track, weight in zip(alone, weights, strict=True):
-        follow_([track], values, [weight])
+        lerp_tracks_([track], values, [weight])
     assert all(torch.equal(a, b) for pair in zip(tracks, alone, strict=True) for a, b in zip(*pair, strict=True))
 
 
-def test_a_weight_for_each_track_is_asked_for() -> None:
+def test_one_weight_per_track_is_required() -> None:
     with pytest.raises(ValueError, match="expected a weight for each of the 2 tracks, found 1"):
-        follow_([[torch.ones(1)]] * 2, [torch.ones(1)], [0.5])
+        lerp_tracks_([[torch.ones(1)]] * 2, [torch.ones(1)], [0.5])
 
 
-def test_nothing_to_follow_is_nothing_to_do() -> None:
-    follow_([[], []], [], [0.5, 0.5])
-    follow_([], [torch.ones(1)], [])
+def test_empty_lists_are_accepted() -> None:
+    lerp_tracks_([[], []], [], [0.5, 0.5])
+    lerp_tracks_([], [torch.ones(1)], [])
 
 
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
 def test_autograd_notices_that_averages_moved(kernel: str | None) -> None:
     """A graph through them would run backward with other values than it was built from."""
     averages, inputs = [torch.ones(5), torch.ones(2, 3)], torch.ones(5, requires_grad=True)
-    follow = bind([averages], [torch.zeros(5), torch.zeros(2, 3)], kernel=kernel)
+    bound = bind([averages], [torch.zeros(5), torch.zeros(2, 3)], kernel=kernel)
     output = (inputs * averages[0]).sum()
-    follow([0.5])
+    bound([0.5])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.backward()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="Triton is for tensors of one process")
+@pytest.mark.skipif(IS_INTERPRETED, reason="Triton is for tensors of one process")
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
 def test_averages_may_move_into_shared_memory(kernel: str | None) -> None:
     """As those do that are sent to a process which evaluates them."""
     averages = [torch.zeros(50_000), torch.zeros(7, 5)]
-    follow = bind([averages], [torch.ones(50_000), torch.ones(7, 5)], kernel=kernel)
-    follow([0.5])
+    bound = bind([averages], [torch.ones(50_000), torch.ones(7, 5)], kernel=kernel)
+    bound([0.5])
     for average in averages:
         average.share_memory_()
-    follow([0.5])
+    bound([0.5])
     assert all(torch.equal(average, torch.full_like(average, 0.75)) for average in averages)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs a Triton that runs")
-def test_a_triton_that_cannot_compile_leaves_it_to_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not IS_INTERPRETED, reason="needs a Triton that runs")
+def test_triton_compile_errors_fall_back_to_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: object) -> None:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(triton_launch.InOneLaunch, "_run", fails)
+    monkeypatch.setattr(triton_launch.TritonKernel, "_run", fails)
     with pytest.warns(UserWarning, match="'scratch' does: Triton cannot compile here: .*Failed to find C compiler"):
-        follow = bind([[torch.zeros(3)]], [torch.ones(3).bfloat16()], kernel="triton")
-    assert follow.name == "scratch"
+        bound = bind([[torch.zeros(3)]], [torch.ones(3).bfloat16()], kernel="triton")
+    assert bound.name == "scratch"

@@ -8,13 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_dist.kernels import ByChance, Place, Remainders, bind, joined, lerp_, scratch, split, triton_launch
-from ema_dist.kernels.random_bits import folded, key, mixed, signed
-from tests.support.kernel_lists import INTERPRETED, SHAPES, like, tensors
+from ema_dist.kernels import (
+    CompensatedRounding,
+    StochasticRounding,
+    TensorOffset,
+    bind,
+    lerp_,
+    recombine,
+    scratch,
+    split_hi_lo,
+    triton_launch,
+)
+from ema_dist.kernels.random_bits import hash_int, mix32, to_int32, track_key
+from tests.support.kernel_lists import IS_INTERPRETED, SHAPES, sample_tensors, with_strides_of
 
 UPDATES = 20_000
 WEIGHT = 1e-4  # decay 0.9999
-KERNELS_HERE = ["triton"] if INTERPRETED else ["scratch", "compiled"]
+KERNELS_HERE = ["triton"] if IS_INTERPRETED else ["scratch", "compiled"]
 LIVE = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -37,24 +47,24 @@ def all_halves() -> Tensor:
     return (upper[:, None] + lower).view(torch.float32)
 
 
-def test_a_split_number_comes_back_to_the_bit() -> None:
+def test_the_hi_lo_split_round_trips_exactly() -> None:
     wide = all_halves()
     before = wide.clone()
-    high, low = split(wide)
+    high, low = split_hi_lo(wide)
     assert torch.equal(bits_of(wide), bits_of(before)), "what it is given stays as it is"
     assert (high.dtype, low.dtype) == (torch.bfloat16, torch.int16)
-    back = joined(high, low)
+    back = recombine(high, low)
     numbers = ~wide.isnan()
     assert torch.equal(bits_of(back[numbers]), bits_of(wide[numbers]))
     assert back[~numbers].isnan().all()
     assert high[~numbers].isnan().all(), "the model is to show that training failed"
 
 
-def test_the_upper_half_is_the_nearest_bfloat16() -> None:
+def test_hi_is_the_nearest_bfloat16() -> None:
     """It is what the model gets; only ties may go another way than torch's."""
     wide = all_halves()
     wide = wide[wide.isfinite()]
-    high, _ = split(wide)
+    high, _ = split_hi_lo(wide)
     nearest = wide.bfloat16()
     tie = bits_of(wide).bitwise_and(0xFFFF) == 0x8000
     assert torch.equal(bits_of(high[~tie]), bits_of(nearest[~tie]))
@@ -67,20 +77,20 @@ def test_the_upper_half_is_the_nearest_bfloat16() -> None:
 @pytest.mark.usefixtures("cut")
 @pytest.mark.parametrize("live", LIVE)
 @pytest.mark.parametrize("finite", [False, True])
-def test_compensated_tracks_are_float32_tracks_to_the_bit(kernel: str, live: torch.dtype, finite: bool) -> None:  # noqa: FBT001
+def test_compensated_tracks_are_bit_identical_to_float32(kernel: str, live: torch.dtype, finite: bool) -> None:  # noqa: FBT001
     """With weights of the host and of the device, 0 and 1 among them."""
-    wide, values = [tensors(torch.float32) for _ in range(3)], tensors(live)
-    parts = [[split(average) for average in track] for track in wide]
+    wide, values = [sample_tensors(torch.float32) for _ in range(3)], sample_tensors(live)
+    parts = [[split_hi_lo(average) for average in track] for track in wide]
     highs, lows = [[[pair[which] for pair in track] for track in parts] for which in (0, 1)]
-    follow = bind(highs, values, finite=finite, kernel=kernel, rounding=Remainders(lows))
+    bound = bind(highs, values, finite=finite, kernel=kernel, rounding=CompensatedRounding(lows))
     reference = bind(wide, values, finite=finite, kernel=kernel)
-    assert follow.name == kernel
+    assert bound.name == kernel
     for weights in ([0.1, 0.7, 1.0], [0.0, torch.tensor(0.25), 1e-4], [torch.tensor(0.0), torch.tensor(1.0), 0.9]):
-        follow(weights)
+        bound(weights)
         reference(weights)
     for columns in zip(highs, lows, wide, strict=True):
         for high, low, average in zip(*columns, strict=True):
-            assert torch.equal(bits_of(joined(high, low)), bits_of(average))
+            assert torch.equal(bits_of(recombine(high, low)), bits_of(average))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, which interprets Triton
@@ -90,54 +100,54 @@ def test_compensated_tracks_are_float32_tracks_to_the_bit(kernel: str, live: tor
 def test_infinities_and_nan_are_those_of_float32(kernel: str, finite: bool) -> None:  # noqa: FBT001
     specials = [0.0, -0.0, 1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 3.4e38, -3.4e38]
     average, value = torch.tensor(specials)[:, None].expand(-1, 10).contiguous(), torch.tensor(specials).repeat(10, 1)
-    high, low = split(average)
+    high, low = split_hi_lo(average)
     rounded = high.clone()
     wide = rounded.float()
     for tensor, rounding in (
         (average, None),
         (wide, None),
-        (high, Remainders([[low]])),
-        (rounded, ByChance([Place(0)], 1)),
+        (high, CompensatedRounding([[low]])),
+        (rounded, StochasticRounding([TensorOffset(0)], 1)),
     ):
         bind([[tensor]], [value], finite=finite, kernel=kernel, rounding=rounding)([0.5], 1)
-    found = joined(high, low)
+    found = recombine(high, low)
     assert torch.equal(found.isnan(), average.isnan())
     assert torch.equal(bits_of(found[~found.isnan()]), bits_of(average[~average.isnan()]))
     assert torch.equal(rounded.isnan(), wide.isnan())
     assert torch.equal(rounded[wide.isinf()].float(), wide[wide.isinf()])
 
 
-def noise(seed: int, update: int, place: Place, count: int) -> list[int]:
+def noise(seed: int, update_index: int, tensor_offset: TensorOffset, count: int) -> list[int]:
     """The oracle: by Python's integers."""
-    base = mixed(folded(place.tensor) ^ key(seed, update=update, track=0))
-    return [mixed(base + place.first + index) & 0xFFFF for index in range(count)]
+    base = mix32(hash_int(tensor_offset.tensor_id) ^ track_key(seed, update_index=update_index, track=0))
+    return [mix32(base + tensor_offset.offset + index) & 0xFFFF for index in range(count)]
 
 
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
 @pytest.mark.usefixtures("cut")
-def test_rounding_by_chance_is_what_its_bits_say(kernel: str) -> None:
+def test_stochastic_rounding_follows_its_random_bits(kernel: str) -> None:
     """An element goes up where its noise and what it has beyond bfloat16 carry, in every chunk and shape."""
     values = [torch.randn(shape) for shape in SHAPES]
     averages = [torch.zeros(shape, dtype=torch.bfloat16) for shape in SHAPES]
-    places = [Place(2**40 + index, 2**33 - 2) for index in range(len(values))]
+    tensor_offsets = [TensorOffset(2**40 + index, 2**33 - 2) for index in range(len(values))]
     seed = 12345678901234567890
-    bind([averages], values, kernel=kernel, rounding=ByChance(places, seed))([1.0], 17)
-    for average, value, place in zip(averages, values, places, strict=True):
+    bind([averages], values, kernel=kernel, rounding=StochasticRounding(tensor_offsets, seed))([1.0], 17)
+    for average, value, tensor_offset in zip(averages, values, tensor_offsets, strict=True):
         bits = bits_of(value.flatten()).tolist()
-        random = noise(seed, 17, place, len(bits))
-        expected = [signed((bit + low) & 0xFFFF0000) >> 16 for bit, low in zip(bits, random, strict=True)]
+        random = noise(seed, 17, tensor_offset, len(bits))
+        expected = [to_int32((bit + low) & 0xFFFF0000) >> 16 for bit, low in zip(bits, random, strict=True)]
         assert bits_of(average.flatten()).tolist() == expected
 
 
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
 @pytest.mark.usefixtures("cut")
-def test_a_shard_is_rounded_as_its_rows_of_the_whole(kernel: str) -> None:
+def test_a_shard_is_rounded_as_in_the_full_tensor(kernel: str) -> None:
     """Averages go on the same however many ranks a run is resumed on."""
     whole, value = torch.zeros(12, 5).bfloat16(), torch.randn(12, 5)
     parts = [whole[:5].clone(), whole[5:].clone()]
-    bind([[whole]], [value], kernel=kernel, rounding=ByChance([Place(3)]))([0.3], 4)
-    for part, rows, first in ((parts[0], value[:5], 0), (parts[1], value[5:], 25)):
-        bind([[part]], [rows], kernel=kernel, rounding=ByChance([Place(3, first)]))([0.3], 4)
+    bind([[whole]], [value], kernel=kernel, rounding=StochasticRounding([TensorOffset(3)]))([0.3], 4)
+    for part, rows, offset in ((parts[0], value[:5], 0), (parts[1], value[5:], 25)):
+        bind([[part]], [rows], kernel=kernel, rounding=StochasticRounding([TensorOffset(3, offset)]))([0.3], 4)
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -147,7 +157,9 @@ def test_other_seeds_updates_tensors_and_tracks_get_other_bits(kernel: str, chan
     def rounded(*, seed: int = 1, update: int = 1, tensor: int = 1, track: int = 1) -> Tensor:
         tracks = [[torch.zeros(1000).bfloat16()] for _ in range(3)]
         value = torch.full((1000,), 1.001)
-        bind(tracks, [value], kernel=kernel, rounding=ByChance([Place(tensor)], seed))([1.0] * 3, update)
+        bind(tracks, [value], kernel=kernel, rounding=StochasticRounding([TensorOffset(tensor)], seed))(
+            [1.0] * 3, update
+        )
         return tracks[track][0]
 
     assert torch.equal(rounded(), rounded())
@@ -156,8 +168,10 @@ def test_other_seeds_updates_tensors_and_tracks_get_other_bits(kernel: str, chan
     torch.testing.assert_close(differing, torch.tensor(2 * up * (1 - up)).double(), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("rounding", [ByChance([Place(0)]), Remainders([[torch.zeros(1, dtype=torch.int16)]])])
-def test_only_bfloat16_averages_are_rounded(rounding: ByChance | Remainders) -> None:
+@pytest.mark.parametrize(
+    "rounding", [StochasticRounding([TensorOffset(0)]), CompensatedRounding([[torch.zeros(1, dtype=torch.int16)]])]
+)
+def test_only_bfloat16_averages_are_rounded(rounding: StochasticRounding | CompensatedRounding) -> None:
     message = rf"{type(rounding).__name__} is for bfloat16 averages; found {{torch.float16}}, which go without"
     with pytest.raises(ValueError, match=message):
         bind([[torch.ones(1).half()]], [torch.ones(1)], rounding=rounding)
@@ -166,18 +180,18 @@ def test_only_bfloat16_averages_are_rounded(rounding: ByChance | Remainders) -> 
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
 def test_what_bfloat16_holds_is_not_rounded(kernel: str) -> None:
     """Steps left out, and steps that only follow bfloat16 weights, are exact; gaps and orders do not matter."""
-    averages = tensors(torch.bfloat16)
-    values = [like(torch.randn_like(average), average) for average in averages]
+    averages = sample_tensors(torch.bfloat16)
+    values = [with_strides_of(torch.randn_like(average), average) for average in averages]
     kept = [average.clone() for average in averages]
-    places = [Place(index) for index in range(len(values))]
-    follow = bind([averages], values, kernel=kernel, rounding=ByChance(places))
-    follow([torch.tensor(0.0)], 1)
+    tensor_offsets = [TensorOffset(index) for index in range(len(values))]
+    bound = bind([averages], values, kernel=kernel, rounding=StochasticRounding(tensor_offsets))
+    bound([torch.tensor(0.0)], 1)
     assert all(map(torch.equal, averages, kept))
-    follow([1.0], 2)
+    bound([1.0], 2)
     assert all(map(torch.equal, averages, values))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="takes minutes when interpreted")
+@pytest.mark.skipif(IS_INTERPRETED, reason="takes minutes when interpreted")
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
 def test_long_averages_reach_float32_where_plain_bfloat16_never_moves(kernel: str) -> None:
     """20 000 updates at decay 0.9999, from 1 to 1.5.
@@ -189,9 +203,9 @@ def test_long_averages_reach_float32_where_plain_bfloat16_never_moves(kernel: st
     value, begin = torch.full((count,), 1.5), torch.ones(count)
     plain, wide = begin.bfloat16(), begin.clone()
     chance = begin.bfloat16()
-    high, low = split(begin)
-    compensated = bind([[high]], [value], kernel=kernel, rounding=Remainders([[low]]))
-    stochastic = bind([[chance]], [value], kernel=kernel, rounding=ByChance([Place(0)]))
+    high, low = split_hi_lo(begin)
+    compensated = bind([[high]], [value], kernel=kernel, rounding=CompensatedRounding([[low]]))
+    stochastic = bind([[chance]], [value], kernel=kernel, rounding=StochasticRounding([TensorOffset(0)]))
     for update in range(UPDATES):
         lerp_([wide], [value], WEIGHT)
         compensated([WEIGHT])
@@ -199,7 +213,7 @@ def test_long_averages_reach_float32_where_plain_bfloat16_never_moves(kernel: st
     for _ in range(100):
         lerp_([plain], [value.bfloat16()], WEIGHT)
     assert torch.equal(plain, begin.bfloat16()), "each of its moves is rounded away, so that it stays for ever"
-    assert torch.equal(bits_of(joined(high, low)), bits_of(wide))
+    assert torch.equal(bits_of(recombine(high, low)), bits_of(wide))
     exact = 1.5 - 0.5 * (1 - WEIGHT) ** UPDATES
     torch.testing.assert_close(wide, torch.full_like(wide, exact), atol=1e-4, rtol=0)
     deviation = math.sqrt(0.5 * ulp / 2)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ema_dist import kernels
-from ema_dist.kernels import ByChance, Place, Remainders, bind, joined
+from ema_dist.kernels import CompensatedRounding, StochasticRounding, TensorOffset, bind, recombine
 from ema_dist.kernels.triton_launch import BLOCK
 from tests.support import ROOT
-from tests.support.kernel_lists import assert_close, followed, tensors
+from tests.support.kernel_lists import assert_close, expected_average, sample_tensors
 
 BF16, I16 = torch.bfloat16, torch.int16
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -42,26 +42,26 @@ def test_the_interpreted_kernel_passes_the_tests_of_all_kernels() -> None:
 
 
 @needs_triton
-def test_on_the_cpu_another_kernel_serves_and_says_so() -> None:
+def test_on_the_cpu_it_falls_back_with_a_warning() -> None:
     """Unless it is interpreted, which the interpreter must have been told before."""
     averages, values = [torch.zeros(3)], [torch.ones(3, dtype=torch.bfloat16)]
     with pytest.warns(UserWarning, match=r"kernel='triton' cannot .* 'scratch' does: Triton needs a GPU"):
-        follow = bind([averages], values, kernel="triton")
-    assert follow.name == "scratch"
-    follow([0.5])
+        bound = bind([averages], values, kernel="triton")
+    assert bound.name == "scratch"
+    bound([0.5])
     assert torch.equal(averages[0], torch.full((3,), 0.5))
 
 
-def test_without_triton_another_kernel_serves_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_it_falls_back_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ema_dist.kernels.triton_kernel", None)
     monkeypatch.delattr(kernels, "triton_kernel", raising=False)
     with pytest.warns(UserWarning, match="'foreach' does: Triton is missing: pip install triton"):
-        follow = bind([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")
-    assert follow.name == "foreach"
+        bound = bind([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")
+    assert bound.name == "foreach"
 
 
 @needs_triton
-@pytest.mark.parametrize("rounding", ["NEAREST", "CHANCE", "REMAINDERS"])
+@pytest.mark.parametrize("rounding", ["NEAREST", "STOCHASTIC", "COMPENSATED"])
 def test_it_compiles_for_a_gpu_and_reads_16_bytes_at_a_time(
     rounding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -74,10 +74,10 @@ def test_it_compiles_for_a_gpu_and_reads_16_bytes_at_a_time(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     stored = code.tl.float32 if rounding == "NEAREST" else code.tl.uint16
-    settings = {"live": code.tl.bfloat16, "stored": stored, "wide": code.tl.float32, "tracks": 2, "finite": True}
+    settings = {"live": code.tl.bfloat16, "stored": stored, "wide": code.tl.float32, "track_count": 2, "finite": True}
     settings |= {"rounding": getattr(code, rounding).value, "aligned": True, "block": BLOCK}
     types = ["*i64"] * 3 + ["*i32", "*i64"] + ["*i32"] * 3 + ["*fp64", "*i32", "i32"] + ["constexpr"] * len(settings)
-    source = ASTSource(code.follow, dict(zip(code.follow.arg_names, types, strict=True)), settings)
+    source = ASTSource(code.lerp_tracks, dict(zip(code.lerp_tracks.arg_names, types, strict=True)), settings)
     assembly = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
     assert "ld.global.v4.b32" in assembly
     assert "st.global.v4.b32" in assembly
@@ -87,7 +87,7 @@ def on_the_gpu(dtype: torch.dtype, count: int = 1) -> list[list[Tensor]]:
     """Odd shapes, one of more than a block, and one at an odd address."""
     odd = [torch.randn(BLOCK + 1).to("cuda", dtype)[1:] for _ in range(count)]
     large = [torch.randn(3 * BLOCK + 5).to("cuda", dtype) for _ in range(count)]
-    return [[*(t.cuda() for t in tensors(dtype)), odd[index], large[index]] for index in range(count)]
+    return [[*(t.cuda() for t in sample_tensors(dtype)), odd[index], large[index]] for index in range(count)]
 
 
 @pytest.mark.gpu
@@ -102,12 +102,12 @@ def test_on_the_gpu_each_track_equals_the_float64_reference(
     tracks, (values,) = on_the_gpu(average, 3), on_the_gpu(live)
     weights = [0.125, 1.0, 0.0]
     expected = [
-        [followed(a, v, weight) for a, v in zip(track, values, strict=True)]
+        [expected_average(a, v, weight) for a, v in zip(track, values, strict=True)]
         for track, weight in zip(tracks, weights, strict=True)
     ]
-    follow = bind(tracks, values, finite=finite, kernel="triton")
-    assert follow.name == "triton"
-    follow(weights)
+    bound = bind(tracks, values, finite=finite, kernel="triton")
+    assert bound.name == "triton"
+    bound(weights)
     for track, reference in zip(tracks, expected, strict=True):
         assert_close(track, reference)
 
@@ -117,14 +117,16 @@ def test_on_the_gpu_each_track_equals_the_float64_reference(
 def test_on_the_gpu_averages_are_rounded_as_on_the_cpu(kernel: str) -> None:
     """The same random bits, and the same remainders, as long as the moves are exact."""
     (values,) = on_the_gpu(torch.float32)
-    places = [Place(index, 7) for index in range(len(values))]
+    tensor_offsets = [TensorOffset(index, 7) for index in range(len(values))]
     chance, high, low = [[torch.zeros_like(value, dtype=dtype) for value in values] for dtype in (BF16, BF16, I16)]
-    bind([chance], values, kernel=kernel, rounding=ByChance(places, 3))([1.0], 5)
-    bind([high], values, kernel=kernel, rounding=Remainders([low]))([1.0])
+    bind([chance], values, kernel=kernel, rounding=StochasticRounding(tensor_offsets, 3))([1.0], 5)
+    bind([high], values, kernel=kernel, rounding=CompensatedRounding([low]))([1.0])
     expected = [torch.zeros_like(average.cpu()) for average in chance]
-    bind([expected], [value.cpu() for value in values], kernel="scratch", rounding=ByChance(places, 3))([1.0], 5)
+    bind(
+        [expected], [value.cpu() for value in values], kernel="scratch", rounding=StochasticRounding(tensor_offsets, 3)
+    )([1.0], 5)
     assert all(torch.equal(average.cpu(), reference) for average, reference in zip(chance, expected, strict=True))
-    assert all(torch.equal(joined(*parts), value) for *parts, value in zip(high, low, values, strict=True))
+    assert all(torch.equal(recombine(*parts), value) for *parts, value in zip(high, low, values, strict=True))
 
 
 @pytest.mark.gpu
@@ -133,26 +135,26 @@ def test_an_update_is_captured_in_a_cuda_graph() -> None:
     averages, values = [torch.randn(3 * BLOCK + 5, device="cuda")], [torch.randn(3 * BLOCK + 5, device="cuda").to(BF16)]
     expected = [average.double() for average in averages]
     weight = torch.zeros((), device="cuda")
-    follow = bind([averages], values, kernel="triton")
+    bound = bind([averages], values, kernel="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        follow([weight])
+        bound([weight])
     for step in (0.5, 0.0, 0.25, 1.0):
         weight.fill_(step)
         for value in values:
             value.add_(1)
         graph.replay()
-        expected = [followed(average, value, step) for average, value in zip(expected, values, strict=True)]
+        expected = [expected_average(average, value, step) for average, value in zip(expected, values, strict=True)]
     assert_close(averages, expected)
 
 
 @pytest.mark.gpu
 def test_an_update_does_not_wait_for_the_gpu() -> None:
     (averages,), (values,) = on_the_gpu(torch.float32), on_the_gpu(torch.bfloat16)
-    follow = bind([averages], values, kernel="triton")
+    bound = bind([averages], values, kernel="triton")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        follow([0.5])
-        follow([torch.tensor(0.5, device="cuda")])
+        bound([0.5])
+        bound([torch.tensor(0.5, device="cuda")])
     finally:
         torch.cuda.set_sync_debug_mode("default")

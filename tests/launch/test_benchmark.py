@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from launch.benchmark.cases import Case, Live, SmallTensors
-from launch.benchmark.operators import operators_in
-from launch.benchmark.peers import COMPOSER, FOREACH, LIGHTNING, OURS, ways
+from launch.benchmark.cases import Case, LiveDtype, SmallTensors
+from launch.benchmark.operators import count_operators
+from launch.benchmark.peers import COMPOSER, FOREACH, LIGHTNING, OURS, averaging_methods
 from launch.benchmark.updates import DECAYS
 from tests.support import ROOT
-from tests.support.older_torch import holds_on_to_storage
+from tests.support.older_torch import needs_stable_storage
 
 PEERS = {
     "torch AveragedModel, foreach",
@@ -67,7 +67,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "checkpoints.json").read_text())
 
 
-def test_every_way_to_average_is_timed_in_every_round_or_says_how_it_fails(results: dict[str, Any]) -> None:
+def test_every_method_is_timed_in_every_round_or_reports_its_error(results: dict[str, Any]) -> None:
     found = {(it["case"]["parallel"], it["case"]["ranks"], it["case"]["live"]) for it in results["updates"]}
     float32 = {("plain", 1, "float32"), ("ddp", 2, "float32"), ("fsdp2", 2, "float32")}
     assert found == float32 | {("plain", 1, "bfloat16"), ("fsdp2", 2, "bfloat16")}
@@ -84,7 +84,7 @@ def test_every_way_to_average_is_timed_in_every_round_or_says_how_it_fails(resul
             assert costs[counts].keys() == works - {"copy of as many bytes"}
 
 
-def test_a_package_that_is_missing_is_a_row_that_says_so(folder: Path, results: dict[str, Any]) -> None:
+def test_a_missing_package_is_reported_in_its_row(folder: Path, results: dict[str, Any]) -> None:
     page = (folder / "index.md").read_text().replace("\\_", "_")
     assert all(find_spec(module) for module, name in PACKAGES.items() if results["packages"][name] != "not installed")
     for module, name in PACKAGES.items():
@@ -95,7 +95,7 @@ def test_a_package_that_is_missing_is_a_row_that_says_so(folder: Path, results: 
             assert f"not installed: No module named '{module}'" in page
 
 
-def test_a_peer_that_refuses_a_layout_or_a_dtype_is_a_row_with_its_own_words(results: dict[str, Any]) -> None:
+def test_the_error_of_a_peer_is_reported_in_its_row(results: dict[str, Any]) -> None:
     by_case = {(it["case"]["parallel"], it["case"]["live"]): it["failures"] for it in results["updates"]}
     assert "FSDP does not support deepcopy" in by_case["fsdp2", "float32"]["torch AveragedModel, foreach"]
     assert "dtype" in by_case["plain", "bfloat16"]["torch AveragedModel, foreach"]
@@ -130,7 +130,7 @@ def test_swaps_exports_and_steps_are_measured_on_every_layout(results: dict[str,
         assert steps["seconds"].keys() == steps["shares"].keys() >= {"ShardedEMA"}
 
 
-def test_steps_are_measured_without_averages_with_them_and_behind_the_next_step(results: dict[str, Any]) -> None:
+def test_steps_are_timed_without_with_and_with_overlapped_updates(results: dict[str, Any]) -> None:
     (costs,) = results["overlap"]
     assert (costs["case"]["parallel"], costs["case"]["ranks"]) == ("fsdp2", 2)
     names = ["no averages", "attach(optimizer)", "attach(optimizer, overlap=True)"]
@@ -139,7 +139,7 @@ def test_steps_are_measured_without_averages_with_them_and_behind_the_next_step(
     assert costs["longer"]["no averages"] == 1
 
 
-def test_what_was_reached_is_said_of_every_target(results: dict[str, Any]) -> None:
+def test_every_target_states_whether_it_was_reached(results: dict[str, Any]) -> None:
     limits = [target["limit"] for target in results["targets"] if target["unit"] == "x"]
     same_dtype, narrow, best_peer, tracks = [1.1] * 6, [0.6] * 4, [0.6] * 2, [2.6] * 2
     on_gpu = [1 / 0.9, 1.01]
@@ -152,7 +152,7 @@ def test_what_was_reached_is_said_of_every_target(results: dict[str, Any]) -> No
             assert target["reached"] is True or target["measured"] > target["limit"]
 
 
-def test_what_only_a_gpu_can_show_is_not_measured_without_one(folder: Path, results: dict[str, Any]) -> None:
+def test_gpu_targets_are_not_measured_without_a_gpu(folder: Path, results: dict[str, Any]) -> None:
     on_gpu = [target for target in results["targets"] if target["what"].startswith("GPU: ")]
     assert len(on_gpu) == 3
     assert all(target["measured"] is None for target in on_gpu)
@@ -161,32 +161,32 @@ def test_what_only_a_gpu_can_show_is_not_measured_without_one(folder: Path, resu
     assert all("not measured" in row for row in rows)
 
 
-def test_there_is_a_picture_on_the_page(folder: Path) -> None:
+def test_the_page_contains_the_figure(folder: Path) -> None:
     assert "](results.png)" in (folder / "index.md").read_text()
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("live", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tracks", [1, 4])
-def test_bytes_that_an_update_moves_are_those_of_its_operators(live: Live, tracks: int) -> None:
+def test_moved_bytes_match_the_counted_operators(live: LiveDtype, tracks: int) -> None:
     """Without what counts calls, a few bytes each, and without the scratch of ours, which stays in the cache."""
     case = Case("plain", 1, SmallTensors(4, 64), live)
-    kept = replace(case.kept, tracks=tracks)
-    model = case.wrapped(torch.device("cpu"))
+    element_sizes = replace(case.element_sizes, tracks=tracks)
+    model = case.build_model(torch.device("cpu"))
     elements = sum(parameter.numel() for parameter in model.parameters())
     checked = set()
-    for name, way in ways(case).items():
+    for name, method in averaging_methods(case).items():
         with suppress(ImportError, RuntimeError, TypeError):  # missing, or fails: another test
-            averaging = way.make(model, DECAYS[:tracks])
-            averaging.update()
-            averages = [average for track in averaging.averages() for average in track.values()]
-            of = [*model.parameters(), *averages] if name == OURS else None
-            moved = operators_in(averaging.update, of=of).bytes_moved
+            averager = method.make(model, DECAYS[:tracks])
+            averager.update()
+            averages = [average for track in averager.averages() for average in track.values()]
+            tensors = [*model.parameters(), *averages] if name == OURS else None
+            moved = count_operators(averager.update, tensors=tensors).bytes_moved
             narrow_averages = name == LIGHTNING and live == "bfloat16"
             # Where each track's operator finds the weights.
-            in_cache = averaging.reads_once and live == "float32" and tracks > 1
+            in_cache = averager.shares_live_reads and live == "float32" and tracks > 1
             if not narrow_averages and not in_cache:
-                assert moved == pytest.approx(way.bytes_moved(averaging, elements, kept), rel=0.01), name
+                assert moved == pytest.approx(method.bytes_moved(averager, elements, element_sizes), rel=0.01), name
                 checked.add(name)
     assert checked >= {FOREACH, COMPOSER}
     assert OURS in checked or (live == "float32" and tracks > 1)
@@ -194,12 +194,12 @@ def test_bytes_that_an_update_moves_are_those_of_its_operators(live: Live, track
 
 def test_operators_are_counted_without_views_and_on_local_tensors() -> None:
     weight, other = torch.zeros(10), torch.zeros(10)
-    counted = operators_in(lambda: weight.view(2, 5).add_(other.view(2, 5)))
+    counted = count_operators(lambda: weight.view(2, 5).add_(other.view(2, 5)))
     assert (counted.count, counted.bytes_moved) == (1, 3 * 40)
-    counted = operators_in(lambda: weight.copy_(other))
+    counted = count_operators(lambda: weight.copy_(other))
     assert (counted.count, counted.bytes_moved) == (1, 2 * 40)
-    assert operators_in(lambda: torch.empty(10)).count == 0
-    assert operators_in(lambda: weight + other, of=[weight]).bytes_moved == 40
+    assert count_operators(lambda: torch.empty(10)).count == 0
+    assert count_operators(lambda: weight + other, tensors=[weight]).bytes_moved == 40
 
 
 def test_the_page_keeps_its_introduction_and_says_where_it_was_measured(folder: Path, results: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ def test_the_page_keeps_its_introduction_and_says_where_it_was_measured(folder: 
     assert sum("ShardedEMA" in row for row in rows) > 20
 
 
-@holds_on_to_storage
+@needs_stable_storage
 def test_checkpoints_are_measured_on_every_layout_beside_other_tools(checkpoints: dict[str, Any]) -> None:
     found: dict[str, list[tuple[str, int, bool]]] = {}
     for costs in checkpoints["costs"]:
@@ -233,7 +233,7 @@ def test_checkpoints_are_measured_on_every_layout_beside_other_tools(checkpoints
     }
 
 
-@holds_on_to_storage
+@needs_stable_storage
 def test_targets_of_checkpoints_are_times_of_the_plain_tool_and_memory(checkpoints: dict[str, Any]) -> None:
     times = [target["limit"] for target in checkpoints["targets"] if target["unit"] == "x"]
     memory = [target for target in checkpoints["targets"] if target["unit"] == "MiB"]
@@ -242,6 +242,6 @@ def test_targets_of_checkpoints_are_times_of_the_plain_tool_and_memory(checkpoin
     assert all(target["limit"] > 0 for target in memory)
 
 
-def test_a_page_that_was_not_asked_for_stays(folder: Path) -> None:
+def test_pages_not_selected_are_left_unchanged(folder: Path) -> None:
     assert (folder / "checkpoints.md").read_text() == f"{INTRODUCTION}old results\n"
     assert not (folder / "checkpoints.json").exists()

@@ -14,17 +14,17 @@ import torch
 
 from launch.benchmark.formulas import (
     Decoder,
-    Kept,
+    ElementSizes,
     Passes,
-    Spread,
-    Step,
+    Sharding,
+    TrainingStep,
     average_bytes,
     average_elements,
+    chunk_rows_of,
     live_elements,
-    rows_of,
-    share_of_step,
     swap_network_bytes,
     update_bytes,
+    update_time_ratio,
 )
 from tests.support import ROOT
 
@@ -34,32 +34,34 @@ ELEMENTS = 21 + 5 + 8 + 8
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 7, 8, 9])
-def test_rows_are_cut_as_torch_cuts_them(rows: int, parts: int) -> None:
+def test_rows_match_torch_chunk(rows: int, parts: int) -> None:
     chunks = [len(chunk) for chunk in torch.arange(rows).chunk(parts)] if rows else []
-    assert [rows_of(rows, parts, place) for place in range(parts)] == chunks + [0] * (parts - len(chunks))
+    assert [chunk_rows_of(rows, parts, index) for index in range(parts)] == chunks + [0] * (parts - len(chunks))
 
 
-@pytest.mark.parametrize("spread", [Spread(), Spread(shards=3), Spread(replicas=4), Spread(shards=2, replicas=3)])
-def test_parts_of_all_ranks_are_the_whole_model_and_the_first_rank_has_the_most(spread: Spread) -> None:
-    parts = [average_elements(SHAPES, spread, rank) for rank in range(spread.ranks)]
+@pytest.mark.parametrize(
+    "sharding", [Sharding(), Sharding(shards=3), Sharding(replicas=4), Sharding(shards=2, replicas=3)]
+)
+def test_shards_add_up_to_the_model_and_rank_0_has_the_most(sharding: Sharding) -> None:
+    parts = [average_elements(SHAPES, sharding, rank) for rank in range(sharding.ranks)]
     assert sum(parts) == ELEMENTS
     assert max(parts) == parts[0]
-    lives = [live_elements(SHAPES, spread, rank) for rank in range(spread.ranks)]
-    assert sum(lives) == spread.replicas * ELEMENTS
+    lives = [live_elements(SHAPES, sharding, rank) for rank in range(sharding.ranks)]
+    assert sum(lives) == sharding.replicas * ELEMENTS
 
 
-def test_averages_that_are_not_split_are_as_many_as_the_live_weights() -> None:
-    spread = Spread(shards=2, replicas=3, split=False)
-    for rank in range(spread.ranks):
-        assert average_elements(SHAPES, spread, rank) == live_elements(SHAPES, spread, rank)
+def test_unsharded_averages_have_as_many_elements_as_live_weights() -> None:
+    sharding = Sharding(shards=2, replicas=3, split=False)
+    for rank in range(sharding.ranks):
+        assert average_elements(SHAPES, sharding, rank) == live_elements(SHAPES, sharding, rank)
 
 
-def test_a_scalar_is_whole_on_every_replica() -> None:
-    assert [average_elements([()], Spread(replicas=3), rank) for rank in range(3)] == [1, 1, 1]
+def test_a_scalar_is_replicated() -> None:
+    assert [average_elements([()], Sharding(replicas=3), rank) for rank in range(3)] == [1, 1, 1]
 
 
-def test_tracks_share_the_reading_of_live_weights() -> None:
-    one, four = Kept(live_width=2, tracks=1), Kept(live_width=2, tracks=4)
+def test_tracks_share_one_read_of_the_live_weights() -> None:
+    one, four = ElementSizes(live_itemsize=2, tracks=1), ElementSizes(live_itemsize=2, tracks=4)
     assert average_bytes(10, four) == 4 * average_bytes(10, one) == 160
     assert update_bytes(10, one) == 10 * (2 + 4 + 4)
     assert update_bytes(10, four) == 10 * (2 + 4 * (4 + 4))
@@ -67,25 +69,25 @@ def test_tracks_share_the_reading_of_live_weights() -> None:
     assert Passes(live=1, average=2).bytes(10, four) == 4 * update_bytes(10, one)
 
 
-def test_a_swap_sends_every_part_past_every_replica_and_nothing_where_nothing_is_split() -> None:
+def test_a_swap_sends_all_shards_to_all_replicas() -> None:
     checksums = 8 * len(SHAPES) * 2
-    assert swap_network_bytes(SHAPES, Spread(replicas=2), Kept()) == 4 * ELEMENTS + checksums
-    assert swap_network_bytes(SHAPES, Spread(replicas=2, split=False), Kept()) == 0
-    assert swap_network_bytes(SHAPES, Spread(shards=4), Kept()) == 0
+    assert swap_network_bytes(SHAPES, Sharding(replicas=2), ElementSizes()) == 4 * ELEMENTS + checksums
+    assert swap_network_bytes(SHAPES, Sharding(replicas=2, split=False), ElementSizes()) == 0
+    assert swap_network_bytes(SHAPES, Sharding(shards=4), ElementSizes()) == 0
 
 
-def test_the_share_of_a_step_does_not_depend_on_the_number_of_ranks() -> None:
-    step = Step(tokens=1e6, operations_per_second=4e14, memory_bandwidth=3e12)
-    share = share_of_step(Spread(), Kept(live_width=2), step)
+def test_the_update_time_ratio_is_independent_of_the_rank_count() -> None:
+    step = TrainingStep(tokens=1e6, flops_per_second=4e14, memory_bandwidth=3e12)
+    share = update_time_ratio(Sharding(), ElementSizes(live_itemsize=2), step)
     assert math.isclose(share, (10 / 3e12) / (6 * 1e6 / 4e14))
-    assert share_of_step(Spread(shards=1024), Kept(live_width=2), step) == share
-    assert share_of_step(Spread(replicas=8), Kept(live_width=2), step) == share
-    assert share_of_step(Spread(replicas=8, split=False), Kept(live_width=2), step) == 8 * share
+    assert update_time_ratio(Sharding(shards=1024), ElementSizes(live_itemsize=2), step) == share
+    assert update_time_ratio(Sharding(replicas=8), ElementSizes(live_itemsize=2), step) == share
+    assert update_time_ratio(Sharding(replicas=8, split=False), ElementSizes(live_itemsize=2), step) == 8 * share
 
 
 def test_published_sizes_give_the_published_number_of_parameters() -> None:
     """Source: the sum of the tensors in the published checkpoint of the 8B model."""
-    decoder = Decoder("8B", layers=32, width=4096, hidden=14336, key_width=1024, vocabulary=128256)
+    decoder = Decoder("8B", layers=32, width=4096, hidden=14336, kv_width=1024, vocabulary=128256)
     assert decoder.elements() == 8_030_261_248
 
 
@@ -105,7 +107,7 @@ def costs(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_formulas_are_checked_on_every_rank_of_every_layout(costs: list[dict[str, Any]]) -> None:
-    found = {(it["case"]["parallel"], it["case"]["ranks"], it["spread"]["split"]) for it in costs}
+    found = {(it["case"]["parallel"], it["case"]["ranks"], it["sharding"]["split"]) for it in costs}
     assert {(parallel, ranks) for parallel, ranks, _ in found} == {
         ("plain", 1),
         *(("ddp", ranks) for ranks in (2, 4)),
@@ -115,10 +117,10 @@ def test_formulas_are_checked_on_every_rank_of_every_layout(costs: list[dict[str
     assert len(found) == 9
     assert len(costs) == 27
     for it in costs:
-        for check in ("held", "moved", "sent"):
+        for check in ("held_bytes", "moved_bytes", "swap_sent_bytes"):
             assert len(it[check]["formula"]) == it["case"]["ranks"]
             assert it[check]["formula"] == it[check]["measured"]
-        assert it["sent_by_update"] == 0
+        assert it["update_sent_bytes"] == 0
 
 
 def test_the_page_says_what_is_measured_and_what_is_projected(folder: Path) -> None:

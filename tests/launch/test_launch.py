@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import LAUNCH
-from tests.support.sabotage import SABOTAGED, TORCHRUN, Sabotage, differences, scores
+from tests.support.sabotage import TORCHRUN, TRAIN_WITH_SIGNALS, InjectedSignal, differences, read_metrics
 
 
 def run(*commands: tuple[str | Path, ...], environment: dict[str, str] | None = None) -> str:
@@ -46,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_a_run_reports_each_epoch_and_leaves_metrics_and_curves(finished: tuple[Path, str]) -> None:
     directory, output = finished
-    rows = scores(directory)
+    rows = read_metrics(directory)
     assert [row["epoch"] for row in rows] == ["1", "2"]
     for row in rows:
         assert f"{float(row['live_loss']):.4f}" in output
@@ -58,7 +58,7 @@ def test_a_run_reports_each_epoch_and_leaves_metrics_and_curves(finished: tuple[
 def test_a_plain_script_evaluates_the_averaged_model_to_what_the_run_printed(finished: tuple[Path, str]) -> None:
     directory, output = finished
     evaluated = run((sys.executable, LAUNCH / "evaluate.py", directory / "model.safetensors"))
-    last = scores(directory)[-1]
+    last = read_metrics(directory)[-1]
     expected = f"loss {float(last['average_loss']):.4f}, accuracy {float(last['average_accuracy']):.2%}"
     assert expected in evaluated
     assert expected in output
@@ -88,14 +88,14 @@ def test_ranks_killed_while_stepping_swapping_and_saving_end_bit_identical(
     """stress_restarts.py kills more of them."""
     directory, _ = finished
     kills = [
-        Sabotage("torch/_tensor.py", "backward", call=22, after=5, rank=1, attempt=0),
-        Sabotage("ema_dist/evaluation/swap.py", "__init__", after=20, rank=0, attempt=1),
-        Sabotage("ema_dist/checkpoint/folders.py", "commit", after=5, rank=0, attempt=2),
+        InjectedSignal("torch/_tensor.py", "backward", call_number=22, events_after=5, rank=1, attempt=0),
+        InjectedSignal("ema_dist/evaluation/swap.py", "__init__", events_after=20, rank=0, attempt=1),
+        InjectedSignal("ema_dist/checkpoint/folders.py", "commit", events_after=5, rank=0, attempt=2),
     ]
     options = ("--checkpoint-every", "20", "--resume")
     ranks = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "3")
-    command = (*TORCHRUN, *ranks, SABOTAGED, *training(tmp_path, *options)[1:])
-    output = run(command, environment=Sabotage.environment(kills))
+    command = (*TORCHRUN, *ranks, TRAIN_WITH_SIGNALS, *training(tmp_path, *options)[1:])
+    output = run(command, environment=InjectedSignal.environment(kills))
 
     starts = re.findall(r"^(?:starting|continuing) from (?:the|step) (\w+)", output, re.MULTILINE)
     assert starts == ["beginning", "20", "20", "20"]

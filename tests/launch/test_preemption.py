@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import train
 from ema_dist import ShardedEMA
-from ema_dist.evaluation.swap import exchanges_in
-from recipe.preemption import Preempted, Preemption
+from ema_dist.evaluation.swap import active_swaps
+from recipe.preemption import Preempted, PreemptionHandler
 from recipe.resuming import Checkpoints
-from tests.support.sabotage import scores
+from tests.support.sabotage import read_metrics
 
 SHORT = ("--device", "cpu", "--epochs", "2", "--batch-size", "600", "--half-life", "2", "--checkpoint-every", "1")
 STEPS, TEST_BATCHES = 2, 5  # of an epoch of these
@@ -32,27 +32,27 @@ SECOND_EPOCH = STEPS + 2 * TEST_BATCHES + 2
 
 
 @dataclass
-class Seen:
+class SeenWeights:
     """Full live weights and averages by step, on the first rank."""
 
     saved: dict[int, list[Tensor]] = field(default_factory=dict)
     resumed: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
-class Watched(Checkpoints):
+class RecordingCheckpoints(Checkpoints):
     """The checkpoints of a run, and what was in the model around them."""
 
-    seen: ClassVar[Seen]
+    seen: ClassVar[SeenWeights]
 
     def save(self, step: int, *, block: bool) -> None:
-        if not exchanges_in(self.model):
+        if not active_swaps(self.model):
             self.seen.saved[step] = self.weights()
         super().save(step, block=block)
 
-    def resume(self, *, asked: bool) -> str:
-        told = super().resume(asked=asked)
+    def resume(self, *, is_requested: bool) -> str:
+        message = super().resume(is_requested=is_requested)
         self.seen.resumed[self.state["ema"].steps] = self.weights()
-        return told
+        return message
 
     @property
     def model(self) -> nn.Module:
@@ -64,27 +64,27 @@ class Watched(Checkpoints):
         return [*live.values(), *averages.values()]
 
 
-class Told(Preemption):
-    """The last rank is told to stop before its `when`-th batch."""
+class StopAtBatch(PreemptionHandler):
+    """The last rank is told to stop before its `stop_batch`-th batch."""
 
-    when = 0
+    stop_batch = 0
 
-    def agreed(self) -> bool:
-        self.when -= 1
-        if self.when == 0 and dist.get_rank() == dist.get_world_size() - 1:
+    def should_stop(self) -> bool:
+        self.stop_batch -= 1
+        if self.stop_batch == 0 and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return super().agreed()
+        return super().should_stop()
 
 
-def run(directory: Path, *options: str, stop: int = 0) -> Seen:
+def run(directory: Path, *options: str, stop: int = 0) -> SeenWeights:
     """Two epochs of training in this process group, or as far as it gets until it is told to stop.
 
     Nothing is put back: the process is this test's own.
     """
     folders = ("--output-dir", str(directory), "--checkpoint-dir", str(directory / "checkpoints"))
     sys.argv = ["train.py", *SHORT, *folders, *options]
-    Watched.seen, Told.when = Seen(), stop
-    train.Checkpoints, train.Preemption = Watched, Told
+    RecordingCheckpoints.seen, StopAtBatch.stop_batch = SeenWeights(), stop
+    train.Checkpoints, train.PreemptionHandler = RecordingCheckpoints, StopAtBatch
     train.write_curves = lambda _rows, _path: None  # slower than the training
     try:
         train.train(train.parse_arguments(), torch.device("cpu"))
@@ -93,7 +93,7 @@ def run(directory: Path, *options: str, stop: int = 0) -> Seen:
     else:
         assert not stop, "it went on"
     dist.barrier()
-    return Watched.seen
+    return RecordingCheckpoints.seen
 
 
 def assert_same(found: dict[int, list[Tensor]], expected: dict[int, list[Tensor]]) -> None:
@@ -109,22 +109,22 @@ def assert_same(found: dict[int, list[Tensor]], expected: dict[int, list[Tensor]
 )
 def test_a_run_stopped_anywhere_resumes_bit_for_bit(parallel: str, stops: list[int], tmp_path: Path) -> None:
     """Also where one rank alone was told to, and where the averages were in the model."""
-    undisturbed = run(tmp_path, "--parallel", parallel)
-    assert len(undisturbed.saved) == 2 * STEPS
+    uninterrupted = run(tmp_path, "--parallel", parallel)
+    assert len(uninterrupted.saved) == 2 * STEPS
     for stop in stops:
         directory = tmp_path / str(stop)
         options = ("--parallel", parallel, *["--async-checkpoints"] * (stop == AVERAGES_EVALUATION))
         run(directory, *options, stop=stop)
         resumed = run(directory, *options, "--resume")
         assert [*resumed.resumed] == [min(stop - 1, STEPS)]
-        assert_same(resumed.resumed | resumed.saved, undisturbed.saved)
+        assert_same(resumed.resumed | resumed.saved, uninterrupted.saved)
         assert max(resumed.saved) == 2 * STEPS
         if dist.get_rank() == 0:
-            assert scores(directory) == scores(tmp_path)
+            assert read_metrics(directory) == read_metrics(tmp_path)
 
 
 @pytest.mark.world_size(4, timeout=120)
-def test_a_run_stopped_on_four_ranks_goes_on_on_three_and_on_two(tmp_path: Path) -> None:
+def test_a_run_stopped_on_four_ranks_resumes_on_three_and_on_two(tmp_path: Path) -> None:
     """Weights and averages are those of the stopped run, to the bit, right after loading."""
     rank = dist.get_rank()
     saved = run(tmp_path, "--parallel", "hsdp", stop=SECOND_EPOCH).saved
@@ -138,4 +138,4 @@ def test_a_run_stopped_on_four_ranks_goes_on_on_three_and_on_two(tmp_path: Path)
         assert [*resumed.resumed] == [step]
         assert_same(resumed.resumed, saved)
         saved = resumed.saved
-    assert [row["step"] for row in scores(tmp_path)] == [str(STEPS), str(2 * STEPS)]
+    assert [row["step"] for row in read_metrics(tmp_path)] == [str(STEPS), str(2 * STEPS)]

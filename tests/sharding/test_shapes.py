@@ -22,7 +22,7 @@ from ema_dist import ShardedEMA
 from ema_dist.kernels import chunks
 from ema_dist.sharding import Layout
 from ema_dist.sharding.flat_shard import rectangles
-from ema_dist.sharding.shard import flat, memory_order
+from ema_dist.sharding.shard import flat_view, memory_order
 from tests.support.layouts import assert_bitwise_equal
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
@@ -47,10 +47,10 @@ def test_rectangles_cover_a_run_exactly(shape: list[int], data: st.DataObject) -
 
 
 @given(st.lists(SHAPES, max_size=4), st.integers(1, 200))
-def test_chunks_cover_everything_within_the_limit(shapes: list[list[int]], limit: int) -> None:
+def test_chunks_cover_everything_within_the_limit(shapes: list[list[int]], max_bytes: int) -> None:
     tensors = [torch.zeros(shape) for shape in shapes]
-    for (batch,) in chunks(tensors, limit=limit):
-        assert sum(piece.numel() * 4 for piece in batch) <= max(limit, 4)
+    for (batch,) in chunks(tensors, max_bytes=max_bytes):
+        assert sum(piece.numel() * 4 for piece in batch) <= max(max_bytes, 4)
         for piece in batch:
             piece.add_(1)
     assert all((tensor == 1).all() for tensor in tensors)
@@ -64,7 +64,7 @@ def test_memory_order_of_dense_tensors(shape: list[int], random: object) -> None
     tensor = torch.arange(prod(shape)).view(shape).permute(dims)
     order = memory_order(tensor.shape, tensor.stride())
     assert order is not None
-    assert torch.equal(flat(tensor), tensor.permute(order).reshape(-1))
+    assert torch.equal(flat_view(tensor), tensor.permute(order).reshape(-1))
     if tensor.shape[0] > 2:
         assert memory_order(tensor[::2].shape, tensor[::2].stride()) is None
 
@@ -175,7 +175,7 @@ def test_who_owns_what_on_rank_3_of_8() -> None:
 
     def parts(model: nn.Module) -> tuple[int, int]:
         shard = Layout(model).parameters["weight"]
-        return shard.local.numel(), shard.part.local.numel()
+        return shard.local.numel(), shard.averaged_part.local.numel()
 
     rows = 3 * 15
     assert parts(nn.Linear(3, 15)) == (rows, rows)

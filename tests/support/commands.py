@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from ema_dist import ShardedEMA, checkpoint
 from ema_dist.cli.app import app
-from tests.support.layouts import trained
+from tests.support.layouts import make_trained
 
 
 def run(*arguments: object) -> Result:
@@ -27,14 +27,14 @@ def run(*arguments: object) -> Result:
     return result
 
 
-def ok(*arguments: object) -> str:
+def run_ok(*arguments: object) -> str:
     """The standard output of a command that ends well."""
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
-def plainly_saved(folder: Path, state: dict[str, Any]) -> Path:
+def save_with_dcp(folder: Path, state: dict[str, Any]) -> Path:
     """What plain DCP writes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -42,19 +42,19 @@ def plainly_saved(folder: Path, state: dict[str, Any]) -> Path:
     return folder
 
 
-def foreign(folder: Path, **settings: Any) -> tuple[Path, ShardedEMA]:  # noqa: ANN401
+def make_dcp_checkpoint(folder: Path, **settings: Any) -> tuple[Path, ShardedEMA]:  # noqa: ANN401
     """A checkpoint of plain DCP with a model and its averages, and the averages."""
-    model, ema = trained("plain", **settings)
-    return plainly_saved(folder, {"model": get_model_state_dict(model), "ema": ema}), ema
+    model, ema = make_trained("plain", **settings)
+    return save_with_dcp(folder, {"model": get_model_state_dict(model), "ema": ema}), ema
 
 
-def ours(root: Path, step: int = 3, **more: Any) -> tuple[Path, nn.Module, ShardedEMA]:  # noqa: ANN401
+def make_checkpoint(root: Path, step: int = 3, **more: Any) -> tuple[Path, nn.Module, ShardedEMA]:  # noqa: ANN401
     """A root with one checkpoint of ours, the model and the averages."""
-    model, ema = trained("plain")
+    model, ema = make_trained("plain")
     checkpoint.save({"model": model, "ema": ema, **more}, root, step=step)
     return root, model, ema
 
 
-def exported(folder: Path) -> dict[str, Tensor]:
+def load_exported(folder: Path) -> dict[str, Tensor]:
     """Every tensor in an export, read by safetensors itself."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

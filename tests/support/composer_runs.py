@@ -27,7 +27,7 @@ from tests.support.layouts import Net
 
 CLASSES = 5
 FSDP1 = {"sharding_strategy": "FULL_SHARD", "mixed_precision": "DEFAULT", "state_dict_type": "sharded"}
-PARALLEL: dict[str, dict[str, Any]] = {
+PARALLELISM_CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "ddp": {},
     "fsdp1": {"fsdp": FSDP1},
@@ -41,7 +41,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
 on_ranks = partial(pytest.mark.world_size, timeout=180)
 
 
-def parallel(*names: str) -> pytest.MarkDecorator:
+def composer_layouts(*names: str) -> pytest.MarkDecorator:
     """Runs a test under each of these, on the ranks it takes; under all that a checkpoint may come from by default."""
     chosen = names or ("ddp", "fsdp1", "fsdp2", "hsdp", "fsdp1-full", "fsdp2-full")
     ranks = {"plain": 1, "hsdp": 4}
@@ -68,26 +68,26 @@ class Recorder(Callback):
     """Full live weights after each batch, and what the model holds at other events."""
 
     def __init__(self) -> None:
-        self.after_batch: list[dict[str, Tensor]] = []
-        self.at: list[tuple[str, dict[str, Tensor]]] = []
+        self.weights_after_batch: list[dict[str, Tensor]] = []
+        self.model_at_event: list[tuple[str, dict[str, Tensor]]] = []
 
     def batch_end(self, state: State, _: Logger) -> None:
-        self.after_batch.append(full_model(state))
+        self.weights_after_batch.append(full_tensors(state))
 
     def batch_start(self, state: State, _: Logger) -> None:
-        self.at.append(("batch_start", full_model(state)))
+        self.model_at_event.append(("batch_start", full_tensors(state)))
 
     def eval_batch_start(self, state: State, _: Logger) -> None:
-        self.at.append(("eval_batch_start", full_model(state)))
+        self.model_at_event.append(("eval_batch_start", full_tensors(state)))
 
     def predict_batch_start(self, state: State, _: Logger) -> None:
-        self.at.append(("predict_batch_start", full_model(state)))
+        self.model_at_event.append(("predict_batch_start", full_tensors(state)))
 
 
-def full_model(state: State) -> dict[str, Tensor]:
+def full_tensors(state: State) -> dict[str, Tensor]:
     """Full copies of the tensors that the model holds, on every rank, by canonical names."""
     held = get_model_state_dict(state.model, options=StateDictOptions(full_state_dict=True))
-    return {name: it.detach().clone() for name, it in held.items() if isinstance(it, Tensor)}
+    return {name: tensor.detach().clone() for name, tensor in held.items() if isinstance(tensor, Tensor)}
 
 
 def batches(size: int = 4, count: int = 12) -> DataLoader[Any]:
@@ -103,7 +103,7 @@ def batches(size: int = 4, count: int = 12) -> DataLoader[Any]:
     return DataLoader(data, batch_size=size, sampler=sampler)
 
 
-def trainer(  # a Trainer takes anything
+def make_trainer(  # a Trainer takes anything
     layout: str,
     *algorithms: Algorithm,
     model: ComposerModel | None = None,
@@ -120,13 +120,13 @@ def trainer(  # a Trainer takes anything
         # torch crashes where a full state that is on a CPU already is to be offloaded to it.
         composer.core.state.StateDictOptions = lambda **given: StateDictOptions(**given | {"cpu_offload": False})
     model = model or Classifier()
-    parameters = [it for it in model.parameters() if it.requires_grad]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     defaults: dict[str, Any] = {
         "train_dataloader": batches(),
         "eval_dataloader": batches(count=4),
         "max_duration": "8ba",
         "optimizers": torch.optim.AdamW(parameters, lr=1e-2),
-        "parallelism_config": PARALLEL[layout] or None,
+        "parallelism_config": PARALLELISM_CONFIGS[layout] or None,
         "precision": "fp32",
         "eval_interval": 0,
         "seed": 17,
@@ -137,19 +137,19 @@ def trainer(  # a Trainer takes anything
         return Trainer(model=model, algorithms=list(algorithms), device="cpu", **quiet, **defaults | settings)
 
 
-def saved(folder: Path, batch: int) -> str:
+def checkpoint_path(folder: Path, batch: int) -> str:
     """The checkpoint of a batch, a file or a folder; the last one, if there are two."""
     return str(max(path for path in folder.iterdir() if f"-ba{batch}-" in f"{path.name}-"))
 
 
-def fit(it: Trainer, duration: str | None = None) -> None:
+def fit(composer_trainer: Trainer, duration: str | None = None) -> None:
     """Train, without the warnings of others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        it.fit(duration=duration)
+        composer_trainer.fit(duration=duration)
 
 
-def decayed(weights: list[dict[str, Tensor]], smoothing: float) -> dict[str, Tensor]:
+def reference_average(weights: list[dict[str, Tensor]], smoothing: float) -> dict[str, Tensor]:
     """The moving average of full weights in float64: the oracle."""
     average: dict[str, Tensor] = {}
     for full in weights:

@@ -7,26 +7,26 @@ import os
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """tests/kernels/test_kernels_triton.py asks for it, in a process of its own: then it is only Triton's turn."""
 
 SHAPES = [(), (0, 3), (7, 5), (1, 2, 3), (129,)]
 
 
-def tensors(dtype: torch.dtype) -> list[Tensor]:
+def sample_tensors(dtype: torch.dtype) -> list[Tensor]:
     """Of no dimension, of no elements, of odd sizes, dense in another order than row-major, and with gaps."""
     wide = [torch.randn(shape, dtype=torch.float64) for shape in SHAPES]
     wide += [torch.randn(4, 6, dtype=torch.float64).t(), torch.randn(6, 8, dtype=torch.float64)[:, ::2]]
-    return [like(tensor.to(dtype), tensor) for tensor in wide]
+    return [with_strides_of(tensor.to(dtype), tensor) for tensor in wide]
 
 
-def like(values: Tensor, strided: Tensor) -> Tensor:
+def with_strides_of(values: Tensor, strided: Tensor) -> Tensor:
     """The values in a tensor of the other's strides, gaps included."""
-    room = torch.zeros(strided.untyped_storage().nbytes() // strided.element_size(), dtype=values.dtype)
-    return room.as_strided(strided.shape, strided.stride(), strided.storage_offset()).copy_(values)
+    buffer = torch.zeros(strided.untyped_storage().nbytes() // strided.element_size(), dtype=values.dtype)
+    return buffer.as_strided(strided.shape, strided.stride(), strided.storage_offset()).copy_(values)
 
 
-def followed(average: Tensor, value: Tensor, weight: float) -> Tensor:
+def expected_average(average: Tensor, value: Tensor, weight: float) -> Tensor:
     """The oracle: in float64, or complex128."""
     wide = torch.complex128 if average.is_complex() else torch.float64
     return average.to(wide) * (1 - weight) + value.to(wide) * weight

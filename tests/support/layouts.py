@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
-from tests.support.older_torch import ROWS_UNDER_BOTH
+from tests.support.older_torch import FSDP2_TP_ROWS
 
 CPU = torch.device("cpu")
 
@@ -70,7 +70,7 @@ def make_net(*layouts: str, seed: int = 0) -> Net:
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayoutSpec:
     """One way to wrap a `Net`, the number of ranks that it wants, and the rows of the hidden layer."""
 
     wrap: Callable[[nn.Module], nn.Module]
@@ -83,12 +83,12 @@ def _ddp(net: nn.Module) -> nn.Module:
 
 
 def _fsdp1(net: nn.Module, strategy: str = "FULL_SHARD", *, use_orig_params: bool = True) -> nn.Module:
-    frozen_apart = None if use_orig_params else net.frozen  # one flat parameter then requires a gradient or does not
+    own_flat_module = None if use_orig_params else net.frozen  # one flat parameter then requires a gradient or does not
     hybrid = strategy == "HYBRID_SHARD"
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2) if hybrid else (dist.get_world_size(),))
     return FullyShardedDataParallel(
         net,
-        auto_wrap_policy=CustomPolicy(lambda module: isinstance(module, Block) or module is frozen_apart),
+        auto_wrap_policy=CustomPolicy(lambda module: isinstance(module, Block) or module is own_flat_module),
         sharding_strategy=ShardingStrategy[strategy],
         use_orig_params=use_orig_params,
         device_id=CPU,
@@ -104,7 +104,7 @@ def _fsdp2(net: nn.Module, *, nested: bool = True, reshard: bool = True, replica
     return fully_shard(net, mesh=mesh, reshard_after_forward=reshard)
 
 
-PLAN = {
+TP_PLAN = {
     "blocks.*.module": partial(ColwiseParallel),
     "blocks.*.out": partial(RowwiseParallel),
 }
@@ -112,65 +112,67 @@ PLAN = {
 
 def _tp(net: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return parallelize_module(net, mesh, {name: style() for name, style in PLAN.items()})
+    return parallelize_module(net, mesh, {name: style() for name, style in TP_PLAN.items()})
 
 
 def _fsdp2_tp(net: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "model"))
-    parallelize_module(net, mesh["model"], {name: style() for name, style in PLAN.items()})
+    parallelize_module(net, mesh["model"], {name: style() for name, style in TP_PLAN.items()})
     for block in net.blocks:
         fully_shard(block, mesh=mesh["data"])
     return fully_shard(net, mesh=mesh["data"])
 
 
-def _checkpointed(net: nn.Module, then: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def _activation_checkpointed(net: nn.Module, wrapper: Callable[[nn.Module], nn.Module]) -> nn.Module:
     apply_activation_checkpointing(net, check_fn=lambda module: isinstance(module, Block))
-    return then(net)
+    return wrapper(net)
 
 
-def _compiled(net: nn.Module, then: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    return torch.compile(then(net), backend="eager")
+def _compiled(net: nn.Module, wrapper: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return torch.compile(wrapper(net), backend="eager")
 
 
 LAYOUTS = {
-    "plain": Layout(lambda net: net, ranks=1),
-    "ddp": Layout(_ddp),
-    "ddp-3": Layout(_ddp, ranks=3),
-    "fsdp1": Layout(_fsdp1),
-    "fsdp1-3": Layout(_fsdp1, ranks=3),
-    "fsdp1-flat": Layout(partial(_fsdp1, use_orig_params=False)),
-    "fsdp1-grad-op": Layout(partial(_fsdp1, strategy="SHARD_GRAD_OP")),
-    "fsdp1-flat-grad-op": Layout(partial(_fsdp1, strategy="SHARD_GRAD_OP", use_orig_params=False)),
-    "fsdp1-no-shard": Layout(partial(_fsdp1, strategy="NO_SHARD")),
-    "fsdp1-hybrid": Layout(partial(_fsdp1, strategy="HYBRID_SHARD"), ranks=4),
-    "fsdp2": Layout(_fsdp2),
-    "fsdp2-1": Layout(_fsdp2, ranks=1),
-    "fsdp2-3": Layout(_fsdp2, ranks=3),
-    "fsdp2-4": Layout(_fsdp2, ranks=4),
-    "fsdp2-root": Layout(partial(_fsdp2, nested=False)),
-    "fsdp2-keep": Layout(partial(_fsdp2, reshard=False)),
-    "hsdp": Layout(partial(_fsdp2, replicas=2), ranks=4),
-    "tp": Layout(_tp, hidden=6),
-    "fsdp2-tp": Layout(_fsdp2_tp, ranks=4, hidden=ROWS_UNDER_BOTH),
-    "ddp-checkpointed": Layout(partial(_checkpointed, then=_ddp)),
-    "fsdp1-checkpointed": Layout(partial(_checkpointed, then=_fsdp1)),
-    "fsdp2-checkpointed": Layout(partial(_checkpointed, then=_fsdp2)),
-    "ddp-compiled": Layout(partial(_compiled, then=_ddp)),
-    "hsdp-checkpointed": Layout(partial(_checkpointed, then=partial(_fsdp2, replicas=2)), ranks=4),
-    "tp-checkpointed": Layout(lambda net: _checkpointed(_tp(net), then=lambda wrapped: wrapped), hidden=6),
-    "fsdp2-tp-checkpointed": Layout(
-        lambda net: _checkpointed(_fsdp2_tp(net), then=lambda it: it), ranks=4, hidden=ROWS_UNDER_BOTH
+    "plain": LayoutSpec(lambda net: net, ranks=1),
+    "ddp": LayoutSpec(_ddp),
+    "ddp-3": LayoutSpec(_ddp, ranks=3),
+    "fsdp1": LayoutSpec(_fsdp1),
+    "fsdp1-3": LayoutSpec(_fsdp1, ranks=3),
+    "fsdp1-flat": LayoutSpec(partial(_fsdp1, use_orig_params=False)),
+    "fsdp1-grad-op": LayoutSpec(partial(_fsdp1, strategy="SHARD_GRAD_OP")),
+    "fsdp1-flat-grad-op": LayoutSpec(partial(_fsdp1, strategy="SHARD_GRAD_OP", use_orig_params=False)),
+    "fsdp1-no-shard": LayoutSpec(partial(_fsdp1, strategy="NO_SHARD")),
+    "fsdp1-hybrid": LayoutSpec(partial(_fsdp1, strategy="HYBRID_SHARD"), ranks=4),
+    "fsdp2": LayoutSpec(_fsdp2),
+    "fsdp2-1": LayoutSpec(_fsdp2, ranks=1),
+    "fsdp2-3": LayoutSpec(_fsdp2, ranks=3),
+    "fsdp2-4": LayoutSpec(_fsdp2, ranks=4),
+    "fsdp2-root": LayoutSpec(partial(_fsdp2, nested=False)),
+    "fsdp2-keep": LayoutSpec(partial(_fsdp2, reshard=False)),
+    "hsdp": LayoutSpec(partial(_fsdp2, replicas=2), ranks=4),
+    "tp": LayoutSpec(_tp, hidden=6),
+    "fsdp2-tp": LayoutSpec(_fsdp2_tp, ranks=4, hidden=FSDP2_TP_ROWS),
+    "ddp-checkpointed": LayoutSpec(partial(_activation_checkpointed, wrapper=_ddp)),
+    "fsdp1-checkpointed": LayoutSpec(partial(_activation_checkpointed, wrapper=_fsdp1)),
+    "fsdp2-checkpointed": LayoutSpec(partial(_activation_checkpointed, wrapper=_fsdp2)),
+    "ddp-compiled": LayoutSpec(partial(_compiled, wrapper=_ddp)),
+    "hsdp-checkpointed": LayoutSpec(partial(_activation_checkpointed, wrapper=partial(_fsdp2, replicas=2)), ranks=4),
+    "tp-checkpointed": LayoutSpec(
+        lambda net: _activation_checkpointed(_tp(net), wrapper=lambda wrapped: wrapped), hidden=6
     ),
-    "plain-compiled": Layout(partial(_compiled, then=lambda net: net), ranks=1),
-    "fsdp1-compiled": Layout(partial(_compiled, then=_fsdp1)),
-    "fsdp2-compiled": Layout(partial(_compiled, then=_fsdp2)),
-    "hsdp-compiled": Layout(partial(_compiled, then=partial(_fsdp2, replicas=2)), ranks=4),
-    "tp-compiled": Layout(partial(_compiled, then=_tp), hidden=6),
-    "fsdp2-tp-compiled": Layout(partial(_compiled, then=_fsdp2_tp), ranks=4, hidden=ROWS_UNDER_BOTH),
+    "fsdp2-tp-checkpointed": LayoutSpec(
+        lambda net: _activation_checkpointed(_fsdp2_tp(net), wrapper=lambda it: it), ranks=4, hidden=FSDP2_TP_ROWS
+    ),
+    "plain-compiled": LayoutSpec(partial(_compiled, wrapper=lambda net: net), ranks=1),
+    "fsdp1-compiled": LayoutSpec(partial(_compiled, wrapper=_fsdp1)),
+    "fsdp2-compiled": LayoutSpec(partial(_compiled, wrapper=_fsdp2)),
+    "hsdp-compiled": LayoutSpec(partial(_compiled, wrapper=partial(_fsdp2, replicas=2)), ranks=4),
+    "tp-compiled": LayoutSpec(partial(_compiled, wrapper=_tp), hidden=6),
+    "fsdp2-tp-compiled": LayoutSpec(partial(_compiled, wrapper=_fsdp2_tp), ranks=4, hidden=FSDP2_TP_ROWS),
 }
 
 
-TORCH_WARNS = (
+IGNORED_WARNINGS = (
     pytest.mark.filterwarnings("ignore:The `NO_SHARD` sharding strategy is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo
     pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning"),  # what FSDP1 saves as
@@ -185,7 +187,7 @@ def layouts(*names: str) -> pytest.MarkDecorator:
     chosen = names or tuple(LAYOUTS)
     return pytest.mark.parametrize(
         "layout",
-        [pytest.param(name, marks=(pytest.mark.world_size(LAYOUTS[name].ranks), *TORCH_WARNS)) for name in chosen],
+        [pytest.param(name, marks=(pytest.mark.world_size(LAYOUTS[name].ranks), *IGNORED_WARNINGS)) for name in chosen],
     )
 
 
@@ -202,11 +204,11 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         return {
-            _without_wrappers(name): tensor.detach().clone().double() for name, tensor in named if "scratch" not in name
+            _canonical_name(name): tensor.detach().clone().double() for name, tensor in named if "scratch" not in name
         }
 
 
-def _without_wrappers(name: str) -> str:
+def _canonical_name(name: str) -> str:
     for segment in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
         name = name.replace(segment, "")
     return name
@@ -221,7 +223,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
     optimizer.zero_grad()
 
 
-def trained(layout: str, net: Net | None = None, **settings: Any) -> tuple[nn.Module, ShardedEMA]:  # noqa: ANN401
+def make_trained(layout: str, net: Net | None = None, **settings: Any) -> tuple[nn.Module, ShardedEMA]:  # noqa: ANN401
     """A wrapped model after three steps, and its averages."""
     model = wrap(layout, net or make_net(layout))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -248,24 +250,24 @@ def evaluate(model: nn.Module) -> Tensor:
 def peak_memory(call: Callable[[], object]) -> int:
     """Most bytes of tensors that ``call`` held at any moment beyond those that were there before it."""
     with torch.profiler.profile(profile_memory=True) as profile:
-        kept = call()
+        result = call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak = current = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         current += event.nbytes()
         peak = max(peak, current)
-    del kept
+    del result
     return peak
 
 
-def resident_peak(call: Callable[[], object]) -> int:
+def peak_resident_memory(call: Callable[[], object]) -> int:
     """Most bytes that the process held at any moment of ``call`` beyond what it held before."""
-    before = _status("VmRSS")
+    before = _status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     call()
-    return _status("VmHWM") - before
+    return _status_bytes("VmHWM") - before
 
 
-def _status(field: str) -> int:
+def _status_bytes(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

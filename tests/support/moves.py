@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.support.layouts import TORCH_WARNS
+from tests.support.layouts import IGNORED_WARNINGS
 
-MOVES = [
+RESHARD_CASES = [
     ("fsdp2", 4, "fsdp2", 2),
     ("fsdp2", 4, "fsdp2", 3),
     ("fsdp2", 2, "fsdp2", 4),
@@ -33,14 +33,17 @@ MOVES = [
     ("ddp", 2, "fsdp2-tp", 4),
 ]
 
-moves = pytest.mark.parametrize(
+reshard_cases = pytest.mark.parametrize(
     ("saved_as", "saved_on", "loaded_as", "loaded_on"),
-    [pytest.param(*move, marks=(pytest.mark.world_size(max(move[1], move[3])), *TORCH_WARNS)) for move in MOVES],
+    [
+        pytest.param(*move, marks=(pytest.mark.world_size(max(move[1], move[3])), *IGNORED_WARNINGS))
+        for move in RESHARD_CASES
+    ],
 )
 """Parametrizes a test on as many ranks as the larger world has."""
 
 
-def in_world(size: int, directory: Path, body: Callable[[], None]) -> None:
+def run_in_world(size: int, directory: Path, body: Callable[[], None]) -> None:
     """Run ``body`` on the first ranks in a world of their own; the next world starts when they are done."""
     if dist.is_initialized():
         dist.barrier()

@@ -14,36 +14,36 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-IS_OLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 8)
+IS_TORCH_2_7 = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 8)
 
-WARNINGS = ("ignore:TypedStorage is deprecated:UserWarning",) if IS_OLD else ()
+WARNINGS = ("ignore:TypedStorage is deprecated:UserWarning",) if IS_TORCH_2_7 else ()
 """Filters of what DCP warns about in its own code."""
 
-ROWS_UNDER_BOTH = 4 if IS_OLD else 6
+FSDP2_TP_ROWS = 4 if IS_TORCH_2_7 else 6
 """Of a layer cut by FSDP2 over tensor parallelism: it refuses those that four ranks cannot share evenly."""
 
-holds_on_to_storage = pytest.mark.skipif(
-    IS_OLD, reason="FSDP2 in torch 2.7 puts uneven shards into other storage whenever a state is loaded"
+needs_stable_storage = pytest.mark.skipif(
+    IS_TORCH_2_7, reason="FSDP2 in torch 2.7 puts uneven shards into other storage whenever a state is loaded"
 )
 
 
-def mend(device: str) -> None:
+def apply_workarounds(device: str) -> None:
     """Make this rank's torch do what the tests take for granted."""
-    if IS_OLD:
-        _leave_without_deadlock()
+    if IS_TORCH_2_7:
+        _delay_group_destruction()
         if device == "cpu":
             _average_gradients()
 
 
-def _leave_without_deadlock() -> None:
+def _delay_group_destruction() -> None:
     """Destroying a process group waits for its threads, and these for the interpreter to free tensors they sent."""
     destroy = dist.destroy_process_group
 
-    def destroy_a_moment_later(group: ProcessGroup | None = None) -> None:
+    def destroy_after_delay(group: ProcessGroup | None = None) -> None:
         time.sleep(0.2)
         destroy(group)
 
-    dist.destroy_process_group = destroy_a_moment_later
+    dist.destroy_process_group = destroy_after_delay
 
 
 def _average_gradients() -> None:

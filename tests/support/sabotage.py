@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-SABOTAGED = Path(__file__).with_name("sabotaged_train.py")
+TRAIN_WITH_SIGNALS = Path(__file__).with_name("sabotaged_train.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 @dataclass(frozen=True)
-class Sabotage:
+class InjectedSignal:
     """A rank sends itself (or torchrun) a signal, so many events after so many calls of a function."""
 
     file: str
     """The end of its path."""
     function: str
-    call: int = 1
-    after: int = 0
+    call_number: int = 1
+    events_after: int = 0
     """Calls and returns, of anything in the same thread."""
     rank: int = 0
     attempt: int = 0
@@ -34,30 +34,30 @@ class Sabotage:
     to_agent: bool = False
 
     @staticmethod
-    def read(text: str) -> list[Sabotage]:
-        return [Sabotage(**fields) for fields in json.loads(text)]
+    def from_json(text: str) -> list[InjectedSignal]:
+        return [InjectedSignal(**fields) for fields in json.loads(text)]
 
     @staticmethod
-    def environment(plan: Sequence[Sabotage]) -> dict[str, str]:
-        return os.environ | {"SABOTAGE": json.dumps([asdict(sabotage) for sabotage in plan])}
+    def environment(plan: Sequence[InjectedSignal]) -> dict[str, str]:
+        return os.environ | {"SABOTAGE": json.dumps([asdict(injected) for injected in plan])}
 
     def __str__(self) -> str:
-        return f"{self.signal} on rank {self.rank}, {self.after} events after call {self.call} of {self.function}()"
+        return f"{self.signal} on rank {self.rank}, {self.events_after} events after call {self.call_number} of {self.function}()"
 
 
-def scores(directory: Path) -> list[dict[str, str]]:
+def read_metrics(directory: Path) -> list[dict[str, str]]:
     """The rows of `metrics.csv` without what depends on the clock."""
     with (directory / "metrics.csv").open(newline="") as file:
         return [{name: value for name, value in row.items() if name != "update_share"} for row in csv.DictReader(file)]
 
 
-def differences(directory: Path, undisturbed: Path) -> list[str]:
+def differences(directory: Path, uninterrupted: Path) -> list[str]:
     """Names of averaged weights that are not the same bit for bit, and of epochs with other scores."""
-    found, expected = (load_file(folder / "model.safetensors") for folder in (directory, undisturbed))
-    weights = [name for name in found.keys() | expected.keys() if not _same(found, expected, name)]
-    rows = zip(scores(directory), scores(undisturbed), strict=True)
+    found, expected = (load_file(folder / "model.safetensors") for folder in (directory, uninterrupted))
+    weights = [name for name in found.keys() | expected.keys() if not _is_equal(found, expected, name)]
+    rows = zip(read_metrics(directory), read_metrics(uninterrupted), strict=True)
     return sorted(weights) + [f"epoch {row['epoch']}" for row, other in rows if row != other]
 
 
-def _same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], name: str) -> bool:
+def _is_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], name: str) -> bool:
     return name in found and name in expected and torch.equal(found[name], expected[name])

@@ -19,23 +19,23 @@ ROOT = Path(__file__).parents[2]
 sys.path[0:1] = [str(ROOT / "launch"), str(ROOT)]
 
 import train  # noqa: E402
-from tests.support.sabotage import Sabotage  # noqa: E402
+from tests.support.sabotage import InjectedSignal  # noqa: E402
 
 
-def profiler(sabotage: Sabotage) -> Callable[[FrameType, str, object], None]:
+def profiler(injected: InjectedSignal) -> Callable[[FrameType, str, object], None]:
     """Counts calls of the function, then whatever its thread does next, and sends the signal."""
-    calls, events, thread = sabotage.call, sabotage.after, 0
+    calls, events, thread = injected.call_number, injected.events_after, 0
 
     def profile(frame: FrameType, event: str, _argument: object) -> None:
         nonlocal calls, events, thread
-        if calls and event == "call" and frame.f_code.co_name == sabotage.function:
-            calls -= frame.f_code.co_filename.endswith(sabotage.file)
+        if calls and event == "call" and frame.f_code.co_name == injected.function:
+            calls -= frame.f_code.co_filename.endswith(injected.file)
             thread = threading.get_ident()
         if calls == 0 and events >= 0 and threading.get_ident() == thread:
             events -= 1
             if events < 0:
-                os.write(2, f"now: {sabotage}\n".encode())
-                os.kill(os.getppid() if sabotage.to_agent else os.getpid(), signal.Signals[sabotage.signal])
+                os.write(2, f"now: {injected}\n".encode())
+                os.kill(os.getppid() if injected.to_agent else os.getpid(), signal.Signals[injected.signal])
 
     return profile
 
@@ -44,11 +44,11 @@ def main() -> None:
     attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
     if folder := os.environ.get("SABOTAGE_PIDS"):
         (Path(folder) / f"{attempt}-{rank}").write_text(str(os.getpid()))
-    plan = Sabotage.read(os.environ.get("SABOTAGE", "[]"))
-    for sabotage in plan:
-        if (sabotage.attempt, sabotage.rank) == (attempt, rank):
-            threading.setprofile(profiler(sabotage))
-            sys.setprofile(profiler(sabotage))
+    plan = InjectedSignal.from_json(os.environ.get("SABOTAGE", "[]"))
+    for injected in plan:
+        if (injected.attempt, injected.rank) == (attempt, rank):
+            threading.setprofile(profiler(injected))
+            sys.setprofile(profiler(injected))
     train.main()
     sys.setprofile(None)
     sys.stdout.flush()

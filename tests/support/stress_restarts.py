@@ -21,14 +21,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support.sabotage import SABOTAGED, TORCHRUN, Sabotage, differences
+from tests.support.sabotage import TORCHRUN, TRAIN_WITH_SIGNALS, InjectedSignal, differences
 
 RANKS = 2
 KILLS = 3
 LAYOUTS = ("ddp", "fsdp2")
 
 # (file, function, called on both ranks); each is called within a few steps of any checkpoint.
-MOMENTS = {
+KILL_POINTS = {
     "stepping": [
         ("torch/_tensor.py", "backward", True),
         ("torch/optim/adam.py", "step", True),
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=8, help="with kills at awkward places, three each")
     parser.add_argument("--timed-runs", type=int, default=3, help="with kills at random times, up to three each")
     args = parser.parse_args()
-    draw = random.Random(args.seed)
+    rng = random.Random(args.seed)
     kills, failures = 0, 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -69,53 +69,53 @@ def main() -> None:
         for run in range(args.runs + args.timed_runs):
             layout = LAYOUTS[run % len(LAYOUTS)]
             options = (layout, "--resume", *["--async-checkpoints"] * (run // len(LAYOUTS) % 2))
-            plan = [*moments(draw)] if run < args.runs else []
-            killed, restarts, problems = disturbed(folder / "disturbed", options, plan, draw, folder / layout)
-            say(f"run {run} {options}: {restarts}; {problems or 'bit-identical'}", *killed)
+            plan = [*plan_kills(rng)] if run < args.runs else []
+            killed, restarts, problems = run_with_kills(folder / "disturbed", options, plan, rng, folder / layout)
+            print_lines(f"run {run} {options}: {restarts}; {problems or 'bit-identical'}", *killed)
             kills += len(killed)
             failures += bool(problems or (plan and len(killed) != KILLS))
-    say(f"{kills} kills, {failures} failed runs")
+    print_lines(f"{kills} kills, {failures} failed runs")
     sys.exit(bool(failures))
 
 
-def say(*lines: str) -> None:
+def print_lines(*lines: str) -> None:
     sys.stdout.write("\n    ".join(lines) + "\n")
     sys.stdout.flush()
 
 
-def moments(draw: random.Random) -> Iterator[Sabotage]:
+def plan_kills(rng: random.Random) -> Iterator[InjectedSignal]:
     """One kill of each kind, each in an attempt of its own."""
-    for attempt, kind in enumerate(draw.sample(sorted(MOMENTS), KILLS)):
-        file, function, on_both = draw.choice(MOMENTS[kind])
-        call = {"stepping": draw.randint(1, 12), "swapping": 1, "saving": draw.randint(1, 2)}[kind]
-        yield Sabotage(file, function, call, draw.randint(0, 300), draw.randrange(RANKS) * on_both, attempt)
+    for attempt, kind in enumerate(rng.sample(sorted(KILL_POINTS), KILLS)):
+        file, function, any_rank = rng.choice(KILL_POINTS[kind])
+        call = {"stepping": rng.randint(1, 12), "swapping": 1, "saving": rng.randint(1, 2)}[kind]
+        yield InjectedSignal(file, function, call, rng.randint(0, 300), rng.randrange(RANKS) * any_rank, attempt)
 
 
-def disturbed(
-    folder: Path, options: tuple[str, ...], plan: list[Sabotage], draw: random.Random, undisturbed: Path
+def run_with_kills(
+    folder: Path, options: tuple[str, ...], plan: list[InjectedSignal], rng: random.Random, uninterrupted: Path
 ) -> tuple[list[str], list[str], list[str]]:
     """A run with kills by plan, or else at random times: the kills, where it started each time, what came out wrong."""
     shutil.rmtree(folder, ignore_errors=True)
     pids = folder / "pids"
     pids.mkdir(parents=True)
-    environment = Sabotage.environment(plan) | {"SABOTAGE_PIDS": str(pids)}
+    environment = InjectedSignal.environment(plan) | {"SABOTAGE_PIDS": str(pids)}
     log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command(folder, *options), stdout=output, stderr=output, env=environment)
-        killed = [] if plan else [*kill_at_random(process, pids, draw)]
+        killed = [] if plan else [*kill_at_random(process, pids, rng)]
         process.wait(timeout=900)
     lines = log.read_text().splitlines()
     killed += [line.removeprefix("now: ") for line in lines if line.startswith("now: ")]
     starts = [line.partition(" in /")[0] for line in lines if line.startswith(("continuing", "starting"))]
     if process.returncode:
         return killed, starts, [f"exit code {process.returncode}", *lines]
-    return killed, starts, differences(folder, undisturbed)
+    return killed, starts, differences(folder, uninterrupted)
 
 
-def kill_at_random(process: subprocess.Popen[bytes], pids: Path, draw: random.Random) -> Iterator[str]:
+def kill_at_random(process: subprocess.Popen[bytes], pids: Path, rng: random.Random) -> Iterator[str]:
     """Once in each attempt, some seconds after a rank has begun it."""
     for attempt in range(KILLS):
-        rank, delay = draw.randrange(RANKS), draw.uniform(0, 6)
+        rank, delay = rng.randrange(RANKS), rng.uniform(0, 6)
         pid = pids / f"{attempt}-{rank}"
         while process.poll() is None and not (pid.exists() and pid.read_text()):
             time.sleep(0.01)
@@ -133,7 +133,7 @@ def command(folder: Path, layout: str, *options: str) -> list[str | Path]:
     ranks = ("--standalone", "--nproc-per-node", str(RANKS), "--max-restarts", str(KILLS))
     folders = ("--output-dir", folder, "--checkpoint-dir", folder / "checkpoints", "--checkpoint-every", "5")
     training = ("--device", "cpu", "--epochs", "2", "--parallel", layout, *folders, *options)
-    return [*TORCHRUN, *ranks, SABOTAGED, *training]
+    return [*TORCHRUN, *ranks, TRAIN_WITH_SIGNALS, *training]
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from _pytest.outcomes import Failed
 
 from tests.support import older_torch
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(
+_forkserver_context = multiprocessing.get_context("forkserver")
+_forkserver_context.set_forkserver_preload(
     [
         "pytest",
         *(f"_pytest.{plugin}" for plugin in default_plugins),
@@ -70,7 +70,7 @@ class World:
 
 
 @dataclass(frozen=True)
-class Body:
+class RemoteTest:
     """A test function on its way to the ranks, with the warning filters that pytest applies to it here."""
 
     module: str
@@ -80,7 +80,7 @@ class Body:
 
     def load(self) -> tuple[Callable[..., object], dict[str, Any]]:
         """The test function and its arguments, in a rank's process, with asserts that explain themselves."""
-        _explain_asserts_of(self.module)
+        _rewrite_asserts(self.module)
         function = getattr(importlib.import_module(self.module), self.name)
         if hasattr(function, "hypothesis"):
             function = function.hypothesis.inner_test
@@ -108,12 +108,12 @@ def start_server() -> None:
     forkserver.ensure_running()
 
 
-def run(body: Body, world: World) -> None:
+def run(body: RemoteTest, world: World) -> None:
     """Run the body on every rank of a fresh world; pass, skip or fail here as it did there."""
     with tempfile.TemporaryDirectory(prefix="world-") as directory:
-        ranks: list[_Rank] = []
+        ranks: list[_RankProcess] = []
         try:
-            ranks.extend(_Rank(body, world, rank, Path(directory)) for rank in range(world.size))
+            ranks.extend(_RankProcess(body, world, rank, Path(directory)) for rank in range(world.size))
             outcomes = _outcomes(ranks)
         finally:
             for started in ranks:
@@ -125,22 +125,22 @@ def run(body: Body, world: World) -> None:
         raise RanksFailed("\n".join(_describe(outcomes, world)), pytrace=False)
 
 
-class _Rank:
+class _RankProcess:
     """One rank seen from the test's own process."""
 
-    def __init__(self, body: Body, world: World, rank: int, directory: Path) -> None:
+    def __init__(self, body: RemoteTest, world: World, rank: int, directory: Path) -> None:
         self.rank = rank
         self.stacks = directory / f"stacks-{rank}.txt"
         self.output = directory / f"output-{rank}.txt"
-        self.answer, answer = _processes.Pipe(duplex=False)
-        self.process = _processes.Process(target=_main, args=(body, world, rank, directory, answer))
+        self.pipe, pipe = _forkserver_context.Pipe(duplex=False)
+        self.process = _forkserver_context.Process(target=_rank_main, args=(body, world, rank, directory, pipe))
         self.process.start()
-        answer.close()
+        pipe.close()
 
     def outcome(self) -> Outcome:
         """The rank's answer, or how it ended without one. Blocks until there is either."""
         try:
-            outcome: Outcome = self.answer.recv()
+            outcome: Outcome = self.pipe.recv()
         except EOFError:
             self.process.join()
         else:
@@ -156,24 +156,24 @@ class _Rank:
         """Kill the rank if it is still there, and print what it printed."""
         self.process.kill()
         self.process.join()
-        self.answer.close()
+        self.pipe.close()
         if self.output.exists() and (output := self.output.read_text()):
             print(f"--- rank {self.rank}\n{output}")
 
 
-def _outcomes(ranks: list[_Rank]) -> dict[int, Outcome]:
+def _outcomes(ranks: list[_RankProcess]) -> dict[int, Outcome]:
     """Each rank's outcome, in order of arrival; after the first bad one, only those that are already there."""
     waiting = list(ranks)
     outcomes: dict[int, Outcome] = {}
-    patience = None
-    while waiting and (answered := connection.wait([rank.answer for rank in waiting], patience)):
-        for rank in [rank for rank in waiting if rank.answer in answered]:
+    grace_seconds = None
+    while waiting and (ready := connection.wait([rank.pipe for rank in waiting], grace_seconds)):
+        for rank in [rank for rank in waiting if rank.pipe in ready]:
             waiting.remove(rank)
             outcome = outcomes[rank.rank] = rank.outcome()
             if outcome.kind == "hung":
-                patience = 1.0  # its peers reach the limit now: their stacks tell whom it waited for
+                grace_seconds = 1.0  # its peers reach the limit now: their stacks tell whom it waited for
             elif outcome.kind in {"failed", "died"}:
-                patience = 0.0
+                grace_seconds = 0.0
     return outcomes
 
 
@@ -194,30 +194,30 @@ def _describe(outcomes: dict[int, Outcome], world: World) -> list[str]:
     return lines
 
 
-def _main(body: Body, world: World, rank: int, directory: Path, answer: connection.Connection) -> None:
+def _rank_main(body: RemoteTest, world: World, rank: int, directory: Path, pipe: connection.Connection) -> None:
     """A rank's whole life."""
     with (directory / f"output-{rank}.txt").open("w") as output, (directory / f"stacks-{rank}.txt").open("w") as stacks:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
         faulthandler.enable(stacks)
         faulthandler.dump_traceback_later(world.timeout, exit=True, file=stacks)
-        outcome = _attempt(body, world, rank, directory)
+        outcome = _run_test(body, world, rank, directory)
         sys.stdout.flush()
         sys.stderr.flush()
-        answer.send(outcome)
+        pipe.send(outcome)
 
 
-def _attempt(body: Body, world: World, rank: int, directory: Path) -> Outcome:
+def _run_test(body: RemoteTest, world: World, rank: int, directory: Path) -> Outcome:
     __tracebackhide__ = True
     try:
         test, arguments = body.load()
         for warning_filter in body.warning_filters:
             warnings.filterwarnings(*parse_warning_filter(warning_filter, escape=False))
-        _join(world, rank, directory)
+        _init_process_group(world, rank, directory)
         test(**arguments)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves early breaks the connections of one that is still at work
-            if not older_torch.IS_OLD:  # there it may hang, and the process ends anyway
+            if not older_torch.IS_TORCH_2_7:  # there it may hang, and the process ends anyway
                 dist.destroy_process_group()
     except pytest.skip.Exception as skipped:
         return Outcome("skipped", str(skipped))
@@ -226,13 +226,13 @@ def _attempt(body: Body, world: World, rank: int, directory: Path) -> Outcome:
     return Outcome("passed")
 
 
-def _join(world: World, rank: int, directory: Path) -> None:
+def _init_process_group(world: World, rank: int, directory: Path) -> None:
     """Enter the world: what torchrun's environment and `init_process_group` would have done."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world.size)}
     device = torch.device("cuda", rank) if "nccl" in world.backend else None
     if device is not None:
         torch.cuda.set_device(device)
-    older_torch.mend(device.type if device else "cpu")
+    older_torch.apply_workarounds(device.type if device else "cpu")
     dist.init_process_group(
         world.backend,
         store=dist.FileStore(str(directory / "store"), world.size),
@@ -243,7 +243,7 @@ def _join(world: World, rank: int, directory: Path) -> None:
     )
 
 
-def _explain_asserts_of(module: str) -> None:
+def _rewrite_asserts(module: str) -> None:
     """Import the module as pytest imports it: asserts rewritten (from the cache that collecting it has filled)."""
     config = pytest.Config.fromdictargs({}, ["-c", os.devnull, "--noconftest", "--disable-plugin-autoload"])
     pytest.register_assert_rewrite(module)

@@ -18,13 +18,13 @@ from torch import Tensor
 HEADER_BYTES = 30
 """Of a record's own header in a zip archive; the lengths of what follows it, a name and padding, are its last four."""
 
-DATA = b"archive/data/0"
+DATA_RECORD = b"archive/data/0"
 
-REST_BYTES = 2**16
+MAX_OVERHEAD_BYTES = 2**16
 """More than that beside the elements is in no archive of one tensor, and would take long to look through."""
 
 
-class Window(io.RawIOBase):
+class FileSlice(io.RawIOBase):
     """So many bytes of an open file, from an offset on, as a file of their own."""
 
     def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
@@ -50,23 +50,23 @@ class Window(io.RawIOBase):
         return position
 
     def readinto(self, buffer: Any) -> int:
-        left = memoryview(buffer)[: max(0, self._length - self._position)]
+        remaining = memoryview(buffer)[: max(0, self._length - self._position)]
         start = self._position
-        while count := os.preadv(self._descriptor, [left], self._offset + self._position) if left else 0:
+        while count := os.preadv(self._descriptor, [remaining], self._offset + self._position) if remaining else 0:
             self._position += count
-            left = left[count:]
+            remaining = remaining[count:]
         return self._position - start
 
 
-def data_start(stream: IO[bytes], dtype: torch.dtype, shape: torch.Size) -> int | None:
+def data_offset(stream: IO[bytes], dtype: torch.dtype, shape: torch.Size) -> int | None:
     """Where the elements begin, in their order, of a CPU tensor that `torch.save` wrote; the stream is moved.
 
     None unless the archive is, in all that matters, what it writes for a contiguous tensor of this dtype and shape that
     has its storage for itself: then `torch.load` has to tell what it is.
     """
     try:
-        expected, size = _pickled(dtype, shape), shape.numel() * dtype.itemsize
-        if stream.seek(0, os.SEEK_END) > size + REST_BYTES:
+        expected, size = _expected_pickle(dtype, shape), shape.numel() * dtype.itemsize
+        if stream.seek(0, os.SEEK_END) > size + MAX_OVERHEAD_BYTES:
             return None
         with zipfile.ZipFile(stream) as archive:
             head, order, data = (archive.getinfo(f"archive/{name}") for name in ("data.pkl", "byteorder", "data/0"))
@@ -78,16 +78,16 @@ def data_start(stream: IO[bytes], dtype: torch.dtype, shape: torch.Size) -> int 
             ):
                 return None
         stream.seek(data.header_offset)
-        header = stream.read(HEADER_BYTES + len(DATA))
+        header = stream.read(HEADER_BYTES + len(DATA_RECORD))
         name_bytes, padding = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        if not header.startswith(b"PK\x03\x04") or name_bytes != len(DATA) or not header.endswith(DATA):
+        if not header.startswith(b"PK\x03\x04") or name_bytes != len(DATA_RECORD) or not header.endswith(DATA_RECORD):
             return None
     except Exception:  # noqa: BLE001  whatever is wrong with it, torch.load names it
         return None
     return data.header_offset + HEADER_BYTES + name_bytes + padding
 
 
-def lies_plainly(tensor: Tensor) -> bool:
+def is_contiguous_cpu(tensor: Tensor) -> bool:
     """Whether the elements lie in the CPU's memory one after the other, as they are."""
     return (
         type(tensor) is Tensor
@@ -97,21 +97,21 @@ def lies_plainly(tensor: Tensor) -> bool:
     )
 
 
-def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor that `lies_plainly`, and must outlive them."""
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor that `is_contiguous_cpu`, and must outlive them."""
     # numpy's view of them is not to be had where numpy is not, nor of every dtype.
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 @lru_cache(maxsize=1024)
-def _pickled(dtype: torch.dtype, shape: torch.Size) -> bytes:
+def _expected_pickle(dtype: torch.dtype, shape: torch.Size) -> bytes:
     """What `torch.save` pickles for a contiguous tensor on the CPU; its elements go into a record of their own."""
     buffer = io.BytesIO()
-    _Pickler(buffer, protocol=2).dump(_Likeness(dtype, shape))
+    _Pickler(buffer, protocol=2).dump(_TensorStandIn(dtype, shape))
     return buffer.getvalue()
 
 
-class _Likeness:
+class _TensorStandIn:
     """Is pickled as a tensor of this dtype and shape, and does not have its memory."""
 
     def __init__(self, dtype: torch.dtype, shape: torch.Size) -> None:
@@ -122,21 +122,23 @@ class _Likeness:
         empty = torch.empty(0, dtype=self._dtype, device="cpu")
         rebuild, (storage, offset, _, _, *rest) = empty.__reduce_ex__(2)
         if isinstance(storage, torch.UntypedStorage):  # dtypes that came later than storages of a dtype
-            place = _Place(torch.UntypedStorage, self._shape.numel() * self._dtype.itemsize)
+            stand_in = _StorageStandIn(torch.UntypedStorage, self._shape.numel() * self._dtype.itemsize)
         else:
-            place = _Place(getattr(torch, empty.type().split(".")[1].replace("Tensor", "Storage")), self._shape.numel())
+            stand_in = _StorageStandIn(
+                getattr(torch, empty.type().split(".")[1].replace("Tensor", "Storage")), self._shape.numel()
+            )
         stride = torch.empty(self._shape, device="meta").stride()
-        return rebuild, (place, offset, tuple(self._shape), stride, *rest)
+        return rebuild, (stand_in, offset, tuple(self._shape), stride, *rest)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _StorageStandIn:
     """What is pickled instead of a storage: its class, and its size in elements."""
 
-    kind: type
+    storage_type: type
     size: int
 
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: object) -> tuple[object, ...] | None:
-        return ("storage", obj.kind, "0", "cpu", obj.size) if isinstance(obj, _Place) else None
+        return ("storage", obj.storage_type, "0", "cpu", obj.size) if isinstance(obj, _StorageStandIn) else None

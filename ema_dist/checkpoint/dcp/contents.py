@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ema_dist.checkpoint.dcp.index import EXTRA_STATE, Outline
-from ema_dist.checkpoint.values import Path
+from ema_dist.checkpoint.dcp.index import EXTRA_STATE_SUFFIX, CheckpointIndex
+from ema_dist.checkpoint.values import KeyPath
 
 
 @dataclass(frozen=True)
-class Contents(Outline):
+class Contents(CheckpointIndex):
     """The names in a checkpoint by entry: an entry is what lies under the first key of a path.
 
     Args:
@@ -19,27 +19,27 @@ class Contents(Outline):
         model_keys: the entry of the model whose averages an entry holds, where that is known.
     """
 
-    scalars: dict[str, Any] = field(default_factory=dict)
+    plain_values: dict[str, Any] = field(default_factory=dict)
     model_keys: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def keys(self) -> list[str]:
+    def entry_keys(self) -> list[str]:
         """Those of the entries."""
-        return list(dict.fromkeys(str(path[0]) for path in self.paths.values()))
+        return list(dict.fromkeys(str(path[0]) for path in self.key_paths.values()))
 
-    def of(self, key: str) -> dict[Path, str]:
+    def entry_names(self, key: str) -> dict[KeyPath, str]:
         """The names of one entry by their paths in it."""
-        return {path[1:]: name for name, path in self.paths.items() if path[0] == key}
+        return {path[1:]: name for name, path in self.key_paths.items() if path[0] == key}
 
-    def weights(self, key: str) -> dict[str, str]:
+    def weight_names(self, key: str) -> dict[str, str]:
         """The names of tensors in an entry that holds a model, by the model's own names; without extra states."""
         return {
             ".".join(map(str, path)): name
-            for path, name in self.of(key).items()
+            for path, name in self.entry_names(key).items()
             if name in self.tensors and not _is_extra_state(path)
         }
 
-    def averaged(self, key: str) -> dict[str, str]:
+    def average_names(self, key: str) -> dict[str, str]:
         """The names of averages and averaged buffers in an entry, by the model's own names; none in other entries.
 
         Raises: ValueError when there are several tracks.
@@ -52,7 +52,7 @@ class Contents(Outline):
             )
         return next((track.all for track in tracks.values()), {})
 
-    def model_of(self, key: str, names: Collection[str]) -> str | None:
+    def find_model_key(self, key: str, names: Collection[str]) -> str | None:
         """The entry of the model whose averages another entry holds, or would hold; None if there is none.
 
         Args:
@@ -60,9 +60,9 @@ class Contents(Outline):
         """
         if key in self.model_keys:
             return self.model_keys[key]
-        others = sorted(self.keys, key=lambda it: it != "model")
-        return next((other for other in others if self.weights(other).keys() >= set(names)), None)
+        others = sorted(self.entry_keys, key=lambda other: other != "model")
+        return next((other for other in others if self.weight_names(other).keys() >= set(names)), None)
 
 
-def _is_extra_state(path: Path) -> bool:
-    return bool(path) and str(path[0]).endswith(EXTRA_STATE)
+def _is_extra_state(path: KeyPath) -> bool:
+    return bool(path) and str(path[0]).endswith(EXTRA_STATE_SUFFIX)

@@ -12,16 +12,24 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from ema_dist.checkpoint.dcp.tensor_entries import Entry, UnexpectedError, entry, exactly, natural, size_of, unexpected
+from ema_dist.checkpoint.dcp.tensor_entries import (
+    EntryMetadata,
+    UnexpectedError,
+    parse_entry,
+    raise_unexpected,
+    require_count,
+    require_size,
+    require_type,
+)
 from ema_dist.checkpoint.dcp.unpickler import IndexRecord, ItemRecord, MetadataRecord, unpickle
 from ema_dist.checkpoint.errors import CheckpointError
 
-METADATA = ".metadata"
+METADATA_FILE = ".metadata"
 """The file that DCP writes last."""
 
 
 @dataclass(frozen=True)
-class Item:
+class StoredItem:
     """Where the bytes of a chunk, or of a value that is no tensor, lie."""
 
     relative_path: str
@@ -33,7 +41,7 @@ class Item:
 def read_metadata(folder: Path) -> Metadata:
     """What a folder that DCP wrote holds: names, shapes, dtypes, chunks, and where they lie.
 
-    The chunks of each tensor cover it exactly once; each has an `Item` in `storage_data`, in a file that lies in the
+    The chunks of each tensor cover it exactly once; each has an `StoredItem` in `storage_data`, in a file that lies in the
     folder and is long enough; `planner_data` maps every name to its path, a tuple of str and int, ``(name,)`` where DCP
     was told not to flatten. `storage_meta`, the story of the checkpoint, is left out.
 
@@ -41,20 +49,20 @@ def read_metadata(folder: Path) -> Metadata:
     Raises: CheckpointError when there is no such file, when it is damaged, when anything in it is not what DCP writes,
         or when the files of the folder are not those it speaks of.
     """
-    path = inside(folder, METADATA)
+    path = safe_join(folder, METADATA_FILE)
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no complete checkpoint: it has no {METADATA}, which DCP writes last")
+        raise CheckpointError(f"{folder} is no complete checkpoint: it has no {METADATA_FILE}, which DCP writes last")
     try:
-        with _collector_paused():
-            return _metadata(folder, exactly(MetadataRecord, unpickle(path.read_bytes()), "metadata"))
+        with _gc_paused():
+            return _parse_metadata(folder, require_type(MetadataRecord, unpickle(path.read_bytes()), "metadata"))
     except CheckpointError:
         raise
     except Exception as error:
-        found = str(error) if isinstance(error, UnexpectedError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is not what DCP writes: {found}") from error
+        problem = str(error) if isinstance(error, UnexpectedError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is not what DCP writes: {problem}") from error
 
 
-def inside(folder: Path, name: str) -> Path:
+def safe_join(folder: Path, name: str) -> Path:
     """The path of the file ``name`` in a folder, when it lies there and nowhere else.
 
     Raises: CheckpointError when ``name``, which a checkpoint chose, leads out of the folder, by itself or as a link.
@@ -75,7 +83,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def _gc_paused() -> Iterator[None]:
     """For a hundred thousand chunks, a million new objects and no garbage: looking for it would triple the time."""
     enabled = gc.isenabled()
     gc.disable()
@@ -86,46 +94,51 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _metadata(folder: Path, record: MetadataRecord) -> Metadata:
+def _parse_metadata(folder: Path, record: MetadataRecord) -> Metadata:
     fields = vars(record)
-    stored = exactly(dict, fields.get("state_dict_metadata"), "state_dict_metadata")
-    entries = {exactly(str, name, "name"): entry(name, found) for name, found in stored.items()}
-    items = _Items(folder).of(exactly(dict, fields.get("storage_data"), "storage_data"))
+    stored = require_type(dict, fields.get("state_dict_metadata"), "state_dict_metadata")
+    entries = {
+        require_type(str, name, "name"): parse_entry(name, entry_record) for name, entry_record in stored.items()
+    }
+    items = _ItemParser(folder).parse(require_type(dict, fields.get("storage_data"), "storage_data"))
     for name, described in entries.items():
         _require_items(name, described, items)
-    return Metadata(entries, planner_data=_paths(fields.get("planner_data"), entries), storage_data=items)
+    return Metadata(entries, planner_data=_parse_key_paths(fields.get("planner_data"), entries), storage_data=items)
 
 
-class _Items:
+class _ItemParser:
     """Turns the records of where things lie into items that do lie there."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._sizes: dict[str, int] = {}
 
-    def of(self, storage: dict[object, object]) -> dict[MetadataIndex, Item]:
-        items: dict[MetadataIndex, Item] = {}
+    def parse(self, storage: dict[object, object]) -> dict[MetadataIndex, StoredItem]:
+        items: dict[MetadataIndex, StoredItem] = {}
         for key, value in storage.items():
-            fields = vars(exactly(IndexRecord, key, "key of storage_data"))
-            name = exactly(str, fields.get("fqn"), "name in storage_data")
+            fields = vars(require_type(IndexRecord, key, "key of storage_data"))
+            name = require_type(str, fields.get("fqn"), "name in storage_data")
             offset = fields.get("offset")
-            index = MetadataIndex(name, None if offset is None else size_of(offset, name))
-            items[index] = self._item(exactly(ItemRecord, value, "item", name), name)
+            index = MetadataIndex(name, None if offset is None else require_size(offset, name))
+            items[index] = self._parse_item(require_type(ItemRecord, value, "item", name), name)
         if len(items) < len(storage):
-            unexpected("two items of the same chunk")
+            raise_unexpected("two items of the same chunk")
         return items
 
-    def _item(self, record: ItemRecord, name: str) -> Item:
+    def _parse_item(self, record: ItemRecord, name: str) -> StoredItem:
         fields = vars(record)
         transforms = fields.get("transform_descriptors") or ()
         if transforms:
             transforms = tuple(
-                [exactly(str, it, "transform", name) for it in exactly(list, transforms, "transforms", name)]
+                [
+                    require_type(str, transform, "transform", name)
+                    for transform in require_type(list, transforms, "transforms", name)
+                ]
             )
-        item = Item(
-            exactly(str, fields.get("relative_path"), "file", name),
-            natural(fields.get("offset"), name),
-            natural(fields.get("length"), name),
+        item = StoredItem(
+            require_type(str, fields.get("relative_path"), "file", name),
+            require_count(fields.get("offset"), name),
+            require_count(fields.get("length"), name),
             transforms,
         )
         end, size = item.offset + item.length, self._file_size(item.relative_path)
@@ -138,38 +151,38 @@ class _Items:
 
     def _file_size(self, name: str) -> int:
         if name not in self._sizes:
-            path = inside(self._folder, name)
+            path = safe_join(self._folder, name)
             if not path.is_file():
-                raise CheckpointError(f"{path} is missing; {METADATA} says that entries are stored in it")
+                raise CheckpointError(f"{path} is missing; {METADATA_FILE} says that entries are stored in it")
             self._sizes[name] = path.stat().st_size
         return self._sizes[name]
 
 
-def _require_items(name: str, described: Entry, items: Mapping[MetadataIndex, Item]) -> None:
-    if isinstance(described, BytesStorageMetadata):
+def _require_items(name: str, entry: EntryMetadata, items: Mapping[MetadataIndex, StoredItem]) -> None:
+    if isinstance(entry, BytesStorageMetadata):
         if MetadataIndex(name) not in items:
-            unexpected("no item", name)
+            raise_unexpected("no item", name)
         return
-    for chunk in described.chunks:
-        needed = prod(chunk.sizes) * described.properties.dtype.itemsize
+    for chunk in entry.chunks:
+        needed = prod(chunk.sizes) * entry.properties.dtype.itemsize
         item = items.get(MetadataIndex(name, chunk.offsets))
         if item is None and needed:
-            unexpected(f"no item for the chunk at {list(chunk.offsets)}", name)
+            raise_unexpected(f"no item for the chunk at {list(chunk.offsets)}", name)
         if item and not item.transform_descriptors and item.length < needed:
-            unexpected(f"an item of {item.length} bytes for a chunk of {needed} bytes", name)
+            raise_unexpected(f"an item of {item.length} bytes for a chunk of {needed} bytes", name)
 
 
-def _paths(found: object, entries: Mapping[str, Entry]) -> dict[str, tuple[str | int, ...]]:
+def _parse_key_paths(value: object, entries: Mapping[str, EntryMetadata]) -> dict[str, tuple[str | int, ...]]:
     paths: dict[str, tuple[str | int, ...]] = {name: (name,) for name in entries}
-    given = {} if found is None else exactly(dict, found, "planner_data")
-    for name, path in given.items():
-        exactly(str, name, "name in planner_data")
-        for part in exactly(tuple, path, "path", name):
+    stored = {} if value is None else require_type(dict, value, "planner_data")
+    for name, path in stored.items():
+        require_type(str, name, "name in planner_data")
+        for part in require_type(tuple, path, "path", name):
             # Lists are stored whole: an index beyond all names would only make a list of the file's choice.
-            if type(part) is not str and natural(part, name) >= len(given):
-                unexpected(f"index {part} in a path", name)
+            if type(part) is not str and require_count(part, name) >= len(stored):
+                raise_unexpected(f"index {part} in a path", name)
         if not path or ".".join(map(str, path)) != name:
-            unexpected(f"{reprlib.repr(path)} as path", name)
+            raise_unexpected(f"{reprlib.repr(path)} as path", name)
         if name in paths:
             paths[name] = path
     return paths

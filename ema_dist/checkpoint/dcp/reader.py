@@ -25,23 +25,23 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from ema_dist.checkpoint.agreement import by_rank, together
-from ema_dist.checkpoint.dcp.archive import Window, data_start, lies_plainly, memory_of
-from ema_dist.checkpoint.dcp.metadata import Item, inside, read_metadata
+from ema_dist.checkpoint.agreement import gather_problems, prefix_rank
+from ema_dist.checkpoint.dcp.archive import FileSlice, byte_view, data_offset, is_contiguous_cpu
+from ema_dist.checkpoint.dcp.metadata import StoredItem, read_metadata, safe_join
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.messages import few
-from ema_dist.sharding import is_cut
+from ema_dist.messages import abbreviated
+from ema_dist.sharding import is_sharded
 
 T = TypeVar("T")
 
-ZIP = b"PK\x03\x04"
+ZIP_MAGIC = b"PK\x03\x04"
 """How a file begins that `torch.save` wrote; older formats go through older code, and DCP never used them."""
 
-SMALL_BYTES = 4 * 2**20
+MAX_BUFFERED_BYTES = 4 * 2**20
 """Up to so many are read at once: torch.load makes many small reads, which through a view of a file are slow."""
 
 
-def read(
+def read_entries(
     folder: Path, *wanted: dict[str, Any], metadata: Metadata | None = None, group: ProcessGroup | None = None
 ) -> None:
     """Fill each of ``wanted``: entries of a checkpoint by their DCP names, without running anything that it holds.
@@ -57,14 +57,14 @@ def read(
     Raises: CheckpointError, before anything is read, when names are missing or shapes differ, naming them all, or when
         the metadata is damaged; and when an entry is: then tensors read before it have their new values already.
     """
-    reader = Reader(folder, metadata=metadata)
-    plans = _agreed(lambda: [_plan(reader, of_one) for of_one in wanted], group)
-    _agreed(lambda: [reader.read_data(plan, planner).wait() for plan, planner in plans], group)
-    for of_one, (_, planner) in zip(wanted, plans, strict=True):
-        of_one.update(planner.state_dict)
+    reader = SafeReader(folder, metadata=metadata)
+    plans = _run_collectively(lambda: [_plan(reader, state_dict) for state_dict in wanted], group)
+    _run_collectively(lambda: [reader.read_data(plan, planner).wait() for plan, planner in plans], group)
+    for state_dict, (_, planner) in zip(wanted, plans, strict=True):
+        state_dict.update(planner.state_dict)
 
 
-class Reader(FileSystemReader):
+class SafeReader(FileSystemReader):
     """Reads a folder that DCP wrote; nothing in it can make it run code or open a file elsewhere.
 
     Memory: one chunk at a time.
@@ -84,83 +84,85 @@ class Reader(FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        assert isinstance(planner, Planner), "only ours reads byte entries safely"
-        for name, requests in self._by_file(plan).items():
-            path = inside(self._folder, name)
+        assert isinstance(planner, SafeLoadPlanner), "only ours reads byte entries safely"
+        for name, requests in self._group_by_file(plan).items():
+            path = safe_join(self._folder, name)
             with path.open("rb") as file:
-                for item, same in requests:
-                    self._read_item(path, file, item, same, planner)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+                for item, item_requests in requests:
+                    self._read_item(path, file, item, item_requests, planner)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
 
-    def _by_file(self, plan: LoadPlan) -> dict[str, list[tuple[Item, list[ReadItem]]]]:
+    def _group_by_file(self, plan: LoadPlan) -> dict[str, list[tuple[StoredItem, list[ReadItem]]]]:
         """What to read from each file, in the order in which it lies there, everything once."""
         requests: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
         for request in plan.items:
             if request.type == LoadItemType.BYTE_IO or 0 not in request.lengths:
                 requests[request.storage_index].append(request)
-        by_file: dict[str, list[tuple[Item, list[ReadItem]]]] = defaultdict(list)
+        by_file: dict[str, list[tuple[StoredItem, list[ReadItem]]]] = defaultdict(list)
         for index in sorted(requests, key=lambda index: self.storage_data[index].offset):
             item = self.storage_data[index]
             by_file[item.relative_path].append((item, requests[index]))
         return by_file
 
-    def _read_item(self, path: Path, file: IO[bytes], item: Item, requests: list[ReadItem], planner: Planner) -> None:
+    def _read_item(
+        self, path: Path, file: IO[bytes], item: StoredItem, requests: list[ReadItem], planner: SafeLoadPlanner
+    ) -> None:
         index = requests[0].storage_index
         try:
-            stream = self._stream(file, item, requests[0])
+            stream = self._open_stream(file, item, requests[0])
             if requests[0].type == LoadItemType.BYTE_IO:
                 planner.load_bytes(requests[0], io.BytesIO(stream.read(item.length)))
                 return
-            piece = self._piece(stream, index)
+            chunk = self._open_chunk(stream, index)
             for request in requests:
-                if not (isinstance(piece, LoadedPiece) and planner.adopts(request, piece.tensor)):
-                    piece.copy(request, planner.target(request))
+                if not (isinstance(chunk, LoadedChunk) and planner.try_adopt(request, chunk.tensor)):
+                    chunk.read_into(request, planner.target(request))
         except Exception as error:
-            place = f"bytes {item.offset} to {item.offset + item.length}"
-            raise CheckpointError(f"{path}: the entry {index.fqn!r}, {place}, cannot be read: {error}") from error
+            byte_range = f"bytes {item.offset} to {item.offset + item.length}"
+            raise CheckpointError(f"{path}: the entry {index.fqn!r}, {byte_range}, cannot be read: {error}") from error
 
-    def _stream(self, file: IO[bytes], item: Item, request: ReadItem) -> IO[bytes]:
-        if item.length <= SMALL_BYTES and not item.transform_descriptors:
+    def _open_stream(self, file: IO[bytes], item: StoredItem, request: ReadItem) -> IO[bytes]:
+        if item.length <= MAX_BUFFERED_BYTES and not item.transform_descriptors:
             file.seek(item.offset)
             return io.BytesIO(file.read(item.length))
-        stream: Any = Window(file, item.offset, item.length)
+        stream: Any = FileSlice(file, item.offset, item.length)
         if not item.transform_descriptors:
             return stream
         if not hasattr(self, "transforms"):
             raise CheckpointError(f"it is stored through {item.transform_descriptors}, which needs torch 2.7 or later")
         return io.BytesIO(self.transforms.transform_load_stream(request, item.transform_descriptors, stream).read(-1))
 
-    def _piece(self, stream: IO[bytes], index: MetadataIndex) -> LoadedPiece | StoredPiece:
+    def _open_chunk(self, stream: IO[bytes], index: MetadataIndex) -> LoadedChunk | StoredChunk:
         entry = self.read_metadata().state_dict_metadata[index.fqn]
         assert isinstance(entry, TensorStorageMetadata)
         assert index.index is not None
         size, dtype = entry.chunks[index.index].sizes, entry.properties.dtype
-        start = data_start(stream, dtype, size)
+        start = data_offset(stream, dtype, size)
         if start is not None:
-            return StoredPiece(stream, start, dtype, size)
+            return StoredChunk(stream, start, dtype, size)
         stream.seek(0)
-        found = unpack(stream)
+        loaded = safe_torch_load(stream)
         if (
-            type(found) is not Tensor
-            or (found.shape, found.dtype, found.layout) != (size, dtype, torch.strided)
-            or found.device.type != "cpu"
+            type(loaded) is not Tensor
+            or (loaded.shape, loaded.dtype, loaded.layout) != (size, dtype, torch.strided)
+            or loaded.device.type != "cpu"
         ):
-            stored = type(found).__name__
-            if isinstance(found, Tensor):
-                stored = f"{found.dtype} {list(found.shape)}, {found.layout} on {found.device}"
+            stored = type(loaded).__name__
+            if isinstance(loaded, Tensor):
+                stored = f"{loaded.dtype} {list(loaded.shape)}, {loaded.layout} on {loaded.device}"
             raise CheckpointError(f"expected {dtype} {list(size)} as the metadata says, found {stored}")
-        return LoadedPiece(found)
+        return LoadedChunk(loaded)
 
 
 @dataclass(frozen=True)
-class LoadedPiece:
+class LoadedChunk:
     """A stored piece of a tensor that `torch.load` had to read."""
 
     tensor: Tensor
 
-    def copy(self, request: ReadItem, target: Tensor) -> None:
+    def read_into(self, request: ReadItem, target: Tensor) -> None:
         """Copy the part that is asked for to where it belongs."""
         part = self.tensor
         for dim, (start, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
@@ -169,7 +171,7 @@ class LoadedPiece:
 
 
 @dataclass(frozen=True)
-class StoredPiece:
+class StoredChunk:
     """A stored piece of a tensor whose elements begin at ``start``: only the rows that are asked for are read."""
 
     stream: Any
@@ -177,10 +179,10 @@ class StoredPiece:
     dtype: torch.dtype
     shape: torch.Size
 
-    def copy(self, request: ReadItem, target: Tensor) -> None:
+    def read_into(self, request: ReadItem, target: Tensor) -> None:
         """Read the part that is asked for to where it belongs: straight to there, where it lies in the same order."""
         whole_rows = request.lengths[1:] == self.shape[1:]
-        if whole_rows and target.dtype == self.dtype and lies_plainly(target):
+        if whole_rows and target.dtype == self.dtype and is_contiguous_cpu(target):
             self._read_rows(request, target)
             increment_version(target)  # a graph that saved the tensor must notice
             return
@@ -193,15 +195,15 @@ class StoredPiece:
     def _read_rows(self, request: ReadItem, rows: Tensor) -> None:
         first = request.storage_offsets[0] if self.shape else 0
         self.stream.seek(self.start + first * self.shape[1:].numel() * self.dtype.itemsize)
-        left = memory_of(rows)
-        while left:
-            count = self.stream.readinto(left)
+        remaining = byte_view(rows)
+        while remaining:
+            count = self.stream.readinto(remaining)
             if not count:
-                raise CheckpointError(f"it ends {len(left)} bytes too early")
-            left = left[count:]
+                raise CheckpointError(f"it ends {len(remaining)} bytes too early")
+            remaining = remaining[count:]
 
 
-class Planner(DefaultLoadPlanner):
+class SafeLoadPlanner(DefaultLoadPlanner):
     """Plans the reading of a flat dict; byte entries are read without running what they hold.
 
     Raises: CheckpointError for a byte entry that is damaged or holds more than torch reads safely.
@@ -221,13 +223,13 @@ class Planner(DefaultLoadPlanner):
         self.is_coordinator = is_coordinator
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = unpack(value)
+        self.state_dict[read_item.dest_index.fqn] = safe_torch_load(value)
 
-    def adopts(self, read_item: ReadItem, tensor: Tensor) -> bool:
+    def try_adopt(self, read_item: ReadItem, tensor: Tensor) -> bool:
         """Whether a tensor that was read becomes the entry itself: it is all of one that was on the meta device."""
         name = read_item.dest_index.fqn
         target = self.state_dict[name]
-        if is_cut(target) or not target.is_meta or not target.shape == read_item.lengths == tensor.shape:
+        if is_sharded(target) or not target.is_meta or not target.shape == read_item.lengths == tensor.shape:
             return False
         self.state_dict[name] = tensor
         return True
@@ -236,17 +238,17 @@ class Planner(DefaultLoadPlanner):
         """Where what was read belongs; instead of a tensor on the meta device, a real one."""
         name = read_item.dest_index.fqn
         tensor = self.state_dict[name]
-        if not is_cut(tensor) and tensor.is_meta:
+        if not is_sharded(tensor) and tensor.is_meta:
             self.state_dict[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         return self.resolve_tensor(read_item).detach()
 
 
-def unpack(stream: IO[bytes]) -> Any:
+def safe_torch_load(stream: IO[bytes]) -> Any:
     """What `torch.save` wrote, tensors on the CPU: plain values, and classes admitted by `add_safe_globals`, no others.
 
     Raises: CheckpointError when it holds anything else, naming it; and whatever damaged bytes make `torch.load` raise.
     """
-    if stream.read(len(ZIP)) != ZIP:
+    if stream.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
         raise CheckpointError("expected an archive as torch.save writes it, found something else")
     stream.seek(0)
     try:
@@ -262,30 +264,30 @@ def unpack(stream: IO[bytes]) -> Any:
         ) from error
 
 
-def _plan(reader: Reader, wanted: dict[str, Any]) -> tuple[LoadPlan, Planner]:
+def _plan(reader: SafeReader, wanted: dict[str, Any]) -> tuple[LoadPlan, SafeLoadPlanner]:
     metadata = reader.read_metadata()
     stored = metadata.state_dict_metadata
     if missing := wanted.keys() - stored:
         raise CheckpointError(
-            f"{reader.path} has no entries {few(sorted(missing))}; expected them among its {len(stored)}"
+            f"{reader.path} has no entries {abbreviated(sorted(missing))}; expected them among its {len(stored)}"
         )
-    problems = {name: _misfit(value, stored[name]) for name, value in wanted.items()}
-    if wrong := [f"{name!r} {problem}" for name, problem in problems.items() if problem]:
-        raise CheckpointError(f"{reader.path} does not fit: {few(wrong, between='; ')}")
+    problems = {name: _describe_mismatch(value, stored[name]) for name, value in wanted.items()}
+    if mismatches := [f"{name!r} {problem}" for name, problem in problems.items() if problem]:
+        raise CheckpointError(f"{reader.path} does not fit: {abbreviated(mismatches, separator='; ')}")
     reader.set_up_storage_reader(metadata, is_coordinator=False)
-    planner = Planner()
+    planner = SafeLoadPlanner()
     planner.set_up_planner({name: _target(value, stored[name]) for name, value in wanted.items()}, metadata)
     return planner.finish_plan(planner.create_local_plan()), planner
 
 
-def _misfit(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) -> str:
+def _describe_mismatch(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) -> str:
     if not isinstance(value, Tensor):
         return ""
     if isinstance(entry, BytesStorageMetadata):
         return f"is a tensor of shape {list(value.size())} here, and not a tensor there"
     if value.size() != entry.size:
         return f"has shape {list(value.size())} here, and {list(entry.size)} there"
-    return "is on the meta device here; materialise it first" if not is_cut(value) and value.is_meta else ""
+    return "is on the meta device here; materialise it first" if not is_sharded(value) and value.is_meta else ""
 
 
 def _target(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) -> Tensor | None:
@@ -298,7 +300,7 @@ def _target(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) 
     return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
 
 
-def _agreed(work: Callable[[], T], group: ProcessGroup | None) -> T:
+def _run_collectively(work: Callable[[], T], group: ProcessGroup | None) -> T:
     """What ``work`` returns, once it has returned on every rank of ``group``.
 
     Raises: CheckpointError when it has raised one, or OSError, anywhere; what else it raises here, and CheckpointError
@@ -307,10 +309,10 @@ def _agreed(work: Callable[[], T], group: ProcessGroup | None) -> T:
     try:
         result = work()
     except (CheckpointError, OSError) as error:
-        raise CheckpointError("; ".join(together([by_rank(str(error), group)], group))) from error
+        raise CheckpointError("; ".join(gather_problems([prefix_rank(str(error), group)], group))) from error
     except Exception as error:
-        together([by_rank(f"{type(error).__name__}: {error}", group)], group)
+        gather_problems([prefix_rank(f"{type(error).__name__}: {error}", group)], group)
         raise
-    if problems := together([], group):
+    if problems := gather_problems([], group):
         raise CheckpointError("; ".join(problems))
     return result

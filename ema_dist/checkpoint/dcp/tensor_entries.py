@@ -28,9 +28,9 @@ from ema_dist.checkpoint.dcp.unpickler import (
 
 T = TypeVar("T")
 
-Entry = TensorStorageMetadata | BytesStorageMetadata
+EntryMetadata = TensorStorageMetadata | BytesStorageMetadata
 
-MOST_DIMS_CUT = 8
+MAX_SHARDED_DIMS = 8
 """Of one tensor; DCP's own layouts cut along a few."""
 
 _MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.channels_last, 2: torch.preserve_format}
@@ -40,53 +40,55 @@ class UnexpectedError(ValueError):
     """Something in the metadata that DCP does not write; the message says it all."""
 
 
-def entry(name: str, found: object) -> Entry:
+def parse_entry(name: str, record: object) -> EntryMetadata:
     """What the record of the entry ``name`` stands for.
 
     Raises: UnexpectedError when it is not what DCP writes, or when its chunks do not cover it exactly once.
     """
-    if type(found) is BytesRecord:
+    if type(record) is BytesRecord:
         return BytesStorageMetadata()
-    fields = vars(exactly(TensorRecord, found, "entry", name))
-    size = size_of(fields.get("size"), name)
-    properties = _properties(exactly(PropertiesRecord, fields.get("properties"), "properties", name), name)
+    fields = vars(require_type(TensorRecord, record, "entry", name))
+    size = require_size(fields.get("size"), name)
+    properties = _parse_properties(require_type(PropertiesRecord, fields.get("properties"), "properties", name), name)
     if prod(size) * properties.dtype.itemsize >= 2**63:
-        unexpected(f"size {list(size)}", name)
-    chunks = [_chunk(chunk, size, name) for chunk in exactly(list, fields.get("chunks"), "chunks", name)]
-    if not _tile(size, chunks, name):
-        unexpected(f"chunks that do not cover the size {list(size)} exactly once", name)
+        raise_unexpected(f"size {list(size)}", name)
+    chunks = [_parse_chunk(chunk, size, name) for chunk in require_type(list, fields.get("chunks"), "chunks", name)]
+    if not _is_tiling(size, chunks, name):
+        raise_unexpected(f"chunks that do not cover the size {list(size)} exactly once", name)
     return TensorStorageMetadata(properties, size, chunks)
 
 
-def _properties(record: PropertiesRecord, name: str) -> TensorProperties:
-    state = exactly(tuple, record.state, "properties", name)
+def _parse_properties(record: PropertiesRecord, name: str) -> TensorProperties:
+    state = require_type(tuple, record.state, "properties", name)
     if len(state) != 5:
-        unexpected(f"{len(state)} properties instead of 5", name)
+        raise_unexpected(f"{len(state)} properties instead of 5", name)
     dtype, layout, requires_grad, memory_format, pin_memory = state
-    if (found := exactly(LayoutRecord, layout, "layout", name).args) != ("torch.strided",):
-        unexpected(f"layout {reprlib.repr(found)}, where DCP stores strided tensors", name)
-    code = exactly(tuple, exactly(MemoryFormatRecord, memory_format, "memory format", name).args, "memory format", name)
-    if len(code) != 1 or natural(code[0], name) not in _MEMORY_FORMATS:
-        unexpected(f"memory format {reprlib.repr(code)}", name)
+    if (layout_args := require_type(LayoutRecord, layout, "layout", name).args) != ("torch.strided",):
+        raise_unexpected(f"layout {reprlib.repr(layout_args)}, where DCP stores strided tensors", name)
+    encoding = require_type(
+        tuple, require_type(MemoryFormatRecord, memory_format, "memory format", name).args, "memory format", name
+    )
+    if len(encoding) != 1 or require_count(encoding[0], name) not in _MEMORY_FORMATS:
+        raise_unexpected(f"memory format {reprlib.repr(encoding)}", name)
     return TensorProperties(
-        exactly(torch.dtype, dtype, "dtype", name),
+        require_type(torch.dtype, dtype, "dtype", name),
         torch.strided,
-        exactly(bool, requires_grad, "requires_grad", name),
-        _MEMORY_FORMATS[code[0]],
-        exactly(bool, pin_memory, "pin_memory", name),
+        require_type(bool, requires_grad, "requires_grad", name),
+        _MEMORY_FORMATS[encoding[0]],
+        require_type(bool, pin_memory, "pin_memory", name),
     )
 
 
-def _chunk(found: object, size: torch.Size, name: str) -> ChunkStorageMetadata:
-    fields = vars(exactly(ChunkRecord, found, "chunk", name))
-    offsets, sizes = size_of(fields.get("offsets"), name), size_of(fields.get("sizes"), name)
+def _parse_chunk(record: object, size: torch.Size, name: str) -> ChunkStorageMetadata:
+    fields = vars(require_type(ChunkRecord, record, "chunk", name))
+    offsets, sizes = require_size(fields.get("offsets"), name), require_size(fields.get("sizes"), name)
     ends = map(operator.add, offsets, sizes)
     if not len(offsets) == len(sizes) == len(size) or any(map(operator.gt, ends, size)):
-        unexpected(f"a chunk at {list(offsets)} with size {list(sizes)} in a tensor with size {list(size)}", name)
+        raise_unexpected(f"a chunk at {list(offsets)} with size {list(sizes)} in a tensor with size {list(size)}", name)
     return ChunkStorageMetadata(offsets, sizes)
 
 
-def _tile(size: torch.Size, chunks: list[ChunkStorageMetadata], name: str) -> bool:
+def _is_tiling(size: torch.Size, chunks: list[ChunkStorageMetadata], name: str) -> bool:
     """Whether every element lies in exactly one chunk.
 
     A box is a sum of steps at its corners, of alternating sign, and steps at different points are independent: so boxes
@@ -95,45 +97,49 @@ def _tile(size: torch.Size, chunks: list[ChunkStorageMetadata], name: str) -> bo
     if prod(size) == 0 or len(chunks) < 2:
         return prod(size) == 0 or any(chunk.sizes == size for chunk in chunks)
     lengths = zip(*(chunk.sizes for chunk in chunks), strict=True)
-    cut = [dim for dim, (found, whole) in enumerate(zip(lengths, size, strict=True)) if set(found) != {whole}]
-    if len(cut) > MOST_DIMS_CUT:
-        unexpected(f"a cut along {len(cut)} dimensions, more than {MOST_DIMS_CUT}", name)
+    sharded_dims = [
+        dim
+        for dim, (chunk_lengths, full_length) in enumerate(zip(lengths, size, strict=True))
+        if set(chunk_lengths) != {full_length}
+    ]
+    if len(sharded_dims) > MAX_SHARDED_DIMS:
+        raise_unexpected(f"a cut along {len(sharded_dims)} dimensions, more than {MAX_SHARDED_DIMS}", name)
     corners: Counter[tuple[int, ...]] = Counter()
-    for far in product((0, 1), repeat=len(cut)):
-        sign = -1 if sum(far) % 2 else 1
-        ends = list(zip(cut, far, strict=True))
+    for corner in product((0, 1), repeat=len(sharded_dims)):
+        sign = -1 if sum(corner) % 2 else 1
+        ends = list(zip(sharded_dims, corner, strict=True))
         corners.subtract({tuple([size[dim] * end for dim, end in ends]): sign})
         for chunk in chunks:
             corners[tuple([chunk.offsets[dim] + chunk.sizes[dim] * end for dim, end in ends])] += sign
     return not any(corners.values())
 
 
-def size_of(found: object, name: str) -> torch.Size:
+def require_size(value: object, name: str) -> torch.Size:
     """``found``, a size without negative parts."""
-    size = exactly(torch.Size, found, "size", name)
+    size = require_type(torch.Size, value, "size", name)
     if size and min(size) < 0:
-        unexpected(f"size {list(size)}", name)
+        raise_unexpected(f"size {list(size)}", name)
     return size
 
 
-def natural(found: object, name: str) -> int:
+def require_count(value: object, name: str) -> int:
     """``found``, an integer that is not negative."""
-    number = exactly(int, found, "number", name)
+    number = require_type(int, value, "number", name)
     if number < 0:
-        unexpected(f"{number} where there is no negative number", name)
+        raise_unexpected(f"{number} where there is no negative number", name)
     return number
 
 
-def exactly(kind: type[T], found: object, what: str, name: str = "") -> T:
+def require_type(expected_type: type[T], value: object, what: str, name: str = "") -> T:
     """``found``, which is of this very type.
 
     Raises: UnexpectedError when it is not, saying what of the entry ``name`` it is.
     """
-    if type(found) is not kind:
-        unexpected(f"{reprlib.repr(found)} as {what}, where DCP writes a {kind.__name__}", name)
-    return found
+    if type(value) is not expected_type:
+        raise_unexpected(f"{reprlib.repr(value)} as {what}, where DCP writes a {expected_type.__name__}", name)
+    return value
 
 
-def unexpected(what: str, name: str = "") -> NoReturn:
+def raise_unexpected(what: str, name: str = "") -> NoReturn:
     """Raise UnexpectedError: ``what`` has been found in the entry ``name``."""
     raise UnexpectedError(f"found {what}" + (f" (entry {name!r})" if name else ""))

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 
-class _Sealed(type):
+class _FrozenType(type):
     """A class that what is unpickled cannot change: BUILD sets attributes on whatever is given to it."""
 
     def __setattr__(cls, name: str, value: object) -> None:
         raise pickle.UnpicklingError(f"it sets {name} on {cls.__name__}")
 
 
-class Record(metaclass=_Sealed):
+class Record(metaclass=_FrozenType):
     """What stands for an object of a class that DCP writes: its arguments, and its state as attributes."""
 
     args: tuple[object, ...] = ()
@@ -84,7 +84,7 @@ class UnusedRecord(Record):
 _DCP = "torch.distributed.checkpoint.metadata"
 _BEFORE_2_3 = "torch.distributed._shard.sharded_tensor.metadata"
 
-STANDS_FOR: dict[tuple[str, str], type[Record]] = {
+RECORD_TYPES: dict[tuple[str, str], type[Record]] = {
     (_DCP, "Metadata"): MetadataRecord,
     (_DCP, "TensorStorageMetadata"): TensorRecord,
     (_DCP, "BytesStorageMetadata"): BytesRecord,
@@ -115,7 +115,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         try:
-            return STANDS_FOR[module, name]
+            return RECORD_TYPES[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of DCP's metadata") from None
 
@@ -131,28 +131,28 @@ def unpickle(data: bytes) -> object:
     return _Unpickler(io.BytesIO(data)).load()
 
 
-_PLAIN = re.escape(b"()]}NRabestu\x81\x85\x86\x87\x88\x89\x93\x94")
-_RUN = re.compile(rb"(?:[%b]+|[Kh\x80].|M..|[Jj].{4}|\x95.{8}){0,1000}" % _PLAIN, re.DOTALL)
+_BARE_OPCODES = re.escape(b"()]}NRabestu\x81\x85\x86\x87\x88\x89\x93\x94")
+_FIXED_OPCODES = re.compile(rb"(?:[%b]+|[Kh\x80].|M..|[Jj].{4}|\x95.{8}){0,1000}" % _BARE_OPCODES, re.DOTALL)
 """Opcodes of a fixed length: marks, containers, constants, REDUCE, NEWOBJ, BUILD, STACK_GLOBAL, MEMOIZE; BININT1,
 BINGET, PROTO; BININT2; BININT, LONG_BINGET; FRAME. So many at most, because `re` takes memory for each turn."""
 
-_COUNTED = {ord(b"\x8c"): 1, ord(b"X"): 4, ord(b"\x8a"): 1}
+_LENGTH_BYTES = {ord(b"\x8c"): 1, ord(b"X"): 4, ord(b"\x8a"): 1}
 """Opcodes followed by a length of so many bytes, and so many bytes then: strings, and integers from 2**31."""
 
 
 def _check_opcodes(data: bytes) -> None:
     position = 0
     while position < len(data):
-        end = _RUN.match(data, position).end()  # pyrefly: ignore[missing-attribute]  it matches nothing, too
+        end = _FIXED_OPCODES.match(data, position).end()  # pyrefly: ignore[missing-attribute]  it matches nothing, too
         if end == position:
             opcode = data[position]
             if opcode == ord(b"."):
                 break
-            if opcode not in _COUNTED:
+            if opcode not in _LENGTH_BYTES:
                 raise pickle.UnpicklingError(
                     f"it has opcode {bytes([opcode])!r} at byte {position}, which DCP never writes"
                 )
-            start = position + 1 + _COUNTED[opcode]
+            start = position + 1 + _LENGTH_BYTES[opcode]
             end = start + int.from_bytes(data[position + 1 : start], "little")
         position = end
     if position != len(data) - 1:

@@ -21,23 +21,23 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.folders import sync
+from ema_dist.checkpoint.folders import fsync
 from ema_dist.checkpoint.weights.formats import (
     FORMATS,
-    INDEX,
+    INDEX_SUFFIX,
     FileFormat,
     FileWriter,
-    Opened,
+    OpenedFile,
+    detect_format,
     dtype_name,
-    format_of,
-    unholdable,
+    unsupported_reason,
 )
-from ema_dist.messages import few
+from ema_dist.messages import abbreviated
 
-ASIDE = ".export-incomplete"
+PARTIAL_FOLDER = ".export-incomplete"
 """The folder inside an export's own in which its files are written."""
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNIT_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def size_in_bytes(size: int | str) -> int:
@@ -45,11 +45,11 @@ def size_in_bytes(size: int | str) -> int:
 
     Raises: ValueError for what is neither, or no positive size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    unit = UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None or (count := int(float(found[1]) * unit)) < 1:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    unit = UNIT_BYTES.get(match[2].upper()) if match else None
+    if match is None or unit is None or (nbytes := int(float(match[1]) * unit)) < 1:
         raise ValueError(f'max_shard_size is a positive number of bytes or a text like "5GB", got {size!r}')
-    return count
+    return nbytes
 
 
 @final
@@ -86,26 +86,30 @@ class WeightWriter:
             raise ValueError(f"file_format is one of {[*FORMATS]}, got {file_format!r}")
         self.folder = Path(folder)
         self._format = FORMATS[file_format]
-        keeps_all = file_format == "torch"
-        self._left_out = {name for name, value in planned.items() if value is None and not keeps_all}
-        self._planned = {name: value for name, value in planned.items() if name not in self._left_out}
+        keeps_non_tensors = file_format == "torch"
+        self._skipped = {name for name, value in planned.items() if value is None and not keeps_non_tensors}
+        self._planned = {name: value for name, value in planned.items() if name not in self._skipped}
         if not self._planned:
             raise ValueError(f"there is no tensor to write into {self.folder}")
         tensors = {name: value for name, value in self._planned.items() if value is not None}
-        if not keeps_all and (wrong := {n: why for n, value in tensors.items() if (why := unholdable(n, value))}):
-            raise ValueError(f'safetensors files cannot hold {wrong}; cast or rename them, or use file_format="torch"')
+        if not keeps_non_tensors and (
+            unsupported := {n: reason for n, value in tensors.items() if (reason := unsupported_reason(n, value))}
+        ):
+            raise ValueError(
+                f'safetensors files cannot hold {unsupported}; cast or rename them, or use file_format="torch"'
+            )
         self._split = split_state_dict_into_shards_factory(
             self._planned,
             get_storage_size=lambda value: 0 if value is None else value.nbytes,
             filename_pattern=self._format.stem + "{suffix}" + self._format.suffix,
             max_shard_size=size_in_bytes(max_shard_size),
         )
-        self._open: dict[str, FileWriter] = {}
+        self._open_writers: dict[str, FileWriter] = {}
         self._missing = dict.fromkeys(self._planned)
-        self._missing_in = {file: len(names) for file, names in self._split.filename_to_tensors.items()}
-        self._background = ThreadPoolExecutor(1, "sync")
-        self._syncing: list[Future[None]] = []
-        self._held = ExitStack()
+        self._missing_per_file = {file: len(names) for file, names in self._split.filename_to_tensors.items()}
+        self._sync_executor = ThreadPoolExecutor(1, "sync")
+        self._sync_futures: list[Future[None]] = []
+        self._exit_stack = ExitStack()
 
     @property
     def paths(self) -> list[Path]:
@@ -115,23 +119,23 @@ class WeightWriter:
 
     def __enter__(self) -> WeightWriter:
         """Make the folder in which the files are written."""
-        with ExitStack() as held:
+        with ExitStack() as exit_stack:
             self.folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_locked(self.folder))
-            self._require_room()
-            if self._left_out:
+            exit_stack.enter_context(_folder_lock(self.folder))
+            self._require_no_conflict()
+            if self._skipped:
                 warnings.warn(
-                    f"{few(sorted(self._left_out))} are no tensors, and {self._format.suffix} files hold nothing else: "
+                    f"{abbreviated(sorted(self._skipped))} are no tensors, and {self._format.suffix} files hold nothing else: "
                     'they are left out; file_format="torch" keeps them',
                     stacklevel=2,
                 )
-            if self._aside.exists():
-                shutil.rmtree(self._aside)
-            self._aside.mkdir()
-            self._held = held.pop_all()
+            if self._partial_folder.exists():
+                shutil.rmtree(self._partial_folder)
+            self._partial_folder.mkdir()
+            self._exit_stack = exit_stack.pop_all()
         return self
 
-    def _require_room(self) -> None:
+    def _require_no_conflict(self) -> None:
         if others := [path.name for f in FORMATS.values() if f is not self._format for path in f.files(self.folder)]:
             raise FileExistsError(
                 f"{self.folder} holds weights in another format, which readers could take for the new ones: "
@@ -148,62 +152,64 @@ class WeightWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Put the files in their places, or remove them."""
-        with self._held:
+        with self._exit_stack:
             try:
                 if kind is None:
                     self._publish()
             finally:
-                self._open.clear()
-                self._background.shutdown()
-                shutil.rmtree(self._aside, ignore_errors=True)  # the next export removes what stays
+                self._open_writers.clear()
+                self._sync_executor.shutdown()
+                shutil.rmtree(self._partial_folder, ignore_errors=True)  # the next export removes what stays
 
     def add(self, name: str, value: Any) -> None:
         """Take the next entry, and write its file if it completes one; until then the tensor must not change.
 
         Raises: ValueError when it is not what was planned under that name, or is planned no more.
         """
-        if name in self._left_out:
+        if name in self._skipped:
             return
         if name not in self._missing:
             raise ValueError(f"{name!r} is written already, or was never planned for {self.folder}")
         planned = self._planned[name]
-        if _outline(value) != _outline(planned):
-            raise ValueError(f"{name!r} was planned as {_outline(planned)}, got {_outline(value)}")
+        if _dtype_and_shape(value) != _dtype_and_shape(planned):
+            raise ValueError(f"{name!r} was planned as {_dtype_and_shape(planned)}, got {_dtype_and_shape(value)}")
         del self._missing[name]
         file = self._split.tensor_to_filename[name]
-        self._missing_in[file] -= 1
-        if file not in self._open:
-            of_file = {it: self._planned[it] for it in self._split.filename_to_tensors[file]}
-            self._open[file] = self._format.write(self._aside / file, of_file)
-        self._open[file].add(name, _plain(value) if isinstance(value, Tensor) else value)
-        if not self._missing_in[file]:
-            self._open.pop(file).close()
+        self._missing_per_file[file] -= 1
+        if file not in self._open_writers:
+            file_entries = {
+                entry_name: self._planned[entry_name] for entry_name in self._split.filename_to_tensors[file]
+            }
+            self._open_writers[file] = self._format.open_writer(self._partial_folder / file, file_entries)
+        self._open_writers[file].add(name, _to_plain_cpu(value) if isinstance(value, Tensor) else value)
+        if not self._missing_per_file[file]:
+            self._open_writers.pop(file).close()
             # Meanwhile the tensors of the next file come.
-            self._syncing.append(self._background.submit(sync, self._aside / file))
+            self._sync_futures.append(self._sync_executor.submit(fsync, self._partial_folder / file))
 
     @property
-    def _aside(self) -> Path:
-        return self.folder / ASIDE
+    def _partial_folder(self) -> Path:
+        return self.folder / PARTIAL_FOLDER
 
     def _publish(self) -> None:
         if self._missing:
             raise ValueError(f"these tensors were planned for {self.folder} and did not come: {[*self._missing]}")
-        for synced in self._syncing:
-            synced.result()
+        for future in self._sync_futures:
+            future.result()
         if self._split.is_sharded:
             index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
-            (self._aside / self._format.index).write_text(json.dumps(index, indent=2) + "\n")
-            sync(self._aside / self._format.index)
-        *shards, entry = self.paths
+            (self._partial_folder / self._format.index).write_text(json.dumps(index, indent=2) + "\n")
+            fsync(self._partial_folder / self._format.index)
+        *shards, entry_file = self.paths
         for path in self._format.files(self.folder):
-            if path != entry or shards:
+            if path != entry_file or shards:
                 path.unlink()
-        sync(self.folder)
+        fsync(self.folder)
         for path in shards:
-            (self._aside / path.name).replace(path)
-        sync(self.folder)
-        (self._aside / entry.name).replace(entry)
-        sync(self.folder)
+            (self._partial_folder / path.name).replace(path)
+        fsync(self.folder)
+        (self._partial_folder / entry_file.name).replace(entry_file)
+        fsync(self.folder)
 
 
 class WeightFiles(Mapping[str, Any]):
@@ -219,23 +225,23 @@ class WeightFiles(Mapping[str, Any]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._given = path
-        self._last: tuple[Path, Opened] | None = None
+        self._source = path
+        self._last_opened: tuple[Path, OpenedFile] | None = None
 
     @cached_property
     def path(self) -> Path:
         """Where reading begins."""
-        return Path(self._given)
+        return Path(self._source)
 
     @cached_property
-    def shapes(self) -> dict[str, Tensor | None]:
+    def meta_tensors(self) -> dict[str, Tensor | None]:
         """Every entry's shape and dtype, on the meta device, file by file; None for what is no tensor."""
         return {name: value.to("meta") if isinstance(value, Tensor) else None for name, value in self.items()}
 
     def __getitem__(self, name: str) -> Any:
         path = self._files[name]
-        with _blaming(path):
-            return _readable(path, name, self._open(path).read(name))
+        with _wrap_errors(path):
+            return _require_dense(path, name, self._open(path).read(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -249,28 +255,28 @@ class WeightFiles(Mapping[str, Any]):
     @cached_property
     def _files(self) -> dict[str, Path]:
         """Which file holds which name."""
-        with _blaming(self.path):
-            entry = _entry(self.path)
-        if not entry.name.endswith(INDEX):
-            return dict.fromkeys(self._open(entry).names, entry)
-        with _blaming(entry):
-            indexed = _read_index(entry)
-        for path, names in indexed.items():
+        with _wrap_errors(self.path):
+            entry_file = _find_entry_file(self.path)
+        if not entry_file.name.endswith(INDEX_SUFFIX):
+            return dict.fromkeys(self._open(entry_file).names, entry_file)
+        with _wrap_errors(entry_file):
+            names_by_file = _read_index(entry_file)
+        for path, names in names_by_file.items():
             if differing := names ^ set(self._open(path).names):
-                raise CheckpointError(f"{path} and {entry.name} differ in {few(sorted(differing))}")
-        return {name: path for path in indexed for name in self._open(path).names}
+                raise CheckpointError(f"{path} and {entry_file.name} differ in {abbreviated(sorted(differing))}")
+        return {name: path for path in names_by_file for name in self._open(path).names}
 
-    def _open(self, path: Path) -> Opened:
+    def _open(self, path: Path) -> OpenedFile:
         """Open a file, unless it was the last one that was."""
-        if self._last is None or self._last[0] != path:
-            self._last = None
-            with _blaming(path):
-                self._last = path, format_of(path).open(path)
-        return self._last[1]
+        if self._last_opened is None or self._last_opened[0] != path:
+            self._last_opened = None
+            with _wrap_errors(path):
+                self._last_opened = path, detect_format(path).open(path)
+        return self._last_opened[1]
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _folder_lock(folder: Path) -> Iterator[None]:
     """Keep other processes that ask for it from a folder; the system lets them in when this one dies."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -288,46 +294,60 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _entry(path: Path) -> Path:
+def _find_entry_file(path: Path) -> Path:
     """The file with which reading begins."""
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     if not path.is_dir():
         return path
-    singles = [path / known.single for known in FORMATS.values()]
-    indices = [index for known in FORMATS.values() for index in sorted(path.glob("*" + known.suffix + INDEX))]
-    found = indices + [single for single in singles if single.exists()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise CheckpointError(f"{path} holds several models: name one of {[entry.name for entry in found]}")
-    parts = [part.name for known in FORMATS.values() for part in known.files(path)]
+    singles = [path / file_format.single_file for file_format in FORMATS.values()]
+    indices = [
+        index
+        for file_format in FORMATS.values()
+        for index in sorted(path.glob("*" + file_format.suffix + INDEX_SUFFIX))
+    ]
+    candidates = indices + [single_file for single_file in singles if single_file.exists()]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise CheckpointError(
+            f"{path} holds several models: name one of {[entry_file.name for entry_file in candidates]}"
+        )
+    shard_names = [part.name for file_format in FORMATS.values() for part in file_format.files(path)]
     raise CheckpointError(
-        f"{path} holds no weights: expected an index or one of {[single.name for single in singles]}"
-        + (f", found {parts} without their index: an export that was interrupted, do it again" if parts else "")
+        f"{path} holds no weights: expected an index or one of {[single_file.name for single_file in singles]}"
+        + (
+            f", found {shard_names} without their index: an export that was interrupted, do it again"
+            if shard_names
+            else ""
+        )
     )
 
 
-def _read_index(entry: Path) -> dict[Path, set[str]]:
+def _read_index(entry_file: Path) -> dict[Path, set[str]]:
     """The names in each file, as an index says.
 
     Raises: CheckpointError when a file is not a plain one beside the index, in the index's own format.
     """
-    weight_map = json.loads(entry.read_bytes())["weight_map"]
+    weight_map = json.loads(entry_file.read_bytes())["weight_map"]
     names: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
-        names.setdefault(entry.parent / file, set()).add(name)
-    suffix = Path(entry.name.removesuffix(INDEX)).suffix
+        names.setdefault(entry_file.parent / file, set()).add(name)
+    suffix = Path(entry_file.name.removesuffix(INDEX_SUFFIX)).suffix
     for path in names:
-        if path.resolve().parent != entry.parent.resolve() or path.parent != entry.parent or "\\" in path.name:
-            raise CheckpointError(f"{entry} names {str(path)!r}, which leads outside of its folder")
+        if (
+            path.resolve().parent != entry_file.parent.resolve()
+            or path.parent != entry_file.parent
+            or "\\" in path.name
+        ):
+            raise CheckpointError(f"{entry_file} names {str(path)!r}, which leads outside of its folder")
         if path.suffix != suffix or not path.is_file():
-            raise CheckpointError(f"{entry} names {path.name!r}, which is no {suffix} file beside it")
+            raise CheckpointError(f"{entry_file} names {path.name!r}, which is no {suffix} file beside it")
     return names
 
 
 @contextmanager
-def _blaming(path: Path) -> Iterator[None]:
+def _wrap_errors(path: Path) -> Iterator[None]:
     """Turn whatever is raised inside into a CheckpointError that names a file: parsers raise all kinds of errors."""
     try:
         yield
@@ -337,16 +357,16 @@ def _blaming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {error!r}") from error
 
 
-def _readable(path: Path, name: str, value: Any) -> Any:
+def _require_dense(path: Path, name: str, value: Any) -> Any:
     if isinstance(value, Tensor) and (value.layout is not torch.strided or value.device.type != "cpu"):
         raise CheckpointError(f"{path}: expected {name!r} to be a dense tensor, found {value.layout} on {value.device}")
     return value
 
 
-def _outline(value: Any) -> tuple[str, tuple[int, ...]] | str:
+def _dtype_and_shape(value: Any) -> tuple[str, tuple[int, ...]] | str:
     return (dtype_name(value), tuple(value.shape)) if isinstance(value, Tensor) else "no tensor"
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _to_plain_cpu(tensor: Tensor) -> Tensor:
     """The tensor on the CPU, with nothing that is only noted about its values."""
     return tensor.detach().cpu().resolve_conj().resolve_neg()

@@ -14,19 +14,19 @@ import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize
 from torch import Tensor
 
-from ema_dist.checkpoint.dcp.archive import memory_of
+from ema_dist.checkpoint.dcp.archive import byte_view
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.values import require_loadable
 
 FileFormat = Literal["safetensors", "torch"]
 
-INDEX = ".index.json"
-METADATA = "__metadata__"
+INDEX_SUFFIX = ".index.json"
+METADATA_KEY = "__metadata__"
 """What headers of safetensors call what is no tensor."""
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedFile:
     """The names in one file, and how to read one."""
 
     names: list[str]
@@ -44,33 +44,33 @@ class FileWriter(Protocol):
 
 
 @dataclass(frozen=True)
-class Format:
+class FormatSpec:
     """How one format names its files, writes and opens them."""
 
     stem: str
     suffix: str
     suffixes: tuple[str, ...]
     """Of files that are read, whoever wrote them."""
-    write: Callable[[Path, Mapping[str, Any]], FileWriter]
+    open_writer: Callable[[Path, Mapping[str, Any]], FileWriter]
     """Starts a file of planned entries."""
-    open: Callable[[Path], Opened]
+    open: Callable[[Path], OpenedFile]
 
     @property
-    def single(self) -> str:
+    def single_file(self) -> str:
         """The only file of an export that needs no more."""
         return self.stem + self.suffix
 
     @property
     def index(self) -> str:
         """The file that says which tensor is where, in an export of several."""
-        return self.single + INDEX
+        return self.single_file + INDEX_SUFFIX
 
     def files(self, folder: Path) -> list[Path]:
         """The files that an export in this format has left in a folder: what makes it readable comes first."""
         shard = re.compile(re.escape(self.stem) + r"-\d{5,}-of-\d{5,}" + re.escape(self.suffix))
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
-        entries = [path for path in paths if path.name in (self.index, self.single)]
-        return entries + [path for path in paths if shard.fullmatch(path.name)]
+        entry_files = [path for path in paths if path.name in (self.index, self.single_file)]
+        return entry_files + [path for path in paths if shard.fullmatch(path.name)]
 
 
 class SafetensorsFile:
@@ -80,29 +80,33 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path, planned: Mapping[str, Tensor]) -> None:
-        self._starts: dict[str, int] = {}
-        header: dict[str, Any] = {METADATA: {"format": "pt"}}
+        self._offsets: dict[str, int] = {}
+        header: dict[str, Any] = {METADATA_KEY: {"format": "pt"}}
         end = 0
         # The widest first: so each lies where a multiple of its width is, and readers may take it as it lies there.
-        for name, it in sorted(planned.items(), key=lambda item: -item[1].itemsize):
-            start, end = end, end + it.nbytes
-            self._starts[name] = start
-            header[name] = {"dtype": _code(it.dtype), "shape": [*it.shape], "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        for name, tensor in sorted(planned.items(), key=lambda item: -item[1].itemsize):
+            start, end = end, end + tensor.nbytes
+            self._offsets[name] = start
+            header[name] = {
+                "dtype": _header_dtype(tensor.dtype),
+                "shape": [*tensor.shape],
+                "data_offsets": [start, end],
+            }
+        header_bytes = json.dumps(header).encode()
+        header_bytes += b" " * (-len(header_bytes) % 8)
         self._path = path
-        self._data = path.write_bytes(len(text).to_bytes(8, "little") + text)
+        self._data_offset = path.write_bytes(len(header_bytes).to_bytes(8, "little") + header_bytes)
 
     def add(self, name: str, value: Tensor) -> None:
         """Write the bytes of one tensor where they belong."""
-        plain = value.contiguous()
-        if not plain.nbytes:
+        contiguous = value.contiguous()
+        if not contiguous.nbytes:
             return
-        left = memory_of(plain)
+        remaining = byte_view(contiguous)
         with self._path.open("r+b", buffering=0) as file:
-            file.seek(self._data + self._starts[name])
-            while left:
-                left = left[file.write(left) :]
+            file.seek(self._data_offset + self._offsets[name])
+            while remaining:
+                remaining = remaining[file.write(remaining) :]
 
     def close(self) -> None:
         """Let the library read what it will have to read."""
@@ -110,14 +114,14 @@ class SafetensorsFile:
 
 
 @cache
-def _code(dtype: torch.dtype) -> str:
+def _header_dtype(dtype: torch.dtype) -> str:
     """The dtype as headers of safetensors spell it."""
     empty = TensorSpec(dtype=dtype_name(torch.empty(0, dtype=dtype)), shape=[0], data_ptr=0, data_len=0)
     header: dict[str, Any] = json.loads(serialize({"it": empty})[8:])
     return str(header["it"]["dtype"])
 
 
-def unholdable(name: str, value: Tensor) -> str:
+def unsupported_reason(name: str, value: Tensor) -> str:
     """Why a safetensors file cannot hold this tensor: its dtype, or what is wrong with its name; empty if it can."""
     try:
         TensorSpec(dtype=dtype_name(value), shape=[0], data_ptr=0, data_len=0)
@@ -126,12 +130,12 @@ def unholdable(name: str, value: Tensor) -> str:
         return dtype_name(value)
     except UnicodeEncodeError:
         return "a name that is no Unicode"
-    return "a name that the format has for itself" if name == METADATA else ""
+    return "a name that the format has for itself" if name == METADATA_KEY else ""
 
 
-def _open_safetensors(path: Path) -> Opened:
+def _open_safetensors(path: Path) -> OpenedFile:
     file = safe_open(path, framework="pt")
-    return Opened(list(file.keys()), file.get_tensor)
+    return OpenedFile(list(file.keys()), file.get_tensor)
 
 
 class TorchFile:
@@ -147,8 +151,8 @@ class TorchFile:
     def add(self, name: str, value: Any) -> None:
         """Keep an entry, which must not change until `close`."""
         if isinstance(value, Tensor):
-            plain = value.contiguous()
-            value = plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
+            contiguous = value.contiguous()
+            value = contiguous.clone() if contiguous.untyped_storage().nbytes() > contiguous.nbytes else contiguous
         else:
             require_loadable(
                 value,
@@ -168,25 +172,25 @@ class TorchFile:
             raise OSError(f"{self._path} cannot be written: {error}") from error
 
 
-def _open_torch(path: Path) -> Opened:
+def _open_torch(path: Path) -> OpenedFile:
     entries = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
         raise CheckpointError(f"{path} holds a {type(entries).__name__}, expected a dictionary of tensors by name")
-    return Opened(list(entries), entries.__getitem__)
+    return OpenedFile(list(entries), entries.__getitem__)
 
 
-FORMATS: dict[FileFormat, Format] = {
-    "safetensors": Format("model", ".safetensors", (".safetensors",), SafetensorsFile, _open_safetensors),
-    "torch": Format("pytorch_model", ".bin", (".bin", ".pt", ".pth"), TorchFile, _open_torch),
+FORMATS: dict[FileFormat, FormatSpec] = {
+    "safetensors": FormatSpec("model", ".safetensors", (".safetensors",), SafetensorsFile, _open_safetensors),
+    "torch": FormatSpec("pytorch_model", ".bin", (".bin", ".pt", ".pth"), TorchFile, _open_torch),
 }
 
 
-def format_of(path: Path) -> Format:
+def detect_format(path: Path) -> FormatSpec:
     """By its suffix. Raises: CheckpointError for one that no format has."""
-    for known in FORMATS.values():
-        if path.suffix in known.suffixes:
-            return known
-    expected = [suffix for known in FORMATS.values() for suffix in known.suffixes]
+    for file_format in FORMATS.values():
+        if path.suffix in file_format.suffixes:
+            return file_format
+    expected = [suffix for file_format in FORMATS.values() for suffix in file_format.suffixes]
     raise CheckpointError(f"{path} is no file of weights: expected a name that ends in one of {expected}")
 
 

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from ema_dist.checkpoint.dcp import reader
-from ema_dist.checkpoint.dcp.archive import Window, data_start, memory_of
+from ema_dist.checkpoint.dcp.archive import FileSlice, byte_view, data_offset
 from ema_dist.checkpoint.errors import CheckpointError
 
 DTYPES = [
@@ -50,7 +50,7 @@ def moved(archive: bytes) -> bytes:
 
 def whole(entry: Tensor, folder: Path) -> Tensor:
     wanted = {"x": torch.empty_like(entry)}
-    reader.read(folder, wanted)
+    reader.read_entries(folder, wanted)
     return wanted["x"]
 
 
@@ -61,12 +61,12 @@ def test_where_the_elements_of_a_saved_tensor_begin(dtype: torch.dtype, shape: t
         shape = (300, 700)
     tensor = torch.randint(0, 2, shape).to(dtype)
     stream = io.BytesIO(archive_of(tensor))
-    start = data_start(stream, dtype, tensor.shape)
+    start = data_offset(stream, dtype, tensor.shape)
     assert start is not None
     found = torch.empty_like(tensor)
     stream.seek(start)
-    stream.readinto(memory_of(found))
-    assert bytes(memory_of(found)) == bytes(memory_of(tensor))
+    stream.readinto(byte_view(found))
+    assert bytes(byte_view(found)) == bytes(byte_view(tensor))
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_where_the_elements_of_a_saved_tensor_begin(dtype: torch.dtype, shape: t
         "list",
     ],
 )
-def test_anything_but_the_expected_tensor_is_left_to_torch(make: Callable[[], Tensor]) -> None:
-    assert data_start(io.BytesIO(archive_of(make())), torch.float32, torch.Size((4, 4))) is None
+def test_other_contents_fall_back_to_torch_load(make: Callable[[], Tensor]) -> None:
+    assert data_offset(io.BytesIO(archive_of(make())), torch.float32, torch.Size((4, 4))) is None
 
 
-def test_archives_that_torch_does_not_write_are_left_to_torch() -> None:
+def test_other_archives_fall_back_to_torch_load() -> None:
     tensor = torch.rand(4, 4)
     plain = archive_of(tensor)
     other_order = {"little": b"big", "big": b"little"}[sys.byteorder]
@@ -124,12 +124,12 @@ def test_archives_that_torch_does_not_write_are_left_to_torch() -> None:
         "no archive": b"PK\x03\x04" + b"0" * 1000,
         "empty": b"",
     }
-    assert data_start(io.BytesIO(repacked(plain, {})), torch.float32, tensor.shape) is not None
+    assert data_offset(io.BytesIO(repacked(plain, {})), torch.float32, tensor.shape) is not None
     for what, content in doubtful.items():
-        assert data_start(io.BytesIO(content), torch.float32, tensor.shape) is None, what
+        assert data_offset(io.BytesIO(content), torch.float32, tensor.shape) is None, what
 
 
-@pytest.mark.parametrize("size", [10, reader.SMALL_BYTES // 16])
+@pytest.mark.parametrize("size", [10, reader.MAX_BUFFERED_BYTES // 16])
 def test_tensors_as_dcp_writes_them_are_read_without_unpickling(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,11 +139,11 @@ def test_tensors_as_dcp_writes_them_are_read_without_unpickling(
     def refuse(_: object) -> None:
         raise AssertionError("torch.load is slow")
 
-    monkeypatch.setattr(reader, "unpack", refuse)
+    monkeypatch.setattr(reader, "safe_torch_load", refuse)
     wanted = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    reader.read(tmp_path, wanted)
+    reader.read_entries(tmp_path, wanted)
     for name, tensor in tensors.items():
-        assert bytes(memory_of(wanted[name])) == bytes(memory_of(tensor)), name
+        assert bytes(byte_view(wanted[name])) == bytes(byte_view(tensor)), name
 
 
 def test_targets_of_another_dtype_or_stride_are_filled_too(tmp_path: Path) -> None:
@@ -151,16 +151,16 @@ def test_targets_of_another_dtype_or_stride_are_filled_too(tmp_path: Path) -> No
     dcp.save({"x": tensor}, checkpoint_id=tmp_path)
     assert torch.equal(whole(torch.empty(6, 4, dtype=torch.float64), tmp_path), tensor.double())
     transposed: dict[str, Tensor] = {"x": torch.empty(4, 6).t()}
-    reader.read(tmp_path, transposed)
+    reader.read_entries(tmp_path, transposed)
     assert torch.equal(transposed["x"], tensor)
     assert transposed["x"].stride() == (1, 6)
 
 
-def test_a_graph_notices_that_a_tensor_was_read_into(tmp_path: Path) -> None:
+def test_reading_into_a_tensor_bumps_its_version(tmp_path: Path) -> None:
     weight = torch.rand(4, requires_grad=True)
     dcp.save({"x": weight.detach()}, checkpoint_id=tmp_path)
     loss = (weight * weight).sum()
-    reader.read(tmp_path, {"x": weight})
+    reader.read_entries(tmp_path, {"x": weight})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -207,19 +207,19 @@ def test_elements_are_not_written_where_a_target_does_not_have_them(
     target = make()
     tensor = torch.rand(6, 4).to(seen(target).dtype)
     dcp.save({"x": tensor}, checkpoint_id=tmp_path)
-    reader.read(tmp_path, {"x": target})
+    reader.read_entries(tmp_path, {"x": target})
     assert torch.equal(seen(target), tensor)
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["first", "again"])
-def test_the_default_device_is_not_where_pieces_are_read(known: bool, tmp_path: Path) -> None:  # noqa: FBT001
+def test_reading_ignores_the_default_device(known: bool, tmp_path: Path) -> None:  # noqa: FBT001
     tensor = torch.rand(6, 4, dtype=torch.float64 if known else torch.float32)
     dcp.save({"x": tensor, "y": tensor}, checkpoint_id=tmp_path)
     if known:
         whole(tensor, tmp_path)
     wanted = {"x": torch.empty(4, 6).t(), "y": None}
     with torch.device("meta"):
-        reader.read(tmp_path, wanted)
+        reader.read_entries(tmp_path, wanted)
     assert torch.equal(wanted["x"], tensor.float())
     assert torch.equal(wanted["y"], tensor)
 
@@ -228,7 +228,7 @@ def test_a_window_is_a_part_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(range(100)))
     with path.open("rb") as file:
-        window = Window(file, 10, 20)
+        window = FileSlice(file, 10, 20)
         assert window.read() == bytes(range(10, 30))
         assert window.seek(-5, io.SEEK_END) == 15
         assert window.read(2) == bytes((25, 26))

@@ -29,7 +29,14 @@ from ema_dist.checkpoint.saving import save
 from ema_dist.checkpoint.weights.files import WeightFiles, WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
 from tests.support import world
-from tests.support.layouts import TORCH_WARNS, assert_bitwise_equal, layouts, make_net, resident_peak, trained
+from tests.support.layouts import (
+    IGNORED_WARNINGS,
+    assert_bitwise_equal,
+    layouts,
+    make_net,
+    make_trained,
+    peak_resident_memory,
+)
 
 # Before 1.0, huggingface_hub misses in each of several files what the others hold.
 READS_SHARDS_STRICTLY = int(huggingface_hub.__version__.split(".")[0]) >= 1
@@ -85,7 +92,7 @@ ODD = {
 
 @FORMATS
 @pytest.mark.parametrize("max_shard_size", [1, 64, "5GB"])
-def test_odd_tensors_come_back_to_the_bit(tmp_path: Path, file_format: FileFormat, max_shard_size: int | str) -> None:
+def test_unusual_tensors_round_trip_exactly(tmp_path: Path, file_format: FileFormat, max_shard_size: int | str) -> None:
     """In one file or in one each; names that share a tensor are both there."""
     tensors = ODD | {"tied": ODD["nan"], "view": ODD["transposed"].t()}
     paths = write(tmp_path, tensors, max_shard_size=max_shard_size, file_format=file_format)
@@ -94,7 +101,7 @@ def test_odd_tensors_come_back_to_the_bit(tmp_path: Path, file_format: FileForma
     files = WeightFiles(tmp_path)
     resolved = {name: value.resolve_conj() for name, value in tensors.items()}
     assert_same(dict(files), resolved)
-    assert {name: (it.dtype, it.shape) for name, it in files.shapes.items()} == {
+    assert {name: (it.dtype, it.shape) for name, it in files.meta_tensors.items()} == {
         name: (it.dtype, it.shape) for name, it in tensors.items()
     }
     if file_format == "safetensors":
@@ -121,7 +128,7 @@ def test_every_tensor_lies_aligned_in_its_file(tmp_path: Path, max_shard_size: i
 @layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp")
 def test_files_hold_the_full_state_dict(layout: str, tmp_path: Path) -> None:
     """Loads strictly, with the index that transformers expects, through readers that are not ours."""
-    _, ema = trained(layout)
+    _, ema = make_trained(layout)
     full = ema.full_state_dict()
     paths = gather(ema, tmp_path / "many", max_shard_size=400)
     single = gather(ema, tmp_path / "one")
@@ -148,7 +155,7 @@ def test_files_hold_the_full_state_dict(layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.world_size(2)
 def test_dtype_and_torch_format_of_a_gathered_model(tmp_path: Path) -> None:
-    _, ema = trained("fsdp2")
+    _, ema = make_trained("fsdp2")
     gather(ema, tmp_path, dtype=torch.bfloat16, file_format="torch", max_shard_size="0.3KB")
     full = ema.full_state_dict(dtype=torch.bfloat16)
     if full:
@@ -159,12 +166,12 @@ def test_dtype_and_torch_format_of_a_gathered_model(tmp_path: Path) -> None:
 
 
 def gather_from(layout: str, folder: Path) -> None:
-    _, ema = trained(layout)
+    _, ema = make_trained(layout)
     gather(ema, folder, max_shard_size=500)
 
 
 def scatter_into(layout: str, folder: Path) -> None:
-    model, ema = trained(layout, net=make_net("tp" if "tp" in folder.name else layout, seed=1))
+    model, ema = make_trained(layout, net=make_net("tp" if "tp" in folder.name else layout, seed=1))
     live = {name: value.clone() for name, value in model.state_dict().items()}
     scatter(ema, folder)
     full = ema.full_state_dict()
@@ -184,10 +191,10 @@ def scatter_into(layout: str, folder: Path) -> None:
 )
 def test_averages_scatter_into_another_layout_and_world(tmp_path: Path, source: str, target: str, size: int) -> None:
     """To the bit; live weights stay."""
-    filters = ("error", *(text for mark in TORCH_WARNS for text in mark.args))
+    filters = ("error", *(text for mark in IGNORED_WARNINGS for text in mark.args))
     for function, layout, ranks in ((gather_from, source, 2), (scatter_into, target, size)):
         arguments = pickle.dumps({"layout": layout, "folder": tmp_path / source})
-        world.run(world.Body(__name__, function.__name__, arguments, filters), world.World(ranks))
+        world.run(world.RemoteTest(__name__, function.__name__, arguments, filters), world.World(ranks))
 
 
 OLD = {name: torch.full((4,), 1.0) for name in ("a", "b", "c")}
@@ -198,7 +205,7 @@ class Killed(BaseException):
     """The process is gone: nothing of it runs any more."""
 
 
-def test_a_stream_that_breaks_off_leaves_an_earlier_export_or_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_stream_leaves_the_earlier_export_or_nothing(tmp_path: Path) -> None:
     def broken() -> Iterator[tuple[str, Tensor]]:
         yield from list(NEW.items())[:3]
         raise OSError("no more")
@@ -368,7 +375,7 @@ def test_extra_states_are_left_out_with_a_warning_or_kept(tmp_path: Path) -> Non
     gather(ema, tmp_path / "torch", file_format="torch")
     files = WeightFiles(tmp_path / "torch")
     assert files["0._extra_state"] == {"count": 3}
-    assert files.shapes["0._extra_state"] is None
+    assert files.meta_tensors["0._extra_state"] is None
     scatter(ema, tmp_path / "torch")
     model[0].state = Payload(tmp_path / "ran")
     with pytest.raises(CheckpointError, match=r"'0._extra_state' holds a Payload, which torch.load.* does not read"):
@@ -381,7 +388,7 @@ def test_extra_states_are_left_out_with_a_warning_or_kept(tmp_path: Path) -> Non
 @pytest.mark.world_size(2)
 def test_a_folder_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Path) -> None:
     """The others are in the middle of a collective then."""
-    _, ema = trained("fsdp2")
+    _, ema = make_trained("fsdp2")
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file cannot be written"):
         gather(ema, tmp_path / "file")
@@ -413,7 +420,7 @@ class FailsLater(dict[str, Tensor]):
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("reads", [0, 5, 25])
 def test_a_value_that_cannot_be_read_is_an_error_on_every_rank(reads: int) -> None:
-    _, ema = trained("fsdp2")
+    _, ema = make_trained("fsdp2")
     full = ema.full_state_dict()
     message = "averages are new in part only" if reads > 20 else r"cannot be read: OSError\('the disk is gone'\)$"
     with pytest.raises(RuntimeError, match=message):
@@ -424,7 +431,7 @@ def test_a_value_that_cannot_be_read_is_an_error_on_every_rank(reads: int) -> No
 @pytest.mark.world_size(2)
 def test_files_of_another_model_or_none_are_refused_on_every_rank(tmp_path: Path) -> None:
     """Before any average changes."""
-    _, ema = trained("fsdp2")
+    _, ema = make_trained("fsdp2")
     before = ema.full_state_dict()
     with pytest.raises(RuntimeError, match="there is no such file or folder"):
         scatter(ema, tmp_path / "nowhere")
@@ -447,9 +454,9 @@ def test_files_of_another_model_or_none_are_refused_on_every_rank(tmp_path: Path
 
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int8])
-def test_averages_are_not_taken_from_another_kind_of_number(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_averages_are_not_loaded_from_complex_or_integer_files(dtype: torch.dtype, tmp_path: Path) -> None:
     """A cast would drop the imaginary part, or the fraction."""
-    _, ema = trained("fsdp2")
+    _, ema = make_trained("fsdp2")
     before = ema.full_state_dict()
     if before:
         write(tmp_path, {name: value.to(dtype) for name, value in before.items()})
@@ -471,7 +478,7 @@ def test_averages_are_not_taken_from_another_kind_of_number(dtype: torch.dtype, 
 
 @pytest.mark.world_size(2)
 def test_only_the_first_rank_needs_to_know_the_folder(tmp_path: Path) -> None:
-    _, ema = trained("fsdp2")
+    _, ema = make_trained("fsdp2")
     before = ema.full_state_dict()
     folder: Any = tmp_path if dist.get_rank() == 0 else None
     gather(ema, folder)
@@ -485,7 +492,7 @@ def test_only_the_first_rank_needs_to_know_the_folder(tmp_path: Path) -> None:
 
 
 def test_tied_tensors_from_files_may_hold_nan(tmp_path: Path) -> None:
-    _, ema = trained("plain")
+    _, ema = make_trained("plain")
     full = ema.full_state_dict()
     full["embed.weight"][0] = float("nan")
     write(tmp_path, full)
@@ -641,17 +648,17 @@ def test_peak_memory_is_one_file_and_one_tensor(tmp_path: Path) -> None:
     gather(ema, tmp_path, max_shard_size=2 * one)  # the first time brings threads and buffers that stay
     is_first = dist.get_rank() == 0
     file = 2 * one if is_first else 0
-    peak = resident_peak(lambda: gather(ema, tmp_path, max_shard_size=2 * one))
+    peak = peak_resident_memory(lambda: gather(ema, tmp_path, max_shard_size=2 * one))
     assert peak <= (file + one if is_first else 1.5 * one)
     dist.barrier()
     # Gloo's threads may hold the one before for a moment longer, and FSDP2 copies a shard as it cuts it.
-    assert resident_peak(lambda: scatter(ema, tmp_path)) <= file + 3 * one
+    assert peak_resident_memory(lambda: scatter(ema, tmp_path)) <= file + 3 * one
 
 
 @pytest.mark.world_size(2)
 def test_gathering_waits_for_a_save_in_the_background(tmp_path: Path) -> None:
     """Both agree over the same group, one of them in a thread."""
-    model, ema = trained("fsdp2")
+    model, ema = make_trained("fsdp2")
     for step in range(5):
         save({"model": model, "ema": ema}, tmp_path / "saved", step=step, block=False)
         gather(ema, tmp_path / "gathered")
