@@ -20,8 +20,8 @@ from ema_dist.averages.state import load_state, make_state
 from ema_dist.averages.tracks import BufferPolicy, Tracks
 from ema_dist.communication.rendezvous import agree_on, rendezvous
 from ema_dist.evaluation.live_model import LiveModel
-from ema_dist.evaluation.session import TrackedModel
 from ema_dist.evaluation.swap import Swap
+from ema_dist.evaluation.tracked_model import TrackedModel
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK, HalfLife, as_decays
 from ema_dist.sharding import Layout, ReplicaPolicy

@@ -21,7 +21,7 @@ from ema_dist import HalfLife, ShardedEMA
 from recipe.data import Batches, Images, load_images
 from recipe.evaluation import evaluate
 from recipe.model import VisionTransformer
-from recipe.parallel import WRAPPERS, data_rank_and_size, default_parallel, process_group, wrap
+from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, process_group, wrap
 
 
 def main() -> None:

@@ -13,21 +13,21 @@ import hypothesis
 import pytest
 import torch
 
-from tests.support import older_torch, world
+from tests.support import harness, torch_2_7
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers."""
     config.addinivalue_line("markers", "world_size(size, timeout=60): run the body on `size` ranks, so many seconds")
     config.addinivalue_line("markers", "gpu: needs CUDA, one device a rank; the ranks talk through NCCL there")
-    for text in older_torch.WARNINGS:
+    for text in torch_2_7.WARNINGS:
         config.addinivalue_line("filterwarnings", text)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Warm up once we know that ranks will be needed."""
     if any(item.get_closest_marker("world_size") for item in session.items):
-        world.start_server()
+        harness.start_server()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -49,8 +49,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     filters = (*pyfuncitem.config.getini("filterwarnings"), *_marked_warning_filters(pyfuncitem))
 
     def run(**arguments: object) -> None:
-        body = world.RemoteTest(test.__module__, test.__name__, pickle.dumps(arguments), filters)
-        world.run(body, _world(pyfuncitem))
+        body = harness.RemoteTest(test.__module__, test.__name__, pickle.dumps(arguments), filters)
+        harness.run(body, _world(pyfuncitem))
 
     if hypothesis.is_hypothesis_test(test):
         run.__name__ = test.__name__
@@ -59,9 +59,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
         pyfuncitem.obj = run
 
 
-def _world(item: pytest.Item) -> world.World:
+def _world(item: pytest.Item) -> harness.World:
     marker = item.get_closest_marker("world_size")
-    world_settings = world.World(*marker.args, **marker.kwargs) if marker else world.World(1)
+    world_settings = harness.World(*marker.args, **marker.kwargs) if marker else harness.World(1)
     return (
         dataclasses.replace(world_settings, backend="cpu:gloo,cuda:nccl")
         if item.get_closest_marker("gpu")

@@ -25,9 +25,9 @@ from ema_dist.checkpoint.dcp.metadata import read_metadata
 from ema_dist.checkpoint.dcp.reader import read_entries
 from ema_dist.checkpoint.entries import Entry
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.folders import complete_steps, locate
 from ema_dist.checkpoint.manifest import Manifest, files_to_verify, read_manifest, verify_files
 from ema_dist.checkpoint.saving import make_entries, wait
+from ema_dist.checkpoint.step_folders import complete_steps, locate
 
 
 def latest(root: str | os.PathLike[str]) -> int | None:

@@ -14,7 +14,7 @@ import xxhash
 
 from ema_dist.checkpoint.dcp.metadata import safe_join
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.folders import STEP_NAME, fsync
+from ema_dist.checkpoint.step_folders import STEP_NAME, fsync
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = 1

@@ -27,9 +27,9 @@ from ema_dist.checkpoint.agreement import (
 )
 from ema_dist.checkpoint.entries import EMAEntry, Entry, ModelEntry, OtherEntry
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.folders import create_partial_folder, step_folder
 from ema_dist.checkpoint.manifest import Manifest
 from ema_dist.checkpoint.optimizers import OptimizerEntry
+from ema_dist.checkpoint.step_folders import create_partial_folder, step_folder
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.ema import ShardedEMA
 from ema_dist.sharding import cpu_copy

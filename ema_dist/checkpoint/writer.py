@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.folders import commit
 from ema_dist.checkpoint.manifest import FileRecord, Manifest
+from ema_dist.checkpoint.step_folders import commit
 
 
 class CheckpointWriter(FileSystemWriter):

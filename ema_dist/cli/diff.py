@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ema_dist.checkpoint.dcp.metadata import METADATA_FILE
-from ema_dist.checkpoint.folders import complete_steps, locate
+from ema_dist.checkpoint.step_folders import complete_steps, locate
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 from ema_dist.checkpoint.weights.files import WeightFiles
 from ema_dist.cli.distance import Distance, distance

@@ -11,8 +11,8 @@ import typer
 
 from ema_dist.checkpoint.dcp.index import dotted_name
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.folders import locate
 from ema_dist.checkpoint.manifest import verify_files
+from ema_dist.checkpoint.step_folders import locate
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightSelection
 from ema_dist.checkpoint.weights.files import WeightWriter, size_in_bytes
 from ema_dist.cli.options import CheckpointArgument, EntryOption, StepOption, TrackOption, WeightsChoice, WeightsOption

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ema_dist.checkpoint.dcp.index import CheckpointIndex, TrackNames, dotted_name
-from ema_dist.checkpoint.folders import locate
+from ema_dist.checkpoint.step_folders import locate
 from ema_dist.checkpoint.stored_checkpoint import StoredAverages, StoredCheckpoint, StoredDecay
 from ema_dist.checkpoint.values import KeyPath
 from ema_dist.cli.distance import distance

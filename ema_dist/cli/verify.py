@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ema_dist.checkpoint.dcp.index import dotted_name
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.folders import locate
 from ema_dist.checkpoint.manifest import read_manifest, verify_files
+from ema_dist.checkpoint.step_folders import locate
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 from ema_dist.checkpoint.values import KeyPath
 from ema_dist.checkpoint.weights.casts import upcast_float8

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ema_dist.kernels.follow import UnsupportedKernelError
-from ema_dist.kernels.in_chunks import make_subset_kernel
+from ema_dist.kernels.address_tables import AddressTables, find_dense_rows, make_address_tables
+from ema_dist.kernels.foreach_kernel import UnsupportedKernelError
 from ema_dist.kernels.lerp import UpdateIndex, Weight
 from ema_dist.kernels.random_bits import make_noise_tables
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
-from ema_dist.kernels.tables import AddressTables, find_dense_rows, make_address_tables
+from ema_dist.kernels.torch_kernels import make_subset_kernel
 
 BLOCK = 2**15
 """Elements that all tracks move by before the next ones: they stay in the second cache, and are enough for memory to be

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels.c_kernel import CompiledKernel
-from ema_dist.kernels.follow import ForeachKernel, Kernel, UnsupportedKernelError
-from ema_dist.kernels.in_chunks import make_scratch_kernel
+from ema_dist.kernels.foreach_kernel import ForeachKernel, Kernel, UnsupportedKernelError
 from ema_dist.kernels.lists import SMALL_NUMEL, is_small
 from ema_dist.kernels.rounding import Rounding
 from ema_dist.kernels.scratch import chunk_elements
-from ema_dist.kernels.triton_launch import TritonKernel
+from ema_dist.kernels.torch_kernels import make_scratch_kernel
+from ema_dist.kernels.triton_kernel import TritonKernel
 
 KERNELS = {"foreach": ForeachKernel, "scratch": make_scratch_kernel, "compiled": CompiledKernel, "triton": TritonKernel}
 """By the names that users give and summaries show."""

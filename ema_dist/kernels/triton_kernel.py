@@ -1,153 +1,157 @@
-"""What Triton compiles. Importing this imports Triton, so only `TritonKernel` does, and late."""
+"""All tensors and tracks in one launch of a Triton kernel, which reads each live value once, in its own dtype."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from types import ModuleType
 
-NEAREST = tl.constexpr(0)
-STOCHASTIC = tl.constexpr(1)
-COMPENSATED = tl.constexpr(2)
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ema_dist.kernels.address_tables import Row, find_dense_rows, make_address_tables
+from ema_dist.kernels.foreach_kernel import UnsupportedKernelError
+from ema_dist.kernels.lerp import UpdateIndex, Weight
+from ema_dist.kernels.random_bits import make_noise_tables
+from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
+from ema_dist.kernels.torch_kernels import make_subset_kernel
+
+BLOCK = 4096
+"""Elements that one program moves."""
+
+ALIGNMENT = 16
+"""Bytes that one thread moves at a time."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@triton.jit
-def lerp_tracks(  # noqa: PLR0913, PLR0917 - a kernel takes what it reads
-    value_addresses: tl.tensor,
-    average_addresses: tl.tensor,
-    sizes: tl.tensor,
-    block_tensors: tl.tensor,
-    block_starts: tl.tensor,
-    tensor_hashes: tl.tensor,
-    global_offsets: tl.tensor,
-    track_seeds: tl.tensor,
-    weights: tl.tensor,
-    update_index: tl.tensor,
-    tensor_count: tl.tensor,
-    live: tl.constexpr,
-    stored: tl.constexpr,
-    wide: tl.constexpr,
-    track_count: tl.constexpr,
-    finite: tl.constexpr,
-    rounding: tl.constexpr,
-    aligned: tl.constexpr,
-    block: tl.constexpr,
-) -> None:
-    """Move one block of one tensor by all tracks; the tables say which one.
+class TritonKernel:
+    """Moves all tensors by one launch, two where some lie at odd addresses; weights come from a tensor on the device.
+
+    An update that gets its weights, and its number, as 0-d tensors of the device can be captured in a CUDA graph.
+    Tensors that have gaps, or that are laid out otherwise than their averages, move as `make_scratch_kernel` moves them.
+    It keeps the tensors' addresses: make another one when they move to other storage.
 
     Args:
-        value_addresses: see `AddressTables`, and for the next four.
-        average_addresses: also of remainders.
-        sizes: of tensors.
-        block_tensors: of blocks.
-        block_starts: of blocks.
-        names: see `NoiseTables`, and for the next two; read for rounding by chance only.
-        firsts: of tensors.
-        seeds: of tracks.
-        weights: of tracks, in float64.
-        update: its number.
-        tensors: how many there are.
-        live: dtype of the values.
-        stored: dtype of the averages; uint16 for the bits of those that are rounded.
-        wide: dtype in which they move.
-        tracks: how many there are.
-        finite: False where infinities may occur.
-        rounding: NEAREST, STOCHASTIC or COMPENSATED.
-        aligned: whether all addresses are multiples of 16 bytes.
-        block: how many elements it takes.
+        tracks: the averages of each track, in the order of ``values``, all of one dtype.
+        values: the live weights, of one dtype, on the averages' device.
+        finite: False where infinities may occur; see `lerp_`.
+        rounding: of bfloat16 averages; None for to nearest.
+
+    Memory: a table of 12 bytes for every 4096 elements, and one of 16 and more for every tensor.
+    Raises: UnfitError when Triton is missing, or cannot move such tensors.
     """
-    block_index = tl.program_id(0)
-    tensor = tl.load(block_tensors + block_index)
-    start = tl.multiple_of(tl.load(block_starts + block_index), block)
-    size = tl.load(sizes + tensor)
-    offsets = start + tl.arange(0, block)
-    # Without a mask a thread takes 16 bytes at a time: only the last block of a tensor needs one.
-    is_full = start + block <= size
-    for masked in tl.static_range(2):
-        if is_full != (masked == 1):
-            mask = offsets < size
-            value = _load(_pointers(value_addresses + tensor, offsets, live, aligned), mask, masked).to(wide)
-            for track in tl.static_range(track_count):
-                weight = tl.load(weights + track).to(wide)
-                if weight > 0:
-                    pointers = _pointers(average_addresses + track * tensor_count + tensor, offsets, stored, aligned)
-                    average = _load(pointers, mask, masked)
-                    if rounding == NEAREST:
-                        result = _lerp(average.to(wide), value, weight, finite)
-                        _store(pointers, result.to(stored), mask, masked)
-                    elif rounding == STOCHASTIC:
-                        result = _lerp(_recombine(average, 0), value, weight, finite)
-                        key = _mix32(_to_uint32(tl.load(update_index)) + _to_uint32(tl.load(track_seeds + track)))
-                        key = _mix32(_to_uint32(tl.load(tensor_hashes + tensor)) ^ key) + _to_uint32(
-                            tl.load(global_offsets + tensor)
-                        )
-                        noise = _mix32(offsets.to(tl.uint32) + key) & 0xFFFF
-                        _store(pointers, ((_float_bits(result) + noise) >> 16).to(tl.uint16), mask, masked)
-                    else:
-                        residual_addresses = average_addresses + (track_count + track) * tensor_count + tensor
-                        low_pointers = _pointers(residual_addresses, offsets, tl.int16, aligned)
-                        low = _load(low_pointers, mask, masked)
-                        bits = _float_bits(_lerp(_recombine(average, low), value, weight, finite))
-                        _store(pointers, ((bits + 0x8000) >> 16).to(tl.uint16), mask, masked)
-                        _store(low_pointers, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask, masked)
+
+    name = "triton"
+
+    def __init__(
+        self,
+        tracks: Sequence[list[Tensor]],
+        values: list[Tensor],
+        *,
+        finite: bool = True,
+        rounding: Rounding | None = None,
+    ) -> None:
+        jit_module = _import_jit_module(tracks, values)
+        residuals = rounding.residuals if isinstance(rounding, CompensatedRounding) else ()
+        rows, dense_indices, strided_indices = find_dense_rows(values, *tracks, *residuals)
+        self._strided_kernel = make_subset_kernel(strided_indices, tracks, values, finite=finite, rounding=rounding)
+        self._weights = _DeviceScalars([0.0] * len(tracks), torch.float64, values[0].device)
+        self._is_stochastic = isinstance(rounding, StochasticRounding)
+        self._update_index = _DeviceScalars([0], torch.int32, values[0].device)
+        self._rows = rows  # whose addresses are only good as long as they are
+        self._outputs = [tensor for _, *outputs in rows for tensor in outputs]
+        self._launches: list[Callable[[], object]] = []
+        for aligned in (True, False):
+            indices = [index for index, row in enumerate(rows) if _is_aligned(row) == aligned]
+            if indices:
+                subset_rounding = rounding.subset([dense_indices[index] for index in indices]) if rounding else None
+                launch = self._make_launch(
+                    jit_module, [rows[index] for index in indices], subset_rounding, finite=finite, aligned=aligned
+                )
+                self._launches.append(launch)
+        try:
+            self._run()  # compiles them; weights of zero leave everything as it is
+        except Exception as error:  # no C compiler, a GPU that is too old: Triton and its backends raise what they like
+            raise UnsupportedKernelError(f"Triton cannot compile here: {error!r}") from error
+
+    @torch.no_grad()
+    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
+        """Move each track by its weight."""
+        self._weights.write(weights)
+        if self._is_stochastic:
+            self._update_index.write([update_index])
+        self._run()
+        increment_version(self._outputs)
+        self._strided_kernel(weights, update_index)
+
+    def _run(self) -> None:
+        device = self._weights.tensor.device
+        # Triton launches on the current device, whatever it is given.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            for launch in self._launches:
+                launch()
+
+    def _make_launch(
+        self, jit_module: ModuleType, rows: list[Row], rounding: Rounding | None, *, finite: bool, aligned: bool
+    ) -> Callable[[], object]:
+        """What launches the kernel for these tensors."""
+        live, stored = rows[0][0].dtype, rows[0][1].dtype
+        wide = torch.float64 if stored == torch.float64 else torch.float32
+        types = [_triton_dtype(jit_module, dtype) for dtype in (live, torch.uint16 if rounding else stored, wide)]
+        address_tables = make_address_tables(rows, block=BLOCK)
+        noise: Sequence[Tensor] = [address_tables.sizes] * 3  # which is not read
+        rounding_mode = jit_module.COMPENSATED if rounding else jit_module.NEAREST
+        if isinstance(rounding, StochasticRounding):
+            noise = make_noise_tables(rounding, tracks=len(self._weights.tensor), device=address_tables.sizes.device)
+            rounding_mode = jit_module.STOCHASTIC
+        kernel = jit_module.lerp_tracks[(len(address_tables.block_tensors),)]
+        runtime_args = (*address_tables, *noise, self._weights.tensor, self._update_index.tensor, len(rows))
+        return partial(
+            kernel, *runtime_args, *types, len(self._weights.tensor), finite, rounding_mode.value, aligned, BLOCK
+        )
 
 
-@triton.jit
-def _recombine(high: tl.tensor, low: tl.tensor) -> tl.tensor:
-    """float32 of its upper half's bits and what is missing."""
-    return ((high.to(tl.int32) << 16) + low).to(tl.float32, bitcast=True)
+class _DeviceScalars:
+    """Numbers on the device, written to only where they change."""
+
+    def __init__(self, numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = torch.tensor(numbers, dtype=dtype, device=device)
+        self._elements = list(self.tensor.unbind())
+        self._last_written: list[float | Tensor | None] = [*numbers]
+
+    def write(self, numbers: Sequence[float | Tensor]) -> None:
+        for index, (slot, number) in enumerate(zip(self._elements, numbers, strict=True)):
+            if isinstance(number, Tensor):
+                slot.copy_(number, non_blocking=True)
+                self._last_written[index] = None
+            elif self._last_written[index] != number:
+                slot.fill_(number)
+                self._last_written[index] = number
 
 
-@triton.jit
-def _float_bits(wide: tl.tensor) -> tl.tensor:
-    """Of float32, with one NaN only: others would run over into infinities or numbers."""
-    return tl.where(wide != wide, 0x7FC00000, wide.to(tl.uint32, bitcast=True))  # noqa: PLR0124 - true for NaN
+def _triton_dtype(jit_module: ModuleType, dtype: torch.dtype) -> object:
+    """Triton's name for it."""
+    return getattr(jit_module.tl, str(dtype).removeprefix("torch."))
 
 
-@triton.jit
-def _to_uint32(number: tl.tensor) -> tl.tensor:
-    return number.to(tl.uint32, bitcast=True)
+def _import_jit_module(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> ModuleType:
+    """The module that Triton compiles."""
+    dtypes = {track[0].dtype for track in tracks}
+    if len(dtypes) > 1 or not {values[0].dtype, *dtypes} <= {*DTYPES}:
+        raise UnsupportedKernelError(
+            f"it moves tracks of one dtype, among {DTYPES}; found {dtypes} that follow {values[0].dtype}"
+        )
+    try:
+        from ema_dist.kernels import triton_jit  # noqa: PLC0415 - optional, and slow to import
+    except ImportError as error:
+        raise UnsupportedKernelError("Triton is missing: pip install triton") from error
+    if values[0].device.type == "cpu" and not triton_jit.is_interpreted():
+        raise UnsupportedKernelError("Triton needs a GPU, or TRITON_INTERPRET=1 to be tried without one")
+    return triton_jit
 
 
-@triton.jit
-def _mix32(bits: tl.tensor) -> tl.tensor:
-    """`mix32` of `noise`."""
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-    bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    return bits ^ (bits >> 16)
-
-
-@triton.jit
-def _pointers(address: tl.tensor, offsets: tl.tensor, dtype: tl.constexpr, aligned: tl.constexpr) -> tl.tensor:
-    pointer = tl.load(address).to(tl.pointer_type(dtype))  # pyrefly: ignore[bad-argument-type]
-    if aligned:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer + offsets
-
-
-@triton.jit
-def _load(pointers: tl.tensor, mask: tl.tensor, masked: tl.constexpr) -> tl.tensor:
-    return tl.load(pointers, mask=mask, other=0) if masked else tl.load(pointers)
-
-
-@triton.jit
-def _store(pointers: tl.tensor, elements: tl.tensor, mask: tl.tensor, masked: tl.constexpr) -> None:
-    if masked:
-        tl.store(pointers, elements, mask=mask)
-    else:
-        tl.store(pointers, elements)
-
-
-@triton.jit
-def _lerp(average: tl.tensor, value: tl.tensor, weight: tl.tensor, finite: tl.constexpr) -> tl.tensor:
-    """As `torch.lerp` has it, whose steps are the same towards either end; exact at the live one."""
-    difference = value - average
-    result = tl.where(weight < 0.5, average + weight * difference, value - difference * (1 - weight))
-    result = tl.where(weight < 1, result, value)
-    if not finite:
-        result = tl.where(tl.abs(result) < float("inf"), result, value)
-    return result
-
-
-def is_interpreted() -> bool:
-    """Whether Python runs what Triton would compile, as ``TRITON_INTERPRET=1`` asks for."""
-    return not isinstance(lerp_tracks, triton.JITFunction)
+def _is_aligned(row: Row) -> bool:
+    return all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in row)

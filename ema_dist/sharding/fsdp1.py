@@ -15,8 +15,8 @@ from torch.distributed.fsdp._common_utils import HandleTrainingState
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from ema_dist.sharding.flat_shard import ElementRange, FlatShard
+from ema_dist.sharding.plain_shard import PlainShard
 from ema_dist.sharding.shard import Shard
-from ema_dist.sharding.whole_shard import PlainShard
 
 # FSDP1 is in maintenance and has no public way to see its cut or to drop gathered weights without gathering
 # them first. These are the private attributes read here; without one of them FSDP1 is refused, by name.

@@ -30,7 +30,7 @@ from launch.benchmark.checkpoint_report import CheckpointResults, checkpoint_tab
 from launch.benchmark.checkpoints import checkpoint_costs, reshard_costs
 from launch.benchmark.exports import export_costs, gather_costs
 from launch.benchmark.measure import file_system
-from launch.benchmark.overlap import step_costs
+from launch.benchmark.overlapped_steps import step_costs
 from launch.benchmark.picture import write_picture
 from launch.benchmark.report import Table
 from launch.benchmark.results import Environment, Results

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from launch.benchmark.averaging_methods import FOREACH, OURS, PEER_METHODS, SERVING
 from launch.benchmark.cases import SmallTensors, Transformer
-from launch.benchmark.overlap import OVERLAPPED, StepCosts
-from launch.benchmark.peers import FOREACH, OURS, PEER_METHODS, SERVING
+from launch.benchmark.overlapped_steps import OVERLAPPED, StepCosts
 from launch.benchmark.results import MIB, Results, Target, describe, median_ratio, times_reference
 from launch.benchmark.steps import StepShares
 from launch.benchmark.swaps import SWAPPED, ExportCosts, SwapCosts

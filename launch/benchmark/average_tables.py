@@ -4,8 +4,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from launch.benchmark.average_report import AverageResults, update_case
-from launch.benchmark.overlap import StepCosts
-from launch.benchmark.peers import (
+from launch.benchmark.averaging_methods import (
     AVERAGED_MODEL,
     COMPOSER,
     DIFFUSERS,
@@ -17,6 +16,7 @@ from launch.benchmark.peers import (
     OURS_COPY,
     TIMM,
 )
+from launch.benchmark.overlapped_steps import StepCosts
 from launch.benchmark.report import Table, mib, ms, target_table
 from launch.benchmark.results import describe, median_ratio, on_ranks, times_reference
 from launch.benchmark.steps import StepShares

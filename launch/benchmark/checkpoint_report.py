@@ -7,9 +7,9 @@ from typing import Any
 
 from launch.benchmark.checkpoints import LOAD, SAVE
 from launch.benchmark.exports import EXPORT
+from launch.benchmark.file_methods import Costs, What
 from launch.benchmark.report import Table, mib, target_table
 from launch.benchmark.results import MIB, Results, Target, layout, ratios, times_reference
-from launch.benchmark.ways import Costs, What
 
 LIMITS: dict[What, tuple[str, float]] = {"save": (SAVE, 1.1), "load": (LOAD, 1.1), "export": (EXPORT, 1.5)}
 COLUMNS = ["case", "MiB", "by", "median s", "quartiles s", "times the first", "its quartiles", "extra MiB"]

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ema_dist import ShardedEMA, checkpoint
 from launch.benchmark.cases import DECAY, Case, local, nbytes, scale_weights
-from launch.benchmark.ways import Costs, Way, is_first, measured
+from launch.benchmark.file_methods import Costs, Way, is_first, measured
 
 DCP_SAVE, DCP_LOAD, DCP_ASYNC_SAVE = "dcp.save", "dcp.load", "dcp.async_save, until it returns"
 SAVE, LOAD, ASYNC_SAVE = "checkpoint.save", "checkpoint.load", "checkpoint.save, block=False, until it returns"

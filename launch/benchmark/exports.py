@@ -17,7 +17,7 @@ from ema_dist.checkpoint.weights.files import WeightFiles
 from ema_dist.cli.export import export
 from launch.benchmark.cases import Case
 from launch.benchmark.checkpoints import TrainingState
-from launch.benchmark.ways import Costs, Way, is_first, measured
+from launch.benchmark.file_methods import Costs, Way, is_first, measured
 
 GATHERED = "full_state_dict, save_file, fsync"
 GATHER, GATHER_SMALL = "checkpoint.gather", "checkpoint.gather, small files"

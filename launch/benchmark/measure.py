@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from launch.recipe.parallel import BACKENDS
+from launch.recipe.parallelism import BACKENDS
 from launch.recipe.stopwatch import stopwatch
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ PRELOADED = [
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
-    "launch.benchmark.preloaded",
+    "launch.benchmark.preload",
 ]
 
 

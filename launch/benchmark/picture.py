@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from launch.benchmark.average_report import PICTURE, AverageResults, update_case
 from launch.benchmark.average_tables import SHORT, shown_ratio
+from launch.benchmark.averaging_methods import FOREACH, OURS, OURS_COPY
 from launch.benchmark.cases import Transformer
-from launch.benchmark.peers import FOREACH, OURS, OURS_COPY
 from launch.benchmark.results import times_reference
 from launch.benchmark.updates import COPY, UpdateCosts
 

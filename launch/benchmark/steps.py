@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.optim import AdamW
 
+from launch.benchmark.averaging_methods import Averager, averaging_methods
 from launch.benchmark.cases import DECAY, Case, Parallel
 from launch.benchmark.measure import highest, in_turn
-from launch.benchmark.peers import Averager, averaging_methods
 from launch.benchmark.updates import make_or_explain
 from launch.recipe.data import Batches, load_images
 from launch.recipe.model import VisionTransformer
-from launch.recipe.parallel import data_rank_and_size, wrap
+from launch.recipe.parallelism import data_rank_and_size, wrap
 from launch.recipe.stopwatch import stopwatch
 
 BATCH_SIZE = 48

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ema_dist import ShardedEMA
+from launch.benchmark.averaging_methods import OURS, PEER_METHODS, SERVING, SWAPPING_PEERS, Averager, sharded_ema
 from launch.benchmark.cases import DECAY, LIVE_DTYPES, Case, SmallTensors, local, nbytes, scale_weights
 from launch.benchmark.measure import highest, in_turn, peak_memory
-from launch.benchmark.peers import OURS, PEER_METHODS, SERVING, SWAPPING_PEERS, Averager, sharded_ema
 from launch.benchmark.updates import make_or_explain
 from launch.recipe.stopwatch import stopwatch
 

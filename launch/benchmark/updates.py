@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from launch.benchmark.averaging_methods import Averager, AveragingMethod, averaging_methods
 from launch.benchmark.cases import DECAY, Case, full, local, nbytes, scale_weights
 from launch.benchmark.formulas import ElementSizes, update_bytes
 from launch.benchmark.measure import highest, in_turn, peak_memory
 from launch.benchmark.operators import count_operators
-from launch.benchmark.peers import Averager, AveragingMethod, averaging_methods
 from launch.recipe.stopwatch import HostStopwatch
 
 COPY = "copy of as many bytes"

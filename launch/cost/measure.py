@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from launch.benchmark.averaging_methods import sharded_ema
 from launch.benchmark.cases import Case, local, nbytes, scale_weights
 from launch.benchmark.formulas import Sharding, average_bytes, average_elements, swap_network_bytes, update_bytes
 from launch.benchmark.measure import highest, in_turn, peak_memory
 from launch.benchmark.operators import count_operators
-from launch.benchmark.peers import sharded_ema
 from launch.benchmark.updates import DECAYS, CopyBaseline
 
 COPY, UPDATE = "copy", "update"

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ema_dist import checkpoint
 
-from .report import EpochMetrics
+from .metrics import EpochMetrics
 
 
 @dataclass

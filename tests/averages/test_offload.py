@@ -42,7 +42,7 @@ from tests.support.layouts import (
     train_step,
     wrap,
 )
-from tests.support.moves import run_in_world
+from tests.support.reshard_cases import run_in_world
 
 few_layouts = layouts("plain", "ddp-3", "fsdp1", "hsdp")
 some_layouts = layouts("plain", "ddp-3", "fsdp1", "fsdp2-3", "hsdp", "tp", "fsdp2-tp")

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import Compensated, ShardedEMA, Stochastic, checkpoint
 from ema_dist.sharding import Layout
-from tests.support.commands import load_exported, run_ok
+from tests.support.cli_runs import load_exported, run_ok
 from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, wrap
-from tests.support.moves import run_in_world
+from tests.support.reshard_cases import run_in_world
 
 WEIGHT = 1e-4  # decay 0.9999
 UPDATES = 20_000

@@ -24,7 +24,7 @@ from tests.support.layouts import (
     make_trained,
     wrap,
 )
-from tests.support.moves import reshard_cases, run_in_world
+from tests.support.reshard_cases import reshard_cases, run_in_world
 
 
 @reshard_cases

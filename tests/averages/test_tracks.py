@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
-from tests.support.commands import load_exported, run_ok
+from tests.support.cli_runs import load_exported, run_ok
 from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, train_step, wrap
-from tests.support.moves import run_in_world
+from tests.support.reshard_cases import run_in_world
 
 DECAYS: dict[str, Any] = {"short": HalfLife(1), "long": HalfLife(20)}
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.cli import REQUIRED_PACKAGES
-from tests.support.commands import load_exported, make_checkpoint, make_dcp_checkpoint, run, run_ok, save_with_dcp
+from tests.support.cli_runs import load_exported, make_checkpoint, make_dcp_checkpoint, run, run_ok, save_with_dcp
 from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, make_trained
 
 SOURCES: dict[str, Callable[[Path], tuple[Path, ShardedEMA]]] = {

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from launch.benchmark.averaging_methods import COMPOSER, FOREACH, LIGHTNING, OURS, averaging_methods
 from launch.benchmark.cases import Case, LiveDtype, SmallTensors
 from launch.benchmark.operators import count_operators
-from launch.benchmark.peers import COMPOSER, FOREACH, LIGHTNING, OURS, averaging_methods
 from launch.benchmark.updates import DECAYS
 from tests.support import ROOT
-from tests.support.older_torch import needs_stable_storage
+from tests.support.torch_2_7 import needs_stable_storage
 
 PEERS = {
     "torch AveragedModel, foreach",

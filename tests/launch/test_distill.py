@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from tests.support import LAUNCH
-from tests.support.sabotage import TORCHRUN
+from tests.support.injected_signals import TORCHRUN
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])

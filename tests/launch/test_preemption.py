@@ -19,7 +19,7 @@ from ema_dist import ShardedEMA
 from ema_dist.evaluation.swap import active_swaps
 from recipe.preemption import Preempted, PreemptionHandler
 from recipe.resuming import Checkpoints
-from tests.support.sabotage import read_metrics
+from tests.support.injected_signals import read_metrics
 
 SHORT = ("--device", "cpu", "--epochs", "2", "--batch-size", "600", "--half-life", "2", "--checkpoint-every", "1")
 STEPS, TEST_BATCHES = 2, 5  # of an epoch of these

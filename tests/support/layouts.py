@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
-from tests.support.older_torch import FSDP2_TP_ROWS
+from tests.support.torch_2_7 import FSDP2_TP_ROWS
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from ema_dist.checkpoint.dcp.tensor_entries import (
+from ema_dist.checkpoint.dcp.entry_metadata import (
     EntryMetadata,
     UnexpectedError,
     parse_entry,

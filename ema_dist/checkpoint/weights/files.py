@@ -21,7 +21,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.folders import fsync
+from ema_dist.checkpoint.step_folders import fsync
 from ema_dist.checkpoint.weights.formats import (
     FORMATS,
     INDEX_SUFFIX,

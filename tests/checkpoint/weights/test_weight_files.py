@@ -28,7 +28,7 @@ from ema_dist.checkpoint.loading import latest
 from ema_dist.checkpoint.saving import save
 from ema_dist.checkpoint.weights.files import WeightFiles, WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
-from tests.support import world
+from tests.support import harness
 from tests.support.layouts import (
     IGNORED_WARNINGS,
     assert_bitwise_equal,
@@ -194,7 +194,7 @@ def test_averages_scatter_into_another_layout_and_world(tmp_path: Path, source: 
     filters = ("error", *(text for mark in IGNORED_WARNINGS for text in mark.args))
     for function, layout, ranks in ((gather_from, source, 2), (scatter_into, target, size)):
         arguments = pickle.dumps({"layout": layout, "folder": tmp_path / source})
-        world.run(world.RemoteTest(__name__, function.__name__, arguments, filters), world.World(ranks))
+        harness.run(harness.RemoteTest(__name__, function.__name__, arguments, filters), harness.World(ranks))
 
 
 OLD = {name: torch.full((4,), 1.0) for name in ("a", "b", "c")}

@@ -20,7 +20,7 @@ from ema_dist.checkpoint.dcp.metadata import read_metadata
 from ema_dist.checkpoint.dcp.reader import read_entries
 from ema_dist.sharding import local_tensor
 from tests.support.layouts import Net, assert_bitwise_equal, full_weights, layouts, make_net, train_step, wrap
-from tests.support.moves import reshard_cases, run_in_world
+from tests.support.reshard_cases import reshard_cases, run_in_world
 
 Run = tuple[nn.Module, Optimizer, ShardedEMA]
 

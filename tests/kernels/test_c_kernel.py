@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ema_dist.kernels import bind, c_kernel, lerp_tracks_
-from tests.support.kernel_lists import sample_tensors
+from tests.support.sample_tensors import sample_tensors
 
 F32, F64 = torch.float32, torch.float64
 WEIGHTS = [1e-4, 0.3, 0.5, 0.9, 0.0, 1.0]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import LAUNCH, ROOT
-from tests.support.sabotage import TORCHRUN
+from tests.support.injected_signals import TORCHRUN
 
 pytest.importorskip("composer", reason="needs Composer, which has an environment of its own: tox -e composer")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_dist.kernels import checksum, chunked, exchange, group_pairs, lerp_, scratch, swap_
+from ema_dist.kernels import checksum, group_pairs, lerp_, scratch, scratch_kernel, swap, swap_
 from tests.support.layouts import peak_memory
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
@@ -81,14 +81,14 @@ def test_an_exchange_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPat
     """All scratches are taken before the first list is touched."""
     left = [torch.zeros(40), torch.zeros(40, dtype=torch.int64)]
     right = [torch.ones(40), torch.ones(40, dtype=torch.int64)]
-    original = exchange.make_scratch
+    original = swap.make_scratch
 
     def runs_out(tensors: list[Tensor]) -> Tensor:
         if tensors[0].dtype == torch.int64:
             raise MemoryError
         return original(tensors)
 
-    monkeypatch.setattr(exchange, "make_scratch", runs_out)
+    monkeypatch.setattr(swap, "make_scratch", runs_out)
     with pytest.raises(MemoryError):
         swap_(group_pairs(zip(left, right, strict=True)))
     assert not any(tensor.any() for tensor in left)
@@ -111,10 +111,10 @@ def test_small_weights_are_converted_together_within_the_limit_of_a_scratch() ->
     """Each by itself costs a call."""
     values = [torch.ones(64, 64, dtype=torch.bfloat16) for _ in range(300)]
     averages = [torch.zeros(64, 64) for _ in values]
-    bound = chunked.ScratchKernel([averages], values)
+    bound = scratch_kernel.ScratchKernel([averages], values)
     with torch.profiler.profile() as profiled:
         bound([0.5])
     counts = {event.key: event.count for event in profiled.key_averages()}
     assert 1 < counts["aten::copy_"] == counts["aten::cat"] < 10
     assert all(torch.equal(average, torch.full((64, 64), 0.5)) for average in averages)
-    assert peak_memory(lambda: chunked.ScratchKernel([averages], values)) <= scratch.CPU_SCRATCH_BYTES
+    assert peak_memory(lambda: scratch_kernel.ScratchKernel([averages], values)) <= scratch.CPU_SCRATCH_BYTES

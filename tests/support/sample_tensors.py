@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""tests/kernels/test_kernels_triton.py asks for it, in a process of its own: then it is only Triton's turn."""
+"""tests/kernels/test_triton.py asks for it, in a process of its own: then it is only Triton's turn."""
 
 SHAPES = [(), (0, 3), (7, 5), (1, 2, 3), (129,)]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ema_dist.sharding.find import local_tensor
+from ema_dist.sharding.discovery import local_tensor
 from ema_dist.sharding.fsdp1 import handles, local_shard
 from ema_dist.sharding.registries import RegistryEntry, resolve_live
 

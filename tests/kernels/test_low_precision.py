@@ -17,10 +17,10 @@ from ema_dist.kernels import (
     recombine,
     scratch,
     split_hi_lo,
-    triton_launch,
+    triton_kernel,
 )
 from ema_dist.kernels.random_bits import hash_int, mix32, to_int32, track_key
-from tests.support.kernel_lists import IS_INTERPRETED, SHAPES, sample_tensors, with_strides_of
+from tests.support.sample_tensors import IS_INTERPRETED, SHAPES, sample_tensors, with_strides_of
 
 UPDATES = 20_000
 WEIGHT = 1e-4  # decay 0.9999
@@ -31,7 +31,7 @@ LIVE = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @pytest.fixture(params=[256, 2 * 2**20], ids=["small chunks", "one chunk"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How the tensors are cut must not matter."""
-    monkeypatch.setattr(triton_launch, "BLOCK", 64)
+    monkeypatch.setattr(triton_kernel, "BLOCK", 64)
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", request.param)
 
 

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.chunked import ScratchKernel
 from ema_dist.kernels.lerp import UpdateIndex, Weight, lerp_uniform_
 from ema_dist.kernels.rounding import Rounding
+from ema_dist.kernels.scratch_kernel import ScratchKernel
 
 
 class Kernel(Protocol):

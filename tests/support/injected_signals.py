@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-TRAIN_WITH_SIGNALS = Path(__file__).with_name("sabotaged_train.py")
+TRAIN_WITH_SIGNALS = Path(__file__).with_name("train_with_signals.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
@@ -39,7 +39,7 @@ class InjectedSignal:
 
     @staticmethod
     def environment(plan: Sequence[InjectedSignal]) -> dict[str, str]:
-        return os.environ | {"SABOTAGE": json.dumps([asdict(injected) for injected in plan])}
+        return os.environ | {"INJECTED_SIGNALS": json.dumps([asdict(injected) for injected in plan])}
 
     def __str__(self) -> str:
         return f"{self.signal} on rank {self.rank}, {self.events_after} events after call {self.call_number} of {self.function}()"

@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from ema_dist.kernels import bind, lerp_tracks_, scratch, triton_launch
-from tests.support.kernel_lists import IS_INTERPRETED, assert_close, expected_average, sample_tensors
+from ema_dist.kernels import bind, lerp_tracks_, scratch, triton_kernel
+from tests.support.sample_tensors import IS_INTERPRETED, assert_close, expected_average, sample_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 KERNELS_HERE = ["triton"] if IS_INTERPRETED else [None, "foreach", "scratch", "compiled"]
@@ -19,7 +19,7 @@ WEIGHTS = [0.125, 0.75, 1.0, 0.0]
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small tensors are cut, too."""
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
-    monkeypatch.setattr(triton_launch, "BLOCK", 64)
+    monkeypatch.setattr(triton_kernel, "BLOCK", 64)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_triton_compile_errors_fall_back_to_another_kernel(monkeypatch: pytest.M
     def fails(_: object) -> None:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(triton_launch.TritonKernel, "_run", fails)
+    monkeypatch.setattr(triton_kernel.TritonKernel, "_run", fails)
     with pytest.warns(UserWarning, match="'scratch' does: Triton cannot compile here: .*Failed to find C compiler"):
         bound = bind([[torch.zeros(3)]], [torch.ones(3).bfloat16()], kernel="triton")
     assert bound.name == "scratch"

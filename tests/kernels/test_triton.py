@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ema_dist import kernels
 from ema_dist.kernels import CompensatedRounding, StochasticRounding, TensorOffset, bind, recombine
-from ema_dist.kernels.triton_launch import BLOCK
+from ema_dist.kernels.triton_kernel import BLOCK
 from tests.support import ROOT
-from tests.support.kernel_lists import assert_close, expected_average, sample_tensors
+from tests.support.sample_tensors import assert_close, expected_average, sample_tensors
 
 BF16, I16 = torch.bfloat16, torch.int16
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -32,8 +32,8 @@ def test_the_interpreted_kernel_passes_the_tests_of_all_kernels() -> None:
         "-q",
         "-p",
         "no:cacheprovider",
-        "tests/kernels/test_kernels_follow.py",
-        "tests/kernels/test_kernels_low_precision.py",
+        "tests/kernels/test_all_kernels.py",
+        "tests/kernels/test_low_precision.py",
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -53,8 +53,8 @@ def test_on_the_cpu_it_falls_back_with_a_warning() -> None:
 
 
 def test_without_triton_it_falls_back_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ema_dist.kernels.triton_kernel", None)
-    monkeypatch.delattr(kernels, "triton_kernel", raising=False)
+    monkeypatch.setitem(sys.modules, "ema_dist.kernels.triton_jit", None)
+    monkeypatch.delattr(kernels, "triton_jit", raising=False)
     with pytest.warns(UserWarning, match="'foreach' does: Triton is missing: pip install triton"):
         bound = bind([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")
     assert bound.name == "foreach"
@@ -70,7 +70,7 @@ def test_it_compiles_for_a_gpu_and_reads_16_bytes_at_a_time(
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
     from triton.compiler import ASTSource  # noqa: PLC0415
 
-    from ema_dist.kernels import triton_kernel as code  # noqa: PLC0415
+    from ema_dist.kernels import triton_jit as code  # noqa: PLC0415
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     stored = code.tl.float32 if rounding == "NEAREST" else code.tl.uint16

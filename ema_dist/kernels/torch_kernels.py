@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ema_dist.kernels.chunked import ScratchKernel
-from ema_dist.kernels.compensated import CompensatedKernel
-from ema_dist.kernels.follow import Kernel
+from ema_dist.kernels.compensated_kernel import CompensatedKernel
+from ema_dist.kernels.foreach_kernel import Kernel
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
-from ema_dist.kernels.stochastic import StochasticKernel
+from ema_dist.kernels.scratch_kernel import ScratchKernel
+from ema_dist.kernels.stochastic_kernel import StochasticKernel
 
 
 def make_scratch_kernel(

@@ -1,10 +1,10 @@
 """Kills ranks of launch/train.py at random moments, lets torchrun restart them, and compares with undisturbed runs.
 
-    python -m tests.support.stress_restarts                  # 24 kills at awkward places, then some at random times
-    python -m tests.support.stress_restarts --seed 1 --runs 2
+    python -m tests.stress_restarts                  # 24 kills at awkward places, then some at random times
+    python -m tests.stress_restarts --seed 1 --runs 2
 
 Each run is killed three times: while stepping, while swapping and while saving, in random order. It takes minutes, so
-that pytest leaves it out; tests/launch/test_launch.py kills three times.
+that pytest leaves it out; tests/launch/test_train.py kills three times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support.sabotage import TORCHRUN, TRAIN_WITH_SIGNALS, InjectedSignal, differences
+from tests.support.injected_signals import TORCHRUN, TRAIN_WITH_SIGNALS, InjectedSignal, differences
 
 RANKS = 2
 KILLS = 3
@@ -33,7 +33,7 @@ KILL_POINTS = {
         ("torch/_tensor.py", "backward", True),
         ("torch/optim/adam.py", "step", True),
         ("ema_dist/ema.py", "_update", True),
-        ("launch/recipe/preemption.py", "agreed", True),
+        ("launch/recipe/preemption.py", "should_stop", True),
     ],
     "swapping": [
         ("ema_dist/ema.py", "swapped", True),
@@ -44,12 +44,12 @@ KILL_POINTS = {
     ],
     "saving": [
         ("ema_dist/checkpoint/saving.py", "save", True),
-        ("ema_dist/checkpoint/folders.py", "begin", False),
+        ("ema_dist/checkpoint/step_folders.py", "create_partial_folder", False),
         ("ema_dist/checkpoint/writer.py", "write_data", True),
         ("ema_dist/checkpoint/writer.py", "write", True),
         ("ema_dist/checkpoint/manifest.py", "write", False),
-        ("ema_dist/checkpoint/folders.py", "commit", False),
-        ("ema_dist/checkpoint/folders.py", "_remove", False),
+        ("ema_dist/checkpoint/step_folders.py", "commit", False),
+        ("ema_dist/checkpoint/step_folders.py", "_remove", False),
     ],
 }
 
@@ -98,7 +98,7 @@ def run_with_kills(
     shutil.rmtree(folder, ignore_errors=True)
     pids = folder / "pids"
     pids.mkdir(parents=True)
-    environment = InjectedSignal.environment(plan) | {"SABOTAGE_PIDS": str(pids)}
+    environment = InjectedSignal.environment(plan) | {"INJECTED_SIGNALS_PIDS": str(pids)}
     log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command(folder, *options), stdout=output, stderr=output, env=environment)

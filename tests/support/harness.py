@@ -31,7 +31,7 @@ from _pytest.assertion import util as assertion_util
 from _pytest.config import default_plugins, parse_warning_filter
 from _pytest.outcomes import Failed
 
-from tests.support import older_torch
+from tests.support import torch_2_7
 
 _forkserver_context = multiprocessing.get_context("forkserver")
 _forkserver_context.set_forkserver_preload(
@@ -217,7 +217,7 @@ def _run_test(body: RemoteTest, world: World, rank: int, directory: Path) -> Out
         test(**arguments)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves early breaks the connections of one that is still at work
-            if not older_torch.IS_TORCH_2_7:  # there it may hang, and the process ends anyway
+            if not torch_2_7.IS_TORCH_2_7:  # there it may hang, and the process ends anyway
                 dist.destroy_process_group()
     except pytest.skip.Exception as skipped:
         return Outcome("skipped", str(skipped))
@@ -232,7 +232,7 @@ def _init_process_group(world: World, rank: int, directory: Path) -> None:
     device = torch.device("cuda", rank) if "nccl" in world.backend else None
     if device is not None:
         torch.cuda.set_device(device)
-    older_torch.apply_workarounds(device.type if device else "cpu")
+    torch_2_7.apply_workarounds(device.type if device else "cpu")
     dist.init_process_group(
         world.backend,
         store=dist.FileStore(str(directory / "store"), world.size),

@@ -34,7 +34,7 @@ from tests.support.composer_runs import (
     on_ranks,
     reference_average,
 )
-from tests.support.moves import run_in_world
+from tests.support.reshard_cases import run_in_world
 
 HALF_LIFE = "3ba"
 

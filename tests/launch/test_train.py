@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import LAUNCH
-from tests.support.sabotage import TORCHRUN, TRAIN_WITH_SIGNALS, InjectedSignal, differences, read_metrics
+from tests.support.injected_signals import TORCHRUN, TRAIN_WITH_SIGNALS, InjectedSignal, differences, read_metrics
 
 
 def run(*commands: tuple[str | Path, ...], environment: dict[str, str] | None = None) -> str:
@@ -90,7 +90,7 @@ def test_ranks_killed_while_stepping_swapping_and_saving_end_bit_identical(
     kills = [
         InjectedSignal("torch/_tensor.py", "backward", call_number=22, events_after=5, rank=1, attempt=0),
         InjectedSignal("ema_dist/evaluation/swap.py", "__init__", events_after=20, rank=0, attempt=1),
-        InjectedSignal("ema_dist/checkpoint/folders.py", "commit", events_after=5, rank=0, attempt=2),
+        InjectedSignal("ema_dist/checkpoint/step_folders.py", "commit", events_after=5, rank=0, attempt=2),
     ]
     options = ("--checkpoint-every", "20", "--resume")
     ranks = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "3")

@@ -1,6 +1,6 @@
-"""launch/train.py on ranks that send signals at chosen moments: `torchrun ... sabotaged_train.py OPTIONS`.
+"""launch/train.py on ranks that send signals at chosen moments: `torchrun ... train_with_signals.py OPTIONS`.
 
-The environment says which ranks and when: see sabotage.py, which starts it. Nothing is patched: Python's profiler sees
+The environment says which ranks and when: see injected_signals.py, which starts it. Nothing is patched: Python's profiler sees
 every call, in every thread.
 """
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[0:1] = [str(ROOT / "launch"), str(ROOT)]
 
 import train  # noqa: E402
-from tests.support.sabotage import InjectedSignal  # noqa: E402
+from tests.support.injected_signals import InjectedSignal  # noqa: E402
 
 
 def profiler(injected: InjectedSignal) -> Callable[[FrameType, str, object], None]:
@@ -42,9 +42,9 @@ def profiler(injected: InjectedSignal) -> Callable[[FrameType, str, object], Non
 
 def main() -> None:
     attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
-    if folder := os.environ.get("SABOTAGE_PIDS"):
+    if folder := os.environ.get("INJECTED_SIGNALS_PIDS"):
         (Path(folder) / f"{attempt}-{rank}").write_text(str(os.getpid()))
-    plan = InjectedSignal.from_json(os.environ.get("SABOTAGE", "[]"))
+    plan = InjectedSignal.from_json(os.environ.get("INJECTED_SIGNALS", "[]"))
     for injected in plan:
         if (injected.attempt, injected.rank) == (attempt, rank):
             threading.setprofile(profiler(injected))

@@ -16,9 +16,9 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from ema_dist.sharding import fsdp1
 from ema_dist.sharding.mesh_shard import MeshShard, dtensor_local, permute_mesh, split_rows
 from ema_dist.sharding.names import NamedModule, named_modules
+from ema_dist.sharding.plain_shard import PlainShard
 from ema_dist.sharding.registries import RegistryEntry, resolve_live
 from ema_dist.sharding.shard import Shard, has_contiguous_rows
-from ema_dist.sharding.whole_shard import PlainShard
 
 ReplicaPolicy: TypeAlias = Literal["shard", "copy"] | ProcessGroup
 """What is kept of weights that replicas hold alike; a process group says over which ranks an unwrapped model is one."""

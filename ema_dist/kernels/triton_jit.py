@@ -1,0 +1,153 @@
+"""What Triton compiles. Importing this imports Triton, so only `TritonKernel` does, and late."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NEAREST = tl.constexpr(0)
+STOCHASTIC = tl.constexpr(1)
+COMPENSATED = tl.constexpr(2)
+
+
+@triton.jit
+def lerp_tracks(  # noqa: PLR0913, PLR0917 - a kernel takes what it reads
+    value_addresses: tl.tensor,
+    average_addresses: tl.tensor,
+    sizes: tl.tensor,
+    block_tensors: tl.tensor,
+    block_starts: tl.tensor,
+    tensor_hashes: tl.tensor,
+    global_offsets: tl.tensor,
+    track_seeds: tl.tensor,
+    weights: tl.tensor,
+    update_index: tl.tensor,
+    tensor_count: tl.tensor,
+    live: tl.constexpr,
+    stored: tl.constexpr,
+    wide: tl.constexpr,
+    track_count: tl.constexpr,
+    finite: tl.constexpr,
+    rounding: tl.constexpr,
+    aligned: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    """Move one block of one tensor by all tracks; the tables say which one.
+
+    Args:
+        value_addresses: see `AddressTables`, and for the next four.
+        average_addresses: also of remainders.
+        sizes: of tensors.
+        block_tensors: of blocks.
+        block_starts: of blocks.
+        names: see `NoiseTables`, and for the next two; read for rounding by chance only.
+        firsts: of tensors.
+        seeds: of tracks.
+        weights: of tracks, in float64.
+        update: its number.
+        tensors: how many there are.
+        live: dtype of the values.
+        stored: dtype of the averages; uint16 for the bits of those that are rounded.
+        wide: dtype in which they move.
+        tracks: how many there are.
+        finite: False where infinities may occur.
+        rounding: NEAREST, STOCHASTIC or COMPENSATED.
+        aligned: whether all addresses are multiples of 16 bytes.
+        block: how many elements it takes.
+    """
+    block_index = tl.program_id(0)
+    tensor = tl.load(block_tensors + block_index)
+    start = tl.multiple_of(tl.load(block_starts + block_index), block)
+    size = tl.load(sizes + tensor)
+    offsets = start + tl.arange(0, block)
+    # Without a mask a thread takes 16 bytes at a time: only the last block of a tensor needs one.
+    is_full = start + block <= size
+    for masked in tl.static_range(2):
+        if is_full != (masked == 1):
+            mask = offsets < size
+            value = _load(_pointers(value_addresses + tensor, offsets, live, aligned), mask, masked).to(wide)
+            for track in tl.static_range(track_count):
+                weight = tl.load(weights + track).to(wide)
+                if weight > 0:
+                    pointers = _pointers(average_addresses + track * tensor_count + tensor, offsets, stored, aligned)
+                    average = _load(pointers, mask, masked)
+                    if rounding == NEAREST:
+                        result = _lerp(average.to(wide), value, weight, finite)
+                        _store(pointers, result.to(stored), mask, masked)
+                    elif rounding == STOCHASTIC:
+                        result = _lerp(_recombine(average, 0), value, weight, finite)
+                        key = _mix32(_to_uint32(tl.load(update_index)) + _to_uint32(tl.load(track_seeds + track)))
+                        key = _mix32(_to_uint32(tl.load(tensor_hashes + tensor)) ^ key) + _to_uint32(
+                            tl.load(global_offsets + tensor)
+                        )
+                        noise = _mix32(offsets.to(tl.uint32) + key) & 0xFFFF
+                        _store(pointers, ((_float_bits(result) + noise) >> 16).to(tl.uint16), mask, masked)
+                    else:
+                        residual_addresses = average_addresses + (track_count + track) * tensor_count + tensor
+                        low_pointers = _pointers(residual_addresses, offsets, tl.int16, aligned)
+                        low = _load(low_pointers, mask, masked)
+                        bits = _float_bits(_lerp(_recombine(average, low), value, weight, finite))
+                        _store(pointers, ((bits + 0x8000) >> 16).to(tl.uint16), mask, masked)
+                        _store(low_pointers, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask, masked)
+
+
+@triton.jit
+def _recombine(high: tl.tensor, low: tl.tensor) -> tl.tensor:
+    """float32 of its upper half's bits and what is missing."""
+    return ((high.to(tl.int32) << 16) + low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _float_bits(wide: tl.tensor) -> tl.tensor:
+    """Of float32, with one NaN only: others would run over into infinities or numbers."""
+    return tl.where(wide != wide, 0x7FC00000, wide.to(tl.uint32, bitcast=True))  # noqa: PLR0124 - true for NaN
+
+
+@triton.jit
+def _to_uint32(number: tl.tensor) -> tl.tensor:
+    return number.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _mix32(bits: tl.tensor) -> tl.tensor:
+    """`mix32` of `noise`."""
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _pointers(address: tl.tensor, offsets: tl.tensor, dtype: tl.constexpr, aligned: tl.constexpr) -> tl.tensor:
+    pointer = tl.load(address).to(tl.pointer_type(dtype))  # pyrefly: ignore[bad-argument-type]
+    if aligned:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + offsets
+
+
+@triton.jit
+def _load(pointers: tl.tensor, mask: tl.tensor, masked: tl.constexpr) -> tl.tensor:
+    return tl.load(pointers, mask=mask, other=0) if masked else tl.load(pointers)
+
+
+@triton.jit
+def _store(pointers: tl.tensor, elements: tl.tensor, mask: tl.tensor, masked: tl.constexpr) -> None:
+    if masked:
+        tl.store(pointers, elements, mask=mask)
+    else:
+        tl.store(pointers, elements)
+
+
+@triton.jit
+def _lerp(average: tl.tensor, value: tl.tensor, weight: tl.tensor, finite: tl.constexpr) -> tl.tensor:
+    """As `torch.lerp` has it, whose steps are the same towards either end; exact at the live one."""
+    difference = value - average
+    result = tl.where(weight < 0.5, average + weight * difference, value - difference * (1 - weight))
+    result = tl.where(weight < 1, result, value)
+    if not finite:
+        result = tl.where(tl.abs(result) < float("inf"), result, value)
+    return result
+
+
+def is_interpreted() -> bool:
+    """Whether Python runs what Triton would compile, as ``TRITON_INTERPRET=1`` asks for."""
+    return not isinstance(lerp_tracks, triton.JITFunction)
