@@ -5,9 +5,9 @@ The tensors of one list share a device and a dtype; lists are paired by position
 
 from ema_dist.kernels.checksums import checksum
 from ema_dist.kernels.compensated_kernel import recombine, split_hi_lo
-from ema_dist.kernels.foreach_kernel import Kernel, lerp_, lerp_tracks_
 from ema_dist.kernels.host_copy import HostBuffer, HostCopier
-from ema_dist.kernels.lerp import UpdateIndex, Weight
+from ema_dist.kernels.kernel import Kernel, UpdateIndex, Weight
+from ema_dist.kernels.lerp import lerp_, lerp_tracks_
 from ema_dist.kernels.lists import chunks, group_by_dtype, group_pairs
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding, TensorOffset
 from ema_dist.kernels.scratch import CPU_SCRATCH_BYTES, DEVICE_SCRATCH_BYTES, make_scratch, scratch_views

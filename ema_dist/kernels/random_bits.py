@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.lerp import UpdateIndex
+from ema_dist.kernels.kernel import UpdateIndex
 from ema_dist.kernels.rounding import StochasticRounding
 
 # The 32-bit permutation of least bias among those of two multiplications.

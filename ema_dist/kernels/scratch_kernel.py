@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.lerp import UpdateIndex, Weight, lerp_uniform_
+from ema_dist.kernels.kernel import UpdateIndex, Weight
+from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks, is_small
 from ema_dist.kernels.scratch import chunk_elements, scratch_views
 

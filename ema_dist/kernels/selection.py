@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels.c_kernel import CompiledKernel
-from ema_dist.kernels.foreach_kernel import ForeachKernel, Kernel, UnsupportedKernelError
+from ema_dist.kernels.foreach_kernel import ForeachKernel
+from ema_dist.kernels.kernel import Kernel, UnsupportedKernelError
 from ema_dist.kernels.lists import SMALL_NUMEL, is_small
 from ema_dist.kernels.rounding import Rounding
 from ema_dist.kernels.scratch import chunk_elements

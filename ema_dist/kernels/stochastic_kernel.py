@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.lerp import UpdateIndex, Weight, lerp_uniform_
+from ema_dist.kernels.kernel import UpdateIndex, Weight
+from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks
 from ema_dist.kernels.random_bits import hash_int, mix32_, to_int32, track_key
 from ema_dist.kernels.rounding import StochasticRounding, TensorOffset

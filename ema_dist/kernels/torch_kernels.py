@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ema_dist.kernels.compensated_kernel import CompensatedKernel
-from ema_dist.kernels.foreach_kernel import Kernel
+from ema_dist.kernels.kernel import Kernel
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
 from ema_dist.kernels.scratch_kernel import ScratchKernel
 from ema_dist.kernels.stochastic_kernel import StochasticKernel

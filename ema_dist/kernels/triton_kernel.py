@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ema_dist.kernels.address_tables import Row, find_dense_rows, make_address_tables
-from ema_dist.kernels.foreach_kernel import UnsupportedKernelError
-from ema_dist.kernels.lerp import UpdateIndex, Weight
+from ema_dist.kernels.kernel import UnsupportedKernelError, UpdateIndex, Weight
 from ema_dist.kernels.random_bits import make_noise_tables
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
 from ema_dist.kernels.torch_kernels import make_subset_kernel
