@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ema_dist.sharding.discovery import local_tensor
 from ema_dist.sharding.fsdp1 import handles, local_shard
+from ema_dist.sharding.mesh_shard import quick_local
 from ema_dist.sharding.registries import RegistryEntry, resolve_live
 
 
@@ -84,7 +84,3 @@ class _RegistryReader:
 
     def current(self) -> Iterator[Any]:
         return chain(chain.from_iterable(self._full_registries), map(dict.get, self._registries, self._names))
-
-
-# to_local() costs a microsecond per parameter and step; it is the fallback where the attribute is not there.
-quick_local = attrgetter("_local_tensor") if "_local_tensor" in getattr(DTensor, "__slots__", ()) else local_tensor

@@ -66,11 +66,6 @@ def find_tensors(model: nn.Module, replicas: ReplicaPolicy) -> tuple[list[ModelT
     return list(found.values()), extra_states
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's plain tensor inside a parameter or buffer, without autograd: the same storage and version counter."""
-    return dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor.detach()
-
-
 def _registered_tensors(module: nn.Module) -> Iterator[tuple[bool, dict[str, Any], str, Tensor]]:
     # named_parameters() and named_buffers() hide which buffers are persistent, and the registries themselves,
     # in which Layout looks a tensor up again.

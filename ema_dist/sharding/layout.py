@@ -10,8 +10,9 @@ from torch.distributed import ProcessGroup
 
 from ema_dist.sharding import fsdp1
 from ema_dist.sharding.change_detector import ChangeDetector
-from ema_dist.sharding.discovery import ReplicaPolicy, find_tensors, local_tensor
+from ema_dist.sharding.discovery import ReplicaPolicy, find_tensors
 from ema_dist.sharding.fsdp2 import FSDP2Units
+from ema_dist.sharding.mesh_shard import local_tensor
 from ema_dist.sharding.registries import RegistryEntry, resolve_live
 from ema_dist.sharding.shard import Shard
 

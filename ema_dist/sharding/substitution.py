@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ema_dist.sharding.change_detector import quick_local
 from ema_dist.sharding.fsdp2 import GatherSubstitution
 from ema_dist.sharding.layout import Layout
+from ema_dist.sharding.mesh_shard import quick_local
 from ema_dist.sharding.registries import RegistrySubstitution, Substitute
 from ema_dist.sharding.shard import Shard
 
