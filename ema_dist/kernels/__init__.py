@@ -11,7 +11,7 @@ from ema_dist.kernels.lerp import lerp_, lerp_tracks_
 from ema_dist.kernels.lists import chunks, group_by_dtype, group_pairs
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding, TensorOffset
 from ema_dist.kernels.scratch import CPU_SCRATCH_BYTES, DEVICE_SCRATCH_BYTES, make_scratch, scratch_views
-from ema_dist.kernels.selection import KERNELS, Agree, bind
+from ema_dist.kernels.selection import KERNELS, Agree, make_kernel
 from ema_dist.kernels.swap import swap_
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "TensorOffset",
     "UpdateIndex",
     "Weight",
-    "bind",
+    "make_kernel",
     "checksum",
     "chunks",
     "group_by_dtype",

@@ -34,7 +34,7 @@ TIMING_ROUNDS = 5
 """In which kernels take turns, as what else runs on the machine comes and goes."""
 
 
-def bind(
+def make_kernel(
     tracks: Sequence[list[Tensor]],
     values: list[Tensor],
     *,
@@ -45,7 +45,7 @@ def bind(
 ) -> Kernel:
     """What moves these tracks towards these values at each call, as `lerp_tracks_` does once.
 
-    It keeps views of the tensors: bind again when they move to other storage.
+    It keeps views of the tensors: make_kernel again when they move to other storage.
 
     Args:
         tracks: the averages of each track, in the order of ``values``; all tensors of one track have one dtype.

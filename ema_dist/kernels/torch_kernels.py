@@ -16,7 +16,7 @@ from ema_dist.kernels.stochastic_kernel import StochasticKernel
 def make_scratch_kernel(
     tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool = True, rounding: Rounding | None = None
 ) -> Kernel:
-    """Move them chunk by chunk through a scratch; see `bind`."""
+    """Move them chunk by chunk through a scratch; see `make_kernel`."""
     match rounding:
         case StochasticRounding():
             return StochasticKernel(tracks, values, rounding, finite=finite)

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from ema_dist.kernels import bind, lerp_tracks_, scratch, triton_kernel
+from ema_dist.kernels import lerp_tracks_, make_kernel, scratch, triton_kernel
 from tests.support.sample_tensors import IS_INTERPRETED, assert_close, expected_average, sample_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -40,7 +40,7 @@ def test_each_track_equals_the_float64_reference(
     """Every pair of dtypes, weights of the host and of the device, 0 and 1 among them, the careful way or not."""
     tracks, values = [sample_tensors(average) for _ in range(count)], sample_tensors(live)
     before = [value.clone() for value in values]
-    bound = bind(tracks, values, finite=finite, kernel=kernel)
+    bound = make_kernel(tracks, values, finite=finite, kernel=kernel)
     assert kernel in (None, bound.name)
     for weights in (WEIGHTS[:count], WEIGHTS[-count:]):
         expected = [
@@ -60,7 +60,7 @@ def test_weights_of_zero_and_one_are_exact(kernel: str | None, on_device: bool) 
     """Infinities and NaN are left alone by the one, and followed by the other."""
     averages, values = [torch.full((6,), 2.0)] * 2, [torch.tensor([1.0, -0.0, 1e-45, torch.inf, -torch.inf, torch.nan])]
     tracks = [[averages[0].clone()], [averages[1].clone()]]
-    bound = bind(tracks, values, finite=False, kernel=kernel)
+    bound = make_kernel(tracks, values, finite=False, kernel=kernel)
     bound([torch.tensor(weight) if on_device else weight for weight in (0.0, 1.0)])
     assert torch.equal(tracks[0][0], averages[0])
     assert torch.equal(tracks[1][0].view(torch.int32), values[0].view(torch.int32))
@@ -73,7 +73,7 @@ def test_nonfinite_averages_take_the_value(kernel: str | None, weight: float) ->
     """Equal infinities stay, and ranges that begin at infinity come back from there."""
     inf, nan = torch.inf, torch.nan
     average, value = torch.tensor([inf, -inf, inf, 0.0, nan, 1.0]), torch.tensor([inf, -inf, 1.0, inf, 2.0, nan])
-    bind([[average]], [value], finite=False, kernel=kernel)([weight])
+    make_kernel([[average]], [value], finite=False, kernel=kernel)([weight])
     torch.testing.assert_close(average, value, rtol=0, atol=0, equal_nan=True)
 
 
@@ -111,7 +111,7 @@ def test_empty_lists_are_accepted() -> None:
 def test_autograd_notices_that_averages_moved(kernel: str | None) -> None:
     """A graph through them would run backward with other values than it was built from."""
     averages, inputs = [torch.ones(5), torch.ones(2, 3)], torch.ones(5, requires_grad=True)
-    bound = bind([averages], [torch.zeros(5), torch.zeros(2, 3)], kernel=kernel)
+    bound = make_kernel([averages], [torch.zeros(5), torch.zeros(2, 3)], kernel=kernel)
     output = (inputs * averages[0]).sum()
     bound([0.5])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -123,7 +123,7 @@ def test_autograd_notices_that_averages_moved(kernel: str | None) -> None:
 def test_averages_may_move_into_shared_memory(kernel: str | None) -> None:
     """As those do that are sent to a process which evaluates them."""
     averages = [torch.zeros(50_000), torch.zeros(7, 5)]
-    bound = bind([averages], [torch.ones(50_000), torch.ones(7, 5)], kernel=kernel)
+    bound = make_kernel([averages], [torch.ones(50_000), torch.ones(7, 5)], kernel=kernel)
     bound([0.5])
     for average in averages:
         average.share_memory_()
@@ -138,5 +138,5 @@ def test_triton_compile_errors_fall_back_to_another_kernel(monkeypatch: pytest.M
 
     monkeypatch.setattr(triton_kernel.TritonKernel, "_run", fails)
     with pytest.warns(UserWarning, match="'scratch' does: Triton cannot compile here: .*Failed to find C compiler"):
-        bound = bind([[torch.zeros(3)]], [torch.ones(3).bfloat16()], kernel="triton")
+        bound = make_kernel([[torch.zeros(3)]], [torch.ones(3).bfloat16()], kernel="triton")
     assert bound.name == "scratch"

@@ -12,8 +12,8 @@ from ema_dist.kernels import (
     CompensatedRounding,
     StochasticRounding,
     TensorOffset,
-    bind,
     lerp_,
+    make_kernel,
     recombine,
     scratch,
     split_hi_lo,
@@ -82,8 +82,8 @@ def test_compensated_tracks_are_bit_identical_to_float32(kernel: str, live: torc
     wide, values = [sample_tensors(torch.float32) for _ in range(3)], sample_tensors(live)
     parts = [[split_hi_lo(average) for average in track] for track in wide]
     highs, lows = [[[pair[which] for pair in track] for track in parts] for which in (0, 1)]
-    bound = bind(highs, values, finite=finite, kernel=kernel, rounding=CompensatedRounding(lows))
-    reference = bind(wide, values, finite=finite, kernel=kernel)
+    bound = make_kernel(highs, values, finite=finite, kernel=kernel, rounding=CompensatedRounding(lows))
+    reference = make_kernel(wide, values, finite=finite, kernel=kernel)
     assert bound.name == kernel
     for weights in ([0.1, 0.7, 1.0], [0.0, torch.tensor(0.25), 1e-4], [torch.tensor(0.0), torch.tensor(1.0), 0.9]):
         bound(weights)
@@ -109,7 +109,7 @@ def test_infinities_and_nan_are_those_of_float32(kernel: str, finite: bool) -> N
         (high, CompensatedRounding([[low]])),
         (rounded, StochasticRounding([TensorOffset(0)], 1)),
     ):
-        bind([[tensor]], [value], finite=finite, kernel=kernel, rounding=rounding)([0.5], 1)
+        make_kernel([[tensor]], [value], finite=finite, kernel=kernel, rounding=rounding)([0.5], 1)
     found = recombine(high, low)
     assert torch.equal(found.isnan(), average.isnan())
     assert torch.equal(bits_of(found[~found.isnan()]), bits_of(average[~average.isnan()]))
@@ -131,7 +131,7 @@ def test_stochastic_rounding_follows_its_random_bits(kernel: str) -> None:
     averages = [torch.zeros(shape, dtype=torch.bfloat16) for shape in SHAPES]
     tensor_offsets = [TensorOffset(2**40 + index, 2**33 - 2) for index in range(len(values))]
     seed = 12345678901234567890
-    bind([averages], values, kernel=kernel, rounding=StochasticRounding(tensor_offsets, seed))([1.0], 17)
+    make_kernel([averages], values, kernel=kernel, rounding=StochasticRounding(tensor_offsets, seed))([1.0], 17)
     for average, value, tensor_offset in zip(averages, values, tensor_offsets, strict=True):
         bits = bits_of(value.flatten()).tolist()
         random = noise(seed, 17, tensor_offset, len(bits))
@@ -145,9 +145,9 @@ def test_a_shard_is_rounded_as_in_the_full_tensor(kernel: str) -> None:
     """Averages go on the same however many ranks a run is resumed on."""
     whole, value = torch.zeros(12, 5).bfloat16(), torch.randn(12, 5)
     parts = [whole[:5].clone(), whole[5:].clone()]
-    bind([[whole]], [value], kernel=kernel, rounding=StochasticRounding([TensorOffset(3)]))([0.3], 4)
+    make_kernel([[whole]], [value], kernel=kernel, rounding=StochasticRounding([TensorOffset(3)]))([0.3], 4)
     for part, rows, offset in ((parts[0], value[:5], 0), (parts[1], value[5:], 25)):
-        bind([[part]], [rows], kernel=kernel, rounding=StochasticRounding([TensorOffset(3, offset)]))([0.3], 4)
+        make_kernel([[part]], [rows], kernel=kernel, rounding=StochasticRounding([TensorOffset(3, offset)]))([0.3], 4)
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -157,7 +157,7 @@ def test_other_seeds_updates_tensors_and_tracks_get_other_bits(kernel: str, chan
     def rounded(*, seed: int = 1, update: int = 1, tensor: int = 1, track: int = 1) -> Tensor:
         tracks = [[torch.zeros(1000).bfloat16()] for _ in range(3)]
         value = torch.full((1000,), 1.001)
-        bind(tracks, [value], kernel=kernel, rounding=StochasticRounding([TensorOffset(tensor)], seed))(
+        make_kernel(tracks, [value], kernel=kernel, rounding=StochasticRounding([TensorOffset(tensor)], seed))(
             [1.0] * 3, update
         )
         return tracks[track][0]
@@ -174,7 +174,7 @@ def test_other_seeds_updates_tensors_and_tracks_get_other_bits(kernel: str, chan
 def test_only_bfloat16_averages_are_rounded(rounding: StochasticRounding | CompensatedRounding) -> None:
     message = rf"{type(rounding).__name__} is for bfloat16 averages; found {{torch.float16}}, which go without"
     with pytest.raises(ValueError, match=message):
-        bind([[torch.ones(1).half()]], [torch.ones(1)], rounding=rounding)
+        make_kernel([[torch.ones(1).half()]], [torch.ones(1)], rounding=rounding)
 
 
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
@@ -184,7 +184,7 @@ def test_what_bfloat16_holds_is_not_rounded(kernel: str) -> None:
     values = [with_strides_of(torch.randn_like(average), average) for average in averages]
     kept = [average.clone() for average in averages]
     tensor_offsets = [TensorOffset(index) for index in range(len(values))]
-    bound = bind([averages], values, kernel=kernel, rounding=StochasticRounding(tensor_offsets))
+    bound = make_kernel([averages], values, kernel=kernel, rounding=StochasticRounding(tensor_offsets))
     bound([torch.tensor(0.0)], 1)
     assert all(map(torch.equal, averages, kept))
     bound([1.0], 2)
@@ -204,8 +204,8 @@ def test_long_averages_reach_float32_where_plain_bfloat16_never_moves(kernel: st
     plain, wide = begin.bfloat16(), begin.clone()
     chance = begin.bfloat16()
     high, low = split_hi_lo(begin)
-    compensated = bind([[high]], [value], kernel=kernel, rounding=CompensatedRounding([[low]]))
-    stochastic = bind([[chance]], [value], kernel=kernel, rounding=StochasticRounding([TensorOffset(0)]))
+    compensated = make_kernel([[high]], [value], kernel=kernel, rounding=CompensatedRounding([[low]]))
+    stochastic = make_kernel([[chance]], [value], kernel=kernel, rounding=StochasticRounding([TensorOffset(0)]))
     for update in range(UPDATES):
         lerp_([wide], [value], WEIGHT)
         compensated([WEIGHT])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
-from ema_dist.kernels import KERNELS, bind, scratch, selection
+from ema_dist.kernels import KERNELS, make_kernel, scratch, selection
 
 
 @pytest.fixture
@@ -36,12 +36,12 @@ def ones(count: int, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
 
 def test_a_kind_of_tensors_is_measured_once_in_a_process(measured: list[int]) -> None:
     values = [torch.zeros(3)]
-    first = bind(ones(2), values)
+    first = make_kernel(ones(2), values)
     count = len(measured)
     assert count > 1
-    assert bind(ones(2), [torch.zeros(3)]).name == first.name
+    assert make_kernel(ones(2), [torch.zeros(3)]).name == first.name
     assert len(measured) == count
-    bind(ones(3), values)
+    make_kernel(ones(3), values)
     assert len(measured) == 2 * count
 
 
@@ -49,7 +49,7 @@ def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch, measured: list[i
     for fastest in ("foreach", "scratch"):
         selection._fastest.cache_clear()  # noqa: SLF001
         monkeypatch.setattr(selection, "_seconds", lambda bound, *_, best=fastest: float(bound.name != best))
-        assert bind(ones(2), [torch.zeros(3)]).name == fastest
+        assert make_kernel(ones(2), [torch.zeros(3)]).name == fastest
 
 
 @pytest.mark.world_size(3)
@@ -59,7 +59,7 @@ def test_ranks_agree_on_a_kernel() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)
         patch.setattr(selection, "_seconds", lambda bound, *_: float(bound.name != best))
-        assert bind(ones(2), [torch.zeros(3)]).name == best
+        assert make_kernel(ones(2), [torch.zeros(3)]).name == best
         model = DistributedDataParallel(nn.Linear(2, 2))
         decays = {"short": 0.5, "long": 0.9}
         said = [repr(ShardedEMA(model, decay=decays, replicas="copy")) for _ in range(2)]
@@ -70,31 +70,31 @@ def test_ranks_agree_on_a_kernel() -> None:
 
 
 def test_nothing_is_measured_where_there_is_no_choice(measured: list[int]) -> None:
-    assert bind(ones(1), [torch.zeros(3)]).name == "foreach"
-    assert bind([[torch.ones(2)]] * 2, [torch.zeros(2)]).name == "foreach"  # one chunk
-    assert bind([[torch.ones(0)]] * 2, [torch.zeros(0)]).name == "foreach"  # a rank may hold nothing
-    assert bind(ones(4), [torch.zeros(3, dtype=torch.bfloat16)]).name == "scratch"
-    assert bind(ones(2), [torch.zeros(3)], kernel="foreach").name == "foreach"
+    assert make_kernel(ones(1), [torch.zeros(3)]).name == "foreach"
+    assert make_kernel([[torch.ones(2)]] * 2, [torch.zeros(2)]).name == "foreach"  # one chunk
+    assert make_kernel([[torch.ones(0)]] * 2, [torch.zeros(0)]).name == "foreach"  # a rank may hold nothing
+    assert make_kernel(ones(4), [torch.zeros(3, dtype=torch.bfloat16)]).name == "scratch"
+    assert make_kernel(ones(2), [torch.zeros(3)], kernel="foreach").name == "foreach"
     assert not measured
 
 
 def test_measuring_leaves_the_averages_alone(measured: list[int]) -> None:
     tracks = ones(2)
-    bind(tracks, [torch.zeros(3)])
+    make_kernel(tracks, [torch.zeros(3)])
     assert measured
     assert all(torch.equal(average, torch.ones(3)) for (average,) in tracks)
 
 
 def test_an_unknown_kernel_is_an_error_that_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match=f"expected a kernel among {', '.join(KERNELS)}, or None .* found 'fast'"):
-        bind(ones(1), [torch.zeros(3)], kernel="fast")
+        make_kernel(ones(1), [torch.zeros(3)], kernel="fast")
 
 
 def test_an_unusable_kernel_is_replaced_with_a_warning() -> None:
     """What runs is in its name."""
     tracks = ones(1)
     with pytest.warns(UserWarning, match=r"kernel='foreach' cannot .* 'scratch' does: torch lerps equal dtypes only"):
-        bound = bind(tracks, [torch.zeros(3, dtype=torch.bfloat16)], kernel="foreach")
+        bound = make_kernel(tracks, [torch.zeros(3, dtype=torch.bfloat16)], kernel="foreach")
     assert bound.name == "scratch"
     bound([0.5])
     assert torch.equal(tracks[0][0], torch.full((3,), 0.5))
@@ -102,7 +102,7 @@ def test_an_unusable_kernel_is_replaced_with_a_warning() -> None:
 
 def test_the_warning_says_that_the_kernel_was_chosen_by_speed(measured: list[int]) -> None:  # noqa: ARG001
     with pytest.warns(UserWarning, match="'triton', found to be the fastest, cannot move .* 'foreach' does: "):
-        bound = bind(ones(2), [torch.zeros(3)], agree=lambda _question, _found: "triton")
+        bound = make_kernel(ones(2), [torch.zeros(3)], agree=lambda _question, _found: "triton")
     assert bound.name == "foreach"
 
 
@@ -113,4 +113,4 @@ def test_without_memory_to_measure_in_the_first_possible_kernel_is_taken(monkeyp
     selection._fastest.cache_clear()  # noqa: SLF001
     monkeypatch.setattr(selection, "_seconds", full)
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)
-    assert bind(ones(2), [torch.zeros(3)]).name == "foreach"
+    assert make_kernel(ones(2), [torch.zeros(3)]).name == "foreach"

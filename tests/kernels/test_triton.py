@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ema_dist import kernels
-from ema_dist.kernels import CompensatedRounding, StochasticRounding, TensorOffset, bind, recombine
+from ema_dist.kernels import CompensatedRounding, StochasticRounding, TensorOffset, make_kernel, recombine
 from ema_dist.kernels.triton_kernel import BLOCK
 from tests.support import ROOT
 from tests.support.sample_tensors import assert_close, expected_average, sample_tensors
@@ -46,7 +46,7 @@ def test_on_the_cpu_it_falls_back_with_a_warning() -> None:
     """Unless it is interpreted, which the interpreter must have been told before."""
     averages, values = [torch.zeros(3)], [torch.ones(3, dtype=torch.bfloat16)]
     with pytest.warns(UserWarning, match=r"kernel='triton' cannot .* 'scratch' does: Triton needs a GPU"):
-        bound = bind([averages], values, kernel="triton")
+        bound = make_kernel([averages], values, kernel="triton")
     assert bound.name == "scratch"
     bound([0.5])
     assert torch.equal(averages[0], torch.full((3,), 0.5))
@@ -56,7 +56,7 @@ def test_without_triton_it_falls_back_with_a_warning(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "ema_dist.kernels.triton_jit", None)
     monkeypatch.delattr(kernels, "triton_jit", raising=False)
     with pytest.warns(UserWarning, match="'foreach' does: Triton is missing: pip install triton"):
-        bound = bind([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")
+        bound = make_kernel([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")
     assert bound.name == "foreach"
 
 
@@ -105,7 +105,7 @@ def test_on_the_gpu_each_track_equals_the_float64_reference(
         [expected_average(a, v, weight) for a, v in zip(track, values, strict=True)]
         for track, weight in zip(tracks, weights, strict=True)
     ]
-    bound = bind(tracks, values, finite=finite, kernel="triton")
+    bound = make_kernel(tracks, values, finite=finite, kernel="triton")
     assert bound.name == "triton"
     bound(weights)
     for track, reference in zip(tracks, expected, strict=True):
@@ -119,10 +119,10 @@ def test_on_the_gpu_averages_are_rounded_as_on_the_cpu(kernel: str) -> None:
     (values,) = on_the_gpu(torch.float32)
     tensor_offsets = [TensorOffset(index, 7) for index in range(len(values))]
     chance, high, low = [[torch.zeros_like(value, dtype=dtype) for value in values] for dtype in (BF16, BF16, I16)]
-    bind([chance], values, kernel=kernel, rounding=StochasticRounding(tensor_offsets, 3))([1.0], 5)
-    bind([high], values, kernel=kernel, rounding=CompensatedRounding([low]))([1.0])
+    make_kernel([chance], values, kernel=kernel, rounding=StochasticRounding(tensor_offsets, 3))([1.0], 5)
+    make_kernel([high], values, kernel=kernel, rounding=CompensatedRounding([low]))([1.0])
     expected = [torch.zeros_like(average.cpu()) for average in chance]
-    bind(
+    make_kernel(
         [expected], [value.cpu() for value in values], kernel="scratch", rounding=StochasticRounding(tensor_offsets, 3)
     )([1.0], 5)
     assert all(torch.equal(average.cpu(), reference) for average, reference in zip(chance, expected, strict=True))
@@ -135,7 +135,7 @@ def test_an_update_is_captured_in_a_cuda_graph() -> None:
     averages, values = [torch.randn(3 * BLOCK + 5, device="cuda")], [torch.randn(3 * BLOCK + 5, device="cuda").to(BF16)]
     expected = [average.double() for average in averages]
     weight = torch.zeros((), device="cuda")
-    bound = bind([averages], values, kernel="triton")
+    bound = make_kernel([averages], values, kernel="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         bound([weight])
@@ -151,7 +151,7 @@ def test_an_update_is_captured_in_a_cuda_graph() -> None:
 @pytest.mark.gpu
 def test_an_update_does_not_wait_for_the_gpu() -> None:
     (averages,), (values,) = on_the_gpu(torch.float32), on_the_gpu(torch.bfloat16)
-    bound = bind([averages], values, kernel="triton")
+    bound = make_kernel([averages], values, kernel="triton")
     torch.cuda.set_sync_debug_mode("error")
     try:
         bound([0.5])
