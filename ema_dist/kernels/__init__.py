@@ -1,6 +1,10 @@
-"""Arithmetic on lists of plain local tensors: no names, no modules, no collectives.
+"""Arithmetic on lists of plain local tensors: lerps, swaps, rounding, checksums and copies to the host.
 
-The tensors of one list share a device and a dtype; lists are paired by position and pairs have equal shapes.
+Code that knows names, modules, ranks, collectives or schedules does not belong here: kernels take tensors and
+numbers. Modules here import torch, the standard library and each other, and nothing else of `ema_dist`.
+
+The tensors of one list have the same device and dtype. Lists correspond by position, and corresponding tensors have
+equal shapes.
 """
 
 from ema_dist.kernels.checksums import checksum
@@ -28,13 +32,13 @@ __all__ = [
     "TensorOffset",
     "UpdateIndex",
     "Weight",
-    "make_kernel",
     "checksum",
     "chunks",
     "group_by_dtype",
     "group_pairs",
     "lerp_",
     "lerp_tracks_",
+    "make_kernel",
     "make_scratch",
     "recombine",
     "scratch_views",

@@ -13,10 +13,10 @@ from ema_dist.kernels.rounding import Rounding
 
 
 class ForeachKernel:
-    """Moves each track by one call of torch.
+    """Lerps each track by one call of torch.
 
-    Memory: nothing for numbers as weights and finite tensors, else a bounded scratch.
-    Raises: UnfitError when averages and live values differ in dtype.
+    Memory: none if weights are numbers and tensors are finite, else a bounded scratch.
+    Raises: UnsupportedKernelError for a ``rounding``, and when averages and live values differ in dtype.
     """
 
     name = "foreach"
@@ -41,7 +41,7 @@ class ForeachKernel:
 
     @torch.no_grad()
     def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002
-        """Move each track by its weight."""
+        """Lerp each track by its weight."""
         for averages, weight in zip(self._tracks, weights, strict=True):
             if averages:
                 lerp_uniform_(averages, self._values, weight, finite=self._finite)

@@ -16,7 +16,7 @@ from ema_dist.kernels.scratch_kernel import ScratchKernel
 def lerp_tracks_(
     tracks: Sequence[list[Tensor]], values: list[Tensor], weights: Sequence[Weight], *, finite: bool = True
 ) -> None:
-    """Move each track's averages towards the live values, in place, reading those once for all tracks.
+    """Lerp each track's averages towards the live values, in place; live values are read once for all tracks.
 
     Args:
         tracks: the averages of each track, in the order of ``values``.
@@ -24,7 +24,7 @@ def lerp_tracks_(
         finite: see `lerp_`.
 
     Memory: as `lerp_`, for each dtype among the tracks.
-    Raises: ValueError when there are not as many weights as tracks.
+    Raises: ValueError when the number of weights is not the number of tracks.
     """
     if len(weights) != len(tracks):
         raise ValueError(f"expected a weight for each of the {len(tracks)} tracks, found {len(weights)}")
@@ -36,22 +36,22 @@ def lerp_tracks_(
         for track in tracks:
             torch._foreach_copy_(track, values)
         return
-    # Elsewhere than on the CPU a chunk does not stay in a cache long enough to be worth the launches.
+    # On other devices than the CPU a chunk does not stay in the cache long enough to be worth the launches.
     is_read_once = len(tracks) == 1 or values[0].device.type != "cpu"
     is_one_call = is_read_once and all(track[0].dtype == values[0].dtype for track in tracks)
     (ForeachKernel if is_one_call else ScratchKernel)(tracks, values, finite=finite)(weights)
 
 
 def lerp_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool = True) -> None:
-    """Move each average towards its value: ``average + weight * (value - average)``, in place.
+    """Lerp each average towards its value: ``average + weight * (value - average)``, in place.
 
     Args:
-        weight: in [0, 1]; a 0-d tensor stays on the device, so that a step can be left out there without asking it.
-        finite: False where infinities may occur (attention masks, observers): such elements follow the value, as the
-            difference of two infinities is NaN and would stay.
+        weight: in [0, 1]; a 0-d tensor is not copied to the host, so that a step can be skipped on the device.
+        finite: False where infinities may occur (attention masks, observers): an average that would become infinite or
+            NaN takes the value instead, because the difference of two infinities is NaN, and a NaN would remain.
 
-    Memory: nothing for finite tensors of equal dtypes and a weight known here; else at most twice
-    `CPU_SCRATCH_BYTES` or `DEVICE_SCRATCH_BYTES`, whatever the tensors' sizes.
+    Memory: none for finite tensors of equal dtypes and a number as weight; else at most twice `CPU_SCRATCH_BYTES` or
+    `DEVICE_SCRATCH_BYTES`, whatever the tensors' sizes.
     """
     lerp_tracks_([averages], values, [weight], finite=finite)
 

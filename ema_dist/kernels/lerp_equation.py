@@ -11,10 +11,10 @@ from ema_dist.kernels.scratch import max_scratch_bytes
 
 
 def lerp_uniform_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool) -> None:
-    """Move each average towards its value, in place; both lists have one dtype.
+    """Lerp each average towards its value, in place; both lists have one dtype.
 
-    Weights of 0 and 1 are exact. A number moves finite tensors in one call; else elements that would not be finite
-    follow the value, as the difference of two infinities is NaN and would stay.
+    Weights of 0 and 1 are exact. If ``weight`` is a number and the tensors are finite, this is one call of torch;
+    otherwise averages that would become infinite or NaN take the value instead, as in `lerp_`.
     """
     if not isinstance(weight, Tensor) and weight in (0, 1):
         if weight:
@@ -28,7 +28,7 @@ def lerp_uniform_(averages: list[Tensor], values: list[Tensor], weight: Weight, 
 
 
 def _lerp_nonfinite_(targets: list[Tensor], values: list[Tensor], weight: Weight) -> None:
-    """As one flat tensor, in a few launches however many there are."""
+    """Concatenate the tensors first, so that the number of launches does not depend on the number of tensors."""
     average = torch.cat([target.reshape(-1) for target in targets])
     value = torch.cat([value.reshape(-1) for value in values])
     if isinstance(weight, Tensor):

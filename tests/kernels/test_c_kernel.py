@@ -1,4 +1,4 @@
-"""The kernel that the C compiler makes: what it shares with torch's, and what is done without a compiler."""
+"""The kernel that the C compiler builds: it agrees with torch, and without a compiler another kernel replaces it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ WEIGHTS = [1e-4, 0.3, 0.5, 0.9, 0.0, 1.0]
 
 
 @pytest.fixture(autouse=True)
-def forget() -> None:
-    """Compile again."""
+def clear_compiled_kernels() -> None:
+    """Compile in each test."""
     c_kernel._compile.cache_clear()  # noqa: SLF001
 
 
@@ -29,7 +29,7 @@ def test_averages_are_bit_identical_to_torch(
     live: torch.dtype,
     finite: bool,  # noqa: FBT001
 ) -> None:
-    """So that runs, and replicas, may differ in their kernels."""
+    """So runs and replicas may use different kernels."""
     tracks, values = [sample_tensors(average) for _ in WEIGHTS], sample_tensors(live)
     expected = [[tensor.clone() for tensor in track] for track in tracks]
     make_kernel(tracks, values, finite=finite, kernel="compiled")(WEIGHTS)
@@ -59,15 +59,15 @@ def test_without_a_compiler_it_falls_back_with_a_warning(
     monkeypatch.setitem(os.environ, "PATH", str(tmp_path))
     averages, values = [torch.zeros(3)], [torch.ones(3, dtype=torch.bfloat16)]
     with pytest.warns(UserWarning, match=f"kernel='compiled' cannot .* 'scratch' does: {message}"):
-        bound = make_kernel([averages], values, kernel="compiled")
-    assert bound.name == "scratch"
-    bound([0.5])
+        lerp = make_kernel([averages], values, kernel="compiled")
+    assert lerp.name == "scratch"
+    lerp([0.5])
     assert torch.equal(averages[0], torch.full((3,), 0.5))
 
 
 def test_other_dtypes_and_devices_fall_back_to_another_kernel() -> None:
     with pytest.warns(UserWarning, match=r"'foreach' does: it moves tracks of one dtype on the CPU"):
-        bound = make_kernel(
+        lerp = make_kernel(
             [[torch.zeros(3, dtype=torch.complex64)]], [torch.ones(3, dtype=torch.complex64)], kernel="compiled"
         )
-    assert bound.name == "foreach"
+    assert lerp.name == "foreach"
