@@ -31,7 +31,7 @@ Agree = Callable[[str, str], str]
 """Takes a question and this rank's answer, and returns the answer that all ranks use."""
 
 TIMING_ROUNDS = 5
-"""Kernels are timed in turns, so that other load on the machine affects all of them."""
+"""Rounds in which all kernels are timed in turn, so that other load on the machine affects all of them."""
 
 
 def make_kernel(

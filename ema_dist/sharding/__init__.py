@@ -1,4 +1,9 @@
-"""The only code that knows wrappers: everyone else sees a `Layout` of `Shard`s of plain local tensors."""
+"""Reads a model, however it is wrapped, into a `Layout` of `Shard`s, each with this rank's plain local tensor.
+
+Code that names DDP, FSDP, DTensor or another wrapper, or a private attribute of torch, belongs here and nowhere else.
+Code that knows averages, decays, kernels or checkpoint files does not belong here. Modules here import torch, the
+standard library and each other, and nothing else of `ema_dist`.
+"""
 
 from ema_dist.sharding.compat import all_gather, world_store
 from ema_dist.sharding.cpu_copies import cpu_copy, is_sharded

@@ -121,7 +121,7 @@ def test_autograd_detects_updates_of_averages(kernel: str | None) -> None:
 @pytest.mark.skipif(IS_INTERPRETED, reason="Triton does not support shared memory")
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
 def test_averages_may_move_into_shared_memory(kernel: str | None) -> None:
-    """Sending averages to an evaluating process moves them there."""
+    """Sending averages to another process moves them there."""
     averages = [torch.zeros(50_000), torch.zeros(7, 5)]
     lerp = make_kernel([averages], [torch.ones(50_000), torch.ones(7, 5)], kernel=kernel)
     lerp([0.5])

@@ -73,19 +73,12 @@ def test_it_compiles_for_a_gpu_and_reads_16_bytes_at_a_time(
     from ema_dist.kernels import triton_jit  # noqa: PLC0415
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    stored = triton_jit.tl.float32 if rounding == "NEAREST" else triton_jit.tl.uint16
-    settings = {
-        "live": triton_jit.tl.bfloat16,
-        "stored": stored,
-        "wide": triton_jit.tl.float32,
-        "track_count": 2,
-        "finite": True,
-    }
+    tl, kernel = triton_jit.tl, triton_jit.lerp_tracks
+    stored = tl.float32 if rounding == "NEAREST" else tl.uint16
+    settings = {"live": tl.bfloat16, "stored": stored, "wide": tl.float32, "track_count": 2, "finite": True}
     settings |= {"rounding": getattr(triton_jit, rounding).value, "aligned": True, "block": BLOCK}
     types = ["*i64"] * 3 + ["*i32", "*i64"] + ["*i32"] * 3 + ["*fp64", "*i32", "i32"] + ["constexpr"] * len(settings)
-    source = ASTSource(
-        triton_jit.lerp_tracks, dict(zip(triton_jit.lerp_tracks.arg_names, types, strict=True)), settings
-    )
+    source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), settings)
     assembly = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
     assert "ld.global.v4.b32" in assembly
     assert "st.global.v4.b32" in assembly
