@@ -23,9 +23,9 @@ from ema_dist.kernels import (
     TensorOffset,
     UpdateIndex,
     Weight,
-    bind,
     group_by_dtype,
     group_pairs,
+    make_kernel,
     recombine,
     split_hi_lo,
 )
@@ -141,7 +141,7 @@ class Tracks(Mapping[str, Averages]):
         parameters: first canonical names of those to average.
         precision: as for `Averages`.
         buffers: whether floating buffers are averaged or copied.
-        kernel: as for `ema_dist.kernels.bind`; `agree` too.
+        kernel: as for `ema_dist.kernels.make_kernel`; `agree` too.
         store: where they are kept, if not beside the live weights.
 
     Memory: as `Averages`, each; and as the store.
@@ -316,7 +316,9 @@ class Tracks(Mapping[str, Averages]):
             )
             rounding = CompensatedRounding(residuals) if residuals else stochastic
             kernels.append(
-                bind(tracks, live_values, finite=finite, kernel=self._kernel, rounding=rounding, agree=self._agree)
+                make_kernel(
+                    tracks, live_values, finite=finite, kernel=self._kernel, rounding=rounding, agree=self._agree
+                )
             )
         return kernels
 

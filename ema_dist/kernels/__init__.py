@@ -1,17 +1,21 @@
-"""Arithmetic on lists of plain local tensors: no names, no modules, no collectives.
+"""Arithmetic on lists of plain local tensors: lerps, swaps, rounding, checksums and copies to the host.
 
-The tensors of one list share a device and a dtype; lists are paired by position and pairs have equal shapes.
+Code that knows names, modules, ranks, collectives or schedules does not belong here: kernels take tensors and
+numbers. Modules here import torch, the standard library and each other, and nothing else of `ema_dist`.
+
+The tensors of one list have the same device and dtype. Lists correspond by position, and corresponding tensors have
+equal shapes.
 """
 
 from ema_dist.kernels.checksums import checksum
 from ema_dist.kernels.compensated_kernel import recombine, split_hi_lo
-from ema_dist.kernels.foreach_kernel import Kernel, lerp_, lerp_tracks_
 from ema_dist.kernels.host_copy import HostBuffer, HostCopier
-from ema_dist.kernels.lerp import UpdateIndex, Weight
+from ema_dist.kernels.kernel import Kernel, UpdateIndex, Weight
+from ema_dist.kernels.lerp import lerp_, lerp_tracks_
 from ema_dist.kernels.lists import chunks, group_by_dtype, group_pairs
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding, TensorOffset
 from ema_dist.kernels.scratch import CPU_SCRATCH_BYTES, DEVICE_SCRATCH_BYTES, make_scratch, scratch_views
-from ema_dist.kernels.selection import KERNELS, Agree, bind
+from ema_dist.kernels.selection import KERNELS, Agree, make_kernel
 from ema_dist.kernels.swap import swap_
 
 __all__ = [
@@ -28,13 +32,13 @@ __all__ = [
     "TensorOffset",
     "UpdateIndex",
     "Weight",
-    "bind",
     "checksum",
     "chunks",
     "group_by_dtype",
     "group_pairs",
     "lerp_",
     "lerp_tracks_",
+    "make_kernel",
     "make_scratch",
     "recombine",
     "scratch_views",

@@ -1,4 +1,4 @@
-"""Where many tensors lie and which block of which tensor is whose turn: for kernels that take all in one call."""
+"""Tables of tensor addresses and blocks, for kernels that process all tensors in one call."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 from ema_dist.kernels.lists import flat_views
 
 Row = tuple[Tensor, ...]
-"""The live values of one tensor, and each track's averages of it; then their remainders if there are any."""
+"""The live values of one tensor, then its average in each track, then the residual of each average if there are any."""
 
 
 class AddressTables(NamedTuple):
-    """What a kernel reads before it reads tensors. They hold addresses: keep the tensors as long as these."""
+    """What a kernel reads to find the tensors. Tables hold addresses only: keep the tensors as long as the tables."""
 
     value_addresses: Tensor
-    """Of the first list."""
+    """The address of each tensor of live values."""
     average_addresses: Tensor
-    """Of each list after the first, all tensors, one list after the other."""
+    """The other columns of the rows, one after the other: each track's averages, then each track's residuals."""
     sizes: Tensor
-    """In elements."""
+    """Elements of each tensor."""
     block_tensors: Tensor
-    """The tensor of each block, int32."""
+    """The index of each block's tensor, int32."""
     block_starts: Tensor
     """The first element of each block in its tensor."""
 
 
 def make_address_tables(rows: Sequence[Row], *, block: int) -> AddressTables:
-    """Tables for flat tensors in blocks of so many elements, on the tensors' device. Memory: 12 bytes a block."""
+    """Tables for flat tensors in blocks of ``block`` elements, on the tensors' device. Memory: 12 bytes a block."""
     addresses = torch.tensor([[tensor.data_ptr() for tensor in row] for row in rows], device="cpu")
     sizes = torch.tensor([row[0].numel() for row in rows], device="cpu")
     counts = (sizes + block - 1) // block
@@ -43,22 +43,22 @@ def make_address_tables(rows: Sequence[Row], *, block: int) -> AddressTables:
 
 
 class DenseRows(NamedTuple):
-    """Tensors by what can be done with them."""
+    """Rows that one address and one size describe, and the indices of all rows."""
 
     rows: list[Row]
-    """Flat views of those that have elements and are dense, in the same order in all lists."""
+    """Flat views of the rows that have elements and are dense, with the same strides in all columns."""
     dense_indices: list[int]
-    """Which ones these are."""
+    """The indices of these rows."""
     strided_indices: list[int]
-    """Which ones have gaps, or differ in their order."""
+    """The indices of rows with gaps, or with different strides."""
 
 
 def find_dense_rows(*lists: list[Tensor]) -> DenseRows:
-    """Sort out of which tensors one address and one size tell all."""
+    """Separate the dense tensors from the strided ones; rows without elements are left out."""
     flat_by_index = [(index, flat_views(row)) for index, row in enumerate(zip(*lists, strict=True)) if row[0].numel()]
-    dense_indices = [(index, row) for index, row in flat_by_index if row]
+    dense = [(index, row) for index, row in flat_by_index if row]
     return DenseRows(
-        [row for _, row in dense_indices],
-        [index for index, _ in dense_indices],
+        [row for _, row in dense],
+        [index for index, _ in dense],
         [index for index, row in flat_by_index if not row],
     )

@@ -1,8 +1,8 @@
-/* Moves blocks of many tensors by all tracks, so that each live value is read from memory once.
+/* Lerps many tensors block by block, each block in all tracks, so that each live value is read from memory once.
  *
- * Compiled with LIVE and STORED, the types of live values and averages, each one of float, double, half, bfloat;
- * WIDE, the type in which averages move: double for double, else float; HALF if one of them is half, as not every
- * compiler has it; and for bfloat averages perhaps STOCHASTIC or COMPENSATED, as rounding.py has them. */
+ * Macros at compile time: LIVE and STORED, the types of live values and averages, each one of float, double, half or
+ * bfloat; WIDE, the type of the arithmetic: double for double averages, else float; HALF if one of the types is half,
+ * which not every compiler supports; and for bfloat averages STOCHASTIC or COMPENSATED, the two ways of rounding.py. */
 
 #include <math.h>
 #include <stdint.h>
@@ -20,7 +20,7 @@ static inline float of_bits(uint32_t bits) {
     memcpy(&x, &bits, sizeof x);
     return x;
 }
-/* The one NaN that is kept where bits are added: others would run over into infinities or numbers. */
+/* One NaN only: adding to the bits of others could overflow into infinities or numbers. */
 static inline uint32_t safe_bits_of(float x) { return x != x ? 0x7FC00000 : bits_of(x); }
 
 static inline float wide_float(float x) { return x; }
@@ -29,7 +29,7 @@ static inline float wide_bfloat(bfloat x) { return of_bits((uint32_t)x.bits << 1
 
 static inline float stored_float(float x) { return x; }
 static inline double stored_double(double x) { return x; }
-static inline bfloat stored_bfloat(float x) { /* to nearest, ties to even */
+static inline bfloat stored_bfloat(float x) { /* rounds to nearest, ties to even */
     uint32_t bits = safe_bits_of(x);
     return (bfloat){(uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
@@ -53,82 +53,85 @@ static inline uint32_t mix32(uint32_t bits) {
 #define JOINED(x, y) x##_##y
 #define OF(function, type) JOINED(function, type)
 
-/* What the loops below work on. */
+/* The part of one tensor that the loops below process in one track. */
 typedef struct {
     const LIVE *restrict values;
     STORED *restrict averages;
     int16_t *restrict residuals;
-    uint32_t place; /* of the first element, mixed with the key */
+    uint32_t counter; /* `mix32(t ^ key)` of random_bits.py plus the global index of the first element */
     int64_t count;
-} Run;
+} Block;
 
-#define VALUE(i) ((WIDE)OF(wide, LIVE)(run.values[i]))
+#define VALUE(i) ((WIDE)OF(wide, LIVE)(block.values[i]))
 #if defined STOCHASTIC
-#define AVERAGE(i) OF(wide, STORED)(run.averages[i])
-#define STORE(i, x) (run.averages[i].bits = (safe_bits_of(x) + (mix32(run.place + (uint32_t)(i)) & 0xFFFF)) >> 16)
+#define AVERAGE(i) OF(wide, STORED)(block.averages[i])
+#define STORE(i, x) (block.averages[i].bits = (safe_bits_of(x) + (mix32(block.counter + (uint32_t)(i)) & 0xFFFF)) >> 16)
 #elif defined COMPENSATED
-#define AVERAGE(i) of_bits(((uint32_t)run.averages[i].bits << 16) + (uint32_t)(int32_t)run.residuals[i])
+#define AVERAGE(i) of_bits(((uint32_t)block.averages[i].bits << 16) + (uint32_t)(int32_t)block.residuals[i])
 #define STORE(i, x) \
     do { \
         uint32_t bits = safe_bits_of(x); \
-        run.averages[i].bits = (bits + 0x8000) >> 16; \
-        run.residuals[i] = (int16_t)bits; \
+        block.averages[i].bits = (bits + 0x8000) >> 16; \
+        block.residuals[i] = (int16_t)bits; \
     } while (0)
 #else
-#define AVERAGE(i) OF(wide, STORED)(run.averages[i])
-#define STORE(i, x) (run.averages[i] = OF(stored, STORED)(x))
+#define AVERAGE(i) OF(wide, STORED)(block.averages[i])
+#define STORE(i, x) (block.averages[i] = OF(stored, STORED)(x))
 #endif
 
-static void copy(const Run run) {
-    for (int64_t i = 0; i < run.count; i++) STORE(i, VALUE(i));
+static void copy(const Block block) {
+    for (int64_t i = 0; i < block.count; i++) STORE(i, VALUE(i));
 }
 
-/* What torch.lerp does: from the nearer end, in one rounding. */
-static void move(const Run run, WIDE weight) {
+/* The formula of torch.lerp: from the nearer end, with one rounding. */
+static void lerp(const Block block, WIDE weight) {
     if (weight < (WIDE)0.5)
-        for (int64_t i = 0; i < run.count; i++)
+        for (int64_t i = 0; i < block.count; i++)
             STORE(i, OF(fma, WIDE)(weight, VALUE(i) - AVERAGE(i), AVERAGE(i)));
     else
-        for (int64_t i = 0; i < run.count; i++)
+        for (int64_t i = 0; i < block.count; i++)
             STORE(i, OF(fma, WIDE)(weight - 1, VALUE(i) - AVERAGE(i), VALUE(i)));
 }
 
-/* What would not be finite follows the value. */
-static void move_carefully(const Run run, WIDE weight) {
+/* An average that would become infinite or NaN takes the value. */
+static void lerp_nonfinite(const Block block, WIDE weight) {
     int near = weight < (WIDE)0.5;
     WIDE factor = near ? weight : weight - 1;
-    for (int64_t i = 0; i < run.count; i++) {
+    for (int64_t i = 0; i < block.count; i++) {
         WIDE value = VALUE(i), average = AVERAGE(i);
-        WIDE moved = OF(fma, WIDE)(factor, value - average, near ? average : value);
-        moved = moved - moved == 0 ? moved : value;
-        STORE(i, moved);
+        WIDE result = OF(fma, WIDE)(factor, value - average, near ? average : value);
+        result = result - result == 0 ? result : value;
+        STORE(i, result);
     }
 }
 
-/* The tables of tables.py, and of noise.py (only STOCHASTIC reads these); the weight of each track; the number of the
- * update; how many tensors and tracks there are; and which blocks to move. */
+/* Processes the blocks from begin to end. The arguments are the tables of address_tables.py, those of random_bits.py
+ * (only STOCHASTIC reads them), the weight of each track, the number of the update, and the sizes of the tables. */
 void lerp_tracks(const int64_t *value_addresses, const int64_t *average_addresses, const int64_t *sizes,
-            const int32_t *block_tensors, const int64_t *block_starts, const uint32_t *names, const uint32_t *firsts,
-            const uint32_t *seeds, const double *weights, int64_t update, int64_t tensors, int64_t tracks,
-            int64_t finite, int64_t block, int64_t begin, int64_t end) {
-    for (int64_t number = begin; number < end; number++) {
-        int64_t tensor = block_tensors[number], start = block_starts[number], rest = sizes[tensor] - start;
-        Run run = {.values = (const LIVE *)(intptr_t)value_addresses[tensor] + start,
-                   .count = rest < block ? rest : block};
-        for (int64_t track = 0; track < tracks; track++) {
-            run.averages = (STORED *)(intptr_t)average_addresses[track * tensors + tensor] + start;
+                 const int32_t *block_tensors, const int64_t *block_starts, const uint32_t *tensor_hashes,
+                 const uint32_t *global_offsets, const uint32_t *track_seeds, const double *weights,
+                 int64_t update_index, int64_t tensor_count, int64_t track_count, int64_t finite, int64_t block_size,
+                 int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; index++) {
+        int64_t tensor = block_tensors[index], start = block_starts[index], remaining = sizes[tensor] - start;
+        Block block = {.values = (const LIVE *)(intptr_t)value_addresses[tensor] + start,
+                       .count = remaining < block_size ? remaining : block_size};
+        for (int64_t track = 0; track < track_count; track++) {
+            block.averages = (STORED *)(intptr_t)average_addresses[track * tensor_count + tensor] + start;
 #ifdef COMPENSATED
-            run.residuals = (int16_t *)(intptr_t)average_addresses[(tracks + track) * tensors + tensor] + start;
+            int64_t column = track_count + track;
+            block.residuals = (int16_t *)(intptr_t)average_addresses[column * tensor_count + tensor] + start;
 #endif
 #ifdef STOCHASTIC
-            run.place = mix32(names[tensor] ^ mix32((uint32_t)update + seeds[track])) + firsts[tensor] + (uint32_t)start;
+            uint32_t key = mix32((uint32_t)update_index + track_seeds[track]);
+            block.counter = mix32(tensor_hashes[tensor] ^ key) + global_offsets[tensor] + (uint32_t)start;
 #endif
             if (weights[track] >= 1)
-                copy(run);
+                copy(block);
             else if (weights[track] > 0 && finite)
-                move(run, (WIDE)weights[track]);
+                lerp(block, (WIDE)weights[track]);
             else if (weights[track] > 0)
-                move_carefully(run, (WIDE)weights[track]);
+                lerp_nonfinite(block, (WIDE)weights[track]);
         }
     }
 }

@@ -1,4 +1,4 @@
-"""All tensors and tracks in one call of a kernel that the C compiler of this machine makes, within a second."""
+"""All tensors and tracks in one call of a kernel that the machine's C compiler builds within a second."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ema_dist.kernels.address_tables import AddressTables, find_dense_rows, make_address_tables
-from ema_dist.kernels.foreach_kernel import UnsupportedKernelError
-from ema_dist.kernels.lerp import UpdateIndex, Weight
+from ema_dist.kernels.kernel import UnsupportedKernelError, UpdateIndex, Weight
 from ema_dist.kernels.random_bits import make_noise_tables
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
 from ema_dist.kernels.torch_kernels import make_subset_kernel
 
 BLOCK = 2**15
-"""Elements that all tracks move by before the next ones: they stay in the second cache, and are enough for memory to be
-read ahead."""
+"""Elements that all tracks process before the next block: few enough for the L2 cache, enough for prefetching."""
 
 MIN_THREAD_ELEMENTS = 2**18
-"""Of a thread: fewer take less time than handing them over."""
+"""Fewer elements take less time than handing them to another thread."""
 
 SOURCE = Path(__file__).with_name("c_kernel.c")
+# Without -ffp-contract=off the compiler may fuse more operations than torch does, and the last bits may differ.
 COMPILER_FLAGS = (
     "-O3",
     "-march=native",
@@ -46,20 +45,20 @@ ROUNDING_MACROS = {type(None): (), StochasticRounding: ("STOCHASTIC",), Compensa
 
 
 class CompiledKernel:
-    """Moves all tensors in as many threads as torch has now, reading each live value from memory once for all tracks.
+    """Lerps all tensors in as many threads as torch has now, and reads each live value from memory once for all tracks.
 
-    With numbers as weights, float32 and float64 averages are equal to torch's to the bit. Tensors that have gaps, or
-    that are laid out otherwise than their averages, move as `make_scratch_kernel` moves them.
-    It keeps views of the tensors: make another one when they get other storage.
+    If the weights are numbers, float32 and float64 averages are bit-identical to torch's. A kernel of
+    `make_scratch_kernel` processes tensors that have gaps, or whose strides differ from their averages'.
+    It keeps views of the tensors: make another kernel when they get other storage.
 
     Args:
         tracks: the averages of each track, in the order of ``values``, all of one dtype.
         values: the live weights, of one dtype, on the CPU.
         finite: False where infinities may occur; see `lerp_`.
-        rounding: of bfloat16 averages; None for to nearest.
+        rounding: how averages are rounded to bfloat16; None rounds to nearest.
 
-    Memory: a table of 12 bytes for every 32768 elements, and one of 16 and more for every tensor.
-    Raises: UnfitError when there is no C compiler that can do it, or such tensors cannot be moved.
+    Memory: tables of 12 bytes for every 32768 elements, and of 16 bytes or more for every tensor.
+    Raises: UnsupportedKernelError when no C compiler can build the kernel, or it does not support these tensors.
     """
 
     name = "compiled"
@@ -99,35 +98,36 @@ class CompiledKernel:
 
     @torch.no_grad()
     def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
-        """Move each track by its weight."""
+        """Lerp each track by its weight."""
         for index, weight in enumerate(weights):
             self._weights[index] = weight
         if self._tables:
-            if list(map(Tensor.data_ptr, self._outputs)) != self._addresses:  # share_memory_() moves what others view
+            # share_memory_() of an average gives it other storage; the kernel would write to freed memory.
+            if list(map(Tensor.data_ptr, self._outputs)) != self._addresses:
                 self._set_tables()
             all_tables = (*self._tables, *self._noise, self._weights)
             addresses = [None if table is None else table.data_ptr() for table in all_tables]
             _run_in_threads(partial(self._kernel, *addresses, int(update_index), *self._settings), self._block_ranges)
-            increment_version(self._outputs)
+            increment_version(self._outputs)  # autograd does not see writes by address
         self._strided_kernel(weights, update_index)
 
     def _set_tables(self) -> None:
-        """Note where the tensors lie: tables hold addresses only."""
+        """Store the addresses of the tensors."""
         self._addresses = list(map(Tensor.data_ptr, self._outputs))
         self._tables = make_address_tables(self._rows, block=BLOCK) if self._rows else None
 
 
 @cache
-def _compile(compiler: str, live: str, stored: str, *definitions: str) -> Callable[..., None] | UnsupportedKernelError:
-    """The kernel for these types; or why there is none, so that a compiler which fails is not asked again."""
+def _compile(compiler: str, live: str, stored: str, *macros: str) -> Callable[..., None] | UnsupportedKernelError:
+    """The kernel for these types, or the error, which is cached so that a failing compiler runs once."""
     wide = "double" if stored == "double" else "float"
     types = [f"LIVE={live}", f"STORED={stored}", f"WIDE={wide}", *["HALF"] * ("half" in (live, stored))]
     with TemporaryDirectory() as folder:
-        library = Path(folder, "follow.so")
+        library = Path(folder, "c_kernel.so")
         command = [
             *compiler.split(),
             *COMPILER_FLAGS,
-            *(f"-D{name}" for name in (*types, *definitions)),
+            *(f"-D{name}" for name in (*types, *macros)),
             str(SOURCE),
             "-o",
             str(library),
@@ -143,29 +143,29 @@ def _compile(compiler: str, live: str, stored: str, *definitions: str) -> Callab
     return kernel
 
 
-def _block_ranges(address_tables: AddressTables, threads: int) -> list[tuple[int, int]]:
-    """Runs of blocks with about as many elements each, one for each thread that has enough to do."""
-    remaining = address_tables.sizes[address_tables.block_tensors] - address_tables.block_starts
+def _block_ranges(tables: AddressTables, threads: int) -> list[tuple[int, int]]:
+    """Ranges of blocks with about equally many elements: one for each thread, if each gets `MIN_THREAD_ELEMENTS`."""
+    remaining = tables.sizes[tables.block_tensors] - tables.block_starts
     elements = remaining.clamp(max=BLOCK).cumsum(0)
     count = max(1, min(threads, int(elements[-1]) // MIN_THREAD_ELEMENTS))
     ends = [int(elements[-1]) * number // count for number in range(1, count + 1)]
     return [*pairwise([0, *(torch.searchsorted(elements, torch.tensor(ends, device="cpu")) + 1).tolist()])]
 
 
-def _run_in_threads(run: Callable[[int, int], None], block_ranges: list[tuple[int, int]]) -> None:
-    """Run all parts side by side, the first one here."""
-    mine, *theirs = block_ranges
-    others = [_submit(partial(run, *block_range), threads=len(theirs)) for block_range in theirs]
-    run(*mine)
-    for other in others:
-        other.result()
+def _run_in_threads(kernel: Callable[[int, int], None], block_ranges: list[tuple[int, int]]) -> None:
+    """Process all ranges concurrently, the first one in this thread."""
+    first, *others = block_ranges
+    futures = [_submit(partial(kernel, *block_range), threads=len(others)) for block_range in others]
+    kernel(*first)
+    for future in futures:
+        future.result()
 
 
-def _submit(run: Callable[[], None], *, threads: int) -> Future[None]:
+def _submit(task: Callable[[], None], *, threads: int) -> Future[None]:
     try:
-        return _pool(threads, os.getpid()).submit(run)
-    except RuntimeError:  # the interpreter ends, and waits for the thread that is here
-        run()
+        return _pool(threads, os.getpid()).submit(task)
+    except RuntimeError:  # the interpreter is shutting down and starts no threads, but waits for this one
+        task()
     done: Future[None] = Future()
     done.set_result(None)
     return done
@@ -173,5 +173,5 @@ def _submit(run: Callable[[], None], *, threads: int) -> Future[None]:
 
 @cache
 def _pool(threads: int, _process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked one has none of its parent's."""
+    """Threads of this process; a forked process has none of its parent's threads, hence the process id in the key."""
     return ThreadPoolExecutor(threads, thread_name_prefix="ema_dist")

@@ -1,4 +1,4 @@
-"""float32 averages as a bfloat16 and what it lacks: the model gets 16 bits of them, and no bit is lost."""
+"""float32 averages as bfloat16 plus an int16 residual: the model can take the bfloat16 part, and no bit is lost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.lerp import UpdateIndex, Weight, lerp_uniform_
+from ema_dist.kernels.kernel import UpdateIndex, Weight
+from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks
 from ema_dist.kernels.rounding import CompensatedRounding
 from ema_dist.kernels.scratch import chunk_elements, scratch_views
@@ -15,9 +16,9 @@ from ema_dist.kernels.scratch import chunk_elements, scratch_views
 
 @torch.no_grad()
 def split_hi_lo(wide: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest bfloat16 to each float32 (of two, the larger in magnitude), and int16 remainders for `recombine`.
+    """The bfloat16 nearest to each float32 (ties away from zero), and the int16 residual that `recombine` needs.
 
-    Memory: twice ``wide``, beside what is returned.
+    Memory: twice ``wide``, besides the results.
     """
     bits = wide.clone().view(torch.int32)
     high = torch.empty_like(bits)
@@ -27,22 +28,22 @@ def split_hi_lo(wide: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def recombine(high: Tensor, low: Tensor) -> Tensor:
-    """The float32 numbers that `split_hi_lo` took apart, to the bit; only a NaN may have become another one."""
+    """The inverse of `split_hi_lo`, bit-identical except that a NaN may become a different NaN."""
     return _recombine_(high.view(torch.int16).int(), low).view(torch.float32)
 
 
 class CompensatedKernel:
-    """Moves tracks that are kept as `split_hi_lo` gives them: to the bit what a float32 average would be.
+    """Lerps tracks that are stored as `split_hi_lo` splits them; the results are bit-identical to float32 averages.
 
-    It keeps views of the tensors it is made for: make another one when they move to other storage.
+    It keeps views of the tensors: make another kernel when they get other storage.
 
     Args:
-        tracks: the averages of each track, bfloat16, in the order of ``values``.
+        tracks: the bfloat16 averages of each track, in the order of ``values``.
         values: the live weights, of one dtype, on the averages' device.
-        rounding: what is missing of each average.
+        rounding: the residuals of the averages.
         finite: False where infinities may occur; see `lerp_`.
 
-    Memory: one scratch, kept as long as this.
+    Memory: one scratch, which the kernel keeps.
     """
 
     name = "scratch"
@@ -71,7 +72,7 @@ class CompensatedKernel:
 
     @torch.no_grad()
     def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002
-        """Move each track by its weight."""
+        """Lerp each track by its weight."""
         for values, wide_values, wide_averages, bits, residual_pieces, tracks in self._chunks:
             torch._foreach_copy_(wide_values, values)
             size = sum(piece.numel() for piece in values)
@@ -87,14 +88,14 @@ class CompensatedKernel:
 
 
 def _recombine_(high: Tensor, low: Tensor) -> Tensor:
-    """The bits of float32 in the place of ``high``, which holds the upper halves as int32."""
+    """Replace ``high``, the bfloat16 bits as int32, with the bits of the float32."""
     return high.bitwise_left_shift_(16).add_(low)
 
 
 def _split_(bits: Tensor, high: Tensor) -> None:
-    """Upper halves of float32 into ``high``, and what remains of ``bits`` in its own place."""
+    """Write the bfloat16 bits into ``high``, and replace the float32 ``bits`` with the residuals."""
     wide = bits.view(torch.float32)
-    # Other NaN would be rounded to infinities, or beyond the largest number of 32 bits.
+    # One NaN only: rounding the bits of others would give infinities, or overflow.
     wide.masked_fill_(wide.isnan(), torch.nan)
     torch.add(bits, 0x8000, out=high).bitwise_right_shift_(16)
     bits.sub_(high, alpha=1 << 16)

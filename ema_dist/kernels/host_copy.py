@@ -1,4 +1,4 @@
-"""Copies of many tensors in one buffer of the CPU's memory, by few copies."""
+"""Copies of many tensors in one buffer in host memory, by few transfers."""
 
 from __future__ import annotations
 
@@ -10,91 +10,91 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
-"""Of each tensor in a buffer, in bytes."""
+"""Bytes to which the start of each tensor in a buffer is aligned."""
 
 MAX_PACKED_BYTES = 16 * 2**20
-"""Largest scratch on a device: enough for a copy to run at the speed of the bus."""
+"""Largest scratch on a device: large enough for a transfer to reach the bandwidth of the bus."""
 
 
 class HostCopier:
-    """Where copies of these tensors lie in a buffer, and how they get there.
+    """Plans the copies of tensors into a host buffer: the offset of each copy, and the transfers.
 
-    Tensors on a device are packed into a scratch there first, as many as go in, and the scratch is copied at once; a
-    large one goes straight. It keeps views of the tensors: make another one when they move to other storage.
+    Tensors on a device are packed into a scratch there, as many as fit, and one transfer copies the scratch; a large
+    tensor is transferred by itself. It keeps views of the tensors: make another copier when they get other storage.
 
     Args:
-        values: on any devices, of any dtypes.
+        values: tensors on any devices, of any dtypes.
 
-    Memory: on each device a scratch of `MAX_PACKED_BYTES` at most.
+    Memory: a scratch of at most `MAX_PACKED_BYTES` on each device.
     """
 
     def __init__(self, values: Sequence[Tensor]) -> None:
         self._values = values
-        self._blocks = list(_blocks(values))
+        self._batches = list(_batches(values))
         sizes: dict[torch.device, int] = {}
-        for block in self._blocks:
-            if block.needs_packing:
-                sizes[block.device] = max(block.nbytes, sizes.get(block.device, 0))
-        # One for all of a device: its copies come one after the other.
+        for batch in self._batches:
+            if batch.needs_packing:
+                sizes[batch.device] = max(batch.nbytes, sizes.get(batch.device, 0))
+        # One scratch for all batches of a device: transfers of one device run in order.
         scratches = {device: torch.empty(size, dtype=torch.uint8, device=device) for device, size in sizes.items()}
-        self._block_copies = [
-            block.block_copy(scratches[block.device] if block.needs_packing else None) for block in self._blocks
+        self._batch_copies = [
+            batch.batch_copy(scratches[batch.device] if batch.needs_packing else None) for batch in self._batches
         ]
 
     def host_buffer(self, *, pinned: bool) -> HostBuffer:
-        """A buffer for them. Memory: their bytes on the CPU, out of the operating system's reach if pinned."""
-        nbytes = self._blocks[-1].stop if self._blocks else 0
+        """A buffer for copies of the tensors. Memory: their bytes on the host, page-locked if ``pinned``."""
+        nbytes = self._batches[-1].stop if self._batches else 0
         buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         copies = {
             index: _view(buffer, start, value)
-            for block in self._blocks
-            for index, value, start in zip(block.indices, block.values, block.starts, strict=True)
+            for batch in self._batches
+            for index, value, start in zip(batch.indices, batch.values, batch.starts, strict=True)
         }
         targets = [
-            [buffer[block.starts[0] : block.stop]]
-            if block.needs_packing
-            else [copies[index] for index in block.indices]
-            for block in self._blocks
+            [buffer[batch.starts[0] : batch.stop]]
+            if batch.needs_packing
+            else [copies[index] for index in batch.indices]
+            for batch in self._batches
         ]
-        return HostBuffer([copies[index] for index in range(len(copies))], targets, self._block_copies)
+        return HostBuffer([copies[index] for index in range(len(copies))], targets, self._batch_copies)
 
 
 class HostBuffer:
-    """A buffer, and ``values``: views of it like the tensors that are copied there."""
+    """A host buffer; ``values`` are views of it, like the tensors that are copied there."""
 
     def __init__(
-        self, values: list[Tensor], targets: Sequence[list[Tensor]], block_copies: Sequence[_BlockCopy]
+        self, values: list[Tensor], targets: Sequence[list[Tensor]], batch_copies: Sequence[_BatchCopy]
     ) -> None:
         self.values = values
         self._targets = targets
-        self._block_copies = block_copies
+        self._batch_copies = batch_copies
 
     @torch.no_grad()
     def fill(self, *, non_blocking: Collection[torch.device] = ()) -> None:
-        """Copy the tensors as they are now; these devices may do it later, in order."""
-        for block_copy, targets in zip(self._block_copies, self._targets, strict=True):
-            if block_copy.packed:
-                torch._foreach_copy_(block_copy.packed, block_copy.values)
-            torch._foreach_copy_(targets, block_copy.sources, non_blocking=block_copy.sources[0].device in non_blocking)
+        """Copy the tensors as they are now; on the devices in ``non_blocking``, the copy is only enqueued."""
+        for batch_copy, targets in zip(self._batch_copies, self._targets, strict=True):
+            if batch_copy.packed:
+                torch._foreach_copy_(batch_copy.packed, batch_copy.values)
+            torch._foreach_copy_(targets, batch_copy.sources, non_blocking=batch_copy.sources[0].device in non_blocking)
 
 
-class _BlockCopy(NamedTuple):
-    """Tensors that are copied together."""
+class _BatchCopy(NamedTuple):
+    """The tensors of one batch, and what is transferred for them."""
 
     values: list[Tensor]
     packed: list[Tensor]
-    """Where they are packed on their device; empty for those that go straight."""
+    """Views of the scratch into which they are packed; empty if they are transferred directly."""
     sources: list[Tensor]
-    """What is copied to the CPU: they themselves, or the scratch."""
+    """What is transferred to the host: the tensors themselves, or the scratch."""
 
 
-class _Block(NamedTuple):
-    """Tensors of one device and dtype whose copies lie side by side."""
+class _Batch(NamedTuple):
+    """Tensors of one device and dtype whose copies are adjacent in the buffer."""
 
     indices: list[int]
     values: list[Tensor]
     starts: list[int]
-    """Of each, in bytes."""
+    """Where each copy starts in the buffer, in bytes."""
     stop: int
 
     @property
@@ -109,28 +109,28 @@ class _Block(NamedTuple):
     def nbytes(self) -> int:
         return self.stop - self.starts[0]
 
-    def block_copy(self, scratch: Tensor | None) -> _BlockCopy:
+    def batch_copy(self, scratch: Tensor | None) -> _BatchCopy:
         if scratch is None:
-            return _BlockCopy(self.values, [], self.values)
+            return _BatchCopy(self.values, [], self.values)
         starts = [start - self.starts[0] for start in self.starts]
         packed = [_view(scratch, start, value) for start, value in zip(starts, self.values, strict=True)]
-        return _BlockCopy(self.values, packed, [scratch[: self.nbytes]])
+        return _BatchCopy(self.values, packed, [scratch[: self.nbytes]])
 
 
 def needs_packing(device: torch.device) -> bool:
-    """Whether copies from there cost by their number."""
+    """Whether each transfer from ``device`` has a cost of its own, however small it is."""
     return device.type != "cpu"
 
 
-def _blocks(values: Sequence[Tensor]) -> Iterator[_Block]:
+def _batches(values: Sequence[Tensor]) -> Iterator[_Batch]:
     stop = 0
-    for batch in _batches(values):
-        *starts, stop = accumulate((_aligned_bytes(values[index]) for index in batch), initial=stop)
-        yield _Block(batch, [values[index] for index in batch], starts, stop)
+    for indices in _batch_indices(values):
+        *starts, stop = accumulate((_aligned_bytes(values[index]) for index in indices), initial=stop)
+        yield _Batch(indices, [values[index] for index in indices], starts, stop)
 
 
-def _batches(values: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Tensors of one device and dtype, as many as a scratch holds where they are packed."""
+def _batch_indices(values: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of tensors of one device and dtype: as many as fit into a scratch, if they are packed."""
     by_device_dtype: dict[object, list[int]] = {}
     for index, value in enumerate(values):
         by_device_dtype.setdefault((value.device, value.dtype), []).append(index)
@@ -142,7 +142,7 @@ def _batches(values: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def _split_by_bytes(max_bytes: int, indices: Iterable[int], values: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Runs of so many bytes at most; a larger tensor is one of its own."""
+    """Batches of at most ``max_bytes``; a larger tensor is a batch of its own."""
     batch: list[int] = []
     batch_bytes = 0
     for index in indices:
@@ -162,6 +162,6 @@ def _aligned_bytes(value: Tensor) -> int:
 
 
 def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
-    """A piece of a buffer of bytes, as a tensor with the strides that ``torch.empty_like`` gives to averages too."""
+    """A view of part of a byte buffer, with the strides of ``torch.empty_like(like)``, which averages have too."""
     flat = buffer[start : start + like.nbytes].view(like.dtype)
     return flat.as_strided(like.shape, torch.empty_like(like, device="meta").stride(), flat.storage_offset())

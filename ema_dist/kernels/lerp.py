@@ -1,47 +1,64 @@
-"""The equation: ``average + weight * (value - average)``, on lists of one dtype."""
+"""Lerp lists of averages once, without making a kernel first."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.lists import chunks
-from ema_dist.kernels.scratch import max_scratch_bytes
-
-Weight = float | Tensor
-"""Of the live values, in [0, 1]: a number, or a 0-d tensor that is never asked for its value."""
-
-UpdateIndex = int | Tensor
-"""The number of an update: on a device where the kernel is to be captured in a graph."""
+from ema_dist.kernels.foreach_kernel import ForeachKernel
+from ema_dist.kernels.kernel import Weight
+from ema_dist.kernels.scratch_kernel import ScratchKernel
 
 
-def lerp_uniform_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool) -> None:
-    """Move each average towards its value, in place; both lists have one dtype.
+@torch.no_grad()
+def lerp_tracks_(
+    tracks: Sequence[list[Tensor]], values: list[Tensor], weights: Sequence[Weight], *, finite: bool = True
+) -> None:
+    """Lerp each track's averages towards the live values, in place; live values are read once for all tracks.
 
-    Weights of 0 and 1 are exact. A number moves finite tensors in one call; else elements that would not be finite
-    follow the value, as the difference of two infinities is NaN and would stay.
+    Args:
+        tracks: the averages of each track, in the order of ``values``.
+        weights: one for each track; see `lerp_`.
+        finite: see `lerp_`.
+
+    Memory: as `lerp_`, for each dtype among the tracks.
+    Raises: ValueError when the number of weights is not the number of tracks.
     """
-    if not isinstance(weight, Tensor) and weight in (0, 1):
-        if weight:
-            torch._foreach_copy_(averages, values)
-    elif not isinstance(weight, Tensor) and finite:
-        torch._foreach_lerp_(averages, values, weight)
-    else:
-        weight = weight.to(averages[0].device) if isinstance(weight, Tensor) else weight
-        for targets, sources in chunks(averages, values, max_bytes=max_scratch_bytes(averages[0]) // 8):
-            _lerp_nonfinite_(targets, sources, weight)
+    if len(weights) != len(tracks):
+        raise ValueError(f"expected a weight for each of the {len(tracks)} tracks, found {len(weights)}")
+    active = [(track, weight) for track, weight in zip(tracks, weights, strict=True) if _changes_average(weight)]
+    if not active or not values:
+        return
+    tracks, weights = zip(*active, strict=True)
+    if all(_is_copy(weight) for weight in weights):
+        for track in tracks:
+            torch._foreach_copy_(track, values)
+        return
+    # On other devices than the CPU a chunk does not stay in the cache long enough to be worth the launches.
+    is_read_once = len(tracks) == 1 or values[0].device.type != "cpu"
+    is_one_call = is_read_once and all(track[0].dtype == values[0].dtype for track in tracks)
+    (ForeachKernel if is_one_call else ScratchKernel)(tracks, values, finite=finite)(weights)
 
 
-def _lerp_nonfinite_(targets: list[Tensor], values: list[Tensor], weight: Weight) -> None:
-    """As one flat tensor, in a few launches however many there are."""
-    average = torch.cat([target.reshape(-1) for target in targets])
-    value = torch.cat([value.reshape(-1) for value in values])
-    if isinstance(weight, Tensor):
-        result = average + (value - average) * weight
-        result = torch.where(result.isfinite() & (weight < 1), result, value)
-        result = torch.where(weight > 0, result, average)
-    else:
-        result = torch.lerp(average, value, weight)
-        result = torch.where(result.isfinite(), result, value)
-    pieces = result.split([target.numel() for target in targets])
-    torch._foreach_copy_(targets, [piece.view_as(target) for piece, target in zip(pieces, targets, strict=True)])
+def lerp_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool = True) -> None:
+    """Lerp each average towards its value: ``average + weight * (value - average)``, in place.
+
+    Args:
+        weight: in [0, 1]; a 0-d tensor is not copied to the host, so that a step can be skipped on the device.
+        finite: False where infinities may occur (attention masks, observers): an average that would become infinite or
+            NaN takes the value instead, because the difference of two infinities is NaN, and a NaN would remain.
+
+    Memory: none for finite tensors of equal dtypes and a number as weight; else at most twice `CPU_SCRATCH_BYTES` or
+    `DEVICE_SCRATCH_BYTES`, whatever the tensors' sizes.
+    """
+    lerp_tracks_([averages], values, [weight], finite=finite)
+
+
+def _changes_average(weight: Weight) -> bool:
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def _is_copy(weight: Weight) -> bool:
+    return not isinstance(weight, Tensor) and weight == 1

@@ -1,4 +1,4 @@
-"""Lists of tensors that go together: paired by what one call takes, and cut into pieces of bounded size."""
+"""Lists of tensors for one call: grouped by device and dtype, and split into chunks of bounded size."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ T = TypeVar("T", bound=Hashable)
 
 
 def group_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """The pairs as lists that one call takes: of one device, and of one dtype on either side."""
+    """The pairs as lists for one call each: of one device, and of one dtype on each side."""
     return [(left, right) for left, right in group_rows(pairs)]
 
 
 def group_rows(rows: Iterable[Sequence[Tensor]]) -> list[list[list[Tensor]]]:
-    """The columns of a table of tensors as lists that one call takes: of one device, and each of one dtype."""
+    """Groups of rows, each as the lists of its columns: of one device, and of one dtype in each column."""
     rows_by_index = dict(enumerate(rows))
     groups = [[rows_by_index[index] for index in indices] for indices in group_by_dtype(rows_by_index)]
     return [[list(column) for column in zip(*group, strict=True)] for group in groups]
 
 
 def group_by_dtype(rows: Mapping[T, Sequence[Tensor]]) -> list[list[T]]:
-    """Which rows of a table of tensors one call takes: of one device, and each column of one dtype."""
+    """The keys of rows that one call can take: of one device, and of one dtype in each column."""
     groups: dict[object, list[T]] = {}
     for key, row in rows.items():
         groups.setdefault((row[0].device, *(tensor.dtype for tensor in row)), []).append(key)
@@ -31,18 +31,18 @@ def group_by_dtype(rows: Mapping[T, Sequence[Tensor]]) -> list[list[T]]:
 
 
 SMALL_NUMEL = 2**14
-"""Up to so many elements a tensor costs as a call rather than by its bytes."""
+"""Up to this size, the overhead of a call takes longer than the elements of a tensor."""
 
 
 def is_small(tensors: list[Tensor]) -> bool:
-    """Whether they cost as calls, on average."""
+    """Whether the tensors have at most `SMALL_NUMEL` elements on average."""
     return sum(tensor.numel() for tensor in tensors) <= SMALL_NUMEL * len(tensors)
 
 
 def chunks(*lists: list[Tensor], max_bytes: int) -> Iterator[tuple[list[Tensor], ...]]:
-    """The same tensors in runs of at most ``max_bytes`` bytes, counted in the first list; large ones are cut into views.
+    """Split the lists into chunks of at most ``max_bytes`` bytes of the first list; large tensors become several views.
 
-    Pieces come in row-major order: each holds the elements that follow those of the piece before.
+    The pieces of a tensor come in row-major order: the elements of one follow those of the one before.
     """
     batch = _empty_lists(len(lists))
     filled = 0
@@ -60,7 +60,7 @@ def chunks(*lists: list[Tensor], max_bytes: int) -> Iterator[tuple[list[Tensor],
 
 
 def flat_chunks(*lists: list[Tensor], elements: int) -> Iterator[tuple[list[Tensor], ...]]:
-    """As `chunks`, of so many elements at most; what is dense and laid out alike in all lists comes flat."""
+    """As `chunks`, of at most ``elements`` elements; tensors dense with equal strides in all lists are flat views."""
     if lists[0]:
         rows = [flat_views(row) or row for row in zip(*lists, strict=True)]
         columns = [list(column) for column in zip(*rows, strict=True)]
@@ -68,7 +68,7 @@ def flat_chunks(*lists: list[Tensor], elements: int) -> Iterator[tuple[list[Tens
 
 
 def flat_views(row: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Views of the tensors as one dimension in memory order; None unless all are dense and laid out alike."""
+    """1-D views of the tensors in memory order; None unless all are dense with equal strides."""
     first = row[0]
     if not all(tensor.is_contiguous() for tensor in row):
         if any(tensor.stride() != first.stride() for tensor in row):
@@ -85,7 +85,7 @@ def _empty_lists(count: int) -> tuple[list[Tensor], ...]:
 
 
 def _split_row(row: tuple[Tensor, ...], max_bytes: int) -> Iterator[tuple[Tensor, ...]]:
-    """One tensor of each list, along the first dimension that can be cut until a piece fits into ``max_bytes`` bytes."""
+    """Split one tensor of each list along the first dimension longer than 1, until pieces fit into ``max_bytes``."""
     first = row[0]
     size = first.numel() * first.element_size()
     if size <= max_bytes or first.numel() == 1:

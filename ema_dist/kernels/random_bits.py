@@ -1,7 +1,7 @@
-"""Random bits that depend on a seed, the number of an update and a place, and on nothing else.
+"""Random bits that depend only on a seed, the update, the track, the tensor and the element.
 
-Element ``i`` of tensor ``t`` gets ``mixed(i + mixed(t ^ key))`` modulo 2**32, with one `track_key` for each track and update:
-the same bits on every device and in every chunk, without a state that would have to be saved.
+Element ``i`` of the full tensor with the hash ``t`` gets ``mix32(i + mix32(t ^ key))``, where `track_key` gives one key
+for each track and update. All devices and all chunks get the same bits, and there is no state to save.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.lerp import UpdateIndex
+from ema_dist.kernels.kernel import UpdateIndex
 from ema_dist.kernels.rounding import StochasticRounding
 
-# The 32-bit permutation of least bias among those of two multiplications.
+# Of the known hashes with two multiplications, the one of least bias.
 SHIFTS = (16, 15, 16)
 FACTORS = (0x7FEB352D, 0x846CA68B)
 
 
 def mix32(number: int) -> int:
-    """A permutation of the 32-bit numbers in which each bit hangs on all bits.
+    """A permutation of the 32-bit numbers in which each bit of the result depends on all bits of ``number``.
 
     Source: C. Wellons, "Prospecting for hash functions" (2018), ``lowbias32``.
     """
@@ -31,7 +31,7 @@ def mix32(number: int) -> int:
 
 
 def track_key(seed: int, *, update_index: UpdateIndex, track: int) -> int | Tensor:
-    """32 bits for all places of one track at one update: an int32, or a tensor of one where ``update_index`` is a tensor."""
+    """The key of one track at one update: an int32, or an int32 tensor where ``update_index`` is a tensor."""
     seed_hash = to_int32(mix32(hash_int(seed) + track))
     if not isinstance(update_index, Tensor):
         return to_int32(mix32(update_index + seed_hash))
@@ -40,9 +40,9 @@ def track_key(seed: int, *, update_index: UpdateIndex, track: int) -> int | Tens
 
 
 def mix32_(bits: Tensor, spare: Tensor) -> Tensor:
-    """`mix32` of each element, in place; both are int32 of one shape, and what ``spare`` holds is lost."""
+    """`mix32` of each element of ``bits``, in place. ``spare`` is overwritten; both are int32 of one shape."""
     for shift, factor in zip(SHIFTS, (*FACTORS, 1), strict=True):
-        # Shifting a signed number brings copies of its sign.
+        # A right shift of a negative number shifts ones in; the mask makes it a shift of an unsigned number.
         torch.bitwise_right_shift(bits, shift, out=spare).bitwise_and_((1 << (32 - shift)) - 1)
         bits.bitwise_xor_(spare)
         if factor != 1:
@@ -56,27 +56,27 @@ def to_int32(number: int) -> int:
 
 
 def hash_int(number: int) -> int:
-    """32 bits that hang on all of ``number``, which is not negative."""
-    low = 0
+    """32 bits that depend on all bits of ``number``, which is not negative."""
+    hashed = 0
     while number:
-        low = mix32(low ^ number)
+        hashed = mix32(hashed ^ number)
         number >>= 32
-    return low
+    return hashed
 
 
 class NoiseTables(NamedTuple):
-    """What a kernel reads to make the bits itself, int32: ``track_key`` is ``mixed(update + seeds[track])``."""
+    """Int32 tables for kernels that compute the bits: a `track_key` is ``mix32(update_index + track_seeds[track])``."""
 
     tensor_hashes: Tensor
-    """Of each tensor ``t``, as it enters ``mixed(t ^ key)``."""
+    """The hash of each tensor's id: ``t`` in ``mix32(t ^ key)``."""
     global_offsets: Tensor
-    """The place of its first element."""
+    """The offset of each tensor's first element in the full tensor."""
     track_seeds: Tensor
-    """Of each track."""
+    """The hash of the seed and each track."""
 
 
 def make_noise_tables(rounding: StochasticRounding, *, tracks: int, device: torch.device) -> NoiseTables:
-    """Tables for these places and so many tracks."""
+    """Tables for the tensors of ``rounding`` and the number of ``tracks``."""
     tensor_hashes = [hash_int(tensor_offset.tensor_id) for tensor_offset in rounding.tensor_offsets]
     global_offsets = [tensor_offset.offset for tensor_offset in rounding.tensor_offsets]
     track_seeds = [mix32(hash_int(rounding.seed) + track) for track in range(tracks)]

@@ -1,4 +1,4 @@
-"""How averages become bfloat16 without losing the moves that are too small for it."""
+"""Two ways to round averages to bfloat16 without losing updates smaller than its precision."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 
 class TensorOffset(NamedTuple):
-    """Where the elements of a tensor lie: the same places get the same random bits, on any rank."""
+    """Which part of which full tensor a local tensor is: each element gets the same random bits on any rank."""
 
     tensor_id: int
-    """Which one it is: different for each tensor of a model, and the same in every run."""
+    """Different for each tensor of a model, and the same in every run."""
     offset: int = 0
-    """The place of its first element in the full tensor, where that is cut."""
+    """The offset of the first local element in the full tensor."""
 
 
 @dataclass(frozen=True)
 class StochasticRounding:
-    """Up or down by chance, in proportion to what lies between two bfloat16: right on average.
+    """Rounds up or down at random, with probabilities that make the result unbiased.
 
-    The random bits depend on the seed, the number of the update and of the track, and the place; see `random_bits`.
+    The random bits depend on the seed, the update, the track and the element; see ``random_bits.py``.
 
     Args:
-        tensor_offsets: of each tensor; of tensors that are dense in another order than row-major, elements count in memory.
+        tensor_offsets: one for each tensor. Elements are counted in memory order if the tensor is dense.
         seed: not negative.
     """
 
@@ -33,22 +33,22 @@ class StochasticRounding:
     seed: int = 0
 
     def subset(self, indices: Sequence[int]) -> StochasticRounding:
-        """The same for these tensors only."""
+        """The same rounding of the tensors at ``indices``."""
         return StochasticRounding([self.tensor_offsets[index] for index in indices], self.seed)
 
 
 @dataclass(frozen=True)
 class CompensatedRounding:
-    """To nearest, and what that leaves is kept beside it: no bit of a float32 average is lost; see `split_hi_lo`.
+    """Rounds to nearest and stores the residual: no bit of a float32 average is lost; see `split_hi_lo`.
 
     Args:
-        residuals: int16, those of each track, in the order of its averages.
+        residuals: int16 tensors of each track, in the order of its averages.
     """
 
     residuals: Sequence[list[Tensor]]
 
     def subset(self, indices: Sequence[int]) -> CompensatedRounding:
-        """The same for these tensors only."""
+        """The same rounding of the tensors at ``indices``."""
         return CompensatedRounding([[track[index] for index in indices] for track in self.residuals])
 
 

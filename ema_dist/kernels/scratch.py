@@ -1,4 +1,4 @@
-"""Temporaries of bounded size, whatever the tensors' sizes."""
+"""Scratch tensors whose size is bounded, whatever the size of the model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 CPU_SCRATCH_BYTES = 2 * 2**20
-"""Largest temporary on the CPU: it stays in the cache."""
+"""Largest scratch on the CPU: small enough to stay in the cache."""
 
 DEVICE_SCRATCH_BYTES = 64 * 2**20
-"""Largest temporary elsewhere: few launches for large models."""
+"""Largest scratch on other devices: large enough for few launches."""
 
 
 def make_scratch(tensors: list[Tensor]) -> Tensor:
-    """A flat tensor of their dtype on their device that holds all of them, or as many as one scratch may."""
+    """A flat scratch of the tensors' dtype and device, as large as all of them together or as the limit allows."""
     first = tensors[0]
     needed = sum(tensor.numel() for tensor in tensors)
     return torch.empty(
@@ -28,10 +28,10 @@ def scratch_views(scratch: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def max_scratch_bytes(tensor: Tensor) -> int:
-    """The largest temporary where ``tensor`` is."""
+    """The size limit of a scratch on the device of ``tensor``."""
     return CPU_SCRATCH_BYTES if tensor.device.type == "cpu" else DEVICE_SCRATCH_BYTES
 
 
 def chunk_elements(tensors: list[Tensor], *, itemsize: int) -> int:
-    """How many elements an update takes at a time: all of ``tensors``, or what fits into a scratch at ``itemsize``."""
+    """Elements of a chunk: all elements of ``tensors``, or as many as fit into a scratch at ``itemsize`` bytes each."""
     return max(1, min(max_scratch_bytes(tensors[0]) // itemsize, sum(tensor.numel() for tensor in tensors)))

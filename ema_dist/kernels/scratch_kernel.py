@@ -1,4 +1,4 @@
-"""All tracks move by one chunk of the live values before any moves by the next: memory is asked for each chunk once."""
+"""Lerps chunk by chunk: all tracks process a chunk of live values before the next chunk is read from memory."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.lerp import UpdateIndex, Weight, lerp_uniform_
+from ema_dist.kernels.kernel import UpdateIndex, Weight
+from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks, is_small
 from ema_dist.kernels.scratch import chunk_elements, scratch_views
 
 
 class ScratchKernel:
-    """Moves tracks chunk by chunk, through a scratch in the averages' dtype where that is not the live one.
+    """Lerps tracks chunk by chunk; live values are first converted into a scratch if a track has another dtype.
 
-    It keeps views of the tensors it is made for: make another one when they move to other storage.
+    It keeps views of the tensors: make another kernel when they get other storage.
 
     Args:
         tracks: the averages of each track, in the order of ``values``; all tensors of one track have one dtype.
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
 
-    Memory: a scratch for each dtype among the tracks that is not the live one, kept as long as this.
+    Memory: a scratch for each dtype of tracks that is not the live dtype; the kernel keeps them.
     """
 
     name = "scratch"
@@ -34,7 +35,7 @@ class ScratchKernel:
 
     @torch.no_grad()
     def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002
-        """Move each track by its weight."""
+        """Lerp each track by its weight."""
         for chunk in self._chunks:
             if chunk.packed is not None:
                 torch.cat(chunk.values, out=chunk.packed)
@@ -48,11 +49,11 @@ class _Chunk(NamedTuple):
     values: list[Tensor]
     tracks: list[list[Tensor]]
     sources: list[list[Tensor]]
-    """What each track follows: the values, or where they are converted to its dtype."""
+    """What each track is lerped towards: the values, or the scratch that holds them in the track's dtype."""
     packed: Tensor | None
-    """Where small values are put together first: to convert each by itself takes longer."""
+    """Where small values are concatenated first: one conversion of all is faster than one of each."""
     conversions: list[tuple[list[Tensor], list[Tensor]]]
-    """What is filled, and from what: one for each dtype."""
+    """Targets and sources of the conversion to each other dtype."""
 
 
 def _make_chunks(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> list[_Chunk]:

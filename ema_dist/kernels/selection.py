@@ -1,4 +1,4 @@
-"""Which kernel moves a group of tensors: the one asked for, or the fastest one here."""
+"""Selects the kernel for a group of tensors: the requested one, or the fastest one on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ema_dist.kernels.c_kernel import CompiledKernel
-from ema_dist.kernels.foreach_kernel import ForeachKernel, Kernel, UnsupportedKernelError
+from ema_dist.kernels.foreach_kernel import ForeachKernel
+from ema_dist.kernels.kernel import Kernel, UnsupportedKernelError
 from ema_dist.kernels.lists import SMALL_NUMEL, is_small
 from ema_dist.kernels.rounding import Rounding
 from ema_dist.kernels.scratch import chunk_elements
@@ -21,19 +22,19 @@ from ema_dist.kernels.torch_kernels import make_scratch_kernel
 from ema_dist.kernels.triton_kernel import TritonKernel
 
 KERNELS = {"foreach": ForeachKernel, "scratch": make_scratch_kernel, "compiled": CompiledKernel, "triton": TritonKernel}
-"""By the names that users give and summaries show."""
+"""Kernels by the names that users pass and summaries show."""
 
 MAX_MEASURED_NUMEL = 2**24
-"""Elements of the tensors on which kernels are measured, at most: more than a cache holds, soon done with."""
+"""Limit on the elements of the tensors on which kernels are timed: more than a cache holds, but quick to process."""
 
 Agree = Callable[[str, str], str]
-"""Takes a question and what was found here, and returns what all ranks are to take for the answer."""
+"""Takes a question and this rank's answer, and returns the answer that all ranks use."""
 
 TIMING_ROUNDS = 5
-"""In which kernels take turns, as what else runs on the machine comes and goes."""
+"""Rounds in which all kernels are timed in turn, so that other load on the machine affects all of them."""
 
 
-def bind(
+def make_kernel(
     tracks: Sequence[list[Tensor]],
     values: list[Tensor],
     *,
@@ -42,27 +43,27 @@ def bind(
     rounding: Rounding | None = None,
     agree: Agree | None = None,
 ) -> Kernel:
-    """What moves these tracks towards these values at each call, as `lerp_tracks_` does once.
+    """A kernel that lerps these tracks towards these values at each call, as `lerp_tracks_` does once.
 
-    It keeps views of the tensors: bind again when they move to other storage.
+    It keeps views of the tensors: make another kernel when they get other storage.
 
     Args:
         tracks: the averages of each track, in the order of ``values``; all tensors of one track have one dtype.
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
-        kernel: one of `KERNELS`; None for the fastest one, which is measured once in this process for each kind of
-            device, dtypes, number of tracks, small or large tensors, and size, unless all is one chunk. Where it cannot
-            do, another one does, whose name is in ``name``.
-        rounding: of bfloat16 averages: `StochasticRounding` or `CompensatedRounding`; None for to nearest.
-        agree: on the fastest kernel, where ranks hold the same averages and must move them alike.
+        kernel: a name in `KERNELS`. None selects the fastest kernel, timed once in a process for each combination of
+            device, dtypes, number of tracks, and number and size of tensors; there is no choice within one chunk.
+            If the kernel does not support the tensors, another one replaces it with a warning; see its ``name``.
+        rounding: how averages are rounded to bfloat16; None rounds to nearest.
+        agree: makes all ranks use one answer, where they hold the same averages and must update them alike.
 
-    Memory: while kernels are measured as much as there is, at most 64 MiB for each float32 track and for the values.
-    Raises: ValueError when there is no such kernel, or other averages are to be rounded.
+    Memory: while kernels are timed, as much as the tensors, at most 64 MiB for each float32 track and for the values.
+    Raises: ValueError for an unknown ``kernel``, and for a ``rounding`` of averages that are not bfloat16.
     """
     if kernel is not None and kernel not in KERNELS:
         raise ValueError(f"expected a kernel among {', '.join(KERNELS)}, or None for the fastest; found {kernel!r}")
-    if rounding and (found := {average.dtype for track in tracks for average in track} - {torch.bfloat16}):
-        raise ValueError(f"{type(rounding).__name__} is for bfloat16 averages; found {found}, which go without")
+    if rounding and (other_dtypes := {average.dtype for track in tracks for average in track} - {torch.bfloat16}):
+        raise ValueError(f"{type(rounding).__name__} is for bfloat16 averages; found {other_dtypes}, which go without")
     if not tracks or not values:
         return ForeachKernel([], [])
     torch_kernels = _torch_kernels(tracks, values, rounding)
@@ -84,10 +85,10 @@ def bind(
 
 @dataclass(frozen=True)
 class _Workload:
-    """What groups of tensors have in common for which one kernel is the fastest, however they are rounded.
+    """The properties of a group of tensors that decide which kernel is the fastest, whatever the rounding.
 
     Args:
-        elements: about as many as there are: what stays in a cache is read again for nothing.
+        elements: their number rounded down to a power of 2, because tensors that fit into a cache are read faster.
     """
 
     device: str
@@ -105,13 +106,13 @@ class _Workload:
         return cls(values[0].device.type, values[0].dtype, averages, is_small(values), elements, finite)
 
     def make_tensors(self, dtype: torch.dtype) -> list[Tensor]:
-        """As many as are measured, of one dtype."""
+        """Tensors of ``dtype`` on which kernels are timed for this workload."""
         numel = min(SMALL_NUMEL // 4 if self.is_small else self.elements // 4, self.elements)
         return [torch.zeros(numel, dtype=dtype, device=self.device) for _ in range(self.elements // numel)]
 
 
 def _torch_kernels(tracks: Sequence[list[Tensor]], values: list[Tensor], rounding: Rounding | None) -> tuple[str, ...]:
-    """Kernels that need nothing but torch, as far as they may differ in speed."""
+    """Kernels that need nothing but torch and may differ in speed; the first one supports the tensors."""
     if rounding or any(track[0].dtype != values[0].dtype for track in tracks):
         return ("scratch",)
     elements = sum(value.numel() for value in values)
@@ -134,13 +135,13 @@ def _measure_fastest(workload: _Workload, names: tuple[str, ...]) -> str:
     for name in names:
         with suppress(UnsupportedKernelError):
             kernels[name] = KERNELS[name](tracks, values, finite=workload.finite)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for kernel in kernels.values():
-        _seconds(kernel, len(tracks), workload.device)  # what only a first call does
+        _seconds(kernel, len(tracks), workload.device)  # warm-up
     for _ in range(TIMING_ROUNDS):
         for name, kernel in kernels.items():
-            times[name].append(_seconds(kernel, len(tracks), workload.device))
-    return min(kernels, key=lambda name: sorted(times[name])[TIMING_ROUNDS // 2])
+            seconds[name].append(_seconds(kernel, len(tracks), workload.device))
+    return min(kernels, key=lambda name: sorted(seconds[name])[TIMING_ROUNDS // 2])
 
 
 def _seconds(kernel: Kernel, tracks: int, device: str) -> float:

@@ -1,4 +1,4 @@
-"""bfloat16 averages that move by less than they can hold: each step is rounded up or down by chance, unbiased."""
+"""bfloat16 averages whose updates are smaller than their precision: stochastic rounding keeps them unbiased."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.lerp import UpdateIndex, Weight, lerp_uniform_
+from ema_dist.kernels.kernel import UpdateIndex, Weight
+from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks
 from ema_dist.kernels.random_bits import hash_int, mix32_, to_int32, track_key
 from ema_dist.kernels.rounding import StochasticRounding, TensorOffset
@@ -18,17 +19,17 @@ from ema_dist.kernels.scratch import chunk_elements, scratch_views
 
 
 class StochasticKernel:
-    """Moves bfloat16 tracks in float32 and rounds them `StochasticRounding`, chunk by chunk.
+    """Lerps bfloat16 tracks in float32, chunk by chunk, and rounds the results as `StochasticRounding` says.
 
-    It keeps views of the tensors it is made for: make another one when they move to other storage.
+    It keeps views of the tensors: make another kernel when they get other storage.
 
     Args:
-        tracks: the averages of each track, bfloat16, in the order of ``values``.
+        tracks: the bfloat16 averages of each track, in the order of ``values``.
         values: the live weights, of one dtype, on the averages' device.
-        rounding: the places and the seed.
+        rounding: the offset of each tensor, and the seed.
         finite: False where infinities may occur; see `lerp_`.
 
-    Memory: one scratch, kept as long as this, and an int32 for each of its elements.
+    Memory: one scratch and an int32 for each of its elements; the kernel keeps them.
     """
 
     name = "scratch"
@@ -42,21 +43,18 @@ class StochasticKernel:
 
     @torch.no_grad()
     def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
-        """Move each track by its weight; ``update_index`` is the number of this update."""
+        """Lerp each track by its weight; ``update_index`` is the number of this update."""
         if not self._chunks:
             return
         device = self._chunks[0].noise.device
-        host_keys = [track_key(self._seed, update_index=update_index, track=number) for number in range(len(weights))]
-        keys = [
-            round_key.to(device, non_blocking=True) if isinstance(round_key, Tensor) else round_key
-            for round_key in host_keys
-        ]
+        host_keys = [track_key(self._seed, update_index=update_index, track=track) for track in range(len(weights))]
+        keys = [key.to(device, non_blocking=True) if isinstance(key, Tensor) else key for key in host_keys]
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.wide_values, chunk.values)
-            for averages, weight, round_key in zip(chunk.tracks, weights, keys, strict=True):
+            for averages, weight, key in zip(chunk.tracks, weights, keys, strict=True):
                 torch._foreach_copy_(chunk.wide_pieces, averages)
                 lerp_uniform_(chunk.wide_pieces, chunk.wide_values, weight, finite=self._finite)
-                _round_(chunk, round_key)
+                _round_(chunk, key)
                 torch._foreach_copy_(averages, chunk.wide_pieces)
 
 
@@ -64,29 +62,30 @@ class _Chunk(NamedTuple):
     values: list[Tensor]
     tracks: list[list[Tensor]]
     wide_values: list[Tensor]
-    """Where the values are in float32."""
+    """Scratch for the values in float32."""
     wide: Tensor
-    """Where a track is in float32."""
+    """Scratch for one track in float32, flat; `wide_pieces` are views of it in the shapes of the values."""
     wide_pieces: list[Tensor]
     noise: Tensor
     spare: Tensor
-    elements: Tensor
+    element_indices: Tensor
     """0, 1, 2 ..."""
     tensor_hashes: Tensor
-    """Which one each piece is of."""
+    """The hash of each piece's tensor."""
     counter_shifts: Tensor
-    """The place of each piece's first element, less the one it has in the chunk."""
+    """For each piece, what to add to an index in the chunk to get the index in the full tensor."""
     sizes: Tensor
+    """Elements of each piece."""
 
 
 def _round_(chunk: _Chunk, track_key: int | Tensor) -> None:
-    """Make each element of ``wide`` one that bfloat16 has."""
+    """Round each element of ``wide`` to a bfloat16 number."""
     keys = torch.bitwise_xor(chunk.tensor_hashes, track_key)
     keys = mix32_(keys, torch.empty_like(keys)).add_(chunk.counter_shifts)
     if len(keys) > 1:
         keys = keys.repeat_interleave(chunk.sizes, output_size=chunk.noise.numel())
-    noise = mix32_(torch.add(chunk.elements, keys, out=chunk.noise), chunk.spare).bitwise_and_(0xFFFF)
-    # Another NaN could become an infinity, or a number: its bits would run over.
+    noise = mix32_(torch.add(chunk.element_indices, keys, out=chunk.noise), chunk.spare).bitwise_and_(0xFFFF)
+    # One NaN only: noise added to the bits of others could overflow into an infinity or a number.
     chunk.wide.masked_fill_(chunk.wide.isnan(), torch.nan)
     chunk.wide.view(torch.int32).add_(noise).bitwise_and_(-0x10000)
 
@@ -104,12 +103,12 @@ def _make_chunks(
         sizes = [piece.numel() for piece in live_pieces]
         *starts, end = accumulate(sizes, initial=begin)
         tensor_indices = [bisect_right(tensor_starts, start, hi=len(values)) - 1 for start in starts]
-        offset = [
+        global_offsets = [
             tensor_offsets[tensor].offset + start - tensor_starts[tensor]
             for tensor, start in zip(tensor_indices, starts, strict=True)
         ]
         counter_shifts = [
-            to_int32(global_offset + begin - start) for global_offset, start in zip(offset, starts, strict=True)
+            to_int32(global_offset + begin - start) for global_offset, start in zip(global_offsets, starts, strict=True)
         ]
         total = end - begin
         yield _Chunk(
@@ -120,7 +119,7 @@ def _make_chunks(
             wide=wide[:total],
             noise=noise[:total].view(torch.int32),
             spare=spare[:total].view(torch.int32),
-            elements=indices[:total],
+            element_indices=indices[:total],
             tensor_hashes=_int32(
                 [to_int32(hash_int(tensor_offsets[tensor].tensor_id)) for tensor in tensor_indices], device
             ),

@@ -1,4 +1,4 @@
-"""Two lists of tensors change places."""
+"""Exchanges the contents of two lists of tensors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ema_dist.kernels.scratch import make_scratch, scratch_views
 
 @torch.no_grad()
 def swap_(lists: list[tuple[list[Tensor], list[Tensor]]]) -> None:
-    """Let the contents of each pair change places, to the bit; ``lists`` as `group_pairs` makes them.
+    """Exchange the contents of each pair of tensors, bit for bit; ``lists`` are as `group_pairs` makes them.
 
-    Memory: one scratch of `CPU_SCRATCH_BYTES` or `DEVICE_SCRATCH_BYTES` per device, taken before anything changes.
+    Memory: one scratch of at most `CPU_SCRATCH_BYTES` or `DEVICE_SCRATCH_BYTES` per device.
     """
+    # All scratches are allocated before the first list is touched: an out-of-memory error then leaves all as it was.
     scratches: dict[torch.device, Tensor] = {}
     for left, _ in lists:
         scratch = make_scratch(left).view(torch.uint8)

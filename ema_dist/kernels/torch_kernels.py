@@ -1,4 +1,4 @@
-"""What moves averages by nothing but torch's own operations, whatever they are and however they are rounded."""
+"""The kernel named ``scratch``: for each rounding the one that needs nothing but torch, and supports all tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ema_dist.kernels.compensated_kernel import CompensatedKernel
-from ema_dist.kernels.foreach_kernel import Kernel
+from ema_dist.kernels.kernel import Kernel
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
 from ema_dist.kernels.scratch_kernel import ScratchKernel
 from ema_dist.kernels.stochastic_kernel import StochasticKernel
@@ -16,7 +16,7 @@ from ema_dist.kernels.stochastic_kernel import StochasticKernel
 def make_scratch_kernel(
     tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool = True, rounding: Rounding | None = None
 ) -> Kernel:
-    """Move them chunk by chunk through a scratch; see `bind`."""
+    """A kernel that lerps chunk by chunk through a scratch; the arguments are those of `make_kernel`."""
     match rounding:
         case StochasticRounding():
             return StochasticKernel(tracks, values, rounding, finite=finite)
@@ -34,7 +34,7 @@ def make_subset_kernel(
     finite: bool,
     rounding: Rounding | None,
 ) -> Kernel:
-    """As `make_scratch_kernel`, of these tensors only."""
+    """As `make_scratch_kernel`, for the tensors at ``indices`` only."""
     some_tracks = [[track[index] for index in indices] for track in tracks]
     some_values = [values[index] for index in indices]
     return make_scratch_kernel(some_tracks, some_values, finite=finite, rounding=rounding and rounding.subset(indices))

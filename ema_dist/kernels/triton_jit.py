@@ -1,4 +1,4 @@
-"""What Triton compiles. Importing this imports Triton, so only `TritonKernel` does, and late."""
+"""The functions that Triton compiles. `TritonKernel` imports this module only when it is made: it imports Triton."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COMPENSATED = tl.constexpr(2)
 
 
 @triton.jit
-def lerp_tracks(  # noqa: PLR0913, PLR0917 - a kernel takes what it reads
+def lerp_tracks(  # noqa: PLR0913, PLR0917 - kernels take tensors and numbers only
     value_addresses: tl.tensor,
     average_addresses: tl.tensor,
     sizes: tl.tensor,
@@ -32,35 +32,35 @@ def lerp_tracks(  # noqa: PLR0913, PLR0917 - a kernel takes what it reads
     aligned: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Move one block of one tensor by all tracks; the tables say which one.
+    """Lerp one block of one tensor in all tracks; the tables give the tensor and the block.
 
     Args:
         value_addresses: see `AddressTables`, and for the next four.
-        average_addresses: also of remainders.
+        average_addresses: of averages, then of residuals.
         sizes: of tensors.
         block_tensors: of blocks.
         block_starts: of blocks.
-        names: see `NoiseTables`, and for the next two; read for rounding by chance only.
-        firsts: of tensors.
-        seeds: of tracks.
+        tensor_hashes: see `NoiseTables`, and for the next two; read for stochastic rounding only.
+        global_offsets: of tensors.
+        track_seeds: of tracks.
         weights: of tracks, in float64.
-        update: its number.
-        tensors: how many there are.
+        update_index: the number of the update.
+        tensor_count: number of tensors.
         live: dtype of the values.
-        stored: dtype of the averages; uint16 for the bits of those that are rounded.
-        wide: dtype in which they move.
-        tracks: how many there are.
+        stored: dtype of the averages; uint16, the bits of bfloat16, unless rounding is NEAREST.
+        wide: dtype of the arithmetic.
+        track_count: number of tracks.
         finite: False where infinities may occur.
         rounding: NEAREST, STOCHASTIC or COMPENSATED.
         aligned: whether all addresses are multiples of 16 bytes.
-        block: how many elements it takes.
+        block: elements of a block.
     """
     block_index = tl.program_id(0)
     tensor = tl.load(block_tensors + block_index)
     start = tl.multiple_of(tl.load(block_starts + block_index), block)
     size = tl.load(sizes + tensor)
     offsets = start + tl.arange(0, block)
-    # Without a mask a thread takes 16 bytes at a time: only the last block of a tensor needs one.
+    # Without a mask a thread loads 16 bytes at a time; only the last block of a tensor needs a mask.
     is_full = start + block <= size
     for masked in tl.static_range(2):
         if is_full != (masked == 1):
@@ -93,13 +93,13 @@ def lerp_tracks(  # noqa: PLR0913, PLR0917 - a kernel takes what it reads
 
 @triton.jit
 def _recombine(high: tl.tensor, low: tl.tensor) -> tl.tensor:
-    """float32 of its upper half's bits and what is missing."""
+    """The float32 number of a bfloat16 number's bits and its residual."""
     return ((high.to(tl.int32) << 16) + low).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _float_bits(wide: tl.tensor) -> tl.tensor:
-    """Of float32, with one NaN only: others would run over into infinities or numbers."""
+    """The bits of a float32 number, with one NaN only: adding to the bits of others could overflow."""
     return tl.where(wide != wide, 0x7FC00000, wide.to(tl.uint32, bitcast=True))  # noqa: PLR0124 - true for NaN
 
 
@@ -110,7 +110,7 @@ def _to_uint32(number: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _mix32(bits: tl.tensor) -> tl.tensor:
-    """`mix32` of `noise`."""
+    """`mix32` of random_bits.py."""
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
     return bits ^ (bits >> 16)
@@ -139,7 +139,7 @@ def _store(pointers: tl.tensor, elements: tl.tensor, mask: tl.tensor, masked: tl
 
 @triton.jit
 def _lerp(average: tl.tensor, value: tl.tensor, weight: tl.tensor, finite: tl.constexpr) -> tl.tensor:
-    """As `torch.lerp` has it, whose steps are the same towards either end; exact at the live one."""
+    """The formula of `torch.lerp`, which starts from the nearer end; exact where the weight is 1."""
     difference = value - average
     result = tl.where(weight < 0.5, average + weight * difference, value - difference * (1 - weight))
     result = tl.where(weight < 1, result, value)
@@ -149,5 +149,5 @@ def _lerp(average: tl.tensor, value: tl.tensor, weight: tl.tensor, finite: tl.co
 
 
 def is_interpreted() -> bool:
-    """Whether Python runs what Triton would compile, as ``TRITON_INTERPRET=1`` asks for."""
+    """Whether Triton interprets its functions instead of compiling them, because of ``TRITON_INTERPRET=1``."""
     return not isinstance(lerp_tracks, triton.JITFunction)

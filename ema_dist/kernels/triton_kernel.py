@@ -12,36 +12,35 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ema_dist.kernels.address_tables import Row, find_dense_rows, make_address_tables
-from ema_dist.kernels.foreach_kernel import UnsupportedKernelError
-from ema_dist.kernels.lerp import UpdateIndex, Weight
+from ema_dist.kernels.kernel import UnsupportedKernelError, UpdateIndex, Weight
 from ema_dist.kernels.random_bits import make_noise_tables
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
 from ema_dist.kernels.torch_kernels import make_subset_kernel
 
 BLOCK = 4096
-"""Elements that one program moves."""
+"""Elements that one program processes."""
 
 ALIGNMENT = 16
-"""Bytes that one thread moves at a time."""
+"""Bytes that one thread loads or stores at a time."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class TritonKernel:
-    """Moves all tensors by one launch, two where some lie at odd addresses; weights come from a tensor on the device.
+    """Lerps all tensors in one launch, or two if the addresses of some are not aligned; weights are on the device.
 
-    An update that gets its weights, and its number, as 0-d tensors of the device can be captured in a CUDA graph.
-    Tensors that have gaps, or that are laid out otherwise than their averages, move as `make_scratch_kernel` moves them.
-    It keeps the tensors' addresses: make another one when they move to other storage.
+    An update whose weights and index are 0-d tensors on the device can be captured in a CUDA graph. A kernel of
+    `make_scratch_kernel` processes tensors that have gaps, or whose strides differ from their averages'.
+    It keeps the tensors' addresses: make another kernel when they get other storage.
 
     Args:
         tracks: the averages of each track, in the order of ``values``, all of one dtype.
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
-        rounding: of bfloat16 averages; None for to nearest.
+        rounding: how averages are rounded to bfloat16; None rounds to nearest.
 
-    Memory: a table of 12 bytes for every 4096 elements, and one of 16 and more for every tensor.
-    Raises: UnfitError when Triton is missing, or cannot move such tensors.
+    Memory: tables of 12 bytes for every 4096 elements, and of 16 bytes or more for every tensor.
+    Raises: UnsupportedKernelError when Triton is missing, or does not support these tensors.
     """
 
     name = "triton"
@@ -61,7 +60,7 @@ class TritonKernel:
         self._weights = _DeviceScalars([0.0] * len(tracks), torch.float64, values[0].device)
         self._is_stochastic = isinstance(rounding, StochasticRounding)
         self._update_index = _DeviceScalars([0], torch.int32, values[0].device)
-        self._rows = rows  # whose addresses are only good as long as they are
+        self._rows = rows  # keeps the storage alive: the launches hold only addresses
         self._outputs = [tensor for _, *outputs in rows for tensor in outputs]
         self._launches: list[Callable[[], object]] = []
         for aligned in (True, False):
@@ -73,23 +72,23 @@ class TritonKernel:
                 )
                 self._launches.append(launch)
         try:
-            self._run()  # compiles them; weights of zero leave everything as it is
-        except Exception as error:  # no C compiler, a GPU that is too old: Triton and its backends raise what they like
+            self._run()  # compiles the kernel; the weights are still zero, so that no average changes
+        except Exception as error:  # Triton and its backends raise various types: no C compiler, a GPU too old
             raise UnsupportedKernelError(f"Triton cannot compile here: {error!r}") from error
 
     @torch.no_grad()
     def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
-        """Move each track by its weight."""
+        """Lerp each track by its weight."""
         self._weights.write(weights)
         if self._is_stochastic:
             self._update_index.write([update_index])
         self._run()
-        increment_version(self._outputs)
+        increment_version(self._outputs)  # autograd does not see writes by address
         self._strided_kernel(weights, update_index)
 
     def _run(self) -> None:
         device = self._weights.tensor.device
-        # Triton launches on the current device, whatever it is given.
+        # Triton launches on the current device, whichever device its arguments are on.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             for launch in self._launches:
                 launch()
@@ -97,12 +96,12 @@ class TritonKernel:
     def _make_launch(
         self, jit_module: ModuleType, rows: list[Row], rounding: Rounding | None, *, finite: bool, aligned: bool
     ) -> Callable[[], object]:
-        """What launches the kernel for these tensors."""
+        """A callable that launches the kernel for these tensors."""
         live, stored = rows[0][0].dtype, rows[0][1].dtype
         wide = torch.float64 if stored == torch.float64 else torch.float32
         types = [_triton_dtype(jit_module, dtype) for dtype in (live, torch.uint16 if rounding else stored, wide)]
         address_tables = make_address_tables(rows, block=BLOCK)
-        noise: Sequence[Tensor] = [address_tables.sizes] * 3  # which is not read
+        noise: Sequence[Tensor] = [address_tables.sizes] * 3  # placeholders, which the kernel does not read
         rounding_mode = jit_module.COMPENSATED if rounding else jit_module.NEAREST
         if isinstance(rounding, StochasticRounding):
             noise = make_noise_tables(rounding, tracks=len(self._weights.tensor), device=address_tables.sizes.device)
@@ -115,7 +114,7 @@ class TritonKernel:
 
 
 class _DeviceScalars:
-    """Numbers on the device, written to only where they change."""
+    """Numbers on the device, written only when they change."""
 
     def __init__(self, numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> None:
         self.tensor = torch.tensor(numbers, dtype=dtype, device=device)
@@ -133,12 +132,15 @@ class _DeviceScalars:
 
 
 def _triton_dtype(jit_module: ModuleType, dtype: torch.dtype) -> object:
-    """Triton's name for it."""
+    """Triton's dtype for torch's."""
     return getattr(jit_module.tl, str(dtype).removeprefix("torch."))
 
 
 def _import_jit_module(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> ModuleType:
-    """The module that Triton compiles."""
+    """The module with the functions that Triton compiles.
+
+    Raises: UnsupportedKernelError as `TritonKernel` does.
+    """
     dtypes = {track[0].dtype for track in tracks}
     if len(dtypes) > 1 or not {values[0].dtype, *dtypes} <= {*DTYPES}:
         raise UnsupportedKernelError(

@@ -1,9 +1,15 @@
-"""The only code that knows wrappers: everyone else sees a `Layout` of `Shard`s of plain local tensors."""
+"""Reads a model, however it is wrapped, into a `Layout` of `Shard`s, each with this rank's plain local tensor.
+
+Code that names DDP, FSDP, DTensor or another wrapper, or a private attribute of torch, belongs here and nowhere else.
+Code that knows averages, decays, kernels or checkpoint files does not belong here. Modules here import torch, the
+standard library and each other, and nothing else of `ema_dist`.
+"""
 
 from ema_dist.sharding.compat import all_gather, world_store
 from ema_dist.sharding.cpu_copies import cpu_copy, is_sharded
-from ema_dist.sharding.discovery import ReplicaPolicy, local_tensor
+from ema_dist.sharding.discovery import ReplicaPolicy
 from ema_dist.sharding.layout import Layout
+from ema_dist.sharding.mesh_shard import local_tensor
 from ema_dist.sharding.shard import Shard, flat_view
 from ema_dist.sharding.substitution import Substitution, replays_cuda_graph, unsupported_reason
 

@@ -1,28 +1,28 @@
-"""Noticing that a model is no longer the one that was read, at every step and for next to nothing."""
+"""Detects, at every step and at little cost, that a model changed after it was read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ema_dist.sharding.discovery import local_tensor
 from ema_dist.sharding.fsdp1 import handles, local_shard
+from ema_dist.sharding.mesh_shard import quick_local
 from ema_dist.sharding.registries import RegistryEntry, resolve_live
 
 
 class ChangeDetector:
-    """Compares modules and storage addresses with what they were, in a few passes that run in C.
+    """Compares modules and storage addresses with those at construction, in a few loops that run in C.
 
-    Without it an average would go on following a tensor that the model has put aside (``.to()``, ``assign=True``,
-    offloading, a replaced module). An address says enough: the storage that the average follows is kept alive by it,
-    so no other tensor can come to lie there. What is added to a module without children, or put where None was, is not
-    noticed here but when the model is read again.
+    Without it, updates would read a tensor that the model no longer uses (after ``.to()``, ``assign=True``, offloading,
+    or when a module was replaced). Comparing addresses suffices, because the shards keep the old storage alive, so that
+    no other tensor can get its address. Submodules of a module that had none, and tensors registered where None was,
+    are not detected here, but only when the model is read again.
     """
 
     def __init__(self, model: nn.Module, parameter_entries: list[RegistryEntry]) -> None:
@@ -34,26 +34,30 @@ class ChangeDetector:
             [entry for entry in parameter_entries if not isinstance(entry.registry[entry.name], DTensor)]
         )
         self._handles = [handle for _, handle in handles(model)]
-        live = map(resolve_live, self._plain.current()), map(resolve_live, self._dtensors.current())
-        self._addresses = self._addresses_of(*live)
-        self._live_tensors = [resolve_live(tensor) for tensor in (*self._plain.current(), *self._dtensors.current())]
+        plain_live = list(map(resolve_live, self._plain.current()))
+        dtensors_live = list(map(resolve_live, self._dtensors.current()))
+        self._addresses = self._addresses_of(plain_live, dtensors_live)
+        self._live_tensors = [*plain_live, *dtensors_live]
 
     def has_changed(self) -> bool:
-        """Whether a module or parameter was replaced or removed, or lies in other storage."""
+        """Whether a module or parameter was replaced or removed, or has other storage."""
         if list(chain.from_iterable(self._children)) != self._modules:
             return True
         try:
             return self._addresses_of(self._plain.current(), self._dtensors.current()) != self._addresses
-        except (AttributeError, TypeError):  # a sharded parameter has become a plain one, or one is gone
+        except (
+            AttributeError,
+            TypeError,
+        ):  # a plain tensor replaced a DTensor, or an entry is None or missing
             return True
 
     def has_replaced_params(self) -> bool:
-        """Whether modules now show other parameters, wherever these lie: an optimizer built since steps them alone."""
+        """Whether modules hold other parameter objects, perhaps with the same storage: a new optimizer steps these."""
         return not all(map(is_, chain(self._plain.current(), self._dtensors.current()), self._live_tensors))
 
     @property
     def has_flat_parameters(self) -> bool:
-        """Whether FSDP1 is among what is watched."""
+        """Whether the model has parameters that FSDP1 has flattened."""
         return bool(self._handles)
 
     def _addresses_of(self, plain: Iterable[Any], dtensors: Iterable[Any]) -> list[int]:
@@ -62,12 +66,11 @@ class ChangeDetector:
 
 
 class _RegistryReader:
-    """Reads registries: whole ones at once where all that they hold is asked for."""
+    """Reads registry entries; where all entries of a registry are wanted, it iterates over the registry itself."""
 
     def __init__(self, registry_entries: list[RegistryEntry]) -> None:
-        names_by_registry: dict[
-            int, tuple[dict[str, Any], dict[str, None]]
-        ] = {}  # a shared module lists its sites at each place
+        # Names are keys, because a shared module lists its entries several times.
+        names_by_registry: dict[int, tuple[dict[str, Any], dict[str, None]]] = {}
         for _, registry, name in registry_entries:
             names_by_registry.setdefault(id(registry), (registry, {}))[1][name] = None
         self._full_registries = [
@@ -84,7 +87,3 @@ class _RegistryReader:
 
     def current(self) -> Iterator[Any]:
         return chain(chain.from_iterable(self._full_registries), map(dict.get, self._registries, self._names))
-
-
-# to_local() costs a microsecond per parameter and step; it is the fallback where the attribute is not there.
-quick_local = attrgetter("_local_tensor") if "_local_tensor" in getattr(DTensor, "__slots__", ()) else local_tensor

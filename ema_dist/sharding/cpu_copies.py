@@ -1,4 +1,4 @@
-"""Copies that later writes to a tensor do not reach."""
+"""Copies of wrapped tensors that later writes to the originals do not change."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from torch.distributed.tensor import DTensor
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:
-    """A copy of this rank's part, in the memory of the CPU, dressed and cut as ``tensor`` is."""
+    """A copy of this rank's part on the CPU, wrapped and sharded as ``tensor`` is."""
     if not isinstance(tensor, ShardedTensor):
         return tensor.detach().to("cpu", copy=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch deprecates what FSDP1 saves as
+        warnings.simplefilter("ignore", FutureWarning)  # torch deprecates the type that FSDP1 saves
         blocks = [Block(block.tensor.to("cpu", copy=True), block.metadata) for block in tensor.local_shards()]
-        return (
-            ShardedTensor._init_from_local_shards_and_global_metadata(  # the public form gathers what each rank knows
-                blocks,
-                tensor.metadata(),
-                process_group=tensor._process_group,
-                sharding_spec=tensor.sharding_spec(),
-            )
+        # The public constructor is collective: it gathers the metadata of all ranks. The group has no public name.
+        return ShardedTensor._init_from_local_shards_and_global_metadata(
+            blocks,
+            tensor.metadata(),
+            process_group=tensor._process_group,
+            sharding_spec=tensor.sharding_spec(),
         )
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` stands for one of which other ranks hold other parts."""
+    """Whether ``tensor`` is this rank's part of a tensor that is distributed over ranks."""
     return isinstance(tensor, (DTensor, ShardedTensor))

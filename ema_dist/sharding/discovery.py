@@ -1,4 +1,4 @@
-"""Finding the tensors of a model: each once, with all of its names and the shard that fits its wrapping."""
+"""Finds the tensors of a model: each once, with all of its names and the kind of shard that its wrapper requires."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ema_dist.sharding.registries import RegistryEntry, resolve_live
 from ema_dist.sharding.shard import Shard, has_contiguous_rows
 
 ReplicaPolicy: TypeAlias = Literal["shard", "copy"] | ProcessGroup
-"""What is kept of weights that replicas hold alike; a process group says over which ranks an unwrapped model is one."""
+"""How replicas store averages: ``"shard"`` or ``"copy"``; a process group holds the replicas of an unwrapped model."""
 
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """One tensor of the model: tied names lead to the same one."""
+    """One tensor of the model, with all of its names; the shard is made once the names are complete."""
 
     make_shard: Callable[[tuple[str, ...]], Shard]
     is_buffer: bool
@@ -35,45 +35,40 @@ class ModelTensor:
 
 
 def find_tensors(model: nn.Module, replicas: ReplicaPolicy) -> tuple[list[ModelTensor], dict[str, nn.Module]]:
-    """Everything the unwrapped model's ``state_dict()`` holds: tensors, and modules with an extra state by its name."""
+    """All entries of the unwrapped model's ``state_dict()``: its tensors, and modules with an extra state by name."""
     flat_by_module = fsdp1.flat_tensors(model)
     factory = _ShardFactory(split=replicas != "copy")
-    found: dict[object, ModelTensor] = {}
+    tensors_by_key: dict[object, ModelTensor] = {}
     extra_states = {}
     for parent in named_modules(
         NamedModule(model, replica_group=replicas if isinstance(replicas, ProcessGroup) else None)
     ):
         module, module_flat_tensors = parent.module, flat_by_module.get(id(parent.module), {})
         for name, flat_tensor in module_flat_tensors.items():
-            tensor = found.setdefault(flat_tensor.key, ModelTensor(flat_tensor.make_shard, is_buffer=False))
+            tensor = tensors_by_key.setdefault(flat_tensor.key, ModelTensor(flat_tensor.make_shard, is_buffer=False))
             tensor.names.append(parent.prefix + name)
         for is_buffer, registry, name, registered in _registered_tensors(module):
             if name in module_flat_tensors:
                 continue
             value = resolve_live(registered)
-            if getattr(value, "_fsdp_flattened", False):  # set by FSDP1 on what it shows of a flat parameter
+            if getattr(value, "_fsdp_flattened", False):  # FSDP1 sets it on views of a flat parameter
                 raise ValueError(
                     f"{parent.prefix + name!r} is a piece of a flat parameter of FSDP1, which is wrapped around this "
                     "module: pass the FullyShardedDataParallel module itself"
                 )
-            tensor = found.setdefault(
+            tensor = tensors_by_key.setdefault(
                 id(value), ModelTensor(factory.shard_maker(value, parent, is_buffer=is_buffer), is_buffer)
             )
             tensor.names.append(parent.prefix + name)
             tensor.registry_entries.append(RegistryEntry(module, registry, name))
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             extra_states[f"{parent.prefix}_extra_state"] = module
-    return list(found.values()), extra_states
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's plain tensor inside a parameter or buffer, without autograd: the same storage and version counter."""
-    return dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor.detach()
+    return list(tensors_by_key.values()), extra_states
 
 
 def _registered_tensors(module: nn.Module) -> Iterator[tuple[bool, dict[str, Any], str, Tensor]]:
-    # named_parameters() and named_buffers() hide which buffers are persistent, and the registries themselves,
-    # in which Layout looks a tensor up again.
+    # named_parameters() and named_buffers() do not tell which buffers are persistent, nor give the registries, in which
+    # Layout looks up tensors later.
     for name, parameter in module._parameters.items():
         if parameter is not None and not isinstance(parameter, FlatParameter):
             yield False, module._parameters, name, parameter
@@ -83,7 +78,7 @@ def _registered_tensors(module: nn.Module) -> Iterator[tuple[bool, dict[str, Any
 
 
 class _ShardFactory:
-    """Builds shards; meshes over the same replicas are built once."""
+    """Makes shards, and one mesh for all shards over the same replicas: a mesh for each would be slow."""
 
     def __init__(self, *, split: bool) -> None:
         self._split = split
@@ -119,7 +114,7 @@ class _ShardFactory:
             outer_group is not None
             and len({*get_process_group_ranks(outer_group)} & {*mesh.mesh.flatten().tolist()}) > 1
         ):
-            outer_group = None  # ranks of one mesh hold different blocks, whatever is said of the model
+            outer_group = None  # ranks of one mesh hold different blocks, so they are not replicas of each other
         if partial := [placement for placement in placements if placement.is_partial()]:
             raise ValueError(f"{names[0]!r} is placed {partial}: a sum still to be made is not a weight to average")
         replica_dims = [
@@ -135,7 +130,7 @@ class _ShardFactory:
             stride=tensor.stride(),
             replica_group=mesh.get_group(replica_dims[0]) if replica_dims else outer_group,
         )
-        # A strided placement (FSDP2 over TP) already orders its dimensions in its own way: such a block stays whole.
+        # A strided placement (FSDP2 over TP) has its own order of mesh dimensions: such a block is not split further.
         is_unstrided = all(type(placement) in (ShardPlacement, Replicate) for placement in placements)
         if replica_dims and split and is_unstrided and has_contiguous_rows(shard.local):
             other_dims = [dim for dim in range(mesh.ndim) if dim != replica_dims[0]]

@@ -1,10 +1,11 @@
-"""Tensors that FSDP1 has flattened: this rank's run of elements, cut anywhere."""
+"""Tensors that FSDP1 has flattened: this rank holds a range of elements, which may begin and end anywhere."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,18 +19,27 @@ from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from ema_dist.sharding.shard import Shard, flat_view, memory_order
 
 ElementRange = tuple[int, int]
-"""First element and one past the last, counted in the memory order of the full tensor."""
+"""The first element and one past the last, counted in the memory order of the full tensor."""
+
+
+class Rectangle(NamedTuple):
+    """A rectangular block of the full tensor whose elements are contiguous in memory."""
+
+    start: int
+    """Its first element, counted in the memory order of the full tensor."""
+    offsets: list[int]
+    sizes: list[int]
 
 
 class FlatShard(Shard):
-    """A run of the tensor's elements, one-dimensional, often empty.
+    """A range of the tensor's elements, one-dimensional and often empty.
 
-    In checkpoints a run becomes the few rectangles it covers, which view the same storage unless dimensions are
-    permuted in memory: nothing is sent, and DCP reshards them like any other tensor.
+    In checkpoints it becomes the few rectangles that it covers. They are views of the same storage unless
+    dimensions are permuted in memory. No communication is needed, and DCP reshards them like any other tensor.
 
     Args:
-        runs: the run of each rank of ``group``, by group rank.
-        stride: of the full tensor; dense, else FSDP1 could not have flattened it.
+        ranges: the range of each rank of ``group``, by group rank.
+        stride: the strides of the full tensor, which is dense: FSDP1 flattens no others.
         device: where FSDP1 computes and communicates; ``local`` may be offloaded from it.
     """
 
@@ -74,7 +84,6 @@ class FlatShard(Shard):
         return self._group
 
     def wrap(self, local: Tensor) -> Tensor:
-        offset = self.ranges[self._group.rank()][0]
         blocks: list[Block] = []
         metadata: list[ShardMetadata] = []
         for group_rank, element_range in enumerate(self.ranges):
@@ -82,15 +91,15 @@ class FlatShard(Shard):
             for start, offsets, sizes in self._rectangles(element_range):
                 metadata.append(ShardMetadata(offsets, sizes, placement))
                 if group_rank == self._group.rank():
-                    block = self._view(local[start - offset : start - offset + prod(sizes)], sizes)
+                    begin = start - self.global_offset
+                    block = self._view_block(local[begin : begin + prod(sizes)], sizes)
                     blocks.append(Block(block, metadata[-1]))
-        return (
-            ShardedTensor._init_from_local_shards_and_global_metadata(  # the public form gathers what each rank knows
-                blocks,
-                ShardedTensorMetadata(metadata, self._shape, TensorProperties(dtype=local.dtype)),
-                process_group=self._group,
-                sharding_spec=EnumerableShardingSpec(metadata),
-            )
+        # The public constructor is collective: it gathers the metadata of all ranks.
+        return ShardedTensor._init_from_local_shards_and_global_metadata(
+            blocks,
+            ShardedTensorMetadata(metadata, self._shape, TensorProperties(dtype=local.dtype)),
+            process_group=self._group,
+            sharding_spec=EnumerableShardingSpec(metadata),
         )
 
     def unwrap(self, value: Tensor) -> Tensor:
@@ -99,14 +108,14 @@ class FlatShard(Shard):
         own_rectangles = self._rectangles(self.ranges[self._group.rank()])
         expected = self._shape, [(offsets, sizes) for _, offsets, sizes in own_rectangles]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch deprecates what FSDP1 saves as
+            warnings.simplefilter("ignore", FutureWarning)  # torch deprecates the type that FSDP1 saves
             blocks, size = value.local_shards(), value.size()
-        actual = size, [(list(b.metadata.shard_offsets), list(b.metadata.shard_sizes)) for b in blocks]
+        actual = size, [(list(block.metadata.shard_offsets), list(block.metadata.shard_sizes)) for block in blocks]
         if actual != expected:
-            raise ValueError(f"expected shape and cut {expected}, got {actual}")
+            raise ValueError(f"expected shape and blocks {expected}, got {actual}")
         order = self._memory_order()
-        ranges = [block.tensor.permute(order).reshape(-1) for block in blocks]
-        return torch.cat(ranges) if ranges else self.local.new_empty(0)
+        pieces = [block.tensor.permute(order).reshape(-1) for block in blocks]
+        return torch.cat(pieces) if pieces else self.local.new_empty(0)
 
     def full(self, local: Tensor) -> Tensor:
         gathered = torch.empty_strided(self._shape, self.stride, dtype=local.dtype, device=self._device)
@@ -132,43 +141,42 @@ class FlatShard(Shard):
 
     def describe(self) -> str:
         ranks = dist.get_process_group_ranks(self._group)
-        return f"{tuple(self._shape)}, strides {self.stride}, flat runs {self.ranges} over ranks {ranks}"
+        return f"{tuple(self._shape)}, strides {self.stride}, flat ranges {self.ranges} over ranks {ranks}"
 
     def _memory_order(self) -> list[int]:
         order = memory_order(self._shape, self.stride)
         assert order is not None, "FSDP1 flattens dense tensors only"
         return order
 
-    def _view(self, run: Tensor, sizes: Sequence[int]) -> Tensor:
+    def _view_block(self, elements: Tensor, sizes: Sequence[int]) -> Tensor:
         order = self._memory_order()
-        ordered = run.view([sizes[dim] for dim in order])
-        # ShardedTensor takes contiguous blocks only; where dimensions are permuted in memory, that is a copy.
+        ordered = elements.view([sizes[dim] for dim in order])
+        # ShardedTensor accepts contiguous blocks only; if dimensions are permuted in memory, this copies.
         return ordered.permute([order.index(dim) for dim in range(len(order))]).contiguous()
 
-    def _rectangles(self, element_range: ElementRange) -> list[tuple[int, list[int], list[int]]]:
-        """Start in memory order, corner and sizes of each rectangle that ``run`` covers; one without rows if none."""
-        if (
-            element_range[0] == element_range[1]
-        ):  # DCP passes over a tensor that has no block here, and then misses it in the checkpoint
-            return [(element_range[0], [self._shape[0], *[0] * (len(self._shape) - 1)], [0, *self._shape[1:]])]
+    def _rectangles(self, element_range: ElementRange) -> list[Rectangle]:
+        """The rectangles that ``element_range`` covers, in the dimensions of the tensor; one without rows if empty."""
+        start, stop = element_range
+        if start == stop:  # DCP skips a tensor without blocks on this rank when saving, and requires it when loading
+            return [Rectangle(start, [self._shape[0], *[0] * (len(self._shape) - 1)], [0, *self._shape[1:]])]
         order = self._memory_order()
-        blocks = []
-        for start, offsets, sizes in rectangles(element_range, [self._shape[dim] for dim in order]):
-            inverse_order = [order.index(dim) for dim in range(len(order))]
-            blocks.append((start, [offsets[dim] for dim in inverse_order], [sizes[dim] for dim in inverse_order]))
-        return blocks
+        inverse_order = [order.index(dim) for dim in range(len(order))]
+        return [
+            Rectangle(start, [offsets[dim] for dim in inverse_order], [sizes[dim] for dim in inverse_order])
+            for start, offsets, sizes in rectangles(element_range, [self._shape[dim] for dim in order])
+        ]
 
 
-def rectangles(element_range: ElementRange, shape: Sequence[int]) -> Iterator[tuple[int, list[int], list[int]]]:
-    """The fewest blocks of a row-major tensor that together are ``run``: start, corner and sizes of each.
+def rectangles(element_range: ElementRange, shape: Sequence[int]) -> Iterator[Rectangle]:
+    """The fewest rectangles of a row-major tensor that together are ``element_range``.
 
-    A run of rows is one block; the ragged ends before and after it are runs of one row each, cut the same way.
+    The complete rows are one rectangle; the parts of a row before and after them are divided recursively.
     """
     start, stop = element_range
     if start == stop:
         return
     if not shape:
-        yield start, [], []
+        yield Rectangle(start, [], [])
         return
     row = prod(shape[1:])
     first_row, end_row = -(-start // row), stop // row
@@ -178,14 +186,12 @@ def rectangles(element_range: ElementRange, shape: Sequence[int]) -> Iterator[tu
     if start < first_row * row:
         yield from _within_row(first_row - 1, (start, first_row * row), shape)
     if first_row < end_row:
-        yield first_row * row, [first_row, *[0] * (len(shape) - 1)], [end_row - first_row, *shape[1:]]
+        yield Rectangle(first_row * row, [first_row, *[0] * (len(shape) - 1)], [end_row - first_row, *shape[1:]])
     if end_row * row < stop:
         yield from _within_row(end_row, (end_row * row, stop), shape)
 
 
-def _within_row(
-    index: int, element_range: ElementRange, shape: Sequence[int]
-) -> Iterator[tuple[int, list[int], list[int]]]:
+def _within_row(index: int, element_range: ElementRange, shape: Sequence[int]) -> Iterator[Rectangle]:
     row_start = index * prod(shape[1:])
     for start, offsets, sizes in rectangles((element_range[0] - row_start, element_range[1] - row_start), shape[1:]):
-        yield row_start + start, [index, *offsets], [1, *sizes]
+        yield Rectangle(row_start + start, [index, *offsets], [1, *sizes])

@@ -1,4 +1,4 @@
-"""FSDP1: where each original tensor lies in the flat parameters, and dropping what a forward pass left gathered."""
+"""FSDP1: finds the original tensors in flat parameters, and drops weights that a forward pass left gathered."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ema_dist.sharding.flat_shard import ElementRange, FlatShard
 from ema_dist.sharding.plain_shard import PlainShard
 from ema_dist.sharding.shard import Shard
 
-# FSDP1 is in maintenance and has no public way to see its cut or to drop gathered weights without gathering
-# them first. These are the private attributes read here; without one of them FSDP1 is refused, by name.
+# FSDP1 is in maintenance and has no public way to see how it shards, or to drop gathered weights without gathering
+# them first. These are the private attributes read here; a torch that lacks one of them gets an error that names it.
 HANDLE_ATTRIBUTES = ("flat_param", "process_group", "uses_sharded_strategy", "device", "_training_state")
 FLAT_PARAM_ATTRIBUTES = (
     "_param_infos",
@@ -36,16 +36,16 @@ FLAT_PARAM_ATTRIBUTES = (
 
 @dataclass(frozen=True)
 class FlatTensor:
-    """One original tensor in a flat parameter: equal keys are tied; the shard is made once its names are complete."""
+    """One original tensor in a flat parameter; tied tensors have equal keys. `make_shard` takes all names."""
 
     key: object
     make_shard: Callable[[tuple[str, ...]], Shard]
 
 
 def handles(model: nn.Module) -> list[tuple[FullyShardedDataParallel, FlatParamHandle]]:
-    """The FSDP1 modules in ``model`` that own a flat parameter, and its handle.
+    """The FSDP1 modules in ``model`` that own a flat parameter, each with its handle.
 
-    Raises: RuntimeError when this version of torch hides what must be read of FSDP1.
+    Raises: RuntimeError when this version of torch lacks an attribute of FSDP1 that must be read.
     """
     units = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
     units_with_handles = [(unit, handle) for unit in units if (handle := getattr(unit, "_handle", None)) is not None]
@@ -61,13 +61,13 @@ def handles(model: nn.Module) -> list[tuple[FullyShardedDataParallel, FlatParamH
 
 
 def flat_tensors(model: nn.Module) -> dict[int, dict[str, FlatTensor]]:
-    """Every original tensor in a flat parameter, by the id of its module and its own name there."""
+    """Every original tensor in a flat parameter, by the id of its module and its own name in the module."""
     by_module: dict[int, dict[str, FlatTensor]] = defaultdict(dict)
     for unit, handle in handles(model):
         flat_param = handle.flat_param
         if any(extension is not None for extension in flat_param._param_extensions):
             raise ValueError("FSDP1 around tensor-parallel parameters is not supported; use fully_shard (FSDP2) there")
-        for index, (info, start) in enumerate(zip(flat_param._param_infos, _starts(flat_param), strict=True)):
+        for index, (info, start) in enumerate(zip(flat_param._param_infos, _tensor_starts(flat_param), strict=True)):
             by_module[id(info.module)][info.param_name] = FlatTensor(
                 (id(flat_param), index), _shard_maker(unit, handle, index, start)
             )
@@ -77,16 +77,16 @@ def flat_tensors(model: nn.Module) -> dict[int, dict[str, FlatTensor]]:
 
 
 def local_shard(handle: FlatParamHandle) -> Tensor:
-    """This rank's piece of a flat parameter, also while the parameter shows the gathered weights."""
-    # Before the first forward there is no _local_shard yet, and the parameter itself is still the piece.
+    """This rank's shard of a flat parameter, also while the parameter holds the gathered weights."""
+    # Before the first forward pass there is no _local_shard, and the parameter itself is the shard.
     local: Tensor = getattr(handle.flat_param, "_local_shard", handle.flat_param)
     return local.detach()
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop gathered weights, so that the next forward gathers the pieces as they are then.
+    """Drop gathered weights, so that the next forward pass gathers the shards as they are then.
 
-    Raises: RuntimeError inside ``summon_full_params``, which is still to write its gathered weights back.
+    Raises: RuntimeError inside ``summon_full_params``, which will write its gathered weights back to the shards.
     """
     for _, handle in handles(model):
         if handle._training_state == HandleTrainingState.SUMMON_FULL_PARAMS:
@@ -94,11 +94,11 @@ def reshard(model: nn.Module) -> None:
         if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
             handle.reshard(free_unsharded_flat_param=True)
             handle.post_reshard()
-            handle._prefetched = False  # else a unit prefetched in the pass before would not be gathered again
+            handle._prefetched = False  # otherwise FSDP1 would not gather a unit again that the last pass prefetched
 
 
-def _starts(flat_param: FlatParameter) -> Iterator[int]:
-    """First element of each original tensor in the whole flat parameter, alignment padding counted."""
+def _tensor_starts(flat_param: FlatParameter) -> Iterator[int]:
+    """The first element of each original tensor in the full flat parameter, including alignment padding."""
     *starts, _ = accumulate(flat_param._numels_with_padding, initial=0)
     for start, is_padding in zip(starts, flat_param._is_padding_mask, strict=True):
         if not is_padding:
@@ -127,6 +127,7 @@ def _shard_maker(
     ranges = [_overlap(start, shape.numel(), rank * shard_numel, shard_numel) for rank in range(group.size())]
     own_range = ranges[group.rank()]
     offset = start + own_range[0] - group.rank() * shard_numel if own_range[0] < own_range[1] else 0
+    # Only HYBRID_SHARD sets this private attribute: the ranks that hold the same shard.
     replica_group: ProcessGroup | None = getattr(unit, "_inter_node_pg", None)
     return lambda names: with_owner_offset(
         FlatShard(
@@ -145,7 +146,7 @@ def _shard_maker(
 
 
 def _overlap(start: int, numel: int, shard_start: int, shard_numel: int) -> ElementRange:
-    """What the elements ``start .. start + numel`` have in common with one rank's piece, counted from ``start``."""
+    """The part of the elements ``start .. start + numel`` in one rank's shard, counted from ``start``."""
     first = min(max(shard_start - start, 0), numel)
     last = min(max(shard_start + shard_numel - start, 0), numel)
     return (first, last) if first < last else (0, 0)

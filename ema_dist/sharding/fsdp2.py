@@ -1,4 +1,4 @@
-"""FSDP2: dropping what a forward pass left gathered, and letting it gather other tensors than the live shards."""
+"""FSDP2: drops weights that a forward pass left gathered, and makes it gather other tensors than the live shards."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# There is no public way to let FSDP2 gather another tensor. These are the private attributes that it takes; where a
-# version of torch lacks one, `FSDP2Units.missing_attributes` names it, and averages are served by a swap instead.
+# There is no public way to make FSDP2 gather another tensor. These are the private attributes that this needs. If a
+# version of torch lacks one, `FSDP2Units.missing_attributes` names it, and `serving()` swaps instead.
 STATE_ATTRIBUTES = ("_training_state", "_state_ctx", "_comm_ctx", "_root_pre_forward")
 STATE_ATTRIBUTES += ("_register_root_post_backward_final_callback",)
 GROUP_ATTRIBUTES = ("fsdp_params", "is_sharded", "reshard", "lazy_init", "wait_for_unshard", "_all_gather_result")
@@ -30,45 +30,48 @@ CONTEXT_ATTRIBUTES = ("iter_forward_root", "post_optim_event")
 
 
 class FSDP2Units:
-    """What ``fully_shard`` has cut in one model.
+    """The modules of one model that ``fully_shard`` was applied to, with their states and parameter groups.
 
-    Its attributes are empty for a model without FSDP2, and where torch hides what must be read of it.
+    The attributes are empty for a model without FSDP2, and where torch lacks one of the private attributes.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         states = [module._get_fsdp_state() for module in self._modules if hasattr(module, "_get_fsdp_state")]
         self.states: list[FSDPState] = list({id(state): state for state in states}.values())
-        self.groups: list[FSDPParamGroup] = [group for state in self.states for group in _groups(state)]
+        self.groups: list[FSDPParamGroup] = [group for state in self.states for group in _param_groups(state)]
         fsdp_params: list[FSDPParam] = [
             fsdp_param for group in self.groups for fsdp_param in getattr(group, "fsdp_params", ())
         ]
-        self.missing_attributes = _missing(self.states, self.groups, fsdp_params)
+        self.missing_attributes = _missing_attributes(self.states, self.groups, fsdp_params)
         """Private attributes that this version of torch lacks."""
         if self._modules and not self.states:
             self.missing_attributes = ["_get_fsdp_state"]
         self._is_initialized = False
-        self.fsdp_params: dict[int, FSDPParam] = (
+        self.fsdp_param_by_id: dict[int, FSDPParam] = (
             {} if self.missing_attributes else {id(fsdp_param.sharded_param): fsdp_param for fsdp_param in fsdp_params}
         )
-        """FSDP2's own records, by the ids of the parameters that the modules show."""
+        """FSDP2's own records, by the ids of the parameters that the modules hold."""
 
     def reshard(self) -> None:
-        """Drop gathered weights, also those on their way: the next forward gathers the shards as they are then."""
+        """Drop gathered weights, also unfinished gathers: the next forward pass gathers the shards as they are then."""
         if self.missing_attributes:
             for module in self._modules:
                 module.reshard()
             return
         for group in self.groups:
-            if group._all_gather_result is not None:  # unshard(async_op=True): the next forward would take them as live
+            # unshard(async_op=True) is unfinished: the next forward pass would use its result.
+            if group._all_gather_result is not None:
                 group.wait_for_unshard()
             if not group.is_sharded:
                 group.reshard()
 
     def init_and_reshard(self) -> None:
-        """Drop gathered weights, and do now what FSDP2 would put off until its first forward pass.
+        """Drop gathered weights, and run the initialization that FSDP2 does lazily in its first forward pass.
 
-        Uneven shards may move by that. Raises: RuntimeError in the middle of a forward or backward pass.
+        The initialization may give uneven shards other storage.
+
+        Raises: RuntimeError in the middle of a forward or backward pass.
         """
         groups = [] if self.missing_attributes else self.groups
         if any(not group.is_sharded and group._training_state.name != "IDLE" for group in groups):
@@ -82,7 +85,7 @@ class FSDP2Units:
         self.reshard()
 
     def abandon_pass(self) -> None:
-        """Forget a pass that an exception ended: FSDP2 would keep its weights gathered for the next one."""
+        """Reset FSDP2 after a pass that an exception ended: it would keep the gathered weights for the next pass."""
         groups = [] if self.missing_attributes else self.groups
         if any(not group.is_sharded and group._training_state.name != "IDLE" for group in groups):
             idle = type(groups[0]._training_state).IDLE
@@ -93,57 +96,63 @@ class FSDP2Units:
             self.reshard()
 
     def padded_numel(self, parameter: Tensor) -> int | None:
-        """Elements of the buffer that FSDP2 gathers for ``parameter``, padding included; None where it does not."""
-        fsdp_param = self.fsdp_params.get(id(parameter))
+        """Elements of the buffer that FSDP2 gathers for ``parameter``, including padding; None if it gathers none."""
+        fsdp_param = self.fsdp_param_by_id.get(id(parameter))
         return None if fsdp_param is None else fsdp_param._sharded_param_data.numel()
 
     @property
     def has_gather_transforms(self) -> bool:
-        """Whether shards transform themselves before they are gathered (float8): then others cannot be gathered."""
+        """Whether shards transform themselves before they are gathered (float8), so that no others can be."""
         return any(
-            hasattr(fsdp_param._sharded_local_tensor, "fsdp_pre_all_gather") for fsdp_param in self.fsdp_params.values()
+            hasattr(fsdp_param._sharded_local_tensor, "fsdp_pre_all_gather")
+            for fsdp_param in self.fsdp_param_by_id.values()
         )
 
 
 class GatherSubstitution:
-    """FSDP2 gathers other tensors than the live shards between `enter` and `leave`; nobody else sees the difference.
+    """Between `enter` and `leave`, FSDP2 gathers other tensors than the live shards; the parameters do not change.
 
-    A graph that was built before runs backward after it as ever, and nothing else of the pass in progress changes. What
-    would mix averages into gradients is refused inside: a forward pass with gradients, and any backward pass.
+    A graph that was built before `enter` can run backward after `leave`. In between, passes that would mix averages
+    into gradients raise a RuntimeError: a forward pass with gradients, and any backward pass.
 
     Args:
-        data: for each parameter, by its id, a tensor in storage with as many elements as `FSDP2Units.padded_numel` says.
+        replacements: a tensor for each parameter, by the parameter's id. Its storage must have as many elements as
+            `FSDP2Units.padded_numel` says.
 
-    Memory: nothing. Collective: no; but gathered weights are dropped, and gathered again when they are needed.
+    Memory: none. Collective: no, but gathered weights are dropped, so that the next forward pass gathers them again.
     """
 
-    def __init__(self, fsdp2_units: FSDP2Units, data: Mapping[int, Tensor]) -> None:
+    def __init__(self, fsdp2_units: FSDP2Units, replacements: Mapping[int, Tensor]) -> None:
         self._units = fsdp2_units
         self._replacements = [
-            (fsdp2_units.fsdp_params[key], _padded_view(fsdp2_units, key, local)) for key, local in data.items()
+            (fsdp2_units.fsdp_param_by_id[key], _padded_view(fsdp2_units.fsdp_param_by_id[key], local))
+            for key, local in replacements.items()
         ]
         self._live_data: list[Tensor] = []
         self._saved_attributes: list[tuple[Any, str, Any]] = []
         self._saved_lengths: list[tuple[list[Any], int]] = []
 
     def enter(self) -> None:
-        """Begin: what is gathered from now on is ``data``."""
+        """From now on FSDP2 gathers the replacements."""
         fsdp2_units = self._units
         contexts = list({id(state._state_ctx): state._state_ctx for state in fsdp2_units.states}.values())
         forward_orders = {
             id(order): order for state in fsdp2_units.states if (order := _forward_order(state)) is not None
         }.values()
         self._saved_attributes = [
-            (it, "_training_state", it._training_state) for it in (*fsdp2_units.states, *fsdp2_units.groups)
+            (owner, "_training_state", owner._training_state) for owner in (*fsdp2_units.states, *fsdp2_units.groups)
         ]
         self._saved_attributes += [
             (context, name, getattr(context, name)) for context in contexts for name in CONTEXT_ATTRIBUTES
         ]
         self._saved_lengths = [
-            (it, len(it)) for it in (*forward_orders, *(group._post_forward_indices for group in fsdp2_units.groups))
+            (order, len(order))
+            for order in (*forward_orders, *(group._post_forward_indices for group in fsdp2_units.groups))
         ]
         for context in contexts:
-            context.post_optim_event = None  # else gathering waits for the optimizer only, not for the averages
+            # FSDP2 would wait for this event of the optimizer only, and gather before the averages are written.
+            context.post_optim_event = None
+        # Instance attributes hide the methods until `leave` removes them.
         for state in fsdp2_units.states:
             vars(state)["_root_pre_forward"] = partial(_refuse_grad_forward, state._root_pre_forward)
             refuse = partial(_refuse_backward, state, state._training_state)
@@ -153,38 +162,42 @@ class GatherSubstitution:
             fsdp_param._sharded_param_data = data
 
     def leave(self) -> list[Tensor]:
-        """End: the live shards are gathered again; the parameters that somebody gave other storage meanwhile."""
+        """From now on FSDP2 gathers the live shards again. Returns: the parameters that got other storage meanwhile."""
         for state in self._units.states:
             for name in ("_root_pre_forward", "_register_root_post_backward_final_callback"):
                 vars(state).pop(name, None)
-        for owner, name, value in self._saved_attributes:  # as they were, also when an exception left a forward pass
+        # An exception may have ended a forward pass inside: the states must not remain in the middle of it.
+        for owner, name, value in self._saved_attributes:
             setattr(owner, name, value)
-        for passes, length in self._saved_lengths:  # backward prefetches as if there had been no forward pass meanwhile
-            del passes[length:]
-        moved: list[Tensor] = []
+        # Backward passes prefetch in the order of forward passes: those inside must not count.
+        for order, length in self._saved_lengths:
+            del order[length:]
+        with_other_storage: list[Tensor] = []
         for (fsdp_param, data), live in zip(self._replacements, self._live_data, strict=True):
             if fsdp_param._sharded_param_data is data:
                 fsdp_param._sharded_param_data = live
             else:
-                moved.append(fsdp_param.sharded_param)
+                with_other_storage.append(fsdp_param.sharded_param)
         self._units.reshard()
-        return moved
+        return with_other_storage
 
 
-def _groups(state: FSDPState) -> list[FSDPParamGroup]:
+def _param_groups(state: FSDPState) -> list[FSDPParamGroup]:
     groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # a state has one group in older versions of torch
+    if groups is None:  # in older versions of torch a state has one group
         group = getattr(state, "_fsdp_param_group", None)
         return [] if group is None else [group]
     return list(groups)
 
 
 def _forward_order(state: FSDPState) -> list[FSDPParamGroup] | None:
-    """The groups in the order of their forward passes; there is no such list before the first pass."""
+    """The groups in the order of their forward passes; None before the first pass."""
     return getattr(state._comm_ctx, "post_forward_order", None)
 
 
-def _missing(states: list[FSDPState], groups: list[FSDPParamGroup], fsdp_params: list[FSDPParam]) -> list[str]:
+def _missing_attributes(
+    states: list[FSDPState], groups: list[FSDPParamGroup], fsdp_params: list[FSDPParam]
+) -> list[str]:
     required: list[tuple[object, tuple[str, ...]]] = [(state, STATE_ATTRIBUTES) for state in states]
     required += [(getattr(state, "_state_ctx", None), CONTEXT_ATTRIBUTES) for state in states]
     required += [(group, GROUP_ATTRIBUTES) for group in groups]
@@ -192,9 +205,8 @@ def _missing(states: list[FSDPState], groups: list[FSDPParamGroup], fsdp_params:
     return sorted({name for owner, names in required for name in names if not hasattr(owner, name)})
 
 
-def _padded_view(fsdp2_units: FSDP2Units, key: int, local: Tensor) -> Tensor:
-    padded_numel = fsdp2_units.fsdp_params[key]._sharded_param_data.numel()
-    return local.as_strided((padded_numel,), (1,))
+def _padded_view(fsdp_param: FSDPParam, local: Tensor) -> Tensor:
+    return local.as_strided((fsdp_param._sharded_param_data.numel(),), (1,))
 
 
 def _refuse_grad_forward(root_pre_forward: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

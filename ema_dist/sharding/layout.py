@@ -1,4 +1,4 @@
-"""Who holds what: a model read into shards."""
+"""A model read into shards."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch.distributed import ProcessGroup
 
 from ema_dist.sharding import fsdp1
 from ema_dist.sharding.change_detector import ChangeDetector
-from ema_dist.sharding.discovery import ReplicaPolicy, find_tensors, local_tensor
+from ema_dist.sharding.discovery import ReplicaPolicy, find_tensors
 from ema_dist.sharding.fsdp2 import FSDP2Units
+from ema_dist.sharding.mesh_shard import local_tensor
 from ema_dist.sharding.registries import RegistryEntry, resolve_live
 from ema_dist.sharding.shard import Shard
 
@@ -21,23 +22,23 @@ class Layout:
 
     Args:
         model: plain, or wrapped as a whole or in parts in any way `ema_dist` knows.
-        replicas: ``"shard"`` splits among replicas what they hold alike, ``"copy"`` does not; a process group says
-            that an unwrapped model is replicated over it, and splits.
+        replicas: ``"shard"`` splits averages among replicas that hold identical weights; ``"copy"`` does not. A process
+            group means ``"shard"`` for an unwrapped model that is replicated over the group.
 
-    Raises: ValueError for a model on the meta device; RuntimeError where torch hides what must be read of FSDP1.
+    Raises: ValueError for a model on the meta device; RuntimeError if torch lacks an attribute of FSDP1 that is read.
     """
 
     def __init__(self, model: nn.Module, replicas: ReplicaPolicy = "shard") -> None:
         self.model = model
         self.fsdp2_units = FSDP2Units(model)
-        """What FSDP2 has cut of it."""
+        """The parts of the model that FSDP2 shards."""
         self.reshard()
         self.shards: list[Shard] = []
-        """Parameters and buffers, each where ``state_dict()`` has its first name."""
+        """Parameters and buffers, in the order of their first names in ``state_dict()``."""
         self.parameters: dict[str, Shard] = {}
         self.buffers: dict[str, Shard] = {}
         self.registry_entries: dict[str, list[RegistryEntry]] = {}
-        """Where modules look each tensor up, by its first name; FSDP1 leaves none."""
+        """The registry entries that hold each tensor, by its first name; none for tensors that FSDP1 has flattened."""
         tensors, self.extra_states = find_tensors(model, replicas)
         for tensor in tensors:
             shard = tensor.make_shard(tuple(tensor.names))
@@ -59,7 +60,7 @@ class Layout:
             frozenset(dist.get_process_group_ranks(s.replica_group)) for s in self.shards if s.replica_group is not None
         }
         union = frozenset[int]().union(*rank_sets)
-        # Groups of which none holds all the others (DDP over TP, HYBRID_SHARD) reach further than one rank can see.
+        # If no group contains all others (DDP over TP, HYBRID_SHARD), ranks that this rank cannot see may be missing.
         return sorted(union) if not union or union in rank_sets else list(range(dist.get_world_size()))
 
     @property
@@ -82,21 +83,21 @@ class Layout:
 
     @property
     def summary(self) -> str:
-        """How its tensors are cut, in words: each way once, with the number of tensors cut so."""
+        """How the tensors are sharded, for messages: each layout once, with its number of tensors."""
         counts = Counter(shard.summary for shard in self.shards)
         return "; ".join(f"{count} tensors {text}" for text, count in counts.items())
 
     @property
     def ties(self) -> dict[str, str]:
-        """The second names of tied tensors, and the first one of each."""
+        """The other names of tied tensors, each mapped to the first name."""
         return {name: shard.name for shard in self.shards for name in shard.names[1:]}
 
     def shares_modules_with(self, model: nn.Module) -> bool:
-        """Whether it shows tensors of ``model``, or of a part of it, or of something that it is a part of."""
+        """Whether ``model`` is this model, or contains it, is contained in it, or shares a module with it."""
         return not {*map(id, self.model.modules())}.isdisjoint(map(id, model.modules()))
 
     def shards_by_name(self) -> dict[str, Shard]:
-        """Parameters and buffers under each of their names, tied ones included."""
+        """Parameters and buffers under all of their names, including those of tied tensors."""
         return {name: shard for shard in self.shards for name in shard.names}
 
     def reshard(self) -> None:
@@ -105,17 +106,17 @@ class Layout:
         fsdp1.reshard(self.model)
 
     def describe_changes(self, other: Layout) -> dict[str, tuple[str, str]]:
-        """What is differently shaped, cut, placed or tied in ``other``: here and there, by name."""
+        """The tensors whose shape, sharding, device or ties differ in ``other``: both descriptions, by name."""
         here, there = self._descriptions(), other._descriptions()
         differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
         return {name: (here.get(name, "absent"), there.get(name, "absent")) for name in differing}
 
     def has_moved(self) -> bool:
-        """Whether the live weights left the storage that the shards show (``.to()``, ``assign=True``, offloading)."""
+        """Whether live weights got other storage than the shards view (``.to()``, ``assign=True``, offloading)."""
         return self._change_detector.has_changed()
 
     def is_current(self) -> bool:
-        """Whether everything is where it was read, after dropping gathered weights; False under FSDP1 in any case."""
+        """Whether the layout still describes the model, after dropping gathered weights; always False under FSDP1."""
         if self.has_flat_parameters:
             return False
         self.fsdp2_units.init_and_reshard()
@@ -123,18 +124,18 @@ class Layout:
 
     @property
     def has_flat_parameters(self) -> bool:
-        """Whether FSDP1 has flattened any of its tensors."""
+        """Whether FSDP1 has flattened any of the tensors."""
         return self._change_detector.has_flat_parameters
 
     def refresh_buffers(self) -> bool:
-        """Show the buffers that are registered now, and whether any is another tensor: modules may replace theirs."""
+        """Use the buffers that are registered now, as modules may replace theirs. Returns: whether any was replaced."""
         replaced = self._replaced_buffers()
         for shard, buffer in replaced:
             shard.owner, shard.local = buffer, local_tensor(buffer)
         return bool(replaced)
 
     def _replaced_buffers(self) -> list[tuple[Shard, Tensor]]:
-        """Those in whose places modules now have others, and these."""
+        """The shards of buffers that modules have replaced, each with the new buffer."""
         replaced: list[tuple[Shard, Tensor]] = []
         for name, shard in self.buffers.items():
             _, registry, own_name = self.registry_entries[name][0]

@@ -1,9 +1,10 @@
-"""Tensors cut over a device mesh: FSDP2, HSDP, tensor parallelism, and averages split over replicas."""
+"""Tensors sharded over a device mesh: FSDP2, HSDP, tensor parallelism, and averages split over replicas."""
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from math import prod
+from operator import attrgetter
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +21,7 @@ from ema_dist.sharding.shard import Shard
 
 
 class MeshShard(Shard):
-    """A block of the tensor, cut by DTensor placements."""
+    """The block of the tensor that DTensor placements give to this rank."""
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class MeshShard(Shard):
 
     @property
     def version(self) -> tuple[object, ...]:
-        return *super().version, self.local._version  # the owner is another tensor, with a counter of its own
+        return *super().version, self.local._version  # the owner is another tensor, with its own version counter
 
     @property
     def shape(self) -> torch.Size:
@@ -59,7 +60,7 @@ class MeshShard(Shard):
         block_index, sizes = 0, list(self._shape)
         for dim, placement in sharding_dims:
             block_index = block_index * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
-            sharded_dim: int = placement.dim  # pyrefly: ignore[missing-attribute]  strided ones have it, too
+            sharded_dim: int = placement.dim  # pyrefly: ignore[missing-attribute]  strided placements have it
             sizes[sharded_dim] = -(-sizes[sharded_dim] // self.mesh.size(dim))
         return block_index * prod(sizes)
 
@@ -77,7 +78,7 @@ class MeshShard(Shard):
 
     def wrap(self, local: Tensor) -> DTensor:
         mesh = self.mesh
-        if local.device.type != mesh.device_type:  # it would be copied to the mesh's device
+        if local.device.type != mesh.device_type:  # from_local() would copy it to the mesh's device
             mesh = _mesh_for_device_type(mesh, local.device.type)
         return DTensor.from_local(local, mesh, self.placements, run_check=False, shape=self._shape, stride=self.stride)
 
@@ -118,7 +119,7 @@ class MeshShard(Shard):
         return state.detach() if state.shape == self.local.shape else None
 
     def _lengths_and_starts(self) -> tuple[list[int], list[int]]:
-        """Length, before each mesh dimension cuts it, of what it cuts; where the block begins, by tensor dimension."""
+        """The length that each mesh dimension splits, and the start of this rank's block in each tensor dimension."""
         sizes, starts = list(self._shape), [0] * len(self._shape)
         lengths: list[int] = []
         for mesh_dim, placement in enumerate(self.placements):
@@ -141,14 +142,14 @@ class MeshShard(Shard):
 
 
 MAX_BROADCAST_RANKS = 8
-"""Up to so many ranks send their runs in turn: gloo needs no second copy for that, as it does for an all-gather."""
+"""Up to this number, ranks broadcast their chunks in turn: gloo needs a second copy for an all-gather."""
 
 MAX_PADDING_BYTES = 2**20
-"""How much longer than the tensor the buffer of an all-gather may be, where the last runs are short or empty."""
+"""The padding that the buffer of an all-gather may have, where the last chunks are short or empty."""
 
 
 def _gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Tensor:
-    """The ``length`` slices along ``dim`` of which each rank of ``group`` has a run, cut as ``torch.chunk`` cuts.
+    """Gather ``length`` slices along ``dim``; each rank of ``group`` holds the chunk that ``torch.chunk`` would make.
 
     Collective: over ``group``. Memory: one tensor of the result's size for the first dimension, two for others.
     """
@@ -174,11 +175,11 @@ def _gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Te
 
 
 _meshes_by_device_type: MutableMapping[DeviceMesh, dict[str, DeviceMesh]] = WeakKeyDictionary()
-"""For each mesh those of the same ranks for tensors on other kinds of devices."""
+"""For each mesh, meshes of the same ranks for other types of devices."""
 
 
 def _mesh_for_device_type(mesh: DeviceMesh, device_type: str) -> DeviceMesh:
-    """The same mesh for tensors that are not on its devices: DCP asks it for ranks and places, and sends nothing."""
+    """The same mesh for tensors on another type of device: DCP reads ranks and coordinates from it, nothing else."""
     by_device_type = _meshes_by_device_type.setdefault(mesh, {})
     if device_type not in by_device_type:
         by_device_type[device_type] = permute_mesh(mesh, range(mesh.ndim), device_type)
@@ -186,7 +187,7 @@ def _mesh_for_device_type(mesh: DeviceMesh, device_type: str) -> DeviceMesh:
 
 
 def permute_mesh(mesh: DeviceMesh, order: Sequence[int], device_type: str) -> DeviceMesh:
-    """The same ranks, with dimensions in another order, on the groups there are: the constructor makes new ones."""
+    """The same ranks with dimensions in another order, on the existing groups: the constructor would make new ones."""
     return DeviceMesh.from_group(
         [mesh.get_group(dim) for dim in order],
         device_type,
@@ -196,13 +197,22 @@ def permute_mesh(mesh: DeviceMesh, order: Sequence[int], device_type: str) -> De
 
 
 def dtensor_local(value: DTensor) -> Tensor:
-    """The very tensor that ``value`` keeps on this rank."""
-    with torch.no_grad():  # with autograd on, to_local() hands out a view that records history
+    """The tensor that ``value`` holds on this rank, not a view of it."""
+    with torch.no_grad():  # with autograd, to_local() returns a view that records history
         return value.to_local()
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's plain tensor inside a parameter or buffer, without autograd: the same storage and version counter."""
+    return dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor.detach()
+
+
+# to_local() takes a microsecond for each parameter at each step: this private attribute is read instead if it exists.
+quick_local = attrgetter("_local_tensor") if "_local_tensor" in getattr(DTensor, "__slots__", ()) else local_tensor
+
+
 def split_rows(shard: Shard, mesh: DeviceMesh, placements: Sequence[Placement], stride: tuple[int, ...]) -> MeshShard:
-    """The rows of ``shard.local`` that this rank averages among its replicas: the last dimension of ``mesh``."""
+    """The rows of ``shard.local`` that this rank averages; the replicas are the last dimension of ``mesh``."""
     rows = chunk_rows(shard.local, mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
     return MeshShard(
         shard.names,
@@ -216,6 +226,6 @@ def split_rows(shard: Shard, mesh: DeviceMesh, placements: Sequence[Placement], 
 
 
 def chunk_rows(tensor: Tensor, count: int) -> list[Tensor]:
-    """``tensor`` cut into ``count`` runs of rows as ``Shard(0)`` cuts: the last ones smaller, or without rows."""
+    """Split ``tensor`` into ``count`` chunks of rows as ``Shard(0)`` does; the last ones may be smaller or empty."""
     chunks = list(tensor.chunk(count, 0)) if tensor.shape[0] else []
     return chunks + [tensor[tensor.shape[0] :]] * (count - len(chunks))

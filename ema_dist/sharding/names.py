@@ -1,4 +1,4 @@
-"""Canonical names: what the unwrapped model's ``state_dict()`` says, whatever has been wrapped around its modules."""
+"""Canonical names: those of the unwrapped model's ``state_dict()``, whatever wraps its modules."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ema_dist.sharding.registries import resolve_live
 
 @dataclass(frozen=True)
 class NamedModule:
-    """One module at one canonical place; a shared module has several.
+    """A module under one canonical name; a shared module has several names.
 
     Args:
-        prefix: what ``state_dict()`` puts before the module's own names: empty, or ending in a dot.
-        replicas: DDP's process group, when the module is inside DDP.
-        unsynchronised: ids of the parameters and buffers that DDP was told to ignore.
+        prefix: what ``state_dict()`` puts before the names of the module's tensors: empty, or ending in a dot.
+        replica_group: DDP's process group, if the module is inside DDP.
+        ignored_ids: ids of the parameters and buffers that the user made DDP ignore.
     """
 
     module: nn.Module
@@ -32,7 +32,7 @@ class NamedModule:
 
 
 def named_modules(parent: NamedModule) -> Iterator[NamedModule]:
-    """Every module under ``at`` in the order of ``state_dict()``; wrappers are passed through, not named."""
+    """Every module under ``parent`` in the order of ``state_dict()``; wrappers add nothing to names."""
     inner = unwrap_once(parent.module)
     if inner is not None:
         replica_group, ignored_ids = parent.replica_group, parent.ignored_ids
@@ -48,8 +48,8 @@ def named_modules(parent: NamedModule) -> Iterator[NamedModule]:
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Children by name, repeated ones included, as ``state_dict()`` visits them."""
-    # named_children() leaves repeats out, and state_dict() does not: only the registry itself has them all.
+    """Children by name, including repeated ones, as ``state_dict()`` visits them."""
+    # named_children() skips repeated modules and state_dict() does not: only the private registry has all of them.
     return ((name, child) for name, child in module._modules.items() if child is not None)
 
 
@@ -59,14 +59,14 @@ def unwrap_once(module: nn.Module) -> nn.Module | None:
         return module.module
     if isinstance(module, ActivationWrapper):
         return module._checkpoint_wrapped_module
-    # torch._dynamo takes a second to import, and without it nothing can have been compiled.
+    # Importing torch._dynamo takes a second, and a model cannot be compiled before something imported it.
     if (dynamo := sys.modules.get("torch._dynamo")) and isinstance(module, dynamo.OptimizedModule):
         return module._orig_mod
     return None
 
 
 def ddp_ignored_ids(ddp: DistributedDataParallel) -> frozenset[int]:
-    """Ids of the tensors that DDP does not keep identical, because the user asked so."""
+    """Ids of the tensors that the user made DDP ignore, so that replicas may differ in them."""
     ignored_names = set(getattr(ddp, "parameters_to_ignore", ()))
     named: list[tuple[str, Tensor]] = [*ddp.module.named_parameters(), *ddp.module.named_buffers()]
     return frozenset(id(resolve_live(tensor)) for name, tensor in named if name in ignored_names)

@@ -1,4 +1,4 @@
-"""Tensors that this rank holds whole: a plain model's, DDP's, and every buffer."""
+"""Tensors that this rank holds in full: those of a plain model, of DDP, and buffers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ema_dist.sharding.shard import Shard
 
 
 class PlainShard(Shard):
-    """The whole tensor, on this rank."""
+    """The full tensor, on this rank."""
 
     @property
     def shape(self) -> torch.Size:

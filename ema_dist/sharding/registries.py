@@ -1,4 +1,4 @@
-"""Where modules look their tensors up, and other tensors that stand there for a while."""
+"""The registries in which modules look up their tensors, and the temporary substitution of other tensors there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class RegistryEntry(NamedTuple):
-    """One entry of a module's registry of parameters or buffers."""
+    """One entry in a module's registry of parameters or buffers (``_parameters`` or ``_buffers``)."""
 
     module: nn.Module
     registry: dict[str, Any]
@@ -19,33 +19,33 @@ class RegistryEntry(NamedTuple):
 
 
 class Substitute(NamedTuple):
-    """A tensor, and the live one whose place it takes at one site."""
+    """A tensor that replaces the live one in one registry entry."""
 
     entry: RegistryEntry
     live: Tensor
     tensor: Tensor
 
     def assign(self, tensor: Tensor) -> None:
-        """Register ``tensor`` at the site as the module itself would: RNNs keep a list of their weights beside."""
+        """Register ``tensor`` by ``setattr``, for modules that do more then: RNNs also keep a list of their weights."""
         setattr(self.entry.module, self.entry.name, tensor)
 
     @property
     def has_custom_setattr(self) -> bool:
-        """Whether the module does more than to register what is assigned to it."""
+        """Whether the module overrides ``__setattr__``, and so may do more than register a tensor."""
         return type(self.entry.module).__setattr__ is not nn.Module.__setattr__
 
 
 class RegistrySubstitution:
-    """Substitutes that the modules of a model find instead of their own tensors, between `enter` and `leave`.
+    """Between `enter` and `leave`, modules find substitutes in their registries instead of the live tensors.
 
-    Meanwhile ``state_dict()`` of any of these modules returns the live tensors, and ``load_state_dict()`` is refused.
-    The live tensors themselves are not touched: graphs that hold them run backward as if nothing had happened.
+    Meanwhile ``state_dict()`` of these modules returns the live tensors, and ``load_state_dict()`` raises a
+    RuntimeError. The live tensors do not change, and graphs that hold them can run backward.
 
     Args:
-        substitutes: at most one for each site; a tied tensor has one substitute at all of its sites.
-        modules: all that are not to load weights meanwhile: those of the sites, and others.
+        substitutes: at most one for each registry entry; the entries of a tied tensor have the same substitute.
+        modules: the modules that must not load weights meanwhile: those of the entries, and others.
 
-    Memory: nothing.
+    Memory: none.
     """
 
     def __init__(self, substitutes: Iterable[Substitute], modules: Iterable[nn.Module]) -> None:
@@ -65,24 +65,24 @@ class RegistrySubstitution:
         self._state_pre_hooks: list[Any] = [module._state_dict_pre_hooks for module in substituted_modules]
         self._load_pre_hooks: list[Any] = [module._load_state_dict_pre_hooks for module in dict.fromkeys(modules)]
         self._state_post_hooks: list[Any] = []
-        """Of those modules whose state was asked for meanwhile."""
+        """The hooks of modules whose ``state_dict()`` was called meanwhile."""
 
     def enter(self) -> None:
-        """Put every substitute in its place."""
-        _active.append(self)
+        """Put every substitute into its registry entry."""
+        _active.append(self)  # before a module holds a substitute, which `resolve_live` must know
         for registry, name, tensor, _ in self._set_in_registry:
             registry[name] = tensor
         for substitute in self._set_by_module:
             substitute.assign(substitute.tensor)
-        # One dictionary entry each, where nn.Module's own functions would take microseconds for every module.
+        # The private dictionaries of hooks are faster than the public functions, which take microseconds each.
         for hooks in self._state_pre_hooks:
             hooks[_HOOK_KEY] = _show_live
-            hooks.move_to_end(_HOOK_KEY, last=False)  # other hooks see the live tensors too
+            hooks.move_to_end(_HOOK_KEY, last=False)  # first, so that the user's hooks see the live tensors too
         for hooks in self._load_pre_hooks:
             hooks[_HOOK_KEY] = _refuse_loading
 
     def leave(self) -> list[Tensor]:
-        """Put the live tensors back; those in whose places something else than the substitute was found."""
+        """Put the live tensors back. Returns: the live tensors whose substitutes had been replaced meanwhile."""
         for hooks in chain(self._state_pre_hooks, self._state_post_hooks, self._load_pre_hooks):
             hooks.pop(_HOOK_KEY, None)
         self._state_post_hooks.clear()
@@ -91,14 +91,14 @@ class RegistrySubstitution:
             if registry.get(name) is not tensor:
                 replaced.append(live)
             registry[name] = live
-        _active.remove(self)
-        with ExitStack() as stack:  # one that raises must not keep the others from their places
+        _active.remove(self)  # after the last substitute is out of its registry
+        with ExitStack() as stack:  # if one assignment raises, the others still run
             for substitute in self._set_by_module:
                 stack.callback(substitute.assign, substitute.live)
         return replaced
 
     def show_live(self, module: nn.Module) -> None:
-        """In one module, that is about to be asked for its state."""
+        """Register the live tensors of one module, before its ``state_dict()``."""
         substitutes = list(self._substitutes_of(module))
         for substitute in substitutes:
             substitute.entry.registry[substitute.entry.name] = substitute.live
@@ -108,7 +108,7 @@ class RegistrySubstitution:
             self._state_post_hooks.append(hooks)
 
     def show_substitutes(self, module: nn.Module) -> None:
-        """In one module, that was asked for its state."""
+        """Register the substitutes of one module again, after its ``state_dict()``."""
         for substitute in self._substitutes_of(module):
             substitute.entry.registry[substitute.entry.name] = substitute.tensor
 
@@ -118,28 +118,28 @@ class RegistrySubstitution:
 
 
 _active: list[RegistrySubstitution] = []
-"""Those that have entered and not left."""
+"""The substitutions between `enter` and `leave`."""
 
 _HOOK_KEY = "ema_dist"
 
 
 def resolve_live(tensor: Tensor) -> Tensor:
-    """The live tensor whose place ``tensor`` takes at the moment; ``tensor`` itself where it is nobody's substitute."""
-    for substitution in tuple(_active):  # others may come and go in other threads
+    """The live tensor that ``tensor`` replaces at the moment; ``tensor`` itself if it is not a substitute."""
+    for substitution in tuple(_active):  # a copy: other threads may enter and leave
         tensor = substitution.live.get(id(tensor), tensor)
     return tensor
 
 
 def _show_live(module: nn.Module, *_: object) -> None:
-    for substitution in tuple(_active):  # others may come and go in other threads
+    for substitution in tuple(_active):  # a copy: other threads may enter and leave
         substitution.show_live(module)
 
 
 def _show_substitutes(module: nn.Module, *_: object) -> None:
-    for substitution in tuple(_active):  # others may come and go in other threads
+    for substitution in tuple(_active):  # a copy: other threads may enter and leave
         substitution.show_substitutes(module)
 
 
 def _refuse_loading(*_: object) -> None:
-    if _active:  # the hook may have come along into a copy of the module
+    if _active:  # deepcopy of a module also copies the hook
         raise RuntimeError("load_state_dict() inside serving(): the modules hold averages there; load after the block")

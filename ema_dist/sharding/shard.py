@@ -12,13 +12,13 @@ from torch.distributed import ProcessGroup
 
 
 class Shard(ABC):
-    """What this rank holds of one tensor, and how to dress, gather and cut it.
+    """What this rank holds of one tensor, and how to wrap, gather and slice it.
 
     Args:
-        names: canonical names, as the unwrapped model's ``state_dict()`` says them; several when the tensor is tied.
+        names: canonical names, those of the unwrapped model's ``state_dict()``; several when the tensor is tied.
         local: this rank's plain tensor, detached: the model's own storage, not a copy.
-        owner: the parameter or buffer that ``named_parameters()`` or ``named_buffers()`` shows for it.
-        replicas: the ranks that hold an identical ``local``, this one among them; ``None`` when it is alone.
+        owner: the parameter or buffer that ``named_parameters()`` or ``named_buffers()`` returns for it.
+        replica_group: the ranks that hold an identical ``local``, including this one; None if there are no others.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class Shard(ABC):
         self.owner = owner
         self.replica_group = replica_group
         self.averaged_part: Shard = self
-        """What this rank averages of ``local``: all of it, or its rows among the replicas'."""
+        """The part of ``local`` that this rank averages: all of it, or its share of the rows if replicas split it."""
         self.padded_numel = local.numel()
-        """Elements that a tensor takes which the wrapper is to gather in the place of ``local``."""
+        """Elements, including padding, of a tensor that the wrapper can gather in place of ``local``."""
         self.owner_offset: int | None = None
-        """Where ``local`` begins in an owner that holds the elements of several tensors, one after the other."""
+        """The offset of ``local`` in an owner that holds the elements of several tensors (a flat parameter)."""
 
     @property
     def name(self) -> str:
@@ -52,19 +52,19 @@ class Shard(ABC):
 
     @property
     def version(self) -> tuple[object, ...]:
-        """Changes when somebody writes to the parameter in place, replaces its storage, or casts it."""
+        """Changes when the parameter is written to in place, is cast, or gets other storage."""
         # Autograd's version counter has no public name.
         return self.owner._version, self.local.data_ptr(), self.local.dtype
 
     def empty_local(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
-        """A new tensor like ``local``, with zeros behind it where the wrapper wants more `padded_numel`."""
+        """A new tensor like ``local``, in storage of `padded_numel` elements; the padding is zero."""
         if self.padded_numel == self.local.numel():
             return torch.empty_like(self.local, dtype=dtype, device=device)
         storage = self.local.new_zeros(self.padded_numel, dtype=dtype or self.local.dtype, device=device)
         return storage[: self.local.numel()].view(self.local.shape)
 
     def with_empty_local(self) -> Shard:
-        """A shard cut as this one, whose ``local`` is a new tensor; the ``averaged_part`` lies in it as ever."""
+        """A shard like this one whose ``local`` is a new tensor; the ``averaged_part`` is the same part of it."""
         new_shard = copy(self)
         new_shard.local = new_shard.owner = self.empty_local()
         new_shard.averaged_part = new_shard
@@ -84,53 +84,53 @@ class Shard(ABC):
 
     @property
     def global_offset(self) -> int:
-        """Where ``local`` begins when all ranks' parts are laid one after the other; of rows, in the full tensor."""
+        """The offset of ``local`` in the concatenated parts of all ranks; if these are rows, in the full tensor."""
         return 0
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where ranks exchange this tensor; ``local`` may be offloaded from there."""
+        """The device on which ranks communicate this tensor; ``local`` may be offloaded from it."""
 
     @property
     @abstractmethod
     def ranks(self) -> frozenset[int]:
-        """Global ranks that must call `full` together; empty when it communicates with nobody."""
+        """Global ranks that must call `full` together; empty if it does not communicate."""
 
     @property
     @abstractmethod
     def group(self) -> ProcessGroup | None:
-        """The process group of exactly `ranks`, where there is one."""
+        """The process group of exactly `ranks`; None if there is none."""
 
     @abstractmethod
     def wrap(self, local: Tensor) -> Tensor:
-        """``local`` dressed like its owner, sharing its storage, so that DCP saves and reshards it.
+        """``local`` wrapped as its owner is, sharing storage with ``local``, so that DCP saves and reshards it.
 
-        Shape: ``local`` has the shape of ``self.local``; the result stands for ``self.shape``.
+        Shape: ``local`` has the shape of ``self.local``; the result has ``self.shape``.
         """
 
     @abstractmethod
     def unwrap(self, value: Tensor) -> Tensor:
-        """This rank's plain tensor inside a `wrap`-ped ``value``, or cut from a full plain one.
+        """This rank's plain tensor inside a wrapped ``value``, or its part of a full plain ``value``.
 
-        Raises: ValueError when ``value`` stands for another shape or cut.
+        Raises: ValueError when ``value`` has another shape or is sharded differently.
         """
 
     @abstractmethod
     def full(self, local: Tensor) -> Tensor:
-        """The full tensor of which every rank passes its ``local``; may share storage with ``local``.
+        """The full tensor whose parts the ranks pass as ``local``; it may share storage with ``local``.
 
         Collective: over `ranks`. Memory: two full tensors at most, while gathering.
         """
 
     @abstractmethod
     def slice_full(self, full: Tensor) -> Tensor:
-        """This rank's part of a full plain tensor: a view of it wherever the cut allows one."""
+        """This rank's part of a full plain tensor: a view of it where possible."""
 
     def local_state(self, state: Tensor) -> Tensor | None:
-        """This rank's part of a tensor that lies beside the owner, as an optimizer's moments do; a view of it.
+        """This rank's part of an optimizer state tensor of the owner, such as a moment; a view of it.
 
-        Returns: None for one that is not cut as the owner is, such as a step count.
+        Returns: None for a tensor that is not sharded as the owner is, such as a step count.
         """
         if state.shape != self.owner.shape:
             return None
@@ -140,21 +140,21 @@ class Shard(ABC):
         return state.detach() if state.shape == self.local.shape else None
 
     def is_sharded_like(self, other: Shard) -> bool:
-        """Whether both hold the same part of a tensor of the same shape, on every rank."""
+        """Whether both hold the same part of tensors of the same shape, on every rank."""
         return self.describe() == other.describe()
 
     @property
     @abstractmethod
     def summary(self) -> str:
-        """How it is cut and how often it is held, in a few words for people."""
+        """How the tensor is sharded and replicated, in a few words for messages."""
 
     @abstractmethod
     def describe(self) -> str:
-        """Shape of the full tensor and everything that decides which part of it each rank holds."""
+        """A text with the shape of the full tensor and everything that decides which part of it each rank holds."""
 
 
 def memory_order(shape: Iterable[int], stride: Iterable[int]) -> list[int] | None:
-    """Dimensions from the outermost to the innermost in memory, or None for a tensor with holes or overlaps."""
+    """Dimensions from the outermost to the innermost in memory; None for a tensor with gaps or overlaps."""
     extents = list(zip(shape, stride, strict=True))
     order = sorted(range(len(extents)), key=lambda dim: (extents[dim][0] != 1, -extents[dim][1], dim))
     expected = 1

@@ -1,4 +1,4 @@
-"""Where the forward pass of a model finds its weights, and letting it find others."""
+"""Makes the forward pass of a model compute with other tensors than its weights."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ema_dist.sharding.change_detector import quick_local
 from ema_dist.sharding.fsdp2 import GatherSubstitution
 from ema_dist.sharding.layout import Layout
+from ema_dist.sharding.mesh_shard import quick_local
 from ema_dist.sharding.registries import RegistrySubstitution, Substitute
 from ema_dist.sharding.shard import Shard
 
 
 class Substitution:
-    """Other tensors in the places of a model's weights, for the forward passes between `enter` and `leave`.
+    """Between `enter` and `leave`, forward passes compute with other tensors than the model's weights.
 
-    The live weights are not touched, and nobody who holds them sees a difference.
+    The live weights do not change.
 
     Args:
         layout: the live weights.
-        locals_: for the first names of parameters and buffers this rank's tensors, as `Shard.empty_local` makes them.
+        local_tensors: this rank's tensors by the first names of parameters and buffers, as `Shard.empty_local` makes
+            them.
 
-    Memory: nothing but an object for each tensor.
+    Memory: no storage, only an object for each tensor.
     """
 
     def __init__(self, layout: Layout, local_tensors: Mapping[str, Tensor]) -> None:
@@ -43,9 +44,8 @@ class Substitution:
             layout.fsdp2_units, {id(shards[name].owner): local_tensors[name] for name in gathered_names}
         )
         registry_entries = {
-            name: {
-                (id(it.registry), it.name): it for it in layout.registry_entries[name]
-            }.values()  # shared modules repeat theirs
+            # A shared module repeats its entries, and each needs one substitute.
+            name: {(id(entry.registry), entry.name): entry for entry in layout.registry_entries[name]}.values()
             for name in local_tensors
         }
         self._registry_substitution = RegistrySubstitution(
@@ -54,13 +54,14 @@ class Substitution:
                 for name, tensor in substitutes.items()
                 for entry in registry_entries[name]
             ),
-            (entry.module for its in registry_entries.values() for entry in its),
+            (entry.module for entries in registry_entries.values() for entry in entries),
         )
-        self._ddp_modules = [it for it in layout.model.modules() if isinstance(it, DistributedDataParallel)]
+        self._ddp_modules = [module for module in layout.model.modules() if isinstance(module, DistributedDataParallel)]
         self._names = {id(shards[name].owner): name for name in local_tensors if name in layout.parameters}
-        # Modules may write to buffers, and put others in their places.
+        # Only parameters are checked on leaving: modules may write to buffers and replace them.
         self._substitutes = {name: tensor for name, tensor in substitutes.items() if name in layout.parameters}
-        # What is shown shares the counter of its storage's writes, and is at hand anyway; but not what DTensor wraps.
+        # Writes to these tensors are detected by version counters. A plain substitute shares the counter of its local
+        # tensor; a DTensor has its own, so that its local tensor is checked instead.
         plain_substitutes = {
             name: tensor for name, tensor in self._substitutes.items() if not isinstance(tensor, DTensor)
         }
@@ -78,77 +79,73 @@ class Substitution:
         self._forward_syncs: list[bool] = []
 
     def enter(self) -> None:
-        """Let the forward pass find the tensors."""
+        """Put the tensors where forward passes read weights."""
         self._versions = self._current_versions()
         self._gradients, self._gradient_versions = self._current_gradients()
-        # Of DDP: whether its next forward pass broadcasts buffers, which one without gradients would leave out.
+        # DDP broadcasts buffers in a forward pass if this flag is set, and a pass without gradients changes the flag.
         self._forward_syncs = [ddp.require_forward_param_sync for ddp in self._ddp_modules]
         self._gather_substitution.enter()
         self._registry_substitution.enter()
 
     @property
     def has_requires_grad(self) -> bool:
-        """Whether somebody asked what was shown for gradients, which the next block must not find there."""
+        """Whether a substitute requires gradients now, so that the next block must not reuse it."""
         return any(map(_requires_grad, self._substitutes.values()))
 
     def leave(self) -> tuple[list[str], list[str]]:
-        """Let it find the live weights.
+        """Put the live weights back.
 
-        Returns: the names of parameters that were written to, moved or replaced meanwhile, and of those that were given
-            gradients.
+        Returns: the names of parameters that were written to, moved or replaced meanwhile, and the names of those that
+            got gradients.
         """
         try:
-            changed = self._registry_substitution.leave()
+            replaced = self._registry_substitution.leave()
         finally:
             moved = self._gather_substitution.leave()
             for ddp, sync in zip(self._ddp_modules, self._forward_syncs, strict=True):
                 ddp.require_forward_param_sync = sync
-        changed += moved
-        names = {self._names[id(live)] for live in changed if id(live) in self._names}
+        names = {self._names[id(live)] for live in (*replaced, *moved) if id(live) in self._names}
         names |= _changed_names(self._versioned, self._versions, self._current_versions())
         names |= _changed_names(self._substitutes, self._addresses, self._current_addresses())
         return sorted(names), self._changed_gradients()
 
     def _changed_gradients(self) -> list[str]:
-        """The names of parameters whose gradients are others than on entering, or were written to."""
-        before, versions = self._gradients, self._gradient_versions
-        now, versions_now = self._current_gradients()
+        """The names of parameters whose gradients were added, replaced or written to since `enter`."""
+        old_gradients, old_versions = self._gradients, self._gradient_versions
+        new_gradients, new_versions = self._current_gradients()
         self._gradients = []
-        if versions == versions_now and all(map(is_, before, now)):
+        if old_versions == new_versions and all(map(is_, old_gradients, new_gradients)):
             return []
-        old, new = (
-            dict(zip((id(it) for it in its if it is not None), counts, strict=True))
-            for its, counts in ((before, versions), (now, versions_now))
-        )
-        changed_ids = {it for it, version in new.items() if old.get(it) != version}
-        return [name for name, it in zip(self._owners, now, strict=True) if id(it) in changed_ids]
+        old, new = _versions_by_id(old_gradients, old_versions), _versions_by_id(new_gradients, new_versions)
+        changed_ids = {key for key, version in new.items() if old.get(key) != version}
+        return [name for name, gradient in zip(self._owners, new_gradients, strict=True) if id(gradient) in changed_ids]
 
     def _current_gradients(self) -> tuple[list[Tensor | None], list[int]]:
-        """Of the parameters shown, and the versions of those that there are."""
+        """The gradients of the substituted parameters, and the versions of those that are not None."""
         gradients = list(map(_gradient, self._owners.values()))
         return gradients, [gradient._version for gradient in gradients if gradient is not None]
 
     def _current_versions(self) -> list[int]:
-        """They change when somebody writes to the tensors."""
+        """The versions of the tensors, which change when they are written to."""
         return list(map(_version, self._versioned.values()))
 
     def _current_addresses(self) -> list[int]:
-        """They change when somebody gives the parameters shown other storage."""
+        """The addresses of the substitutes, which change when they get other storage."""
         return list(map(_address if self._has_dtensors else torch.Tensor.data_ptr, self._substitutes.values()))
 
 
 def unsupported_reason(layout: Layout) -> str:
-    """Why the forward pass of this model cannot be given other tensors; empty where it can."""
+    """Why `Substitution` does not support this model; empty if it does."""
     if layout.has_flat_parameters:
         return "FSDP1 computes with views of its flat parameters"
     if layout.fsdp2_units.missing_attributes:
         return f"FSDP2 in torch {torch.__version__} lacks {layout.fsdp2_units.missing_attributes}"
     if layout.fsdp2_units.has_gather_transforms:
         return "shards of FSDP2 transform themselves before they are gathered"
-    substitutes = [
+    not_gathered = [
         shard.owner for shard in layout.parameters.values() if layout.fsdp2_units.padded_numel(shard.owner) is None
     ]
-    if types := sorted({type(it).__name__ for it in substitutes if type(it) not in (nn.Parameter, DTensor)}):
+    if types := sorted({type(owner).__name__ for owner in not_gathered if type(owner) not in (nn.Parameter, DTensor)}):
         return f"parameters are of types of their own, {types}"
     if any(isinstance(module, torch.jit.ScriptModule) for module in layout.model.modules()):
         return "TorchScript has compiled parameters into the model"
@@ -156,22 +153,26 @@ def unsupported_reason(layout: Layout) -> str:
 
 
 def replays_cuda_graph(modules: Iterable[nn.Module]) -> bool:
-    """Whether one of them replays a CUDA graph, which reads the addresses at which it was captured."""
+    """Whether one of the modules replays a CUDA graph, which reads the addresses at which it was captured."""
     if not torch.cuda.is_initialized():
         return False
-    # torch.cuda.make_graphed_callables puts a function of its own module in the place of forward.
+    # torch.cuda.make_graphed_callables replaces forward with a function of its own module.
     replaced = [own["forward"] for own in map(vars, modules) if "forward" in own]
     return any(getattr(forward, "__module__", "") == "torch.cuda.graphs" for forward in replaced)
 
 
 def _make_substitute(shard: Shard, local: Tensor) -> Tensor:
-    """``local`` as modules find it, without gradients; with what else hangs on the live parameter."""
+    """``local`` wrapped for a registry, without gradients but with the other attributes of the live parameter."""
     tensor = shard.wrap(local)
     if not isinstance(shard.owner, nn.Parameter):
         return tensor
     parameter = nn.Parameter(tensor, requires_grad=False)
     vars(parameter).update(vars(shard.owner))
     return parameter
+
+
+def _versions_by_id(gradients: list[Tensor | None], versions: list[int]) -> dict[int, int]:
+    return dict(zip((id(gradient) for gradient in gradients if gradient is not None), versions, strict=True))
 
 
 def _changed_names(names: Iterable[str], before: list[int], now: list[int]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Several tracks in one pass, by every kernel, against float64."""
+"""Several tracks at once, with every kernel, compared with float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from ema_dist.kernels import bind, lerp_tracks_, scratch, triton_kernel
+from ema_dist.kernels import lerp_tracks_, make_kernel, scratch, triton_kernel
 from tests.support.sample_tensors import IS_INTERPRETED, assert_close, expected_average, sample_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -17,7 +17,7 @@ WEIGHTS = [0.125, 0.75, 1.0, 0.0]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that small tensors are cut, too."""
+    """Split small tensors, too."""
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
     monkeypatch.setattr(triton_kernel, "BLOCK", 64)
 
@@ -37,17 +37,17 @@ def test_each_track_equals_the_float64_reference(
     on_device: bool,  # noqa: FBT001
     finite: bool,  # noqa: FBT001
 ) -> None:
-    """Every pair of dtypes, weights of the host and of the device, 0 and 1 among them, the careful way or not."""
+    """For every pair of dtypes, weights on the host and on the device, 0 and 1 included, and either ``finite``."""
     tracks, values = [sample_tensors(average) for _ in range(count)], sample_tensors(live)
     before = [value.clone() for value in values]
-    bound = bind(tracks, values, finite=finite, kernel=kernel)
-    assert kernel in (None, bound.name)
+    lerp = make_kernel(tracks, values, finite=finite, kernel=kernel)
+    assert kernel in (None, lerp.name)
     for weights in (WEIGHTS[:count], WEIGHTS[-count:]):
         expected = [
             [expected_average(a, v, weight) for a, v in zip(track, values, strict=True)]
             for track, weight in zip(tracks, weights, strict=True)
         ]
-        bound([torch.tensor(weight) if on_device else weight for weight in weights])
+        lerp([torch.tensor(weight) if on_device else weight for weight in weights])
         for track, reference in zip(tracks, expected, strict=True):
             assert_close(track, reference)
     assert all(map(torch.equal, values, before))
@@ -57,11 +57,11 @@ def test_each_track_equals_the_float64_reference(
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
 @pytest.mark.parametrize("on_device", [False, True])
 def test_weights_of_zero_and_one_are_exact(kernel: str | None, on_device: bool) -> None:  # noqa: FBT001
-    """Infinities and NaN are left alone by the one, and followed by the other."""
+    """A weight of 0 ignores infinities and NaN, and a weight of 1 copies them."""
     averages, values = [torch.full((6,), 2.0)] * 2, [torch.tensor([1.0, -0.0, 1e-45, torch.inf, -torch.inf, torch.nan])]
     tracks = [[averages[0].clone()], [averages[1].clone()]]
-    bound = bind(tracks, values, finite=False, kernel=kernel)
-    bound([torch.tensor(weight) if on_device else weight for weight in (0.0, 1.0)])
+    lerp = make_kernel(tracks, values, finite=False, kernel=kernel)
+    lerp([torch.tensor(weight) if on_device else weight for weight in (0.0, 1.0)])
     assert torch.equal(tracks[0][0], averages[0])
     assert torch.equal(tracks[1][0].view(torch.int32), values[0].view(torch.int32))
 
@@ -70,15 +70,15 @@ def test_weights_of_zero_and_one_are_exact(kernel: str | None, on_device: bool) 
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
 @pytest.mark.parametrize("weight", [0.25, 0.75])
 def test_nonfinite_averages_take_the_value(kernel: str | None, weight: float) -> None:
-    """Equal infinities stay, and ranges that begin at infinity come back from there."""
+    """Equal infinities remain, and an average that was infinite can become finite again."""
     inf, nan = torch.inf, torch.nan
     average, value = torch.tensor([inf, -inf, inf, 0.0, nan, 1.0]), torch.tensor([inf, -inf, 1.0, inf, 2.0, nan])
-    bind([[average]], [value], finite=False, kernel=kernel)([weight])
+    make_kernel([[average]], [value], finite=False, kernel=kernel)([weight])
     torch.testing.assert_close(average, value, rtol=0, atol=0, equal_nan=True)
 
 
 def test_tracks_may_differ_in_dtype() -> None:
-    """Each is converted to its own."""
+    """Live values are converted to the dtype of each track."""
     tracks, values = [sample_tensors(dtype) for dtype in DTYPES], sample_tensors(torch.bfloat16)
     expected = [[expected_average(a, v, 0.25) for a, v in zip(track, values, strict=True)] for track in tracks]
     lerp_tracks_(tracks, values, [0.25] * len(tracks))
@@ -87,7 +87,7 @@ def test_tracks_may_differ_in_dtype() -> None:
 
 
 def test_several_tracks_are_bit_identical_to_single_ones() -> None:
-    """A track more changes nothing for the others."""
+    """The results of a track do not depend on other tracks."""
     tracks, values = [sample_tensors(torch.float32) for _ in range(3)], sample_tensors(torch.bfloat16)
     alone = [[average.clone() for average in track] for track in tracks]
     weights = [0.1, torch.tensor(0.3), 1.0]
@@ -108,35 +108,35 @@ def test_empty_lists_are_accepted() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
-def test_autograd_notices_that_averages_moved(kernel: str | None) -> None:
-    """A graph through them would run backward with other values than it was built from."""
+def test_autograd_detects_updates_of_averages(kernel: str | None) -> None:
+    """A graph that holds averages would run backward with values other than those of its forward pass."""
     averages, inputs = [torch.ones(5), torch.ones(2, 3)], torch.ones(5, requires_grad=True)
-    bound = bind([averages], [torch.zeros(5), torch.zeros(2, 3)], kernel=kernel)
+    lerp = make_kernel([averages], [torch.zeros(5), torch.zeros(2, 3)], kernel=kernel)
     output = (inputs * averages[0]).sum()
-    bound([0.5])
+    lerp([0.5])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.backward()
 
 
-@pytest.mark.skipif(IS_INTERPRETED, reason="Triton is for tensors of one process")
+@pytest.mark.skipif(IS_INTERPRETED, reason="Triton does not support shared memory")
 @pytest.mark.parametrize("kernel", KERNELS_HERE)
 def test_averages_may_move_into_shared_memory(kernel: str | None) -> None:
-    """As those do that are sent to a process which evaluates them."""
+    """Sending averages to another process moves them there."""
     averages = [torch.zeros(50_000), torch.zeros(7, 5)]
-    bound = bind([averages], [torch.ones(50_000), torch.ones(7, 5)], kernel=kernel)
-    bound([0.5])
+    lerp = make_kernel([averages], [torch.ones(50_000), torch.ones(7, 5)], kernel=kernel)
+    lerp([0.5])
     for average in averages:
         average.share_memory_()
-    bound([0.5])
+    lerp([0.5])
     assert all(torch.equal(average, torch.full_like(average, 0.75)) for average in averages)
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="needs a Triton that runs")
 def test_triton_compile_errors_fall_back_to_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(_: object) -> None:
+    def fail(_: object) -> None:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(triton_kernel.TritonKernel, "_run", fails)
+    monkeypatch.setattr(triton_kernel.TritonKernel, "_run", fail)
     with pytest.warns(UserWarning, match="'scratch' does: Triton cannot compile here: .*Failed to find C compiler"):
-        bound = bind([[torch.zeros(3)]], [torch.ones(3).bfloat16()], kernel="triton")
-    assert bound.name == "scratch"
+        lerp = make_kernel([[torch.zeros(3)]], [torch.ones(3).bfloat16()], kernel="triton")
+    assert lerp.name == "scratch"

@@ -1,4 +1,4 @@
-"""The arithmetic on plain lists, against float64."""
+"""Lerps compared with float64, swaps and checksums of plain lists."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.com
 SHAPES = [(), (0, 3), (7, 5), (1, 2, 3)]
 
 
-def alike(average: torch.dtype, live: torch.dtype) -> bool:
-    """Averages of complex weights are complex, others are not."""
+def is_supported(average: torch.dtype, live: torch.dtype) -> bool:
+    """Averages are complex exactly if the weights are."""
     return average.is_complex == live.is_complex
 
 
@@ -24,7 +24,7 @@ def tensors(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in SHAPES]
 
 
-@pytest.mark.parametrize(("average", "live"), [pair for pair in product(DTYPES, repeat=2) if alike(*pair)])
+@pytest.mark.parametrize(("average", "live"), [pair for pair in product(DTYPES, repeat=2) if is_supported(*pair)])
 @pytest.mark.parametrize("weight", [0.0, 0.125, 0.75, 1.0])
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("finite", [False, True])
@@ -36,19 +36,19 @@ def test_lerp_equals_the_float64_reference(
     finite: bool,  # noqa: FBT001
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every pair of dtypes, a weight of the host or of the device, the careful way or not; in small chunks."""
+    """For every pair of dtypes, a weight on the host or on the device, and either ``finite``; in small chunks."""
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 64)
     averages, values = tensors(average), tensors(live)
     wide = torch.complex128 if average.is_complex else torch.float64
     expected = [a.to(wide) * (1 - weight) + v.to(wide) * weight for a, v in zip(averages, values, strict=True)]
     lerp_(averages, values, torch.tensor(weight, dtype=torch.float64) if on_device else weight, finite=finite)
     eps = 4 * torch.finfo(average).eps
-    for found, reference in zip(averages, expected, strict=True):
-        assert found.dtype == average
-        torch.testing.assert_close(found.to(wide), reference, rtol=eps, atol=eps)
+    for actual, reference in zip(averages, expected, strict=True):
+        assert actual.dtype == average
+        torch.testing.assert_close(actual.to(wide), reference, rtol=eps, atol=eps)
 
 
-def test_a_step_left_out_on_the_device_leaves_infinities_alone() -> None:
+def test_a_step_skipped_on_the_device_ignores_infinities() -> None:
     """Zero times infinity is NaN."""
     averages, values = [torch.ones(3)], [torch.tensor([1.0, float("inf"), float("nan")])]
     lerp_(averages, values, torch.tensor(0.0), finite=False)
@@ -56,17 +56,17 @@ def test_a_step_left_out_on_the_device_leaves_infinities_alone() -> None:
 
 
 def test_weights_of_zero_and_one_are_exact() -> None:
-    """Also on the device: those are the steps that were left out, and the ones that only follow."""
+    """Also on the device: a weight of 0 skips a step, and a weight of 1 copies the live values."""
     for dtype in (torch.float32, torch.bfloat16):
         averages, values = tensors(dtype), tensors(dtype)
-        kept = [average.clone() for average in averages]
+        before = [average.clone() for average in averages]
         lerp_(averages, values, torch.tensor(0.0))
-        assert all(torch.equal(a, k) for a, k in zip(averages, kept, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(averages, before, strict=True))
         lerp_(averages, values, torch.tensor(1.0))
         assert all(torch.equal(a, v) for a, v in zip(averages, values, strict=True))
 
 
-def test_exchange_is_exact_and_its_own_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swap_is_exact_and_its_own_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 100)
     left = [torch.randn(40, 3), torch.tensor([float("nan"), -0.0, float("inf")]), torch.arange(30), torch.zeros(0)]
     right = [torch.randn(3, 40).t(), torch.zeros(3), torch.zeros(30, dtype=torch.int64), torch.zeros(0)]
@@ -77,18 +77,18 @@ def test_exchange_is_exact_and_its_own_inverse(monkeypatch: pytest.MonkeyPatch) 
     assert all(torch.equal(t.view(b.dtype), b) for t, b in zip(left + right, before, strict=True))
 
 
-def test_an_exchange_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All scratches are taken before the first list is touched."""
+def test_a_swap_without_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scratches are allocated before the first list is touched."""
     left = [torch.zeros(40), torch.zeros(40, dtype=torch.int64)]
     right = [torch.ones(40), torch.ones(40, dtype=torch.int64)]
     original = swap.make_scratch
 
-    def runs_out(tensors: list[Tensor]) -> Tensor:
+    def fail_for_int64(tensors: list[Tensor]) -> Tensor:
         if tensors[0].dtype == torch.int64:
             raise MemoryError
         return original(tensors)
 
-    monkeypatch.setattr(swap, "make_scratch", runs_out)
+    monkeypatch.setattr(swap, "make_scratch", fail_for_int64)
     with pytest.raises(MemoryError):
         swap_(group_pairs(zip(left, right, strict=True)))
     assert not any(tensor.any() for tensor in left)
@@ -96,7 +96,7 @@ def test_an_exchange_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])
-def test_checksums_detect_changed_and_exchanged_elements(dtype: torch.dtype) -> None:
+def test_checksums_detect_changed_and_swapped_elements(dtype: torch.dtype) -> None:
     tensor = torch.ones(9).to(dtype)
     before = checksum(tensor)
     assert checksum(tensor.clone()) == before
@@ -104,16 +104,16 @@ def test_checksums_detect_changed_and_exchanged_elements(dtype: torch.dtype) -> 
     changed = checksum(tensor)
     assert changed != before
     tensor[4], tensor[5] = 1, 0
-    assert checksum(tensor) not in (before, changed), "a sum would not see that two rows changed places"
+    assert checksum(tensor) not in (before, changed), "a plain sum would be equal after a swap of two elements"
 
 
-def test_small_weights_are_converted_together_within_the_limit_of_a_scratch() -> None:
-    """Each by itself costs a call."""
+def test_small_weights_are_converted_together_within_the_scratch_limit() -> None:
+    """Converting each by itself would take one call for each."""
     values = [torch.ones(64, 64, dtype=torch.bfloat16) for _ in range(300)]
     averages = [torch.zeros(64, 64) for _ in values]
-    bound = scratch_kernel.ScratchKernel([averages], values)
+    lerp = scratch_kernel.ScratchKernel([averages], values)
     with torch.profiler.profile() as profiled:
-        bound([0.5])
+        lerp([0.5])
     counts = {event.key: event.count for event in profiled.key_averages()}
     assert 1 < counts["aten::copy_"] == counts["aten::cat"] < 10
     assert all(torch.equal(average, torch.full((64, 64), 0.5)) for average in averages)

@@ -1,4 +1,4 @@
-"""Which kernel is chosen, and that whoever asks gets to know."""
+"""Which kernel is selected, and the warnings about it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
-from ema_dist.kernels import KERNELS, bind, scratch, selection
+from ema_dist.kernels import KERNELS, make_kernel, scratch, selection
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each time that something is measured."""
+    """A list that gets one entry for each measurement."""
     calls: list[int] = []
     original = selection._seconds  # noqa: SLF001
 
@@ -34,83 +34,83 @@ def ones(count: int, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
     return [[torch.ones(3, dtype=dtype)] for _ in range(count)]
 
 
-def test_a_kind_of_tensors_is_measured_once_in_a_process(measured: list[int]) -> None:
+def test_a_workload_is_measured_once_in_a_process(measured: list[int]) -> None:
     values = [torch.zeros(3)]
-    first = bind(ones(2), values)
+    first = make_kernel(ones(2), values)
     count = len(measured)
     assert count > 1
-    assert bind(ones(2), [torch.zeros(3)]).name == first.name
+    assert make_kernel(ones(2), [torch.zeros(3)]).name == first.name
     assert len(measured) == count
-    bind(ones(3), values)
+    make_kernel(ones(3), values)
     assert len(measured) == 2 * count
 
 
 def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch, measured: list[int]) -> None:  # noqa: ARG001
     for fastest in ("foreach", "scratch"):
         selection._fastest.cache_clear()  # noqa: SLF001
-        monkeypatch.setattr(selection, "_seconds", lambda bound, *_, best=fastest: float(bound.name != best))
-        assert bind(ones(2), [torch.zeros(3)]).name == fastest
+        monkeypatch.setattr(selection, "_seconds", lambda lerp, *_, best=fastest: float(lerp.name != best))
+        assert make_kernel(ones(2), [torch.zeros(3)]).name == fastest
 
 
 @pytest.mark.world_size(3)
 def test_ranks_agree_on_a_kernel() -> None:
-    """Two kernels may differ in the last bit, and replicas that keep whole averages would drift apart."""
+    """Two kernels may differ in the last bit, and replicas that hold full averages would drift apart."""
     best = ["foreach", "scratch"][dist.get_rank() % 2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)
-        patch.setattr(selection, "_seconds", lambda bound, *_: float(bound.name != best))
-        assert bind(ones(2), [torch.zeros(3)]).name == best
+        patch.setattr(selection, "_seconds", lambda lerp, *_: float(lerp.name != best))
+        assert make_kernel(ones(2), [torch.zeros(3)]).name == best
         model = DistributedDataParallel(nn.Linear(2, 2))
         decays = {"short": 0.5, "long": 0.9}
-        said = [repr(ShardedEMA(model, decay=decays, replicas="copy")) for _ in range(2)]
-    chosen = re.findall("update_kernel=([a-z]+),", " ".join(said))
-    found: list[list[str]] = [[]] * 3
-    dist.all_gather_object(found, chosen)
-    assert found in ([["foreach"] * 2] * 3, [["scratch"] * 2] * 3)
+        summaries = [repr(ShardedEMA(model, decay=decays, replicas="copy")) for _ in range(2)]
+    kernels = re.findall("update_kernel=([a-z]+),", " ".join(summaries))
+    kernels_by_rank: list[list[str]] = [[]] * 3
+    dist.all_gather_object(kernels_by_rank, kernels)
+    assert kernels_by_rank in ([["foreach"] * 2] * 3, [["scratch"] * 2] * 3)
 
 
 def test_nothing_is_measured_where_there_is_no_choice(measured: list[int]) -> None:
-    assert bind(ones(1), [torch.zeros(3)]).name == "foreach"
-    assert bind([[torch.ones(2)]] * 2, [torch.zeros(2)]).name == "foreach"  # one chunk
-    assert bind([[torch.ones(0)]] * 2, [torch.zeros(0)]).name == "foreach"  # a rank may hold nothing
-    assert bind(ones(4), [torch.zeros(3, dtype=torch.bfloat16)]).name == "scratch"
-    assert bind(ones(2), [torch.zeros(3)], kernel="foreach").name == "foreach"
+    assert make_kernel(ones(1), [torch.zeros(3)]).name == "foreach"
+    assert make_kernel([[torch.ones(2)]] * 2, [torch.zeros(2)]).name == "foreach"  # one chunk
+    assert make_kernel([[torch.ones(0)]] * 2, [torch.zeros(0)]).name == "foreach"  # a rank may hold nothing
+    assert make_kernel(ones(4), [torch.zeros(3, dtype=torch.bfloat16)]).name == "scratch"
+    assert make_kernel(ones(2), [torch.zeros(3)], kernel="foreach").name == "foreach"
     assert not measured
 
 
 def test_measuring_leaves_the_averages_alone(measured: list[int]) -> None:
     tracks = ones(2)
-    bind(tracks, [torch.zeros(3)])
+    make_kernel(tracks, [torch.zeros(3)])
     assert measured
     assert all(torch.equal(average, torch.ones(3)) for (average,) in tracks)
 
 
 def test_an_unknown_kernel_is_an_error_that_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match=f"expected a kernel among {', '.join(KERNELS)}, or None .* found 'fast'"):
-        bind(ones(1), [torch.zeros(3)], kernel="fast")
+        make_kernel(ones(1), [torch.zeros(3)], kernel="fast")
 
 
 def test_an_unusable_kernel_is_replaced_with_a_warning() -> None:
-    """What runs is in its name."""
+    """The ``name`` is that of the kernel that runs."""
     tracks = ones(1)
     with pytest.warns(UserWarning, match=r"kernel='foreach' cannot .* 'scratch' does: torch lerps equal dtypes only"):
-        bound = bind(tracks, [torch.zeros(3, dtype=torch.bfloat16)], kernel="foreach")
-    assert bound.name == "scratch"
-    bound([0.5])
+        lerp = make_kernel(tracks, [torch.zeros(3, dtype=torch.bfloat16)], kernel="foreach")
+    assert lerp.name == "scratch"
+    lerp([0.5])
     assert torch.equal(tracks[0][0], torch.full((3,), 0.5))
 
 
 def test_the_warning_says_that_the_kernel_was_chosen_by_speed(measured: list[int]) -> None:  # noqa: ARG001
     with pytest.warns(UserWarning, match="'triton', found to be the fastest, cannot move .* 'foreach' does: "):
-        bound = bind(ones(2), [torch.zeros(3)], agree=lambda _question, _found: "triton")
-    assert bound.name == "foreach"
+        lerp = make_kernel(ones(2), [torch.zeros(3)], agree=lambda _question, _answer: "triton")
+    assert lerp.name == "foreach"
 
 
-def test_without_memory_to_measure_in_the_first_possible_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> float:
+def test_without_memory_to_measure_the_first_possible_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out_of_memory(*_: object) -> float:
         raise torch.OutOfMemoryError
 
     selection._fastest.cache_clear()  # noqa: SLF001
-    monkeypatch.setattr(selection, "_seconds", full)
+    monkeypatch.setattr(selection, "_seconds", run_out_of_memory)
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)
-    assert bind(ones(2), [torch.zeros(3)]).name == "foreach"
+    assert make_kernel(ones(2), [torch.zeros(3)]).name == "foreach"

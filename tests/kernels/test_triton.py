@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ema_dist import kernels
-from ema_dist.kernels import CompensatedRounding, StochasticRounding, TensorOffset, bind, recombine
+from ema_dist.kernels import CompensatedRounding, StochasticRounding, TensorOffset, make_kernel, recombine
 from ema_dist.kernels.triton_kernel import BLOCK
 from tests.support import ROOT
 from tests.support.sample_tensors import assert_close, expected_average, sample_tensors
@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @needs_triton
 def test_the_interpreted_kernel_passes_the_tests_of_all_kernels() -> None:
-    """In a process of its own, as Triton looks once whether it shall interpret."""
+    """In a separate process, because Triton reads TRITON_INTERPRET once."""
     command = [
         sys.executable,
         "-m",
@@ -43,12 +43,12 @@ def test_the_interpreted_kernel_passes_the_tests_of_all_kernels() -> None:
 
 @needs_triton
 def test_on_the_cpu_it_falls_back_with_a_warning() -> None:
-    """Unless it is interpreted, which the interpreter must have been told before."""
+    """Without a GPU, Triton can only be interpreted."""
     averages, values = [torch.zeros(3)], [torch.ones(3, dtype=torch.bfloat16)]
     with pytest.warns(UserWarning, match=r"kernel='triton' cannot .* 'scratch' does: Triton needs a GPU"):
-        bound = bind([averages], values, kernel="triton")
-    assert bound.name == "scratch"
-    bound([0.5])
+        lerp = make_kernel([averages], values, kernel="triton")
+    assert lerp.name == "scratch"
+    lerp([0.5])
     assert torch.equal(averages[0], torch.full((3,), 0.5))
 
 
@@ -56,8 +56,8 @@ def test_without_triton_it_falls_back_with_a_warning(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "ema_dist.kernels.triton_jit", None)
     monkeypatch.delattr(kernels, "triton_jit", raising=False)
     with pytest.warns(UserWarning, match="'foreach' does: Triton is missing: pip install triton"):
-        bound = bind([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")
-    assert bound.name == "foreach"
+        lerp = make_kernel([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")
+    assert lerp.name == "foreach"
 
 
 @needs_triton
@@ -65,19 +65,20 @@ def test_without_triton_it_falls_back_with_a_warning(monkeypatch: pytest.MonkeyP
 def test_it_compiles_for_a_gpu_and_reads_16_bytes_at_a_time(
     rounding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Without one: the code that runs is there, though nobody runs it."""
+    """No GPU is needed to compile for one."""
     from triton import compile  # noqa: A004, PLC0415 - optional
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
     from triton.compiler import ASTSource  # noqa: PLC0415
 
-    from ema_dist.kernels import triton_jit as code  # noqa: PLC0415
+    from ema_dist.kernels import triton_jit  # noqa: PLC0415
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    stored = code.tl.float32 if rounding == "NEAREST" else code.tl.uint16
-    settings = {"live": code.tl.bfloat16, "stored": stored, "wide": code.tl.float32, "track_count": 2, "finite": True}
-    settings |= {"rounding": getattr(code, rounding).value, "aligned": True, "block": BLOCK}
+    tl, kernel = triton_jit.tl, triton_jit.lerp_tracks
+    stored = tl.float32 if rounding == "NEAREST" else tl.uint16
+    settings = {"live": tl.bfloat16, "stored": stored, "wide": tl.float32, "track_count": 2, "finite": True}
+    settings |= {"rounding": getattr(triton_jit, rounding).value, "aligned": True, "block": BLOCK}
     types = ["*i64"] * 3 + ["*i32", "*i64"] + ["*i32"] * 3 + ["*fp64", "*i32", "i32"] + ["constexpr"] * len(settings)
-    source = ASTSource(code.lerp_tracks, dict(zip(code.lerp_tracks.arg_names, types, strict=True)), settings)
+    source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), settings)
     assembly = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
     assert "ld.global.v4.b32" in assembly
     assert "st.global.v4.b32" in assembly
@@ -105,9 +106,9 @@ def test_on_the_gpu_each_track_equals_the_float64_reference(
         [expected_average(a, v, weight) for a, v in zip(track, values, strict=True)]
         for track, weight in zip(tracks, weights, strict=True)
     ]
-    bound = bind(tracks, values, finite=finite, kernel="triton")
-    assert bound.name == "triton"
-    bound(weights)
+    lerp = make_kernel(tracks, values, finite=finite, kernel="triton")
+    assert lerp.name == "triton"
+    lerp(weights)
     for track, reference in zip(tracks, expected, strict=True):
         assert_close(track, reference)
 
@@ -115,30 +116,30 @@ def test_on_the_gpu_each_track_equals_the_float64_reference(
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["scratch", "triton"])
 def test_on_the_gpu_averages_are_rounded_as_on_the_cpu(kernel: str) -> None:
-    """The same random bits, and the same remainders, as long as the moves are exact."""
+    """With the same random bits and residuals, if the arithmetic is exact."""
     (values,) = on_the_gpu(torch.float32)
     tensor_offsets = [TensorOffset(index, 7) for index in range(len(values))]
-    chance, high, low = [[torch.zeros_like(value, dtype=dtype) for value in values] for dtype in (BF16, BF16, I16)]
-    bind([chance], values, kernel=kernel, rounding=StochasticRounding(tensor_offsets, 3))([1.0], 5)
-    bind([high], values, kernel=kernel, rounding=CompensatedRounding([low]))([1.0])
-    expected = [torch.zeros_like(average.cpu()) for average in chance]
-    bind(
+    rounded, high, low = [[torch.zeros_like(value, dtype=dtype) for value in values] for dtype in (BF16, BF16, I16)]
+    make_kernel([rounded], values, kernel=kernel, rounding=StochasticRounding(tensor_offsets, 3))([1.0], 5)
+    make_kernel([high], values, kernel=kernel, rounding=CompensatedRounding([low]))([1.0])
+    expected = [torch.zeros_like(average.cpu()) for average in rounded]
+    make_kernel(
         [expected], [value.cpu() for value in values], kernel="scratch", rounding=StochasticRounding(tensor_offsets, 3)
     )([1.0], 5)
-    assert all(torch.equal(average.cpu(), reference) for average, reference in zip(chance, expected, strict=True))
+    assert all(torch.equal(average.cpu(), reference) for average, reference in zip(rounded, expected, strict=True))
     assert all(torch.equal(recombine(*parts), value) for *parts, value in zip(high, low, values, strict=True))
 
 
 @pytest.mark.gpu
 def test_an_update_is_captured_in_a_cuda_graph() -> None:
-    """Its weights come from the device, so that replays follow a changing decay."""
+    """Its weights are read from the device, so that replays use a changing decay."""
     averages, values = [torch.randn(3 * BLOCK + 5, device="cuda")], [torch.randn(3 * BLOCK + 5, device="cuda").to(BF16)]
     expected = [average.double() for average in averages]
     weight = torch.zeros((), device="cuda")
-    bound = bind([averages], values, kernel="triton")
+    lerp = make_kernel([averages], values, kernel="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        bound([weight])
+        lerp([weight])
     for step in (0.5, 0.0, 0.25, 1.0):
         weight.fill_(step)
         for value in values:
@@ -151,10 +152,10 @@ def test_an_update_is_captured_in_a_cuda_graph() -> None:
 @pytest.mark.gpu
 def test_an_update_does_not_wait_for_the_gpu() -> None:
     (averages,), (values,) = on_the_gpu(torch.float32), on_the_gpu(torch.bfloat16)
-    bound = bind([averages], values, kernel="triton")
+    lerp = make_kernel([averages], values, kernel="triton")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        bound([0.5])
-        bound([torch.tensor(0.5, device="cuda")])
+        lerp([0.5])
+        lerp([torch.tensor(0.5, device="cuda")])
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,31 @@
+"""What a kernel is: the calls that every implementation supports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+Weight = float | Tensor
+"""The weight of the live values, in [0, 1]: a number, or a 0-d tensor, which is never copied to the host."""
+
+UpdateIndex = int | Tensor
+"""The number of an update: a 0-d tensor on the device where a CUDA graph captures the kernel."""
+
+
+class Kernel(Protocol):
+    """Lerps the tracks that it was made for at each call."""
+
+    @property
+    def name(self) -> str:
+        """Its name in `KERNELS`."""
+        ...
+
+    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
+        """Lerp each track by its weight; only stochastic rounding reads ``update_index``."""
+        ...
+
+
+class UnsupportedKernelError(Exception):
+    """This machine or these tensors lack something that the kernel needs; the message names it."""
