@@ -13,13 +13,13 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ema_dist.averages.full_weights import collect, copy_into, full_shapes, gather, gather_pipeline, scatter
+from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.offload import Offloaded
 from ema_dist.averages.optimizer_hook import OptimizerHook
 from ema_dist.averages.precision import Compensated, Precision, Stochastic
 from ema_dist.averages.state import load_state, make_state
 from ema_dist.averages.tracks import BufferPolicy, Tracks
 from ema_dist.communication.rendezvous import agree_on, rendezvous
-from ema_dist.evaluation.live_model import LiveModel
 from ema_dist.evaluation.swap import Swap
 from ema_dist.evaluation.tracked_model import TrackedModel
 from ema_dist.schedules.clock import Clock
