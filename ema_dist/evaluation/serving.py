@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, MutableSet
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +22,6 @@ DEVICE_COPY = "a copy on the model's device"
 GATHERED_COPY = "a gathered copy"
 
 _active_servings: ActiveRegistry[Serving] = ActiveRegistry()
-
-_warned: MutableSet[Averages] = WeakSet()
-"""Those of which a warning has said that serving them takes a swap."""
 
 
 class _ServingSetup(NamedTuple):
@@ -54,7 +49,7 @@ class Serving:
     @property
     def mode(self) -> str:
         """What forward passes read: the costliest of the ways in which averages of parameters are served."""
-        if reason := self._reason_to_swap():
+        if reason := self.reason_to_swap:
             return f"swapped(), since {reason}"
         if any(shard.is_split for shard in self._copied_shards.values()):
             return GATHERED_COPY
@@ -65,22 +60,15 @@ class Serving:
         return CAST_COPY if self._copied_shards else DIRECT
 
     @contextmanager
-    def activate(self, swapped: Callable[[], AbstractContextManager[nn.Module]]) -> Iterator[nn.Module]:
-        """Forward passes in the ``with`` block read the averages, without gradients; or ``swapped`` has to do.
+    def activate(self) -> Iterator[nn.Module]:
+        """Forward passes in the ``with`` block read the averages, without gradients; requires no `reason_to_swap`.
 
         Collective: over the replicas of split weights, on entering.
-        Memory: a copy of buffers, kept; of parameters those that `mode` says are copied, for the time of the block.
-        Raises: RuntimeError after the block, when parameters were written to, cast, moved, replaced, or given gradients
-            in it.
+        Memory: a copy of the buffers, which is kept; inside the block, copies of the parameters that `mode` describes.
+        Raises: RuntimeError after the block when parameters were written to, cast, moved, replaced or given gradients
+            inside it.
         """
         with torch.no_grad():
-            if reason := self._reason_to_swap():
-                if self._averages not in _warned:
-                    _warned.add(self._averages)
-                    warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=5)
-                with swapped() as model:
-                    yield model
-                return
             setup = self._prepare_setup()
             self.is_active = True
             _active_servings.add(self)
@@ -90,7 +78,8 @@ class Serving:
             finally:
                 self.is_active = False
                 _active_servings.remove(self)
-                self._cached_setup = None  # unless what modules were shown is what it was
+                # Cleared first: a setup whose leave() raises must not be entered again.
+                self._cached_setup = None
                 changed, trained = setup.substitution.leave()
                 if not (changed or self._copied_shards or setup.substitution.has_requires_grad):
                     self._cached_setup = setup
@@ -105,7 +94,9 @@ class Serving:
                 "come from averages; call it after the block, or before"
             )
 
-    def _reason_to_swap(self) -> str:
+    @property
+    def reason_to_swap(self) -> str:
+        """Why this model cannot be served without a swap; empty if it can."""
         if self._unsupported_reason:
             return self._unsupported_reason
         return "a module replays a CUDA graph, which reads fixed addresses" if replays_cuda_graph(self._modules) else ""

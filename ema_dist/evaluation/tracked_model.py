@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from ema_dist.averages.live_model import LiveModel
@@ -23,6 +25,8 @@ class TrackedModel:
         self.swap: Swap | None = None
         """While averages are swapped into the model."""
         self._servings: dict[Averages, Serving] = {}
+        self._warned: set[Averages] = set()
+        """Averages for which a warning has reported that `serving` swaps."""
 
     def prepare(self, call: str, *, collective: bool, only_if_moved: bool = False) -> None:
         """Finish the updates under way, look at the model as it is now, and follow it; see `LiveModel.prepare`."""
@@ -76,8 +80,16 @@ class TrackedModel:
     def serving(self, averages: Averages) -> Iterator[nn.Module]:
         """See `ShardedEMA.serving`."""
         self._prepare_to_enter("serving()", only_if_moved=True)
-        with self.get_serving(averages).activate(lambda: self.swapped(averages)) as model:
-            yield model
+        serving = self.get_serving(averages)
+        if reason := serving.reason_to_swap:
+            if averages not in self._warned:
+                self._warned.add(averages)
+                warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=3)
+            with torch.no_grad(), self.swapped(averages) as model:
+                yield model
+        else:
+            with serving.activate() as model:
+                yield model
 
     def get_serving(self, averages: Averages) -> Serving:
         """How they are served as the model is now."""
