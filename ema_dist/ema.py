@@ -7,20 +7,18 @@ from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ema_dist.averages.full_weights import collect, copy_into, full_shapes, gather, gather_pipeline, scatter
+from ema_dist.averages.full_weights import collect, copy_into, full_shapes, gather_pipeline, scatter
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.offload import Offloaded
 from ema_dist.averages.optimizer_hook import OptimizerHook
 from ema_dist.averages.precision import Compensated, Precision, Stochastic
 from ema_dist.averages.state import load_state, make_state
 from ema_dist.averages.tracks import BufferPolicy, Tracks
-from ema_dist.communication.rendezvous import agree_on, rendezvous
-from ema_dist.evaluation.swap import Swap
+from ema_dist.communication.rendezvous import agree_on
 from ema_dist.evaluation.tracked_model import TrackedModel
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK, HalfLife, as_decays
@@ -282,7 +280,7 @@ class ShardedEMA:
             iterator.
         Memory: one full tensor beyond those handed out on the first rank, one elsewhere.
         """
-        return self._gather("gather()", dtype, track)
+        return self._tracked_model.gather("gather()", self._tracks.resolve(track), dtype=dtype)
 
     def full_state_dict(
         self, *, dtype: torch.dtype | None = None, track: str | None = None, pipeline: ProcessGroup | None = None
@@ -304,15 +302,9 @@ class ShardedEMA:
         Raises: RuntimeError when ranks do not come within ``timeout``; ValueError when the model has changed, or when
             stages hold different tensors under one name.
         """
-        entries = self._gather("full_state_dict()", dtype, track)
+        entries = self._tracked_model.gather("full_state_dict()", self._tracks.resolve(track), dtype=dtype)
         if pipeline is not None:
-            pipeline_ranks = dist.get_process_group_ranks(pipeline)
-            if len({*pipeline_ranks} & {*self._live.ranks}) > 1:
-                raise ValueError(
-                    f"pipeline={pipeline_ranks} should hold one rank of each stage, but one is held by {self._live.ranks}"
-                )
-            rendezvous("full_state_dict(pipeline=...)", pipeline_ranks, timeout=self._live.timeout)
-            entries = gather_pipeline(entries, pipeline, self._live.layout.shards[0].device)
+            entries = gather_pipeline(entries, self._live.layout, pipeline, timeout=self._live.timeout)
         return collect(entries, is_destination=self._live.is_first)
 
     def full_shapes(self, *, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
@@ -379,21 +371,3 @@ class ShardedEMA:
     @property
     def _tracks(self) -> Tracks:
         return self._tracked_model.tracks
-
-    def _gather(self, call: str, dtype: torch.dtype | None, track: str | None) -> Iterator[tuple[str, Any]]:
-        averages = self._tracks.resolve(track)
-        self._tracked_model.prepare(call, collective=self._live.has_sharded_averages)
-        entries = gather(
-            self._live.layout, self._tracked_model.current(averages), dtype=dtype, is_destination=self._live.is_first
-        )
-        return self._checked_entries(entries, self._tracked_model.swap, self._tracks.update_calls)
-
-    def _checked_entries(
-        self, entries: Iterator[tuple[str, Any]], swap: Swap | None, update_calls: int
-    ) -> Iterator[tuple[str, Any]]:
-        for entry in entries:
-            if self._tracked_model.swap is not swap:
-                raise RuntimeError("swapped() was entered or left while gather() was under way; exhaust it before that")
-            if self._tracks.update_calls != update_calls:
-                raise RuntimeError("update() was called while gather() was under way; exhaust it before that")
-            yield entry

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ema_dist.averages.tracks import Averages
+from ema_dist.communication.rendezvous import rendezvous
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.sharding import Layout, Shard
 
@@ -56,16 +57,28 @@ def full_shapes(layout: Layout, *, dtype: torch.dtype | None) -> dict[str, Tenso
 
 
 def gather_pipeline(
-    entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch.device
+    entries: Iterator[tuple[str, Any]], layout: Layout, pipeline: ProcessGroup, *, timeout: float
 ) -> Iterator[tuple[str, Any]]:
-    """The entries of all pipeline stages on the first rank of ``group``, one after the other; nothing elsewhere.
+    """The entries of all pipeline stages on the first rank of ``pipeline``, stage by stage; nothing elsewhere.
 
     Args:
-        entries: of this rank's stage; they are exhausted on every rank.
-        device: through which ``group`` sends.
+        entries: those of this rank's stage; every rank exhausts its own.
+        layout: this rank's stage.
+        timeout: seconds that the stages wait for each other.
 
-    Collective: over ``group``. Memory: one full tensor beyond those handed out.
+    Collective: over ``pipeline``. Memory: one full tensor beyond those handed out.
+    Raises: ValueError when two ranks of ``pipeline`` hold the same stage; RuntimeError when ranks do not come.
     """
+    ranks = dist.get_process_group_ranks(pipeline)
+    if len({*ranks} & {*layout.ranks}) > 1:
+        raise ValueError(f"pipeline={ranks} should hold one rank of each stage, but one is held by {layout.ranks}")
+    rendezvous("full_state_dict(pipeline=...)", ranks, timeout=timeout)
+    return _gather_stages(entries, pipeline, layout.shards[0].device)
+
+
+def _gather_stages(
+    entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch.device
+) -> Iterator[tuple[str, Any]]:
     first, *others = dist.get_process_group_ranks(group)
     if dist.get_rank() == first:
         yield from entries

@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ema_dist.averages.full_weights import gather
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.tracks import Averages, Tracks
 from ema_dist.evaluation.serving import Serving, active_servings
@@ -58,6 +60,26 @@ class TrackedModel:
         if self.swap is None or self.swap.averages is not averages:
             return averages.recombined()
         return averages.recombined(self.swap.current(self.live.layout))
+
+    def gather(self, call: str, averages: Averages, *, dtype: torch.dtype | None) -> Iterator[tuple[str, Any]]:
+        """See `ShardedEMA.gather`. Prepares at once, and not only when the first entry is read.
+
+        Args:
+            call: the user's call, for messages.
+        """
+        self.prepare(call, collective=self.live.has_sharded_averages)
+        entries = gather(self.live.layout, self.current(averages), dtype=dtype, is_destination=self.live.is_first)
+        return self._checked_entries(entries, self.swap, self.tracks.update_calls)
+
+    def _checked_entries(
+        self, entries: Iterator[tuple[str, Any]], swap: Swap | None, update_calls: int
+    ) -> Iterator[tuple[str, Any]]:
+        for entry in entries:
+            if self.swap is not swap:
+                raise RuntimeError("swapped() was entered or left while gather() was under way; exhaust it before that")
+            if self.tracks.update_calls != update_calls:
+                raise RuntimeError("update() was called while gather() was under way; exhaust it before that")
+            yield entry
 
     @contextmanager
     def swapped(self, averages: Averages) -> Iterator[nn.Module]:
