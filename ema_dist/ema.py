@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
@@ -363,6 +364,20 @@ class ShardedEMA:
             f"update_interval={self._clock.interval}, update_kernel={self.update_kernel}, "
             f"serving_mode={self.serving_mode}{f', {self._tracks.store}' if self._tracks.store else ''})"
         )
+
+    @property
+    def moves_by(self) -> str:
+        """Deprecated, and removed in the next version: use `update_kernel`."""
+        return self._read_renamed("moves_by", "update_kernel")
+
+    @property
+    def serves_by(self) -> str:
+        """Deprecated, and removed in the next version: use `serving_mode`."""
+        return self._read_renamed("serves_by", "serving_mode")
+
+    def _read_renamed(self, old: str, new: str) -> str:
+        warnings.warn(f"ShardedEMA.{old} was renamed: use ShardedEMA.{new}", DeprecationWarning, stacklevel=3)
+        return getattr(self, new)
 
     @property
     def _live(self) -> LiveModel:
