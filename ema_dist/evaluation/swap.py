@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ema_dist.averages.tracks import Averages
+from ema_dist.averages.storage import Averages
 from ema_dist.communication.replicas import all_gather_parts
 from ema_dist.evaluation.active import ActiveRegistry
 from ema_dist.kernels import group_pairs, swap_
