@@ -13,16 +13,16 @@ from ema_dist.sharding import Layout, Shard
 
 
 class Averages:
-    """The averages of one track beside the live weights: of parameters by their parts, of buffers whole.
+    """The averages of one track: this rank's `Shard.averaged_part` of each selected parameter, and whole buffers.
 
     Args:
         layout: the live weights.
         names: first canonical names of the parameters to average.
-        precision: how they are kept.
-        lerped_buffers: names of the buffers that are averaged; the others are copied.
-        device: where they are; None for where the live weights are.
+        precision: the dtype and the rounding of the averages.
+        averaged_buffers: names of the buffers that are averaged; the others are copied.
+        device: stores the averages; None for the device of each live weight.
 
-    Memory: one part of every selected parameter, and the persistent buffers.
+    Memory: one average for the averaged part of each selected parameter, and for each persistent buffer.
     """
 
     def __init__(
@@ -39,13 +39,10 @@ class Averages:
             name: _initial_average(averaged_part, precision.storage_dtype(averaged_part.local.dtype), device)
             for name, averaged_part in parts.items()
         }
-        buffer_precision = {
-            name: precision.buffer_precision if name in averaged_buffers else None for name in layout.buffers
-        }
         self.buffers = {
             name: _initial_average(
                 shard,
-                own_precision.storage_dtype(shard.local.dtype) if (own_precision := buffer_precision[name]) else None,
+                precision.buffer_precision.storage_dtype(shard.local.dtype) if name in averaged_buffers else None,
                 device,
             )
             for name, shard in layout.buffers.items()
@@ -55,34 +52,37 @@ class Averages:
             for name, averaged_part in parts.items()
             if precision.has_residuals(averaged_part.local.dtype)
         }
-        """What averages of parameters lack, where they are kept in two halves."""
+        """The low 16 bits of averages that are stored as a bfloat16 and a residual (`Compensated`), by name."""
         self.find_infinities()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Averages of parameters and buffers by name, as they are kept."""
+        """Averages of parameters and buffers by name, in the dtype they are stored in and without residuals."""
         return self.parameters | self.buffers
 
     def recombined(self, tensors: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
-        """The averages by name; those that are kept in two halves as float32, each made when it is asked for.
+        """The averages by name; those with residuals as float32, each recombined when it is read.
 
         Args:
-            places: where `all` of them lie now, if the model has them.
+            tensors: stands in for `tensors` while the averages are swapped into the model.
         """
         return _Recombined(self.tensors if tensors is None else tensors, self.residuals)
 
     def clone_shared(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of what `numbers` gave: those that it had to make are such."""
+        """``values`` of `recombined` without shared storage: recombined ones are new already, the others are cloned."""
         return {name: tensor if name in self.residuals else tensor.clone() for name, tensor in values.items()}
 
     def value_for_dtype(self, name: str, dtype: torch.dtype) -> Tensor:
-        """What becomes a weight of this dtype: the average as it is kept, or its number where that says more."""
+        """The value to load into a weight of ``dtype``: the stored average, or the float32 one recombined from it.
+
+        Only another dtype than the stored one can represent the recombined value better.
+        """
         stored = self._stored(name)
         return stored if stored.dtype == dtype else _recombine_if_split(stored, self.residuals.get(name))
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
-        """Take ``value`` over as an average, unless it lies there already."""
+        """Store ``value`` as an average, unless it shares storage with the average, as DCP loads it."""
         stored = self._stored(name)
         if value.data_ptr() == stored.data_ptr():
             return
@@ -95,27 +95,27 @@ class Averages:
         return (self.parameters if name in self.parameters else self.buffers)[name]
 
     def parameter_pairs(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each average, and the part of the live parameter beside it."""
+        """Each average of a parameter, paired with the averaged part of the live parameter."""
         return {
             name: (average, layout.parameters[name].averaged_part.local) for name, average in self.parameters.items()
         }
 
     def buffer_pairs(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each average, and the live buffer beside it: buffers are averaged whole."""
+        """Each average of a buffer, paired with the live buffer; replicas do not split buffers."""
         return {name: (average, layout.buffers[name].local) for name, average in self.buffers.items()}
 
     def find_infinities(self) -> None:
-        """Look once for averages with infinities (masks): they take the careful kernel. Waits for the device."""
+        """Find averages with infinities, such as masks, which need the non-finite kernel. Waits for the device."""
         self.infinite_names = {name for name, average in self.parameters.items() if not _is_finite(average)}
 
 
 class _Recombined(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor], residuals: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
-        self._rests = residuals
+        self._residuals = residuals
 
     def __getitem__(self, name: str) -> Tensor:
-        return _recombine_if_split(self._tensors[name], self._rests.get(name))
+        return _recombine_if_split(self._tensors[name], self._residuals.get(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -129,10 +129,12 @@ def _recombine_if_split(stored: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # A finite sum proves it without the temporaries of the exact look, which is only needed where the sum overflows.
+    # A finite sum proves that all elements are finite, without temporaries. The sum of finite elements may overflow, so
+    # only a non-finite sum needs the exact check.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _initial_average(shard: Shard, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
     average = shard.empty_local(dtype, device)
-    return average.copy_(shard.local.to(average.device))  # from one device to another first: casts take memory
+    # Move first and cast then: a cast on the device of the live weights would take memory there.
+    return average.copy_(shard.local.to(average.device))

@@ -1,4 +1,4 @@
-"""This rank's averages: what is stored, in which dtype, and how it follows the live weights."""
+"""The averages of all tracks, updated together."""
 
 from __future__ import annotations
 
@@ -32,21 +32,23 @@ from ema_dist.schedules.decay import DEFAULT_TRACK
 from ema_dist.sharding import Layout
 
 BufferPolicy = Literal["average", "copy"]
-"""What becomes of floating buffers; all others are copied under either."""
+"""Whether floating buffers are averaged or copied; other buffers are always copied."""
 
 
 class Tracks(Mapping[str, Averages]):
-    """The averages of every track, which read each live weight once.
+    """The averages of every track by name; one update reads each live weight once for all of them.
 
     Args:
-        names: of the tracks.
-        parameters: first canonical names of those to average.
+        layout: the live weights.
+        names: names of the tracks.
+        parameters: first canonical names of the parameters to average.
         precision: as for `Averages`.
         buffers: whether floating buffers are averaged or copied.
-        kernel: as for `ema_dist.kernels.bind`; `agree` too.
-        store: where they are kept, if not beside the live weights.
+        kernel: as for `ema_dist.kernels.bind`.
+        agree: as for `ema_dist.kernels.bind`.
+        store: offloads the averages; None to store them on the device of the live weights.
 
-    Memory: as `Averages`, each; and as the store.
+    Memory: for each track as `Averages`; and as the store.
     """
 
     def __init__(
@@ -66,14 +68,14 @@ class Tracks(Mapping[str, Averages]):
         self._agree = agree
         self.store = store
         self.streams = SideStreams({shard.local.device for shard in layout.shards})
-        """On which updates may go on; whoever writes to live weights or reads averages joins them first."""
-        # Memory of averages that nobody holds any more must not be given away before the side stream has left it.
-        finalize(self, self.streams.join).atexit = False  # pyrefly: ignore[missing-attribute]  it has it
+        """Streams on which updates may still run; join them before writing to live weights or reading averages."""
+        # The allocator must not reuse the memory of dropped averages before the side stream has finished with it.
+        finalize(self, self.streams.join).atexit = False  # pyrefly: ignore[missing-attribute]  a documented attribute
         self._make_offload_kernel = (
             partial(OffloadKernel, worker=Worker(), streams=self.streams, store=store) if store else None
         )
         self.update_calls = 0
-        """How often they have followed the live weights."""
+        """Number of calls of `update_averages`."""
         self._parameter_kernels: list[Kernel] = []
         self._buffer_kernels: list[Kernel] = []
         self._copy_kernels: list[Kernel] = []
@@ -99,24 +101,27 @@ class Tracks(Mapping[str, Averages]):
         return len(self._tracks)
 
     def resolve(self, track: str | None) -> Averages:
-        """Those of a track; None is the only one, or the one called `DEFAULT_TRACK`. Raises: ValueError if it is not there."""
+        """The averages of a track; None means the only track, or the one called `DEFAULT_TRACK`.
+
+        Raises: ValueError for an unknown track.
+        """
         chosen = track or (next(iter(self)) if len(self) == 1 else DEFAULT_TRACK)
         if chosen not in self:
             raise ValueError(f"expected one of the tracks {[*self]}, got {track!r}")
         return self[chosen]
 
     def bind_layout(self, layout: Layout) -> None:
-        """Follow the live weights that ``layout`` shows from now on. Raises: as `drain`, after that."""
+        """Make kernels for the weights of ``layout``, for later updates. Raises: as `drain`, once they are made."""
         try:
             self.drain()
         finally:
-            self._parameter_kernels = []  # what they take is free for the new ones
+            self._parameter_kernels = []  # frees the scratch of the old kernels before the new ones allocate theirs
             live = {name: layout.parameters[name].averaged_part.local for name in self._first.parameters}
             self._parameter_kernels = self._maybe_offload(live, partial(self._build_parameter_kernels, layout=layout))
             self.bind_buffers(layout)
 
     def bind_buffers(self, layout: Layout) -> None:
-        """Follow the buffers that ``layout`` shows from now on. Raises: as `drain`, after that."""
+        """Make kernels for the buffers of ``layout``, for later updates. Raises: as `drain`, once they are made."""
         try:
             self._drain([*self._buffer_kernels, *self._copy_kernels])
         finally:
@@ -131,14 +136,14 @@ class Tracks(Mapping[str, Averages]):
     def update_averages(
         self, weights: Mapping[str, float | Tensor], update_index: UpdateIndex, *, overlap: bool = False
     ) -> None:
-        """Move the averages towards the live weights: no collective, and nothing waits for the device.
+        """Move the averages towards the live weights, without a collective and without waiting for the device.
 
         Args:
-            weights: of the live weights, by track.
-            update: the number of this update, by which bfloat16 averages are rounded.
-            overlap: a device may do it beside what it is told next, until `streams` are joined.
+            weights: the weight of the live values, by track; 0 leaves averages unchanged, and buffers are still copied.
+            update_index: the number of this update; stochastic rounding derives its random bits from it.
+            overlap: run the update of parameters on a side stream, until `streams` are joined.
 
-        Raises: RuntimeError when an earlier update failed, on its thread.
+        Raises: RuntimeError when an earlier update failed on its thread.
         """
         self.update_calls += 1
         ordered_weights = [weights[name] for name in self]
@@ -146,8 +151,8 @@ class Tracks(Mapping[str, Averages]):
         self.streams.join()
         for kernel in [*(self._buffer_kernels if is_update_due else ()), *self._copy_kernels]:
             kernel(ordered_weights, update_index)
-        self.streams.join()  # the next forward pass may write to buffers
-        if is_update_due:  # between intervals nothing is even read
+        self.streams.join()  # before the next forward pass, which may write to buffers
+        if is_update_due:
             with self.streams.fork([*ordered_weights, update_index]) if overlap else nullcontext():
                 for kernel in self._parameter_kernels:
                     kernel(ordered_weights, update_index)
@@ -155,15 +160,15 @@ class Tracks(Mapping[str, Averages]):
             self.streams.join()
 
     def drain(self) -> None:
-        """Return when the averages have followed, and can be read by whoever a device is told of next.
+        """Finish pending updates: now if they run on a thread, else before later work on the current stream.
 
-        Raises: RuntimeError when an update failed, on its thread.
+        Raises: RuntimeError when an update failed on its thread.
         """
         self._drain([*self._parameter_kernels, *self._buffer_kernels, *self._copy_kernels])
 
     def _drain(self, kernels: Iterable[Kernel]) -> None:
         self.streams.join()
-        with ExitStack() as stack:  # also when one of them raises
+        with ExitStack() as stack:  # drains every kernel even if one raises
             for kernel in kernels:
                 if isinstance(kernel, OffloadKernel):
                     stack.callback(kernel.drain)
@@ -171,7 +176,7 @@ class Tracks(Mapping[str, Averages]):
     def _maybe_offload(
         self, live: Mapping[str, Tensor], make_kernels: Callable[[Mapping[str, Tensor]], list[Kernel]]
     ) -> list[Kernel]:
-        """What moves the averages towards live values: the kernels, or what lets them do it later."""
+        """The kernels that update averages from ``live``, inside an `OffloadKernel` if the averages are offloaded."""
         if not live or not self._make_offload_kernel:
             return make_kernels(live)
         return [
@@ -193,7 +198,7 @@ class Tracks(Mapping[str, Averages]):
         ]
 
     def _build_kernels(self, values: Mapping[str, Tensor], *, layout: Layout, finite: bool) -> list[Kernel]:
-        """What moves the averages of these towards them: as few kernels as their dtypes allow."""
+        """The kernels that update the averages of ``values``: one for each combination of device and dtypes."""
         shards = layout.parameters | layout.buffers
         stored = [(track.tensors, track.residuals) for track in self.values()]
         rows = {
@@ -228,7 +233,7 @@ class Tracks(Mapping[str, Averages]):
 
     @property
     def kernel_names(self) -> list[str]:
-        """The names of the kernels that move parameters."""
+        """The names of the kernels that update averages of parameters."""
         return sorted({kernel.name for kernel in self._parameter_kernels})
 
     @property
@@ -237,10 +242,10 @@ class Tracks(Mapping[str, Averages]):
 
 
 class CopyKernel:
-    """Buffers that are not averaged, whatever the weights.
+    """Copies buffers that are not averaged, whatever the weights.
 
     Args:
-        pairs: each copy, and what is copied there.
+        pairs: (target, source) of each copy.
     """
 
     name = "copy"
@@ -249,7 +254,7 @@ class CopyKernel:
         self._lists = group_pairs(pairs)
 
     def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002  as `Kernel`
-        """Copy them as they are now."""
+        """Copy the current values."""
         for targets, values in self._lists:
             torch._foreach_copy_(targets, values)
 
