@@ -70,7 +70,7 @@ class LiveModel:
 
     @property
     def has_replicated_averages(self) -> bool:
-        """Whether each replica stores full copies of averages that another replica has, too."""
+        """Whether replicas store the same averages, each of them in full."""
         return any(shard.replica_group is not None and not shard.is_split for shard in self.layout.parameters.values())
 
     @property

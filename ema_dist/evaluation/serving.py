@@ -1,4 +1,4 @@
-"""The forward pass reads the averages, and the live weights stay where they are."""
+"""Serving: the forward pass reads the averages, and the parameters of the model stay untouched."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _active_servings: ActiveRegistry[Serving] = ActiveRegistry()
 
 
 class _ServingSetup(NamedTuple):
-    """A stage, and the tensors on it that are copies: each as a shard, with the average that belongs into its part."""
+    """A substitution, and the substitutes that are copies: each as a shard, with the average that fills its part."""
 
     substitution: Substitution
     copies: list[tuple[Shard, Tensor]]
 
 
 class Serving:
-    """How the averages of one track reach the forward passes of a model that still is as ``layout`` shows it."""
+    """Serves the averages of one track to the forward passes of a model, as long as ``layout`` describes it."""
 
     def __init__(self, layout: Layout, averages: Averages) -> None:
         self.layout = layout
@@ -48,7 +48,7 @@ class Serving:
 
     @property
     def mode(self) -> str:
-        """What forward passes read: the costliest of the ways in which averages of parameters are served."""
+        """What forward passes read; if it differs between parameters, the costliest."""
         if reason := self.reason_to_swap:
             return f"swapped(), since {reason}"
         if any(shard.is_split for shard in self._copied_shards.values()):
@@ -85,13 +85,13 @@ class Serving:
                     self._cached_setup = setup
         if changed:
             raise RuntimeError(
-                f"parameters were written to, cast, moved or replaced inside serving(): {abbreviated(changed)}. What was "
-                "written may be in the averages, or under FSDP2 in the live weights: load them from a checkpoint"
+                f"parameters were written to, cast, moved or replaced inside serving(): {abbreviated(changed)}. What "
+                "was written may be in the averages, or under FSDP2 in the live weights: load them from a checkpoint"
             )
         if trained:
             raise RuntimeError(
-                f"backward() inside serving() gave gradients to {abbreviated(trained)}: with activation checkpointing they may "
-                "come from averages; call it after the block, or before"
+                f"backward() inside serving() gave gradients to {abbreviated(trained)}: with activation checkpointing "
+                "they may come from averages; call it after the block, or before"
             )
 
     @property
@@ -102,8 +102,9 @@ class Serving:
         return "a module replays a CUDA graph, which reads fixed addresses" if replays_cuda_graph(self._modules) else ""
 
     def _prepare_setup(self) -> _ServingSetup:
-        """What the forward pass is to find, with the averages as they are now."""
-        with torch.inference_mode(mode=False), torch.no_grad():  # what is kept must serve outside of it, too
+        """The substitution, with copies of the current averages."""
+        # A cached setup made of inference tensors could not be used outside of inference mode.
+        with torch.inference_mode(mode=False), torch.no_grad():
             setup = self._cached_setup or self._build_setup()
             for targets, sources in group_pairs((copy.averaged_part.local, average) for copy, average in setup.copies):
                 lerp_(targets, sources, 1.0)
@@ -112,25 +113,25 @@ class Serving:
 
     def _build_setup(self) -> _ServingSetup:
         parameters = self._averages.parameters
-        # Of buffers always, as forward passes may write to them: what BatchNorm does in training mode goes nowhere.
-        with_empty_local = {
-            name: shard.with_empty_local() for name, shard in {**self._copied_shards, **self.layout.buffers}.items()
-        }
-        substitutes = parameters | {name: shard.local for name, shard in with_empty_local.items()}
+        # Buffers are always copied: a forward pass may write to them, as BatchNorm does in training mode.
+        copied_shards = {**self._copied_shards, **self.layout.buffers}
+        empty_shards = {name: shard.with_empty_local() for name, shard in copied_shards.items()}
+        substitutes = parameters | {name: shard.local for name, shard in empty_shards.items()}
         copies = [
-            (shard, self._averages.value_for_dtype(name, shard.local.dtype)) for name, shard in with_empty_local.items()
+            (shard, self._averages.value_for_dtype(name, shard.local.dtype)) for name, shard in empty_shards.items()
         ]
         return _ServingSetup(Substitution(self.layout, substitutes), copies)
 
 
 def active_servings(model: nn.Module) -> list[Serving]:
-    """Those under way in ``model``, or in a part of it, or in something that it is a part of."""
+    """The active servings of ``model``, of its submodules, and of modules around it."""
     return _active_servings.overlapping(model)
 
 
 def _can_substitute(average: Tensor, shard: Shard) -> bool:
-    """Whether the average itself can take the place of the live shard."""
+    """Whether modules can use the average itself in place of the live shard."""
     if shard.is_split or (average.dtype, average.device) != (shard.local.dtype, shard.local.device):
         return False
+    # FSDP2 gathers a padded tensor: the storage of the average must be as long.
     elements = average.untyped_storage().nbytes() // average.element_size() - average.storage_offset()
     return elements >= shard.padded_numel
