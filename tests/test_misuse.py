@@ -69,13 +69,13 @@ def test_a_changed_model_is_named_and_nothing_is_averaged(layout: str) -> None:
     model, ema = make_trained(layout)
     before = ema.full_state_dict()
     net = model.module if layout == "ddp" else model
-    kept = net.blocks[1].out
+    original = net.blocks[1].out
     net.blocks[1].out = nn.Sequential(nn.Linear(7, 6))
     with pytest.raises(ValueError, match=r"blocks.1.out.0.weight.*absent.*blocks.1.out.bias"):
         ema.update()
     with pytest.raises(ValueError, match=r"blocks.1.out.0.weight"), ema.swapped():
         pass
-    net.blocks[1].out = kept
+    net.blocks[1].out = original
     assert_bitwise_equal(ema.full_state_dict(), before)
 
 
