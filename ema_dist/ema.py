@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ema_dist.averages.full_weights import collect, copy_into, full_shapes, gather, gather_pipeline, scatter
+from ema_dist.averages.full_weights import collect, copy_into, full_shapes, gather_pipeline, scatter
+from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.offload import Offloaded
 from ema_dist.averages.optimizer_hook import OptimizerHook
 from ema_dist.averages.precision import Compensated, Precision, Stochastic
 from ema_dist.averages.state import load_state, make_state
 from ema_dist.averages.tracks import BufferPolicy, Tracks
-from ema_dist.communication.rendezvous import agree_on, rendezvous
-from ema_dist.evaluation.live_model import LiveModel
-from ema_dist.evaluation.swap import Swap
+from ema_dist.communication.rendezvous import agree_on
 from ema_dist.evaluation.tracked_model import TrackedModel
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK, HalfLife, as_decays
@@ -30,30 +29,30 @@ from ema_dist.sharding import Layout, ReplicaPolicy
 class ShardedEMA:
     """The exponential moving average (EMA) of a model's weights, kept as shards beside the live ones on every rank.
 
-    How the model is wrapped is found out from the model: plain, DDP, FSDP1, FSDP2 (``fully_shard``), HSDP, tensor
-    parallel, any of these compiled or with activation checkpointing. Wrap it and move it to its device first.
+    The layout is read from the model: plain, DDP, FSDP1, FSDP2 (``fully_shard``), HSDP or tensor parallel, compiled or
+    with activation checkpointing. Wrap the model and move it to its device first.
 
     Args:
-        model: whose weights are averaged.
-        decay: `HalfLife` in optimizer steps, or the factor of the old average at each update, in [0, 1]; or several of
-            them by name: then the model has several averages, called tracks.
-        start: until this optimizer step the average simply follows the live weights.
+        model: the model to average.
+        decay: `HalfLife` in optimizer steps, or the factor of the old average at each update, in [0, 1]; or a mapping
+            from names to these, for several averages of one model, called tracks.
+        start: until this optimizer step the average equals the live weights.
         update_interval: average every k-th optimizer step; a `HalfLife` accounts for it, a factor does not.
-        dtype: of the averages. None: float32 for weights narrower than float32, else the weight's own.
-        rounding: of bfloat16 averages, ``dtype=torch.bfloat16``: `Stochastic`, or `Compensated`.
-        replicas: ``"shard"`` splits averages of weights that replicas hold alike (DDP, HSDP) among the replicas,
-            ``"copy"`` keeps them whole on each. A process group says over which ranks an unwrapped model is replicated.
+        dtype: dtype of the averages. None: float32 for weights narrower than float32, else the dtype of the weight.
+        rounding: rounding of bfloat16 averages (``dtype=torch.bfloat16``): `Stochastic` or `Compensated`.
+        replicas: ``"shard"`` splits the averages of replicated weights (DDP, HSDP) among the replicas, ``"copy"``
+            stores them in full on each. A process group gives the ranks over which an unwrapped model is replicated.
         buffers: ``"average"`` or ``"copy"`` for floating buffers; integer buffers are always copied. Non-persistent
-            buffers are left alone.
+            buffers are ignored.
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
-        kernel: what moves the averages: ``"foreach"``, ``"scratch"``, ``"compiled"`` (by this machine's C compiler) or
-            ``"triton"``; None for the fastest one that compiles nothing on a CPU, and may be Triton's on a GPU.
-        store: where the averages are kept: None for beside the live weights, or `Offloaded`.
+        kernel: the kernel of updates: ``"foreach"``, ``"scratch"``, ``"compiled"`` (by this machine's C compiler) or
+            ``"triton"``; None for the fastest one, which compiles nothing on a CPU and may be Triton's on a GPU.
+        store: `Offloaded` to store the averages in CPU memory; None to store them on the device of the live weights.
         timeout: seconds that ranks wait for each other before a collective call fails, and on leaving `swapped`.
 
-    Collective: construction compares the replicas once when averages are split among them; otherwise not.
-    Memory: for each track one average per selected parameter's shard: 1/R of it where R replicas share it; and what
-        ``store`` takes. While kernels are measured, at most 64 MiB for each track and as many for the live weights.
+    Collective: construction compares the replicas once if averages are split among them; otherwise no.
+    Memory: for each track one average per selected parameter's shard, or 1/R of it if R replicas split it; and the
+        memory of ``store``. While kernels are measured, at most 64 MiB for each track and as much for the live weights.
     Raises: ValueError for a setting out of range, a model on the meta device, or when nothing is selected;
         RuntimeError when replicas differ.
     """
@@ -101,7 +100,7 @@ class ShardedEMA:
 
     @property
     def model(self) -> nn.Module:
-        """The module that was given to the constructor."""
+        """The module given to the constructor."""
         return self._live.layout.model
 
     @property
@@ -111,21 +110,21 @@ class ShardedEMA:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps seen, without those that a gradient scaler skipped; asks the device if it counted them."""
+        """Optimizer steps seen, without those that a gradient scaler skipped. May wait for the device."""
         return self._clock.steps
 
     @property
     def updates(self) -> int:
-        """Averages taken; following the live weights until ``start`` does not count."""
+        """Averages taken, not counting the steps until ``start``. May wait for the device."""
         return self._clock.updates
 
     def update(self, *, found_inf: Tensor | None = None) -> None:
-        """Average the live weights as they are now: call it once after each optimizer step. Never waits for the device.
+        """Update the averages from the live weights; call it after each optimizer step. Never waits for the device.
 
-        With ``store=Offloaded()`` it waits for earlier updates when too many are under way.
+        With ``store=Offloaded()`` it waits for earlier updates when too many are pending.
 
         Args:
-            found_inf: of a gradient scaler, on its device: not zero where the optimizer left the step out, to skip it.
+            found_inf: a gradient scaler's tensor, on its device: if not zero, the step was skipped and is not counted.
 
         Collective: no.
         Memory: nothing where dtypes are equal, else a constant scratch.
@@ -141,15 +140,15 @@ class ShardedEMA:
         self._tracks.update_averages(weights, self._clock.update_number, overlap=overlap)
 
     def attach(self, optimizer: Optimizer, *, overlap: bool = False) -> OptimizerHook:
-        """Update after each real step of ``optimizer`` from now on, until ``remove()`` of the returned handle.
+        """Update after each real step of ``optimizer``, until ``remove()`` of the returned handle.
 
-        Steps that a gradient scaler lets a fused optimizer skip are left out on the device, and so are the dummy
-        steps by which ``torch.distributed.checkpoint`` fills a fresh optimizer's state.
+        Not counted are steps that a gradient scaler makes a fused optimizer skip on the device, and the dummy steps by
+        which ``torch.distributed.checkpoint`` initializes the state of an optimizer.
 
         Args:
-            overlap: let a GPU update behind the next forward and backward pass, on a side stream. The next step of any
-                optimizer, and every call of this object, comes after it; whatever else writes to parameters must not
-                do so in between. On a CPU nothing changes.
+            overlap: run the update on a side stream of the GPU, concurrent with the next forward and backward pass. The
+                next step of any optimizer and every call of this object wait for it; other code must not write to
+                parameters before that. No effect on a CPU.
 
         Collective: no.
         Raises: RuntimeError when an optimizer is attached already: with several, attach the one that steps last.
@@ -172,38 +171,38 @@ class ShardedEMA:
         return self._optimizer_hook
 
     def swapped(self, track: str | None = None) -> AbstractContextManager[nn.Module]:
-        """The model holds its averages inside the ``with`` block, and its live weights again after it, to the bit.
+        """Inside the ``with`` block the model holds its averages; after it the live weights are back, bit-identical.
 
-        They come back when the block returns and when it raises. Inside, buffers may be written (``update_bn``): what
-        is written stays in the averages. Parameters may not. A graph that was built before cannot run backward inside
-        or after: autograd notices that its weights were written to, and raises.
+        They come back when the block returns and when it raises. Inside, buffers may be written (``update_bn``), and
+        the written values stay in the averages. Parameters may not be written. A graph built before the block cannot
+        run backward inside or after it: autograd raises, because its weights were written to.
 
         Args:
-            track: whose averages; None for the only one, or the one called ``default``.
+            track: the track to swap in; None for the only one, or the one called ``default``.
 
-        Collective: where averages are split among replicas (the default under DDP, HSDP, and for tensor-parallel
-            parameters placed ``Replicate()``), entering and leaving. With ``replicas="copy"`` never, so that one rank
-            may evaluate alone under DDP.
-        Memory: at most 64 MiB; where averages have another dtype than the live weights, one live shard on top; where
-            they are on another device, that on the averages' device.
+        Collective: entering and leaving, if averages are split among replicas (the default under DDP, HSDP, and for
+            tensor-parallel parameters placed ``Replicate()``). Never with ``replicas="copy"``, so that one rank may
+            evaluate alone under DDP.
+        Memory: at most 64 MiB; and for averages of another dtype or device than the live weights, one live shard, on
+            the device of the average.
         Raises: RuntimeError when swapped already, when ranks do not come within ``timeout``, when replicas differ, and
             on leaving, when parameters were written to. ValueError for an unknown track, when the model has changed, or
-            when a parameter became trainable that has no average.
+            when a parameter without an average became trainable.
         """
         return self._tracked_model.swapped(self._tracks.resolve(track))
 
     def serving(self, track: str | None = None) -> AbstractContextManager[nn.Module]:
         """Forward passes in the ``with`` block read the averages, without gradients; the live weights stay in place.
 
-        It may stand between a forward pass and its backward, for a teacher: the gradients are the same, to the bit.
-        ``state_dict()`` of the model holds the live weights inside. Buffers are copies: what is written to them is
-        dropped. Where the model does not allow it (FSDP1, CUDA graphs), `swapped` does instead, with a warning.
+        For a teacher, the block may lie between a forward pass and its backward: the gradients are bit-identical.
+        Inside, the model's ``state_dict()`` returns the live weights, and buffers are copies: values written to them
+        are dropped. For models that cannot be served (FSDP1, CUDA graphs) it warns and uses `swapped`.
 
         Args:
-            track: whose averages; None for the only one, or the one called ``default``.
+            track: the track to serve; None for the only one, or the one called ``default``.
 
-        Collective: entering, where averages are split among replicas; leaving, only with `swapped`.
-        Memory: the buffers. Where `serving_mode` says so a copy of this rank's live shards, whole on each replica.
+        Collective: entering, if averages are split among replicas; leaving, only with `swapped`.
+        Memory: the buffers; and if `serving_mode` says so, a copy of this rank's live shards, in full on each replica.
         Raises: RuntimeError inside `swapped` or `serving`, when ranks do not come within ``timeout``, and on leaving,
             when parameters were written to. ValueError as `swapped`.
         """
@@ -211,34 +210,33 @@ class ShardedEMA:
 
     @property
     def update_kernel(self) -> str:
-        """The kernels that move the averages of parameters, by name: the fastest here, unless ``kernel`` was given.
+        """The names of the kernels that update averages of parameters: the fastest here, unless ``kernel`` was given.
 
-        "foreach" reads the live weights for each track, the others once for all.
+        "foreach" reads the live weights once for each track, the others once for all tracks.
         """
         return " and ".join(self._tracks.kernel_names)
 
     @property
     def serving_mode(self) -> str:
-        """What forward passes read inside `serving`, at the costliest.
+        """What forward passes read inside `serving`; if it differs between parameters, the costliest.
 
-        Either "the averages themselves", "a cast copy" where dtypes differ, "a copy on the model's device" where the
-        averages are kept elsewhere, "a gathered copy" where replicas share them, or "swapped(), since" there is no
-        other way.
+        One of "the averages themselves", "a cast copy" (dtypes differ), "a copy on the model's device" (the averages
+        are on another one), "a gathered copy" (replicas split the averages), or "swapped(), since" and the reason.
         """
         return self._tracked_model.get_serving(next(iter(self._tracks.values()))).mode
 
     def restore(self) -> None:
-        """Leave `swapped`: for ranks that could not leave it together, or to end it early; else nothing happens.
+        """Leave `swapped` early, or after ranks could not leave it together; does nothing outside of it.
 
         Collective: as `swapped`. Memory: as `swapped`. Raises: as `swapped` on leaving.
         """
         self._tracked_model.restore()
 
     def check_replicas(self) -> None:
-        """Compare the live weights of ranks that should hold the same ones (DDP, HSDP), by checksums of their bits.
+        """Compare the live weights of replicas (DDP, HSDP), by checksums of their bits.
 
         Collective: over all ranks that hold the model. Memory: 8 bytes per tensor and replica.
-        Raises: RuntimeError naming the tensors that differ and the ranks on which they do.
+        Raises: RuntimeError with the names of the tensors that differ, and the ranks on which they differ.
         """
         self._tracked_model.prepare("check_replicas()", collective=True)
         self._live.check_replicas("check_replicas()")
@@ -246,11 +244,11 @@ class ShardedEMA:
     def state_dict(self) -> dict[str, Any]:
         """The averages and counts as `torch.distributed.checkpoint` (DCP) saves and reshards them.
 
-        The tensors share storage with the averages, so that DCP loads into them; names are all it compares before that.
-        Inside `swapped`, and of `Compensated` averages, they are copies, which `load_state_dict` takes over.
+        The tensors share storage with the averages, so that DCP loads into them; DCP compares only names before that.
+        Inside `swapped`, and for `Compensated` averages, they are copies, which `load_state_dict` copies back.
 
-        Collective: over all ranks that hold the model, when several hold parts of its averages: they meet, and send
-            nothing.
+        Collective: a rendezvous of all ranks that hold the model, if several hold parts of its averages; no tensor is
+            sent.
         Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name:
             tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
         """
@@ -258,14 +256,15 @@ class ShardedEMA:
         current: Mapping[str, Mapping[str, Tensor]] = {
             track: self._tracked_model.current(averages) for track, averages in self._tracks.items()
         }
-        if self._tracked_model.swap is not None:  # they lie in the model: nothing must be loaded into them there
+        # Inside a swap the averages are in the model's storage, and DCP would load into that.
+        if self._tracked_model.swap is not None:
             current = {track: self._tracks[track].clone_shared(averages) for track, averages in current.items()}
         return make_state(self._clock, self._live.layout, self._tracks, current)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned: on this layout, resharded by DCP, or with full tensors.
+        """Continue from a state of `state_dict`: of this layout, resharded by DCP, or with full tensors.
 
-        The decay given to the constructor stays; a different one in ``state_dict`` is a warning.
+        The decay given to the constructor stays; a different one in ``state_dict`` causes a warning.
 
         Collective: no.
         Raises: RuntimeError inside `swapped`; ValueError when format, tracks, names or shapes differ, before anything
@@ -278,41 +277,35 @@ class ShardedEMA:
     def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:
         """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.
 
-        Collective: over all ranks that hold the model, when several hold parts of its averages; each must exhaust the
+        Collective: over all ranks that hold the model, if several hold parts of its averages; each must exhaust the
             iterator.
-        Memory: one full tensor beyond those handed out on the first rank, one elsewhere.
+        Memory: one full tensor; on the first rank beyond those it has yielded.
         """
-        return self._gather("gather()", dtype, track)
+        return self._tracked_model.gather("gather()", self._tracks.resolve(track), dtype=dtype)
 
     def full_state_dict(
         self, *, dtype: torch.dtype | None = None, track: str | None = None, pipeline: ProcessGroup | None = None
     ) -> dict[str, Any]:
-        """The averaged model on the first rank (rank 0), ``{}`` elsewhere: loads strictly into the unwrapped model.
+        """The averaged model on the first rank, ``{}`` elsewhere; ``load_state_dict(..., strict=True)`` accepts it.
 
-        Frozen parameters, tied names, buffers and extra states are in it, so that nothing is missing. A model that
-        each rank holds alone, wrapped in nothing, is each rank's own, and each gets its own dictionary. So does the
-        first rank of each pipeline stage: without ``pipeline`` it holds the modules of that stage only.
+        It contains frozen parameters, tied names, buffers and extra states, too. If each rank holds an unwrapped model
+        of its own, each rank gets its own dictionary. With pipeline parallelism and without ``pipeline``, the first
+        rank of each stage gets the modules of that stage.
 
         Args:
-            dtype: of floating tensors; None for the dtype of each live one.
-            track: whose averages; None for the only one, or the one called ``default``.
-            pipeline: the group of pipeline stages to unite: its first rank gets the entries of all of them.
+            dtype: dtype of floating tensors; None for the dtype of each live tensor.
+            track: the track to gather; None for the only one, or the one called ``default``.
+            pipeline: a process group with one rank of each pipeline stage; its first rank gets the entries of all.
 
-        Collective: over all ranks that hold the model, when several hold parts of its averages; over ``pipeline``.
+        Collective: over all ranks that hold the model, if several hold parts of its averages; over ``pipeline``.
         Memory: the result and one more full tensor on the first rank, one full tensor elsewhere.
-        Shape: full tensors, contiguous, on the CPU; tied names share one.
+        Shape: full tensors, contiguous, on the CPU; tied names share one tensor.
         Raises: RuntimeError when ranks do not come within ``timeout``; ValueError when the model has changed, or when
             stages hold different tensors under one name.
         """
-        entries = self._gather("full_state_dict()", dtype, track)
+        entries = self._tracked_model.gather("full_state_dict()", self._tracks.resolve(track), dtype=dtype)
         if pipeline is not None:
-            pipeline_ranks = dist.get_process_group_ranks(pipeline)
-            if len({*pipeline_ranks} & {*self._live.ranks}) > 1:
-                raise ValueError(
-                    f"pipeline={pipeline_ranks} should hold one rank of each stage, but one is held by {self._live.ranks}"
-                )
-            rendezvous("full_state_dict(pipeline=...)", pipeline_ranks, timeout=self._live.timeout)
-            entries = gather_pipeline(entries, pipeline, self._live.layout.shards[0].device)
+            entries = gather_pipeline(entries, self._live.layout, pipeline, timeout=self._live.timeout)
         return collect(entries, is_destination=self._live.is_first)
 
     def full_shapes(self, *, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
@@ -323,10 +316,10 @@ class ShardedEMA:
         return full_shapes(self._live.layout, dtype=dtype)
 
     def load_full_state_dict(self, full: Mapping[str, Any], *, track: str | None = None) -> None:
-        """The reverse of `full_state_dict`: the first rank's full tensors become everyone's averages.
+        """Scatters full averages from the first rank to all ranks; the inverse of `full_state_dict`.
 
-        Live weights, frozen parameters and counts stay as they are. Other ranks' ``full`` is not looked at. Each value
-        is asked for twice, and only one at a time is held, so that a mapping may read them from files.
+        Live weights, frozen parameters and step counts do not change. ``full`` is ignored on other ranks. Values are
+        read twice, one at a time, so ``full`` may be a mapping that reads tensors from files on access.
 
         Collective: over all ranks that hold the model. Memory: one full tensor on each rank.
         Raises: RuntimeError inside `swapped`, and on every rank when a value cannot be read; ValueError on every rank
@@ -340,13 +333,13 @@ class ShardedEMA:
         self._tracks.bind_layout(self._live.layout)
 
     def copy_to(self, model: nn.Module, *, track: str | None = None) -> None:
-        """Overwrite the live weights of ``model`` with the averages, and all else in its state with this model's.
+        """Overwrite the weights of ``model`` with the averages, and the rest of its state with that of the live model.
 
         Args:
             model: the one given at construction, one wrapped the same way, or an unwrapped one on every rank.
-            track: whose averages; None for the only one, or the one called ``default``.
+            track: the track to copy; None for the only one, or the one called ``default``.
 
-        Collective: over all ranks that hold the model, when several hold parts of its averages.
+        Collective: over all ranks that hold the model, if several hold parts of its averages.
         Memory: one full tensor on each rank.
         Raises: RuntimeError inside `swapped`; ValueError when names or shapes differ, before anything changes.
         """
@@ -373,27 +366,23 @@ class ShardedEMA:
         )
 
     @property
+    def moves_by(self) -> str:
+        """Deprecated, and removed in the next version: use `update_kernel`."""
+        return self._read_renamed("moves_by", "update_kernel")
+
+    @property
+    def serves_by(self) -> str:
+        """Deprecated, and removed in the next version: use `serving_mode`."""
+        return self._read_renamed("serves_by", "serving_mode")
+
+    def _read_renamed(self, old: str, new: str) -> str:
+        warnings.warn(f"ShardedEMA.{old} was renamed: use ShardedEMA.{new}", DeprecationWarning, stacklevel=3)
+        return getattr(self, new)
+
+    @property
     def _live(self) -> LiveModel:
         return self._tracked_model.live
 
     @property
     def _tracks(self) -> Tracks:
         return self._tracked_model.tracks
-
-    def _gather(self, call: str, dtype: torch.dtype | None, track: str | None) -> Iterator[tuple[str, Any]]:
-        averages = self._tracks.resolve(track)
-        self._tracked_model.prepare(call, collective=self._live.has_sharded_averages)
-        entries = gather(
-            self._live.layout, self._tracked_model.current(averages), dtype=dtype, is_destination=self._live.is_first
-        )
-        return self._checked_entries(entries, self._tracked_model.swap, self._tracks.update_calls)
-
-    def _checked_entries(
-        self, entries: Iterator[tuple[str, Any]], swap: Swap | None, update_calls: int
-    ) -> Iterator[tuple[str, Any]]:
-        for entry in entries:
-            if self._tracked_model.swap is not swap:
-                raise RuntimeError("swapped() was entered or left while gather() was under way; exhaust it before that")
-            if self._tracks.update_calls != update_calls:
-                raise RuntimeError("update() was called while gather() was under way; exhaust it before that")
-            yield entry

@@ -1,4 +1,4 @@
-"""The functional form of the moving average, between two models."""
+"""The functional form: one update of an averaged model from a live one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from ema_dist.sharding import Layout
 
 
 def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:
-    """Move the weights of ``ema_model`` in place: ``ema_model * smoothing + model * (1 - smoothing)``.
+    """Update the weights of ``ema_model`` in place to ``ema_model * smoothing + model * (1 - smoothing)``.
 
     Parameters and floating buffers are averaged; integer buffers are copied, as averages of counts would be truncated.
-    Both models may be wrapped, in the same way: then each rank averages what it holds.
+    Both models may be wrapped, in the same way: then each rank averages its shards.
 
     Args:
+        model: the live model.
+        ema_model: the model that holds the averages.
         smoothing: the factor of the old average, in [0, 1] (`ShardedEMA` calls it decay).
 
     Collective: no. Memory: a constant scratch.
-    Raises: ValueError when the models differ in names, shapes or in how they are cut, before anything changes.
+    Raises: ValueError when the models differ in names, shapes or sharding, before anything changes.
     Source: ``composer.algorithms.ema.compute_ema``, whose half-life is ``-log(2) / log(smoothing)``.
     """
     weight = 1 - Constant(smoothing).value

@@ -1,4 +1,4 @@
-"""How messages name things."""
+"""Helpers that word error messages."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Set as AbstractSet
 
 
 def abbreviated(names: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
-    """The first of these, and how many more there are: a model has thousands of tensors, and a message one point."""
+    """The first ``limit`` names and the number of the others: a model has thousands of tensors."""
     all_names = list(names)
     more = f" and {len(all_names) - limit} more" if len(all_names) > limit else ""
     return separator.join(all_names[:limit]) + more
 
 
 def describe_difference(left: str, left_names: AbstractSet[str], right: str, right_names: AbstractSet[str]) -> str:
-    """Which names only one of two has, with what these two are called; empty where none are."""
+    """Names that only the left or only the right has, each under its label; empty if there are none."""
     only_in = {left: left_names - right_names, right: right_names - left_names}
     return "; ".join(f"only {label} has {abbreviated(sorted(names))}" for label, names in only_in.items() if names)

@@ -69,13 +69,13 @@ def test_a_changed_model_is_named_and_nothing_is_averaged(layout: str) -> None:
     model, ema = make_trained(layout)
     before = ema.full_state_dict()
     net = model.module if layout == "ddp" else model
-    kept = net.blocks[1].out
+    original = net.blocks[1].out
     net.blocks[1].out = nn.Sequential(nn.Linear(7, 6))
     with pytest.raises(ValueError, match=r"blocks.1.out.0.weight.*absent.*blocks.1.out.bias"):
         ema.update()
     with pytest.raises(ValueError, match=r"blocks.1.out.0.weight"), ema.swapped():
         pass
-    net.blocks[1].out = kept
+    net.blocks[1].out = original
     assert_bitwise_equal(ema.full_state_dict(), before)
 
 
@@ -179,3 +179,12 @@ def test_attaching_the_optimizer_of_another_model_is_refused() -> None:
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(ValueError, match="none of the averaged parameters"):
         ShardedEMA(nn.Linear(2, 2)).attach(other)
+
+
+@pytest.mark.parametrize(("old", "new"), [("moves_by", "update_kernel"), ("serves_by", "serving_mode")])
+def test_a_renamed_property_works_and_names_the_new_one(old: str, new: str) -> None:
+    ema = ShardedEMA(nn.Linear(2, 2))
+    with pytest.warns(DeprecationWarning, match=rf"ShardedEMA\.{old} was renamed: use ShardedEMA\.{new}$") as caught:
+        value = getattr(ema, old)
+    assert value == getattr(ema, new)
+    assert [warning.filename for warning in caught] == [__file__]

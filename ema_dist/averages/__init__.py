@@ -1,6 +1,6 @@
-"""This rank's averages: what is stored, in which dtype and where, and how it follows the live weights.
+"""This rank's averages: the model they follow, what is stored, in which dtype and where, and how it is updated.
 
-Tracks, precision, CPU offload, the optimizer hook, the state that checkpoints hold, and the way from shards to full
-weights and back. The model's own storage belongs to `evaluation`, and files to `checkpoint`. May import `schedules`,
-`communication`, `sharding` and `kernels`.
+Here are the live model, tracks, precision, CPU offload, the optimizer hook, the state that checkpoints hold, and the
+conversion between shards and full weights. Putting averages into the model belongs to `evaluation`, and files belong
+to `checkpoint`. May import `schedules`, `communication`, `sharding` and `kernels`.
 """

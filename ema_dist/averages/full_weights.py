@@ -1,4 +1,4 @@
-"""Full tensors: from everyone's shards to rank 0, from rank 0 back into the shards, and into another model."""
+"""Full tensors: gathered from the shards on rank 0, scattered from there into shards, and copied to another model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ema_dist.averages.tracks import Averages
+from ema_dist.averages.storage import Averages
+from ema_dist.communication.rendezvous import rendezvous
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.sharding import Layout, Shard
 
@@ -23,14 +24,16 @@ T = TypeVar("T")
 def gather(
     layout: Layout, averages: Mapping[str, Tensor], *, dtype: torch.dtype | None, is_destination: bool
 ) -> Iterator[tuple[str, Any]]:
-    """Everything the unwrapped model's ``state_dict()`` holds, one full CPU tensor at a time.
+    """The entries of the unwrapped model's ``state_dict()``, one full CPU tensor at a time.
 
     Args:
-        averages: this rank's averaged parts and buffers by name; what has no average is taken from the live model.
-        dtype: of floating tensors; None for each live one's own.
-        keep: whether this rank gets the tensors; otherwise it gets None for each, and only helps.
+        layout: the live model, which provides the values without an average.
+        averages: this rank's averages of parameters and buffers, by name.
+        dtype: of floating tensors; None for the dtype of each live tensor.
+        is_destination: whether this rank gets the tensors; otherwise it gets None for each, and only sends its shards.
 
-    Collective: over the layout's ranks, all of which must exhaust it. Memory: one tensor beyond those handed out.
+    Collective: over the layout's ranks, which must all exhaust the iterator.
+    Memory: one full tensor beyond those yielded.
     """
     for shard, local in _shards_and_values(layout, averages):
         full = shard.full(local)
@@ -43,7 +46,7 @@ def gather(
 
 
 def full_shapes(layout: Layout, *, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
-    """The entries that `gather` would hand out, on the meta device; None for extra states that are not tensors."""
+    """The entries of `gather` as tensors on the meta device; None for extra states that are not tensors."""
     shapes: dict[str, Tensor | None] = {}
     for shard in layout.shards:
         target_dtype = dtype if dtype and shard.owner.is_floating_point() else shard.owner.dtype
@@ -56,16 +59,28 @@ def full_shapes(layout: Layout, *, dtype: torch.dtype | None) -> dict[str, Tenso
 
 
 def gather_pipeline(
-    entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch.device
+    entries: Iterator[tuple[str, Any]], layout: Layout, pipeline: ProcessGroup, *, timeout: float
 ) -> Iterator[tuple[str, Any]]:
-    """The entries of all pipeline stages on the first rank of ``group``, one after the other; nothing elsewhere.
+    """The entries of all pipeline stages on the first rank of ``pipeline``, stage by stage; nothing elsewhere.
 
     Args:
-        entries: of this rank's stage; they are exhausted on every rank.
-        device: through which ``group`` sends.
+        entries: those of this rank's stage; every rank exhausts its own.
+        layout: this rank's stage.
+        timeout: seconds that the stages wait for each other.
 
-    Collective: over ``group``. Memory: one full tensor beyond those handed out.
+    Collective: over ``pipeline``. Memory: one full tensor beyond those yielded.
+    Raises: ValueError when two ranks of ``pipeline`` hold the same stage; RuntimeError when ranks do not come.
     """
+    ranks = dist.get_process_group_ranks(pipeline)
+    if len({*ranks} & {*layout.ranks}) > 1:
+        raise ValueError(f"pipeline={ranks} should hold one rank of each stage, but one is held by {layout.ranks}")
+    rendezvous("full_state_dict(pipeline=...)", ranks, timeout=timeout)
+    return _gather_stages(entries, pipeline, layout.shards[0].device)
+
+
+def _gather_stages(
+    entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch.device
+) -> Iterator[tuple[str, Any]]:
     first, *others = dist.get_process_group_ranks(group)
     if dist.get_rank() == first:
         yield from entries
@@ -84,7 +99,7 @@ def gather_pipeline(
 
 
 def collect(entries: Iterator[tuple[str, Any]], *, is_destination: bool) -> dict[str, Any]:
-    """All entries in one dictionary; those without a value only where this rank gets the tensors.
+    """All entries in one dictionary; entries without a value only if this rank gets the tensors.
 
     Raises: ValueError when pipeline stages hold different tensors under one name.
     """
@@ -117,13 +132,14 @@ def _receive(source: int, group: ProcessGroup, device: torch.device) -> Iterator
 
 @torch.no_grad()
 def scatter(layout: Layout, averages: Averages, full: Mapping[str, Any]) -> None:
-    """The reverse: every average becomes this rank's part of the full tensor that the first rank holds.
+    """Scatters full averages from the first rank to all ranks; the inverse of `gather`.
 
     Args:
-        full: looked at on the first rank, each value twice: it may read them when it is asked for them.
+        full: ignored except on the first rank, which reads each value twice, one at a time. So it may be a mapping that
+            reads tensors from files on access.
 
-    Collective: over the layout's ranks. Memory: one full tensor on each rank; two while tied ones are compared.
-    Raises: ValueError on every rank, before anything changes, when names, shapes or kinds of dtype are not the
+    Collective: over the layout's ranks. Memory: one full tensor on each rank; two while tied tensors are compared.
+    Raises: ValueError on every rank, before anything changes, when names, shapes or kinds of dtype differ from the
         model's; RuntimeError on every rank when a value cannot be read.
     """
     stored = averages.tensors
@@ -134,23 +150,26 @@ def scatter(layout: Layout, averages: Averages, full: Mapping[str, Any]) -> None
         raise ValueError(f"these full tensors belong to another model: {mismatch}")
     for name, (source, spec) in specs.items():
         shard = shards[name]
-        averages.write(
-            name, shard.slice_full(first_rank.broadcast_tensor(partial(getitem, full, source), spec, shard.device))
-        )
+        value = first_rank.broadcast_tensor(partial(getitem, full, source), spec, shard.device)
+        averages.write(name, shard.slice_full(value))
 
 
 @torch.no_grad()
 def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) -> None:
-    """Everything that `gather` would hand out, written into the live model of another layout.
+    """Writes the entries of `gather` into the live weights of another model.
 
-    Collective: over the layout's ranks, except where both models are cut alike. Memory: one full tensor on each rank.
+    Args:
+        target: the model that is overwritten.
+        layout: the model that has averages.
+        averages: as for `gather`.
+
+    Collective: over the layout's ranks, except for tensors that both models shard alike.
+    Memory: one full tensor on each rank.
     Raises: ValueError when names or shapes differ, before anything changes.
     """
-    target_shards_by_name, shards_by_name = target.shards_by_name(), layout.shards_by_name()
-    names, target_names = (
-        (shards_by_name | layout.extra_states).keys(),
-        (target_shards_by_name | target.extra_states).keys(),
-    )
+    shards_by_name, target_shards_by_name = layout.shards_by_name(), target.shards_by_name()
+    names = shards_by_name.keys() | layout.extra_states.keys()
+    target_names = target_shards_by_name.keys() | target.extra_states.keys()
     if different := describe_difference("the averaged one", names, "the given one", target_names):
         raise ValueError(f"the models differ: {different}")
     if mismatched := [
@@ -158,39 +177,33 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
     ]:
         raise ValueError(f"the models differ in the shapes of {abbreviated(mismatched)}")
     for shard, local in _shards_and_values(layout, averages):
-        # Several, where the other model's are not tied.
-        target_shards = list(
-            {id(target_shards_by_name[name]): target_shards_by_name[name] for name in shard.names}.values()
-        )
-        full = (
-            local if all(target_shard.is_sharded_like(shard) for target_shard in target_shards) else shard.full(local)
-        )
-        for target_shard in target_shards:
-            if target_shard.local is not local:
-                target_shard.local.copy_(
-                    local if target_shard.is_sharded_like(shard) else target_shard.slice_full(full)
-                )
+        # A tied tensor has several targets if the other model does not tie it.
+        target_shards = {id(target_shards_by_name[name]): target_shards_by_name[name] for name in shard.names}.values()
+        full = local if all(other.is_sharded_like(shard) for other in target_shards) else shard.full(local)
+        for other in target_shards:
+            if other.local is not local:
+                other.local.copy_(local if other.is_sharded_like(shard) else other.slice_full(full))
     for name, module in layout.extra_states.items():
         if target.extra_states[name] is not module:
             target.extra_states[name].set_extra_state(module.get_extra_state())
 
 
 def _shards_and_values(layout: Layout, averages: Mapping[str, Tensor]) -> Iterator[tuple[Shard, Tensor]]:
-    """The part that is averaged and its average, or the live shard and its tensor where there is none."""
+    """Each averaged part with its average; for tensors without an average, the live shard with its local tensor."""
     for shard in layout.shards:
         average = averages.get(shard.name)
         yield (shard, shard.local) if average is None else (shard.averaged_part, average)
 
 
 def _to_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
-    """``full`` as a contiguous CPU tensor of its own."""
+    """``full`` as a contiguous CPU tensor that shares no storage with ``local``."""
     target_dtype = dtype if full.is_floating_point() else full.dtype
     shares_storage = full.untyped_storage().data_ptr() == local.untyped_storage().data_ptr()
     return full.to("cpu", target_dtype, copy=shares_storage).contiguous()
 
 
 class _FirstRank:
-    """The first rank speaks, and what goes wrong there is raised on all: they would wait for it forever."""
+    """Broadcasts from the layout's first rank. An error there is raised on every rank, which would else wait for it."""
 
     def __init__(self, layout: Layout) -> None:
         self._group = layout.group
@@ -199,7 +212,11 @@ class _FirstRank:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def broadcast_result(self, call: Callable[[], T], hint: str = "") -> T:
-        """What ``call`` returns there, on every rank."""
+        """Calls ``call`` on the first rank, and returns its result on every rank.
+
+        Args:
+            hint: added to the message of an error.
+        """
         message: list[Any] = [None, ""]
         cause = None
         if self._is_source:
@@ -216,7 +233,10 @@ class _FirstRank:
         return result
 
     def broadcast_tensor(self, read: Callable[[], Tensor], spec: Tensor, device: torch.device) -> Tensor:
-        """The full tensor that ``read`` returns there, on every rank; elsewhere in the place of the one before."""
+        """Calls ``read`` on the first rank, and returns its full tensor on every rank.
+
+        The other ranks receive into one buffer: the tensor is valid until the next call.
+        """
         values: list[Tensor] = []
         self.broadcast_result(
             lambda: values.append(_require_spec(read(), spec).to(device).contiguous()),
@@ -228,7 +248,7 @@ class _FirstRank:
         return value
 
     def _receive_buffer(self, spec: Tensor, device: torch.device) -> Tensor:
-        # One for all: threads of gloo hold what they have received for a moment longer.
+        # One buffer for all tensors: threads of gloo free a received tensor late, so that a new one for each adds up.
         if self._buffer.nbytes < spec.nbytes or self._buffer.device != device:
             self._buffer = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)
         return self._buffer[: spec.nbytes].view(spec.dtype).view(spec.shape)
@@ -237,44 +257,45 @@ class _FirstRank:
 def _find_mismatches(
     layout: Layout, shards: Mapping[str, Shard], full: Mapping[str, Any]
 ) -> tuple[str, dict[str, tuple[str, Any]]]:
-    """What keeps ``full`` from being taken over, if anything; and which of its values is whose, and its outline."""
-    names = {canonical_name: [name for name in shard.names if name in full] for canonical_name, shard in shards.items()}
-    specs = {
-        canonical_name: (present[0], _spec_of(full[present[0]])) for canonical_name, present in names.items() if present
-    }
-    mismatch = {
+    """How ``full`` differs from the model; and for each canonical name, the name of its value in ``full`` and its spec.
+
+    The difference is a message, empty if ``full`` can be loaded. Any of the names of a tied tensor will do.
+    """
+    present_names = {canonical: [name for name in shard.names if name in full] for canonical, shard in shards.items()}
+    specs = {canonical: (names[0], _spec_of(full[names[0]])) for canonical, names in present_names.items() if names}
+    mismatches = {
         "unknown names": full.keys() - layout.shards_by_name().keys() - layout.extra_states.keys(),
-        "missing names": [canonical_name for canonical_name, present in names.items() if not present],
+        "missing names": [canonical for canonical, names in present_names.items() if not names],
         "tied names with different values": [
             name
-            for present in names.values()
-            for name in present[1:]
-            if not _is_identical(full[name], full[present[0]])
+            for names in present_names.values()
+            for name in names[1:]
+            if not _is_identical(full[name], full[names[0]])
         ],
-        "not tensors": [canonical_name for canonical_name, (_, spec) in specs.items() if not isinstance(spec, Tensor)],
+        "not tensors": [canonical for canonical, (_, spec) in specs.items() if not isinstance(spec, Tensor)],
         "shapes (expected, got)": [
-            f"{canonical_name} ({tuple(shards[canonical_name].shape)}, {getattr(spec, 'shape', spec)})"
-            for canonical_name, (_, spec) in specs.items()
-            if getattr(spec, "shape", None) != shards[canonical_name].shape
+            f"{canonical} ({tuple(shards[canonical].shape)}, {getattr(spec, 'shape', spec)})"
+            for canonical, (_, spec) in specs.items()
+            if getattr(spec, "shape", None) != shards[canonical].shape
         ],
         "kinds of dtype (expected, got)": [
-            f"{canonical_name} ({_dtype_kind(shards[canonical_name].owner.dtype)}, {_dtype_kind(spec.dtype)})"
-            for canonical_name, (_, spec) in specs.items()
-            if isinstance(spec, Tensor) and _dtype_kind(spec.dtype) != _dtype_kind(shards[canonical_name].owner.dtype)
+            f"{canonical} ({_dtype_kind(shards[canonical].owner.dtype)}, {_dtype_kind(spec.dtype)})"
+            for canonical, (_, spec) in specs.items()
+            if isinstance(spec, Tensor) and _dtype_kind(spec.dtype) != _dtype_kind(shards[canonical].owner.dtype)
         ],
     }
-    return "; ".join(f"{what}: {abbreviated(sorted(where))}" for what, where in mismatch.items() if where), specs
+    return "; ".join(f"{kind}: {abbreviated(sorted(names))}" for kind, names in mismatches.items() if names), specs
 
 
 def _spec_of(value: object) -> Tensor | str:
-    """Shape and dtype of a tensor, on the meta device; the type of anything else."""
+    """Shape and dtype of a tensor, as a meta tensor; for any other value, the name of its type."""
     if isinstance(value, Tensor):
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     return type(value).__name__
 
 
 def _dtype_kind(dtype: torch.dtype) -> str:
-    """Casts between two of one kind round, at most; others drop what they cannot hold."""
+    """The kind of a dtype: a cast within a kind rounds at most, a cast between kinds may drop information."""
     if dtype.is_floating_point or dtype.is_complex:
         return "floating" if dtype.is_floating_point else "complex"
     return "boolean" if dtype is torch.bool else "integer"
@@ -288,7 +309,7 @@ def _require_spec(value: Tensor, spec: Tensor) -> Tensor:
 
 
 def _is_identical(left: object, right: object) -> bool:
-    """Whether two values are the same one, or tensors alike to the bit; NaN is like NaN there."""
+    """Whether both are the same object or bit-identical tensors, so that NaN equals NaN."""
     if left is right or not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return left is right
     if (left.shape, left.dtype) != (right.shape, right.dtype):

@@ -1,4 +1,4 @@
-"""Averages in the memory of the CPU: they follow copies of the live weights, on a thread of their own."""
+"""Averages in CPU memory: a thread updates them from copies of the live weights."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Offloaded:
-    """Averages are kept in the memory of the CPU and move on a thread there, as ``ShardedEMA(..., store=Offloaded())``.
+    """Stores averages in CPU memory and updates them on a thread: ``ShardedEMA(..., store=Offloaded())``.
 
-    An update copies the live weights, and returns; the averages lag behind by at most ``max_pending`` updates. Whoever
-    asks for them (a swap, serving, saving, gathering) waits until they do not.
+    An update copies the live weights and returns; the averages lag behind by at most ``max_pending`` updates. Every
+    call that reads the averages (a swap, serving, saving, gathering) waits for the pending updates.
 
     Args:
-        pin_memory: whether these copies are in memory that a device can write to while the host goes on; else an update
-            waits for the device. Without a device there is nothing to pin.
-        max_pending: updates that may be under way; the next one waits for the oldest.
+        pin_memory: copy the live weights into pinned memory, so that the host need not wait for the device. Without a
+            device nothing is pinned.
+        max_pending: maximum number of updates in progress; the next one waits for the oldest.
 
-    Memory: on the device at most 64 MiB. On the CPU beside the averages ``max_pending`` times this rank's live weights,
-        in their own dtype; pinned memory may be rounded up to a power of two.
+    Memory: on the device at most 64 MiB. On the CPU, beside the averages, ``max_pending`` copies of this rank's live
+        weights in their own dtype; pinned memory may be rounded up to a power of two.
     Raises: ValueError for ``max_pending`` below 1.
     """
 
@@ -44,42 +44,43 @@ class Offloaded:
 
 
 class Worker:
-    """One thread that does jobs in their order, until the process ends, all are done, or one has failed."""
+    """One thread that runs jobs in the order of submission; after a failure it runs none."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ema_dist")
-        self._process = os.getpid()
+        self._process_id = os.getpid()
         self._failure: BaseException | None = None
 
     def submit(self, job: Callable[..., None], *arguments: object) -> Future[None]:
-        """Do it when all before it is done. Raises: RuntimeError in a forked process, which has no such thread."""
+        """Run ``job`` after all earlier ones. Raises: RuntimeError in a forked process, which has no such thread."""
         self._require_same_process()
-        return self._pool.submit(self._run, job, *arguments)
+        return self._pool.submit(self._run_job, job, *arguments)
 
     def wait(self, job: Future[None] | None = None) -> None:
-        """Return when it is done; None for all that were submitted. Raises: RuntimeError in a forked process."""
+        """Wait for ``job``, or for all submitted jobs if None. Raises: RuntimeError in a forked process."""
         self._require_same_process()
         (job or self._pool.submit(lambda: None)).result()
 
     def require_no_failure(self) -> None:
-        """Raise RuntimeError when a job has failed: from then on, as what it was to write is written in part."""
+        """Raise RuntimeError if any job has failed, also earlier: its averages may be partly written."""
         if self._failure:
             raise RuntimeError(
                 f"an update of the averages failed on its thread: {self._failure!r}. Some may have moved: construct "
                 "ShardedEMA again, and load its averages from a checkpoint"
             ) from self._failure
 
-    def _run(self, job: Callable[..., None], *arguments: object) -> None:
+    def _run_job(self, job: Callable[..., None], *arguments: object) -> None:
         if self._failure:
             return
         try:
             job(*arguments)
-        except BaseException as error:  # noqa: BLE001  whoever asks next raises it
+        except BaseException as error:  # noqa: BLE001  require_no_failure() raises it
             self._failure = error
-            _log.error("an update of the averages failed: %r", error)  # nobody may ask
+            # At the end of the process no later call raises it.
+            _log.error("an update of the averages failed: %r", error)
 
     def _require_same_process(self) -> None:
-        if os.getpid() != self._process:
+        if os.getpid() != self._process_id:
             raise RuntimeError(
                 "these averages move on a thread of the process that this one was forked from: use them there, or "
                 "construct ShardedEMA(..., store=Offloaded()) after forking"
@@ -87,14 +88,14 @@ class Worker:
 
 
 class OffloadKernel:
-    """Moves averages as the kernels that it is given, but later: call it as one of them.
+    """A kernel that copies the live values to the CPU and lets a thread run the real kernels on the copies.
 
     Args:
-        values: live, anywhere.
-        bind: makes the kernels that follow the copies, which it is given in the order of ``values``.
-        worker: on which they run.
-        streams: on which devices make the copies.
-        store: how many copies there are.
+        values: live tensors on any devices.
+        make_kernels: makes the kernels that read the CPU copies; it gets the copies in the order of ``values``.
+        worker: the thread that runs the kernels.
+        streams: the streams on which devices make the copies.
+        store: the number of copies, and whether they are pinned.
 
     Memory: as `Offloaded`.
     """
@@ -118,16 +119,16 @@ class OffloadKernel:
 
     @property
     def name(self) -> str:
-        """Of the kernels that it runs."""
+        """The names of the kernels that the thread runs."""
         return " and ".join(sorted({kernel.name for kernel in self._slots[0].kernels}))
 
     def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
-        """Copy the live values, and let the averages follow; waits while ``max_pending`` updates are under way.
+        """Copy the live values and submit the update; waits while ``max_pending`` updates are in progress.
 
-        Raises: RuntimeError when an earlier one failed; then it does nothing.
+        Raises: RuntimeError when an earlier update failed; then nothing is copied.
         """
         slot = self._slots[0]
-        self._finish(slot)
+        self._wait_for(slot)
         self._worker.require_no_failure()
         devices = self._streams.devices
         try:
@@ -136,32 +137,33 @@ class OffloadKernel:
                 for scalar in (*weights, update_index)
             ]
             with self._streams.fork():
-                slot.host_copy.fill(non_blocking=devices)
+                slot.host_buffer.fill(non_blocking=devices)
             slot.job = self._worker.submit(
                 _run_kernels, slot.kernels, self._streams.end_events, scalars[:-1], scalars[-1]
             )
             self._slots.rotate(-1)
         except BaseException:
-            self._worker.wait()  # there may be a job that nobody knows of, which reads what the next one copies
+            # An interrupt after submit() leaves a job that no slot records; the next copy must not overwrite its input.
+            self._worker.wait()
             raise
 
     def drain(self) -> None:
-        """Return when the averages have followed. Raises: RuntimeError when one of the updates failed."""
-        for slot in (*self._slots,):
-            self._finish(slot)
+        """Wait for all pending updates. Raises: RuntimeError when one of them failed."""
+        for slot in (*self._slots,):  # a copy: a signal handler or another thread may rotate them during a wait
+            self._wait_for(slot)
         self._worker.require_no_failure()
 
-    def _finish(self, slot: _Slot) -> None:
+    def _wait_for(self, slot: _Slot) -> None:
         if slot.job:
             self._worker.wait(slot.job)
-            slot.job = None  # only now: who interrupts the waiting must not get a slot that is in use
+            slot.job = None  # not earlier: after an interrupted wait the slot is still in use
 
 
 @dataclass
 class _Slot:
-    """Room for the live values of one update, what moves the averages towards them, and when that is done."""
+    """The CPU copies of one update's live values, the kernels that read them, and the job that runs the kernels."""
 
-    host_copy: HostBuffer
+    host_buffer: HostBuffer
     kernels: Sequence[Kernel]
     job: Future[None] | None = None
 

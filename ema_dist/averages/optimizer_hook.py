@@ -1,4 +1,4 @@
-"""Updating after each real step of an optimizer."""
+"""The hook that updates the averages after each real step of an optimizer."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class OptimizerHook:
     Args:
         update: its argument is None, or a device tensor that is not zero when a gradient scaler told a fused
             optimizer to leave this step out.
-        before_steps: is called before each step of any optimizer, and by `remove`. All optimizers keep it, so it should
-            not keep the averages.
+        before_steps: is called before each step of any optimizer, and by `remove`. torch references it globally, so it
+            should not reference the averages.
     """
 
     def __init__(
@@ -32,18 +32,18 @@ class OptimizerHook:
         before_steps: Callable[[], None] | None = None,
     ) -> None:
         self._update = update
-        self._codes = _step_codes(optimizer)
+        self._step_codes = _step_codes(optimizer)
         self._before_steps = before_steps
         self._handles = [optimizer.register_step_post_hook(self._after_step)]
         if before_steps:
-            # Of all optimizers: with several, the others write to the same weights before this one does.
+            # A global hook: with several optimizers, the others write to the same weights before this one steps.
             pre_hook = register_optimizer_step_pre_hook(lambda *_: before_steps())
             finalize(self, pre_hook.remove)
             self._handles.append(pre_hook)
         self.is_active = True
 
     def remove(self) -> None:
-        """Stop; the averages stay as they are."""
+        """Stop updating; the averages keep their values."""
         for handle in self._handles:
             handle.remove()
         if self._before_steps:
@@ -51,14 +51,14 @@ class OptimizerHook:
         self.is_active = False
 
     def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        is_inner = len(self._codes) > 1 and _is_inside_step(optimizer, self._codes)
-        if not (is_inner or _is_dummy_step(optimizer, kwargs)):
-            # GradScaler sets found_inf for the time of the step on optimizers that skip by themselves (fused ones).
+        is_inner_step = len(self._step_codes) > 1 and _is_inside_step(optimizer, self._step_codes)
+        if not (is_inner_step or _is_dummy_step(optimizer, kwargs)):
+            # GradScaler sets this attribute during the step of a (fused) optimizer that skips on the device.
             self._update(getattr(optimizer, "found_inf", None))
 
 
 def _step_codes(optimizer: Optimizer) -> set[CodeType]:
-    """Of the ``step`` methods of its classes, as they were written."""
+    """The code objects of the ``step`` methods of its classes, without the decorators that torch adds."""
     step_methods = [
         vars(cls)["step"] for cls in type(optimizer).__mro__ if "step" in vars(cls) and cls is not Optimizer
     ]
@@ -66,7 +66,10 @@ def _step_codes(optimizer: Optimizer) -> set[CodeType]:
 
 
 def _is_inside_step(optimizer: Optimizer, codes: set[CodeType]) -> bool:
-    """Whether a ``step`` is still going on that called the one which ends: torch runs the hooks after either."""
+    """Whether another ``step`` of this optimizer is still running, as when ``step`` calls ``super().step()``.
+
+    torch runs the post-hooks after the inner and after the outer step.
+    """
     frame = currentframe()
     while frame is not None:
         if frame.f_code in codes and frame.f_locals.get(frame.f_code.co_varnames[0]) is optimizer:
@@ -76,9 +79,9 @@ def _is_inside_step(optimizer: Optimizer, codes: set[CodeType]) -> bool:
 
 
 def _is_dummy_step(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
-    """Whether this step moved nothing: ``step(closure=None)`` with learning rates and gradients that are all zero.
+    """Whether this step changed no weight: ``step(closure=None)`` with zero learning rates and zero gradients.
 
-    ``torch.distributed.checkpoint.state_dict`` takes one on an optimizer without state, before saving and loading.
+    ``torch.distributed.checkpoint.state_dict`` takes such a step to initialize an optimizer before saving or loading.
     """
     if kwargs.get("closure", optimizer) is not None:
         return False

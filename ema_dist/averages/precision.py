@@ -1,4 +1,4 @@
-"""In which dtype averages are kept, and how they are rounded to it."""
+"""The dtype that averages are stored in, and how they are rounded to it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 @dataclass(frozen=True)
 class Stochastic:
-    """A bfloat16 average goes up or down by chance, in proportion to what lies between: it is right on average.
+    """Stochastic rounding of bfloat16 averages: up or down at random, so that the expected value is exact.
 
-    Plain rounding would lose every move smaller than half of what bfloat16 tells apart: at a decay above 0.998 all of
-    them, unless the weight is farther away than the average is large. The chance hangs on the seed, the number of the
-    update, and the place in the full tensor: replicas agree, and a run goes on the same after it was resumed, also on
-    another number of ranks if they hold rows.
+    Rounding to nearest would lose every change smaller than half the spacing of bfloat16 numbers: at a decay above
+    0.998 all changes, unless the live weight differs from the average by more than the average itself. The random bits
+    depend on the seed, the number of the update, and the offset in the full tensor. So replicas agree, and a resumed
+    run continues with the same bits, also on another number of ranks if the tensors are sharded by rows.
 
     Args:
         seed: not negative.
@@ -30,23 +30,22 @@ class Stochastic:
 
 @dataclass(frozen=True)
 class Compensated:
-    """A bfloat16 average has the 16 bits that it lacks beside it: together they are the float32 average, to the bit.
+    """A bfloat16 average with a 16-bit residual: together they are bit-identical to the float32 average (hi/lo split).
 
-    Evaluation then gets the averages as they lie there, without a cast copy. Checkpoints and `ShardedEMA.gather` have
-    float32 numbers. Beside weights that are not bfloat16 nothing would be gained: their averages are kept as
-    ``dtype=None`` keeps them.
+    Evaluation uses the bfloat16 averages directly, without a cast copy. Checkpoints and `ShardedEMA.gather` contain
+    float32 values. Only averages of bfloat16 weights are split; others are stored as with ``dtype=None``.
     """
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How the averages of one model are kept.
+    """The dtype and the rounding of one model's averages.
 
     Args:
         dtype: None for float32 where the live dtype is narrower, else the live dtype.
-        rounding: of bfloat16 averages.
+        rounding: how bfloat16 averages are rounded.
 
-    Raises: ValueError when these do not go together. Warns of a dtype in which averages may stand still.
+    Raises: ValueError when dtype and rounding do not fit. Warns about a dtype in which averages may stop moving.
     """
 
     dtype: torch.dtype | None = None
@@ -70,11 +69,11 @@ class Precision:
 
     @property
     def buffer_precision(self) -> Precision:
-        """Those of buffers are never taken apart: what a swap finds written to them would get the rest of another."""
+        """The precision of buffers, which are never split: a value written inside a swap would get an old residual."""
         return Precision() if isinstance(self.rounding, Compensated) else self
 
     def storage_dtype(self, live_dtype: torch.dtype) -> torch.dtype:
-        """The dtype of averages beside weights of dtype ``live_dtype``."""
+        """The dtype of the averages of weights of ``live_dtype``."""
         if live_dtype.is_complex:
             return torch.complex64 if self.dtype is None and live_dtype == torch.complex32 else live_dtype
         if self.dtype is not None and (isinstance(self.rounding, Stochastic) or self.has_residuals(live_dtype)):
@@ -82,5 +81,5 @@ class Precision:
         return torch.float32 if live_dtype.itemsize < torch.float32.itemsize else live_dtype
 
     def has_residuals(self, live_dtype: torch.dtype) -> bool:
-        """Whether what averages lack is kept beside them."""
+        """Whether averages of weights of ``live_dtype`` are stored as a bfloat16 and a residual."""
         return isinstance(self.rounding, Compensated) and live_dtype == self.dtype

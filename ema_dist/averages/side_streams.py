@@ -1,4 +1,4 @@
-"""Work that accelerators do beside what they are told next."""
+"""Work on a second stream of an accelerator, concurrent with the current stream."""
 
 from __future__ import annotations
 
@@ -12,82 +12,84 @@ from torch import Tensor
 
 
 class SideStreams:
-    """A second stream on each of these devices; where one has no streams, as the CPU, all stays in order.
+    """A second stream on each device; on a device without streams, such as the CPU, work stays in order.
 
     Args:
-        devices: on which there may be work.
+        devices: the devices that may run work.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         modules = {device: module_with_streams(device) for device in devices}
         self._modules = {device: module for device, module in modules.items() if module is not None}
-        self._process = os.getpid()
+        self._process_id = os.getpid()
         self._streams: dict[torch.device, Any] = {}
         self._end_events: dict[torch.device, Any] = {}
 
     @property
     def devices(self) -> set[torch.device]:
-        """Those that have streams."""
+        """The devices that have streams."""
         return {*self._modules}
 
     @contextmanager
     def fork(self, inputs: Iterable[object] = ()) -> Iterator[None]:
-        """What the block tells a device is done after all it was told before, and beside what it is told next.
+        """Work launched in the block runs on the side streams, after the current stream's earlier work.
 
         Args:
-            read: what the block's work reads and nobody keeps until it is done; other things than tensors are ignored.
+            inputs: tensors that the block reads and that may be freed before its work is done; ignores other values.
         """
         with ExitStack() as stack:
             for device, module in self._modules.items():
-                if _is_capturing(module):  # a graph takes the block as it comes
+                if _is_capturing(module):  # the graph being captured records the block on the capturing stream
                     continue
                 if device not in self._streams:
                     self._streams[device] = module.Stream(device)
                 stream = self._streams[device]
                 stream.wait_stream(module.current_stream(device))
-                stack.callback(self._record_end, device, _new_event(module))  # also when the block raises in the middle
+                # A callback, so that join() also waits for the work of a block that raised halfway.
+                stack.callback(self._record_end, device, _new_event(module))
                 stack.enter_context(module.stream(stream))
             for tensor in inputs:
+                # Else the allocator may give a freed tensor's memory away while the side stream still reads it.
                 if isinstance(tensor, Tensor) and tensor.device in self._streams:
                     tensor.record_stream(self._streams[tensor.device])
             yield
 
     def join(self) -> None:
-        """What devices are told from now on is done after the last block; the host does not wait.
+        """Later work on the current stream of each device runs after the last block; the host does not wait.
 
-        It may be asked for again by another stream, so the end of the block is kept.
+        The events are kept, because another stream may need to join later.
         """
-        if os.getpid() != self._process:  # a forked one has no device
+        if os.getpid() != self._process_id:  # a forked process cannot use the devices of its parent
             return
-        for device, end in self._end_events.items():
+        for device, event in self._end_events.items():
             module = self._modules[device]
-            if not _is_capturing(module):  # nor does a graph wait for what is not in it
-                module.current_stream(device).wait_event(end)
+            if not _is_capturing(module):  # a captured graph cannot wait for an event from outside
+                module.current_stream(device).wait_event(event)
 
     @property
     def end_events(self) -> list[Any]:
-        """Events, one for each device: when the last block was done. To ``synchronize()`` with one is for the host."""
+        """One event for each device, recorded at the end of the last block; the host may ``synchronize()`` with it."""
         return [*self._end_events.values()]
 
-    def _record_end(self, device: torch.device, event: Any) -> None:  # noqa: ANN401  each kind of device has its own
+    def _record_end(self, device: torch.device, event: Any) -> None:  # noqa: ANN401  each device type has its own class
         self._streams[device].record_event(event)
         self._end_events[device] = event
 
 
 def module_with_streams(device: torch.device) -> Any:  # noqa: ANN401  ``torch.cuda`` and its like have no common type
-    """The part of torch that has this device's streams; None where there are none."""
+    """The torch module with the streams of this device, such as ``torch.cuda``; None for a device without streams."""
     module = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
     return module if hasattr(module, "Stream") else None
 
 
 def _is_capturing(module: Any) -> bool:  # noqa: ANN401
-    """Whether what is told now becomes part of a graph."""
+    """Whether work launched now is captured into a graph."""
     is_capturing = getattr(module, "is_current_stream_capturing", None)
     return bool(is_capturing and is_capturing())
 
 
 def _new_event(module: Any) -> Any:  # noqa: ANN401
     try:
-        return module.Event(blocking=True)  # a thread that waits for it lets others have its core
-    except TypeError:  # only CUDA's can
+        return module.Event(blocking=True)  # synchronize() sleeps instead of spinning on a core
+    except TypeError:  # only CUDA events have the argument
         return module.Event()

@@ -1,7 +1,7 @@
-"""The state that checkpoints hold: its layout is fixed, and everything in it is checked before it is taken over.
+"""The state that checkpoints hold: its format is fixed, and all of it is checked before any of it is loaded.
 
 ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name: tensor},
-"buffers": {name: tensor}}}}``, names being first canonical ones.
+"buffers": {name: tensor}}}}``; the names of tensors are first canonical names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_dist.averages.tracks import Averages, Tracks
+from ema_dist.averages.storage import Averages
+from ema_dist.averages.tracks import Tracks
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.schedules.clock import Clock
 from ema_dist.sharding import Layout, Shard
@@ -24,7 +25,11 @@ STATE_FORMAT = 1
 def make_state(
     clock: Clock, layout: Layout, tracks: Tracks, current: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
-    """The state, whose tensors share storage with ``current``: the averages by track and name."""
+    """The state to save; its tensors share storage with ``current``.
+
+    Args:
+        current: the averages by track and name, as local tensors.
+    """
     track_states = {
         track: {
             "decay": clock.decays[track].state(),
@@ -40,9 +45,9 @@ def make_state(
 
 @torch.no_grad()
 def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: Tracks) -> None:
-    """Take over a state; a decay other than the clock's is a warning.
+    """Load a state; warns if a decay differs from the clock's, which stays.
 
-    Raises: ValueError when its format, tracks, names or shapes are not these, before anything changes.
+    Raises: ValueError when its format, tracks, names or shapes differ, before anything changes.
     """
     try:
         version, steps, updates = state["format"], int(state["steps"]), int(state["updates"])
@@ -56,12 +61,8 @@ def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
     loaded: list[tuple[Averages, dict[str, Tensor]]] = []
     for track, (_, averages, buffers) in saved.items():
         parts = {name: layout.parameters[name].averaged_part for name in tracks[track].parameters}
-        loaded.append(
-            (
-                tracks[track],
-                _local_tensors("averages", parts, averages) | _local_tensors("buffers", layout.buffers, buffers),
-            )
-        )
+        values = _local_tensors("averages", parts, averages) | _local_tensors("buffers", layout.buffers, buffers)
+        loaded.append((tracks[track], values))
     current_decays = {track: clock.decays[track].state() for track in tracks}
     if changed := [
         f"the averages {track!r} were taken with {decay} and go on with {current_decays[track]}"
@@ -79,7 +80,7 @@ def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
 
 
 def _local_tensors(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's tensors of a state."""
+    """This rank's local tensors of ``saved``."""
     if different := describe_difference("the model", shards.keys(), "the state", saved.keys()):
         raise ValueError(f"these {kind} belong to another model: {different}")
     values: dict[str, Tensor] = {}
@@ -87,7 +88,7 @@ def _local_tensors(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, T
     for name, shard in shards.items():
         try:
             values[name] = shard.unwrap(saved[name])
-        except ValueError as error:  # noqa: PERF203  all that is wrong is named at once
+        except ValueError as error:  # noqa: PERF203  one message names all mismatches
             mismatches.append(f"{name} ({error})")
     if mismatches:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""This rank's averages: what is stored, in which dtype, and how it follows the live weights."""
+"""The averages of all tracks, updated together."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from ema_dist.averages.offload import Offloaded, OffloadKernel, Worker
 from ema_dist.averages.precision import Precision, Stochastic
 from ema_dist.averages.side_streams import SideStreams
+from ema_dist.averages.storage import Averages
 from ema_dist.kernels import (
     Agree,
     CompensatedRounding,
@@ -26,125 +27,26 @@ from ema_dist.kernels import (
     group_by_dtype,
     group_pairs,
     make_kernel,
-    recombine,
-    split_hi_lo,
 )
 from ema_dist.schedules.decay import DEFAULT_TRACK
-from ema_dist.sharding import Layout, Shard
+from ema_dist.sharding import Layout
 
 BufferPolicy = Literal["average", "copy"]
-"""What becomes of floating buffers; all others are copied under either."""
-
-
-class Averages:
-    """The averages of one track beside the live weights: of parameters by their parts, of buffers whole.
-
-    Args:
-        layout: the live weights.
-        names: first canonical names of the parameters to average.
-        precision: how they are kept.
-        lerped_buffers: names of the buffers that are averaged; the others are copied.
-        device: where they are; None for where the live weights are.
-
-    Memory: one part of every selected parameter, and the persistent buffers.
-    """
-
-    def __init__(
-        self,
-        layout: Layout,
-        names: Collection[str],
-        *,
-        precision: Precision,
-        averaged_buffers: Collection[str],
-        device: torch.device | None = None,
-    ) -> None:
-        parts = {name: layout.parameters[name].averaged_part for name in names}
-        self.parameters = {
-            name: _initial_average(averaged_part, precision.storage_dtype(averaged_part.local.dtype), device)
-            for name, averaged_part in parts.items()
-        }
-        buffer_precision = {
-            name: precision.buffer_precision if name in averaged_buffers else None for name in layout.buffers
-        }
-        self.buffers = {
-            name: _initial_average(
-                shard,
-                own_precision.storage_dtype(shard.local.dtype) if (own_precision := buffer_precision[name]) else None,
-                device,
-            )
-            for name, shard in layout.buffers.items()
-        }
-        self.residuals = {
-            name: torch.zeros_like(self.parameters[name], dtype=torch.int16)
-            for name, averaged_part in parts.items()
-            if precision.has_residuals(averaged_part.local.dtype)
-        }
-        """What averages of parameters lack, where they are kept in two halves."""
-        self.find_infinities()
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Averages of parameters and buffers by name, as they are kept."""
-        return self.parameters | self.buffers
-
-    def recombined(self, tensors: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
-        """The averages by name; those that are kept in two halves as float32, each made when it is asked for.
-
-        Args:
-            places: where `all` of them lie now, if the model has them.
-        """
-        return _Recombined(self.tensors if tensors is None else tensors, self.residuals)
-
-    def clone_shared(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of what `numbers` gave: those that it had to make are such."""
-        return {name: tensor if name in self.residuals else tensor.clone() for name, tensor in values.items()}
-
-    def value_for_dtype(self, name: str, dtype: torch.dtype) -> Tensor:
-        """What becomes a weight of this dtype: the average as it is kept, or its number where that says more."""
-        stored = self._stored(name)
-        return stored if stored.dtype == dtype else _recombine_if_split(stored, self.residuals.get(name))
-
-    @torch.no_grad()
-    def write(self, name: str, value: Tensor) -> None:
-        """Take ``value`` over as an average, unless it lies there already."""
-        stored = self._stored(name)
-        if value.data_ptr() == stored.data_ptr():
-            return
-        if name in self.residuals:
-            value, residual = split_hi_lo(value.float())
-            self.residuals[name].copy_(residual)
-        stored.copy_(value)
-
-    def _stored(self, name: str) -> Tensor:
-        return (self.parameters if name in self.parameters else self.buffers)[name]
-
-    def parameter_pairs(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each average, and the part of the live parameter beside it."""
-        return {
-            name: (average, layout.parameters[name].averaged_part.local) for name, average in self.parameters.items()
-        }
-
-    def buffer_pairs(self, layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each average, and the live buffer beside it: buffers are averaged whole."""
-        return {name: (average, layout.buffers[name].local) for name, average in self.buffers.items()}
-
-    def find_infinities(self) -> None:
-        """Look once for averages with infinities (masks): they take the careful kernel. Waits for the device."""
-        self.infinite_names = {name for name, average in self.parameters.items() if not _is_finite(average)}
+"""Whether floating buffers are averaged or copied; other buffers are always copied."""
 
 
 class Tracks(Mapping[str, Averages]):
-    """The averages of every track, which read each live weight once.
+    """The averages of every track by name; one update reads each live weight once for all of them.
 
     Args:
-        names: of the tracks.
-        parameters: first canonical names of those to average.
+        layout: the live weights.
+        names: names of the tracks.
+        parameters: first canonical names of the parameters to average.
         precision: as for `Averages`.
         buffers: whether floating buffers are averaged or copied.
-        kernel: as for `ema_dist.kernels.make_kernel`; `agree` too.
-        store: where they are kept, if not beside the live weights.
+    make_kernel,
 
-    Memory: as `Averages`, each; and as the store.
+    Memory: for each track as `Averages`; and as the store.
     """
 
     def __init__(
@@ -164,14 +66,14 @@ class Tracks(Mapping[str, Averages]):
         self._agree = agree
         self.store = store
         self.streams = SideStreams({shard.local.device for shard in layout.shards})
-        """On which updates may go on; whoever writes to live weights or reads averages joins them first."""
-        # Memory of averages that nobody holds any more must not be given away before the side stream has left it.
-        finalize(self, self.streams.join).atexit = False  # pyrefly: ignore[missing-attribute]  it has it
+        """Streams on which updates may still run; join them before writing to live weights or reading averages."""
+        # The allocator must not reuse the memory of dropped averages before the side stream has finished with it.
+        finalize(self, self.streams.join).atexit = False  # pyrefly: ignore[missing-attribute]  a documented attribute
         self._make_offload_kernel = (
             partial(OffloadKernel, worker=Worker(), streams=self.streams, store=store) if store else None
         )
         self.update_calls = 0
-        """How often they have followed the live weights."""
+        """Number of calls of `update_averages`."""
         self._parameter_kernels: list[Kernel] = []
         self._buffer_kernels: list[Kernel] = []
         self._copy_kernels: list[Kernel] = []
@@ -197,24 +99,27 @@ class Tracks(Mapping[str, Averages]):
         return len(self._tracks)
 
     def resolve(self, track: str | None) -> Averages:
-        """Those of a track; None is the only one, or the one called `DEFAULT_TRACK`. Raises: ValueError if it is not there."""
+        """The averages of a track; None means the only track, or the one called `DEFAULT_TRACK`.
+
+        Raises: ValueError for an unknown track.
+        """
         chosen = track or (next(iter(self)) if len(self) == 1 else DEFAULT_TRACK)
         if chosen not in self:
             raise ValueError(f"expected one of the tracks {[*self]}, got {track!r}")
         return self[chosen]
 
     def bind_layout(self, layout: Layout) -> None:
-        """Follow the live weights that ``layout`` shows from now on. Raises: as `drain`, after that."""
+        """Make kernels for the weights of ``layout``, for later updates. Raises: as `drain`, once they are made."""
         try:
             self.drain()
         finally:
-            self._parameter_kernels = []  # what they take is free for the new ones
+            self._parameter_kernels = []  # frees the scratch of the old kernels before the new ones allocate theirs
             live = {name: layout.parameters[name].averaged_part.local for name in self._first.parameters}
             self._parameter_kernels = self._maybe_offload(live, partial(self._build_parameter_kernels, layout=layout))
             self.bind_buffers(layout)
 
     def bind_buffers(self, layout: Layout) -> None:
-        """Follow the buffers that ``layout`` shows from now on. Raises: as `drain`, after that."""
+        """Make kernels for the buffers of ``layout``, for later updates. Raises: as `drain`, once they are made."""
         try:
             self._drain([*self._buffer_kernels, *self._copy_kernels])
         finally:
@@ -229,14 +134,14 @@ class Tracks(Mapping[str, Averages]):
     def update_averages(
         self, weights: Mapping[str, float | Tensor], update_index: UpdateIndex, *, overlap: bool = False
     ) -> None:
-        """Move the averages towards the live weights: no collective, and nothing waits for the device.
+        """Move the averages towards the live weights, without a collective and without waiting for the device.
 
         Args:
-            weights: of the live weights, by track.
-            update: the number of this update, by which bfloat16 averages are rounded.
-            overlap: a device may do it beside what it is told next, until `streams` are joined.
+            weights: the weight of the live values, by track; 0 leaves averages unchanged, and buffers are still copied.
+            update_index: the number of this update; stochastic rounding derives its random bits from it.
+            overlap: run the update of parameters on a side stream, until `streams` are joined.
 
-        Raises: RuntimeError when an earlier update failed, on its thread.
+        Raises: RuntimeError when an earlier update failed on its thread.
         """
         self.update_calls += 1
         ordered_weights = [weights[name] for name in self]
@@ -244,8 +149,8 @@ class Tracks(Mapping[str, Averages]):
         self.streams.join()
         for kernel in [*(self._buffer_kernels if is_update_due else ()), *self._copy_kernels]:
             kernel(ordered_weights, update_index)
-        self.streams.join()  # the next forward pass may write to buffers
-        if is_update_due:  # between intervals nothing is even read
+        self.streams.join()  # before the next forward pass, which may write to buffers
+        if is_update_due:
             with self.streams.fork([*ordered_weights, update_index]) if overlap else nullcontext():
                 for kernel in self._parameter_kernels:
                     kernel(ordered_weights, update_index)
@@ -253,15 +158,15 @@ class Tracks(Mapping[str, Averages]):
             self.streams.join()
 
     def drain(self) -> None:
-        """Return when the averages have followed, and can be read by whoever a device is told of next.
+        """Finish pending updates: now if they run on a thread, else before later work on the current stream.
 
-        Raises: RuntimeError when an update failed, on its thread.
+        Raises: RuntimeError when an update failed on its thread.
         """
         self._drain([*self._parameter_kernels, *self._buffer_kernels, *self._copy_kernels])
 
     def _drain(self, kernels: Iterable[Kernel]) -> None:
         self.streams.join()
-        with ExitStack() as stack:  # also when one of them raises
+        with ExitStack() as stack:  # drains every kernel even if one raises
             for kernel in kernels:
                 if isinstance(kernel, OffloadKernel):
                     stack.callback(kernel.drain)
@@ -269,7 +174,7 @@ class Tracks(Mapping[str, Averages]):
     def _maybe_offload(
         self, live: Mapping[str, Tensor], make_kernels: Callable[[Mapping[str, Tensor]], list[Kernel]]
     ) -> list[Kernel]:
-        """What moves the averages towards live values: the kernels, or what lets them do it later."""
+        """The kernels that update averages from ``live``, inside an `OffloadKernel` if the averages are offloaded."""
         if not live or not self._make_offload_kernel:
             return make_kernels(live)
         return [
@@ -291,7 +196,7 @@ class Tracks(Mapping[str, Averages]):
         ]
 
     def _build_kernels(self, values: Mapping[str, Tensor], *, layout: Layout, finite: bool) -> list[Kernel]:
-        """What moves the averages of these towards them: as few kernels as their dtypes allow."""
+        """The kernels that update the averages of ``values``: one for each combination of device and dtypes."""
         shards = layout.parameters | layout.buffers
         stored = [(track.tensors, track.residuals) for track in self.values()]
         rows = {
@@ -328,7 +233,7 @@ class Tracks(Mapping[str, Averages]):
 
     @property
     def kernel_names(self) -> list[str]:
-        """The names of the kernels that move parameters."""
+        """The names of the kernels that update averages of parameters."""
         return sorted({kernel.name for kernel in self._parameter_kernels})
 
     @property
@@ -337,10 +242,10 @@ class Tracks(Mapping[str, Averages]):
 
 
 class CopyKernel:
-    """Buffers that are not averaged, whatever the weights.
+    """Copies buffers that are not averaged, whatever the weights.
 
     Args:
-        pairs: each copy, and what is copied there.
+        pairs: (target, source) of each copy.
     """
 
     name = "copy"
@@ -349,39 +254,10 @@ class CopyKernel:
         self._lists = group_pairs(pairs)
 
     def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002  as `Kernel`
-        """Copy them as they are now."""
+        """Copy the current values."""
         for targets, values in self._lists:
             torch._foreach_copy_(targets, values)
 
 
-class _Recombined(Mapping[str, Tensor]):
-    def __init__(self, tensors: Mapping[str, Tensor], residuals: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-        self._rests = residuals
-
-    def __getitem__(self, name: str) -> Tensor:
-        return _recombine_if_split(self._tensors[name], self._rests.get(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-def _recombine_if_split(stored: Tensor, residual: Tensor | None) -> Tensor:
-    return stored if residual is None else recombine(stored, residual)
-
-
 def _is_inexact(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # A finite sum proves it without the temporaries of the exact look, which is only needed where the sum overflows.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def _initial_average(shard: Shard, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
-    average = shard.empty_local(dtype, device)
-    return average.copy_(shard.local.to(average.device))  # from one device to another first: casts take memory

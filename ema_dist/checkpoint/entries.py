@@ -106,7 +106,10 @@ class ModelEntry(Entry):
     def state_to_save(self) -> dict[str, Any]:
         swaps = active_swaps(self.layout.model)
         swapped_out = {
-            _storage_key(shard): tensor for swap in swaps for shard, tensor in swap.live() if _storage_key(shard)
+            _storage_key(shard): tensor
+            for swap in swaps
+            for shard, tensor in swap.live_tensors()
+            if _storage_key(shard)
         }
         weights: dict[str, Any] = {}
         for shard in self.layout.shards:

@@ -1,4 +1,4 @@
-"""What ranks do together: they meet before a collective call, and compare and fill replicas.
+"""Communication between ranks: the rendezvous before a collective call, and the collectives over replicas.
 
-Which ranks hold which tensor is read from the shards of `sharding`. May import `sharding`, `kernels` and `messages`.
+The ranks that hold a tensor are read from the shards of `sharding`. May import `sharding`, `kernels` and `messages`.
 """

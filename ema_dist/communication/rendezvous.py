@@ -1,4 +1,4 @@
-"""Ranks meet before they communicate, so that a call which some of them never make fails fast instead of hanging."""
+"""A rendezvous of ranks before they communicate: a call that some ranks never make fails fast instead of hanging."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from torch.distributed import Store
 from ema_dist.sharding import world_store
 
 _completed: MutableMapping[object, Counter[tuple[int, ...]]] = WeakKeyDictionary()
-"""Meetings held in each world by each set of ranks; a failed one is not counted, so that they agree on the next."""
+"""Number of rendezvous completed in each world by each set of ranks; all ranks derive the next keys from it.
+
+A failed rendezvous is not counted, so that ranks that gave up and ranks that came late agree on the next one.
+"""
 
 _answers: MutableMapping[object, dict[str, str]] = WeakKeyDictionary()
-"""What each world has agreed on, by question."""
+"""The answers that each world has agreed on, by question."""
 
 GAVE_UP = json.dumps(["", "this rank had given up waiting"])
 
@@ -32,9 +35,9 @@ def require_process_group(call: str, ranks: list[int]) -> None:
 
 
 def agree_on(question: str, answer: str) -> str:
-    """What the first rank that came here has answered: the same on every rank, and nobody waits for another one.
+    """The answer of the rank that asked first: the same on every rank, without waiting for other ranks.
 
-    Collective: no; ranks read it from the process group's store.
+    Collective: no; ranks read the answer from the process group's store.
     """
     if not dist.is_initialized():
         return answer
@@ -45,17 +48,17 @@ def agree_on(question: str, answer: str) -> str:
 
 
 def rendezvous(call: str, ranks: list[int], *, timeout: float, problem: str = "") -> None:
-    """Return once all of ``ranks`` have come to ``call``, none of them with a problem.
+    """Return once all of ``ranks`` have entered ``call`` and none reports a problem.
 
     Args:
-        call: what they are about to do, as the user spells it.
-        ranks: global ranks, in order; with fewer than two there is nobody to wait for.
+        call: the user's call, for comparison between ranks and for messages.
+        ranks: global ranks, in order; with fewer than two there is no rank to wait for.
         timeout: seconds.
-        problem: what keeps this rank from going on; then none goes on.
+        problem: why this rank cannot continue; then every rank raises.
 
     Collective: over ``ranks``, through the process group's store; no tensor is sent.
-    Raises: RuntimeError on every rank that came, when one has a problem or made another call; on those that waited in
-        vain, naming the ranks that did not come; and without a process group.
+    Raises: RuntimeError on every rank that came, when one has a problem or made another call; after ``timeout``, with
+        the names of the ranks that did not come; and without a process group.
     """
     if len(ranks) < 2:
         if problem:
@@ -67,13 +70,14 @@ def rendezvous(call: str, ranks: list[int], *, timeout: float, problem: str = ""
     verdict = _Rendezvous(world_store(), ranks, completed[key]).wait_for_all(call, problem, timeout)
     completed[key] += 1
     if completed[key] > 1:
+        # Not the last one: a slower rank may still read its verdict. All ranks have left the one before it.
         _Rendezvous(world_store(), ranks, completed[key] - 2).clear()
     if verdict:
         raise RuntimeError(verdict)
 
 
 class _Rendezvous:
-    """The keys in the store that belong to one meeting."""
+    """One rendezvous, and its keys in the store."""
 
     def __init__(self, store: Store, ranks: list[int], number: int) -> None:
         self._store = store
@@ -82,7 +86,7 @@ class _Rendezvous:
         self._prefix = f"ema_dist/{hash(tuple(ranks))}/{number}"
 
     def wait_for_all(self, call: str, problem: str, timeout: float) -> str:
-        """Return when all have come: an empty string, or why none of them can go on."""
+        """Wait for all ranks. Returns an empty string, or why none of them can continue."""
         self._store.set(self._key(self._rank), json.dumps([call, problem]))
         if self._store.add(self._key("came"), 1) == len(self._ranks):
             self._store.set(self._key("verdict"), self._decide())
@@ -104,7 +108,7 @@ class _Rendezvous:
         return "; ".join(f"on ranks {ranks}: {problem}" for problem, ranks in problems.items())
 
     def clear(self) -> None:
-        """Delete the keys of a meeting that everyone has left, which a later one proves."""
+        """Delete the keys; call it after a later rendezvous is complete, so that all ranks have left this one."""
         self._store.delete_key(self._key(self._rank))
         if self._rank == self._ranks[0]:
             self._store.delete_key(self._key("came"))
@@ -112,16 +116,19 @@ class _Rendezvous:
 
     def _give_up(self, call: str, timeout: float) -> None:
         if self._store.add(self._key("came"), -1) == len(self._ranks) - 1 or self._store.check([self._key("verdict")]):
-            self._store.add(self._key("came"), 1)  # the last one came in this very moment, and is about to say so
+            # The last rank came during the timeout and is about to write the verdict: undo the removal and wait for it.
+            self._store.add(self._key("came"), 1)
             self._store.wait([self._key("verdict")], timedelta(seconds=timeout))
             return
         self._store.set(self._key(self._rank), GAVE_UP)
+        # This rank no longer counts, so the rendezvous can complete only if it comes again.
         others = [rank for rank in self._ranks if rank != self._rank]
         absent = [rank for rank in others if not self._store.check([self._key(rank)])]
         gave_up = [rank for rank in others if rank not in absent and self._read_report(rank) == GAVE_UP]
-        reasons = [f"ranks {absent} did not come"] * bool(absent) + [f"ranks {gave_up} had given up before"] * bool(
-            gave_up
-        )
+        reasons = [
+            *([f"ranks {absent} did not come"] if absent else ()),
+            *([f"ranks {gave_up} had given up before"] if gave_up else ()),
+        ]
         raise RuntimeError(
             f"rank {self._rank} waited {timeout:g} s in {call}: {' and '.join(reasons)}. It needs ranks {self._ranks} "
             "together: call it on each of them, not under `if rank == 0:`; where some are slower than that, "

@@ -1,4 +1,4 @@
-"""Ranks that hold the same weights: checking that they do, and filling each other's copies from their parts."""
+"""Collectives over replicas, the ranks that hold the same weights: comparing them, and gathering their parts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ema_dist.sharding import Shard, all_gather, flat_view
 
 
 def describe_drift(shards: Iterable[Shard]) -> str:
-    """How what replicas hold alike differs among them, by checksums of their bits; empty when it does not.
+    """Names the tensors that differ between replicas, by checksums of their bits; empty if there are none.
 
-    Collective: over the replicas of each shard, which alone get to know. Memory: 8 bytes per tensor and replica.
+    Collective: over the replicas of each shard; other ranks do not learn of the difference.
+    Memory: 8 bytes per tensor and replica.
     """
     drifted: list[str] = []
     for group, group_shards in _group_by_replicas(shards):
@@ -39,7 +40,7 @@ def describe_drift(shards: Iterable[Shard]) -> str:
 
 @torch.no_grad()
 def all_gather_parts(shards: Iterable[Shard]) -> None:
-    """Fill every replica's ``local`` with the parts that the replicas hold in theirs.
+    """Fill every replica's ``local`` with the averaged parts of all replicas.
 
     Collective: over the replicas of each split shard. Memory: one scratch of `ema_dist.kernels`.
     """
@@ -52,7 +53,7 @@ def all_gather_parts(shards: Iterable[Shard]) -> None:
 
 
 def _broadcast_parts(shards: list[Shard], group: ProcessGroup) -> None:
-    """One replica after the other sends its parts: bounded buffers, and nothing for those that hold no rows."""
+    """Each replica in turn sends its parts, in chunks of bounded size; a replica without rows sends nothing."""
     scratch = make_scratch([shard.local for shard in shards]).to(shards[0].device)
     for replica, rank in enumerate(dist.get_process_group_ranks(group)):
         parts = [_replica_part(shard.local, replica, group.size()) for shard in shards]
@@ -66,7 +67,7 @@ def _broadcast_parts(shards: list[Shard], group: ProcessGroup) -> None:
 
 
 def _replica_part(local: Tensor, replica: int, count: int) -> Tensor:
-    """The elements of one replica's rows, flat."""
+    """The elements of one replica's rows, as a 1-D view."""
     rows = local.shape[0]
     part_numel = -(-rows // count) * (local.numel() // max(rows, 1))
     return flat_view(local)[replica * part_numel : (replica + 1) * part_numel]

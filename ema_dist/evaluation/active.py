@@ -1,4 +1,4 @@
-"""Which models of this process have averages in them at the moment, or read them."""
+"""The record of swaps and servings that are active in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ema_dist.sharding import Layout
 
 
 class HasLayout(Protocol):
-    """Something that is begun and ended, in the model that ``layout`` shows."""
+    """A swap or a serving of the model that ``layout`` describes."""
 
     layout: Layout
 
@@ -22,24 +22,25 @@ S = TypeVar("S", bound=HasLayout)
 
 
 class ActiveRegistry(Generic[S]):
-    """Those that have begun and not ended; other threads may begin and end theirs meanwhile."""
+    """Active swaps or servings, of any number of models; safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._all: MutableSet[S] = WeakSet()
+        # Weak, so that an average whose swap was never left can still be freed.
+        self._entries: MutableSet[S] = WeakSet()
         self._lock = Lock()
 
     def add(self, entry: S) -> None:
-        """From now on it is one of them."""
+        """Record the start of ``entry``."""
         with self._lock:
-            self._all.add(entry)
+            self._entries.add(entry)
 
     def remove(self, entry: S) -> None:
-        """It is one of them no more."""
+        """Record the end of ``entry``."""
         with self._lock:
-            self._all.discard(entry)
+            self._entries.discard(entry)
 
     def overlapping(self, model: nn.Module) -> list[S]:
-        """Those in ``model``, or in a part of it, or in something that it is a part of."""
+        """The entries whose model shares modules with ``model``: itself, a submodule, or a module around it."""
         with self._lock:
-            entries = list(self._all)
+            entries = list(self._entries)
         return [entry for entry in entries if entry.layout.shares_modules_with(model)]

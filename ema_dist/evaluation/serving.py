@@ -1,17 +1,15 @@
-"""The forward pass reads the averages, and the live weights stay where they are."""
+"""Serving: the forward pass reads the averages, and the parameters of the model stay untouched."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, MutableSet
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ema_dist.averages.tracks import Averages
+from ema_dist.averages.storage import Averages
 from ema_dist.communication.replicas import all_gather_parts
 from ema_dist.evaluation.active import ActiveRegistry
 from ema_dist.kernels import group_pairs, lerp_
@@ -25,19 +23,16 @@ GATHERED_COPY = "a gathered copy"
 
 _active_servings: ActiveRegistry[Serving] = ActiveRegistry()
 
-_warned: MutableSet[Averages] = WeakSet()
-"""Those of which a warning has said that serving them takes a swap."""
-
 
 class _ServingSetup(NamedTuple):
-    """A stage, and the tensors on it that are copies: each as a shard, with the average that belongs into its part."""
+    """A substitution, and the substitutes that are copies: each as a shard, with the average that fills its part."""
 
     substitution: Substitution
     copies: list[tuple[Shard, Tensor]]
 
 
 class Serving:
-    """How the averages of one track reach the forward passes of a model that still is as ``layout`` shows it."""
+    """Serves the averages of one track to the forward passes of a model, as long as ``layout`` describes it."""
 
     def __init__(self, layout: Layout, averages: Averages) -> None:
         self.layout = layout
@@ -53,8 +48,8 @@ class Serving:
 
     @property
     def mode(self) -> str:
-        """What forward passes read: the costliest of the ways in which averages of parameters are served."""
-        if reason := self._reason_to_swap():
+        """What forward passes read; if it differs between parameters, the costliest."""
+        if reason := self.reason_to_swap:
             return f"swapped(), since {reason}"
         if any(shard.is_split for shard in self._copied_shards.values()):
             return GATHERED_COPY
@@ -65,22 +60,15 @@ class Serving:
         return CAST_COPY if self._copied_shards else DIRECT
 
     @contextmanager
-    def activate(self, swapped: Callable[[], AbstractContextManager[nn.Module]]) -> Iterator[nn.Module]:
-        """Forward passes in the ``with`` block read the averages, without gradients; or ``swapped`` has to do.
+    def activate(self) -> Iterator[nn.Module]:
+        """Forward passes in the ``with`` block read the averages, without gradients; requires no `reason_to_swap`.
 
         Collective: over the replicas of split weights, on entering.
-        Memory: a copy of buffers, kept; of parameters those that `mode` says are copied, for the time of the block.
-        Raises: RuntimeError after the block, when parameters were written to, cast, moved, replaced, or given gradients
-            in it.
+        Memory: a copy of the buffers, which is kept; inside the block, copies of the parameters that `mode` describes.
+        Raises: RuntimeError after the block when parameters were written to, cast, moved, replaced or given gradients
+            inside it.
         """
         with torch.no_grad():
-            if reason := self._reason_to_swap():
-                if self._averages not in _warned:
-                    _warned.add(self._averages)
-                    warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=5)
-                with swapped() as model:
-                    yield model
-                return
             setup = self._prepare_setup()
             self.is_active = True
             _active_servings.add(self)
@@ -90,29 +78,33 @@ class Serving:
             finally:
                 self.is_active = False
                 _active_servings.remove(self)
-                self._cached_setup = None  # unless what modules were shown is what it was
+                # Cleared first: a setup whose leave() raises must not be entered again.
+                self._cached_setup = None
                 changed, trained = setup.substitution.leave()
                 if not (changed or self._copied_shards or setup.substitution.has_requires_grad):
                     self._cached_setup = setup
         if changed:
             raise RuntimeError(
-                f"parameters were written to, cast, moved or replaced inside serving(): {abbreviated(changed)}. What was "
-                "written may be in the averages, or under FSDP2 in the live weights: load them from a checkpoint"
+                f"parameters were written to, cast, moved or replaced inside serving(): {abbreviated(changed)}. What "
+                "was written may be in the averages, or under FSDP2 in the live weights: load them from a checkpoint"
             )
         if trained:
             raise RuntimeError(
-                f"backward() inside serving() gave gradients to {abbreviated(trained)}: with activation checkpointing they may "
-                "come from averages; call it after the block, or before"
+                f"backward() inside serving() gave gradients to {abbreviated(trained)}: with activation checkpointing "
+                "they may come from averages; call it after the block, or before"
             )
 
-    def _reason_to_swap(self) -> str:
+    @property
+    def reason_to_swap(self) -> str:
+        """Why this model cannot be served without a swap; empty if it can."""
         if self._unsupported_reason:
             return self._unsupported_reason
         return "a module replays a CUDA graph, which reads fixed addresses" if replays_cuda_graph(self._modules) else ""
 
     def _prepare_setup(self) -> _ServingSetup:
-        """What the forward pass is to find, with the averages as they are now."""
-        with torch.inference_mode(mode=False), torch.no_grad():  # what is kept must serve outside of it, too
+        """The substitution, with copies of the current averages."""
+        # A cached setup made of inference tensors could not be used outside of inference mode.
+        with torch.inference_mode(mode=False), torch.no_grad():
             setup = self._cached_setup or self._build_setup()
             for targets, sources in group_pairs((copy.averaged_part.local, average) for copy, average in setup.copies):
                 lerp_(targets, sources, 1.0)
@@ -121,25 +113,25 @@ class Serving:
 
     def _build_setup(self) -> _ServingSetup:
         parameters = self._averages.parameters
-        # Of buffers always, as forward passes may write to them: what BatchNorm does in training mode goes nowhere.
-        with_empty_local = {
-            name: shard.with_empty_local() for name, shard in {**self._copied_shards, **self.layout.buffers}.items()
-        }
-        substitutes = parameters | {name: shard.local for name, shard in with_empty_local.items()}
+        # Buffers are always copied: a forward pass may write to them, as BatchNorm does in training mode.
+        copied_shards = {**self._copied_shards, **self.layout.buffers}
+        empty_shards = {name: shard.with_empty_local() for name, shard in copied_shards.items()}
+        substitutes = parameters | {name: shard.local for name, shard in empty_shards.items()}
         copies = [
-            (shard, self._averages.value_for_dtype(name, shard.local.dtype)) for name, shard in with_empty_local.items()
+            (shard, self._averages.value_for_dtype(name, shard.local.dtype)) for name, shard in empty_shards.items()
         ]
         return _ServingSetup(Substitution(self.layout, substitutes), copies)
 
 
 def active_servings(model: nn.Module) -> list[Serving]:
-    """Those under way in ``model``, or in a part of it, or in something that it is a part of."""
+    """The active servings of ``model``, of its submodules, and of modules around it."""
     return _active_servings.overlapping(model)
 
 
 def _can_substitute(average: Tensor, shard: Shard) -> bool:
-    """Whether the average itself can take the place of the live shard."""
+    """Whether modules can use the average itself in place of the live shard."""
     if shard.is_split or (average.dtype, average.device) != (shard.local.dtype, shard.local.device):
         return False
+    # FSDP2 gathers a padded tensor: the storage of the average must be as long.
     elements = average.untyped_storage().nbytes() // average.element_size() - average.storage_offset()
     return elements >= shard.padded_numel

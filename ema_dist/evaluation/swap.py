@@ -1,4 +1,4 @@
-"""Live weights and averages change places in the model's own storage."""
+"""The swap: averages and live weights change places in the model's own storage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ema_dist.averages.tracks import Averages
+from ema_dist.averages.storage import Averages
 from ema_dist.communication.replicas import all_gather_parts
 from ema_dist.evaluation.active import ActiveRegistry
 from ema_dist.kernels import group_pairs, swap_
@@ -17,15 +17,15 @@ _active_swaps: ActiveRegistry[Swap] = ActiveRegistry()
 
 
 class Swap:
-    """One stay of the averages in the model, from construction until `leave`.
+    """The averages of one track are in the model, from construction until `leave`.
 
-    Where dtypes are equal, an average changes places with the part of the live weight beside it. Where they differ
-    that would round the average, so it stays where it is: the live part is stashed, a rounded copy goes in its place.
-    So it does on another device, as there may be no room for it on that of the live part, which is stashed beside it.
-    Either way, weights that replicas share are then filled from every replica's part.
+    If an average and its live part have the same dtype and device, they exchange values. Another dtype would round the
+    average, and another device may have no memory for it. Then the average stays in its storage: the live part is
+    stashed on the device of the average, and a cast copy of the average is written into the model.
+    Finally, weights that replicas split are filled from every replica's part.
 
     Collective: over the replicas of split weights.
-    Memory: one scratch of `ema_dist.kernels`, and one live part where dtypes or devices differ, beside the average.
+    Memory: one scratch of `ema_dist.kernels`; for averages of another dtype or device, the live part beside them.
     """
 
     def __init__(self, layout: Layout, averages: Averages) -> None:
@@ -48,23 +48,26 @@ class Swap:
             )
             all_gather_parts(layout.parameters.values())
         except BaseException:
-            # A replica is gone: at least this rank's parts of the live weights, and its averages, are themselves again.
+            # Another replica failed: restore this rank's averages and its parts of the live weights, at least.
             self._restore(pairs)
             raise
         self._versions = {name: layout.parameters[name].version for name in averages.parameters}
         _active_swaps.add(self)
 
     def current(self, layout: Layout) -> dict[str, Tensor]:
-        """Where the averages are now, as they are kept: parameters' parts and buffers by name."""
+        """The tensors that hold the averages at present, by name; in the stored dtype, without residuals."""
         return {
             name: average if self._is_restored or name in self._stash else live
             for name, (average, live) in _pairs(layout, self.averages).items()
         }
 
     def leave(self, layout: Layout) -> list[str]:
-        """Put the live weights back, to the bit; the names of parameters that were written to meanwhile.
+        """Put the live weights back, bit-identical. Returns the names of parameters that were written to.
 
-        When replicas fail while they fill each other's weights, it can be called again.
+        It can be called again if gathering the replicas' parts fails.
+
+        Args:
+            layout: the model as it is now.
         """
         if not self._is_restored:
             self._written = [name for name in self._versions if self._was_written(name, layout.parameters[name])]
@@ -76,11 +79,11 @@ class Swap:
         _active_swaps.remove(self)
         return self._written
 
-    def live(self) -> Iterator[tuple[Shard, Tensor]]:
-        """What the model holds in exchange for each of its live tensors, and the live one as DCP saves it.
+    def live_tensors(self) -> Iterator[tuple[Shard, Tensor]]:
+        """Each swapped tensor's shard, and its live value wrapped as DCP saves it.
 
-        The second shares storage with this rank's part of the live tensor, wherever that lies now.
-        Raises: RuntimeError when the model left the storage in which they changed places.
+        The value shares storage with this rank's part of the live tensor: the average's storage, or the stash.
+        Raises: RuntimeError when the model was moved or cast since the swap.
         """
         self.layout.refresh_buffers()
         if self.layout.has_moved():
@@ -90,12 +93,14 @@ class Swap:
             shard = self.layout.parameters[name] if name in self.averages.parameters else self.layout.buffers[name]
             yield shard, shard.averaged_part.wrap(live_value)
 
-    def _was_written(self, name: str, now: Shard) -> bool:
-        before = self.layout.parameters[name]
-        if now.local.numel() and now.local.data_ptr() == before.local.data_ptr():
-            return now.version != self._versions[name]
-        # FSDP2 moves uneven shards when it first runs forward: what matters is whether they are what they were.
-        return now.local.dtype != before.local.dtype or not torch.equal(_as_bytes(now.local), _as_bytes(before.local))
+    def _was_written(self, name: str, shard: Shard) -> bool:
+        swapped_in = self.layout.parameters[name]
+        if shard.local.numel() and shard.local.data_ptr() == swapped_in.local.data_ptr():
+            return shard.version != self._versions[name]
+        # The first forward pass of FSDP2 moves uneven shards to other storage: compare values instead of versions.
+        return shard.local.dtype != swapped_in.local.dtype or not torch.equal(
+            _as_bytes(shard.local), _as_bytes(swapped_in.local)
+        )
 
     def _restore(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         self._swap_tensors(pairs)
@@ -108,17 +113,18 @@ class Swap:
     def _keep_written_buffers(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         for name in self._stash.keys() & self.averages.buffers.keys():
             average, live = pairs[name]
+            # Only if written: copying the cast value back would round the average at each swap.
             if not torch.equal(average.to(live), live):
                 average.copy_(live)
 
 
 def active_swaps(model: nn.Module) -> list[Swap]:
-    """The exchanges that are under way in ``model``, or in a part of it, or in something that it is a part of."""
+    """The active swaps of ``model``, of its submodules, and of modules around it."""
     return _active_swaps.overlapping(model)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """Equal to those of a tensor with the same values, NaN among them."""
+    """The bytes of a tensor, which compare equal also for NaN."""
     return tensor.flatten().view(torch.uint8)
 
 

@@ -1,36 +1,43 @@
-"""A live model and its averages: they keep up with each other, and the averages may stay in the model for a while."""
+"""A live model together with its averages: kept in step with each other, swapped, served and gathered."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ema_dist.averages.tracks import Averages, Tracks
-from ema_dist.evaluation.live_model import LiveModel
+from ema_dist.averages.full_weights import gather
+from ema_dist.averages.live_model import LiveModel
+from ema_dist.averages.storage import Averages
+from ema_dist.averages.tracks import Tracks
 from ema_dist.evaluation.serving import Serving, active_servings
 from ema_dist.evaluation.swap import Swap, active_swaps
 from ema_dist.messages import abbreviated
 
 
 class TrackedModel:
-    """The averages of ``tracks``, and the ``live`` weights that they follow; at most one swap or serving at a time."""
+    """The ``live`` model and the averages of ``tracks``; at most one swap or serving is active at a time."""
 
     def __init__(self, live: LiveModel, tracks: Tracks) -> None:
         self.live = live
         self.tracks = tracks
         self.swap: Swap | None = None
-        """While averages are swapped into the model."""
+        """The active swap; None while the model holds its live weights."""
         self._servings: dict[Averages, Serving] = {}
+        self._warned: set[Averages] = set()
+        """Averages for which a warning has reported that `serving` swaps."""
 
     def prepare(self, call: str, *, collective: bool, only_if_moved: bool = False) -> None:
-        """Finish the updates under way, look at the model as it is now, and follow it; see `LiveModel.prepare`."""
+        """Finish pending updates, refresh the layout, and bind the averages to it; see `LiveModel.prepare`."""
         old_layout = self.live.layout
         problem = None
         try:
             self.tracks.drain()
-        except RuntimeError as error:  # the other ranks must get to know
+        except RuntimeError as error:  # reported to the other ranks, which would else wait for this one
             problem = error
         try:
             self.live.prepare(call, collective=collective, only_if_moved=only_if_moved, problem=problem)
@@ -39,21 +46,41 @@ class TrackedModel:
                 self.tracks.bind_layout(self.live.layout)
 
     def prepare_update(self) -> None:
-        """As `prepare`, at each step: it reads the model again only where something has moved, and waits for nothing.
+        """A cheap `prepare` for each step: refreshes the layout only if a tensor has moved, and waits for no update.
 
         Raises: ValueError when the model has changed.
         """
         if self.live.layout.has_moved():
             self.prepare("update()", collective=False)
         elif self.live.layout.refresh_buffers():
-            self._servings.clear()  # they would put the old ones back
+            self._servings.clear()  # a cached serving would put the old buffers back on leaving
             self.tracks.bind_buffers(self.live.layout)
 
     def current(self, averages: Averages) -> Mapping[str, Tensor]:
-        """The averages by name, wherever they are now."""
+        """The averages by name, also while they are in the model; those with residuals as float32."""
         if self.swap is None or self.swap.averages is not averages:
             return averages.recombined()
         return averages.recombined(self.swap.current(self.live.layout))
+
+    def gather(self, call: str, averages: Averages, *, dtype: torch.dtype | None) -> Iterator[tuple[str, Any]]:
+        """See `ShardedEMA.gather`. Prepares at once, and not only when the first entry is read.
+
+        Args:
+            call: the user's call, for messages.
+        """
+        self.prepare(call, collective=self.live.has_sharded_averages)
+        entries = gather(self.live.layout, self.current(averages), dtype=dtype, is_destination=self.live.is_first)
+        return self._checked_entries(entries, self.swap, self.tracks.update_calls)
+
+    def _checked_entries(
+        self, entries: Iterator[tuple[str, Any]], swap: Swap | None, update_calls: int
+    ) -> Iterator[tuple[str, Any]]:
+        for entry in entries:
+            if self.swap is not swap:
+                raise RuntimeError("swapped() was entered or left while gather() was under way; exhaust it before that")
+            if self.tracks.update_calls != update_calls:
+                raise RuntimeError("update() was called while gather() was under way; exhaust it before that")
+            yield entry
 
     @contextmanager
     def swapped(self, averages: Averages) -> Iterator[nn.Module]:
@@ -76,18 +103,26 @@ class TrackedModel:
     def serving(self, averages: Averages) -> Iterator[nn.Module]:
         """See `ShardedEMA.serving`."""
         self._prepare_to_enter("serving()", only_if_moved=True)
-        with self.get_serving(averages).activate(lambda: self.swapped(averages)) as model:
-            yield model
+        serving = self.get_serving(averages)
+        if reason := serving.reason_to_swap:
+            if averages not in self._warned:
+                self._warned.add(averages)
+                warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=3)
+            with torch.no_grad(), self.swapped(averages) as model:
+                yield model
+        else:
+            with serving.activate() as model:
+                yield model
 
     def get_serving(self, averages: Averages) -> Serving:
-        """How they are served as the model is now."""
+        """The serving of ``averages`` for the current layout, cached."""
         serving = self._servings.get(averages)
         if serving is None or (serving.layout is not self.live.layout and not serving.is_active):
             serving = self._servings[averages] = Serving(self.live.layout, averages)
         return serving
 
     def restore(self) -> None:
-        """Put the live weights back, whatever has happened to the model meanwhile, and only then complain about it."""
+        """Put the live weights back, whatever has happened to the model, and raise any error only after that."""
         if self.swap is None:
             return
         if self.live.is_split:
@@ -105,12 +140,12 @@ class TrackedModel:
             raise problem
         if written:
             raise RuntimeError(
-                f"parameters were written to inside swapped(): {abbreviated(written)}. The live weights are back, but what was "
-                "written is in the averages now; load them from a checkpoint, and train outside swapped()"
+                f"parameters were written to inside swapped(): {abbreviated(written)}. The live weights are back, but "
+                "what was written is in the averages now; load them from a checkpoint, and train outside swapped()"
             )
 
     def require_inactive(self, call: str) -> None:
-        """Raises: RuntimeError where the model holds the averages, or reads them."""
+        """Raise RuntimeError inside `swapped` or `serving`."""
         if self.swap is not None:
             raise RuntimeError(f"{call} inside swapped(): the model holds the averages there; call it after the block")
         if any(serving.is_active for serving in self._servings.values()):

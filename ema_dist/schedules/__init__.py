@@ -1,4 +1,4 @@
-"""How much each update weighs: decays as pure equations, and the clock that counts steps and updates.
+"""The weight of each update: decays as pure equations, and the clock that counts steps and updates.
 
-Nothing here knows a model, a shard or a rank. Imports nothing else of `ema_dist`.
+No module here knows a model, a shard or a rank, or imports another part of `ema_dist`.
 """

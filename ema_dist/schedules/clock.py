@@ -1,4 +1,4 @@
-"""When an average is taken and with which weight, also where only the device knows of skipped steps."""
+"""When an average is taken and with which weight, also when skipped steps are counted on the device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Clock:
     """Counts optimizer steps and averages taken.
 
     Args:
-        decays: by track.
+        decays: the decay of each track, by name.
         start: until this step the average simply follows the live weights.
-        interval: an average is taken at every step that it divides.
+        interval: an average is taken at every step that is a multiple of it.
 
     Raises: ValueError for a negative ``start`` or an ``interval`` below 1.
     """
@@ -32,31 +32,34 @@ class Clock:
         self._steps = 0
         self._updates = 0
         self._device_counts: Tensor | None = None
+        """Steps and updates counted on the device, on top of those counted on the host; None until the first."""
 
     @property
     def steps(self) -> int:
-        """Optimizer steps seen, skipped ones not counted. Waits for the device if it counted some of them."""
+        """Optimizer steps seen, without skipped ones. Waits for the device if some were counted there."""
         return self._steps + self._device_count(0)
 
     @property
     def updates(self) -> int:
-        """Averages taken. Waits for the device if it counted some of them."""
+        """Averages taken. Waits for the device if some were counted there."""
         return self._updates + self._device_count(1)
 
     @property
     def update_number(self) -> int | Tensor:
-        """As `updates`; where the device counted some, a tensor there, which nobody waits for."""
+        """As `updates`, but never waits: a tensor on the device if some were counted there."""
         return self._updates if self._device_counts is None else self._device_counts[1] + self._updates
 
     def set(self, *, steps: int, updates: int) -> None:
-        """Go on from these counts."""
+        """Continue from these counts."""
         self._steps, self._updates, self._device_counts = steps, updates, None
 
     def tick(self, found_inf: Tensor | None = None) -> dict[str, float] | dict[str, Tensor]:
-        """Count one optimizer step; the weight of the live value in each average: 0 for not now, 1 for follow.
+        """Count one optimizer step. Returns the weight of the live value by track.
+
+        A weight of 0 leaves the average unchanged, a weight of 1 replaces it by the live value.
 
         Args:
-            found_inf: not zero if the optimizer left the step out; read on its device only, never here.
+            found_inf: not zero if the optimizer skipped the step. The host never reads it, and so does not wait.
         """
         if found_inf is None and self._device_counts is None:
             self._steps += 1

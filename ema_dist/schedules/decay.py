@@ -1,4 +1,4 @@
-"""How much of the old average stays: the weights of an exponential moving average as equations, then as settings."""
+"""The decay of an exponential moving average: as equations, then as the settings a user gives."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 DEFAULT_TRACK = "default"
-"""The name of the only track of averages with one decay."""
+"""The name of the only track of a model with one decay."""
 
 
 def decay_from_half_life(half_life: float, steps: float = 1) -> float:
-    """Decay of ``steps`` steps at once, after which ``half_life`` steps leave half of the old average.
+    """The decay over ``steps`` steps for which ``half_life`` steps leave half of the old average.
 
     Source: Composer's EMA, ``smoothing = exp(-log(2) / half_life)``, here ``2 ** (-steps / half_life)``.
     """
@@ -21,7 +21,7 @@ def decay_from_half_life(half_life: float, steps: float = 1) -> float:
 
 
 def half_life_from_decay(decay: float) -> float:
-    """The number of updates, each with this decay, that leave half of the old average."""
+    """The number of updates with this decay that leave half of the old average."""
     if decay in {0.0, 1.0}:
         return math.inf if decay else 0.0
     return -1 / math.log2(decay)
@@ -29,10 +29,10 @@ def half_life_from_decay(decay: float) -> float:
 
 @dataclass(frozen=True)
 class HalfLife:
-    """Decay by half-life: after ``steps`` optimizer steps, half of what was in the average is left.
+    """Decay by half-life: after ``steps`` optimizer steps, half of the old average is left.
 
     It does not depend on how often the average is taken. ``HalfLife(0)`` means no averaging (the average is the last
-    live value), ``HalfLife(math.inf)`` no update (it stays at the first).
+    live value), ``HalfLife(math.inf)`` means no update (the average is the first live value).
 
     Raises: ValueError for a negative number or NaN.
     """
@@ -48,13 +48,13 @@ class HalfLife:
         return decay_from_half_life(self.steps, interval)
 
     def state(self) -> dict[str, str | float]:
-        """What a checkpoint records of it."""
+        """The form that a checkpoint records."""
         return {"kind": "half_life", "value": float(self.steps)}
 
 
 @dataclass(frozen=True)
 class Constant:
-    """The same factor of the old average at every update, however many steps lie between two.
+    """The same factor of the old average at every update, whatever the number of steps between updates.
 
     Raises: ValueError outside [0, 1].
     """
@@ -72,7 +72,7 @@ class Constant:
         return self.value
 
     def state(self) -> dict[str, str | float]:
-        """What a checkpoint records of it."""
+        """The form that a checkpoint records."""
         return {"kind": "constant", "value": float(self.value)}
 
 
@@ -80,7 +80,7 @@ Decay = HalfLife | Constant
 
 
 def as_decay(decay: HalfLife | float) -> Decay:
-    """The setting that a user's ``decay`` argument names.
+    """The decay that a user's ``decay`` argument stands for.
 
     Raises: TypeError for anything but a HalfLife or a number, ValueError for a number outside [0, 1].
     """
@@ -92,9 +92,9 @@ def as_decay(decay: HalfLife | float) -> Decay:
 
 
 def as_decays(decay: HalfLife | float | Mapping[str, HalfLife | float]) -> dict[str, Decay]:
-    """The settings that a user's ``decay`` argument names, by track: `DEFAULT_TRACK` for a single one.
+    """The decays that a user's ``decay`` argument stands for, by track: `DEFAULT_TRACK` for a single one.
 
-    Raises: as `as_decay`; ValueError for no track, or a name that is empty or has a dot.
+    Raises: as `as_decay`; ValueError for no track, or for a track name that is empty or contains a dot.
     """
     if not isinstance(decay, Mapping):
         return {DEFAULT_TRACK: as_decay(decay)}

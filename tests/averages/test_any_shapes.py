@@ -34,15 +34,15 @@ def test_rectangles_cover_a_run_exactly(shape: list[int], data: st.DataObject) -
     start = data.draw(st.integers(0, prod(shape)))
     stop = data.draw(st.integers(start, prod(shape)))
     elements = torch.arange(prod(shape)).view(shape)
-    found: list[int] = []
+    elements: list[int] = []
     blocks = list(rectangles((start, stop), shape))
     for first, corner, sizes in blocks:
         block = elements
         for dim, (offset, size) in enumerate(zip(corner, sizes, strict=True)):
             block = block.narrow(dim, offset, size)
         assert block.flatten()[0] == first
-        found += block.flatten().tolist()
-    assert found == list(range(start, stop))
+        elements += block.flatten().tolist()
+    assert elements == list(range(start, stop))
     assert len(blocks) <= 2 * len(shape) - 1
 
 
@@ -150,19 +150,22 @@ def live_in_float32(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """Full live parameters on every rank."""
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-            found = dict(model.module.named_parameters(remove_duplicate=False))
-            return {name: found[name].detach().clone().float() for name in names if name != "count"}
-    found = dict(
+            parameters = dict(model.module.named_parameters(remove_duplicate=False))
+            return {name: parameters[name].detach().clone().float() for name in names if name != "count"}
+    parameters = dict(
         (model.module if isinstance(model, DistributedDataParallel) else model).named_parameters(remove_duplicate=False)
     )
-    full = {name: found[name].detach() for name in names if name != "count"}
-    return {n: (v.full_tensor() if hasattr(v, "full_tensor") else v).clone().float() for n, v in full.items()}
+    full = {name: parameters[name].detach() for name in names if name != "count"}
+    return {
+        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone().float()
+        for name, value in full.items()
+    }
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float) -> None:
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            actual[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 

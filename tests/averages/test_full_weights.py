@@ -49,12 +49,12 @@ def test_tied_names_share_one_tensor_and_frozen_parameters_are_live(layout: str)
 def test_full_tensors_are_copies() -> None:
     model, ema = make_trained("plain")
     full = ema.full_state_dict()
-    kept = {name: value.clone() for name, value in full.items()}
+    before = {name: value.clone() for name, value in full.items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
     ema.update()
-    assert_bitwise_equal(full, kept)
+    assert_bitwise_equal(full, before)
 
 
 class Counted(nn.Linear):

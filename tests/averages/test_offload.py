@@ -1,4 +1,4 @@
-"""Averages on the CPU, moved by a thread there, are those of an update in place, to the bit; only later."""
+"""Averages updated on the CPU by a thread are bit-identical to those of an update in place, only later."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ema_dist import Compensated, HalfLife, Offloaded, ShardedEMA, Stochastic, c
 from ema_dist.averages import offload
 from ema_dist.averages.offload import Worker
 from ema_dist.averages.precision import Precision
-from ema_dist.averages.tracks import Averages
+from ema_dist.averages.storage import Averages
 from ema_dist.evaluation.serving import Serving
 from ema_dist.kernels import HostBuffer, HostCopier, host_copy
 from ema_dist.sharding import Layout
@@ -66,8 +66,10 @@ class OffloadedAndInPlace:
 
     def assert_alike(self) -> None:
         for track in self.ema.tracks:
-            found, expected = (it.full_state_dict(dtype=torch.float64, track=track) for it in (self.ema, self.in_place))
-            assert_bitwise_equal(found, expected)
+            actual, expected = (
+                ema.full_state_dict(dtype=torch.float64, track=track) for ema in (self.ema, self.in_place)
+            )
+            assert_bitwise_equal(actual, expected)
         assert (self.ema.steps, self.ema.updates) == (self.in_place.steps, self.in_place.updates)
 
 
@@ -111,9 +113,9 @@ def test_bfloat16_averages_are_rounded_as_in_place(
     with ema.swapped():
         assert_bitwise_equal(ema.full_state_dict(dtype=torch.float32), expected)
     checkpoint.save({"ema": ema}, tmp_path, step=6)
-    again = ShardedEMA(model, **settings, store=Offloaded())
-    checkpoint.load({"ema": again}, tmp_path)
-    assert_bitwise_equal(again.full_state_dict(dtype=torch.float32), expected)
+    resumed = ShardedEMA(model, **settings, store=Offloaded())
+    checkpoint.load({"ema": resumed}, tmp_path)
+    assert_bitwise_equal(resumed.full_state_dict(dtype=torch.float32), expected)
 
 
 @pytest.mark.parametrize("skipped", [0.0, 1.0])
@@ -264,7 +266,7 @@ def one_weight(**settings: Any) -> tuple[nn.Linear, ShardedEMA, Tensor]:  # noqa
     return model, ema, ema.state_dict()["tracks"]["default"]["averages"]["weight"]
 
 
-def started(call: Callable[[], object]) -> threading.Thread:
+def start_thread(call: Callable[[], object]) -> threading.Thread:
     """In a thread of its own, after it has had the time to return if nothing keeps it."""
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
@@ -283,7 +285,7 @@ def test_averages_lag_by_so_many_updates_and_the_next_one_waits(
         ema.update()
     assert average.item() == 0
     nn.init.constant_(model.weight, 100.0)  # what an update is to see is copied when it returns
-    waiting = started(ema.update)
+    waiting = start_thread(ema.update)
     assert waiting.is_alive()
     gate.let_through(1)
     waiting.join(30)
@@ -320,7 +322,7 @@ def test_reading_averages_waits_for_pending_updates(
     gate = Gate(monkeypatch)
     nn.init.ones_(model.weight)
     ema.update()
-    asking = started(lambda: ask(ema))
+    asking = start_thread(lambda: ask(ema))
     assert asking.is_alive()
     assert average.item() == 0
     gate.let_through(1)
@@ -367,11 +369,11 @@ def test_an_interrupted_call_does_not_mix_updates(
     """No job is forgotten, and no copy is overwritten that is still to be read."""
     model, ema, average = one_weight(store=Offloaded(max_pending=max_pending))
     seen: list[float] = []
-    move, submit = offload._run_kernels, Worker.submit  # noqa: SLF001
+    run_kernels, submit = offload._run_kernels, Worker.submit  # noqa: SLF001
 
     def slowly(*arguments: Any) -> None:  # noqa: ANN401
         time.sleep(0.1)
-        move(*arguments)
+        run_kernels(*arguments)
         seen.append(average.item())
 
     def interrupted(*arguments: Any, **_: object) -> None:  # noqa: ANN401
@@ -442,9 +444,9 @@ def test_updates_after_a_save_in_the_background_do_not_get_into_it(tmp_path: Pat
     for _ in range(5):
         ema.update()
     checkpoint.wait()
-    again = ShardedEMA(wrap("fsdp2", make_net("fsdp2", seed=1)), decay=0.8, store=Offloaded())
-    checkpoint.load({"ema": again}, tmp_path)
-    full = again.full_state_dict()
+    resumed = ShardedEMA(wrap("fsdp2", make_net("fsdp2", seed=1)), decay=0.8, store=Offloaded())
+    checkpoint.load({"ema": resumed}, tmp_path)
+    full = resumed.full_state_dict()
     for name in full.keys() - {"frozen.weight", "frozen.bias"}:
         assert torch.equal(full[name], expected[name])
 
@@ -461,13 +463,13 @@ moves = offload._run_kernels
 """
 
 
-def ended(script: str) -> subprocess.CompletedProcess[str]:
+def run_script(script: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", SCRIPT + script]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 
 def test_a_process_exits_after_its_last_update() -> None:
-    process = ended("""
+    process = run_script("""
 def slowly(*arguments):
     time.sleep(0.5)
     moves(*arguments)
@@ -481,7 +483,7 @@ print("end")
 
 def test_a_process_exits_after_a_multithreaded_kernel() -> None:
     """The interpreter starts no threads any more by then."""
-    process = ended("""
+    process = run_script("""
 def slowly(*arguments):
     time.sleep(0.5)
     moves(*arguments)
@@ -499,7 +501,7 @@ ema.update()
 
 
 def test_a_failure_at_exit_is_logged() -> None:
-    process = ended("""
+    process = run_script("""
 def failing(*arguments):
     time.sleep(0.5)
     raise MemoryError("no more")
@@ -512,7 +514,7 @@ ema.update()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_process_gets_an_error() -> None:
-    process = ended("""
+    process = run_script("""
 ema.update()
 ema.state_dict()
 if not os.fork():

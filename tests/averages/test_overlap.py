@@ -173,8 +173,10 @@ def test_weights_that_a_device_computed_are_kept_for_the_side_stream(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are freed when the update returns, before the side stream has read them."""
-    kept = []
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append((tensor.dtype, stream.name)))
+    recorded_streams = []
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: recorded_streams.append((tensor.dtype, stream.name))
+    )
     model = nn.Linear(2, 2)
     ema = ShardedEMA(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -182,7 +184,7 @@ def test_weights_that_a_device_computed_are_kept_for_the_side_stream(
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(model(torch.ones(1, 2)).sum()).backward()
     scaler.step(optimizer)
-    assert (torch.float64, "side") in kept
+    assert (torch.float64, "side") in recorded_streams
     assert WAIT not in recorder.read()
 
 
@@ -211,7 +213,7 @@ def test_live_weights_are_copied_on_the_side_stream_and_averaged_by_the_worker(r
     assert recorded.index(WAIT) > recorded.index("the end of side")  # live weights may be written to from here on
     optimizer, step = step_of(recorder, model)
     ema.attach(optimizer, overlap=True)
-    first, second = ([it for it in step() if not it.startswith("ema_dist")] for _ in range(2))
+    first, second = ([event for event in step() if not event.startswith("ema_dist")] for _ in range(2))
     assert first[-1] == "the end of side"
     assert second[:2] == [WAIT, "weights are written"]
 
@@ -223,7 +225,7 @@ def test_buffers_are_copied_before_the_next_forward_pass(recorder: Recorder) -> 
     ema.attach(optimizer, overlap=True)
     model(torch.randn(4, 2)).sum().backward()
     optimizer.step()
-    recorded = [it for it in recorder.read() if not it.startswith("ema_dist")]
+    recorded = [event for event in recorder.read() if not event.startswith("ema_dist")]
     buffers = [*UPDATE, *UPDATE, WAIT]  # those averaged, and those copied
     assert recorded[: len(buffers)] == buffers
     assert recorded[len(buffers) :][-1] == "the end of side"

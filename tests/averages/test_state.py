@@ -87,8 +87,8 @@ def test_full_tensors_scatter_back_into_shards(layout: str) -> None:
     full = ema.full_state_dict()
     if full:
         assert full["stats.running_var"][0].isnan()
-        kept = {name: full[name] for name in full if name.startswith(("frozen", "stats.running_var"))}
-        for name in weights.keys() - kept.keys():
+        unaveraged = {name: full[name] for name in full if name.startswith(("frozen", "stats.running_var"))}
+        for name in weights.keys() - unaveraged.keys():
             assert torch.equal(full[name], weights[name]), name
 
 
@@ -216,16 +216,16 @@ def test_counts_and_averages_resume_as_without_interruption(layout: str, tmp_pat
     settings = {"decay": 0.5, "start": 2, "update_interval": 2}
     model, ema = make_trained(layout, **settings)
     dcp.save({"ema": ema}, checkpoint_id=tmp_path)
-    again = ShardedEMA(model, **settings)
-    dcp.load({"ema": again}, checkpoint_id=tmp_path)
+    resumed = ShardedEMA(model, **settings)
+    dcp.load({"ema": resumed}, checkpoint_id=tmp_path)
     for _ in range(3):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1)
         ema.update()
-        again.update()
-    assert (again.steps, again.updates) == (ema.steps, ema.updates) == (6, 2)
-    assert_bitwise_equal(again.full_state_dict(), ema.full_state_dict())
+        resumed.update()
+    assert (resumed.steps, resumed.updates) == (ema.steps, ema.updates) == (6, 2)
+    assert_bitwise_equal(resumed.full_state_dict(), ema.full_state_dict())
 
 
 def test_the_state_layout_is_fixed() -> None:

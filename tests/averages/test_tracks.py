@@ -39,11 +39,11 @@ def together_and_alone(layout: str, **settings: Any) -> tuple[nn.Module, Sharded
 @pytest.mark.parametrize("settings", [{}, {"start": 2, "update_interval": 2}, {"dtype": torch.float64}], ids=str)
 def test_each_track_is_what_it_would_be_alone(layout: str, settings: dict[str, Any]) -> None:
     _, ema, alone = together_and_alone(layout, **settings)
-    found = {track: ema.full_state_dict(track=track) for track in ema.tracks}
+    together = {track: ema.full_state_dict(track=track) for track in ema.tracks}
     for track, single in alone.items():
-        assert_bitwise_equal(found[track], single.full_state_dict())
-    if found["short"]:
-        assert not torch.equal(found["short"]["head.weight"], found["long"]["head.weight"])
+        assert_bitwise_equal(together[track], single.full_state_dict())
+    if together["short"]:
+        assert not torch.equal(together["short"]["head.weight"], together["long"]["head.weight"])
 
 
 @pytest.mark.parametrize("skipped", [0.0, 1.0])

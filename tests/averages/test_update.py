@@ -225,9 +225,9 @@ def test_weights_that_are_no_longer_tied_are_named(layout: str) -> None:
 def test_non_persistent_buffers_are_left_alone() -> None:
     model, ema = make_trained("plain")
     assert "scratch" not in ema.full_state_dict()
-    kept = model.scratch
+    scratch = model.scratch
     with ema.swapped():
-        assert model.scratch is kept
+        assert model.scratch is scratch
 
 
 @pytest.mark.parametrize(
@@ -313,9 +313,9 @@ def test_steps_skipped_by_a_gradient_scaler_are_left_out(fused: bool, settings: 
     assert (ema.steps, ema.updates) == (reference.steps, reference.updates) == (6, 6 if not settings else 2)
     for name, value in reference.full_state_dict().items():
         torch.testing.assert_close(ema.full_state_dict()[name], value)
-    again = ShardedEMA(model, decay=0.5, **settings)
-    again.load_state_dict(ema.state_dict())
-    assert (again.steps, again.updates) == (ema.steps, ema.updates)
+    resumed = ShardedEMA(model, decay=0.5, **settings)
+    resumed.load_state_dict(ema.state_dict())
+    assert (resumed.steps, resumed.updates) == (ema.steps, ema.updates)
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2", "tp")

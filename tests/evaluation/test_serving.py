@@ -98,14 +98,16 @@ def test_gradients_with_a_teacher_are_bit_identical_to_those_without(layout: str
                     model(batch(step + 2))
                     model(batch(step + 4))
             output.square().mean().backward()
-        kept = ema.full_state_dict()
-        assert_bitwise_equal(kept, averages)
-        found = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
-        return found, local_state(model), kept
+        averages_after = ema.full_state_dict()
+        assert_bitwise_equal(averages_after, averages)
+        actual = {
+            name: local(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
+        return actual, local_state(model), averages_after
 
     with_teacher, without = gradients(serving=True), gradients(serving=False)
-    for found, expected in zip(with_teacher, without, strict=True):
-        assert_bitwise_equal(found, expected)
+    for actual, expected in zip(with_teacher, without, strict=True):
+        assert_bitwise_equal(actual, expected)
     assert len(with_teacher[0]) == 17
 
 
@@ -136,14 +138,16 @@ def test_state_dicts_taken_inside_hold_the_live_weights(layout: str) -> None:
         inside = evaluate(model)
         assert_bitwise_equal(local_state(model), live)
         assert_bitwise_equal(local_state(part), live_part)
-        assert_bitwise_equal({name: local(it) for name, it in part.state_dict(keep_vars=True).items()}, live_part)
+        assert_bitwise_equal(
+            {name: local(tensor) for name, tensor in part.state_dict(keep_vars=True).items()}, live_part
+        )
         assert_bitwise_equal(full_weights(model), gathered)
         state = get_model_state_dict(model)
         assert [name for name in gathered if name not in state] == []
         assert torch.equal(evaluate(model), inside)
     for module in model.modules():
         hooks = (module._state_dict_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks)  # noqa: SLF001
-        assert [key for its in hooks for key in its if key == "ema_dist"] == []
+        assert [key for registry in hooks for key in registry if key == "ema_dist"] == []
 
 
 @layouts("plain", "ddp", "fsdp2-3", "hsdp", "tp")
@@ -283,7 +287,9 @@ def test_an_exception_inside_leaves_no_trace(layout: str) -> None:
         output.square().mean().backward()
         model(batch(3)).square().mean().backward()
         ema.update()
-        return {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
+        return {
+            name: local(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
 
     assert_bitwise_equal(gradients(stumbles=True), gradients(stumbles=False))
 
@@ -362,13 +368,13 @@ def test_every_way_to_use_fsdp2(shard: Callable[[nn.Module], nn.Module]) -> None
             optimizer.step()
             optimizer.zero_grad()
             ema.update()
-        return {name: it for name, it in local_state(model).items() if "stats.num" not in name}, outputs
+        return {name: tensor for name, tensor in local_state(model).items() if "stats.num" not in name}, outputs
 
     (served, inside), (expected, swapped) = run(serving=True), run(serving=False)
     trainable = [name for name in expected if not name.startswith("stats.running")]
     assert_bitwise_equal({name: served[name] for name in trainable}, {name: expected[name] for name in trainable})
-    for found, wanted in zip(inside, swapped, strict=True):
-        assert torch.equal(found, wanted)
+    for actual, wanted in zip(inside, swapped, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 @pytest.mark.world_size(2)
@@ -392,15 +398,19 @@ def test_backward_of_an_older_graph_inside_is_an_error_after_the_block(layout: s
     """Its gradients are right here, where nothing is computed anew; but the same code is wrong elsewhere."""
     model, ema = make_trained(layout)
     model(batch()).sum().backward()
-    expected = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
+    expected = {
+        name: local(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     for set_to_none in (True, False):
         model.zero_grad(set_to_none=set_to_none)
         output = model(batch()).sum()
-        told = r"backward\(\) inside serving\(\) gave gradients to embed.weight, blocks.0.*after the block"
-        with pytest.raises(RuntimeError, match=told), ema.serving():
+        message = r"backward\(\) inside serving\(\) gave gradients to embed.weight, blocks.0.*after the block"
+        with pytest.raises(RuntimeError, match=message), ema.serving():
             output.backward()
-        found = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
-        assert_bitwise_equal(found, expected)
+        actual = {
+            name: local(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
+        assert_bitwise_equal(actual, expected)
     with ema.serving():
         model.zero_grad()
 
@@ -417,12 +427,14 @@ def test_gradients_inside_are_refused_where_they_would_mix(layout: str) -> None:
             model(batch())
     model.zero_grad()
     model(batch()).sum().backward()
-    found = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
+    actual = {name: local(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None}
     model, _ = make_trained(layout)
     model(batch()).sum()
     model(batch()).sum().backward()
-    expected = {name: local(it.grad) for name, it in model.named_parameters() if it.grad is not None}
-    assert_bitwise_equal(found, expected)
+    expected = {
+        name: local(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    assert_bitwise_equal(actual, expected)
 
 
 @layouts("ddp-checkpointed", "tp-checkpointed")
@@ -430,9 +442,9 @@ def test_recomputing_an_older_forward_pass_inside_is_an_error(layout: str) -> No
     """Activation checkpointing would compute it again from averages; torch notices most of that, and we the rest."""
     model, ema = make_trained(layout)
     output = model(batch()).sum()
-    told = r"backward\(\) inside serving\(\)"
+    message = r"backward\(\) inside serving\(\)"
     noticed = pytest.raises(torch.utils.checkpoint.CheckpointError)
-    with pytest.raises(RuntimeError, match=told), ema.serving(), noticed:
+    with pytest.raises(RuntimeError, match=message), ema.serving(), noticed:
         output.backward()
 
 
@@ -507,10 +519,10 @@ def averaged(ema: ShardedEMA) -> dict[str, Tensor]:
 
 def test_replacing_a_parameter_inside_is_an_error() -> None:
     model, ema = make_trained("plain")
-    kept = model.embed.weight
+    weight = model.embed.weight
     with pytest.raises(RuntimeError, match=r"inside serving\(\): embed.weight\. What"), ema.serving():
         model.embed.weight = nn.Parameter(torch.zeros(5, 6))
-    assert model.embed.weight is kept
+    assert model.embed.weight is weight
 
 
 def test_modules_that_keep_their_weights_in_a_list_are_served() -> None:
@@ -522,7 +534,7 @@ def test_modules_that_keep_their_weights_in_a_list_are_served() -> None:
         for parameter in model.parameters():
             parameter.mul_(2)
     ema.update()
-    kept = [*model.parameters()]
+    parameters = [*model.parameters()]
     with torch.no_grad():
         before = model(batch())[0]
         with ema.swapped():
@@ -530,7 +542,7 @@ def test_modules_that_keep_their_weights_in_a_list_are_served() -> None:
         with ema.serving():
             assert torch.equal(model(batch())[0], swapped)
         assert torch.equal(model(batch())[0], before)
-    assert all(now is then for now, then in zip(model.parameters(), kept, strict=True))
+    assert all(now is original for now, original in zip(model.parameters(), parameters, strict=True))
 
 
 def test_gradients_reach_the_inputs_through_averages() -> None:
@@ -542,9 +554,9 @@ def test_gradients_reach_the_inputs_through_averages() -> None:
         output = model(inputs).sum()
     output.backward()
     with ema.swapped():
-        again = batch().requires_grad_()
-        model(again).sum().backward()
-    assert torch.equal(inputs.grad, again.grad)
+        inputs_after = batch().requires_grad_()
+        model(inputs_after).sum().backward()
+    assert torch.equal(inputs.grad, inputs_after.grad)
 
 
 @layouts("fsdp1", "fsdp1-flat", "fsdp1-no-shard")

@@ -50,11 +50,11 @@ def test_buffers_are_followed_also_after_a_call_that_found_another_model(call: s
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
     ema = ShardedEMA(model, decay=0.5)
     model[1].running_mean = torch.zeros(2)
-    model[0].weight, kept = nn.Parameter(torch.ones(3, 2)), model[0].weight
+    model[0].weight, original = nn.Parameter(torch.ones(3, 2)), model[0].weight
     with pytest.raises(ValueError, match=r"0.weight .*construct it again"), ExitStack() as stack:
         result = getattr(ema, call)()
         stack.enter_context(result)
-    model[0].weight = kept
+    model[0].weight = original
     model[1].running_mean.fill_(8)
     ema.update()
     assert ema.full_state_dict()["1.running_mean"].tolist() == [4, 4]

@@ -41,11 +41,11 @@ def test_evaluating_before_inside_and_after_a_swap(layout: str) -> None:
         averaged = full_weights(model)
     after = evaluate(model)
     with ema.swapped():
-        again = evaluate(model)
+        inside_again = evaluate(model)
     assert_bitwise_equal(full_weights(model), live)
     torch.testing.assert_close(inside, unwrapped_output(layout, averaged), rtol=1e-4, atol=1e-5)
     assert torch.equal(after, before)
-    assert torch.equal(again, inside)
+    assert torch.equal(inside_again, inside)
     assert not torch.equal(inside, before)
     full = ema.full_state_dict()
     assert_bitwise_equal(full, averaged if full else {})
@@ -128,13 +128,13 @@ def test_live_comes_back_also_when_the_model_was_changed_inside(layout: str) -> 
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("frozen" in name or parameter.requires_grad)
     assert_bitwise_equal(full_weights(model), live)
-    kept = live["blocks.1.out.weight"]
+    expected = live["blocks.1.out.weight"]
     if layout == "plain":
         model.frozen.requires_grad_(requires_grad=False)
         changed = model.blocks[1].out
         with pytest.raises(ValueError, match=r"blocks.1.out.weight"), ema.swapped():
             model.blocks[1].out = nn.Identity()
-        assert torch.equal(changed.weight.double(), kept)
+        assert torch.equal(changed.weight.double(), expected)
 
 
 @layouts("plain", "ddp", "fsdp2")

@@ -1,4 +1,4 @@
-"""The live weights of one model, followed to where they are, and the ranks that hold them together."""
+"""The model whose weights are averaged: its current layout, and the ranks that hold it together."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from ema_dist.sharding import Layout, ReplicaPolicy
 
 
 class LiveModel:
-    """A model of which some parameters have averages.
+    """A model with averages for some of its parameters.
 
     Args:
+        model: plain or wrapped, as for `Layout`.
         replicas: as for `Layout`.
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
         timeout: seconds that ranks wait for each other.
 
-    Raises: ValueError when nothing is selected that could be averaged, and as `Layout`.
+    Raises: ValueError when no floating-point parameter is selected, and as `Layout`.
     """
 
     def __init__(
@@ -55,13 +56,13 @@ class LiveModel:
                 f"select picked {abbreviated(unsupported)}, which are not floating-point and have no average"
             )
         self.is_split = any(shard.is_split for shard in self.layout.shards)
-        """Whether replicas share averages among them."""
+        """Whether replicas split averages among themselves."""
         self.has_sharded_averages = any(shard.ranks or shard.averaged_part.ranks for shard in self.layout.shards)
         """Whether several ranks hold parts of the averages."""
         if (
             isinstance(replicas, ProcessGroup)
             and replicas.size() > 1
-            and all(s.replica_group is not replicas for s in self.layout.shards)
+            and all(shard.replica_group is not replicas for shard in self.layout.shards)
         ):
             warnings.warn(
                 "replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=3
@@ -69,16 +70,16 @@ class LiveModel:
 
     @property
     def has_replicated_averages(self) -> bool:
-        """Whether replicas keep the same averages, each all of them."""
+        """Whether replicas store the same averages, each of them in full."""
         return any(shard.replica_group is not None and not shard.is_split for shard in self.layout.parameters.values())
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the one that gets full tensors."""
+        """Whether this rank is the first of `ranks`, which receives full tensors."""
         return not self.ranks or dist.get_rank() == self.ranks[0]
 
     def rendezvous(self, call: str, problem: str = "") -> None:
-        """Go on when every rank that holds the model is in the same call, and none has a problem.
+        """Return once every rank that holds the model has entered ``call`` and none reports a problem.
 
         Collective: over `ranks`. Raises: RuntimeError otherwise.
         """
@@ -87,20 +88,23 @@ class LiveModel:
     def prepare(
         self, call: str, *, collective: bool, only_if_moved: bool = False, problem: Exception | None = None
     ) -> None:
-        """Look at the model as it is now; if ``collective``, meet the other ranks, and go on only if all can.
+        """Refresh the layout; if ``collective``, also meet the other ranks, and fail on all if one has a problem.
 
         Args:
-            quick: read the model again only if something in it has moved.
-            problem: what keeps this rank from going on already; it is raised here.
+            call: the user's call, for messages.
+            collective: whether ``call`` communicates.
+            only_if_moved: read the model again only if something in it has moved.
+            problem: an error found earlier on this rank; it is raised after the rendezvous.
 
-        Collective: over `ranks`, if together.
-        Raises: ValueError when the model has changed; RuntimeError when it has elsewhere, or a rank does not come.
+        Collective: over `ranks`, if ``collective``.
+        Raises: ValueError when the model has changed; RuntimeError when another rank has a problem or does not come.
         """
         if collective:
             require_process_group(call, self.ranks)
-        changed = self.refresh(only_if_moved=only_if_moved)
-        problem = problem or changed
+        change = self.refresh(only_if_moved=only_if_moved)
+        problem = problem or change
         if collective:
+            # A rank with a problem comes, too: alone, it would leave the others waiting in the collective after this.
             try:
                 self.rendezvous(call, str(problem or ""))
             except RuntimeError:
@@ -110,10 +114,10 @@ class LiveModel:
             raise problem
 
     def refresh(self, *, only_if_moved: bool = False) -> ValueError | None:
-        """Follow the live weights to where they are now; what is wrong with them, if anything.
+        """Read the current storage of the live weights into `layout`. Returns an error if the model cannot be averaged.
 
         Args:
-            quick: read the model again only if something in it has moved.
+            only_if_moved: read the model again only if something in it has moved.
         """
         try:
             if not (only_if_moved and self.layout.is_current()):
@@ -129,17 +133,17 @@ class LiveModel:
                 self.layout = layout
             if newly_selected := [name for name in self._unselected if self._is_selected(name)]:
                 return ValueError(
-                    f"parameters {abbreviated(newly_selected)} became trainable after ShardedEMA(model) and have no average; "
-                    "construct it after unfreezing, or leave them out with select="
+                    f"parameters {abbreviated(newly_selected)} became trainable after ShardedEMA(model) and have no "
+                    "average; construct it after unfreezing, or leave them out with select="
                 )
-        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
+        except Exception as error:  # noqa: BLE001  `prepare` reports any error to the other ranks
             return ValueError(f"the model cannot be read: {error!r}").with_traceback(error.__traceback__)
         return None
 
     def check_replicas(self, call: str) -> None:
-        """Compare replicas; all ranks get to know, also those whose own replicas agree.
+        """Compare the live weights of replicas by checksums.
 
-        Collective: over `ranks`. Raises: RuntimeError when they differ.
+        Collective: over `ranks`. Raises: RuntimeError on every rank when any replicas differ.
         """
         difference = describe_drift(self.layout.parameters.values())
         self.rendezvous(f"{call}, comparing replicas", problem=difference)
