@@ -4,11 +4,15 @@ The averages live as shards beside the live weights on every rank, are updated w
 evaluation, gathered on rank 0, saved and resharded by ``torch.distributed.checkpoint``. Start with `ShardedEMA`.
 """
 
-from ema_dist.averages.offload import Offloaded
-from ema_dist.averages.precision import Compensated, Stochastic
-from ema_dist.ema import ShardedEMA
-from ema_dist.functional import compute_ema
-from ema_dist.schedules.decay import HalfLife
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ema_dist.averages.offload import Offloaded
+    from ema_dist.averages.precision import Compensated, Stochastic
+    from ema_dist.ema import ShardedEMA
+    from ema_dist.functional import compute_ema
+    from ema_dist.schedules.decay import HalfLife
 
 __all__ = [
     "Compensated",
@@ -19,3 +23,27 @@ __all__ = [
     "compute_ema",
 ]
 __version__ = "0.1.0"
+
+# The module that defines each public name. It is imported when the name is first used, because the help and the shell
+# completion of `ema-dist` import this package too, and importing torch takes longer than both.
+_DEFINING_MODULES = {
+    "Compensated": "ema_dist.averages.precision",
+    "HalfLife": "ema_dist.schedules.decay",
+    "Offloaded": "ema_dist.averages.offload",
+    "ShardedEMA": "ema_dist.ema",
+    "Stochastic": "ema_dist.averages.precision",
+    "compute_ema": "ema_dist.functional",
+}
+
+if not TYPE_CHECKING:  # a type checker that sees a module's `__getattr__` accepts any name
+
+    def __getattr__(name: str) -> object:
+        if name not in _DEFINING_MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_DEFINING_MODULES[name]), name)
+        globals()[name] = value  # later uses do not come here
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,8 @@
-"""The command `ema-dist`: looks into checkpoints, checks them, compares them, and turns them into files for others."""
+"""The command `ema-dist`: inspects checkpoints, verifies them, compares them, and exports their weights.
+
+The arguments and help texts are in `app`, the work of each command in the module of its name. Code that a program may
+want to call, such as readers of checkpoints and writers of weights, belongs in ``ema_dist.checkpoint``.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,19 @@ import sys
 from importlib.util import find_spec
 
 REQUIRED_PACKAGES = ("huggingface_hub", "rich", "safetensors", "typer", "xxhash")
-"""The packages of the extra ``cli``: none is imported before all are known to be there."""
+"""The packages of the extra ``cli``. `main` imports none of them before it has found all of them."""
 
 
 def main() -> None:
-    """Run the command line, as the shell does.
+    """Runs the command line with the arguments of the process.
 
-    Raises: SystemExit with the exit code: 0 for well, 1 for a checkpoint that is not, 2 for a mistake in usage.
+    Raises: SystemExit with the exit code: 0 on success, 1 for an invalid checkpoint, 2 for wrong usage.
     """
     if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
         sys.exit(
             f"ema-dist needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
             'pip install "ema-dist[cli]"'
         )
-    from ema_dist.cli.app import app  # noqa: PLC0415  it imports them
+    from ema_dist.cli.app import app  # noqa: PLC0415  it imports rich and typer
 
-    app()
+    app(prog_name="ema-dist")  # also under `python -m`: shell completion is derived from this name

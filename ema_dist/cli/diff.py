@@ -1,13 +1,12 @@
-"""``ema-dist diff``: how far the weights of one checkpoint or export are from those of another."""
+"""``ema-dist diff``: compares the weights of two checkpoints or exports."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TypeAlias
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -15,68 +14,36 @@ from torch import Tensor
 
 from ema_dist.checkpoint.dcp.metadata import METADATA_FILE
 from ema_dist.checkpoint.step_folders import complete_steps, locate
-from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
+from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightsKind
 from ema_dist.checkpoint.weights.files import WeightFiles
 from ema_dist.cli.distance import Distance, distance
-from ema_dist.cli.options import EntryOption, TrackOption, WeightsChoice, WeightsOption
 from ema_dist.cli.terminal import progress, stdout_console
 
 MetaTensors: TypeAlias = dict[str, Tensor]
-"""Tensors on the meta device by name."""
+"""Tensors on the meta device, by name."""
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Full tensors of a checkpoint or an export: all their shapes, and those asked for by stream."""
+    """The full tensors of a checkpoint or an export: the shapes of all, and the values of some, read one at a time."""
 
     meta_tensors: MetaTensors
     read: Callable[[Iterable[str]], Iterator[Tensor]]
 
 
-def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, or an export (a folder or one file).")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
-    *,
-    weights: WeightsOption = WeightsChoice.EMA,
-    weights_b: Annotated[
-        WeightsChoice | None, typer.Option(help="The same for B; as for A otherwise.", show_default=False)
-    ] = None,
-    step: Annotated[
-        int | None, typer.Option(help="Of A, if that is a root of checkpoints.", show_default=False)
-    ] = None,
-    step_b: Annotated[int | None, typer.Option(help="Of B, if that is one.", show_default=False)] = None,
-    track: TrackOption = None,
-    entry: EntryOption = None,
-) -> None:
-    """Show how far the weights of B are from those of A, tensor by tensor, and what only one of them has.
-
-    Relative to A: the largest distance is max |b - a| / mean |a|, the mean one is mean |b - a| / mean |a|.
-
-    Exit codes are those of diff(1): 0 when all is equal, 1 when something differs, 2 when they cannot be compared.
-    """
-    source_a = _open_source(a, weights, step, track, entry)
-    source_b = _open_source(b, weights_b or weights, step_b, track, entry)
-    is_different = _show_unpaired(source_a.meta_tensors, source_b.meta_tensors)
-    common_names = [
-        name
-        for name, it in source_a.meta_tensors.items()
-        if name in source_b.meta_tensors and source_b.meta_tensors[name].shape == it.shape
-    ]
-    distances = dict(_distances(source_a, source_b, common_names))
-    _show_distances(distances)
-    if is_different or not all(it.is_equal for it in distances.values()):
-        raise typer.Exit(1)
-
-
-def _open_source(
-    path: Path, weights_kind: WeightsChoice, step: int | None, track: str | None, entry: str | None
+def open_weights(
+    path: Path, weights_kind: WeightsKind, *, step: int | None, track: str | None, entry: str | None
 ) -> TensorSource:
+    """Opens the weights in a checkpoint, or those in an export, where the other arguments do not matter.
+
+    Raises: CheckpointError when there are no such weights.
+    """
     if not (path / METADATA_FILE).exists() and not complete_steps(path) and path.exists() and step is None:
         files = WeightFiles(path)
         meta_tensors = {name: tensor for name, tensor in files.meta_tensors.items() if tensor is not None}
         return TensorSource(meta_tensors, lambda names: (files[name] for name in names))
     stored = StoredCheckpoint(locate(path, step))
-    weights = stored.weights(weights_kind.value, track=track, entry=entry)
+    weights = stored.weights(weights_kind, track=track, entry=entry)
     meta_tensors = {name: tensor for name, tensor in stored.meta_tensors(weights).items() if tensor is not None}
 
     def read(names: Iterable[str]) -> Iterator[Tensor]:
@@ -85,33 +52,47 @@ def _open_source(
     return TensorSource(meta_tensors, read)
 
 
-def _show_unpaired(tensors_a: MetaTensors, tensors_b: MetaTensors) -> bool:
-    """Names that only one side has, shapes and dtypes that differ; whether there are any."""
-    lines = [f"only in A: {name}" for name in tensors_a if name not in tensors_b]
-    lines += [f"only in B: {name}" for name in tensors_b if name not in tensors_a]
-    for name in tensors_a:
-        if name in tensors_b:
-            for what in ("shape", "dtype"):
-                left, right = getattr(tensors_a[name], what), getattr(tensors_b[name], what)
-                if left != right:
-                    lines.append(f"{what}s differ: {name}: {_format_value(left)} in A, {_format_value(right)} in B")
-    for line in lines:
+def diff(a: TensorSource, b: TensorSource) -> bool:
+    """Prints how far the weights of ``b`` are from those of ``a``, and returns whether all are equal."""
+    mismatches = _mismatches(a.meta_tensors, b.meta_tensors)
+    for line in mismatches:
         stdout_console().print(line, markup=False, soft_wrap=True)
-    return bool(lines)
+    comparable = [
+        name
+        for name, tensor in a.meta_tensors.items()
+        if name in b.meta_tensors and b.meta_tensors[name].shape == tensor.shape
+    ]
+    distances = dict(_distances(a, b, comparable))
+    _print_distances(distances)
+    return not mismatches and all(result.is_equal for result in distances.values())
+
+
+def _mismatches(a: MetaTensors, b: MetaTensors) -> list[str]:
+    """One line for each name that only one side has, and for each shape or dtype that differs."""
+    lines = [f"only in A: {name}" for name in a if name not in b]
+    lines += [f"only in B: {name}" for name in b if name not in a]
+    for name in a:
+        if name in b:
+            for attribute in ("shape", "dtype"):
+                left, right = getattr(a[name], attribute), getattr(b[name], attribute)
+                if left != right:
+                    values = f"{_format_value(left)} in A, {_format_value(right)} in B"
+                    lines.append(f"{attribute}s differ: {name}: {values}")
+    return lines
 
 
 def _format_value(value: object) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
 
 
-def _distances(source_a: TensorSource, source_b: TensorSource, names: list[str]) -> Iterator[tuple[str, Distance]]:
-    with progress("comparing", sum(source_a.meta_tensors[name].nbytes for name in names)) as advance:
-        for name, left, right in zip(names, source_a.read(names), source_b.read(names), strict=True):
+def _distances(a: TensorSource, b: TensorSource, names: list[str]) -> Iterator[tuple[str, Distance]]:
+    with progress("comparing", sum(a.meta_tensors[name].nbytes for name in names)) as advance:
+        for name, left, right in zip(names, a.read(names), b.read(names), strict=True):
             yield name, distance(left, right)
             advance(left.nbytes)
 
 
-def _show_distances(distances: dict[str, Distance]) -> None:
+def _print_distances(distances: dict[str, Distance]) -> None:
     differing = {name: result for name, result in distances.items() if not result.is_equal}
     num_equal = len(distances) - len(differing)
     if differing:

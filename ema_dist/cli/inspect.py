@@ -1,4 +1,4 @@
-"""``ema-dist inspect``: what is in a checkpoint."""
+"""``ema-dist inspect``: lists the contents of a checkpoint, and how far averages are from live weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -18,28 +19,14 @@ from ema_dist.checkpoint.step_folders import locate
 from ema_dist.checkpoint.stored_checkpoint import StoredAverages, StoredCheckpoint, StoredDecay
 from ema_dist.checkpoint.values import KeyPath
 from ema_dist.cli.distance import distance
-from ema_dist.cli.options import CheckpointArgument, StepOption
 from ema_dist.cli.terminal import format_bytes, progress, stdout_console
 
 BAR_COLUMNS = 10
 """Columns of the bar that shows the largest distance."""
 
 
-def inspect(
-    checkpoint: CheckpointArgument,
-    *,
-    step: StepOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
-) -> None:
-    """Show what is in a checkpoint: step, layouts, tracks, decays, tensors, and how far averages are from live weights.
-
-    The distance of an average is |average - live| / |live|, in Euclidean norms.
-
-    The keys of --json: path, step and saved (null after plain dcp.save; else world_size, torch, layouts by entry),
-    entries (by name: kind, tensors, pieces, bytes), averages (by entry: model, steps, updates, tracks by name: decay,
-    averages and distances by tensor), tensors (by name: shape, dtype, bytes, pieces). Numbers that are not finite are
-    strings.
-    """
+def inspect(checkpoint: Path, *, step: int | None = None, as_json: bool = False) -> None:
+    """Prints what is in a checkpoint, as tables or as one JSON object."""
     stored = StoredCheckpoint(locate(checkpoint, step))
     summary = _summarize(stored)
     if as_json:

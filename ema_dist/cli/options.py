@@ -1,4 +1,4 @@
-"""The arguments that several commands take."""
+"""The types of arguments and options that several commands share or that have to be parsed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,53 @@ class WeightsChoice(str, Enum):
 
     EMA = "ema"
     LIVE = "live"
+
+
+class FormatChoice(str, Enum):
+    """What files to write."""
+
+    SAFETENSORS = "safetensors"
+    TORCH = "torch"
+
+
+DTYPE_NAMES = (
+    "float64",
+    "float32",
+    "bfloat16",
+    "float16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "double",
+    "float",
+    "half",
+)
+"""The names in torch of the dtypes that weights can be cast to; torch itself is not imported here."""
+
+
+def parse_dtype(text: str) -> str:
+    """Returns the name of a floating dtype without the prefix ``torch.``.
+
+    Raises: typer.BadParameter when there is no such dtype.
+    """
+    name = text.removeprefix("torch.")
+    if name not in DTYPE_NAMES:
+        raise typer.BadParameter(f"{text!r} is no floating dtype to cast to: choose one of {', '.join(DTYPE_NAMES)}")
+    return name
+
+
+def check_shard_size(context: typer.Context, text: str) -> str:
+    """Returns the same text, a number of bytes or a size like ``"5GB"``.
+
+    Raises: typer.BadParameter when it is not a size.
+    """
+    if not context.resilient_parsing:  # shell completion parses options too, and must not import torch
+        from ema_dist.checkpoint.weights.files import size_in_bytes  # noqa: PLC0415
+
+        try:
+            size_in_bytes(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return text
 
 
 CheckpointArgument = Annotated[
@@ -39,3 +86,16 @@ TrackOption = Annotated[
     str | None, typer.Option(help="The track of the averages, if there are several.", show_default=False)
 ]
 WeightsOption = Annotated[WeightsChoice, typer.Option(help="The averages, or the live weights.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        parser=parse_dtype,
+        metavar="DTYPE",
+        help="Of floating tensors, such as bfloat16; that of each live one otherwise.",
+        show_default=False,
+    ),
+]
+ShardSizeOption = Annotated[
+    str,
+    typer.Option(callback=check_shard_size, metavar="SIZE", help="Of the tensors in one file: bytes, or as in 500MB."),
+]

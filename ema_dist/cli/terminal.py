@@ -15,8 +15,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
-from ema_dist.checkpoint.errors import CheckpointError
-
 P = ParamSpec("P")
 
 PIPE_COLUMNS = 160
@@ -52,26 +50,33 @@ def fail(message: str, code: int = 1) -> NoReturn:
     raise typer.Exit(code)
 
 
-def clean_errors(command: Callable[P, None], *, code: int = 1) -> Callable[P, None]:
-    """The command, whose foreseeable errors end it with a message and this exit code, and without a traceback."""
+def report_errors(*, exit_code: int) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorates a command: an error that users can cause ends it with a message and this code, without a traceback."""
 
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            with _plain_warnings():
-                command(*args, **kwargs)
-        except BrokenPipeError:
-            sys.stderr.close()  # else Python complains, when it ends, that it cannot flush
-            raise typer.Exit(code) from None
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            fail(f"{where}{error.strerror or error}", code)
-        except (CheckpointError, ValueError) as error:
-            fail(str(error), code)
-        except KeyboardInterrupt:
-            fail("interrupted", 130)
+    def decorate(command: Callable[P, None]) -> Callable[P, None]:
+        @wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            # Here, because help and completion must not import torch, which this does. Before `_plain_warnings`, which
+            # would show warnings that imports cause and Python hides.
+            from ema_dist.checkpoint.errors import CheckpointError  # noqa: PLC0415
 
-    return run
+            try:
+                with _plain_warnings():
+                    command(*args, **kwargs)
+            except BrokenPipeError:
+                sys.stderr.close()  # else Python complains at exit that it cannot flush
+                raise typer.Exit(exit_code) from None
+            except OSError as error:
+                prefix = f"{error.filename}: " if error.filename else ""
+                fail(f"{prefix}{error.strerror or error}", exit_code)
+            except (CheckpointError, ValueError) as error:
+                fail(str(error), exit_code)
+            except KeyboardInterrupt:
+                fail("interrupted", 130)
+
+        return run
+
+    return decorate
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``ema-dist verify``: whether a checkpoint is complete, undamaged, finite and consistent."""
+"""``ema-dist verify``: checks that a checkpoint is complete, undamaged, finite and consistent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import typer
 from torch import Tensor
 
 from ema_dist.checkpoint.dcp.index import dotted_name
@@ -17,18 +16,12 @@ from ema_dist.checkpoint.step_folders import locate
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 from ema_dist.checkpoint.values import KeyPath
 from ema_dist.checkpoint.weights.casts import upcast_float8
-from ema_dist.cli.options import CheckpointArgument, StepOption
 from ema_dist.cli.terminal import format_bytes, print_stderr, progress, stdout_console
 from ema_dist.messages import abbreviated
 
 
-def verify(checkpoint: CheckpointArgument, *, step: StepOption = None) -> None:
-    """Read all of a checkpoint and tell what is wrong with it: exit code 0 for nothing, 1 with a list on stdout.
-
-    Checked are sizes and checksums of its files (a folder that plain dcp.save wrote has no list of these), its
-    metadata, whether every value can be read and is finite, and whether the averages fit the model. Infinities outside
-    of weights and optimizers are noted only: masks kept as buffers hold them.
-    """
+def verify(checkpoint: Path, *, step: int | None = None) -> bool:
+    """Reads all of a checkpoint, prints what is wrong with it, and returns whether nothing is."""
     folder = locate(checkpoint, step)
     report = Report()
     with report.collecting_errors():
@@ -45,8 +38,9 @@ def verify(checkpoint: CheckpointArgument, *, step: StepOption = None) -> None:
         stdout_console().print(problem, markup=False, soft_wrap=True)
     if count := len(report.problems):
         print_stderr(f"{folder}: {count} {'problem' if count == 1 else 'problems'}")
-        raise typer.Exit(1)
+        return False
     stdout_console().print(f"{folder}: all is well ({summary})", markup=False, soft_wrap=True)
+    return True
 
 
 @dataclass
@@ -87,7 +81,8 @@ def _check_averages(stored: StoredCheckpoint, report: Report) -> None:
             tracks = averages.tracks
             if averages.is_stale:
                 report.notes.append(
-                    f"the averages in {dotted_name(key_path)!r} saw {averages.steps} steps, and no average was taken yet"
+                    f"the averages in {dotted_name(key_path)!r} saw {averages.steps} steps, "
+                    "and no average was taken yet"
                 )
             models = {model: stored.index.models[model] for model in stored.matching_models(key_path)}
             if not models:

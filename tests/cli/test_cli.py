@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
-from ema_dist.cli import REQUIRED_PACKAGES
 from tests.support.cli_runs import load_exported, make_checkpoint, make_dcp_checkpoint, run, run_ok, save_with_dcp
 from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, make_trained
 
@@ -498,19 +497,3 @@ def test_the_command_runs_in_its_own_process(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "all is well" in result.stdout
-
-
-HIDDEN = """
-import sys
-sys.modules[sys.argv.pop(1)] = None
-from ema_dist.cli import main
-main()
-"""
-
-
-@pytest.mark.parametrize("name", REQUIRED_PACKAGES)
-def test_without_the_extra_it_says_what_to_install(name: str) -> None:
-    result = subprocess.run([sys.executable, "-c", HIDDEN, name, "--help"], capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert f'ema-dist needs {name}, which is not installed: pip install "ema-dist[cli]"' in result.stderr
-    assert "Traceback" not in result.stderr
