@@ -57,7 +57,7 @@ def test_a_run_reports_each_epoch_and_leaves_metrics_and_curves(finished: tuple[
 
 def test_a_plain_script_evaluates_the_averaged_model_to_what_the_run_printed(finished: tuple[Path, str]) -> None:
     directory, output = finished
-    evaluated = run((sys.executable, LAUNCH / "evaluate.py", directory / "model.safetensors"))
+    evaluated = run((sys.executable, LAUNCH / "evaluate_weights.py", directory / "model.safetensors"))
     last = read_metrics(directory)[-1]
     expected = f"loss {float(last['average_loss']):.4f}, accuracy {float(last['average_accuracy']):.2%}"
     assert expected in evaluated
