@@ -75,7 +75,7 @@ def evaluations(output: str) -> list[tuple[str, ...]]:
 
 
 def evaluated(folder: Path, weights: dict[str, torch.Tensor]) -> str:
-    """What evaluate_weights.py, which knows neither Composer nor averages, prints of the weights of a wrapped classifier."""
+    """What evaluate_weights.py, which imports neither Composer nor ema_dist, prints for a classifier's weights."""
     file = folder / "plain.safetensors"
     save_file({name.removeprefix("module.").removeprefix("module."): it for name, it in weights.items()}, file)
     return printed(sys.executable, SCRIPT.with_name("evaluate_weights.py"), file)
