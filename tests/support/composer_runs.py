@@ -90,7 +90,7 @@ def full_tensors(state: State) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in weights.items() if isinstance(tensor, Tensor)}
 
 
-def batches(size: int = 4, count: int = 12) -> DataLoader[Any]:
+def make_dataloader(size: int = 4, count: int = 12) -> DataLoader[Any]:
     """Random samples and labels: by default, six batches on each of two ranks."""
     generator = torch.Generator().manual_seed(7)
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -122,8 +122,8 @@ def make_trainer(
     model = model or Classifier()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     defaults: dict[str, Any] = {
-        "train_dataloader": batches(),
-        "eval_dataloader": batches(count=4),
+        "train_dataloader": make_dataloader(),
+        "eval_dataloader": make_dataloader(count=4),
         "max_duration": "8ba",
         "optimizers": torch.optim.AdamW(parameters, lr=1e-2),
         "parallelism_config": PARALLELISM_CONFIGS[layout] or None,
