@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 launch/distill.py --parallel fsdp2
     python launch/distill.py --consistency 0                           # labels only, to compare
 
-At each step the teacher is asked between the student's forward and backward pass, in the student's own model: there is
-no second one, and no weight is copied. The method: Tarvainen and Valpola, "Mean teachers are better role models", 2017.
+At each step the teacher predicts between the student's forward and backward pass, in the student's own model: there is
+no second model, and no weight is copied. Source: Tarvainen and Valpola, "Mean teachers are better role models", 2017.
 """
 
 import argparse
@@ -31,19 +31,19 @@ def main() -> None:
 
 
 def distill(args: argparse.Namespace, device: torch.device) -> None:
-    """The recipe: all labelled images and some unlabelled ones at each step; scores of student and teacher."""
+    """The recipe: each step takes all labelled and some unlabelled images; each epoch scores student and teacher."""
     torch.manual_seed(args.seed)
     training, test = load_images(device)
     labelled = Images(training.pixels[: args.labels], training.labels[: args.labels])
-    part = data_rank_and_size(args.parallel)
-    labelled_batches = Batches(labelled, args.labels, args.seed, *part)  # one step an epoch
-    batches = Batches(training, args.batch_size, args.seed, *part)  # whose labels nobody looks at
+    rank_and_size = data_rank_and_size(args.parallel)
+    labelled_batches = Batches(labelled, args.labels, args.seed, *rank_and_size)  # one step an epoch
+    batches = Batches(training, args.batch_size, args.seed, *rank_and_size)  # the labels are not used
     model = wrap(VisionTransformer(), args.parallel, device)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
-    # Whole on each rank, since the teacher is asked at each step: nothing has to be gathered for it.
+    # Each replica keeps complete averages, because the teacher predicts at each step: nothing is gathered for it.
     ema = ShardedEMA(model, decay=HalfLife(args.half_life), replicas="copy")
     print_rank_0(f"teaching from {ema.serving_mode}")
-    torch.manual_seed(args.seed + dist.get_rank())  # of the noise
+    torch.manual_seed(args.seed + dist.get_rank())  # each rank draws its own noise
 
     steps = args.epochs * len(batches)
     for epoch in range(1, args.epochs + 1):
@@ -55,7 +55,7 @@ def distill(args: argparse.Namespace, device: torch.device) -> None:
             labelled_logits, noisy_logits = model(torch.cat([labelled_pixels, noisy_pixels])).split(
                 [len(labelled_pixels), len(noisy_pixels)]
             )
-            with ema.serving():  # the student's graph is alive, and stays as it is
+            with ema.serving():  # the student's autograd graph stays intact
                 targets = model(pixels).softmax(dim=1)
             consistency = (
                 args.consistency
@@ -73,7 +73,7 @@ def distill(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def consistency_ramp(progress: float) -> float:
-    """How much the teacher is listened to: little at first, when it knows nothing; fully from a third of the run on."""
+    """Weight of the consistency loss: small while the teacher knows little, 1 after a third of the training."""
     return min(1.0, 3 * progress) ** 2
 
 

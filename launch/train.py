@@ -5,8 +5,8 @@
     python launch/train.py                                               # one process
     torchrun --nproc-per-node 2 --max-restarts 3 launch/train.py --checkpoint-dir runs/checkpoints --resume
 
-Stopped by SIGTERM, or killed and started again, the last one goes on from its newest checkpoint: docs/resuming.md. On
-several nodes: see slurm.sbatch.
+The last command continues from its newest checkpoint after SIGTERM or a crash: docs/resuming.md. For several nodes, see
+slurm.sbatch.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     def stop_if_preempted() -> None:
         if preemption.should_stop():
-            checkpoints.save(ema.steps, block=True)  # also inside swapped(), which changes nothing about what is saved
+            checkpoints.save(ema.steps, block=True)  # inside swapped() too: the same is saved
             bar.console.print(f"told to stop: stopped at step {ema.steps}")
             raise Preempted
 
@@ -78,15 +78,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                     with update_time:
                         ema.update()
                 bar.advance(task)
-                if ema.steps % save_interval == 0 and ema.steps % len(
-                    batches
-                ):  # the last of an epoch comes with its scores
+                is_epoch_end = ema.steps % len(batches) == 0
+                if ema.steps % save_interval == 0 and not is_epoch_end:  # else saved below, with the scores
                     checkpoints.save(ema.steps, block=not args.async_checkpoints)
 
             live = evaluate(model, test, before_batch=stop_if_preempted)
             with ema.swapped():
                 average = evaluate(model, test, before_batch=stop_if_preempted)
-            # A run that resumed right here has taken no step of this epoch.
+            # A run that resumed at the end of this epoch has taken no step of it: the share of time is then NaN.
             row = EpochMetrics(epoch, ema.steps, *live, *average, update_time.read() / (step_time.read() or math.nan))
             progress.rows.append(row)
             bar.console.print(str(row))
@@ -129,7 +128,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     main()
-    # All is written and the process group gone; but gloo's threads sometimes abort the interpreter while it ends (torch
-    # 2.13: "terminate called without an active exception"), and torchrun would take the run for a failed one.
+    # Everything is written and the process group destroyed. But gloo's threads sometimes abort the interpreter while it
+    # exits (torch 2.13: "terminate called without an active exception"), and torchrun would report a failed run.
     sys.stdout.flush()
     os._exit(0)

@@ -41,7 +41,7 @@ PARALLELISM_CONFIGS: dict[str, dict[str, Any] | None] = {
 
 
 class LiveEvaluation(Callback):
-    """Gives the live weights to the evaluator called ``eval-live``, all others see the averages; and prints both."""
+    """Evaluates the live weights in the evaluator ``eval-live``, the averages in all others, and prints both scores."""
 
     def __init__(self, ema: EMA) -> None:
         self.ema = ema
@@ -59,14 +59,14 @@ class LiveEvaluation(Callback):
 
 
 def scores(state: State, label: str) -> Scores:
-    """What the Trainer has just logged as metrics; collective."""
+    """The metrics that the Trainer has just logged. Collective: every rank."""
     metrics = state.eval_metrics[label]
     return Scores(metrics["CrossEntropy"].compute().item(), metrics["MulticlassAccuracy"].compute().item())
 
 
 def main() -> None:
     args = parse_arguments()
-    os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # torchrun's name, for what Composer needs
+    os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # Composer needs it; torchrun sets GROUP_RANK
     os.environ["FSDP_VERSION"] = "2" if args.parallel == "fsdp2" else "1"
     dist.initialize_dist(args.device)
     train(args)
@@ -99,12 +99,13 @@ def train(args: argparse.Namespace) -> None:
         save_folder=str(args.save_folder) if args.save_folder else None,
         save_interval="1ep",
         autoresume=args.resume,
-        # The progress bar is in checkpoints, and a sharded one loads only where there is one: always, if unseen.
+        # Composer saves the progress bar, and a sharded checkpoint with one loads only into a Trainer that has one too:
+        # so there is always one, without a terminal it writes to the null device.
         console_stream=sys.stderr if sys.stderr.isatty() else Path(os.devnull).open("w"),  # noqa: SIM115
     )
     if dist.get_global_rank() == 0:
         print(f"starting at batch {trainer.state.timestamp.batch.value}", flush=True)
-    if trainer.state.timestamp.epoch.value < args.epochs:  # else Composer refuses
+    if trainer.state.timestamp.epoch.value < args.epochs:  # else Composer raises
         trainer.fit()
     trainer.close()
 
@@ -114,7 +115,7 @@ def is_block(module: nn.Module) -> bool:
 
 
 def training_batches(images: Images, args: argparse.Namespace) -> DataSpec:
-    """This rank's part of each batch, in another order each epoch, randomly shifted."""
+    """This rank's part of each batch; shuffled anew in each epoch, each image randomly shifted."""
     ranks = dist.get_world_size()
     if args.batch_size % ranks:
         raise ValueError(f"a batch of {args.batch_size} images does not divide over {ranks} ranks: see --batch-size")
@@ -130,7 +131,7 @@ def augment(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def test_batches(images: Images) -> DataLoader[Any]:
-    """This rank's part, all of it in one batch."""
+    """This rank's part of the images, in one batch."""
     data = TensorDataset(images.pixels, images.labels)
     sampler = dist.get_sampler(data)
     return DataLoader(data, batch_size=len(sampler), sampler=sampler)

@@ -1,4 +1,4 @@
-"""What every test gets: one thread a rank, and the markers `world_size` and `gpu`."""
+"""Settings for every test: one thread in each rank, and the markers `world_size` and `gpu`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from tests.support import harness, torch_2_7
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers."""
-    config.addinivalue_line("markers", "world_size(size, timeout=60): run the body on `size` ranks, so many seconds")
-    config.addinivalue_line("markers", "gpu: needs CUDA, one device a rank; the ranks talk through NCCL there")
+    config.addinivalue_line(
+        "markers", "world_size(size, timeout=60): run the test on `size` ranks, for `timeout` seconds at most"
+    )
+    config.addinivalue_line("markers", "gpu: needs CUDA, one device for each rank; the ranks communicate through NCCL")
     for text in torch_2_7.WARNINGS:
         config.addinivalue_line("filterwarnings", text)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Warm up once we know that ranks will be needed."""
+    """Start the server that ranks are forked from if a test needs ranks."""
     if any(item.get_closest_marker("world_size") for item in session.items):
         harness.start_server()
 
@@ -41,7 +43,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
-    """Send the body of a `world_size` test to its ranks; with hypothesis, each example to a world of its own."""
+    """Run a `world_size` test on its ranks; with hypothesis, each example in a fresh world."""
     if pyfuncitem.get_closest_marker("world_size") is None:
         return
 
@@ -49,8 +51,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
     filters = (*pyfuncitem.config.getini("filterwarnings"), *_marked_warning_filters(pyfuncitem))
 
     def run(**arguments: object) -> None:
-        body = harness.RemoteTest(test.__module__, test.__name__, pickle.dumps(arguments), filters)
-        harness.run(body, _world(pyfuncitem))
+        remote_test = harness.RemoteTest(test.__module__, test.__name__, pickle.dumps(arguments), filters)
+        harness.run(remote_test, _world(pyfuncitem))
 
     if hypothesis.is_hypothesis_test(test):
         run.__name__ = test.__name__
@@ -61,12 +63,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 
 def _world(item: pytest.Item) -> harness.World:
     marker = item.get_closest_marker("world_size")
-    world_settings = harness.World(*marker.args, **marker.kwargs) if marker else harness.World(1)
-    return (
-        dataclasses.replace(world_settings, backend="cpu:gloo,cuda:nccl")
-        if item.get_closest_marker("gpu")
-        else world_settings
-    )
+    world = harness.World(*marker.args, **marker.kwargs) if marker else harness.World(1)
+    return dataclasses.replace(world, backend="cpu:gloo,cuda:nccl") if item.get_closest_marker("gpu") else world
 
 
 def _marked_warning_filters(item: pytest.Item) -> list[str]:

@@ -1,4 +1,4 @@
-"""The harness judged: what ranks see, and what a developer reads when one of them goes wrong."""
+"""Tests of tests/support/harness.py: what ranks see, and what a developer reads when a test fails on one of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 HERE = Path(__file__).parent
 PRELUDE = """
-import os, time, warnings
+import os, sys, time, types, warnings
 import hypothesis, pytest
 import torch.distributed as dist
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 @dataclass(frozen=True)
 class Case:
-    """An argument of a class that only this module has."""
+    """An argument whose class is defined in this module: pickle finds it by the module's name."""
 
     value: int
 
@@ -67,7 +67,7 @@ def test_hypothesis_gives_each_example_a_world(numbers: list[int]) -> None:
 
 @pytest.mark.world_size(2)
 def test_examples_drawn_in_the_body_are_the_same_on_every_rank() -> None:
-    """A hundred examples for the price of one world; an example that fails on one rank alone is not shrunk well."""
+    """A hundred examples in one world; an example that fails on one rank only is not shrunk well."""
 
     @hypothesis.given(number=st.integers())
     def same(number: int) -> None:
@@ -192,6 +192,27 @@ def test_body():
 """)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines([f"rank 1 of 2 died {reason}, without an answer"])
+
+
+def test_a_rank_saves_its_coverage_before_it_is_killed(session: Session, tmp_path: Path) -> None:
+    result = session(f"""
+class Coverage:
+    current = classmethod(lambda cls: cls())
+
+    def stop(self):
+        self.stopped = True
+
+    def save(self):
+        time.sleep(0.2)  # time enough for a rank that has answered already to be killed
+        assert self.stopped
+        open({str(tmp_path)!r} + f"/{{os.environ['RANK']}}", "w").close()
+
+@pytest.mark.world_size(2)
+def test_body():
+    sys.modules["coverage"] = types.SimpleNamespace(Coverage=Coverage)
+""")
+    result.assert_outcomes(passed=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
 def test_a_skip_needs_all_ranks(session: Session) -> None:

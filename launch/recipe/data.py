@@ -1,4 +1,4 @@
-"""scikit-learn's bundled handwritten digits, whole on the device, in an order that depends on seed and epoch alone."""
+"""scikit-learn's bundled handwritten digits, all on the device, in an order that depends only on seed and epoch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,9 +37,9 @@ def load_images(device: torch.device) -> tuple[Images, Images]:
 
 @dataclass(frozen=True)
 class Batches:
-    """Shuffled and randomly shifted training batches; this rank takes its own part of each.
+    """Shuffled and randomly shifted training batches; each data-parallel rank takes its part of every batch.
 
-    All that is random in an epoch is drawn from one generator, seeded by `seed` and the epoch: a resumed run needs no
+    All random numbers of an epoch come from one generator, seeded by `seed` and the epoch: a resumed run needs no
     generator state, and every layout and world size trains on the same batches.
     """
 
@@ -62,10 +62,11 @@ class Batches:
         return len(self.images) // self.batch_size
 
     def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The (pixels, labels) of this rank for every step of one epoch; the images left over sit this epoch out.
+        """Yields this rank's (pixels, labels) for every step of one epoch; an incomplete last batch is dropped.
 
         Args:
-            first: how many steps a resumed run has behind it in this epoch.
+            epoch: seeds the order and the shifts.
+            first_step: the number of steps of this epoch that a resumed run has already taken.
         """
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
         device = self.images.labels.device
@@ -78,7 +79,7 @@ class Batches:
 
 
 def shift_images(pixels: Tensor, shifts: Tensor) -> Tensor:
-    """Each image moved by up to one pixel in each direction, its border filled with paper.
+    """Each image shifted by up to one pixel in each direction, padded with the background.
 
     Shape: pixels (count, 1, side, side), shifts (count, 2) of 0, 1 or 2.
     """

@@ -13,7 +13,7 @@ BATCH_SIZE = 100
 
 
 class Scores(NamedTuple):
-    """Mean cross-entropy in nats, and the share of images classified right."""
+    """Mean cross-entropy in nats, and the fraction of images classified correctly."""
 
     loss: float
     accuracy: float
@@ -27,7 +27,7 @@ def evaluate(model: nn.Module, images: Images, *, before_batch: Callable[[], obj
     """The scores of `model` on all `images`, the same on every rank.
 
     Args:
-        before_batch: called before each; what it raises ends the evaluation.
+        before_batch: called before each batch; an exception that it raises ends the evaluation.
     """
     model.eval()
     loss, hits = torch.zeros(2, dtype=torch.float64, device=images.pixels.device)

@@ -1,4 +1,4 @@
-"""What a run tells: a row an epoch and a progress bar on the terminal, a table and a figure in files."""
+"""Metrics of each epoch, and their reports: rows and a progress bar on the terminal, a CSV file and a figure."""
 
 import csv
 import sys
@@ -18,7 +18,7 @@ LIVE_COLOR, AVERAGE_COLOR = "#b0572c", "#1f5fa8"
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One epoch: test scores of live and averaged weights, and `update()`'s share of the time of a step."""
+    """Test scores of live and averaged weights after an epoch, and the share of `update()` in the time of a step."""
 
     epoch: int
     step: int
@@ -40,7 +40,7 @@ class EpochMetrics:
 
 
 def progress_bar(rank: int) -> Progress:
-    """A bar on rank 0's terminal; its console prints plain lines where there is no terminal, nothing on other ranks."""
+    """A progress bar for rank 0's terminal. Its console prints plain lines without a terminal, and only on rank 0."""
     is_terminal = sys.stdout.isatty()
     console = Console(force_terminal=is_terminal, quiet=rank != 0, highlight=False, soft_wrap=True)
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn()
@@ -48,7 +48,7 @@ def progress_bar(rank: int) -> Progress:
 
 
 def write_csv(rows: list[EpochMetrics], path: Path) -> None:
-    """`rows` as a table with the fields' names as its heading."""
+    """Write `rows` as CSV; the header holds the names of the fields."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(EpochMetrics)])
         writer.writeheader()
@@ -56,7 +56,7 @@ def write_csv(rows: list[EpochMetrics], path: Path) -> None:
 
 
 def write_curves(rows: list[EpochMetrics], path: Path) -> None:
-    """Loss and accuracy over the epochs, live against average."""
+    """Plot loss and accuracy of live and averaged weights over the epochs."""
     epochs = [row.epoch for row in rows]
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     loss, accuracy = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""Every way `train.py` can spread its model over ranks: each takes a whole model and returns it wrapped."""
+"""The process group, and the wrappers that `--parallel` chooses from: each takes the plain model and wraps it."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .model import Block, VisionTransformer
 
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # checkpoints are planned through gloo on either
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # checkpoint plans are exchanged over gloo on both
 
 
 @contextmanager
 def process_group(device_type: str) -> Iterator[torch.device]:
-    """This rank's device, inside torchrun's process group; a process that torchrun did not start is a group of one."""
+    """Enters torchrun's process group and yields this rank's device; without torchrun, a group of one process."""
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device_type)
@@ -28,41 +28,41 @@ def process_group(device_type: str) -> Iterator[torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        store, rank, ranks = next(dist.rendezvous("env://"))
+        store, rank, world_size = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt {_restart_count()}", store)
-        dist.init_process_group(BACKENDS[device_type], store=store, rank=rank, world_size=ranks)
+        dist.init_process_group(BACKENDS[device_type], store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(BACKENDS[device_type], store=dist.HashStore(), rank=0, world_size=1)
     yield device
-    # Only on success: a rank that failed must not wait here for its peers, torchrun ends them.
+    # Only on success: a rank that failed must not wait for its peers, which torchrun terminates.
     dist.barrier()
-    if device.type == "cuda":  # gloo's threads may keep torch 2.7 waiting forever, and the process ends anyway
+    if device.type == "cuda":  # torch 2.7 may wait forever for gloo's threads, and the process ends anyway
         dist.destroy_process_group()
 
 
 def _restart_count() -> str:
-    """How many times torchrun has restarted the ranks.
+    """How many times torchrun has restarted the ranks; always 0 on several nodes.
 
-    torch 2.13 gives ranks that were restarted the store of those before them, with the addresses of those in it. On
-    several nodes the agents count differently; there the environment of slurm.sbatch makes torchrun start a new store.
+    torch 2.13 gives restarted ranks the store of the previous ones, which still holds their addresses. On several nodes
+    the agents' counts may differ; there, a variable in slurm.sbatch makes torchrun start a new store.
     """
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else "0"
 
 
 def wrap(model: VisionTransformer, parallel: str, device: torch.device) -> nn.Module:
-    """`model` on `device` in the layout that `--parallel` names."""
+    """Moves `model` to `device` and wraps it as `--parallel` says."""
     return WRAPPERS[parallel](model.to(device))
 
 
 def data_rank_and_size(parallel: str) -> tuple[int, int]:
-    """Which part of each batch this rank takes, of how many; tensor parallelism feeds every rank the same."""
+    """This rank's part of each batch, and the number of parts; tensor parallelism gives all ranks the whole."""
     if parallel == "tp":
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def default_parallel() -> str:
-    """DDP under torchrun with several ranks, else no wrapper at all."""
+    """DDP under torchrun with several ranks, else no wrapper."""
     return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "plain"
 
 
@@ -74,8 +74,8 @@ def _plain(model: VisionTransformer) -> nn.Module:
 
 def _ddp(model: VisionTransformer) -> nn.Module:
     wrapped = DistributedDataParallel(model)
-    # DDP arranges its buckets, and with them the order in which gradients are added, anew after the first backward. In
-    # a resumed run that would be at another step than in one that never stopped.
+    # DDP rebuilds its buckets after the first backward, which changes the order in which gradients are summed. Without
+    # this backward, a resumed run would rebuild them at another step than an uninterrupted run.
     wrapped(torch.zeros(1, 1, 8, 8, device=model.position.device)).sum().backward()
     wrapped.zero_grad()
     return wrapped
@@ -96,7 +96,7 @@ def _fsdp2(model: VisionTransformer) -> nn.Module:
 
 
 def _hsdp(model: VisionTransformer) -> nn.Module:
-    """Sharded inside each node and replicated over nodes; a single node is split in two."""
+    """Sharded within each node and replicated across nodes; a single node is split into two replicas."""
     ranks = dist.get_world_size()
     replicas = max(2, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
     if ranks < 4 or ranks % replicas:

@@ -1,4 +1,4 @@
-"""Stopping early: a signal is only noted when it comes; the ranks agree on it when all of them are ready to stop."""
+"""Stopping early: a signal handler only sets a flag; all ranks agree on it before each batch, and stop together."""
 
 import os
 import signal
@@ -13,14 +13,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(BaseException):
-    """Leaves the training from wherever the ranks have agreed to stop; no error that anything should catch."""
+    """Raised on every rank when the ranks have agreed to stop; no `Exception`, so that no error handler catches it."""
 
 
 class PreemptionHandler:
-    """Whether any rank was told to stop, by SIGTERM (torchrun and schedulers send it) or SIGUSR1.
+    """Tells whether any rank has received SIGTERM (from torchrun or a scheduler) or SIGUSR1.
 
-    torchrun sends SIGTERM to the others too when a rank has died. Then there is nobody to agree with: they end at once,
-    wherever they wait, so that torchrun need not wait for them before it restarts all ranks.
+    When a rank dies, torchrun sends SIGTERM to the others. They cannot agree with a dead rank, so they exit at once,
+    even inside a collective, and torchrun can restart all ranks without waiting for them.
 
     Collective: every rank of the default process group.
     """
@@ -32,15 +32,15 @@ class PreemptionHandler:
         self._local_pids = [pid for host, pid in hosts_and_pids if host == socket.gethostname()]
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
-        signal.set_wakeup_fd(write_end)  # is written to while Python waits in a collective and runs no handler
+        signal.set_wakeup_fd(write_end)  # written even while Python waits in a collective and runs no handlers
         threading.Thread(target=self._exit_if_a_peer_died, args=(read_end,), daemon=True).start()
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def should_stop(self) -> bool:
-        """The same answer on every rank, so that all of them save and leave at the same batch.
+        """Returns the same value on every rank, so that all of them save and stop at the same batch.
 
-        Collective: every rank, through gloo, so that no device is waited for.
+        Collective: every rank, over gloo, so that the host does not wait for the device.
         """
         signalled = torch.tensor([self._is_signalled], dtype=torch.int32)
         dist.all_reduce(signalled, dist.ReduceOp.MAX)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what is in them, and where it continues."""
+"""Checkpoints of a training run: saving, and resuming from the newest one."""
 
 from collections.abc import MutableMapping
 from contextlib import suppress
@@ -15,7 +15,7 @@ from .metrics import EpochMetrics
 
 @dataclass
 class TrainingProgress:
-    """How far a run has come: a DCP `Stateful`."""
+    """The learning rate schedule and the metrics of finished epochs: a DCP `Stateful`."""
 
     lr_scheduler: LRScheduler
     rows: list[EpochMetrics] = field(default_factory=list)
@@ -30,15 +30,15 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of `state` in a folder, or nowhere."""
+    """Checkpoints of `state` in the folder `root`; without a folder, nothing is saved or loaded."""
 
     root: Path | None
     state: MutableMapping[str, Any]
 
     def resume(self, *, is_requested: bool) -> str:
-        """Continue from the newest sound checkpoint, if there is one; where the run starts, in words.
+        """Load the newest intact checkpoint, if there is one; returns a message that says where the run starts.
 
-        Collective: every rank. Raises: ValueError when there is one and nobody `is_requested` to resume.
+        Collective: every rank. Raises: ValueError if there is a checkpoint and `is_requested` is false.
         """
         newest_step = checkpoint.latest(self.root) if self.root else None
         if self.root is None or newest_step is None:
@@ -51,8 +51,8 @@ class Checkpoints:
         return f"continuing from step {checkpoint.load(self.state, self.root)} in {self.root}"
 
     def save(self, step: int, *, block: bool) -> None:
-        """Save, in the background unless `block`; collective. A failure of the save before it is told, and no more."""
+        """Save, in the background unless `block`. Collective: every rank. A failure of the previous save is ignored."""
         if self.root:
-            with suppress(checkpoint.CheckpointError):  # it was logged when it happened
+            with suppress(checkpoint.CheckpointError):  # logged when it failed; this save is the next attempt
                 checkpoint.wait()
             checkpoint.save(self.state, self.root, step=step, block=block)

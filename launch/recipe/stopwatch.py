@@ -1,4 +1,4 @@
-"""What a block of code costs on the device it runs on, measured without making the host wait for it."""
+"""The time that a block of code takes on its device, measured without a wait of the host for the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class HostStopwatch:
-    """Adds up the host's time inside its `with` blocks: on the CPU, work is done when the call returns."""
+    """Adds up the host's time inside its `with` blocks: CPU work is finished when a call returns."""
 
     def __init__(self) -> None:
         self._started = 0.0
@@ -33,7 +33,7 @@ class HostStopwatch:
 
 
 class CudaStopwatch:
-    """Adds up the stream's time inside its `with` blocks, between events that nobody waits for before `read()`."""
+    """Adds up the stream's time inside its `with` blocks, between two events; only `read()` waits for them."""
 
     def __init__(self) -> None:
         self._events: list[torch.cuda.Event] = []

@@ -24,11 +24,11 @@ from tests.support.composer_runs import (
     Recorder,
     assert_close,
     assert_same,
-    batches,
     checkpoint_path,
     composer_layouts,
     fit,
     full_tensors,
+    make_dataloader,
     make_trainer,
     on_ranks,
     reference_average,
@@ -122,7 +122,7 @@ SETTINGS = [
 def test_averages_equal_those_of_composers_own(layout: str, settings: dict[str, Any]) -> None:
     ours, theirs = EMA(**settings), composer.algorithms.EMA(**settings)
     for algorithm in (ours, theirs):
-        fit(make_trainer(layout, algorithm, max_duration="3ep", train_dataloader=batches(count=8)))
+        fit(make_trainer(layout, algorithm, max_duration="3ep", train_dataloader=make_dataloader(count=8)))
     their_names = {**theirs.ema_model.named_parameters_dict, **theirs.ema_model.named_buffers_dict}
     expected = {name.removeprefix("module."): it for name, it in their_names.items()}
     assert "net.stats.running_mean" in expected
@@ -150,7 +150,7 @@ def test_evaluation_sees_the_averages_and_training_the_live_weights(layout: str,
     fit(it, "5ba")
     it.eval()
     before_prediction = full_tensors(it.state)
-    it.predict(batches(count=2))
+    it.predict(make_dataloader(count=2))
     assert_same(full_tensors(it.state), before_prediction)
     fit(it, "3ba")
     it.eval()
@@ -268,7 +268,7 @@ def test_a_save_in_the_middle_of_an_evaluation_has_the_live_weights(layout: str,
 
     recorder, ema = Recorder(), EMA(half_life="3ba")
     it = make_trainer(
-        layout, ema, callbacks=[recorder, Saving()], eval_interval="4ba", eval_dataloader=batches(count=8)
+        layout, ema, callbacks=[recorder, Saving()], eval_interval="4ba", eval_dataloader=make_dataloader(count=8)
     )
     fit(it)
     average = weights_only(reference_average(recorder.weights_after_batch[:4], ema.smoothing))

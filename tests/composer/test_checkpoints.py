@@ -25,11 +25,11 @@ from tests.support.composer_runs import (
     Recorder,
     assert_close,
     assert_same,
-    batches,
     checkpoint_path,
     composer_layouts,
     fit,
     full_tensors,
+    make_dataloader,
     make_trainer,
     on_ranks,
     reference_average,
@@ -157,7 +157,9 @@ def test_checkpoints_load_on_other_worlds(
 ) -> None:
     def save() -> None:
         os.environ["WORLD_SIZE"] = str(before)
-        it, ema, recorder = run(layout, tmp_path / "saver", max_duration="4ba", train_dataloader=batches(count=20))
+        it, ema, recorder = run(
+            layout, tmp_path / "saver", max_duration="4ba", train_dataloader=make_dataloader(count=20)
+        )
         fit(it)
         it.save_checkpoint(str(tmp_path / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
         expected = averages(ema)
@@ -331,7 +333,7 @@ def test_start_and_interval_resume_as_without_interruption(
     layout: str, settings: dict[str, Any], saved_every: str, batch: int, tmp_path: Path
 ) -> None:
     def started(ema: EMA, **given: Any) -> EMA:  # noqa: ANN401
-        fit(make_trainer(layout, ema, max_duration="3ep", train_dataloader=batches(count=4), **given))
+        fit(make_trainer(layout, ema, max_duration="3ep", train_dataloader=make_dataloader(count=4), **given))
         return ema
 
     uninterrupted = started(EMA(**settings), save_folder=str(tmp_path), save_interval=saved_every)
@@ -345,7 +347,7 @@ def test_start_and_interval_resume_as_without_interruption(
 @composer_layouts("plain")
 def test_a_second_fit_does_not_restart_the_averages(layout: str) -> None:
     ema = EMA(half_life="2ep")
-    it = make_trainer(layout, ema, max_duration="2ep", train_dataloader=batches(count=4))
+    it = make_trainer(layout, ema, max_duration="2ep", train_dataloader=make_dataloader(count=4))
     fit(it, "2ba")
     fit(it, "2ba")
     assert ema.ema is not None
@@ -410,7 +412,7 @@ def test_averages_may_be_left_out_of_what_is_loaded(layout: str, tmp_path: Path)
 
 @composer_layouts("ddp", "fsdp2")
 def test_a_checkpoint_at_the_end_of_an_iteration_is_resumed(layout: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"max_duration": "2ep", "train_dataloader": batches(count=8)}
+    settings: dict[str, Any] = {"max_duration": "2ep", "train_dataloader": make_dataloader(count=8)}
     it, ema, uninterrupted = run(layout, tmp_path, save_interval="1iter", **settings)
     it.state._iteration_length = "1ep"  # noqa: SLF001  Composer has no public way to it
     fit(it)

@@ -1,4 +1,7 @@
-"""What tests share: ranks, layouts, runs of commands. Nothing here is a test."""
+"""Helpers of the tests: the harness for several ranks, wrapped models, runs of commands and scripts, sample tensors.
+
+No tests here, and nothing that only one test module needs. Helpers import `ema_dist` and each other, no test module.
+"""
 
 from pathlib import Path
 

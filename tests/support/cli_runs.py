@@ -1,4 +1,4 @@
-"""The command `ema-dist` as tests call it, and the checkpoints that it is given."""
+"""Runs of the command `ema-dist` in this process, and the checkpoints that they read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.layouts import make_trained
 
 
 def run(*arguments: object) -> Result:
-    """The command in this process; whatever it raised beyond an exit code is a bug."""
+    """Runs the command in this process; any exception but `SystemExit` is raised again."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -28,14 +28,14 @@ def run(*arguments: object) -> Result:
 
 
 def run_ok(*arguments: object) -> str:
-    """The standard output of a command that ends well."""
+    """Runs the command, which must succeed, and returns its standard output."""
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def save_with_dcp(folder: Path, state: dict[str, Any]) -> Path:
-    """What plain DCP writes."""
+    """Saves `state` with plain DCP, without `ema_dist.checkpoint`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
@@ -43,18 +43,18 @@ def save_with_dcp(folder: Path, state: dict[str, Any]) -> Path:
 
 
 def make_dcp_checkpoint(folder: Path, **settings: Any) -> tuple[Path, ShardedEMA]:  # noqa: ANN401
-    """A checkpoint of plain DCP with a model and its averages, and the averages."""
+    """Saves a trained model and its averages with plain DCP; returns the folder and the averages."""
     model, ema = make_trained("plain", **settings)
     return save_with_dcp(folder, {"model": get_model_state_dict(model), "ema": ema}), ema
 
 
-def make_checkpoint(root: Path, step: int = 3, **more: Any) -> tuple[Path, nn.Module, ShardedEMA]:  # noqa: ANN401
-    """A root with one checkpoint of ours, the model and the averages."""
+def make_checkpoint(root: Path, step: int = 3, **entries: Any) -> tuple[Path, nn.Module, ShardedEMA]:  # noqa: ANN401
+    """Saves a trained model, averages and `entries` with `ema_dist.checkpoint`; returns root, model and averages."""
     model, ema = make_trained("plain")
-    checkpoint.save({"model": model, "ema": ema, **more}, root, step=step)
+    checkpoint.save({"model": model, "ema": ema, **entries}, root, step=step)
     return root, model, ema
 
 
 def load_exported(folder: Path) -> dict[str, Tensor]:
-    """Every tensor in an export, read by safetensors itself."""
+    """Every tensor of an export, read by safetensors."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

@@ -1,4 +1,4 @@
-"""Runs of Composer's real Trainer on a CPU: a small model, its data, every way to wrap it, and what happened."""
+"""Runs of Composer's real Trainer on a CPU: a small model, its data, its layouts, and a recorder of its weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ on_ranks = partial(pytest.mark.world_size, timeout=180)
 
 
 def composer_layouts(*names: str) -> pytest.MarkDecorator:
-    """Runs a test under each of these, on the ranks it takes; under all that a checkpoint may come from by default."""
+    """Parametrizes `layout` by name, each on as many ranks as it needs; by default, all that save checkpoints."""
     chosen = names or ("ddp", "fsdp1", "fsdp2", "hsdp", "fsdp1-full", "fsdp2-full")
     ranks = {"plain": 1, "hsdp": 4}
     return pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def composer_layouts(*names: str) -> pytest.MarkDecorator:
 
 
 class Classifier(ComposerClassifier):
-    """Awkward shapes, ties, a frozen layer and buffers, under an attribute that is not called ``module``."""
+    """A `Net` under an attribute that is not called `module`, as `ComposerClassifier` would call it."""
 
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -65,7 +65,7 @@ class Classifier(ComposerClassifier):
 
 
 class Recorder(Callback):
-    """Full live weights after each batch, and what the model holds at other events."""
+    """Records full weights: the live ones after each batch, and those in the model at other events."""
 
     def __init__(self) -> None:
         self.weights_after_batch: list[dict[str, Tensor]] = []
@@ -85,13 +85,13 @@ class Recorder(Callback):
 
 
 def full_tensors(state: State) -> dict[str, Tensor]:
-    """Full copies of the tensors that the model holds, on every rank, by canonical names."""
-    held = get_model_state_dict(state.model, options=StateDictOptions(full_state_dict=True))
-    return {name: tensor.detach().clone() for name, tensor in held.items() if isinstance(tensor, Tensor)}
+    """Full copies of the tensors in the model by canonical name, on every rank."""
+    weights = get_model_state_dict(state.model, options=StateDictOptions(full_state_dict=True))
+    return {name: tensor.detach().clone() for name, tensor in weights.items() if isinstance(tensor, Tensor)}
 
 
-def batches(size: int = 4, count: int = 12) -> DataLoader[Any]:
-    """Six batches an epoch on two ranks."""
+def make_dataloader(size: int = 4, count: int = 12) -> DataLoader[Any]:
+    """Random samples and labels: by default, six batches on each of two ranks."""
     generator = torch.Generator().manual_seed(7)
     world = dist.get_world_size() if dist.is_initialized() else 1
     samples = size * count
@@ -103,27 +103,27 @@ def batches(size: int = 4, count: int = 12) -> DataLoader[Any]:
     return DataLoader(data, batch_size=size, sampler=sampler)
 
 
-def make_trainer(  # a Trainer takes anything
+def make_trainer(
     layout: str,
     *algorithms: Algorithm,
     model: ComposerModel | None = None,
-    **settings: Any,  # noqa: ANN401
+    **settings: Any,  # noqa: ANN401  a Trainer takes anything
 ) -> Trainer:
-    """A real Trainer on this rank."""
+    """A Trainer on this rank; `settings` override the defaults below."""
     os.environ |= {"LOCAL_WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"), "NODE_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     os.environ["FSDP_VERSION"] = "2" if layout.startswith("fsdp2") else "1"
     if layout.startswith(("fsdp1", "hsdp")):
-        # Composer asks CUDA for the current device when it prepares FSDP1; nothing else keeps that from a CPU.
+        # Composer asks CUDA for the current device when it wraps with FSDP1; all else works on a CPU.
         torch.cuda.current_device = lambda: torch.device("cpu")
     if layout == "fsdp1-full":
-        # torch crashes where a full state that is on a CPU already is to be offloaded to it.
-        composer.core.state.StateDictOptions = lambda **given: StateDictOptions(**given | {"cpu_offload": False})
+        # torch crashes when it offloads a full state dict that is on a CPU already.
+        composer.core.state.StateDictOptions = lambda **options: StateDictOptions(**options | {"cpu_offload": False})
     model = model or Classifier()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     defaults: dict[str, Any] = {
-        "train_dataloader": batches(),
-        "eval_dataloader": batches(count=4),
+        "train_dataloader": make_dataloader(),
+        "eval_dataloader": make_dataloader(count=4),
         "max_duration": "8ba",
         "optimizers": torch.optim.AdamW(parameters, lr=1e-2),
         "parallelism_config": PARALLELISM_CONFIGS[layout] or None,
@@ -138,19 +138,19 @@ def make_trainer(  # a Trainer takes anything
 
 
 def checkpoint_path(folder: Path, batch: int) -> str:
-    """The checkpoint of a batch, a file or a folder; the last one, if there are two."""
+    """The path of the checkpoint of a batch: a file or a folder, the last one if there are two."""
     return str(max(path for path in folder.iterdir() if f"-ba{batch}-" in f"{path.name}-"))
 
 
-def fit(composer_trainer: Trainer, duration: str | None = None) -> None:
-    """Train, without the warnings of others."""
+def fit(trainer: Trainer, duration: str | None = None) -> None:
+    """Train, and ignore the warnings of Composer and torch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        composer_trainer.fit(duration=duration)
+        trainer.fit(duration=duration)
 
 
 def reference_average(weights: list[dict[str, Tensor]], smoothing: float) -> dict[str, Tensor]:
-    """The moving average of full weights in float64: the oracle."""
+    """The oracle: the moving average of full weights in float64."""
     average: dict[str, Tensor] = {}
     for full in weights:
         for name, live in full.items():
@@ -160,13 +160,13 @@ def reference_average(weights: list[dict[str, Tensor]], smoothing: float) -> dic
 
 
 def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 1e-6) -> None:
-    """All that is in ``right`` is in ``left``, nearly."""
+    """Each tensor of `right` is in `left`, within the tolerance."""
     for name, expected in right.items():
         torch.testing.assert_close(left[name].double(), expected.double(), rtol=tolerance, atol=tolerance, msg=name)
 
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    """Equal names, and equal tensors to the bit."""
+    """The same names, and bit-identical tensors."""
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different, different

@@ -1,8 +1,8 @@
-"""Runs a test body on several ranks: a fresh process group in fresh processes, in about a tenth of a second.
+"""Runs a test on several ranks: a fresh process group in fresh processes, in about a tenth of a second.
 
-The ranks are forked from a server that has torch loaded. A body travels there as its module's and its own name, its
-arguments as a pickle; a rank answers once, on a pipe of its own. What it prints is printed here when all is over. Ranks
-that are still there when the test is decided are killed.
+The ranks are forked from a server process that has loaded torch. A rank gets the test by module and name, and its
+arguments as a pickle. It sends one `Outcome` through its own pipe. When the result of the test is known, all ranks are
+killed, and their output is printed for pytest to capture.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _forkserver_context.set_forkserver_preload(
         "torch.distributed.fsdp",
         "torch.distributed.checkpoint",
         "ema_dist.checkpoint",
-        "ema_dist.composer",  # where Composer is installed: the server passes over what it cannot import
+        "ema_dist.composer",  # the server ignores this where Composer is not installed
     ]
 )
 
-# Here rather than in conftest.py because ranks import this module too: what they draw is then the same on each.
+# Here rather than in conftest.py because ranks import this module too: all of them then draw the same examples.
 hypothesis.settings.register_profile(
     "repeatable",
     derandomize=True,
@@ -62,7 +62,7 @@ hypothesis.settings.load_profile("repeatable")
 
 @dataclass(frozen=True)
 class World:
-    """How many ranks a body runs on, for how many seconds at most, and over which backend they talk."""
+    """The number of ranks, the time limit in seconds, and the backend of their process group."""
 
     size: int
     timeout: float = 60.0
@@ -71,7 +71,7 @@ class World:
 
 @dataclass(frozen=True)
 class RemoteTest:
-    """A test function on its way to the ranks, with the warning filters that pytest applies to it here."""
+    """A test function as it is sent to the ranks, with the warning filters that pytest applies to it here."""
 
     module: str
     name: str
@@ -79,7 +79,7 @@ class RemoteTest:
     warning_filters: tuple[str, ...] = ()
 
     def load(self) -> tuple[Callable[..., object], dict[str, Any]]:
-        """The test function and its arguments, in a rank's process, with asserts that explain themselves."""
+        """Returns the function and its arguments; call it on a rank. Its asserts are rewritten as pytest does."""
         _rewrite_asserts(self.module)
         function = getattr(importlib.import_module(self.module), self.name)
         if hasattr(function, "hypothesis"):
@@ -89,14 +89,14 @@ class RemoteTest:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one rank."""
+    """How the test ended on one rank."""
 
     kind: Literal["passed", "skipped", "failed", "died", "hung"]
     text: str = ""
 
 
 class RanksFailed(Failed):
-    """Shows the ranks' own tracebacks in place of one from here, and the example that hypothesis adds as a note."""
+    """Shows the tracebacks of the ranks instead of one from here, and the example that hypothesis adds as a note."""
 
     def __str__(self) -> str:
         """The ranks' report, then the example."""
@@ -104,20 +104,20 @@ class RanksFailed(Failed):
 
 
 def start_server() -> None:
-    """Start loading torch in the server, in the background, so that the first test need not wait for all of it."""
+    """Start the server in the background: it loads torch while pytest goes on, so that the first test waits less."""
     forkserver.ensure_running()
 
 
-def run(body: RemoteTest, world: World) -> None:
-    """Run the body on every rank of a fresh world; pass, skip or fail here as it did there."""
+def run(test: RemoteTest, world: World) -> None:
+    """Run the test on every rank of a fresh world; pass, skip or fail here as it did there."""
     with tempfile.TemporaryDirectory(prefix="world-") as directory:
         ranks: list[_RankProcess] = []
         try:
-            ranks.extend(_RankProcess(body, world, rank, Path(directory)) for rank in range(world.size))
-            outcomes = _outcomes(ranks)
+            ranks.extend(_RankProcess(test, world, rank, Path(directory)) for rank in range(world.size))
+            outcomes = _collect_outcomes(ranks)
         finally:
-            for started in ranks:
-                started.end()
+            for process in ranks:
+                process.end()
     kinds = {outcome.kind for outcome in outcomes.values()}
     if kinds == {"skipped"}:
         pytest.skip(outcomes[0].text)
@@ -126,19 +126,19 @@ def run(body: RemoteTest, world: World) -> None:
 
 
 class _RankProcess:
-    """One rank seen from the test's own process."""
+    """One rank, seen from the process that runs pytest."""
 
-    def __init__(self, body: RemoteTest, world: World, rank: int, directory: Path) -> None:
+    def __init__(self, test: RemoteTest, world: World, rank: int, directory: Path) -> None:
         self.rank = rank
         self.stacks = directory / f"stacks-{rank}.txt"
         self.output = directory / f"output-{rank}.txt"
-        self.pipe, pipe = _forkserver_context.Pipe(duplex=False)
-        self.process = _forkserver_context.Process(target=_rank_main, args=(body, world, rank, directory, pipe))
+        self.pipe, write_end = _forkserver_context.Pipe(duplex=False)
+        self.process = _forkserver_context.Process(target=_rank_main, args=(test, world, rank, directory, write_end))
         self.process.start()
-        pipe.close()
+        write_end.close()  # else `recv` would wait for this copy after the rank has died
 
     def outcome(self) -> Outcome:
-        """The rank's answer, or how it ended without one. Blocks until there is either."""
+        """Returns the outcome that the rank sends, or how it ended without sending one. Blocks until then."""
         try:
             outcome: Outcome = self.pipe.recv()
         except EOFError:
@@ -161,8 +161,8 @@ class _RankProcess:
             print(f"--- rank {self.rank}\n{output}")
 
 
-def _outcomes(ranks: list[_RankProcess]) -> dict[int, Outcome]:
-    """Each rank's outcome, in order of arrival; after the first bad one, only those that are already there."""
+def _collect_outcomes(ranks: list[_RankProcess]) -> dict[int, Outcome]:
+    """Outcomes by rank, in order of arrival; after the first failure, only those that have already arrived."""
     waiting = list(ranks)
     outcomes: dict[int, Outcome] = {}
     grace_seconds = None
@@ -171,14 +171,14 @@ def _outcomes(ranks: list[_RankProcess]) -> dict[int, Outcome]:
             waiting.remove(rank)
             outcome = outcomes[rank.rank] = rank.outcome()
             if outcome.kind == "hung":
-                grace_seconds = 1.0  # its peers reach the limit now: their stacks tell whom it waited for
+                grace_seconds = 1.0  # its peers reach the time limit now, and their stacks show what they wait for
             elif outcome.kind in {"failed", "died"}:
                 grace_seconds = 0.0
     return outcomes
 
 
 def _describe(outcomes: dict[int, Outcome], world: World) -> list[str]:
-    """One paragraph a rank, the one that ended first on top."""
+    """One paragraph for each rank, in the order in which they ended."""
     lines = []
     for rank, outcome in outcomes.items():
         match outcome.kind:
@@ -194,40 +194,50 @@ def _describe(outcomes: dict[int, Outcome], world: World) -> list[str]:
     return lines
 
 
-def _rank_main(body: RemoteTest, world: World, rank: int, directory: Path, pipe: connection.Connection) -> None:
-    """A rank's whole life."""
+def _rank_main(test: RemoteTest, world: World, rank: int, directory: Path, pipe: connection.Connection) -> None:
+    """The main function of a rank's process."""
     with (directory / f"output-{rank}.txt").open("w") as output, (directory / f"stacks-{rank}.txt").open("w") as stacks:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
         faulthandler.enable(stacks)
         faulthandler.dump_traceback_later(world.timeout, exit=True, file=stacks)
-        outcome = _run_test(body, world, rank, directory)
+        outcome = _run_test(test, world, rank, directory)
         sys.stdout.flush()
         sys.stderr.flush()
+        _save_coverage()
         pipe.send(outcome)
 
 
-def _run_test(body: RemoteTest, world: World, rank: int, directory: Path) -> Outcome:
+def _save_coverage() -> None:
+    """Write what coverage.py measured in this process, before the outcome is sent and the process killed for it."""
+    coverage: Any = sys.modules.get("coverage")
+    measurement = coverage.Coverage.current() if coverage else None
+    if measurement:
+        measurement.stop()
+        measurement.save()
+
+
+def _run_test(test: RemoteTest, world: World, rank: int, directory: Path) -> Outcome:
     __tracebackhide__ = True
     try:
-        test, arguments = body.load()
-        for warning_filter in body.warning_filters:
+        function, arguments = test.load()
+        for warning_filter in test.warning_filters:
             warnings.filterwarnings(*parse_warning_filter(warning_filter, escape=False))
         _init_process_group(world, rank, directory)
-        test(**arguments)
+        function(**arguments)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves early breaks the connections of one that is still at work
-            if not torch_2_7.IS_TORCH_2_7:  # there it may hang, and the process ends anyway
+            if not torch_2_7.IS_TORCH_2_7:  # torch 2.7 may hang here, and the process ends anyway
                 dist.destroy_process_group()
     except pytest.skip.Exception as skipped:
         return Outcome("skipped", str(skipped))
-    except BaseException as error:  # noqa: BLE001  a rank answers whatever ended it, SystemExit included
+    except BaseException as error:  # noqa: BLE001  a rank reports whatever ended it, SystemExit included
         return Outcome("failed", str(pytest.ExceptionInfo.from_exception(error).getrepr(style="short")))
     return Outcome("passed")
 
 
 def _init_process_group(world: World, rank: int, directory: Path) -> None:
-    """Enter the world: what torchrun's environment and `init_process_group` would have done."""
+    """Join the process group of `world`, with the environment variables that torchrun would have set."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world.size)}
     device = torch.device("cuda", rank) if "nccl" in world.backend else None
     if device is not None:
@@ -244,7 +254,7 @@ def _init_process_group(world: World, rank: int, directory: Path) -> None:
 
 
 def _rewrite_asserts(module: str) -> None:
-    """Import the module as pytest imports it: asserts rewritten (from the cache that collecting it has filled)."""
+    """Import the module as pytest does, with rewritten asserts (from the cache that pytest filled on collection)."""
     config = pytest.Config.fromdictargs({}, ["-c", os.devnull, "--noconftest", "--disable-plugin-autoload"])
     pytest.register_assert_rewrite(module)
 

@@ -1,4 +1,4 @@
-"""A small awkward model, every way to wrap it, and its full weights by torch's own means."""
+"""A small model with awkward shapes, every layout to wrap it in, and its full weights as torch gathers them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class Block(nn.Module):
-    """Seven rows, which no world of 2 to 4 divides; one row, which leaves ranks without any; a child called module."""
+    """Seven rows, which 2 to 4 ranks cannot share evenly; one row, so that ranks have none; a child called `module`."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -64,18 +64,18 @@ class Net(nn.Module):
 
 
 def make_net(*layouts: str, seed: int = 0) -> Net:
-    """The same weights on every rank, in shapes that each of ``layouts`` can wrap."""
+    """A `Net` with the same weights on every rank, in shapes that each of `layouts` can wrap."""
     torch.manual_seed(seed)
     return Net(min(LAYOUTS[layout].hidden for layout in layouts))
 
 
 @dataclass(frozen=True)
 class LayoutSpec:
-    """One way to wrap a `Net`, the number of ranks that it wants, and the rows of the hidden layer."""
+    """How to wrap a `Net`, the number of ranks, and the rows of the hidden layer."""
 
     wrap: Callable[[nn.Module], nn.Module]
     ranks: int = 2
-    hidden: int = 7  # tensor parallelism cuts activations too, and only evenly: 6 over 2, for FSDP2 to cut unevenly
+    hidden: int = 7  # tensor parallelism needs an even split: with 6 rows over 2, FSDP2 still shards 3 unevenly
 
 
 def _ddp(net: nn.Module) -> nn.Module:
@@ -83,7 +83,7 @@ def _ddp(net: nn.Module) -> nn.Module:
 
 
 def _fsdp1(net: nn.Module, strategy: str = "FULL_SHARD", *, use_orig_params: bool = True) -> nn.Module:
-    own_flat_module = None if use_orig_params else net.frozen  # one flat parameter then requires a gradient or does not
+    own_flat_module = None if use_orig_params else net.frozen  # one flat parameter cannot be partly frozen
     hybrid = strategy == "HYBRID_SHARD"
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2) if hybrid else (dist.get_world_size(),))
     return FullyShardedDataParallel(
@@ -161,7 +161,9 @@ LAYOUTS = {
         lambda net: _activation_checkpointed(_tp(net), wrapper=lambda wrapped: wrapped), hidden=6
     ),
     "fsdp2-tp-checkpointed": LayoutSpec(
-        lambda net: _activation_checkpointed(_fsdp2_tp(net), wrapper=lambda it: it), ranks=4, hidden=FSDP2_TP_ROWS
+        lambda net: _activation_checkpointed(_fsdp2_tp(net), wrapper=lambda wrapped: wrapped),
+        ranks=4,
+        hidden=FSDP2_TP_ROWS,
     ),
     "plain-compiled": LayoutSpec(partial(_compiled, wrapper=lambda net: net), ranks=1),
     "fsdp1-compiled": LayoutSpec(partial(_compiled, wrapper=_fsdp1)),
@@ -175,15 +177,15 @@ LAYOUTS = {
 IGNORED_WARNINGS = (
     pytest.mark.filterwarnings("ignore:The `NO_SHARD` sharding strategy is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo
-    pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning"),  # what FSDP1 saves as
-    pytest.mark.filterwarnings("ignore:`_get_pg_default_device` will be deprecated:UserWarning"),  # FSDP1's own call
-    pytest.mark.filterwarnings("ignore:Multiple backends are registered with this ProcessGroup:UserWarning"),  # and its
+    pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning"),  # FSDP1 saves ShardedTensor
+    pytest.mark.filterwarnings("ignore:`_get_pg_default_device` will be deprecated:UserWarning"),  # called by FSDP1
+    pytest.mark.filterwarnings("ignore:Multiple backends are registered with this ProcessGroup:UserWarning"),  # FSDP1
     pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning"),
 )
 
 
 def layouts(*names: str) -> pytest.MarkDecorator:
-    """Parametrizes ``layout`` by name, each on as many ranks as it wants; without names by all of them."""
+    """Parametrizes `layout` by name, each on as many ranks as it needs; without names, by all layouts."""
     chosen = names or tuple(LAYOUTS)
     return pytest.mark.parametrize(
         "layout",
@@ -192,12 +194,12 @@ def layouts(*names: str) -> pytest.MarkDecorator:
 
 
 def wrap(layout: str, net: nn.Module) -> nn.Module:
-    """``net`` wrapped in that way."""
+    """Returns `net` wrapped in `layout`."""
     return LAYOUTS[layout].wrap(net)
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every full live tensor in float64 by canonical name, on every rank, by torch's own means."""
+    """Every full tensor of the model in float64 by canonical name, on every rank, as torch gathers them."""
     if not FullyShardedDataParallel.fsdp_modules(model):
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
         return {name: tensor.detach().clone().double() for name, tensor in state.items()}
@@ -215,7 +217,7 @@ def _canonical_name(name: str) -> str:
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """One step on a batch that is the same on every rank and for every layout."""
+    """One optimizer step on a batch that is the same on every rank and for every layout."""
     batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
     model.train()
     model(batch).square().mean().backward()
@@ -234,10 +236,10 @@ def make_trained(layout: str, net: Net | None = None, **settings: Any) -> tuple[
     return model, ema
 
 
-def assert_bitwise_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """The same names, and the same values to the bit (compared in float64)."""
-    assert found.keys() == expected.keys()
-    assert [name for name, value in expected.items() if not torch.equal(found[name].double(), value.double())] == []
+def assert_bitwise_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names and bit-identical values, compared in float64."""
+    assert actual.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(actual[name].double(), value.double())] == []
 
 
 @torch.no_grad()
@@ -248,7 +250,7 @@ def evaluate(model: nn.Module) -> Tensor:
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Most bytes of tensors that ``call`` held at any moment beyond those that were there before it."""
+    """Peak bytes of tensors that `call` allocated, beyond those that existed before."""
     with torch.profiler.profile(profile_memory=True) as profile:
         result = call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -261,7 +263,7 @@ def peak_memory(call: Callable[[], object]) -> int:
 
 
 def peak_resident_memory(call: Callable[[], object]) -> int:
-    """Most bytes that the process held at any moment of ``call`` beyond what it held before."""
+    """Peak resident bytes of the process during `call`, beyond those before it."""
     before = _status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     call()

@@ -1,4 +1,4 @@
-"""From which layout and world to which other: what is saved on the one loads on the other."""
+"""Pairs of layout and world size: a checkpoint saved on the source must load on the target."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ RESHARD_CASES = [
 ]
 
 reshard_cases = pytest.mark.parametrize(
-    ("saved_as", "saved_on", "loaded_as", "loaded_on"),
+    ("source_layout", "source_ranks", "target_layout", "target_ranks"),
     [
-        pytest.param(*move, marks=(pytest.mark.world_size(max(move[1], move[3])), *IGNORED_WARNINGS))
-        for move in RESHARD_CASES
+        pytest.param(*case, marks=(pytest.mark.world_size(max(case[1], case[3])), *IGNORED_WARNINGS))
+        for case in RESHARD_CASES
     ],
 )
 """Parametrizes a test on as many ranks as the larger world has."""
 
 
 def run_in_world(size: int, directory: Path, body: Callable[[], None]) -> None:
-    """Run ``body`` on the first ranks in a world of their own; the next world starts when they are done."""
+    """Run ``body`` on the first ``size`` ranks, in a process group of their own; the others return at once."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

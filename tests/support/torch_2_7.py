@@ -1,6 +1,6 @@
-"""What torch 2.7, which Composer asks for, cannot do or does otherwise, and how the tests get along with it.
+"""Workarounds for torch 2.7, which Composer requires.
 
-Each of these was seen with torch 2.7.0 and is gone in the torch of `constraints.txt`.
+Each problem was seen with torch 2.7.0 and is fixed in the torch of `constraints.txt`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch.distributed import ProcessGroup
 IS_TORCH_2_7 = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 8)
 
 WARNINGS = ("ignore:TypedStorage is deprecated:UserWarning",) if IS_TORCH_2_7 else ()
-"""Filters of what DCP warns about in its own code."""
+"""Filters for warnings that DCP raises about its own code."""
 
 FSDP2_TP_ROWS = 4 if IS_TORCH_2_7 else 6
-"""Of a layer cut by FSDP2 over tensor parallelism: it refuses those that four ranks cannot share evenly."""
+"""Rows of a layer under FSDP2 and tensor parallelism together; torch 2.7 refuses an uneven split over four ranks."""
 
 needs_stable_storage = pytest.mark.skipif(
-    IS_TORCH_2_7, reason="FSDP2 in torch 2.7 puts uneven shards into other storage whenever a state is loaded"
+    IS_TORCH_2_7, reason="FSDP2 in torch 2.7 moves uneven shards to new storage whenever a state dict is loaded"
 )
 
 
 def apply_workarounds(device: str) -> None:
-    """Make this rank's torch do what the tests take for granted."""
+    """Patch torch in this rank as the tests need it."""
     if IS_TORCH_2_7:
         _delay_group_destruction()
         if device == "cpu":
@@ -36,7 +36,7 @@ def apply_workarounds(device: str) -> None:
 
 
 def _delay_group_destruction() -> None:
-    """Destroying a process group waits for its threads, and these for the interpreter to free tensors they sent."""
+    """`destroy_process_group` waits for threads that wait for the interpreter to free the tensors that they sent."""
     destroy = dist.destroy_process_group
 
     def destroy_after_delay(group: ProcessGroup | None = None) -> None:
@@ -47,17 +47,17 @@ def _delay_group_destruction() -> None:
 
 
 def _average_gradients() -> None:
-    """Let FSDP2 train on CPUs as it does elsewhere: it summed gradients over gloo, and under HSDP it failed."""
+    """Make FSDP2 average gradients on CPUs: over gloo it summed them, and under HSDP it failed."""
     collectives: Any = import_module("torch.distributed.fsdp._fully_shard._fsdp_collectives")
     param_group: Any = import_module("torch.distributed.fsdp._fully_shard._fsdp_param_group")
     reduce = collectives.foreach_reduce
 
     def factors(shards: ProcessGroup, replicas: ProcessGroup | None, *_: object) -> tuple[float, float]:
-        return 1.0, shards.size() * (replicas.size() if replicas else 1)  # gloo has no average: sum, and divide after
+        return 1.0, shards.size() * (replicas.size() if replicas else 1)  # gloo cannot average: sum first, then divide
 
     def reduce_without_event(*arguments: Any) -> tuple[Any, ...]:  # noqa: ANN401
         *before, _all_reduced, event, partial = reduce(*arguments)
-        return *before, None, event, partial  # what was reduced asks for an event, and CPUs have none
+        return *before, None, event, partial  # FSDP2 would record an event on it, and CPUs have none
 
     collectives._get_gradient_divide_factors = factors  # noqa: SLF001
     param_group.foreach_reduce = reduce_without_event

@@ -1,7 +1,7 @@
 """launch/train.py on ranks that send signals at chosen moments: `torchrun ... train_with_signals.py OPTIONS`.
 
-The environment says which ranks and when: see injected_signals.py, which starts it. Nothing is patched: Python's profiler sees
-every call, in every thread.
+The environment variable INJECTED_SIGNALS says which ranks and when: see injected_signals.py. No code is patched:
+Python's profiler sees every call in every thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).parents[2]
-# The path that `train.py` would have, and the root for `tests`; without the folder of this script.
+# `sys.path` as `train.py` would have it, and the root for `tests`; not the folder of this script.
 sys.path[0:1] = [str(ROOT / "launch"), str(ROOT)]
 
 import train  # noqa: E402
@@ -23,7 +23,7 @@ from tests.support.injected_signals import InjectedSignal  # noqa: E402
 
 
 def profiler(injected: InjectedSignal) -> Callable[[FrameType, str, object], None]:
-    """Counts calls of the function, then whatever its thread does next, and sends the signal."""
+    """Counts calls of the function, then all events of its thread, and sends the signal."""
     calls, events, thread = injected.call_number, injected.events_after, 0
 
     def profile(frame: FrameType, event: str, _argument: object) -> None:

@@ -1,6 +1,6 @@
 """Loads averaged weights into a plain model and evaluates it: one process, no process group, no ema_dist.
 
-python launch/evaluate.py runs/digits/model.safetensors
+python launch/evaluate_weights.py runs/digits/model.safetensors
 """
 
 import argparse
