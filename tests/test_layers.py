@@ -30,7 +30,7 @@ ROWS = {
     "checkpoint.weights": 9,
     "checkpoint.dcp": 8,
     "checkpoint.agreement": 7,
-    "checkpoint.folders": 7,
+    "checkpoint.step_folders": 7,
     "checkpoint.values": 7,
     "checkpoint.errors": 6,
     "ema": 5,
