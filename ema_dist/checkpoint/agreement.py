@@ -1,4 +1,4 @@
-"""What the ranks of a checkpoint need to agree on."""
+"""Agreement between the ranks that save or load a checkpoint: rendezvous, results, names and problems."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ema_dist.communication.rendezvous import rendezvous
 T = TypeVar("T")
 
 _groups: MutableMapping[object, ProcessGroup] = WeakKeyDictionary()
-"""The group for checkpoints in each world."""
+"""The group for checkpoints, by world group."""
 
 
 def checkpoint_rendezvous(call: str, *, timeout: float, problem: str = "") -> ProcessGroup | None:
-    """Meet all ranks in ``call``; the group over which a checkpoint is agreed on, or None in a process on its own.
+    """Wait until all ranks have reached ``call``; return the group for checkpoints, None without a process group.
 
-    It is a group of its own, over gloo: a save in the background must not get between the collectives of training.
+    The group is separate and uses gloo: a save in the background must not interleave with the collectives of training.
 
     Collective: over the default process group.
-    Raises: RuntimeError when a rank does not come, or comes with a problem.
+    Raises: RuntimeError when a rank does not arrive in time, or arrives with a problem.
     """
     if not dist.is_initialized():
         # torch warns of the obvious at each single-process save and load, some of them in a thread.
@@ -43,7 +43,7 @@ def checkpoint_rendezvous(call: str, *, timeout: float, problem: str = "") -> Pr
 
 
 def run_on_first_rank(call: Callable[[], T], group: ProcessGroup | None) -> T:
-    """What ``call`` returns on the first rank, on every rank; what it raises there becomes a CheckpointError on all.
+    """Call ``call`` on the first rank and return its result on every rank; an error becomes a CheckpointError on all.
 
     Collective: over ``group``.
     """
@@ -51,7 +51,7 @@ def run_on_first_rank(call: Callable[[], T], group: ProcessGroup | None) -> T:
     if group is None or group.rank() == 0:
         try:
             outcome = [(call(), "")]
-        except Exception as error:  # noqa: BLE001  the other ranks wait for it
+        except Exception as error:  # noqa: BLE001  the other ranks wait for the broadcast
             outcome = [(None, str(error) if isinstance(error, (CheckpointError, OSError)) else repr(error))]
     if group is not None:
         dist.broadcast_object_list(outcome, src=0, group=group)
@@ -61,17 +61,20 @@ def run_on_first_rank(call: Callable[[], T], group: ProcessGroup | None) -> T:
     return result  # pyrefly: ignore  a call that did not raise has returned its own type
 
 
-def require_same_names(what: str, names: Sequence[str], group: ProcessGroup | None) -> None:
-    """Raise RuntimeError on every rank unless the same names are there on all of them.
+def require_same_names(label: str, names: Sequence[str], group: ProcessGroup | None) -> None:
+    """Raise RuntimeError on every rank unless ``names`` are the same on all ranks.
+
+    Args:
+        label: describes the names in the error.
 
     Collective: over ``group``.
     """
     if different := describe_rank_differences(names, group):
-        raise RuntimeError(f"{what} must be the same on every rank, but {different}")
+        raise RuntimeError(f"{label} must be the same on every rank, but {different}")
 
 
 def describe_rank_differences(names: Sequence[str], group: ProcessGroup | None) -> str:
-    """Which of the names are not on all ranks, in words, the same on every rank; empty where all are.
+    """Describe which names are not on all ranks, with the same text on every rank; empty if all ranks agree.
 
     Collective: over ``group``.
     """
@@ -81,7 +84,7 @@ def describe_rank_differences(names: Sequence[str], group: ProcessGroup | None) 
 
 
 def gather_problems(problems: list[str], group: ProcessGroup | None) -> list[str]:
-    """The problems of all ranks, in their order, each once.
+    """Return the problems of all ranks, in rank order and without duplicates.
 
     Collective: over ``group``.
     """
@@ -96,5 +99,5 @@ def gather_problems(problems: list[str], group: ProcessGroup | None) -> list[str
 
 
 def prefix_rank(problem: str, group: ProcessGroup | None) -> str:
-    """The problem, and whose it is."""
+    """Prefix a problem with the rank that has it."""
     return problem if group is None else f"rank {group.rank()}: {problem}"

@@ -1,4 +1,4 @@
-"""The values that users save and load: how each becomes tensors for DCP, and takes back what DCP has read."""
+"""The values that users save and load: how each becomes tensors for DCP, and takes over what DCP has read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Entry(ABC):
     """One value of the dictionary that is saved or loaded.
 
     Args:
-        key: its name there, and in the checkpoint.
+        key: the value's key in that dictionary, and in the checkpoint.
     """
 
     def __init__(self, key: str) -> None:
@@ -33,23 +33,23 @@ class Entry(ABC):
 
     @abstractmethod
     def state_to_save(self) -> Any:
-        """Nested dictionaries of tensors (cut, where other ranks hold other parts) and plain values."""
+        """Nested dictionaries of tensors (wrapped for DCP, where ranks hold different shards) and plain values."""
 
     @abstractmethod
     def targets(self, contents: Contents) -> dict[str, Tensor]:
-        """The tensors to read into, by their names in the checkpoint; nothing is changed yet.
+        """The tensors to read into, by their DCP names; changes nothing yet.
 
-        Raises: ValueError when what is stored does not fit.
+        Raises: ValueError when the stored entry does not fit this value.
         """
 
     @abstractmethod
     def finish_load(self, contents: Contents) -> None:
-        """Take over what has been read into the targets, and the plain values."""
+        """Take over the tensors that were read into the targets, and the plain values."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """This rank's part of a tensor, and the same dressed for DCP to read into."""
+    """This rank's shard of a tensor, and the same tensor wrapped for DCP to read into."""
 
     shard: Shard
     local: Tensor
@@ -61,18 +61,18 @@ class Target:
 
     @torch.no_grad()
     def copy_back(self) -> None:
-        """Dressed, a part may have become a copy (FSDP1, where dimensions are permuted in memory)."""
+        """Copy ``wrapped`` into ``local`` if wrapping made a copy, as for FSDP1 weights with permuted dimensions."""
         value = self.shard.unwrap(self.wrapped)
         if value.data_ptr() != self.local.data_ptr():
             self.local.copy_(value)
 
 
 class RebuiltValue:
-    """Values that are rebuilt from the checkpoint: their tensors are read into new ones on the CPU.
+    """A nested value that is rebuilt from the checkpoint, with its tensors on the CPU.
 
     Args:
-        names: in the checkpoint, by their paths in the value.
-        present: tensors that are read into in place, by their paths, where the dtype is theirs.
+        names: the DCP names of its parts, by their paths in the value.
+        existing: tensors of the current value by path; read into in place if they are sharded or of the stored dtype.
     """
 
     def __init__(self, names: Mapping[KeyPath, str], contents: Contents, existing: Mapping[KeyPath, Tensor]) -> None:
@@ -86,15 +86,16 @@ class RebuiltValue:
                 self.tensors[name] = target if target is not None and (same_dtype or is_sharded(target)) else fresh
 
     def value(self, contents: Contents) -> Any:
-        """The whole value, after the tensors have been read."""
+        """The rebuilt value; call it after the tensors have been read."""
         values: dict[str, Any] = {**contents.plain_values, **self.tensors}
         return unpack_value(unflatten({path: values[name] for path, name in self._names.items()}))
 
 
 class ModelEntry(Entry):
-    """A module, by the names of the unwrapped module's ``state_dict()``; its live weights, also during a swap.
+    """A module's live weights, also during a swap, under the names of the unwrapped module's ``state_dict()``.
 
-    Reading an entry of averages, it gets these as its weights, and what has no average from the model beside them.
+    If the checkpoint holds averages under this key, they become the module's weights; tensors without an average are
+    read from the model saved beside them.
     """
 
     def __init__(self, key: str, module: nn.Module) -> None:
@@ -105,6 +106,7 @@ class ModelEntry(Entry):
 
     def state_to_save(self) -> dict[str, Any]:
         swaps = active_swaps(self.layout.model)
+        # The module may be a submodule of a swapped model, with other names: storage is what the two have in common.
         swapped_out = {
             _storage_key(shard): tensor
             for swap in swaps
@@ -126,16 +128,14 @@ class ModelEntry(Entry):
         source = contents.find_model_key(self.key, averages) if averages else self.key
         weight_names = (contents.weight_names(source) if source else {}) | averages
         extra_states = contents.extra_states((source,)) if source else {}
-        missing = {shard.name for shard in self.layout.shards} - weight_names.keys()
-        unknown = weight_names.keys() - self.layout.shards_by_name().keys()
         expected_states = self.layout.extra_states.keys()
-        ours, theirs = (
-            missing | (expected_states - extra_states.keys()),
-            unknown | (extra_states.keys() - expected_states),
-        )
-        if difference := describe_difference("the model", ours, "the checkpoint", theirs):
+        only_in_model = {shard.name for shard in self.layout.shards} - weight_names.keys()
+        only_in_model |= expected_states - extra_states.keys()
+        only_in_checkpoint = weight_names.keys() - self.layout.shards_by_name().keys()
+        only_in_checkpoint |= extra_states.keys() - expected_states
+        if difference := describe_difference("the model", only_in_model, "the checkpoint", only_in_checkpoint):
             raise ValueError(f"it is of another model: {difference}")
-        require_same_shapes({weight_names[shard.name]: shard.shape for shard in self.layout.shards}, contents)
+        _require_same_shapes({weight_names[shard.name]: shard.shape for shard in self.layout.shards}, contents)
         self._targets = [Target.create(shard, shard.local) for shard in self.layout.shards]
         self._extra_states = {name: RebuiltValue(names, contents, {}) for name, names in extra_states.items()}
         extra_tensors = {
@@ -151,7 +151,7 @@ class ModelEntry(Entry):
 
 
 class EMAEntry(Entry):
-    """A `ShardedEMA`; reading a checkpoint from before there were averages, it starts from the live weights there."""
+    """A `ShardedEMA`. From a checkpoint without averages for it, it starts from the live weights stored there."""
 
     def __init__(self, key: str, ema: ShardedEMA) -> None:
         super().__init__(key)
@@ -159,7 +159,7 @@ class EMAEntry(Entry):
         self._state: dict[KeyPath, Any] = {}
 
     def belongs_to(self, model: ModelEntry) -> bool:
-        """Whether these are averages of that model: wrapped or not, it has the parameters that they follow."""
+        """Whether these are averages of that model: both hold the same parameters, wrapped or not."""
         return {*map(id, self.ema.model.parameters())} == {*map(id, model.layout.model.parameters())}
 
     def state_to_save(self) -> dict[str, Any]:
@@ -178,23 +178,23 @@ class EMAEntry(Entry):
                 )
             weight_names = contents.weight_names(model)
             first_track = self.ema.tracks[0]
-            return self._require_fitting(
+            return self._checked_targets(
                 {path: weight_names[str(path[-1])] for path in tensors if _track_name(path) == first_track}, contents
             )
         average_paths = {path for path, name in stored.items() if name in contents.tensors}
         if (found_tracks := sorted({*map(_track_name, average_paths)})) != sorted(self.ema.tracks):
             raise ValueError(f"expected averages of the tracks {self.ema.tracks}, found {found_tracks}")
-        ours = {str(path[-1]) for path in tensors.keys() - average_paths}
-        theirs = {str(path[-1]) for path in average_paths - tensors.keys()}
-        if difference := describe_difference("the model", ours, "the checkpoint", theirs):
+        only_in_model = {str(path[-1]) for path in tensors.keys() - average_paths}
+        only_in_checkpoint = {str(path[-1]) for path in average_paths - tensors.keys()}
+        if difference := describe_difference("the model", only_in_model, "the checkpoint", only_in_checkpoint):
             raise ValueError(f"these averages belong to another model: {difference}")
         expected = self._state["format",]
         if (version := contents.plain_values.get(stored.get(("format",), ""))) != expected:
             raise ValueError(f"expected averages of format {expected}, found format {version!r}")
-        return self._require_fitting({path: stored[path] for path in tensors}, contents)
+        return self._checked_targets({path: stored[path] for path in tensors}, contents)
 
-    def _require_fitting(self, sources: Mapping[KeyPath, str], contents: Contents) -> dict[str, Tensor]:
-        require_same_shapes({name: self._state[path].size() for path, name in sources.items()}, contents)
+    def _checked_targets(self, sources: Mapping[KeyPath, str], contents: Contents) -> dict[str, Tensor]:
+        _require_same_shapes({name: self._state[path].size() for path, name in sources.items()}, contents)
         return {name: self._state[path] for path, name in sources.items()}
 
     def finish_load(self, contents: Contents) -> None:
@@ -216,12 +216,12 @@ class EMAEntry(Entry):
 
 
 def _track_name(path: KeyPath) -> str:
-    """Whose tensor lies there, in a state of `ShardedEMA`."""
+    """The track of the tensor at this path in a state of `ShardedEMA`."""
     return str(path[1])
 
 
 class OtherEntry(Entry):
-    """Any Stateful object, or a plain value, which takes its place in the user's dictionary."""
+    """Any other Stateful object, or a plain value, which `load` replaces in the user's dictionary."""
 
     def __init__(self, key: str, state: MutableMapping[str, Any]) -> None:
         super().__init__(key)
@@ -240,7 +240,7 @@ class OtherEntry(Entry):
             raise ValueError(
                 f"the checkpoint lacks the tensors {abbreviated(sorted('.'.join(map(str, path)) for path in missing))}"
             )
-        require_same_shapes({stored[path]: leaf.size() for path, leaf in existing.items()}, contents)
+        _require_same_shapes({stored[path]: leaf.size() for path, leaf in existing.items()}, contents)
         self._rebuilt = RebuiltValue(stored, contents, existing)
         return self._rebuilt.tensors
 
@@ -265,12 +265,12 @@ def _require_not_active(model: nn.Module) -> None:
 
 
 def _storage_key(shard: Shard) -> tuple[int, torch.Size] | None:
-    """Where the model holds this rank's part; None for a part without elements, which all look alike."""
+    """Identifies the memory of a shard; None for an empty shard, because all empty shards look the same."""
     return (shard.local.data_ptr(), shard.local.shape) if shard.local.numel() else None
 
 
-def require_same_shapes(shapes: Mapping[str, torch.Size], contents: Contents) -> None:
-    """Raise ValueError when tensors, by their names in the checkpoint, are stored in other shapes, or are none."""
+def _require_same_shapes(shapes: Mapping[str, torch.Size], contents: Contents) -> None:
+    """Raise ValueError when an entry, by DCP name, is stored with another shape than expected, or is not a tensor."""
     mismatches: list[str] = []
     for name, shape in shapes.items():
         stored = tuple(contents.shape(name)) if name in contents.tensors else "no tensor"

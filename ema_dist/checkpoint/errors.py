@@ -1,5 +1,5 @@
-"""What is wrong with a checkpoint."""
+"""The error that a bad checkpoint raises."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or not one that can be read; the message names it and what is wrong."""
+    """A checkpoint is missing, damaged or unreadable; the message names the checkpoint and the problem."""

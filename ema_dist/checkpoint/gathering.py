@@ -1,4 +1,4 @@
-"""Full averages in files of weights: from everyone's shards by stream, and back into shards."""
+"""Full averages in weight files: gathered from the shards of all ranks one tensor at a time, and scattered back."""
 
 from __future__ import annotations
 
@@ -32,23 +32,22 @@ def gather(
     file_format: FileFormat = "safetensors",
     timeout: float = 60.0,
 ) -> list[Path]:
-    """Write the averaged model from rank 0 into files that others load: the entries of ``ema.full_state_dict()``.
+    """Write the averaged model, all entries of ``ema.full_state_dict()``, to files that other libraries load.
 
     Args:
-        folder: of rank 0, other ranks' is not looked at; an earlier export in it stays until the new one is complete.
-        dtype: of floating tensors; None for the dtype of each live one.
-        max_shard_size: bytes of tensors in a file, as a number or like ``"5GB"``; one larger tensor has its own file.
-        file_format: ``"safetensors"``, or ``"torch"`` for files by ``torch.save``, which also hold what is no tensor.
+        folder: where rank 0 writes; ignored on other ranks. An earlier export in it stays until this one is complete.
+        dtype: of floating-point tensors; None for the dtype of each live tensor.
+        max_shard_size: bytes of tensors in a file, as a number or like ``"5GB"``; a larger tensor gets its own file.
+        file_format: ``"safetensors"``, or ``"torch"`` for files by ``torch.save``, which hold non-tensors too.
         timeout: seconds that ranks wait for each other at the start.
 
-    Returns: the files, and their index last if they are several; nothing on the other ranks.
+    Returns: the files, and last their index if there are several; an empty list on other ranks.
 
     Collective: over all ranks of the process group, whatever the layout.
     Memory: one file and one full tensor on rank 0, one full tensor elsewhere.
-    Raises: CheckpointError on every rank when rank 0 cannot write, or when a save in the background, which is waited
-        for, has failed; RuntimeError when ranks do not come; ValueError for
-        a dtype that the format cannot hold, and where ranks hold different models, as pipeline stages do: unite those
-        by ``full_state_dict(pipeline=...)``.
+    Raises: CheckpointError on every rank when rank 0 cannot write, or when the pending background save has failed;
+        RuntimeError when a rank does not arrive in time; ValueError for a dtype that the format cannot hold, and when
+        ranks hold different models, as pipeline stages do: unite those by ``full_state_dict(pipeline=...)``.
     """
     wait()
     group = checkpoint_rendezvous("gather(ema, folder)", timeout=timeout)
@@ -69,21 +68,24 @@ def gather(
 
 
 def scatter(ema: ShardedEMA, folder: str | os.PathLike[str]) -> None:
-    """Take averages over from files of full tensors, such as `gather` writes: an export, a file, an index.
+    """Scatter averages from files of full tensors, such as `gather` writes, to the shards of all ranks.
 
-    Live weights, frozen parameters and counts stay as they are. Other ranks' ``folder`` is not looked at.
+    Live weights, frozen parameters and step counts do not change.
+
+    Args:
+        folder: a folder, a file or an index, on rank 0; ignored on other ranks.
 
     Collective: over all ranks that hold the model. Memory: one full tensor on each rank.
-    Raises: as ``ema.load_full_state_dict``, which is RuntimeError on every rank for files that cannot be read, caused
-        by a CheckpointError on rank 0.
+    Raises: as ``ema.load_full_state_dict``: RuntimeError on every rank when the files cannot be read, caused by a
+        CheckpointError on rank 0.
     """
     ema.load_full_state_dict(WeightFiles(folder))
 
 
 def _make_on_first_rank(make: Callable[[], WeightWriter], group: ProcessGroup | None) -> WeightWriter | None:
-    """What ``make`` returns on the first rank; None elsewhere.
+    """Return the result of ``make`` on the first rank, None elsewhere.
 
-    Collective: over ``group``. Raises: ValueError on every rank when it raises one, or TypeError.
+    Collective: over ``group``. Raises: ValueError on every rank when ``make`` raises ValueError or TypeError.
     """
     writer, cause = None, None
     if group is None or group.rank() == 0:
@@ -108,6 +110,6 @@ def _write(writer: WeightWriter, entries: Iterator[tuple[str, Any]]) -> list[Pat
 
 
 def _exhaust(entries: Iterator[tuple[str, Any]]) -> None:
-    """Help the other ranks to the end: they are in collective calls."""
+    """Iterate to the end: the other ranks wait in a collective call for each entry."""
     for _ in entries:
         pass

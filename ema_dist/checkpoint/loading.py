@@ -1,4 +1,4 @@
-"""Loading: the newest complete checkpoint that is sound, into whatever is here, however it is cut."""
+"""Loading: the newest intact checkpoint, under any layout and number of ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ema_dist.checkpoint.step_folders import complete_steps, locate
 
 
 def latest(root: str | os.PathLike[str]) -> int | None:
-    """The newest step with a complete checkpoint in ``root``, sound or not; None when there is none.
+    """Return the newest step with a complete checkpoint in ``root``, damaged or not; None if there is none.
 
     Collective: no.
     """
@@ -41,27 +41,27 @@ def latest(root: str | os.PathLike[str]) -> int | None:
 def load(
     state: MutableMapping[str, Any], root: str | os.PathLike[str], *, step: int | None = None, timeout: float = 60.0
 ) -> int | None:
-    """Put a checkpoint into everything in ``state``, whatever layout and number of ranks saved it; the step it is of.
+    """Load a checkpoint into the values of ``state``, whatever layout and number of ranks saved it.
 
-    Modules, optimizers, `ShardedEMA` and ``Stateful`` objects take over what was saved under their key; a plain value
-    is replaced in ``state``. All files are checked against their checksums before anything changes.
+    Modules, optimizers, `ShardedEMA` and ``Stateful`` objects load what was saved under their key; a plain value is
+    replaced in ``state``. All files are checked against their checksums before anything changes.
 
-    - A `ShardedEMA` under a key that the checkpoint lacks starts from the live weights in it, with a warning.
-    - A module under a key that holds averages gets them as its weights, and from the model saved beside them what has
-      no average.
+    - If the checkpoint lacks the key of a `ShardedEMA`, the averages start from its live weights, with a warning.
+    - If ``state`` maps a module to a key that holds averages, they become the module's weights; tensors without an
+      average are read from the model saved beside them.
 
     Args:
-        root: a folder in which `save` has saved; or one checkpoint, also of plain ``dcp.save`` (unchecked, then).
-        step: which one; None for the newest, or the newest that is sound, with a warning naming what is wrong with it.
+        root: the root that was passed to `save`; or one checkpoint, also by plain ``dcp.save`` (without checksums).
+        step: the step to load; None for the newest intact one, with a warning that names what is wrong with newer ones.
         timeout: seconds that ranks wait for each other before they start.
 
     Returns: the step; None for a checkpoint of plain ``dcp.save``.
 
     Collective: over all ranks.
-    Memory: one stored piece of a tensor at a time; an optimizer without a state gets one.
-    Raises: `CheckpointError` when there is no checkpoint, none is sound, or a save in the background has failed;
-        RuntimeError on every rank, before anything changes, when names or shapes are not those of ``state``, inside
-        `ShardedEMA.swapped`, or when a rank does not come.
+    Memory: one stored chunk of a tensor at a time; the state of an optimizer that has none is allocated.
+    Raises: `CheckpointError` when there is no checkpoint, none is intact, or the pending background save has failed;
+        RuntimeError on every rank, before anything changes, when names or shapes differ from those of ``state``, inside
+        `ShardedEMA.swapped`, or when a rank does not arrive in time.
     """
     wait()
     root = Path(root).absolute()
@@ -69,6 +69,7 @@ def load(
     require_same_names("the keys of what is loaded", [str(key) for key in state], group)
     checkpoint = _find_intact(root, step, group)
     contents = Contents(checkpoint.metadata, model_keys=checkpoint.manifest.models if checkpoint.manifest else {})
+    # Plain values first: whether an entry fits depends on them (parameter groups, the format of averages).
     contents.plain_values.update(_plain_values_to_read(contents, state))
     read_entries(checkpoint.folder, contents.plain_values, metadata=checkpoint.metadata, group=group)
     entries: dict[str, Entry] = {}
@@ -76,21 +77,22 @@ def load(
     problems: list[str] = []
     try:
         entries = make_entries(state)
-    except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
+    except Exception as error:  # noqa: BLE001  every error must reach the other ranks
         problems.append(str(error))
     for key, entry in entries.items():
         try:
             targets[key] = entry.targets(contents)
-        except Exception as error:  # noqa: BLE001, PERF203  all that is wrong is named at once
+        except Exception as error:  # noqa: BLE001, PERF203  all problems are reported at once
             problems.append(f"{key!r}: {error}")
+    # No rank reads into its targets before every rank has found that its entries fit.
     checkpoint_rendezvous(f"checkpoint.load() of {checkpoint.folder}", timeout=timeout, problem="; ".join(problems))
     read_entries(checkpoint.folder, *map(dict, targets.values()), metadata=checkpoint.metadata, group=group)
     for key, entry in entries.items():
         try:
             entry.finish_load(contents)
-        except Exception as error:  # noqa: BLE001, PERF203  this rank's weights are read; the other ranks must get to know
+        except Exception as error:  # noqa: BLE001, PERF203  every error must reach the other ranks
             problems.append(f"{key!r} does not take over what was saved: {error!r}")
-    # Not by a meeting: who leaves it first may be the one that has the store, and end.
+    # Not by a rendezvous: the rank that hosts the store could leave it first and exit while others still need it.
     if failures := gather_problems([prefix_rank(problem, group) for problem in problems], group):
         raise RuntimeError("; ".join(failures))
     return checkpoint.manifest.step if checkpoint.manifest else None
@@ -98,7 +100,7 @@ def load(
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint in which nothing is damaged."""
+    """A checkpoint whose manifest and metadata have been read."""
 
     folder: Path
     metadata: Metadata
@@ -106,19 +108,19 @@ class OpenedCheckpoint:
 
 
 def _plain_values_to_read(contents: Contents, keys: Iterable[str]) -> dict[str, Any]:
-    """What is to be read that is not a tensor, by DCP's names: in these entries, and in extra states beside them."""
-    wanted = [name for key in keys for name in contents.entry_names(key).values()]
-    wanted += [
+    """The values to read that are not tensors, by DCP name: those of the entries ``keys``, and all extra states."""
+    names = [name for key in keys for name in contents.entry_names(key).values()]
+    names += [
         name
         for key in contents.entry_keys
         for parts in contents.extra_states((key,)).values()
         for name in parts.values()
     ]
-    return {name: None for name in wanted if name not in contents.tensors}
+    return {name: None for name in names if name not in contents.tensors}
 
 
 def _find_intact(root: Path, step: int | None, group: ProcessGroup | None) -> OpenedCheckpoint:
-    """The newest checkpoint in which nothing is damaged.
+    """Open the newest checkpoint in which nothing is damaged.
 
     Collective: over ``group``.
     """
@@ -139,14 +141,14 @@ def _candidates(root: Path, step: int | None) -> list[Path]:
 
 
 def _open_and_verify(folder: Path, group: ProcessGroup | None) -> tuple[list[str], OpenedCheckpoint | None]:
-    """What is wrong with a checkpoint, of which each rank checks its share; the checkpoint, if it can be read here."""
+    """Verify a checkpoint, each rank a share of it; all ranks' problems, and the checkpoint if this rank can read it."""
     problems: list[str] = []
     checkpoint: OpenedCheckpoint | None = None
     try:
         if manifest := read_manifest(folder):
-            rank, count = (group.rank(), group.size()) if group else (0, 1)
-            problems = verify_files(folder, files_to_verify(manifest.files, rank, count))
+            rank, num_ranks = (group.rank(), group.size()) if group else (0, 1)
+            problems = verify_files(folder, files_to_verify(manifest.files, rank, num_ranks))
         checkpoint = OpenedCheckpoint(folder, read_metadata(folder), manifest)
-    except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
+    except Exception as error:  # noqa: BLE001  every error must reach the other ranks
         problems.append(str(error) if isinstance(error, CheckpointError) else f"{folder}: {error!r}")
     return gather_problems(problems, group), checkpoint

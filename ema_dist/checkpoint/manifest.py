@@ -1,4 +1,4 @@
-"""What a complete checkpoint consists of: every file with its size and its checksum."""
+"""The manifest of a complete checkpoint: every file with its size and checksum."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHUNK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and XXH3 checksum of one file: they find damage, not forgery."""
+    """Size in bytes and XXH3 checksum of one file, which detect damage but not forgery."""
 
     size: int
     xxh3_128: str
@@ -36,25 +36,25 @@ class Manifest:
     step: int
     world_size: int
     layouts: dict[str, str] = field(default_factory=dict)
-    """How each model in it was cut, in words, by the name of its entry."""
+    """How each model was sharded, in words, by the key of its entry."""
     ties: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Second names of tied tensors and the first one of each, by the name of the model's entry."""
+    """The first name of each tied tensor by its other names, by the key of the model's entry."""
     models: dict[str, str] = field(default_factory=dict)
-    """The entry of the model whose averages an entry holds, by the name of the latter."""
+    """The key of the averaged model's entry, by the key of the entry that holds its averages."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     torch: str = str(torch.__version__)
 
     def write(self, folder: Path) -> None:
-        """Write it into ``folder``, down to the disk."""
+        """Write the manifest into ``folder`` and sync it."""
         content = {"format": MANIFEST_FORMAT, **asdict(self)}
         (folder / MANIFEST_FILE).write_text(json.dumps(content | {"xxh3_128": _digest(content)}, indent=1))
         fsync(folder / MANIFEST_FILE)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a checkpoint; None for one that plain ``dcp.save`` has written.
+    """Read the manifest of a checkpoint; None for a checkpoint by plain ``dcp.save``.
 
-    Raises: CheckpointError when it is damaged, or missing in a folder that `save` has named, or of another step.
+    Raises: CheckpointError when the manifest is damaged or of another step, or missing in a folder named by `save`.
     """
     path = safe_join(folder, MANIFEST_FILE)
     saved_as = STEP_NAME.fullmatch(folder.resolve().name)
@@ -64,7 +64,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     try:
         if not path.is_file():
-            raise ValueError("it is not a file")  # noqa: TRY301  and everything else is caught here
+            raise ValueError("it is not a file")  # noqa: TRY301  caught below, like all that is wrong with it
         manifest = _parse(path.read_bytes())
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
@@ -76,7 +76,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 def verify_files(
     folder: Path, files: dict[str, FileRecord], *, on_bytes: Callable[[int], object] = lambda _: None
 ) -> list[str]:
-    """What is wrong with these files, one line each; all of them are read.
+    """Read these files and return what is wrong with them, one line each.
 
     Args:
         on_bytes: called with the number of bytes read since the last call.
@@ -92,23 +92,23 @@ def verify_files(
                 problems.append(f"{path} has {size} bytes, not the {expected.size} that were written")
             elif _checksum(path, on_bytes) != expected.xxh3_128:
                 problems.append(f"{path} has another checksum than when it was written: some of its bytes changed")
-        except OSError as error:  # noqa: PERF203  all that is wrong is named at once
+        except OSError as error:  # noqa: PERF203  all problems are reported at once
             problems.append(f"{folder / name} cannot be read: {error.strerror}")
         except CheckpointError as error:
             problems.append(str(error))
     return problems
 
 
-def files_to_verify(files: dict[str, FileRecord], index: int, count: int) -> dict[str, FileRecord]:
-    """The files that one of ``count`` readers checks, so that each reads about as many bytes."""
-    bytes_per_reader = [0] * count
-    mine: dict[str, FileRecord] = {}
+def files_to_verify(files: dict[str, FileRecord], rank: int, num_ranks: int) -> dict[str, FileRecord]:
+    """The files that one rank verifies, so that each reads about as many bytes."""
+    bytes_per_rank = [0] * num_ranks
+    assigned: dict[str, FileRecord] = {}
     for name, record in sorted(files.items(), key=lambda item: (-item[1].size, item[0])):
-        reader = bytes_per_reader.index(min(bytes_per_reader))
-        bytes_per_reader[reader] += record.size
-        if reader == index:
-            mine[name] = record
-    return mine
+        least_loaded = bytes_per_rank.index(min(bytes_per_rank))
+        bytes_per_rank[least_loaded] += record.size
+        if least_loaded == rank:
+            assigned[name] = record
+    return assigned
 
 
 def _checksum(path: Path, on_bytes: Callable[[int], object]) -> str:

@@ -1,4 +1,4 @@
-"""Optimizers as checkpoints hold them: by the names of the parameters, cut as these are."""
+"""Optimizers in checkpoints: their states by parameter name, sharded as the parameters are."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from ema_dist.sharding import Layout, Shard
 
 
 class OptimizerEntry(Entry):
-    """An optimizer, laid out as ``get_optimizer_state_dict`` lays it out: ``state.<name>.<key>`` and ``param_groups``.
+    """An optimizer under the names of ``get_optimizer_state_dict``: ``state.<name>.<key>`` and ``param_groups``.
 
-    A moment, or whatever has the parameter's shape, is cut as the parameter; all else must be the same on every rank.
+    States of the parameter's shape, such as moments, are sharded as the parameter; others must be equal on all ranks.
 
     Args:
-        layouts: of the models whose parameters it steps.
+        layouts: of the models whose parameters the optimizer steps.
 
-    Raises: ValueError when it steps a parameter that none of them holds, or several of one name.
+    Raises: ValueError when it steps a parameter that is in none of the models, or several parameters of one name.
     """
 
     def __init__(self, key: str, optimizer: Optimizer, layouts: Iterable[Layout]) -> None:
         super().__init__(key)
         self._optimizer = optimizer
         shards_by_owner: dict[int, list[Shard]] = {}
-        for layout in sorted(layouts, key=lambda layout: len(layout.parameters)):  # a model goes before a part of it
+        for layout in sorted(
+            layouts, key=lambda layout: len(layout.parameters)
+        ):  # a whole model overrides its submodules
             layout_shards: dict[int, list[Shard]] = {}
             for shard in layout.parameters.values():
                 layout_shards.setdefault(id(shard.owner), []).append(shard)
@@ -49,7 +51,7 @@ class OptimizerEntry(Entry):
             )
         self._moments: dict[int, dict[str, Tensor]] = {owner: {} for owner in self._shards}
         self._targets: list[Target] = []
-        self._others: RebuiltValue | None = None
+        self._other_state: RebuiltValue | None = None
 
     def state_to_save(self) -> dict[str, Any]:
         state: dict[str, dict[str, Any]] = {}
@@ -73,29 +75,29 @@ class OptimizerEntry(Entry):
                     and contents.shape(name) == shard.shape
                     and (shard.shape or key != "step")
                 ):
-                    self._targets.append(Target.create(shard, self._moment(shard, key, contents.dtype(name))))
+                    self._targets.append(Target.create(shard, self._local_moment(shard, key, contents.dtype(name))))
                     targets[name] = self._targets[-1].wrapped
                 case _:
                     other_names[path] = name
-        self._others = RebuiltValue(other_names, contents, {})
-        return targets | self._others.tensors
+        self._other_state = RebuiltValue(other_names, contents, {})
+        return targets | self._other_state.tensors
 
     def finish_load(self, contents: Contents) -> None:
-        assert self._others is not None, "targets() comes first"
+        assert self._other_state is not None, "targets() comes first"
         for target in self._targets:
             target.copy_back()
-        restored = self._others.value(contents)
+        restored = self._other_state.value(contents)
         numbers = {id(p): number for number, p in enumerate(self._parameters())}
         state: dict[int, dict[str, Any]] = {}
         for owner, shards in self._shards.items():
             if values := {**restored.get("state", {}).get(shards[0].name, {}), **self._moments[owner]}:
                 state[numbers[owner]] = values
         groups = [
-            {**group, "params": [numbers[id(p)] for p in mine["params"]]}
-            for group, mine in zip(restored["param_groups"], self._optimizer.param_groups, strict=True)
+            {**group, "params": [numbers[id(p)] for p in current["params"]]}
+            for group, current in zip(restored["param_groups"], self._optimizer.param_groups, strict=True)
         ]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        for parameter in self._parameters():  # torch has cast the moments to the dtype of their parameter
+        for parameter in self._parameters():  # load_state_dict casts moments to the parameter's dtype
             if moments := self._moments[id(parameter)]:
                 self._optimizer.state[parameter].update(moments)
 
@@ -111,8 +113,8 @@ class OptimizerEntry(Entry):
             )
         return pack_value(value, f"{self.key}.state.{shard.name}.{key}")
 
-    def _moment(self, shard: Shard, key: str, dtype: torch.dtype) -> Tensor:
-        """This rank's part of a state of the owner of ``shard``, of which there is one for all tensors in the owner."""
+    def _local_moment(self, shard: Shard, key: str, dtype: torch.dtype) -> Tensor:
+        """This rank's shard of a moment, which all shards of one owner (in FSDP1, a flat parameter) share."""
         moments = self._moments[id(shard.owner)]
         if key not in moments:
             existing = self._optimizer.state.get(shard.owner, {}).get(key)
@@ -123,14 +125,14 @@ class OptimizerEntry(Entry):
         return part
 
     def _require_same_groups(self, contents: Contents, stored: dict[KeyPath, str]) -> None:
-        mine = [names for _, names in self._groups()]
-        saved = {
+        expected = [names for _, names in self._groups()]
+        names_by_group = {
             path[1]: name for path, name in stored.items() if path[0] == "param_groups" and path[2:] == ("params",)
         }
-        theirs = [contents.plain_values[saved[index]] for index in sorted(saved, key=int)]
-        # A flat parameter holds its tensors in an order of its own.
-        if [*map(sorted, mine)] != [*map(sorted, theirs)]:
-            raise ValueError(f"its parameter groups are others: expected {mine}, the checkpoint has {theirs}")
+        saved = [contents.plain_values[names_by_group[index]] for index in sorted(names_by_group, key=int)]
+        # Sorted, because a flat parameter holds its tensors in an order of its own.
+        if [*map(sorted, expected)] != [*map(sorted, saved)]:
+            raise ValueError(f"its parameter groups are others: expected {expected}, the checkpoint has {saved}")
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
         for group in self._optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Saving: everything in a dictionary becomes one folder, visible only when it is complete."""
+"""Saving: the values of a dictionary become one checkpoint folder, which gets its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PendingSave:
-    """A save in the background."""
+    """A save that is written in the background."""
 
     folder: Path
     future: Future[Any]
 
 
 _pending_saves: list[PendingSave] = []
-"""The save in the background, if there is one."""
+"""The background save that has not been waited for; at most one."""
 
 
 def save(
@@ -58,27 +58,26 @@ def save(
     block: bool = True,
     timeout: float = 60.0,
 ) -> None:
-    """Write ``state`` into ``root/step-NNNNNNNNNN``, which has its name only when every rank has written its part.
+    """Write ``state`` into ``root/step-NNNNNNNNNN``, a name that the folder gets when every rank has written its part.
 
-    Modules are saved by their live weights, also inside `ShardedEMA.swapped`, under the names that the unwrapped
-    module's ``state_dict()`` has; optimizers by the names of the parameters, so the modules that they step must be in
-    ``state`` too. Of plain values, and of what other ``Stateful`` objects return that is not cut over ranks, one
-    rank's is kept.
+    Modules are saved with their live weights, also inside `ShardedEMA.swapped`, under the names of the unwrapped
+    module's ``state_dict()``. Optimizers are saved by the names of their parameters, so ``state`` must also hold the
+    modules that they step. Values that are not sharded (plain ones, and those that other ``Stateful`` objects return)
+    are saved from one rank only.
 
     Args:
         state: modules, optimizers, `ShardedEMA`, other ``Stateful`` objects and plain values.
-        step: non-negative; a checkpoint of the same step is replaced, those of later ones are set aside.
+        step: non-negative; a checkpoint of the same step is replaced, checkpoints of later steps are set aside.
         keep: how many complete checkpoints stay in ``root``; None for all.
-        block: otherwise return when everything has been copied to the memory of the CPU, and write in the background;
-            see `wait`.
+        block: if False, return when everything has been copied to CPU memory, and write in the background; see `wait`.
         timeout: seconds that ranks wait for each other before they start.
 
     Collective: over all ranks.
-    Memory: nothing; one copy of this rank's part of ``state`` in the CPU's memory with ``block=False``, or inside
-        `ShardedEMA.swapped` one of its averages.
-    Raises: ValueError for a step or ``keep`` out of range; RuntimeError on every rank when a value cannot be saved, a
-        save in the background has failed, ranks hold different models, or one does not come; `CheckpointError`, which
-        is one, when writing fails.
+    Memory: nothing; with ``block=False``, a copy of this rank's part of ``state`` on the CPU; inside
+        `ShardedEMA.swapped`, a copy of its averages.
+    Raises: ValueError for a step or ``keep`` out of range; RuntimeError on every rank when a value cannot be saved, the
+        pending background save has failed, ranks hold different models, or a rank does not arrive in time;
+        `CheckpointError`, which is a RuntimeError, when writing fails.
     """
     step = _checked_step(step, keep)
     root = Path(root).absolute()
@@ -87,21 +86,21 @@ def save(
     if not problem:
         try:
             entries = make_entries(dict(state))
-        except Exception as error:  # noqa: BLE001  whatever it is, the other ranks must get to know
+        except Exception as error:  # noqa: BLE001  every error must reach the other ranks
             problem = str(error)
     group = checkpoint_rendezvous(f"checkpoint.save(step={step})", timeout=timeout, problem=problem)
-    what = "the names of what is saved (pipeline stages: save them by torch.distributed.checkpoint)"
-    require_same_names(what, _saved_names(entries), group)
+    label = "the names of what is saved (pipeline stages: save them by torch.distributed.checkpoint)"
+    require_same_names(label, _saved_names(entries), group)
     state_dict, problems = _collect_state(entries, copy_to_cpu=not block)
     if problems := gather_problems([prefix_rank(problem, group) for problem in problems], group):
         raise RuntimeError(f"step {step} is not saved: {'; '.join(problems)}")
-    manifest = _manifest(step, entries, group)
+    manifest = _make_manifest(step, entries, group)
     writer = CheckpointWriter(run_on_first_rank(lambda: create_partial_folder(root, step), group), manifest, keep=keep)
     if block:
         try:
             dcp.save(state_dict, storage_writer=writer, process_group=group)
         except CheckpointException as error:
-            raise CheckpointError(f"{step_folder(root, step)} was not saved: {describe_failures(error)}") from error
+            raise CheckpointError(f"{step_folder(root, step)} was not saved: {_describe_failures(error)}") from error
     else:
         future = dcp.async_save(state_dict, storage_writer=writer, process_group=group)
         assert isinstance(future, Future), "the writer has staged by the time it returns"
@@ -110,17 +109,17 @@ def save(
 
 
 def wait() -> None:
-    """Return when no save is going on in the background; call it before the process group is destroyed.
+    """Wait for the pending background save, if there is one; call it before the process group is destroyed.
 
-    Collective: no, but the save ends only when it does on every rank.
-    Raises: `CheckpointError` when it failed.
+    Collective: no, but the save finishes only when every rank has written its part.
+    Raises: `CheckpointError` when the save failed.
     """
     if problem := _wait_for_pending():
         raise CheckpointError(problem)
 
 
 def make_entries(state: MutableMapping[str, Any]) -> dict[str, Entry]:
-    """The values of ``state`` as what they are, in the order of their keys, which is the same on every rank."""
+    """Make an entry for each value of ``state``, in the order of the keys, which is the same on every rank."""
     if bad_keys := [key for key in state if not isinstance(key, str)]:
         raise ValueError(f"expected the names of what is saved as keys, got {bad_keys}")
     entries: dict[str, Entry] = {}
@@ -139,10 +138,10 @@ def make_entries(state: MutableMapping[str, Any]) -> dict[str, Entry]:
 
 
 def _checked_step(step: int, keep: int | None) -> int:
-    whole = operator.index(step)
-    if isinstance(step, bool) or whole < 0 or (keep is not None and keep < 1):
+    number = operator.index(step)
+    if isinstance(step, bool) or number < 0 or (keep is not None and keep < 1):
         raise ValueError(f"expected a step of 0 or more and keep of 1 or more, got step={step}, keep={keep}")
-    return whole
+    return number
 
 
 def _saved_names(entries: Mapping[str, Entry]) -> list[str]:
@@ -151,21 +150,22 @@ def _saved_names(entries: Mapping[str, Entry]) -> list[str]:
 
 
 def _collect_state(entries: Mapping[str, Entry], *, copy_to_cpu: bool) -> tuple[dict[str, Any], list[str]]:
-    """What DCP is to write, and what cannot be saved."""
+    """The state for DCP to write, and the problems with values that cannot be saved."""
     state_dict: dict[str, Any] = {}
     problems: list[str] = []
-    for key, entry in sorted(entries.items(), key=lambda item: not isinstance(item[1], EMAEntry)):  # those meet
+    # Averages first: their state_dict() is a rendezvous with a timeout, which slower copies must not use up.
+    for key, entry in sorted(entries.items(), key=lambda item: not isinstance(item[1], EMAEntry)):
         try:
             state_dict[key] = _copy_to_cpu(entry.state_to_save(), {}) if copy_to_cpu else entry.state_to_save()
-        except Exception as error:  # noqa: BLE001, PERF203  all that is wrong is named at once
+        except Exception as error:  # noqa: BLE001, PERF203  all problems are reported at once
             problems.append(f"{key!r}: {error}")
-    # DCP spreads tensors that several ranks hold, in this order, over those with least to write so far; of a cut tensor
-    # it counts the whole, so that averages, cut by DDP's replicas, would make it believe that the first had most.
+    # Averages last: in this order, DCP assigns each tensor that several ranks hold to the rank with the fewest bytes so
+    # far, and counts a sharded tensor at its full size. Averages sharded over replicas would make rank 0 look busiest.
     return dict(sorted(state_dict.items(), key=lambda item: isinstance(entries[item[0]], EMAEntry))), problems
 
 
 def _copy_to_cpu(value: Any, memo: dict[int, Tensor]) -> Any:
-    """Nested dictionaries and lists with a copy of every tensor in them, each made once."""
+    """Copy nested dictionaries and lists, and every tensor in them once."""
     match value:
         case Tensor():
             if id(value) not in memo:
@@ -178,8 +178,8 @@ def _copy_to_cpu(value: Any, memo: dict[int, Tensor]) -> Any:
     return copy.deepcopy(value)
 
 
-def _manifest(step: int, entries: Mapping[str, Entry], group: ProcessGroup | None) -> Manifest:
-    """What can be said before anything is written."""
+def _make_manifest(step: int, entries: Mapping[str, Entry], group: ProcessGroup | None) -> Manifest:
+    """The manifest without its files, which have not been written yet."""
     models = {key: entry for key, entry in entries.items() if isinstance(entry, ModelEntry)}
     averages = {key: entry for key, entry in entries.items() if isinstance(entry, EMAEntry)}
     return Manifest(
@@ -196,8 +196,8 @@ def _manifest(step: int, entries: Mapping[str, Entry], group: ProcessGroup | Non
     )
 
 
-def describe_failures(error: CheckpointException) -> str:
-    """What went wrong, and where: DCP collects the failures of all ranks."""
+def _describe_failures(error: CheckpointException) -> str:
+    """The failures of all ranks, which DCP has collected, by reason."""
     ranks_by_reason: dict[str, list[int]] = {}
     for rank, (failure, _) in error.failures.items():
         ranks_by_reason.setdefault(f"{type(failure).__name__}: {failure}", []).append(rank)
@@ -205,7 +205,7 @@ def describe_failures(error: CheckpointException) -> str:
 
 
 def _wait_for_pending() -> str:
-    """Wait for the save in the background; why it failed, or an empty string."""
+    """Wait for the background save and return why it failed, or an empty string."""
     if not _pending_saves:
         return ""
     pending = _pending_saves[0]
@@ -215,10 +215,10 @@ def _wait_for_pending() -> str:
 
 
 def _describe_error(error: BaseException) -> str:
-    return describe_failures(error) if isinstance(error, CheckpointException) else f"{type(error).__name__}: {error}"
+    return _describe_failures(error) if isinstance(error, CheckpointException) else f"{type(error).__name__}: {error}"
 
 
 def _log_failure(future: Future[Any]) -> None:
-    # The next call raises it; but there may be none.
+    # The next save or wait raises it, but the program may end without calling either.
     if error := future.exception():
         _log.error("a checkpoint was not saved: %s", _describe_error(error))

@@ -1,4 +1,4 @@
-"""A root of checkpoints: one folder a step, which has its name only when it is complete."""
+"""The step folders in a root of checkpoints: each gets its name only when the checkpoint in it is complete."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ema_dist.checkpoint.errors import CheckpointError
 _log = logging.getLogger(__name__)
 
 REPLACED_SUFFIX = ".replaced"
-"""What a complete checkpoint is called for the moment in which another of the same step takes its name."""
+"""Marks a complete checkpoint while another of the same step takes its name."""
 
 STEP_NAME = re.compile(rf"step-(\d{{10,}})({re.escape(REPLACED_SUFFIX)})?")
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies once it is complete."""
+    """The folder of a complete checkpoint."""
     return root / f"step-{step:010}"
 
 
@@ -29,14 +29,14 @@ def complete_steps(root: Path) -> dict[int, Path]:
     steps: dict[int, Path] = {}
     for path in sorted(root.iterdir(), reverse=True) if root.is_dir() else ():
         if (match := STEP_NAME.fullmatch(path.name)) and path.is_dir():
-            steps[int(match[1])] = path  # in this order a name without a suffix comes last, and wins
+            steps[int(match[1])] = path  # in reverse order, the name without a suffix comes last and wins
     return dict(sorted(steps.items()))
 
 
 def create_partial_folder(root: Path, step: int) -> Path:
-    """An empty folder in which to write the checkpoint of a step; what an earlier attempt left there is gone.
+    """Create an empty folder in which to write the checkpoint of a step; what an earlier attempt left is removed.
 
-    Checkpoints of later steps belong to a run that has been rolled back: they are set aside, with a warning.
+    Checkpoints of later steps belong to a run that was rolled back: they are set aside, with a warning.
     """
     final = step_folder(root, step)
     if final.exists() and not final.is_dir():
@@ -46,16 +46,16 @@ def create_partial_folder(root: Path, step: int) -> Path:
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
-    for other, later in complete_steps(root).items():
-        if other > step:
-            _mark_superseded(later, step)
+    for other_step, folder in complete_steps(root).items():
+        if other_step > step:
+            _mark_superseded(folder, step)
     return partial
 
 
 def commit(partial: Path, *, keep: int | None) -> None:
-    """Give a finished checkpoint its name, and drop all but the newest ``keep`` and what was never finished."""
+    """Give a finished checkpoint its name; remove all but the newest ``keep``, and leftovers of interrupted saves."""
     root, final = partial.parent, partial.with_suffix("")
-    fsync(partial)
+    fsync(partial)  # before the rename: the name promises that everything is on disk
     if final.exists():
         _remove(_replaced_path(final))
         final.rename(_replaced_path(final))
@@ -64,17 +64,17 @@ def commit(partial: Path, *, keep: int | None) -> None:
     try:
         _remove(_replaced_path(final))
         complete = complete_steps(root)
-        for old in list(complete)[: -keep if keep else 0]:
-            _remove(complete.pop(old))
+        for old_step in list(complete)[: -keep if keep else 0]:
+            _remove(complete.pop(old_step))
         _remove_leftovers(root, complete)
-    except OSError as error:  # the checkpoint is there
+    except OSError as error:  # not an error of the save: the checkpoint has its name
         _log.warning("%s is saved, but what is old in %s could not be removed: %s", final.name, root, error)
 
 
 def locate(path: Path, step: int | None = None) -> Path:
-    """The folder of a checkpoint: ``path`` itself, or the newest complete step (or ``step``) in that root.
+    """Find the folder of a checkpoint: ``path`` itself, or the newest complete step (or ``step``) in that root.
 
-    Raises: CheckpointError when there is none.
+    Raises: CheckpointError when there is no such checkpoint.
     """
     if (path / ".metadata").exists():
         if step is not None:
@@ -85,15 +85,15 @@ def locate(path: Path, step: int | None = None) -> Path:
         return complete[step]
     if complete and step is None:
         return complete[max(complete)]
-    found = f"the complete steps {list(complete)}" if complete else "no complete checkpoint"
+    available = f"the complete steps {list(complete)}" if complete else "no complete checkpoint"
     raise CheckpointError(
-        f"expected {'a checkpoint' if step is None else f'step {step}'} in {path}, found {found}"
+        f"expected {'a checkpoint' if step is None else f'step {step}'} in {path}, found {available}"
         + ("" if path.exists() else "; there is no such folder")
     )
 
 
 def _remove_leftovers(root: Path, complete: dict[int, Path]) -> None:
-    """Remove what saves that were killed have left: unfinished, replaced or half removed."""
+    """Remove the folders that interrupted saves left: unfinished, replaced or partly removed."""
     for leftover in [
         *root.glob("step-*.partial"),
         *root.glob("step-*.removed"),
@@ -107,19 +107,19 @@ def _replaced_path(final: Path) -> Path:
     return final.with_name(final.name + REPLACED_SUFFIX)
 
 
-def _mark_superseded(later: Path, step: int) -> None:
-    names = (later.with_suffix(f".superseded{number or ''}") for number in range(1000))
-    aside = next(name for name in names if not name.exists())
-    later.rename(aside)
+def _mark_superseded(folder: Path, step: int) -> None:
+    candidates = (folder.with_suffix(f".superseded{number or ''}") for number in range(1000))
+    superseded = next(path for path in candidates if not path.exists())
+    folder.rename(superseded)
     warnings.warn(
-        f"{later} is of a later step than the one saved now ({step}), so it is from a run that was rolled back: "
-        f"set aside as {aside.name}; delete it when you do not need it",
+        f"{folder} is of a later step than the one saved now ({step}), so it is from a run that was rolled back: "
+        f"set aside as {superseded.name}; delete it when you do not need it",
         stacklevel=2,
     )
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint; under another name first, so that no half of it is ever taken for a whole one."""
+    """Rename a checkpoint, then remove it: a partly removed folder must not have the name of a complete one."""
     if folder.exists():
         renamed = folder.with_suffix(".removed")
         if renamed.exists():
@@ -129,7 +129,7 @@ def _remove(folder: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder."""
+    """Wait until a file, or the list of names in a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""One checkpoint as a process without a process group sees it: what is in it, and its weights by stream."""
+"""A checkpoint read by one process, without a process group: what it contains, and its weights one at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ema_dist.schedules.decay import Constant, Decay, HalfLife, decay_from_half_
 WeightsKind = Literal["ema", "live"]
 
 BATCH_BYTES = 16 * 2**20
-"""Smaller tensors are read together up to so many bytes: each call of the reader costs."""
+"""Tensors are read in batches of at most this size, or one larger tensor: each call of the reader is costly."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class StoredDecay:
 
     @property
     def unit(self) -> Literal["step", "update"]:
-        """What `decay_per_unit` and `half_life` count: optimizer steps, or averages taken."""
+        """The unit of `decay_per_unit` and `half_life`: optimizer steps, or updates of the average."""
         return "step" if isinstance(self.decay, HalfLife) else "update"
 
     @property
     def decay_per_unit(self) -> float:
-        """The factor of the old average."""
+        """The factor of the old average in one unit."""
         return decay_from_half_life(self.decay.steps) if isinstance(self.decay, HalfLife) else self.decay.value
 
     @property
     def half_life(self) -> float:
-        """How many leave half of the old average."""
+        """The number of units after which half of the old average is left."""
         return self.decay.steps if isinstance(self.decay, HalfLife) else half_life_from_decay(self.decay.value)
 
 
@@ -63,25 +63,25 @@ class StoredAverages:
 
     @property
     def is_stale(self) -> bool:
-        """Whether steps were seen, and no average taken: these are the weights that they began with, or followed."""
+        """Whether no average was taken in any step: the averages are still a copy of live weights."""
         return self.steps > 0 and self.updates == 0
 
 
 @dataclass(frozen=True)
 class WeightSelection:
-    """The weights of one model: where each lies in the checkpoint, and the dtype that it shall have."""
+    """The weights of one model: for each tensor, its DCP name in the checkpoint and the dtype to cast it to."""
 
     sources: dict[str, tuple[str, torch.dtype]]
     without_average: list[str] = field(default_factory=list)
-    """Names that have their live values among averages."""
+    """Names of tensors without an average: their live values are selected among averages."""
     guessed_ties: dict[str, str] = field(default_factory=dict)
-    """Names that have the average of another one, because their live values are equal and no manifest tells."""
+    """Names that get the average of another tensor, because no manifest lists ties and their live values are equal."""
     extra_states: dict[str, dict[KeyPath, str]] = field(default_factory=dict)
-    """What is no tensor, by name: the DCP names of its parts."""
+    """Extra states of modules, by name: the DCP names of their parts."""
     averages: StoredAverages | None = None
-    """Where averages come from."""
+    """The state that the averages are from; None for live weights."""
     is_model_missing: bool = False
-    """Whether the checkpoint holds no live model of its averages."""
+    """Whether the checkpoint holds averages, but not the live model they belong to."""
 
     def subset(self, names: Iterable[str]) -> WeightSelection:
         """The tensors of these names, in this order."""
@@ -89,9 +89,9 @@ class WeightSelection:
 
 
 class StoredCheckpoint:
-    """What one folder of a checkpoint holds; nothing in it is run, and tensors are read when they are asked for.
+    """The contents of one checkpoint folder; tensors are read on access, and nothing in the folder is run.
 
-    Raises: CheckpointError when it is none, or is damaged.
+    Raises: CheckpointError when the folder is not a checkpoint, or is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -102,9 +102,9 @@ class StoredCheckpoint:
 
     @cached_property
     def averages(self) -> dict[KeyPath, StoredAverages]:
-        """The states of `ShardedEMA` in it, by place.
+        """The states of `ShardedEMA` in the checkpoint, by path.
 
-        Raises: CheckpointError for one of another format.
+        Raises: CheckpointError for a state of another format.
         """
         return {key_path: self._read_averages(key_path) for key_path in self.index.averages}
 
@@ -116,14 +116,14 @@ class StoredCheckpoint:
         entry: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> WeightSelection:
-        """Which tensors make up a model: its averages, and what has none from the live model; or all from the latter.
+        """Select the tensors of a model: its averages, and live values of tensors without one; or all live values.
 
         Args:
-            track: of the averages; None for the only one, or the one called ``default``.
-            entry: dotted name of the entry of the model or of its averages, where the checkpoint holds several.
-            dtype: of floating tensors; None for that of each live one.
+            track: the track of the averages; None for the only one, or the one called ``default``.
+            entry: dotted name of the entry of the model or of its averages, if the checkpoint holds several.
+            dtype: dtype of floating-point tensors; None for the dtype of each live tensor.
 
-        Raises: CheckpointError when there are no such weights, or when averages and model do not fit.
+        Raises: CheckpointError when there are no such weights, or when averages and model do not fit together.
         """
         key_path, model = self._select_entries(weights_kind, entry)
         tensors: dict[str, str] = {} if model is None else self.index.models[model]
@@ -143,7 +143,8 @@ class StoredCheckpoint:
             return WeightSelection(sources, averages=averages, is_model_missing=True)
         if mismatches := self.mismatches(selected, tensors):
             raise CheckpointError(
-                f"{self.folder}: the averages in {dotted_name(key_path)!r} and the model in {dotted_name(model)!r} differ: {mismatches}"
+                f"{self.folder}: the averages in {dotted_name(key_path)!r} and the model in {dotted_name(model)!r} "
+                f"differ: {mismatches}"
             )
         ties = self._ties(model, selected)
         averaged = self._average_names(model, selected, ties)
@@ -156,24 +157,23 @@ class StoredCheckpoint:
         )
 
     def matching_models(self, averages: KeyPath) -> list[KeyPath]:
-        """The models whose averages these may be: the one that the manifest tells, else all whose names fit best."""
+        """The models whose averages these may be: the one named by the manifest, else all whose names fit best."""
         recorded = self.manifest.models.get(dotted_name(averages)) if self.manifest else None
-        return [model for model in self.index.models if dotted_name(model) == recorded] or self.index.matching_models(
-            averages
-        )
+        models = [model for model in self.index.models if dotted_name(model) == recorded]
+        return models or self.index.matching_models(averages)
 
     def average_names(self, model: KeyPath, track: TrackNames) -> dict[str, str]:
-        """The DCP name of the average of each tensor of a model that has one, in the model's order.
+        """The DCP names of a model's averages, by the names of its tensors and in their order.
 
-        Averages are stored under the first name of a tied tensor. Which second names there are, a manifest tells; in a
-        checkpoint without one, a matrix counts as tied to the averaged one that has the same live values, to the bit.
+        An average is stored under the first name of a tied tensor. The manifest lists the other names. Without a
+        manifest, a matrix counts as tied to an averaged one if their live values are bit-identical.
 
         Raises: CheckpointError when the manifest ties tensors of different shapes.
         """
         return self._average_names(model, track, self._ties(model, track))
 
     def mismatches(self, track: TrackNames, tensors: Mapping[str, str]) -> dict[str, Any]:
-        """Averages that the model with these tensors has none for, or of another shape or kind; empty if they fit."""
+        """Averages that the model lacks or has with another shape or kind of dtype, by reason; empty if all fit."""
         averaged = track.all
         missing = sorted(averaged.keys() - tensors.keys())
         shapes = {
@@ -191,26 +191,26 @@ class StoredCheckpoint:
             "shapes (model, average)": shapes,
             "floating on one side only": kinds,
         }
-        return {what: where for what, where in by_reason.items() if where}
+        return {reason: names for reason, names in by_reason.items() if names}
 
     def read_values(self, dcp_names: Iterable[str]) -> dict[str, Any]:
-        """Values by DCP name, tensors among them on the CPU.
+        """Read values by DCP name, tensors on the CPU.
 
-        Raises: CheckpointError for one that could not be read without running code.
+        Raises: CheckpointError for a value that could not be read without running code.
         """
-        wanted: dict[str, Any] = dict.fromkeys(dcp_names)
-        read_entries(self.folder, wanted, metadata=self._metadata)
-        return wanted
+        values: dict[str, Any] = dict.fromkeys(dcp_names)
+        read_entries(self.folder, values, metadata=self._metadata)
+        return values
 
     def stream(
         self, dcp_names: Iterable[str], *, on_bytes: Callable[[int], object] = lambda _: None
     ) -> Iterator[Tensor]:
-        """These tensors in this order, full, on the CPU, each its own.
+        """Yield these tensors in this order, full and on the CPU; none of them share storage.
 
         Args:
             on_bytes: called with the number of bytes read since the last call.
 
-        Memory: `BATCH_BYTES`, or one larger tensor, and one stored piece, beyond those handed out.
+        Memory: `BATCH_BYTES`, or one larger tensor, and one stored chunk, beside the tensors yielded before.
         """
         for batch in self._batches(dcp_names):
             tensors = self.read_values(batch)
@@ -221,17 +221,17 @@ class StoredCheckpoint:
     def read_weights(
         self, weights: WeightSelection, *, on_bytes: Callable[[int], object] = lambda _: None
     ) -> Iterator[tuple[str, Tensor]]:
-        """The names and full CPU tensors of `weights`, in the model's order, without extra states.
+        """Yield the names and full CPU tensors of a selection, in the model's order, without extra states.
 
-        Memory: as `stream`, and a cast one.
-        Raises: CheckpointError when a finite value is beyond the range of the dtype that it shall have.
+        Memory: as `stream`, and one cast tensor.
+        Raises: CheckpointError when a finite value is beyond the range of the selected dtype.
         """
         tensors = self.stream([source for source, _ in weights.sources.values()], on_bytes=on_bytes)
         for (name, (_, dtype)), tensor in zip(weights.sources.items(), tensors, strict=True):
             yield name, cast(name, tensor, dtype)
 
     def meta_tensors(self, weights: WeightSelection) -> dict[str, Tensor | None]:
-        """What `read_weights` will give, on the meta device; None for what is no tensor."""
+        """The tensors that `read_weights` will yield, on the meta device; None for extra states."""
         tensors = {
             name: torch.empty(self.index.shape(source), dtype=dtype, device="meta")
             for name, (source, dtype) in weights.sources.items()
@@ -239,7 +239,7 @@ class StoredCheckpoint:
         return {**tensors, **dict.fromkeys(weights.extra_states)}
 
     def extra_state(self, parts: Mapping[KeyPath, str]) -> Any:
-        """One extra state of a module, as it was saved."""
+        """Read one extra state of a module."""
         loaded = self.read_values(parts.values())
         return unpack_value(unflatten({key_path: loaded[name] for key_path, name in parts.items()}))
 
@@ -253,26 +253,25 @@ class StoredCheckpoint:
         tensors, averaged = self.index.models[model], track.all
         sources = {name: averaged.get(ties.get(name, name)) for name in tensors}
         averages = {name: average for name, average in sources.items() if average is not None}
-        if mismatches := self.mismatches(
-            TrackNames({name: averages[name] for name in ties.keys() & averages}), tensors
-        ):
+        tied = TrackNames({name: averages[name] for name in ties.keys() & averages})
+        if mismatches := self.mismatches(tied, tensors):
             raise CheckpointError(f"{self.folder}: its {dotted_name(model)!r} ties tensors that differ: {mismatches}")
         return averages
 
     def _guess_ties(self, tensors: Mapping[str, str], track: TrackNames) -> dict[str, str]:
-        """The matrices without an average, and the averaged one that each equals."""
+        """The matrices without an average, and for each the averaged matrix with the same live values."""
         signatures = {
             name: (self.index.shape(dcp_name), self.index.dtype(dcp_name)) for name, dcp_name in tensors.items()
         }
         candidates = [name for name in track.averages if name in signatures]
-        averaged = {signatures[name] for name in candidates}
+        averaged_signatures = {signatures[name] for name in candidates}
         unaveraged = [
             name
             for name, signature in signatures.items()
-            if name not in track.all and len(signature[0]) > 1 and signature in averaged
+            if name not in track.all and len(signature[0]) > 1 and signature in averaged_signatures
         ]
-        wanted = {signatures[name] for name in unaveraged}
-        candidates = [name for name in candidates if signatures[name] in wanted]
+        unaveraged_signatures = {signatures[name] for name in unaveraged}
+        candidates = [name for name in candidates if signatures[name] in unaveraged_signatures]
         names = [*candidates, *unaveraged]
         checksums = [checksum(live).item() for live in self.stream(tensors[name] for name in names)]
         fingerprints = dict(zip(names, zip(checksums, (signatures[name] for name in names), strict=True), strict=True))
@@ -293,30 +292,30 @@ class StoredCheckpoint:
             yield batch
 
     def _source_and_dtype(self, source: str, live: str, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
-        own = self.index.dtype(source)
-        return source, (dtype or self.index.dtype(live)) if own.is_floating_point else own
+        stored_dtype = self.index.dtype(source)
+        return source, (dtype or self.index.dtype(live)) if stored_dtype.is_floating_point else stored_dtype
 
     def _select_track(self, averages: StoredAverages, track: str | None) -> TrackNames:
         tracks = averages.tracks
-        wanted = track or (next(iter(tracks)) if len(tracks) == 1 else "default")
-        if wanted not in tracks:
+        name = track or (next(iter(tracks)) if len(tracks) == 1 else "default")
+        if name not in tracks:
             raise CheckpointError(
-                f"{self.folder}: expected a track {wanted!r}, found {sorted(tracks)}; choose one of these"
+                f"{self.folder}: expected a track {name!r}, found {sorted(tracks)}; choose one of these"
             )
-        return tracks[wanted]
+        return tracks[name]
 
     def _select_entries(self, weights_kind: WeightsKind, entry: str | None) -> tuple[KeyPath | None, KeyPath | None]:
-        """The places of the averages and of the model that are meant."""
+        """The paths of the averages and of the model to select from; None for either if there is none."""
         index = self.index
         pairs = [(averages, model) for averages in index.averages for model in self.matching_models(averages) or [None]]
         paired = {model for _, model in pairs}
         unpaired = [(None, model) for model in index.models if model not in paired]
-        named = [
+        requested = [
             pair
             for pair in [*pairs, *unpaired]
             if entry in {None, *(dotted_name(path) for path in pair if path is not None)}
         ]
-        fitting = [pair for pair in named if pair[weights_kind == "live"] is not None]
+        fitting = [pair for pair in requested if pair[weights_kind == "live"] is not None]
         chosen = [pair for pair in fitting if pair[0] is not None] or fitting
         if weights_kind == "live":
             chosen = [(None, model) for model in dict.fromkeys(model for _, model in chosen)]
@@ -327,9 +326,9 @@ class StoredCheckpoint:
             raise CheckpointError(
                 f"several entries of {self.folder} could be meant: choose one by --entry, of {available}"
             )
-        wanted = ("averages" if weights_kind == "ema" else "a model") + (f" in an entry {entry!r}" if entry else "")
+        expected = ("averages" if weights_kind == "ema" else "a model") + (f" in an entry {entry!r}" if entry else "")
         raise CheckpointError(
-            f"expected {wanted} in {self.folder}, found {available}"
+            f"expected {expected} in {self.folder}, found {available}"
             + ("; --weights live takes live weights" if weights_kind == "ema" and index.models else "")
         )
 
@@ -349,12 +348,8 @@ class StoredCheckpoint:
         try:
             decays = {track: _parse_decay(fields[f"{track} kind"], fields[f"{track} value"]) for track in tracks}
             return StoredAverages(key_path, int(fields["steps"]), int(fields["updates"]), tracks, decays)
-        except (
-            TypeError,
-            ValueError,
-            OverflowError,
-            RuntimeError,
-        ) as error:  # the latter of a tensor that is no number
+        # RuntimeError: int() of a tensor with several elements.
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise CheckpointError(f"{prefix} are damaged: {error}") from None
 
 

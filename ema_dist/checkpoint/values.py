@@ -1,4 +1,4 @@
-"""Plain values as checkpoints hold them: what DCP would change is packed, what could not be read back is refused."""
+"""Plain values in checkpoints: packed where DCP would change them, refused where they could not be read back."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 """Where a value lies in nested dictionaries (str) and lists (int)."""
 
 PACKED_MARKER = "ema_dist.packed"
-"""Marks a mapping that DCP would change: it turns keys into strings, and drops mappings without any."""
+"""Marks a packed mapping. DCP turns keys into strings and drops empty mappings, so such mappings are packed."""
 
 PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
 
 
 def pack_value(value: object, name: str) -> Any:
-    """``value`` in a form that comes back equal through `unpack_value`.
+    """Return ``value`` in a form that DCP does not change; `unpack_value` is the inverse.
 
     Args:
-        name: of the value, for the error.
+        name: names the value in errors.
 
-    Raises: ValueError for what a checkpoint cannot hold: objects that torch would not load without running code,
-        parts of cut tensors in tuples, tensors under keys that are not strings.
+    Raises: ValueError for values that a checkpoint cannot hold: objects that torch would not load without running code,
+        sharded tensors in tuples, tensors under keys that are not strings.
     """
     if isinstance(value, Mapping):
         if value and all(isinstance(key, str) for key in value):
@@ -42,7 +42,7 @@ def pack_value(value: object, name: str) -> Any:
 
 
 def unpack_value(value: Any) -> Any:
-    """The reverse of `pack_value`, for what came out of a checkpoint."""
+    """The inverse of `pack_value`, for a value that was read from a checkpoint."""
     match value:
         case (packed, list(items)) if isinstance(packed, str) and packed == PACKED_MARKER:
             return dict(items)
@@ -54,9 +54,9 @@ def unpack_value(value: Any) -> Any:
 
 
 def flatten(value: object, path: KeyPath = ()) -> dict[KeyPath, Any]:
-    """Every value in nested mappings and lists by its path, cut up as DCP cuts: lists of plain values stay whole.
+    """The leaves of nested mappings and lists by path, as DCP flattens them: a list of plain values is one leaf.
 
-    DCP drops empty mappings; here they are values.
+    Unlike in DCP, an empty mapping is a leaf.
     """
     if isinstance(value, Mapping) and value:
         items = [(str(key), item) for key, item in value.items()]
@@ -68,7 +68,7 @@ def flatten(value: object, path: KeyPath = ()) -> dict[KeyPath, Any]:
 
 
 def unflatten(values: Mapping[KeyPath, Any]) -> Any:
-    """The reverse of `flatten`."""
+    """The inverse of `flatten`."""
     if () in values:
         return values[()]
     groups: dict[str | int, dict[KeyPath, Any]] = {}
@@ -80,7 +80,7 @@ def unflatten(values: Mapping[KeyPath, Any]) -> Any:
 
 
 def require_loadable(value: Any, message: str) -> None:
-    """Raise ValueError, with what there is to say ``otherwise``, for what torch would not load without running code."""
+    """Raise ValueError with ``message`` if torch would not load the value without running code."""
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer)

@@ -1,4 +1,4 @@
-"""A DCP writer that hashes what it writes, and gives the checkpoint its name when every rank has written."""
+"""A DCP writer that hashes the bytes it writes, and gives the checkpoint its name when every rank has written."""
 
 from __future__ import annotations
 
@@ -26,29 +26,31 @@ class CheckpointWriter(FileSystemWriter):
     """Writes the files of one checkpoint into ``partial``; the first rank adds the manifest, renames and prunes.
 
     Args:
-        manifest: all but its files.
+        manifest: without its files.
         keep: how many complete checkpoints stay in the root; None for all.
     """
 
     def __init__(self, partial: Path, manifest: Manifest, *, keep: int | None) -> None:
         super().__init__(partial)
-        self._files = HashingFileSystem()
-        self.fs = self._files
+        self._file_system = HashingFileSystem()
+        self.fs = self._file_system  # torch opens every file through this attribute
         self._partial = partial
         self._manifest = manifest
         self._keep = keep
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = super().write_data(plan, planner).wait()
-        # DCP carries results to the first rank, so the records of the files travel among those of the items.
-        records = [WriteResult(MetadataIndex(name), file.size, file) for name, file in self._files.records.items()]
-        self._files.records.clear()
+        # DCP sends these results to the first rank, so the file records are added to them.
+        records = [
+            WriteResult(MetadataIndex(name), file.size, file) for name, file in self._file_system.records.items()
+        ]
+        self._file_system.records.clear()
         future: Future[list[WriteResult]] = Future()
         future.set_result(results + records)
         return future
 
     def stage(self, state_dict: Any) -> Any:
-        return state_dict  # `save` has copied it already, when ranks could still agree not to save
+        return state_dict  # `save` has made the copy already, when ranks could still agree not to save
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         all_results = [result for rank_results in results for result in rank_results]
@@ -60,18 +62,20 @@ class CheckpointWriter(FileSystemWriter):
         super().finish(
             metadata, [[result for result in all_results if not isinstance(result.storage_data, FileRecord)]]
         )
-        files |= {name.removesuffix(".tmp"): record for name, record in self._files.records.items()}
+        # torch writes .metadata under a temporary name and renames it.
+        files |= {name.removesuffix(".tmp"): record for name, record in self._file_system.records.items()}
         if missing := sorted(name for name in files if not (self._partial / name).exists()):
             raise CheckpointError(
                 f"other ranks wrote {missing}, which are not in {self._partial} as the first rank sees it: "
                 "save into a file system that all ranks share"
             )
+        # The manifest must be on disk before the folder gets the name that promises it.
         replace(self._manifest, files=files).write(self._partial)
         commit(self._partial, keep=self._keep)
 
 
 class HashingFileSystem(FileSystem):
-    """Files on disk, and the size and checksum of each that was written."""
+    """Files on disk; records the size and checksum of each file it writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +90,7 @@ class HashingFileSystem(FileSystem):
 
 
 class HashingStream(io.RawIOBase):
-    """Passes on what is written, and hashes it on the way."""
+    """Hashes the bytes on their way to another stream."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -109,5 +113,5 @@ class HashingStream(io.RawIOBase):
         self._stream.flush()
 
     def fileno(self) -> int:
-        self._stream.flush()  # whoever asks is about to sync the file, and torch does not flush before that
+        self._stream.flush()  # torch syncs the file through its descriptor, without a flush before
         return self._stream.fileno()

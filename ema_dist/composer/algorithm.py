@@ -1,4 +1,4 @@
-"""Composer's algorithm: averages follow the training, are in the model for evaluation, and are in every checkpoint."""
+"""Composer's EMA algorithm: averages are updated in training, swapped in for evaluation, and saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHECKPOINT_EVENTS = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERA
 
 
 class SwapPhase(Enum):
-    """Why the averages are in the model; the events during which they stay there."""
+    """The reason why the averages are swapped in; its value is the events at which they stay in the model."""
 
     EVALUATION = frozenset(
         {Event.EVAL_BATCH_START, Event.EVAL_BEFORE_FORWARD, Event.EVAL_AFTER_FORWARD, Event.EVAL_BATCH_END}
@@ -51,26 +51,26 @@ class EMA(Algorithm):
     from the live weights and the exact averages.
 
     Args:
-        half_life: after so many batches (``"1000ba"``) or epochs (``"2ep"``), half of what was in the average is left;
-            ``"0ba"`` is no averaging.
+        half_life: after this many batches (``"1000ba"``) or epochs (``"2ep"``), half of the old average is left;
+            ``"0ba"`` turns averaging off.
         smoothing: instead of a half-life, the factor of the old average at each update, in [0, 1].
-        ema_start: how much of the training comes before the averages begin: ``"0.1dur"``, ``"100ba"``, ``"1ep"``.
-        update_interval: an average is taken each so many batches or epochs; a half-life accounts for it, a smoothing
-            does not. None: each batch, or epoch where the half-life is in epochs.
-        train_with_ema_weights: whether training goes on from the averages after each update: an experiment.
-        dtype: of the averages; None: float32 for weights narrower than float32, else the weight's own.
+        ema_start: the part of the training before the averages begin: ``"0.1dur"``, ``"100ba"``, ``"1ep"``.
+        update_interval: batches or epochs between updates; a half-life accounts for it, a smoothing does not. None:
+            each batch, or each epoch if the half-life is in epochs.
+        train_with_ema_weights: whether training continues from the averages after each update (experimental).
+        dtype: of the averages; None: float32 for weights narrower than float32, else the weight's own dtype.
         rounding: of bfloat16 averages: `Stochastic`, or `Compensated`.
-        replicas: ``"shard"`` splits averages of weights that replicas hold alike among them, ``"copy"`` keeps them
-            whole on each. None: ``"copy"`` with sharded checkpoints, in which Composer saves the first replica alone;
+        replicas: ``"shard"`` shards the averages of replicated weights over the replicas, ``"copy"`` keeps a whole
+            copy on each. None: ``"copy"`` with sharded checkpoints, for which Composer saves the first replica only;
             else ``"shard"``.
         buffers: ``"average"`` or ``"copy"`` for floating buffers; integer buffers are always copied.
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
-        timeout: seconds that ranks wait for each other before a collective call fails; as long as Composer's own.
+        timeout: seconds that ranks wait for each other before a collective call fails; Composer's own default.
 
-    Collective: an update is not, but for the first, which makes the averages. Everything else is what all ranks of a
-        `Trainer` do together.
+    Collective: updates are not, except the first, which constructs the averages. All ranks of a `Trainer` make all
+        other calls together.
     Memory: as `ShardedEMA`.
-    Raises: ValueError for settings that contradict each other, or are out of range.
+    Raises: ValueError for settings that contradict each other or are out of range.
     Source: ``composer.algorithms.EMA`` of Composer 0.32, and ``train_with_ema_weights`` of its first version.
     """
 
@@ -95,7 +95,7 @@ class EMA(Algorithm):
         self.ema_start = self._schedule.start
         self.update_interval = self._schedule.interval
         self.train_with_ema_weights = train_with_ema_weights
-        Precision(dtype, rounding)  # which raises now, not when the averages begin
+        Precision(dtype, rounding)  # checks the settings now, not only when the averages begin
         self._settings: dict[str, Any] = {
             "dtype": dtype,
             "rounding": rounding,
@@ -118,7 +118,7 @@ class EMA(Algorithm):
 
     @property
     def ema_started(self) -> bool:
-        """Whether averages are taken."""
+        """Whether the averages have begun."""
         return self._ema is not None
 
     @property
@@ -145,7 +145,7 @@ class EMA(Algorithm):
         )
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:  # noqa: ARG002  Composer's signature
-        """Update, or exchange averages and live weights, as the event wants it."""
+        """Update the averages, or swap them in or out, depending on the event."""
         self._resume_phase(event)
         if self._phase is not None and event not in self._phase.value:
             self._swap_out()
@@ -157,14 +157,14 @@ class EMA(Algorithm):
         elif event == Event.AFTER_LOAD:
             self._ema = self._require_checkpoints().after_load(self._make_averages)
         elif event == Event.FIT_START:
-            self._match_wrapping(state)
+            self._follow_rewrapping(state)
             self._monitor_steps(state)
             self._start_after_load(state)
         elif event == Event.EVAL_START:
-            self._match_wrapping(state)
+            self._follow_rewrapping(state)
             self._swap_in(SwapPhase.EVALUATION)
         elif event == Event.PREDICT_START:
-            self._match_wrapping(state)
+            self._follow_rewrapping(state)
             self._swap_in(SwapPhase.PREDICTION)
         elif event in CHECKPOINT_EVENTS and _is_checkpoint_due(event, state):
             self._swap_in(SwapPhase.CHECKPOINT)
@@ -172,7 +172,7 @@ class EMA(Algorithm):
             self._update(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of this; under FSDP with sharded checkpoints, the tensors go into Composer's State.
+        """The algorithm's part of a checkpoint; in sharded checkpoints the tensors are in Composer's State instead.
 
         Collective: over all ranks, when several hold parts of the averages.
         """
@@ -190,20 +190,20 @@ class EMA(Algorithm):
         return algorithm_state | self._checkpoints.write(self._ema, live)
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002
-        """Take over what a checkpoint holds, of this, of Composer's own EMA, or of its older versions, after loading.
+        """Keep the algorithm's part of a checkpoint, by this EMA or any version of Composer's, until `AFTER_LOAD`.
 
         Raises: ValueError then, for a checkpoint of another model.
         """
         self._require_checkpoints().keep_state(state)
 
     def get_ema_model(self, model: nn.Module) -> nn.Module:
-        """The model given, which has the averages now: its parameters and buffers are overwritten.
+        """Overwrite the parameters and buffers of a model with the averages, and return the model.
 
         Args:
-            model: the trainer's, one wrapped the same way, or an unwrapped one on every rank.
+            model: the trainer's model, one wrapped the same way, or an unwrapped one on every rank.
 
         Collective: over all ranks that hold the averages.
-        Raises: ValueError while the averages are in the trainer's model already, and before they have begun.
+        Raises: ValueError while the averages are in the trainer's model, and before they have begun.
         """
         if self.ema_weights_active:
             raise ValueError("The ema weight are currently contained in the composer model.")
@@ -214,13 +214,13 @@ class EMA(Algorithm):
         return model
 
     def get_training_model(self, model: nn.Module) -> nn.Module:
-        """The model given, which has the live weights now: its parameters and buffers are overwritten.
+        """Overwrite the parameters and buffers of a model with the live weights, and return the model.
 
         Args:
-            model: as for `get_ema_model`; the trainer's own just gets its live weights back.
+            model: as for `get_ema_model`; in the trainer's own model, the averages are swapped out.
 
         Collective: over all ranks that hold the model.
-        Memory: one full tensor on each rank, for a model that is not the trainer's and is cut otherwise.
+        Memory: one full tensor on each rank, for another model that is sharded differently.
         Raises: ValueError unless the averages are in the trainer's model.
         """
         if not self.ema_weights_active:
@@ -236,23 +236,20 @@ class EMA(Algorithm):
         return model
 
     def _initialize(self, state: State) -> None:
-        if (
-            len(duplicates := [algorithm for algorithm in state.algorithms if type(algorithm).__qualname__ == "EMA"])
-            > 1
-        ):
+        # By name, so that Composer's own EMA counts too.
+        emas = [algorithm for algorithm in state.algorithms if type(algorithm).__qualname__ == "EMA"]
+        if len(emas) > 1:
             raise ValueError(
-                f"expected one EMA among the algorithms, found {len(duplicates)}: {duplicates}; their averages would be "
-                "exchanged with each other's, and overwrite each other's in checkpoints"
+                f"expected one EMA among the algorithms, found {len(emas)}: {emas}; their averages would be exchanged "
+                "with each other's, and overwrite each other's in checkpoints"
             )
-        if self._step_monitor is not None:  # of another Trainer, as the averages are
+        if self._step_monitor is not None:  # of an earlier Trainer
             self._step_monitor.remove()
-        self._step_monitor, self._phase, self._swap_stack, self._ema, self._interrupted_phase = (
-            None,
-            None,
-            ExitStack(),
-            None,
-            None,
-        )
+        self._step_monitor = None
+        self._ema = None
+        self._phase = None
+        self._interrupted_phase = None
+        self._swap_stack = ExitStack()
         self._checkpoints = CheckpointHandler(state, self._pause_for_save)
 
     def _require_checkpoints(self) -> CheckpointHandler:
@@ -268,12 +265,12 @@ class EMA(Algorithm):
             )
 
     def _make_averages(self, model: nn.Module) -> ShardedEMA:
-        """New averages, which are the model's weights."""
+        """Construct averages, which start as copies of the model's weights."""
         replicas = self._replicas or ("copy" if self._require_checkpoints().is_sharded else "shard")
         return ShardedEMA(model, decay=self.smoothing, replicas=replicas, **self._settings)
 
-    def _match_wrapping(self, state: State) -> None:
-        """Split the averages as the model is: Composer wraps it for DDP when a checkpoint has been loaded."""
+    def _follow_rewrapping(self, state: State) -> None:
+        """Shard the averages as the model is now: Composer wraps it in DDP only after loading a checkpoint."""
         if self._ema is not None and self._ema.model is not state.model:
             self._ema = transfer_averages(self._ema, self._make_averages(state.model))
 
@@ -284,11 +281,11 @@ class EMA(Algorithm):
             self._step_monitor = StepMonitor(state.optimizers, has_stepped=self._schedule.is_mid_interval(state))
 
     def _start_after_load(self, state: State) -> None:
-        """Begin now, if the checkpoint has no averages, and there should be some."""
+        """Start the averages now, if the checkpoint has none and ``ema_start`` has passed."""
         if self._ema is None and self._require_checkpoints().lacks_averages and self._schedule.has_started(state):
             warnings.warn(
-                f"training goes on at {_time_string(state.timestamp.batch)} from a checkpoint without averages, which begin "
-                f"at {_time_string(self.ema_start)}: they start from the weights as they are now",
+                f"training goes on at {_time_string(state.timestamp.batch)} from a checkpoint without averages, which "
+                f"begin at {_time_string(self.ema_start)}: they start from the weights as they are now",
                 stacklevel=2,
             )
             self._ema = self._make_averages(state.model)
@@ -297,7 +294,7 @@ class EMA(Algorithm):
         assert self._step_monitor is not None, "training starts with FIT_START"
         if self._ema is None:
             if not self._schedule.has_started(state):
-                self._step_monitor.consume()  # they do not count
+                self._step_monitor.consume()  # steps before the start do not count
                 return
             self._ema = self._make_averages(state.model)
         if not self._schedule.is_due(state):
@@ -315,13 +312,13 @@ class EMA(Algorithm):
             self._phase = phase
 
     def _pause_for_save(self) -> None:
-        """Let an explicit save find the live weights, in the middle of an evaluation or after an exception in it."""
+        """Swap the averages out for an explicit save, during an evaluation or after an exception in one."""
         if self._phase in (SwapPhase.EVALUATION, SwapPhase.PREDICTION):
             self._interrupted_phase = self._phase
             self._swap_out()
 
     def _resume_phase(self, event: Event) -> None:
-        """Put the averages back after a save, if the evaluation goes on."""
+        """Swap the averages back in after a save, if the evaluation continues."""
         interrupted_phase, self._interrupted_phase = self._interrupted_phase, None
         if interrupted_phase is not None and event in interrupted_phase.value:
             self._swap_in(interrupted_phase)
@@ -331,13 +328,13 @@ class EMA(Algorithm):
         try:
             self._ema.restore()
         finally:
-            if not active_swaps(self._ema.model):  # else ranks did not leave together, and the next event tries again
+            if not active_swaps(self._ema.model):  # else ranks did not swap out together; the next event tries again
                 self._phase = None
                 self._swap_stack.close()
                 self._require_checkpoints().release()
 
     def _copy_live_weights(self) -> Mapping[str, Tensor]:
-        """A copy of the live weights as a state of the model, while the averages are in it."""
+        """Copy the live weights as a state of the model, while the averages are swapped in."""
         phase = self._phase
         self._swap_out()
         try:
@@ -347,7 +344,7 @@ class EMA(Algorithm):
 
 
 def _is_checkpoint_due(event: Event, state: State) -> bool:
-    """Whether a checkpoint will be saved at this event."""
+    """Whether a `CheckpointSaver` will save at this event."""
     savers = [saver for saver in state.callbacks if isinstance(saver, CheckpointSaver)]
     return any(
         saver.save_interval(state, event) and saver.last_checkpoint_batch != state.timestamp.batch for saver in savers

@@ -1,4 +1,4 @@
-"""The way of averages into Composer's checkpoints, and out of them."""
+"""Saves the averages in Composer's checkpoints, and takes them over when one has been loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ema_dist.messages import describe_difference
 from ema_dist.sharding import cpu_copy
 
 AveragesFactory = Callable[[nn.Module], ShardedEMA]
-"""Makes new averages of a model."""
+"""Constructs averages of a model."""
 
 KINDS = ("averages", "buffers")
 
@@ -27,9 +27,9 @@ KINDS = ("averages", "buffers")
 class CheckpointHandler:
     """The checkpoints of one State.
 
-    Monolithic ones hold full tensors in the algorithm's part, sharded ones tensors as DCP cuts them, in an attribute of
-    State that this adds. Either holds the averages; but while these are in the model, the live weights, and of the
-    averages only what the model cannot hold as it is, having weights of another dtype.
+    Monolithic checkpoints hold full tensors in the algorithm's part; sharded ones hold tensors for DCP, in an attribute
+    that is added to State. Either holds the averages. While these are swapped in, a checkpoint holds the live weights
+    instead, and only those averages that the model, with weights of another dtype, would round.
 
     Args:
         before_save: called each time that Composer collects the model's weights.
@@ -38,10 +38,10 @@ class CheckpointHandler:
     def __init__(self, state: State, before_save: Callable[[], None]) -> None:
         self._state = state
         self._get_model_state = state.get_model_state_dict
-        # No event tells of an explicit save, and this is what each asks for the model's weights.
+        # Composer has no event for an explicit save, but every save calls this method.
         state.get_model_state_dict = partial(_call_after, before_save, self._get_model_state)
         self._planner_override: PlannerOverride | None = None
-        self._part: Mapping[str, Any] | None = None
+        self._saved_part: Mapping[str, Any] | None = None
         self.lacks_averages = False
         if ATTRIBUTE not in state.serialized_attributes:
             state.serialized_attributes.append(ATTRIBUTE)
@@ -49,21 +49,21 @@ class CheckpointHandler:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank writes its part."""
+        """Whether checkpoints are sharded: each rank writes its part."""
         return self._state.fsdp_sharded_state_dict_enabled
 
     @property
     def is_loading(self) -> bool:
-        """Whether Composer, when it asks for a state, wants to read into it."""
+        """Whether Composer is loading: it then asks for a state in order to read into it."""
         return self._planner_override is not None
 
     def before_load(self) -> None:
-        """Composer may load a checkpoint now."""
+        """Prepare for the checkpoint that Composer may load now."""
         if self.is_sharded:
             self._planner_override = PlannerOverride(self._state)
 
     def after_load(self, make_averages: AveragesFactory) -> ShardedEMA | None:
-        """The averages of the checkpoint that Composer has loaded, if there are some; the model has its live weights.
+        """Return the averages of the checkpoint that Composer has loaded, if any, and load live weights into the model.
 
         Collective: over all ranks.
         Memory: with sharded checkpoints, two sets of averages and a copy of the live weights.
@@ -71,7 +71,7 @@ class CheckpointHandler:
         """
         found_paths = self._planner_override.restore_config() if self._planner_override is not None else set()
         loaded = getattr(self._state, ATTRIBUTE)
-        algorithm_state, self._part, self._planner_override = self._part, None, None
+        algorithm_state, self._saved_part, self._planner_override = self._saved_part, None, None
         self.release()
         if algorithm_state is not None and not algorithm_state.get("ema_started", True):
             return None
@@ -84,14 +84,14 @@ class CheckpointHandler:
 
     def keep_state(self, algorithm_state: Mapping[str, Any]) -> None:
         """Keep the algorithm's part of a checkpoint until `after_load`."""
-        self._part = algorithm_state
+        self._saved_part = algorithm_state
 
     def release(self) -> None:
-        """Let go of the tensors that were to be written."""
+        """Release the tensors that were added to State for a checkpoint."""
         setattr(self._state, ATTRIBUTE, None)
 
     def allocate_targets(self, make_averages: AveragesFactory) -> None:
-        """Provide what there is to read into, from a checkpoint that may hold all of it, or some, or nothing.
+        """Add to State the tensors to read into; the checkpoint may hold all, some or none of them.
 
         Collective: over all ranks. Memory: the averages, and a copy of the live weights.
         """
@@ -104,10 +104,10 @@ class CheckpointHandler:
         )
 
     def write(self, ema: ShardedEMA, live: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The algorithm's part of a checkpoint.
+        """Return the algorithm's part of a checkpoint, and add the tensors of a sharded one to State.
 
         Args:
-            live: what `copy_model_state` returned, while the averages are in the model.
+            live: the result of `copy_model_state`, while the averages are swapped in; else None.
 
         Collective: over all ranks.
         """
@@ -126,7 +126,7 @@ class CheckpointHandler:
         return {"averaged": averaged_names}
 
     def copy_model_state(self) -> dict[str, Any]:
-        """A copy of the model's state as Composer saves it, on the CPU; empty where this rank has nothing to write.
+        """Copy the model's state, as Composer saves it, to the CPU; empty on ranks that write nothing.
 
         Collective: over all ranks.
         """
@@ -160,28 +160,28 @@ class CheckpointHandler:
         self,
         algorithm_state: Mapping[str, Any],
         loaded: Mapping[str, Any],
-        stored: set[KeyPath],
+        found_paths: set[KeyPath],
         make_averages: AveragesFactory,
     ) -> ShardedEMA:
         is_active = algorithm_state["ema_weights_active"]
         ema = make_averages(self._state.model)
-        state = ema.state_dict() | {count: loaded["ema"][count] for count in ("format", "steps", "updates")}
+        state = ema.state_dict() | {key: loaded["ema"][key] for key in ("format", "steps", "updates")}
         missing: set[str] = set()
-        names: set[str] = set()
+        expected_names: set[str] = set()
         for kind in KINDS:
             tensors = state["tracks"]["default"][kind]
-            found_names = {name for name in tensors if ("ema", "tracks", "default", kind, name) in stored}
-            names |= tensors.keys()
+            found_names = {name for name in tensors if ("ema", "tracks", "default", kind, name) in found_paths}
+            expected_names |= tensors.keys()
             missing |= set() if is_active else tensors.keys() - found_names
             tensors |= {name: loaded["ema"]["tracks"]["default"][kind][name] for name in found_names}
-        live_names = {path[1] for path in stored if path[0] == "live"}  # DCP takes extra states of modules apart
+        live_names = {path[1] for path in found_paths if path[0] == "live"}  # DCP flattens extra states
         live = {
             name: value for name, value in loaded["live"].items() if name in live_names or not isinstance(value, Tensor)
         }
         missing |= loaded["live"].keys() - live.keys() if is_active else set()
         saved_names = {*algorithm_state["averaged"]}
         if difference := describe_difference(
-            "the model", missing | (names - saved_names), "the checkpoint", saved_names - names
+            "the model", missing | (expected_names - saved_names), "the checkpoint", saved_names - expected_names
         ):
             raise ValueError(f"the checkpoint holds the averages of another model: {difference}")
         ema.load_state_dict(state)

@@ -1,8 +1,8 @@
-"""Averages in Composer's monolithic checkpoints, in its own format and in the older ones, by full tensors.
+"""Averages in Composer's monolithic checkpoints, as full tensors: written in its format, read also in older formats.
 
-Composer's own: ``ema_model`` holds ``named_parameters_dict`` and ``named_buffers_dict``, of the averages, or of the
-live weights while the averages are in the model (``ema_weights_active``). Ours adds counts, and ``averages`` where they
-are of another dtype than the weights: the model would round them.
+In Composer's format, ``ema_model`` holds ``named_parameters_dict`` and ``named_buffers_dict`` of the averages, or of
+the live weights while the averages are swapped in (``ema_weights_active``). This package adds the step counts, and
+``averages`` if they have another dtype than the weights, because the model would round them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ema_dist.ema import ShardedEMA
 from ema_dist.messages import describe_difference
 
 DDP_PREFIX = "module."
-"""How the names of a replicated model begin, as Composer saves them."""
+"""The prefix of names under DDP in Composer's checkpoints."""
 
 
 @dataclass(frozen=True)
 class MonolithicState:
-    """What an algorithm's part of a monolithic checkpoint holds, by canonical names.
+    """The contents of the algorithm's part of a monolithic checkpoint, by canonical name.
 
     Args:
-        averages: full tensors; those that are missing are in the model.
-        live: full tensors, while the averages are in the model.
+        averages: full tensors; empty if the checkpoint's model holds the averages.
+        live: full tensors, if the checkpoint's model holds the averages.
     """
 
     averages: Mapping[str, Tensor]
@@ -37,11 +37,11 @@ class MonolithicState:
 
 
 def write(ema: ShardedEMA, live: Mapping[str, Tensor] | None, *, prefix: str) -> dict[str, Any]:
-    """The part of a checkpoint, on the first rank; on others it has no tensors.
+    """Return the algorithm's part of a checkpoint; only the first rank's holds tensors.
 
     Args:
-        live: full tensors of the live weights by canonical names, while the averages are in the model.
-        prefix: of the names, as Composer's own EMA expects them under this wrapper.
+        live: full live weights by canonical name, while the averages are swapped in; else None.
+        prefix: the prefix of names that Composer's own EMA expects under this wrapper.
 
     Collective: over all ranks that hold the model.
     """
@@ -58,7 +58,7 @@ def write(ema: ShardedEMA, live: Mapping[str, Tensor] | None, *, prefix: str) ->
 
 
 def transfer_averages(ema: ShardedEMA, target: ShardedEMA) -> ShardedEMA:
-    """The target, which has the averages and counts of ``ema`` now, whatever the layouts.
+    """Copy the averages and step counts of ``ema`` to ``target``, whatever their layouts, and return ``target``.
 
     Collective: over all ranks that hold either.
     """
@@ -70,20 +70,21 @@ def transfer_averages(ema: ShardedEMA, target: ShardedEMA) -> ShardedEMA:
 
 def read(
     algorithm_state: Mapping[str, Any],
+    *,
     averaged_names: list[str],
     known_names: Iterable[str],
     parameters: list[str],
     buffers: list[str],
 ) -> MonolithicState:
-    """What a part of a checkpoint holds: of ours, of Composer's own, or of its older versions.
+    """Parse the algorithm's part of a checkpoint, by this package or any version of Composer's EMA.
 
     Args:
-        averaged: canonical names of what has an average.
-        known: all names in the model's state.
-        parameters: every parameter that the model has, in its order: the oldest format lists them without names.
-        buffers: every buffer.
+        averaged_names: canonical names of the tensors with an average.
+        known_names: all names in the model's state.
+        parameters: names of all parameters in the model's order: the oldest format lists tensors without names.
+        buffers: names of all buffers in the model's order.
 
-    Raises: ValueError when it is of another model.
+    Raises: ValueError when the checkpoint was saved from another model.
     """
     is_active = bool(algorithm_state.get("ema_weights_active", False))
     ema_model = algorithm_state["ema_model"]
@@ -93,10 +94,8 @@ def read(
     else:
         tensors = {**ema_model["named_parameters_dict"], **ema_model["named_buffers_dict"]}
         averages, live = (algorithm_state.get("averages", {}), tensors) if is_active else (tensors, {})
-    ignored_names = {
-        *known_names,
-        *buffers,
-    }  # frozen and tied ones, in the older formats; buffers that are not saved, in Composer's
+    # Older formats also hold frozen and tied tensors; Composer's holds buffers that the model's state does not.
+    ignored_names = {*known_names, *buffers}
     selected = [
         _select_averages(values, averaged_names, ignored_names) if values else {} for values in (averages, live)
     ]
@@ -106,13 +105,13 @@ def read(
 
 
 def _is_rounded(ema: ShardedEMA, track: Mapping[str, Any]) -> bool:
-    """Whether the model cannot hold the averages as they are, having weights of another dtype."""
+    """Whether the model would round the averages, because its weights have another dtype."""
     live = {name: tensor.dtype for name, tensor in ema.full_shapes().items() if tensor is not None}
     return any(tensor.dtype != live[name] for kind in ("averages", "buffers") for name, tensor in track[kind].items())
 
 
 def _gather_exact(ema: ShardedEMA, track: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Full averages as they are, or wider, on the first rank."""
+    """Gather full averages on the first rank, in their own dtype or a wider one."""
     dtypes = {tensor.dtype for tensor in (*track["averages"].values(), *track["buffers"].values())}
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     gathered = ema.gather(dtype=wide if _is_rounded(ema, track) else None)
@@ -122,30 +121,29 @@ def _gather_exact(ema: ShardedEMA, track: Mapping[str, Any]) -> dict[str, Tensor
 def _parse_old_format(model: Mapping[str, Any], parameters: list[str], buffers: list[str]) -> dict[str, Tensor]:
     if {*model} != {"parameters", "buffers"}:
         return dict(model)
-    listed = [
-        *_pair_by_position(model["parameters"], parameters, "parameters"),
-        *_pair_by_position(model["buffers"], buffers, "buffers"),
-    ]
-    return dict(listed)
+    return {
+        **_name_by_position(model["parameters"], parameters, "parameters"),
+        **_name_by_position(model["buffers"], buffers, "buffers"),
+    }
 
 
-def _pair_by_position(values: Iterable[Tensor], names: list[str], kind: str) -> list[tuple[str, Tensor]]:
-    found = list(values)
-    if len(found) != len(names):
+def _name_by_position(values: Iterable[Tensor], names: list[str], kind: str) -> dict[str, Tensor]:
+    tensors = list(values)
+    if len(tensors) != len(names):
         raise ValueError(
-            f"the checkpoint lists {len(found)} averaged {kind} without names, and the model has {len(names)}: it is "
+            f"the checkpoint lists {len(tensors)} averaged {kind} without names, and the model has {len(names)}: it is "
             "of another model"
         )
-    return list(zip(names, found, strict=True))
+    return dict(zip(names, tensors, strict=True))
 
 
-def _select_averages(values: Mapping[str, Tensor], wanted: list[str], ignored_names: set[str]) -> dict[str, Tensor]:
-    """The values by canonical names, in the order wanted: on every rank the same, as each is sent."""
+def _select_averages(values: Mapping[str, Tensor], names: list[str], ignored_names: set[str]) -> dict[str, Tensor]:
+    """The values by canonical name, in the order of ``names``: every rank must send and receive in the same order."""
     unprefixed = dict(values)
-    if unprefixed.keys().isdisjoint(wanted) and all(name.startswith(DDP_PREFIX) for name in unprefixed):
+    if unprefixed.keys().isdisjoint(names) and all(name.startswith(DDP_PREFIX) for name in unprefixed):
         unprefixed = {name.removeprefix(DDP_PREFIX): value for name, value in unprefixed.items()}
     if difference := describe_difference(
-        "the model", {*wanted} - unprefixed.keys(), "the checkpoint", unprefixed.keys() - {*wanted} - ignored_names
+        "the model", {*names} - unprefixed.keys(), "the checkpoint", unprefixed.keys() - {*names} - ignored_names
     ):
         raise ValueError(f"the checkpoint holds the averages of another model: {difference}")
-    return {name: unprefixed[name] for name in wanted}
+    return {name: unprefixed[name] for name in names}

@@ -1,4 +1,4 @@
-"""When averages are taken, and with which factor: Composer's settings as time strings, checked."""
+"""When averages are taken, and with which factor of the old average: parses and checks Composer's time strings."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ START_UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.EPOCH)
 
 
 class DefaultHalfLife(str):
-    """What the half-life is unless it or a smoothing is given: equal to the text, and yet told apart from it."""
+    """The default half-life: equal to the same text, but its type shows that the user gave no half-life."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
 class UpdateSchedule:
-    """From when on, and how often, which part of the old average is kept.
+    """When averages are taken, and how much of the old average each update keeps.
 
     Args:
         smoothing: the factor of the old average at each update (`ShardedEMA` calls it decay).
@@ -35,9 +35,9 @@ class UpdateSchedule:
     def parse(
         cls, half_life: str | None, smoothing: float | None, ema_start: str, update_interval: str | None
     ) -> UpdateSchedule:
-        """The schedule that Composer's arguments mean.
+        """Make the schedule from Composer's arguments.
 
-        Raises: ValueError where Composer does, and for what it does not notice.
+        Raises: ValueError where Composer raises an error, and for mistakes that it does not notice.
         """
         if isinstance(half_life, DefaultHalfLife) and smoothing is not None:
             half_life = None
@@ -61,18 +61,18 @@ class UpdateSchedule:
 
     @property
     def update_event(self) -> Event:
-        """At which an average is taken, if one is due."""
+        """The event at which an average is taken, if one is due."""
         return UPDATE_EVENTS[self.interval.unit]
 
     def has_started(self, state: State) -> bool:
-        """Whether so much of the training is done that averages are taken."""
+        """Whether the training has reached the start of the averages."""
         if self.start.unit == TimeUnit.DURATION:
             elapsed = state.get_elapsed_duration()
             return elapsed is not None and self.start <= elapsed
         return self.start <= state.timestamp.get(self.start.unit)
 
     def is_mid_interval(self, state: State) -> bool:
-        """Whether batches have been trained since an average was due."""
+        """Whether batches have been trained since an average was last due."""
         if self.interval.unit == TimeUnit.EPOCH and state.timestamp.batch_in_epoch > 0:
             return True
         return not self.is_due(state)

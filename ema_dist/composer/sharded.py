@@ -1,6 +1,6 @@
-"""Averages in Composer's sharded checkpoints: an attribute of its State, whose tensors DCP cuts up and reshards.
+"""Averages in Composer's sharded checkpoints: an attribute of its State, whose tensors DCP saves and reshards.
 
-What `Algorithm.state_dict` returns would be one opaque object there, and every rank would load the first one's shard.
+The result of `Algorithm.state_dict` is one opaque object there, so that every rank would load the first rank's shard.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
 ATTRIBUTE = "ema_dist"
-"""Of State: what goes into a sharded checkpoint, and what came out of one."""
+"""The attribute of State that holds our part of a sharded checkpoint, to be saved or just loaded."""
 
 ATTRIBUTE_PATH = ("state", ATTRIBUTE)
 
 KeyPath: TypeAlias = tuple[str | int, ...]
-"""Where a value lies in nested dictionaries."""
+"""The keys that lead to a value in nested dictionaries."""
 
 
 class PlannerOverride:
-    """The time in which Composer may read a sharded checkpoint, which need not hold averages.
+    """Puts a `PartialLoadPlanner` into the FSDP configuration while Composer may load a sharded checkpoint.
 
-    Composer asks State for all that is to be read into before it looks at the checkpoint, and DCP does not go on where
-    anything of that is missing. So the configuration gets a planner that leaves out what is missing of ours.
+    Composer collects all tensors to read into before it opens the checkpoint, and DCP raises if the checkpoint lacks
+    one. But not every checkpoint holds averages, so the planner leaves out those of our tensors that are missing.
     """
 
     def __init__(self, state: State) -> None:
@@ -35,7 +35,7 @@ class PlannerOverride:
         self._user_config: Any = state.fsdp_config
         config = copy.copy(self._user_config)
         if isinstance(config, FSDP2Config):
-            config.__class__ = _ConfigWithPlanner
+            config.__class__ = _ConfigWithPlanner  # FSDP2Config has no attribute for a planner
         config.load_planner = self._planner
         state.fsdp_config = config
 
@@ -43,20 +43,20 @@ class PlannerOverride:
         """Raise ValueError where the user has chosen another planner."""
         if self._user_config.load_planner is not None:
             raise ValueError(
-                f"expected no load_planner in the FSDP configuration, found {self._user_config.load_planner!r}: EMA needs "
-                "its own, as not every checkpoint holds averages; leave it out, or load without EMA"
+                f"expected no load_planner in the FSDP configuration, found {self._user_config.load_planner!r}: EMA "
+                "needs its own, as not every checkpoint holds averages; leave it out, or load without EMA"
             )
 
     def restore_config(self) -> set[KeyPath]:
-        """Put the user's configuration back; the paths below `ATTRIBUTE` of what was in the checkpoint."""
+        """Put the user's configuration back; return the paths below `ATTRIBUTE` that the checkpoint had."""
         self._state.fsdp_config = self._user_config
         return self._planner.found_paths
 
 
 class PartialLoadPlanner(DefaultLoadPlanner):
-    """Reads what there is of ours, and all of the rest.
+    """Reads all requested entries, except those below `ATTRIBUTE` that the checkpoint lacks.
 
-    `found_paths` has the paths below `ATTRIBUTE` of what was there.
+    `found_paths` has the paths below `ATTRIBUTE` that the checkpoint has.
     """
 
     def __init__(self) -> None:
@@ -84,6 +84,6 @@ class PartialLoadPlanner(DefaultLoadPlanner):
 
 
 class _ConfigWithPlanner(FSDP2Config):
-    """Composer's own has no place for a planner."""
+    """Composer's own class, with an attribute for a planner."""
 
     load_planner: Any = None

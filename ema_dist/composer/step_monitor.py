@@ -1,4 +1,4 @@
-"""Whether optimizers have really stepped: a gradient scaler leaves steps out, and Composer's events do not tell."""
+"""Whether optimizers have really stepped: a gradient scaler skips steps, and Composer's events do not show it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ema_dist.averages.optimizer_hook import OptimizerHook
 
 
 class StepMonitor:
-    """The real steps of some optimizers since `consume` was called last.
+    """Whether some optimizers have stepped since the last call of `consume`.
 
     Args:
-        before: whether there were some before this began to count.
+        has_stepped: whether there were steps before the monitor was made.
     """
 
     def __init__(self, optimizers: Iterable[Optimizer], *, has_stepped: bool) -> None:
@@ -25,19 +25,19 @@ class StepMonitor:
         self._found_inf: Tensor | None = None
 
     def consume(self) -> tuple[bool, Tensor | None]:
-        """Whether there was one; and if only the device knows, a tensor that is not zero when all were left out."""
+        """Whether there was a step; if only the device knows, also a tensor that is nonzero if all were skipped."""
         result = self._has_stepped, self._found_inf
         self._has_stepped, self._found_inf = False, None
         return result
 
     def remove(self) -> None:
-        """Stop watching."""
+        """Remove the hooks from the optimizers."""
         for handle in self._handles:
             handle.remove()
 
     def _record_step(self, found_inf: Tensor | None) -> None:
-        known = found_inf is None or (self._has_stepped and self._found_inf is None)
-        if known:
+        is_certain = found_inf is None or (self._has_stepped and self._found_inf is None)
+        if is_certain:
             self._found_inf = None
         else:
             assert found_inf is not None

@@ -1,4 +1,4 @@
-"""Whatever happens to the bytes of a checkpoint: it loads, or it is refused by name."""
+"""A checkpoint with mutated bytes loads, or is refused with an error that names it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 
 EXAMPLES = 300
-FEW = 60
+CLI_EXAMPLES = 60
 
-MEMORY = 2 * 2**30
-"""What a reader may take for a checkpoint of some kilobytes; beyond it the machine would be in danger."""
+MEMORY_LIMIT = 2 * 2**30
+"""The limit for reading a checkpoint of some kilobytes: far more than it needs, far less than the machine has."""
 
 Mutation = tuple[str, int, int, bytes]
 
@@ -45,7 +45,7 @@ MUTATIONS = st.lists(
 
 def mutated(data: bytes, mutations: list[Mutation]) -> bytes:
     for kind, at, other, new in mutations:
-        at, other = at % (len(data) + 1), other % (len(data) + 1)  # noqa: PLW2901  positions in what is left
+        at, other = at % (len(data) + 1), other % (len(data) + 1)  # noqa: PLW2901  positions in the current data
         length = 1 + new[0] % 16
         match kind:
             case "flip":
@@ -71,30 +71,32 @@ def test_every_mutation_changes_something() -> None:
 
 @contextmanager
 def limited_memory() -> Iterator[None]:
-    """Let this process have `MEMORY` more than it has, so that what takes more fails here and now."""
+    """Limit this process to `MEMORY` more than it has now: a larger allocation raises at once."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_LIMIT, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def load(folder: Path) -> None:
-    """Every value, as a process that loads sees it."""
+def read_all(folder: Path) -> None:
+    """Read every value, as loading does."""
     read_entries(folder, dict.fromkeys(read_metadata(folder).state_dict_metadata))
 
 
-def look(folder: Path) -> None:
-    """What the command line looks at."""
+def read_averages(folder: Path) -> None:
+    """Read the averages, as the command line does."""
     stored = StoredCheckpoint(folder)
     for _ in stored.read_weights(stored.weights("ema")):
         pass
 
 
-def fuzz(path: Path, folder: Path, use: Callable[[Path], None] = load, examples: int = EXAMPLES) -> tuple[int, int]:
-    """Use the checkpoint with mutated bytes in one of its files; how often it works, and is refused by its name."""
+def fuzz(
+    path: Path, folder: Path, read: Callable[[Path], None] = read_all, examples: int = EXAMPLES
+) -> tuple[int, int]:
+    """Read the checkpoint with mutated bytes in one file; count how often it loads and is refused by name."""
     original = path.read_bytes()
     loaded = refused = 0
 
@@ -104,7 +106,7 @@ def fuzz(path: Path, folder: Path, use: Callable[[Path], None] = load, examples:
         nonlocal loaded, refused
         path.write_bytes(mutated(original, mutations))
         try:
-            use(folder)
+            read(folder)
             loaded += 1
         except CheckpointError as error:
             refused += str(folder) in str(error)
@@ -115,7 +117,7 @@ def fuzz(path: Path, folder: Path, use: Callable[[Path], None] = load, examples:
 
 
 def save(folder: Path) -> None:
-    """Tensors cut into chunks, whole ones, and values that are no tensors."""
+    """Save sharded tensors, whole tensors, and values that are not tensors."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     state = {
@@ -143,6 +145,6 @@ def test_the_command_line_refuses_a_mutated_checkpoint_by_name(name: str, tmp_pa
     model = nn.Sequential(nn.Linear(2, 2), nn.Embedding(0, 2))
     checkpoint.save({"model": model, "ema": ShardedEMA(model)}, tmp_path, step=1)
     folder = tmp_path / "step-0000000001"
-    working, refused = fuzz(folder / name, folder, look, FEW)
-    assert refused > FEW / 10
-    assert working + refused >= FEW
+    loaded, refused = fuzz(folder / name, folder, read_averages, CLI_EXAMPLES)
+    assert refused > CLI_EXAMPLES / 10
+    assert loaded + refused >= CLI_EXAMPLES

@@ -1,4 +1,4 @@
-"""A checkpoint made to do harm runs nothing, reaches nothing outside its folder, and is refused by name."""
+"""A malicious checkpoint runs no code, reads nothing outside its folder, and is refused with an error that names it."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 FOLDER_READERS: dict[str, Callable[[Path], object]] = {
     "read_metadata": read_metadata,
-    "read": lambda folder: read_entries(folder, {"weight": torch.zeros(4, 3), "note": None}),
-    "Reader": lambda folder: SafeReader(folder).read_metadata(),
+    "read_entries": lambda folder: read_entries(folder, {"weight": torch.zeros(4, 3), "note": None}),
+    "SafeReader": lambda folder: SafeReader(folder).read_metadata(),
 }
-"""Everything that opens a folder which DCP wrote: each must refuse what lies in it."""
+"""Every function that opens a folder by DCP: each must refuse a malicious one."""
 
 FILE_READERS: dict[str, Callable[[Path], object]] = {
-    "unpack": lambda path: safe_torch_load(io.BytesIO(path.read_bytes())),
+    "safe_torch_load": lambda path: safe_torch_load(io.BytesIO(path.read_bytes())),
 }
-"""Everything that opens a file which `torch.save` wrote."""
+"""Every function that opens a file by `torch.save`."""
 
 every_folder_reader = pytest.mark.parametrize("reader", FOLDER_READERS.values(), ids=FOLDER_READERS.keys())
 every_file_reader = pytest.mark.parametrize("reader", FILE_READERS.values(), ids=FILE_READERS.keys())
 
 
 class Payload:
-    """Creates a file when it is unpickled, as `rm -rf` would delete some."""
+    """Runs a shell command when it is unpickled: here, one that creates a file."""
 
     def __init__(self, marker: Path) -> None:
         self._marker = marker
@@ -134,7 +134,7 @@ PICKLES: dict[str, Callable[[str], bytes]] = {
 
 @pytest.mark.parametrize("pickled", PICKLES.values(), ids=PICKLES.keys())
 def test_the_payloads_run_under_plain_pickle(pickled: Callable[[str], bytes], marker: Path) -> None:
-    """What follows would prove nothing otherwise."""
+    """Otherwise the tests below would prove nothing."""
     pickle.loads(pickled(f"touch {marker}"))
     assert marker.exists()
 
@@ -150,25 +150,25 @@ def test_crafted_metadata_runs_nothing(
     assert not marker.exists()
 
 
-PLACES: dict[str, Callable[[Metadata, Payload], object]] = {
-    "everything": lambda metadata, harm: setattr(metadata, "state_dict_metadata", harm),
-    "an entry": lambda metadata, harm: metadata.state_dict_metadata.update(weight=harm),
-    "a size": lambda metadata, harm: setattr(metadata.state_dict_metadata["weight"], "size", harm),
-    "a chunk": lambda metadata, harm: metadata.state_dict_metadata["weight"].chunks.append(harm),
-    "a path": lambda metadata, harm: metadata.planner_data.update(weight=harm),
-    "a key": lambda metadata, harm: metadata.storage_data.update({harm: harm}),
-    "an item": lambda metadata, harm: metadata.storage_data.update({MetadataIndex("note"): harm}),
-    "the story": lambda metadata, harm: setattr(metadata.storage_meta, "checkpoint_id", harm),
-    "elsewhere": lambda metadata, harm: setattr(metadata, "later", harm),
+PAYLOAD_POSITIONS: dict[str, Callable[[Metadata, Payload], object]] = {
+    "all entries": lambda metadata, payload: setattr(metadata, "state_dict_metadata", payload),
+    "an entry": lambda metadata, payload: metadata.state_dict_metadata.update(weight=payload),
+    "a size": lambda metadata, payload: setattr(metadata.state_dict_metadata["weight"], "size", payload),
+    "a chunk": lambda metadata, payload: metadata.state_dict_metadata["weight"].chunks.append(payload),
+    "a path": lambda metadata, payload: metadata.planner_data.update(weight=payload),
+    "a key": lambda metadata, payload: metadata.storage_data.update({payload: payload}),
+    "an item": lambda metadata, payload: metadata.storage_data.update({MetadataIndex("note"): payload}),
+    "storage_meta": lambda metadata, payload: setattr(metadata.storage_meta, "checkpoint_id", payload),
+    "an unknown attribute": lambda metadata, payload: setattr(metadata, "later", payload),
 }
 
 
 @every_folder_reader
-@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
+@pytest.mark.parametrize("insert", PAYLOAD_POSITIONS.values(), ids=PAYLOAD_POSITIONS.keys())
 def test_payloads_inside_valid_metadata_run_nothing(
-    place: Callable[[Metadata, Payload], object], reader: Callable[[Path], object], folder: Path, marker: Path
+    insert: Callable[[Metadata, Payload], object], reader: Callable[[Path], object], folder: Path, marker: Path
 ) -> None:
-    edit(folder, lambda metadata: place(metadata, Payload(marker)))
+    edit(folder, lambda metadata: insert(metadata, Payload(marker)))
     with pytest.raises(CheckpointError, match=r"it asks for (posix|nt)\.system, which is no part of DCP's metadata"):
         reader(folder)
     assert not marker.exists()
@@ -181,7 +181,7 @@ def test_payloads_inside_valid_metadata_run_nothing(
 def test_allowed_classes_cannot_be_modified_by_a_pickle(
     module_and_name: tuple[str, str], state: bytes, folder: Path
 ) -> None:
-    """BUILD sets attributes on whatever it is given: a class would stay changed for the rest of the process."""
+    """The opcode BUILD sets attributes on any object: a class would stay modified for the rest of the process."""
     (folder / ".metadata").write_bytes(b"\x80\x04" + named(*module_and_name) + state + b"b.")
     with pytest.raises(CheckpointError, match="is not what DCP writes"):
         read_metadata(folder)
@@ -253,7 +253,7 @@ def test_a_pickle_called_a_torch_file_runs_nothing(
 
 def test_crafted_bytes_of_a_tensor_run_nothing(folder: Path, marker: Path) -> None:
     torch.save(Payload(marker), file := io.BytesIO())
-    redirect(folder, "weight", file.getvalue())
+    replace_item(folder, "weight", file.getvalue())
     with pytest.raises(
         CheckpointError, match=r"the entry 'weight', bytes .*, cannot be read: it holds (posix|nt)\.system"
     ):
@@ -275,13 +275,13 @@ def test_crafted_bytes_of_a_tensor_run_nothing(folder: Path, marker: Path) -> No
 def test_a_stored_tensor_must_match_the_metadata(value: object, folder: Path) -> None:
     """DCP would cast and broadcast."""
     torch.save(value, file := io.BytesIO())
-    redirect(folder, "weight", file.getvalue())
+    replace_item(folder, "weight", file.getvalue())
     with pytest.raises(CheckpointError, match=r"expected torch.float32 \[4, 3\] as the metadata says, found"):
         read_entries(folder, {"weight": torch.zeros(4, 3)})
 
 
-def redirect(folder: Path, name: str, data: bytes) -> None:
-    """Let the item of a tensor be other bytes, at the end of its file."""
+def replace_item(folder: Path, name: str, data: bytes) -> None:
+    """Point the item of a tensor at other bytes, appended to its file."""
 
     def change(metadata: Metadata) -> None:
         (index,) = (index for index in metadata.storage_data if index.fqn == name)
@@ -306,7 +306,7 @@ sys.addaudithook(_note_opened)  # here, because a hook stays for the life of the
 
 @contextmanager
 def files_opened() -> Iterator[list[str]]:
-    """The names of the files that are opened in the block, by whatever means of Python's."""
+    """Collects the names of the files that Python opens in the block."""
     opened: list[str] = []
     _opened.clear()
     try:
@@ -322,7 +322,7 @@ def test_a_file_name_that_leads_elsewhere_is_refused(name: str, folder: Path) ->
     outside = folder.parent / "outside"
     (folder / "sub").mkdir()
     outside.write_bytes((folder / "__0_0.distcp").read_bytes())
-    point_at(folder, name.format(outside=outside))
+    rename_data_file(folder, name.format(outside=outside))
     with files_opened() as opened, pytest.raises(CheckpointError, match="expected the plain name of a file in it"):
         read_entries(folder, {"weight": torch.zeros(4, 3), "note": None})
     assert opened == [str(folder / ".metadata")]
@@ -330,7 +330,7 @@ def test_a_file_name_that_leads_elsewhere_is_refused(name: str, folder: Path) ->
 
 def test_torch_follows_a_file_name_that_leads_elsewhere(folder: Path) -> None:
     (folder / "__0_0.distcp").rename(folder.parent / "outside")
-    point_at(folder, "../outside")
+    rename_data_file(folder, "../outside")
     with files_opened() as opened:
         dcp.load({"weight": (weight := torch.zeros(4, 3))}, checkpoint_id=folder)
     assert weight.sum() == 66
@@ -355,7 +355,7 @@ def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
     assert weight.sum() == 66
 
 
-def point_at(folder: Path, name: str) -> None:
+def rename_data_file(folder: Path, name: str) -> None:
     def change(metadata: Metadata) -> None:
         metadata.storage_data = {
             index: replace(item, relative_path=name) for index, item in metadata.storage_data.items()
@@ -364,55 +364,73 @@ def point_at(folder: Path, name: str) -> None:
     edit(folder, change)
 
 
-def weight_of(metadata: Metadata) -> TensorStorageMetadata:
+def weight_entry(metadata: Metadata) -> TensorStorageMetadata:
     return metadata.state_dict_metadata["weight"]
 
 
 def rechunk(metadata: Metadata, *chunks: tuple[list[int], list[int]]) -> None:
-    """Let the weight consist of these chunks, each with an item."""
+    """Give the weight these chunks, each with an item."""
     item = metadata.storage_data.pop(MetadataIndex("weight", [0, 0]))
-    weight_of(metadata).chunks[:] = [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size in chunks]
+    weight_entry(metadata).chunks[:] = [ChunkStorageMetadata(torch.Size(at), torch.Size(size)) for at, size in chunks]
     metadata.storage_data |= {MetadataIndex("weight", at): item for at, _ in chunks}
 
 
-def changed_item(metadata: Metadata, **changes: object) -> None:
+def change_item(metadata: Metadata, **changes: object) -> None:
     index = MetadataIndex("weight", [0, 0])
     metadata.storage_data[index] = replace(metadata.storage_data[index], **changes)
 
 
-LIES: dict[str, tuple[Callable[[Metadata], object], str]] = {
-    "a gap": (lambda it: rechunk(it, ([0, 0], [3, 3])), "chunks that do not cover"),
-    "an overlap": (lambda it: rechunk(it, ([0, 0], [3, 3]), ([2, 0], [2, 3])), "chunks that do not cover"),
-    "gap and overlap": (lambda it: rechunk(it, ([0, 0], [2, 3]), ([1, 0], [2, 3])), "chunks that do not cover"),
-    "no chunks": (lambda it: weight_of(it).chunks.clear(), "chunks that do not cover"),
+INVALID_METADATA: dict[str, tuple[Callable[[Metadata], object], str]] = {
+    "a gap": (lambda metadata: rechunk(metadata, ([0, 0], [3, 3])), "chunks that do not cover"),
+    "an overlap": (lambda metadata: rechunk(metadata, ([0, 0], [3, 3]), ([2, 0], [2, 3])), "chunks that do not cover"),
+    "gap and overlap": (
+        lambda metadata: rechunk(metadata, ([0, 0], [2, 3]), ([1, 0], [2, 3])),
+        "chunks that do not cover",
+    ),
+    "no chunks": (lambda metadata: weight_entry(metadata).chunks.clear(), "chunks that do not cover"),
     "beyond the end": (
-        lambda it: rechunk(it, ([0, 0], [2, 3]), ([3, 0], [2, 3])),
+        lambda metadata: rechunk(metadata, ([0, 0], [2, 3]), ([3, 0], [2, 3])),
         r"a chunk at \[3, 0\] with size \[2, 3\]",
     ),
-    "other dimensions": (lambda it: rechunk(it, ([0], [12])), r"a chunk at \[0\] with size \[12\]"),
-    "a negative size": (lambda it: rechunk(it, ([0, 0], [-4, -3])), r"size \[-4, -3\]"),
-    "a huge size": (lambda it: setattr(weight_of(it), "size", torch.Size([2**40, 2**40])), r"size \[1099511627776, "),
-    "too few bytes": (lambda it: changed_item(it, length=40), "an item of 40 bytes for a chunk of 48 bytes"),
-    "no item": (lambda it: it.storage_data.pop(MetadataIndex("weight", [0, 0])), r"no item for the chunk at \[0, 0\]"),
-    "no item of bytes": (lambda it: it.storage_data.pop(MetadataIndex("note")), r"no item \(entry 'note'\)"),
-    "a negative offset": (lambda it: changed_item(it, offset=-1), "-1 where there is no negative number"),
-    "a number in words": (lambda it: changed_item(it, offset="0"), "'0' as number, where DCP writes a int"),
-    "after the end": (lambda it: changed_item(it, offset=10**6), "is truncated: it has"),
-    "no such file": (lambda it: changed_item(it, relative_path="__9_9.distcp"), r"__9_9\.distcp is missing"),
-    "a folder": (lambda it: changed_item(it, relative_path="sub"), "sub is missing"),
-    "another path": (lambda it: it.planner_data.update(weight=("inner", "weight")), "as path"),
-    "a huge list": (lambda it: it.planner_data.update({"x.999999999": ("x", 999999999)}), "index 999999999 in a path"),
-    "no dtype": (lambda it: setattr(weight_of(it), "properties", "float32"), "'float32' as properties"),
-    "no properties": (lambda it: setattr(weight_of(it), "properties", None), "None as properties"),
+    "other dimensions": (lambda metadata: rechunk(metadata, ([0], [12])), r"a chunk at \[0\] with size \[12\]"),
+    "a negative size": (lambda metadata: rechunk(metadata, ([0, 0], [-4, -3])), r"size \[-4, -3\]"),
+    "a huge size": (
+        lambda metadata: setattr(weight_entry(metadata), "size", torch.Size([2**40, 2**40])),
+        r"size \[1099511627776, ",
+    ),
+    "too few bytes": (lambda metadata: change_item(metadata, length=40), "an item of 40 bytes for a chunk of 48 bytes"),
+    "no item": (
+        lambda metadata: metadata.storage_data.pop(MetadataIndex("weight", [0, 0])),
+        r"no item for the chunk at \[0, 0\]",
+    ),
+    "no item of bytes": (
+        lambda metadata: metadata.storage_data.pop(MetadataIndex("note")),
+        r"no item \(entry 'note'\)",
+    ),
+    "a negative offset": (lambda metadata: change_item(metadata, offset=-1), "-1 where there is no negative number"),
+    "a number in words": (lambda metadata: change_item(metadata, offset="0"), "'0' as number, where DCP writes a int"),
+    "after the end": (lambda metadata: change_item(metadata, offset=10**6), "is truncated: it has"),
+    "no such file": (lambda metadata: change_item(metadata, relative_path="__9_9.distcp"), r"__9_9\.distcp is missing"),
+    "a folder": (lambda metadata: change_item(metadata, relative_path="sub"), "sub is missing"),
+    "another path": (lambda metadata: metadata.planner_data.update(weight=("inner", "weight")), "as path"),
+    "a huge list": (
+        lambda metadata: metadata.planner_data.update({"x.999999999": ("x", 999999999)}),
+        "index 999999999 in a path",
+    ),
+    "no dtype": (lambda metadata: setattr(weight_entry(metadata), "properties", "float32"), "'float32' as properties"),
+    "no properties": (lambda metadata: setattr(weight_entry(metadata), "properties", None), "None as properties"),
     "sparse": (
-        lambda it: setattr(weight_of(it), "properties", TensorProperties(layout=torch.sparse_coo)),
+        lambda metadata: setattr(weight_entry(metadata), "properties", TensorProperties(layout=torch.sparse_coo)),
         "where DCP stores strided tensors",
     ),
-    "a name that is none": (lambda it: it.state_dict_metadata.update({1: weight_of(it)}), "1 as name"),
+    "a name that is none": (
+        lambda metadata: metadata.state_dict_metadata.update({1: weight_entry(metadata)}),
+        "1 as name",
+    ),
 }
 
 
-@pytest.mark.parametrize(("change", "message"), LIES.values(), ids=LIES.keys())
+@pytest.mark.parametrize(("change", "message"), INVALID_METADATA.values(), ids=INVALID_METADATA.keys())
 def test_metadata_that_does_not_fit_together_is_refused(
     change: Callable[[Metadata], object], message: str, folder: Path
 ) -> None:
@@ -425,19 +443,19 @@ def test_metadata_that_does_not_fit_together_is_refused(
 def test_any_valid_chunking_is_accepted(folder: Path) -> None:
     edit(
         folder,
-        lambda it: rechunk(
-            it, ([0, 0], [1, 3]), ([1, 0], [3, 1]), ([1, 1], [2, 2]), ([3, 1], [1, 2]), ([4, 0], [0, 3])
+        lambda metadata: rechunk(
+            metadata, ([0, 0], [1, 3]), ([1, 0], [3, 1]), ([1, 1], [2, 2]), ([3, 1], [1, 2]), ([4, 0], [0, 3])
         ),
     )
-    assert len(weight_of(read_metadata(folder)).chunks) == 5
+    assert len(weight_entry(read_metadata(folder)).chunks) == 5
 
 
 @pytest.mark.world_size(2)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_malformed_file_found_by_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
     folder = tmp_path / str(dist.get_rank())  # as if one machine saw a damaged copy
-    with_note = {"weight": torch.ones(4, 3), "note": "as it was"}
-    dcp.save(with_note, checkpoint_id=folder, no_dist=True)
+    state = {"weight": torch.ones(4, 3), "note": "as it was"}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
     read_entries(folder, {"weight": (weight := torch.zeros(4, 3))}, group=dist.group.WORLD)
     assert weight.sum() == 12
     if dist.get_rank() == 1:

@@ -1,4 +1,4 @@
-"""What is saved is what was there, in every layout and moment, and loads into every other layout and world."""
+"""A checkpoint holds the exact state, in every layout and also inside a swap, and loads in other layouts and worlds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.reshard_cases import reshard_cases, run_in_world
 Run = tuple[nn.Module, Optimizer, ShardedEMA]
 
 
-def start(layout: str, net: Net | None = None, **settings: Any) -> Run:  # noqa: ANN401
+def make_run(layout: str, net: Net | None = None, **settings: Any) -> Run:  # noqa: ANN401
     """A wrapped model with its optimizer and averages."""
     model = wrap(layout, net or make_net(layout))
     return model, AdamW(model.parameters(), lr=0.05), ShardedEMA(model, **{"decay": 0.8} | settings)
@@ -40,7 +40,7 @@ def train(run: Run, *steps: int) -> None:
 
 @torch.no_grad()
 def mark_moments(optimizer: Optimizer) -> None:
-    """Make moments of the weights, so that there is an oracle for them, whatever they are cut into."""
+    """Set the moments to functions of the weights, so that the full weights are an oracle for them."""
     for parameter, state in optimizer.state.items():
         local_tensor(state["exp_avg"]).copy_(local_tensor(parameter))
         local_tensor(state["exp_avg_sq"]).copy_(local_tensor(parameter).abs())
@@ -50,7 +50,7 @@ def state_of(run: Run) -> dict[str, Any]:
     return dict(zip(("model", "optim", "ema"), run, strict=True))
 
 
-def stored(folder: Path) -> dict[str, Any]:
+def read_all(folder: Path) -> dict[str, Any]:
     """Everything in a checkpoint, read by this process alone."""
     metadata = read_metadata(folder)
     values: dict[str, Any] = dict.fromkeys(metadata.state_dict_metadata)
@@ -58,53 +58,53 @@ def stored(folder: Path) -> dict[str, Any]:
     return values
 
 
-def under(prefix: str, values: dict[str, Any]) -> dict[str, Tensor]:
+def tensors_under(prefix: str, values: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_stored_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert_alike(found[name], sorted(value) if name.endswith(".params") else value, name)
+        assert_values_equal(found[name], sorted(value) if name.endswith(".params") else value, name)
 
 
-def assert_alike(found: Any, expected: Any, name: str = "") -> None:  # noqa: ANN401
+def assert_values_equal(found: Any, expected: Any, name: str = "") -> None:  # noqa: ANN401
     match expected:
         case Tensor():
             assert torch.equal(found, expected), name
         case dict():
             assert found.keys() == expected.keys()
             for key, value in expected.items():
-                assert_alike(found[key], value, f"{name}.{key}")
+                assert_values_equal(found[key], value, f"{name}.{key}")
         case list():
             found = sorted(found) if name.endswith(".params") else found
             for index, (item, value) in enumerate(zip(found, expected, strict=True)):
-                assert_alike(item, value, f"{name}.{index}")
+                assert_values_equal(item, value, f"{name}.{index}")
         case _:
             assert found == expected, name
 
 
 @layouts()
 def test_weights_moments_and_averages_round_trip(layout: str, tmp_path: Path) -> None:
-    run = start(layout)
+    run = make_run(layout)
     train(run, 0, 1, 2)
     model, optimizer, ema = run
     mark_moments(optimizer)
     checkpoint.save(state_of(run), tmp_path, step=3)
     weights, averages = full_weights(model), ema.full_state_dict()
-    saved = stored(tmp_path / "step-0000000003")
-    assert_bitwise_equal(under("model.", saved), weights)
+    saved = read_all(tmp_path / "step-0000000003")
+    assert_bitwise_equal(tensors_under("model.", saved), weights)
     for name in dict(make_net(layout).named_parameters()).keys() - {"frozen.weight", "frozen.bias"}:
         assert torch.equal(saved[f"optim.state.{name}.exp_avg"].double(), weights[name]), name
         assert torch.equal(saved[f"optim.state.{name}.exp_avg_sq"].double(), weights[name].abs()), name
         assert saved[f"optim.state.{name}.step"] == 3
 
-    other = start(layout, make_net(layout, seed=1))
+    other = make_run(layout, make_net(layout, seed=1))
     assert checkpoint.load(state_of(other), tmp_path) == 3
     assert_bitwise_equal(full_weights(other[0]), weights)
     assert_bitwise_equal(other[2].full_state_dict(), averages)
     checkpoint.save(state_of(other), tmp_path, step=4)
-    assert_same(stored(tmp_path / "step-0000000004"), saved)
+    assert_stored_equal(read_all(tmp_path / "step-0000000004"), saved)
     train(run, 3)
     train(other, 3)
     assert_bitwise_equal(full_weights(other[0]), full_weights(model))
@@ -113,17 +113,19 @@ def test_weights_moments_and_averages_round_trip(layout: str, tmp_path: Path) ->
 
 @layouts()
 def test_a_checkpoint_taken_inside_a_swap_has_the_live_weights(layout: str, tmp_path: Path) -> None:
-    run = start(layout)
+    run = make_run(layout)
     train(run, 0, 1)
     model, _, ema = run
     checkpoint.save(state_of(run), tmp_path, step=1)
     with ema.swapped():
         checkpoint.save(state_of(run), tmp_path, step=2)
         checkpoint.save({"model": model}, tmp_path, step=3)
-    outside = stored(tmp_path / "step-0000000001")
+    outside = read_all(tmp_path / "step-0000000001")
     assert not torch.equal(outside["model.blocks.0.scale"], outside["ema.tracks.default.averages.blocks.0.scale"])
-    assert_same(stored(tmp_path / "step-0000000002"), outside)
-    assert_bitwise_equal(under("model.", stored(tmp_path / "step-0000000003")), under("model.", outside))
+    assert_stored_equal(read_all(tmp_path / "step-0000000002"), outside)
+    assert_bitwise_equal(
+        tensors_under("model.", read_all(tmp_path / "step-0000000003")), tensors_under("model.", outside)
+    )
 
 
 @reshard_cases
@@ -131,19 +133,19 @@ def test_everything_loads_under_another_layout_and_world(
     source_layout: str, source_ranks: int, target_layout: str, target_ranks: int, tmp_path: Path
 ) -> None:
     def save() -> None:
-        run = start(source_layout, make_net(source_layout, target_layout))
+        run = make_run(source_layout, make_net(source_layout, target_layout))
         train(run, 0, 1)
         mark_moments(run[1])
         with run[2].swapped():
             checkpoint.save(state_of(run), tmp_path, step=2)
 
     def load() -> None:
-        run = start(target_layout, make_net(source_layout, target_layout, seed=1))
-        train(run, 7)  # there is a state already, which must not shine through
+        run = make_run(target_layout, make_net(source_layout, target_layout, seed=1))
+        train(run, 7)  # there is a state already, which the loaded one must replace
         checkpoint.load(state_of(run), tmp_path)
         checkpoint.save(state_of(run), tmp_path / "again", step=2)
-        assert_bitwise_equal(full_weights(run[0]), under("model.", stored(tmp_path / "step-0000000002")))
-        assert_same(stored(tmp_path / "again" / "step-0000000002"), stored(tmp_path / "step-0000000002"))
+        assert_bitwise_equal(full_weights(run[0]), tensors_under("model.", read_all(tmp_path / "step-0000000002")))
+        assert_stored_equal(read_all(tmp_path / "again" / "step-0000000002"), read_all(tmp_path / "step-0000000002"))
         train(run, 2)
 
     run_in_world(source_ranks, tmp_path, save)
@@ -153,17 +155,17 @@ def test_everything_loads_under_another_layout_and_world(
 @layouts("plain", "ddp", "fsdp2", "hsdp")
 def test_a_submodule_saved_inside_a_swap_has_live_weights(layout: str, tmp_path: Path) -> None:
     net = make_net(layout)
-    run = start(layout, net)
+    run = make_run(layout, net)
     train(run, 0, 1)
     checkpoint.save({"block": net.blocks[0]}, tmp_path, step=1)
     with run[2].swapped():
         checkpoint.save({"block": net.blocks[0]}, tmp_path, step=2)
-    assert_same(stored(tmp_path / "step-0000000002"), stored(tmp_path / "step-0000000001"))
+    assert_stored_equal(read_all(tmp_path / "step-0000000002"), read_all(tmp_path / "step-0000000001"))
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp")
 def test_changes_after_an_async_save_do_not_leak_into_it(layout: str, tmp_path: Path) -> None:
-    run = start(layout)
+    run = make_run(layout)
     train(run, 0)
     for step in (1, 2, 3):
         checkpoint.save(state_of(run), tmp_path / "blocking", step=step, keep=None)
@@ -172,15 +174,15 @@ def test_changes_after_an_async_save_do_not_leak_into_it(layout: str, tmp_path: 
     checkpoint.wait()
     for step in (1, 2, 3):
         name = f"step-000000000{step}"
-        assert_same(stored(tmp_path / "background" / name), stored(tmp_path / "blocking" / name))
+        assert_stored_equal(read_all(tmp_path / "background" / name), read_all(tmp_path / "blocking" / name))
 
 
 @layouts("plain", "ddp", "fsdp2", "tp")
 def test_dcp_loads_our_checkpoints(layout: str, tmp_path: Path) -> None:
-    run = start(layout)
+    run = make_run(layout)
     train(run, 0, 1)
     checkpoint.save(state_of(run), tmp_path, step=2)
-    model, optimizer, ema = start(layout, make_net(layout, seed=1))
+    model, optimizer, ema = make_run(layout, make_net(layout, seed=1))
     weights, moments = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optim": moments, "ema": ema}, checkpoint_id=tmp_path / "step-0000000002")
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
@@ -192,11 +194,11 @@ def test_dcp_loads_our_checkpoints(layout: str, tmp_path: Path) -> None:
 
 @layouts("plain", "ddp", "fsdp2", "tp")
 def test_checkpoints_of_plain_dcp_are_loaded(layout: str, tmp_path: Path) -> None:
-    run = start(layout)
+    run = make_run(layout)
     train(run, 0, 1)
     weights, moments = get_state_dict(run[0], run[1])
     dcp.save({"model": weights, "optim": moments, "ema": run[2]}, checkpoint_id=tmp_path / "torch")
-    other = start(layout, make_net(layout, seed=1))
+    other = make_run(layout, make_net(layout, seed=1))
     assert checkpoint.load(state_of(other), tmp_path / "torch") is None
     train(run, 2)
     train(other, 2)
@@ -206,23 +208,23 @@ def test_checkpoints_of_plain_dcp_are_loaded(layout: str, tmp_path: Path) -> Non
 
 @layouts("plain", "ddp", "fsdp1-flat", "fsdp2-3", "hsdp", "fsdp2-tp")
 def test_a_checkpoint_from_before_the_averages_starts_them_from_its_live_weights(layout: str, tmp_path: Path) -> None:
-    model, optimizer, ema = start(layout)
+    model, optimizer, ema = make_run(layout)
     train((model, optimizer, ema), 0, 1)
     checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=2)
-    run = start(layout, make_net(layout, seed=1))
+    run = make_run(layout, make_net(layout, seed=1))
     train(run, 0)
     with pytest.warns(UserWarning, match=r"no averages under 'ema': they start from its live weights, at step 0"):
         checkpoint.load(state_of(run), tmp_path)
     averages = run[2].full_state_dict()
     if averages:
-        assert_bitwise_equal(averages, under("model.", stored(tmp_path / "step-0000000002")))
+        assert_bitwise_equal(averages, tensors_under("model.", read_all(tmp_path / "step-0000000002")))
     assert (run[2].steps, run[2].updates) == (0, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
 def test_averages_load_into_a_plain_model_as_its_weights(layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    run = start(layout)
+    run = make_run(layout)
     train(run, 0, 1)
     checkpoint.save(state_of(run), tmp_path, step=2)
     averages = run[2].full_state_dict(dtype=dtype)
@@ -235,21 +237,21 @@ def test_averages_load_into_a_plain_model_as_its_weights(layout: str, dtype: tor
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("live", [torch.bfloat16, torch.float32])
 def test_live_weights_stashed_during_a_swap_are_saved(live: torch.dtype, tmp_path: Path) -> None:
-    run = start("fsdp2", make_net("fsdp2").to(live), dtype=torch.float64)
+    run = make_run("fsdp2", make_net("fsdp2").to(live), dtype=torch.float64)
     for parameter in run[0].parameters():
         local_tensor(parameter).mul_(1.7)
     run[2].update()
     checkpoint.save(state_of(run), tmp_path, step=1)
     with run[2].swapped():
         checkpoint.save(state_of(run), tmp_path, step=2)
-    outside, inside = (stored(tmp_path / f"step-000000000{step}") for step in (1, 2))
-    assert_same(inside, outside)
+    outside, inside = (read_all(tmp_path / f"step-000000000{step}") for step in (1, 2))
+    assert_stored_equal(inside, outside)
     assert outside["model.blocks.0.scale"].dtype == live
     assert outside["ema.tracks.default.averages.blocks.0.scale"].dtype == torch.float64
 
 
 class Counter:
-    """A Stateful with what DCP would change: keys that are not strings, empty containers, a list that grows."""
+    """A Stateful with values that DCP would change: keys that are not strings, empty containers."""
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
@@ -276,8 +278,8 @@ def test_plain_values_and_stateful_objects_come_back_equal(tmp_path: Path) -> No
     checkpoint.save({"counter": counter, "plain": plain, "seed": 5}, tmp_path, step=0)
     state = {"counter": fresh, "plain": None, "seed": 0}
     checkpoint.load(state, tmp_path)
-    assert_alike(fresh.state, counter.state)
-    assert_alike(state, {"counter": fresh, "plain": plain, "seed": 5})
+    assert_values_equal(fresh.state, counter.state)
+    assert_values_equal(state, {"counter": fresh, "plain": plain, "seed": 5})
 
 
 @pytest.mark.parametrize(
@@ -298,18 +300,18 @@ def test_values_that_could_not_be_loaded_are_refused_by_save(value: object, mess
 
 @pytest.mark.world_size(2)
 def test_an_optimizer_without_its_model_is_refused_by_save(tmp_path: Path) -> None:
-    _, optimizer, _ = start("fsdp2")
+    _, optimizer, _ = make_run("fsdp2")
     with pytest.raises(RuntimeError, match="pass the model as well"):
         checkpoint.save({"optim": optimizer}, tmp_path, step=0)
 
 
 @layouts("plain", "ddp", "fsdp2")
 def test_a_checkpoint_that_does_not_fit_changes_nothing(layout: str, tmp_path: Path) -> None:
-    run = start(layout)
+    run = make_run(layout)
     train(run, 0)
     checkpoint.save(state_of(run), tmp_path, step=1)
     other = wrap(layout, nn.Sequential(make_net(layout))) if layout != "fsdp2" else None
-    small = start(layout, Net(hidden=6))
+    small = make_run(layout, Net(hidden=6))
     before = full_weights(small[0]), small[2].full_state_dict()
     with pytest.raises(RuntimeError, match=r"other shapes are stored than expected: .*blocks.0.module.weight"):
         checkpoint.load(state_of(small), tmp_path)
@@ -324,7 +326,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(layout: str, tmp_path: P
 
 @pytest.mark.world_size(2)
 def test_a_model_is_not_loaded_while_it_holds_its_averages(tmp_path: Path) -> None:
-    run = start("fsdp2")
+    run = make_run("fsdp2")
     checkpoint.save(state_of(run), tmp_path, step=0)
     with run[2].swapped(), pytest.raises(RuntimeError, match="inside swapped"):
         checkpoint.load({"model": run[0]}, tmp_path)
@@ -355,15 +357,13 @@ def test_a_model_without_buffers_is_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.world_size(2)
 def test_averages_of_identical_models_are_distinguished(tmp_path: Path) -> None:
-    """Two models of the same names and shapes: what has no average comes from the right one."""
-    twins = {key: start("fsdp2", make_net("fsdp2", seed=seed)) for seed, key in enumerate("ab")}
-    for key, run in twins.items():
+    """Two models have the same names and shapes: tensors without an average are read from the right one."""
+    runs = {key: make_run("fsdp2", make_net("fsdp2", seed=seed)) for seed, key in enumerate("ab")}
+    for key, run in runs.items():
         train(run, ord(key))
-    state = {f"model-{key}": run[0] for key, run in twins.items()} | {
-        f"ema-{key}": run[2] for key, run in twins.items()
-    }
+    state = {f"model-{key}": run[0] for key, run in runs.items()} | {f"ema-{key}": run[2] for key, run in runs.items()}
     checkpoint.save(state, tmp_path, step=1)
-    for key, run in twins.items():
+    for key, run in runs.items():
         expected, net = run[2].full_state_dict(), make_net("fsdp2", seed=5)
         checkpoint.load({f"ema-{key}": net}, tmp_path)
         if expected:
@@ -372,7 +372,7 @@ def test_averages_of_identical_models_are_distinguished(tmp_path: Path) -> None:
 
 @pytest.mark.world_size(2)
 def test_optimizers_of_models_with_equal_names_keep_their_own_moments(tmp_path: Path) -> None:
-    runs = [start("fsdp2", make_net("fsdp2", seed=seed)) for seed in (0, 1)]
+    runs = [make_run("fsdp2", make_net("fsdp2", seed=seed)) for seed in (0, 1)]
     for seed, run in enumerate(runs):
         train(run, seed)
     state = {f"model-{i}": run[0] for i, run in enumerate(runs)} | {f"optim-{i}": run[1] for i, run in enumerate(runs)}
@@ -403,7 +403,7 @@ def test_moments_in_another_dtype_round_trip_exactly(tmp_path: Path) -> None:
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("odd", [torch.ones(2), [torch.ones(3)], {"row": torch.ones(1)}])
 def test_optimizer_state_of_unknown_sharding_is_refused_by_save(odd: object, tmp_path: Path) -> None:
-    model, optimizer, ema = start("fsdp2")
+    model, optimizer, ema = make_run("fsdp2")
     train((model, optimizer, ema), 0)
     optimizer.state[model.blocks[0].out.weight]["odd"] = odd
     with pytest.raises(RuntimeError, match=r"'odd' of 'blocks\.0\.out\.weight' is not cut as the parameter is"):
@@ -412,13 +412,13 @@ def test_optimizer_state_of_unknown_sharding_is_refused_by_save(odd: object, tmp
 
 @layouts("fsdp1")
 def test_the_module_inside_fsdp1_is_refused_by_save(layout: str, tmp_path: Path) -> None:
-    model, _, _ = start(layout)
+    model, _, _ = make_run(layout)
     with pytest.raises(RuntimeError, match="pass the FullyShardedDataParallel module itself"):
         checkpoint.save({"model": model.module}, tmp_path, step=0)
 
 
 def test_two_averages_cannot_be_loaded_into_one_model(tmp_path: Path) -> None:
-    run = start("plain")
+    run = make_run("plain")
     other = ShardedEMA(run[0])
     with run[2].swapped():
         with pytest.raises(RuntimeError, match="another ShardedEMA has its averages in this model"), other.swapped():
@@ -439,7 +439,7 @@ def test_ranks_with_different_models_or_keys_get_an_error(tmp_path: Path) -> Non
 
 @pytest.mark.world_size(2)
 def test_a_save_error_on_one_rank_does_not_hang_the_averages(tmp_path: Path) -> None:
-    run = start("fsdp2")
+    run = make_run("fsdp2")
     state = {"a": object() if dist.get_rank() else 1, **state_of(run)}
     with pytest.raises(RuntimeError, match="step 0 is not saved: rank 1: 'a': 'a' is a object"):
         checkpoint.save(state, tmp_path, step=0)
@@ -453,7 +453,7 @@ def test_loading_does_not_cast_tensors(tmp_path: Path) -> None:
 
 
 def test_the_manifest_says_how_it_was_saved(tmp_path: Path) -> None:
-    run = start("plain")
+    run = make_run("plain")
     checkpoint.save(state_of(run), tmp_path, step=5)
     manifest = json.loads((tmp_path / "step-0000000005" / "manifest.json").read_text())
     assert (manifest["step"], manifest["world_size"]) == (5, 1)

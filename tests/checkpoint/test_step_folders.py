@@ -1,4 +1,4 @@
-"""What is complete has its name, what has its name is complete, and what is damaged is told and passed over."""
+"""A folder has its name exactly if its checkpoint is complete; a damaged checkpoint is reported and skipped."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_save_that_failed_in_the_background_is_raised_by_the_next_call(tmp_pat
 
 
 def make_writing_fail() -> None:
-    """From now on rank 1 cannot write, as on a full disk."""
+    """Make writing fail on rank 1, as on a full disk."""
     from ema_dist.checkpoint import writer  # noqa: PLC0415  in this rank's process only
 
     def write(*_: object) -> int:

@@ -1,4 +1,4 @@
-"""The algorithm in real Trainers: what is averaged, what the model holds when, and what Composer's own EMA does."""
+"""The algorithm in real Trainers: what is averaged, when it is swapped in, and Composer's own EMA as the oracle."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ from tests.support.composer_runs import (
 def averages(ema: EMA) -> dict[str, Tensor]:
     """Full averages on the first rank."""
     assert ema.ema is not None
-    return {name: it for name, it in ema.ema.full_state_dict().items() if isinstance(it, Tensor)}
+    return {name: tensor for name, tensor in ema.ema.full_state_dict().items() if isinstance(tensor, Tensor)}
 
 
 def assert_averages(ema: EMA, expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
-    """The first rank's full averages are these, nearly."""
+    """The first rank's full averages are close to these."""
     found = averages(ema)
     if dist.get_global_rank() == 0:
         assert_close(found, expected, tolerance)
 
 
-def weights_only(full: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what each rank of FSDP has for itself: statistics of its own batches."""
-    return {name: it for name, it in full.items() if "stats" not in name}
+def without_batch_stats(full: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without BatchNorm statistics: under FSDP, each rank has its own."""
+    return {name: tensor for name, tensor in full.items() if "stats" not in name}
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def weights_only(full: dict[str, Tensor]) -> dict[str, Tensor]:
     ids=str,
 )
 def test_what_composer_refuses_is_refused(arguments: dict[str, Any]) -> None:
-    for kind in (composer.algorithms.EMA, EMA):
+    for algorithm_type in (composer.algorithms.EMA, EMA):
         with pytest.raises((ValueError, AttributeError)) as raised:
-            kind(**arguments)
-        assert kind is not EMA or raised.type is ValueError
+            algorithm_type(**arguments)
+        assert algorithm_type is not EMA or raised.type is ValueError
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,13 @@ def test_averages_equal_those_of_composers_own(layout: str, settings: dict[str, 
     for algorithm in (ours, theirs):
         fit(make_trainer(layout, algorithm, max_duration="3ep", train_dataloader=make_dataloader(count=8)))
     their_names = {**theirs.ema_model.named_parameters_dict, **theirs.ema_model.named_buffers_dict}
-    expected = {name.removeprefix("module."): it for name, it in their_names.items()}
+    expected = {name.removeprefix("module."): tensor for name, tensor in their_names.items()}
     assert "net.stats.running_mean" in expected
     found = averages(ours)
     if dist.get_global_rank() == 0:
-        assert_close(found, {n: it for n, it in expected.items() if it.is_floating_point() and "scratch" not in n})
+        assert_close(
+            found, {n: tensor for n, tensor in expected.items() if tensor.is_floating_point() and "scratch" not in n}
+        )
         assert found["net.stats.num_batches_tracked"] == (12 if layout == "ddp" else 24)
 
 
@@ -143,60 +145,61 @@ def test_averages_equal_the_float64_reference(layout: str) -> None:
 @composer_layouts("ddp", "fsdp1", "fsdp2", "hsdp")
 def test_evaluation_sees_the_averages_and_training_the_live_weights(layout: str, tmp_path: Path) -> None:
     recorder, ema = Recorder(), EMA(half_life="3ba")
-    it = make_trainer(
+    trainer = make_trainer(
         layout, ema, callbacks=[recorder], eval_interval="2ba", save_folder=str(tmp_path), save_interval="3ba"
     )
-    it.eval()
-    fit(it, "5ba")
-    it.eval()
-    before_prediction = full_tensors(it.state)
-    it.predict(make_dataloader(count=2))
-    assert_same(full_tensors(it.state), before_prediction)
-    fit(it, "3ba")
-    it.eval()
+    trainer.eval()
+    fit(trainer, "5ba")
+    trainer.eval()
+    before_prediction = full_tensors(trainer.state)
+    trainer.predict(make_dataloader(count=2))
+    assert_same(full_tensors(trainer.state), before_prediction)
+    fit(trainer, "3ba")
+    trainer.eval()
     assert not ema.ema_weights_active
-    done = 0
-    for event, held in recorder.model_at_event:
-        live = recorder.weights_after_batch[done - 1] if done else held
+    num_batches = 0
+    for event, weights in recorder.model_at_event:
+        live = recorder.weights_after_batch[num_batches - 1] if num_batches else weights
         if event == "batch_start":
-            assert_same(weights_only(held), weights_only(live))
-            done += 1
-        elif done:
+            assert_same(without_batch_stats(weights), without_batch_stats(live))
+            num_batches += 1
+        elif num_batches:
             assert_close(
-                weights_only(held), weights_only(reference_average(recorder.weights_after_batch[:done], ema.smoothing))
+                without_batch_stats(weights),
+                without_batch_stats(reference_average(recorder.weights_after_batch[:num_batches], ema.smoothing)),
             )
-    assert done == 8
+    assert num_batches == 8
     assert {event for event, _ in recorder.model_at_event} == {"batch_start", "eval_batch_start", "predict_batch_start"}
-    assert_same(weights_only(full_tensors(it.state)), weights_only(recorder.weights_after_batch[-1]))
+    assert_same(without_batch_stats(full_tensors(trainer.state)), without_batch_stats(recorder.weights_after_batch[-1]))
 
 
-class Interrupted(Callback):
-    """Raises in the middle of an evaluation, once."""
+class RaiseDuringEvaluation(Callback):
+    """Raises an exception during an evaluation, once."""
 
-    armed = True
+    pending = True
 
     def eval_batch_end(self, state: State, _: Logger) -> None:
-        if self.armed and state.timestamp.batch == 2:
-            self.armed = False
+        if self.pending and state.timestamp.batch == 2:
+            self.pending = False
             raise KeyError("interrupted")
 
 
 @composer_layouts("ddp", "fsdp1", "fsdp2")
 def test_live_weights_come_back_after_an_exception_inside_evaluation(layout: str) -> None:
     recorder, ema = Recorder(), EMA(half_life="3ba")
-    it = make_trainer(layout, ema, callbacks=[recorder, Interrupted()], eval_interval="2ba")
+    trainer = make_trainer(layout, ema, callbacks=[recorder, RaiseDuringEvaluation()], eval_interval="2ba")
     with pytest.raises(KeyError, match="interrupted"):
-        fit(it)
+        fit(trainer)
     assert ema.ema_weights_active
-    fit(it, "4ba")
+    fit(trainer, "4ba")
     assert not ema.ema_weights_active
-    starts = [held for event, held in recorder.model_at_event if event == "batch_start"]
-    assert_same(weights_only(starts[2]), weights_only(recorder.weights_after_batch[1]))
-    assert_averages(ema, weights_only(reference_average(recorder.weights_after_batch, ema.smoothing)))
+    starts = [weights for event, weights in recorder.model_at_event if event == "batch_start"]
+    assert_same(without_batch_stats(starts[2]), without_batch_stats(recorder.weights_after_batch[1]))
+    assert_averages(ema, without_batch_stats(reference_average(recorder.weights_after_batch, ema.smoothing)))
 
 
-class Overflowing(Callback):
-    """Makes the gradients of some batches infinite."""
+class InfiniteLoss(Callback):
+    """Makes the loss, and so the gradients, of some batches infinite."""
 
     def __init__(self, *batches: int) -> None:
         self.batches = batches
@@ -208,7 +211,7 @@ class Overflowing(Callback):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
-    ("settings", "skipped", "began", "averaged"),
+    ("settings", "skipped_batches", "start_batch", "averaged_batches"),
     [
         ({}, (2, 5), 0, (0, 1, 3, 4, 6, 7)),
         ({"update_interval": "2ba"}, (2, 3, 5), 0, (1, 5, 7)),
@@ -220,62 +223,70 @@ class Overflowing(Callback):
 def test_a_batch_whose_step_the_scaler_skipped_is_no_update(
     layout: str,
     settings: dict[str, Any],
-    skipped: tuple[int, ...],
-    began: int,
-    averaged: tuple[int, ...],
+    skipped_batches: tuple[int, ...],
+    start_batch: int,
+    averaged_batches: tuple[int, ...],
     fused: bool,  # noqa: FBT001
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recorder, ema, model = Recorder(), EMA(half_life="3ba", **settings), Classifier()
-    optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=1e-2, fused=fused)
-    it = make_trainer(layout, ema, model=model, optimizers=optimizer, callbacks=[recorder, Overflowing(*skipped)])
-    it.state.scaler = torch.amp.GradScaler("cpu")
-    monkeypatch.setattr(it, "_use_grad_scaling", lambda *_: True)
-    monkeypatch.setattr(it, "_use_closures", lambda: False)
-    fit(it)
-    taken = [recorder.weights_after_batch[batch] for batch in (began, *averaged)]
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2, fused=fused
+    )
+    trainer = make_trainer(
+        layout, ema, model=model, optimizers=optimizer, callbacks=[recorder, InfiniteLoss(*skipped_batches)]
+    )
+    trainer.state.scaler = torch.amp.GradScaler("cpu")
+    monkeypatch.setattr(trainer, "_use_grad_scaling", lambda *_: True)
+    monkeypatch.setattr(trainer, "_use_closures", lambda: False)
+    fit(trainer)
+    averaged_weights = [recorder.weights_after_batch[batch] for batch in (start_batch, *averaged_batches)]
     assert ema.ema is not None
-    assert ema.ema.updates == len(averaged)
-    assert_averages(ema, weights_only(reference_average(taken, ema.smoothing)))
+    assert ema.ema.updates == len(averaged_batches)
+    assert_averages(ema, without_batch_stats(reference_average(averaged_weights, ema.smoothing)))
 
 
-@pytest.mark.parametrize("weights_only_saved", [False, True])
+@pytest.mark.parametrize("saves_weights_only", [False, True])
 @composer_layouts("plain", "ddp")
 def test_a_save_after_an_exception_inside_evaluation_has_the_live_weights(
     layout: str,
-    weights_only_saved: bool,  # noqa: FBT001
+    saves_weights_only: bool,  # noqa: FBT001
     tmp_path: Path,
 ) -> None:
     recorder, ema = Recorder(), EMA(half_life="3ba")
-    it = make_trainer(layout, ema, callbacks=[recorder, Interrupted()], eval_interval="2ba")
+    trainer = make_trainer(layout, ema, callbacks=[recorder, RaiseDuringEvaluation()], eval_interval="2ba")
     with pytest.raises(KeyError, match="interrupted"):
-        fit(it)
-    it.save_checkpoint(str(tmp_path / "saved.pt"), weights_only=weights_only_saved)
+        fit(trainer)
+    trainer.save_checkpoint(str(tmp_path / "saved.pt"), weights_only=saves_weights_only)
     assert not ema.ema_weights_active
     dist.barrier()
     state = torch.load(tmp_path / "saved.pt", weights_only=False)["state"]["model"]
-    assert_same(weights_only(state), weights_only(recorder.weights_after_batch[-1]))
-    fit(it, "4ba")
-    assert_averages(ema, weights_only(reference_average(recorder.weights_after_batch, ema.smoothing)))
+    assert_same(without_batch_stats(state), without_batch_stats(recorder.weights_after_batch[-1]))
+    fit(trainer, "4ba")
+    assert_averages(ema, without_batch_stats(reference_average(recorder.weights_after_batch, ema.smoothing)))
 
 
 @composer_layouts("ddp", "fsdp2")
 def test_a_save_in_the_middle_of_an_evaluation_has_the_live_weights(layout: str, tmp_path: Path) -> None:
-    class Saving(Callback):
+    class SaveDuringEvaluation(Callback):
         def eval_batch_end(self, state: State, _: Logger) -> None:
             if state.timestamp.batch == 4 and state.eval_timestamp.batch == 1:
-                it.save_checkpoint(str(tmp_path / "ep{epoch}-ba{batch}-rank{rank}"))
+                trainer.save_checkpoint(str(tmp_path / "ep{epoch}-ba{batch}-rank{rank}"))
 
     recorder, ema = Recorder(), EMA(half_life="3ba")
-    it = make_trainer(
-        layout, ema, callbacks=[recorder, Saving()], eval_interval="4ba", eval_dataloader=make_dataloader(count=8)
+    trainer = make_trainer(
+        layout,
+        ema,
+        callbacks=[recorder, SaveDuringEvaluation()],
+        eval_interval="4ba",
+        eval_dataloader=make_dataloader(count=8),
     )
-    fit(it)
-    average = weights_only(reference_average(recorder.weights_after_batch[:4], ema.smoothing))
-    evaluated = [held for event, held in recorder.model_at_event if event == "eval_batch_start"]
+    fit(trainer)
+    average = without_batch_stats(reference_average(recorder.weights_after_batch[:4], ema.smoothing))
+    evaluated = [weights for event, weights in recorder.model_at_event if event == "eval_batch_start"]
     assert len(evaluated) == 8
-    for held in evaluated[:4]:
-        assert_close(weights_only(held), average)
+    for weights in evaluated[:4]:
+        assert_close(without_batch_stats(weights), average)
     resumed, resumed_ema = Recorder(), EMA(half_life="3ba")
     fit(
         make_trainer(
@@ -283,7 +294,7 @@ def test_a_save_in_the_middle_of_an_evaluation_has_the_live_weights(layout: str,
         )
     )
     for weights, expected in zip(resumed.weights_after_batch, recorder.weights_after_batch[4:], strict=True):
-        assert_same(weights_only(weights), weights_only(expected))
+        assert_same(without_batch_stats(weights), without_batch_stats(expected))
 
 
 @composer_layouts("plain")
@@ -294,8 +305,8 @@ def test_gradient_accumulation_counts_once_a_batch(layout: str) -> None:
     assert ema.ema.updates == 8
 
 
-class Stepped(Algorithm):
-    """Full weights after each optimizer step; before the averages are taken, if it comes before them."""
+class RecordAtBatchEnd(Algorithm):
+    """Records full weights at the end of each batch; ahead of the averages if it is listed before EMA."""
 
     def __init__(self) -> None:
         self.weights: list[dict[str, Tensor]] = []
@@ -309,17 +320,20 @@ class Stepped(Algorithm):
 
 @composer_layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp")
 def test_training_may_go_on_from_the_averages(layout: str) -> None:
-    recorder, stepped, ema = Recorder(), Stepped(), EMA(half_life="3ba", train_with_ema_weights=True)
+    recorder, stepped, ema = Recorder(), RecordAtBatchEnd(), EMA(half_life="3ba", train_with_ema_weights=True)
     fit(make_trainer(layout, stepped, ema, callbacks=[recorder]))
     assert len(stepped.weights) == 8
     for batch, live in enumerate(recorder.weights_after_batch):
-        assert_close(weights_only(live), weights_only(reference_average(stepped.weights[: batch + 1], ema.smoothing)))
-    assert_averages(ema, weights_only(recorder.weights_after_batch[-1]))
+        assert_close(
+            without_batch_stats(live),
+            without_batch_stats(reference_average(stepped.weights[: batch + 1], ema.smoothing)),
+        )
+    assert_averages(ema, without_batch_stats(recorder.weights_after_batch[-1]))
 
 
 @composer_layouts("ddp", "fsdp1", "fsdp2")
 def test_models_are_given_the_averages_and_the_live_weights(layout: str) -> None:
-    class Asking(Callback):
+    class GetModelsDuringEvaluation(Callback):
         live: dict[str, Tensor]
 
         def eval_start(self, state: State, _: Logger) -> None:
@@ -327,21 +341,22 @@ def test_models_are_given_the_averages_and_the_live_weights(layout: str) -> None
                 ema.get_ema_model(other)
             self.live = dict(ema.get_training_model(other).state_dict())
             assert ema.ema_weights_active
-            self.held = full_tensors(state)
+            self.weights = full_tensors(state)
 
-    ema, other, asking, recorder = EMA(half_life="3ba"), Classifier(seed=5), Asking(), Recorder()
-    it = make_trainer(layout, ema, callbacks=[asking, recorder])
+    ema, other, callback, recorder = EMA(half_life="3ba"), Classifier(seed=5), GetModelsDuringEvaluation(), Recorder()
+    trainer = make_trainer(layout, ema, callbacks=[callback, recorder])
     with pytest.raises(ValueError, match=r"there are no averages before ema_start, 0.0dur"):
         ema.get_ema_model(other)
-    fit(it)
+    fit(trainer)
     assert ema.get_ema_model(other) is other
     assert_averages(ema, dict(other.state_dict()), tolerance=0)
     with pytest.raises(ValueError, match="The training weights are currently contained in the composer model"):
         ema.get_training_model(other)
-    it.eval()
-    assert_same(weights_only(asking.live), weights_only(recorder.weights_after_batch[-1]))
+    trainer.eval()
+    assert_same(without_batch_stats(callback.live), without_batch_stats(recorder.weights_after_batch[-1]))
     assert_close(
-        weights_only(asking.held), weights_only(reference_average(recorder.weights_after_batch, ema.smoothing))
+        without_batch_stats(callback.weights),
+        without_batch_stats(reference_average(recorder.weights_after_batch, ema.smoothing)),
     )
 
 
@@ -356,7 +371,7 @@ def test_an_ema_outside_a_trainer_says_so() -> None:
         EMA().get_ema_model(nn.Linear(1, 1))
 
 
-def huggingface(seed: int) -> HuggingFaceModel:
+def make_huggingface_model(seed: int) -> HuggingFaceModel:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
     sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -376,24 +391,24 @@ def test_huggingface_models_are_averaged_and_resumed(layout: str, tmp_path: Path
         for _ in range(32)
     ]
 
-    def fitted(seed: int, **settings: Any) -> tuple[Recorder, EMA]:  # noqa: ANN401
+    def train(seed: int, **settings: Any) -> tuple[Recorder, EMA]:  # noqa: ANN401
         recorder, ema = Recorder(), EMA(half_life="3ba")
         sampler = dist.get_sampler(samples, shuffle=False)
         loader = torch.utils.data.DataLoader(samples, batch_size=2, sampler=sampler)
-        given = {"train_dataloader": loader, "eval_dataloader": loader, "eval_interval": "3ba", **settings}
-        fit(make_trainer(layout, ema, model=huggingface(seed), callbacks=[recorder], **given))
+        arguments = {"train_dataloader": loader, "eval_dataloader": loader, "eval_interval": "3ba", **settings}
+        fit(make_trainer(layout, ema, model=make_huggingface_model(seed), callbacks=[recorder], **arguments))
         return recorder, ema
 
-    uninterrupted, ema = fitted(0, save_folder=str(tmp_path), save_interval="4ba")
+    uninterrupted, ema = train(0, save_folder=str(tmp_path), save_interval="4ba")
     assert_averages(ema, reference_average(uninterrupted.weights_after_batch, ema.smoothing))
-    resumed, resumed_ema = fitted(1, load_path=checkpoint_path(tmp_path, 4))
+    resumed, resumed_ema = train(1, load_path=checkpoint_path(tmp_path, 4))
     for weights, expected in zip(resumed.weights_after_batch, uninterrupted.weights_after_batch[4:], strict=True):
         assert_same(weights, expected)
     assert_same(averages(resumed_ema), averages(ema))
 
 
-class Half(ComposerClassifier):
-    """A model with weights narrower than float32."""
+class BFloat16Classifier(ComposerClassifier):
+    """A classifier with bfloat16 weights."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -406,7 +421,7 @@ class Half(ComposerClassifier):
 @composer_layouts("plain", "fsdp2")
 def test_half_precision_weights_have_float32_averages(layout: str) -> None:
     recorder, ema = Recorder(), EMA(half_life="50ba", replicas="copy")
-    fit(make_trainer(layout, ema, model=Half(), callbacks=[recorder]))
+    fit(make_trainer(layout, ema, model=BFloat16Classifier(), callbacks=[recorder]))
     assert ema.ema is not None
     found = ema.ema.full_state_dict(dtype=torch.float32)
     if dist.get_global_rank() == 0:
@@ -421,7 +436,7 @@ def test_replicas_cannot_share_averages_in_sharded_checkpoints() -> None:
 
 def test_events_that_change_nothing_are_not_matched() -> None:
     ema = EMA()
-    it = make_trainer("plain", ema)
+    trainer = make_trainer("plain", ema)
     for event in (Event.BATCH_START, Event.EVAL_END, Event.BATCH_CHECKPOINT, Event.EPOCH_END):
-        assert not ema.match(event, it.state)
-    assert ema.match(Event.BATCH_END, it.state)
+        assert not ema.match(event, trainer.state)
+    assert ema.match(Event.BATCH_END, trainer.state)

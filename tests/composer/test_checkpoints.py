@@ -41,42 +41,42 @@ HALF_LIFE = "3ba"
 pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:Please use DTensor:FutureWarning"
-    ),  # FSDP1's checkpoints, on torch's own account
+    ),  # from torch's own code, in FSDP1's checkpoints
     pytest.mark.filterwarnings("ignore:When using ``NO_SHARD``:UserWarning"),  # FSDP1 on one rank
 ]
 
 
-def own(full: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what Composer keeps of one rank only: each rank's statistics of its own batches."""
-    return {name: it for name, it in full.items() if "stats" not in name}
+def without_batch_stats(full: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without BatchNorm statistics: each rank has its own, and Composer saves those of one rank."""
+    return {name: tensor for name, tensor in full.items() if "stats" not in name}
 
 
 def assert_resumed(resumed: Recorder, uninterrupted: Recorder, *, after: int) -> None:
-    """The same weights after each batch that follows these, to the bit."""
+    """The resumed run has bit-identical weights after each batch."""
     for weights, expected in zip(resumed.weights_after_batch, uninterrupted.weights_after_batch[after:], strict=True):
-        assert_same(own(weights), own(expected))
+        assert_same(without_batch_stats(weights), without_batch_stats(expected))
 
 
 def averages(ema: EMA) -> dict[str, Tensor]:
-    """Full averages in their own dtype on the first rank."""
+    """Full averages in their own dtype, without BatchNorm statistics, on the first rank."""
     assert ema.ema is not None
-    return own({name: it for name, it in ema.ema.gather() if isinstance(it, Tensor)})
+    return without_batch_stats({name: tensor for name, tensor in ema.ema.gather() if isinstance(tensor, Tensor)})
 
 
 def assert_averages(ema: EMA, expected: dict[str, Tensor]) -> None:
-    """The first rank's full averages are these, to the bit."""
+    """The first rank's full averages are bit-identical to these."""
     assert_same(averages(ema), expected if dist.get_rank() == 0 else {})
 
 
-def run(layout: str, folder: Path, **settings: Any) -> tuple[Trainer, EMA, Recorder]:  # noqa: ANN401
-    """Eight batches, with a checkpoint by the saver after the fourth."""
+def make_saving_trainer(layout: str, folder: Path, **settings: Any) -> tuple[Trainer, EMA, Recorder]:  # noqa: ANN401
+    """A trainer that saves after every fourth of its eight batches, by CheckpointSaver."""
     recorder, ema = Recorder(), EMA(half_life=HALF_LIFE)
     given = {"save_folder": str(folder), "save_interval": "4ba", "callbacks": [recorder], **settings}
     return make_trainer(layout, ema, **given), ema, recorder
 
 
-def loaded(layout: str, path: str, **settings: Any) -> tuple[Trainer, EMA, Recorder]:  # noqa: ANN401
-    """A trainer that has loaded a checkpoint, its model having begun with other weights."""
+def make_resumed_trainer(layout: str, path: str, **settings: Any) -> tuple[Trainer, EMA, Recorder]:  # noqa: ANN401
+    """A trainer that has loaded a checkpoint, over other initial weights."""
     recorder, ema = Recorder(), EMA(half_life=HALF_LIFE)
     given = {"model": Classifier(seed=1), "callbacks": [recorder], "load_path": path, **settings}
     return make_trainer(layout, ema, **given), ema, recorder
@@ -84,54 +84,59 @@ def loaded(layout: str, path: str, **settings: Any) -> tuple[Trainer, EMA, Recor
 
 @composer_layouts()
 def test_a_resumed_run_is_bit_identical(layout: str, tmp_path: Path) -> None:
-    it, ema, uninterrupted = run(layout, tmp_path)
-    fit(it)
-    again, resumed_ema, resumed = loaded(layout, checkpoint_path(tmp_path, 4))
-    fit(again)
-    assert again.state.timestamp.batch == 8
+    trainer, ema, uninterrupted = make_saving_trainer(layout, tmp_path)
+    fit(trainer)
+    resumed_trainer, resumed_ema, resumed = make_resumed_trainer(layout, checkpoint_path(tmp_path, 4))
+    fit(resumed_trainer)
+    assert resumed_trainer.state.timestamp.batch == 8
     for weights, expected in zip(resumed.weights_after_batch, uninterrupted.weights_after_batch[4:], strict=True):
-        assert_same(own(weights), own(expected))
-        if dist.get_rank() == 0:  # whose statistics are those that Composer keeps
+        assert_same(without_batch_stats(weights), without_batch_stats(expected))
+        if dist.get_rank() == 0:  # Composer saves this rank's BatchNorm statistics
             assert_same(weights, expected)
     assert resumed_ema.ema is not None
     assert ema.ema is not None
     assert (resumed_ema.ema.updates, ema.ema.updates) == (8, 8)
-    assert_same(*({n: it for n, it in each.ema.gather() if isinstance(it, Tensor)} for each in (resumed_ema, ema)))
+    assert_same(
+        *({n: tensor for n, tensor in each.ema.gather() if isinstance(tensor, Tensor)} for each in (resumed_ema, ema))
+    )
 
 
 @composer_layouts()
 def test_a_run_resumed_from_an_explicit_save_is_bit_identical(layout: str, tmp_path: Path) -> None:
-    it, ema, uninterrupted = run(layout, tmp_path / "saver", max_duration="8ba")
-    fit(it, "4ba")
-    it.eval()
-    it.save_checkpoint(str(tmp_path / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
-    fit(it, "4ba")
-    again, resumed_ema, resumed = loaded(layout, checkpoint_path(tmp_path / "explicit", 4))
-    fit(again)
+    trainer, ema, uninterrupted = make_saving_trainer(layout, tmp_path / "saver", max_duration="8ba")
+    fit(trainer, "4ba")
+    trainer.eval()
+    trainer.save_checkpoint(str(tmp_path / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
+    fit(trainer, "4ba")
+    resumed_trainer, resumed_ema, resumed = make_resumed_trainer(layout, checkpoint_path(tmp_path / "explicit", 4))
+    fit(resumed_trainer)
     assert_resumed(resumed, uninterrupted, after=4)
     assert_same(averages(resumed_ema), averages(ema))
 
 
 @composer_layouts("ddp")
 def test_live_and_average_weights_in_a_monolithic_checkpoint(layout: str, tmp_path: Path) -> None:
-    it, _, recorder = run(layout, tmp_path / "saver")
-    fit(it, "4ba")
-    it.save_checkpoint(str(tmp_path / "explicit.pt"))
+    trainer, _, recorder = make_saving_trainer(layout, tmp_path / "saver")
+    fit(trainer, "4ba")
+    trainer.save_checkpoint(str(tmp_path / "explicit.pt"))
     live, average = recorder.weights_after_batch[-1], reference_average(recorder.weights_after_batch, 2 ** (-1 / 3))
     for path, model, other, is_active in (
         (checkpoint_path(tmp_path / "saver", 4), average, live, True),
         (tmp_path / "explicit.pt", live, average, False),
     ):
         state = torch.load(path, weights_only=False)["state"]
-        part = dict(state["algorithms"])["EMA"]
-        assert part["ema_weights_active"] is is_active
-        assert_close(state["model"], own(model))
-        of_part = {**part["ema_model"]["named_parameters_dict"], **part["ema_model"]["named_buffers_dict"]}
-        named = {name.removeprefix("module."): it for name, it in of_part.items()}
-        assert_close(other, {name: it for name, it in own(named).items() if name in other})
+        algorithm_state = dict(state["algorithms"])["EMA"]
+        assert algorithm_state["ema_weights_active"] is is_active
+        assert_close(state["model"], without_batch_stats(model))
+        stored = {
+            **algorithm_state["ema_model"]["named_parameters_dict"],
+            **algorithm_state["ema_model"]["named_buffers_dict"],
+        }
+        named = {name.removeprefix("module."): tensor for name, tensor in stored.items()}
+        assert_close(other, {name: tensor for name, tensor in without_batch_stats(named).items() if name in other})
 
 
-WORLDS = [
+RESHARD_CASES = [
     ("fsdp2", 2, 1),
     ("fsdp2", 2, 4),
     ("fsdp2", 4, 2),
@@ -146,7 +151,7 @@ WORLDS = [
 
 @pytest.mark.parametrize("by_saver", [True, False], ids=["saver", "explicit"])
 @pytest.mark.parametrize(
-    ("layout", "before", "after"), [pytest.param(*it, marks=on_ranks(max(it[1:]))) for it in WORLDS]
+    ("layout", "before", "after"), [pytest.param(*case, marks=on_ranks(max(case[1:]))) for case in RESHARD_CASES]
 )
 def test_checkpoints_load_on_other_worlds(
     layout: str,
@@ -157,29 +162,31 @@ def test_checkpoints_load_on_other_worlds(
 ) -> None:
     def save() -> None:
         os.environ["WORLD_SIZE"] = str(before)
-        it, ema, recorder = run(
+        trainer, ema, recorder = make_saving_trainer(
             layout, tmp_path / "saver", max_duration="4ba", train_dataloader=make_dataloader(count=20)
         )
-        fit(it)
-        it.save_checkpoint(str(tmp_path / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
+        fit(trainer)
+        trainer.save_checkpoint(str(tmp_path / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
         expected = averages(ema)
         if dist.get_rank() == 0:
-            torch.save((own(recorder.weights_after_batch[-1]), expected), tmp_path / "expected.pt")
+            torch.save((without_batch_stats(recorder.weights_after_batch[-1]), expected), tmp_path / "expected.pt")
 
     def load() -> None:
         os.environ["WORLD_SIZE"] = str(after)
-        it, ema, _ = loaded(layout, checkpoint_path(tmp_path / ("saver" if by_saver else "explicit"), 4))
-        it.eval()
+        trainer, ema, _ = make_resumed_trainer(
+            layout, checkpoint_path(tmp_path / ("saver" if by_saver else "explicit"), 4)
+        )
+        trainer.eval()
         live, average = torch.load(tmp_path / "expected.pt")
-        assert_same(own(full_tensors(it.state)), live)
+        assert_same(without_batch_stats(full_tensors(trainer.state)), live)
         assert_averages(ema, average)
 
     run_in_world(before, tmp_path, save)
     run_in_world(after, tmp_path, load)
 
 
-class Narrow(ComposerClassifier):
-    """Weights in bfloat16, of which float32 averages would be rounded as the model's weights."""
+class BFloat16Classifier(ComposerClassifier):
+    """A classifier with bfloat16 weights, which would round float32 averages."""
 
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -192,10 +199,12 @@ class Narrow(ComposerClassifier):
 
 @composer_layouts("ddp", "fsdp2")
 def test_float32_averages_of_narrow_weights_round_trip(layout: str, tmp_path: Path) -> None:
-    it, ema, uninterrupted = run(layout, tmp_path, model=Narrow())
-    fit(it)
-    again, resumed_ema, resumed = loaded(layout, checkpoint_path(tmp_path, 4), model=Narrow(seed=1))
-    fit(again)
+    trainer, ema, uninterrupted = make_saving_trainer(layout, tmp_path, model=BFloat16Classifier())
+    fit(trainer)
+    resumed_trainer, resumed_ema, resumed = make_resumed_trainer(
+        layout, checkpoint_path(tmp_path, 4), model=BFloat16Classifier(seed=1)
+    )
+    fit(resumed_trainer)
     assert_same(resumed.weights_after_batch[-1], uninterrupted.weights_after_batch[-1])
     assert ema.ema is not None
     assert resumed_ema.ema is not None
@@ -207,55 +216,58 @@ def test_float32_averages_of_narrow_weights_round_trip(layout: str, tmp_path: Pa
 def test_a_checkpoint_without_averages_starts_them_from_its_weights(layout: str, tmp_path: Path) -> None:
     before = Recorder()
     fit(make_trainer(layout, callbacks=[before], save_folder=str(tmp_path), save_interval="4ba"), "4ba")
-    it, ema, after = loaded(layout, checkpoint_path(tmp_path, 4))
+    trainer, ema, after = make_resumed_trainer(layout, checkpoint_path(tmp_path, 4))
     with pytest.warns(UserWarning, match=r"training goes on at .*4.* without averages, which begin at 0.0dur"):
-        it.fit()
+        trainer.fit()
     found = averages(ema)
     if dist.get_rank() == 0:
         assert_close(
-            found, own(reference_average([before.weights_after_batch[3], *after.weights_after_batch], ema.smoothing))
+            found,
+            without_batch_stats(
+                reference_average([before.weights_after_batch[3], *after.weights_after_batch], ema.smoothing)
+            ),
         )
 
 
 @composer_layouts("ddp", "fsdp1", "fsdp2")
 def test_averages_of_another_model_are_refused(layout: str, tmp_path: Path) -> None:
-    class Other(Classifier):
+    class UnfrozenClassifier(Classifier):
         def __init__(self) -> None:
             super().__init__()
             self.net.frozen.requires_grad_()
 
-    it, _, _ = run(layout, tmp_path)
-    fit(it, "4ba")
+    trainer, _, _ = make_saving_trainer(layout, tmp_path)
+    fit(trainer, "4ba")
     ignored = ["state/optimizers/*"]
     with pytest.raises(ValueError, match=r"the checkpoint holds the averages of another model.*net.frozen.bias"):
-        loaded(layout, checkpoint_path(tmp_path, 4), model=Other(), load_ignore_keys=ignored)
+        make_resumed_trainer(layout, checkpoint_path(tmp_path, 4), model=UnfrozenClassifier(), load_ignore_keys=ignored)
 
 
-def theirs(ema: composer.algorithms.EMA) -> dict[str, Tensor]:
-    """What Composer's own EMA averages, by canonical names; its integer buffers are truncated averages."""
+def composer_averages(ema: composer.algorithms.EMA) -> dict[str, Tensor]:
+    """The averages of Composer's own EMA by canonical name, without integer buffers, which it truncates."""
     everything = {**ema.ema_model.named_parameters_dict, **ema.ema_model.named_buffers_dict}
-    named = {name.removeprefix("module."): it for name, it in everything.items()}
-    return {name: it for name, it in named.items() if it.is_floating_point() and "scratch" not in name}
+    named = {name.removeprefix("module."): tensor for name, tensor in everything.items()}
+    return {name: tensor for name, tensor in named.items() if tensor.is_floating_point() and "scratch" not in name}
 
 
 @pytest.mark.parametrize("by_saver", [True, False], ids=["saver", "explicit"])
 @composer_layouts("ddp", "plain")
 def test_checkpoints_go_from_composers_own_ema_to_ours_and_back(layout: str, by_saver: bool, tmp_path: Path) -> None:  # noqa: FBT001
-    """Each trains four batches after the other, and all four of them end where Composer alone does."""
+    """Two algorithms train four batches each; every combination ends with the averages of Composer's own EMA alone."""
     ends: dict[str, dict[str, Tensor]] = {}
     for first in (composer.algorithms.EMA, EMA):
         for second in (composer.algorithms.EMA, EMA):
             name = f"{first.__module__} to {second.__module__}"
             folder = tmp_path / name.replace(" ", "-")
-            half = make_trainer(
+            first_trainer = make_trainer(
                 layout,
                 first(half_life=HALF_LIFE),
                 max_duration="4ba",
                 save_folder=str(folder / "saver"),
                 save_interval="4ba",
             )
-            fit(half)
-            half.save_checkpoint(str(folder / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
+            fit(first_trainer)
+            first_trainer.save_checkpoint(str(folder / "explicit" / "ep{epoch}-ba{batch}-rank{rank}"))
             path = checkpoint_path(folder / ("saver" if by_saver else "explicit"), 4)
             ema = second(half_life=HALF_LIFE)
             fit(make_trainer(layout, ema, load_path=path))
@@ -264,56 +276,56 @@ def test_checkpoints_go_from_composers_own_ema_to_ours_and_back(layout: str, by_
                 assert ema.ema is not None
                 ends[name] = {n: t for n, t in ema.ema.full_state_dict().items() if isinstance(t, Tensor)}
             else:
-                ends[name] = theirs(ema)
-    alone = ends.pop("composer.algorithms.ema.ema to composer.algorithms.ema.ema")
+                ends[name] = composer_averages(ema)
+    expected = ends.pop("composer.algorithms.ema.ema to composer.algorithms.ema.ema")
     for found in ends.values():
         assert found or dist.get_rank() != 0
-        assert_close(found, {name: it for name, it in alone.items() if dist.get_rank() == 0})
+        assert_close(found, {name: tensor for name, tensor in expected.items() if dist.get_rank() == 0})
 
 
-def older_formats(model: Classifier, other: Classifier, *, is_active: bool) -> dict[str, dict[str, Any]]:
-    """The algorithm's part as older Composers wrote it: ``model`` holds the averages, ``other`` the live weights."""
-    lists = [
-        {"parameters": [it.detach() for it in one.parameters()], "buffers": list(one.buffers())}
-        for one in (model, other)
+def older_algorithm_states(average: Classifier, live: Classifier, *, is_active: bool) -> dict[str, dict[str, Any]]:
+    """The algorithm's part of a checkpoint as older versions of Composer wrote it, by version."""
+    unnamed_tensors = [
+        {"parameters": [parameter.detach() for parameter in model.parameters()], "buffers": list(model.buffers())}
+        for model in (average, live)
     ]
     flags = {"ema_weights_active": is_active, "ema_started": True}
-    states = {"ema_model": model.state_dict(), "training_model": other.state_dict()}
+    states = {"ema_model": average.state_dict(), "training_model": live.state_dict()}
     return {
         "0.11": {"repr": "EMA()", **states, **flags},
-        "0.7": dict(zip(("ema_model", "training_model"), lists, strict=True)),
+        "0.7": dict(zip(("ema_model", "training_model"), unnamed_tensors, strict=True)),
     }
 
 
 @pytest.mark.parametrize(("version", "is_active"), [("0.11", True), ("0.11", False), ("0.7", False)])
 @composer_layouts("plain", "ddp")
 def test_older_formats_are_read(layout: str, version: str, is_active: bool, tmp_path: Path) -> None:  # noqa: FBT001
-    it, _, _ = run(layout, tmp_path / "run")
-    fit(it, "4ba")
-    it.save_checkpoint(str(tmp_path / "now" / "ep{epoch}-ba{batch}-rank{rank}"))
+    trainer, _, _ = make_saving_trainer(layout, tmp_path / "run")
+    fit(trainer, "4ba")
+    trainer.save_checkpoint(str(tmp_path / "now" / "ep{epoch}-ba{batch}-rank{rank}"))
     path = checkpoint_path(tmp_path / "now", 4)
     average, live = Classifier(seed=2), Classifier(seed=3)
     average.net.frozen.load_state_dict(live.net.frozen.state_dict())
     if not dist.is_initialized() or dist.get_rank() == 0:
         everything = torch.load(path, weights_only=False)
         everything["state"]["model"] = (average if is_active else live).state_dict()
-        part = older_formats(average, live, is_active=is_active)[version]
-        everything["state"]["algorithms"] = [("EMA", part)]
+        algorithm_state = older_algorithm_states(average, live, is_active=is_active)[version]
+        everything["state"]["algorithms"] = [("EMA", algorithm_state)]
         torch.save(everything, path)
     dist.barrier()
-    again, ema, _ = loaded(layout, path)
-    again.eval()
-    assert_same(own(full_tensors(again.state)), own(dict(live.state_dict())))
-    assert_averages(ema, own(dict(average.state_dict())))
+    resumed_trainer, ema, _ = make_resumed_trainer(layout, path)
+    resumed_trainer.eval()
+    assert_same(without_batch_stats(full_tensors(resumed_trainer.state)), without_batch_stats(dict(live.state_dict())))
+    assert_averages(ema, without_batch_stats(dict(average.state_dict())))
 
 
 @on_ranks(2)
 def test_a_custom_load_planner_is_refused_with_averages(tmp_path: Path) -> None:
-    it, _, _ = run("fsdp1", tmp_path)
-    fit(it, "4ba")
+    trainer, _, _ = make_saving_trainer("fsdp1", tmp_path)
+    fit(trainer, "4ba")
     settings = {"fsdp": {"state_dict_type": "sharded", "load_planner": DefaultLoadPlanner()}}
     with pytest.raises(ValueError, match="expected no load_planner in the FSDP configuration, found"):
-        loaded("fsdp1", checkpoint_path(tmp_path, 4), parallelism_config=settings)
+        make_resumed_trainer("fsdp1", checkpoint_path(tmp_path, 4), parallelism_config=settings)
 
 
 @pytest.mark.parametrize(
@@ -332,12 +344,12 @@ def test_a_custom_load_planner_is_refused_with_averages(tmp_path: Path) -> None:
 def test_start_and_interval_resume_as_without_interruption(
     layout: str, settings: dict[str, Any], saved_every: str, batch: int, tmp_path: Path
 ) -> None:
-    def started(ema: EMA, **given: Any) -> EMA:  # noqa: ANN401
+    def train_with(ema: EMA, **given: Any) -> EMA:  # noqa: ANN401
         fit(make_trainer(layout, ema, max_duration="3ep", train_dataloader=make_dataloader(count=4), **given))
         return ema
 
-    uninterrupted = started(EMA(**settings), save_folder=str(tmp_path), save_interval=saved_every)
-    resumed = started(EMA(**settings), model=Classifier(seed=1), load_path=checkpoint_path(tmp_path, batch))
+    uninterrupted = train_with(EMA(**settings), save_folder=str(tmp_path), save_interval=saved_every)
+    resumed = train_with(EMA(**settings), model=Classifier(seed=1), load_path=checkpoint_path(tmp_path, batch))
     assert uninterrupted.ema is not None
     assert resumed.ema is not None
     assert resumed.ema.updates == uninterrupted.ema.updates
@@ -347,65 +359,73 @@ def test_start_and_interval_resume_as_without_interruption(
 @composer_layouts("plain")
 def test_a_second_fit_does_not_restart_the_averages(layout: str) -> None:
     ema = EMA(half_life="2ep")
-    it = make_trainer(layout, ema, max_duration="2ep", train_dataloader=make_dataloader(count=4))
-    fit(it, "2ba")
-    fit(it, "2ba")
+    trainer = make_trainer(layout, ema, max_duration="2ep", train_dataloader=make_dataloader(count=4))
+    fit(trainer, "2ba")
+    fit(trainer, "2ba")
     assert ema.ema is not None
     assert ema.ema.updates == 1
 
 
 @composer_layouts("plain", "ddp", "fsdp2")
 def test_live_weights_are_in_the_model_right_after_loading(layout: str, tmp_path: Path) -> None:
-    it, _, recorder = run(layout, tmp_path)
-    fit(it, "4ba")
-    again, ema, _ = loaded(layout, checkpoint_path(tmp_path, 4))
+    trainer, _, recorder = make_saving_trainer(layout, tmp_path)
+    fit(trainer, "4ba")
+    resumed_trainer, ema, _ = make_resumed_trainer(layout, checkpoint_path(tmp_path, 4))
     assert ema.ema_started
-    assert_same(own(full_tensors(again.state)), own(recorder.weights_after_batch[-1]))
+    assert_same(
+        without_batch_stats(full_tensors(resumed_trainer.state)), without_batch_stats(recorder.weights_after_batch[-1])
+    )
 
 
 @composer_layouts("fsdp2")
 def test_an_unfilled_load_template_is_discarded(layout: str, tmp_path: Path) -> None:
     fit(make_trainer(layout, save_folder=str(tmp_path / "without"), save_interval="4ba"), "4ba")
-    it, _, _ = loaded(layout, checkpoint_path(tmp_path / "without", 4))
-    assert it.state.ema_dist is None
-    assert it.state.fsdp_config.load_planner is None
-    assert type(it.state.fsdp_config).__name__ == "FSDP2Config"
+    trainer, _, _ = make_resumed_trainer(layout, checkpoint_path(tmp_path / "without", 4))
+    assert trainer.state.ema_dist is None
+    assert trainer.state.fsdp_config.load_planner is None
+    assert type(trainer.state.fsdp_config).__name__ == "FSDP2Config"
 
 
 @composer_layouts("plain")
 def test_an_instance_in_a_second_trainer_starts_over(layout: str) -> None:
     ema = EMA(half_life="3ba")
     fit(make_trainer(layout, ema))
-    it = make_trainer(layout, ema, model=Classifier(seed=1), max_duration="2ba")
+    trainer = make_trainer(layout, ema, model=Classifier(seed=1), max_duration="2ba")
     assert not ema.ema_started
-    fit(it)
+    fit(trainer)
     assert ema.ema is not None
     assert ema.ema.updates == 2
-    assert ema.ema.model is it.state.model
+    assert ema.ema.model is trainer.state.model
 
 
 @composer_layouts("ddp", "fsdp2")
 def test_only_the_weights_are_loaded_where_only_they_are_asked_for(layout: str, tmp_path: Path) -> None:
-    it, _, recorder = run(layout, tmp_path)
-    fit(it, "4ba")
-    again, ema, _ = loaded(layout, checkpoint_path(tmp_path, 4), load_weights_only=True)
+    trainer, _, recorder = make_saving_trainer(layout, tmp_path)
+    fit(trainer, "4ba")
+    resumed_trainer, ema, _ = make_resumed_trainer(layout, checkpoint_path(tmp_path, 4), load_weights_only=True)
     assert not ema.ema_started
-    assert_close(own(full_tensors(again.state)), own(reference_average(recorder.weights_after_batch, 2 ** (-1 / 3))))
-    fit(again, "1ba")
+    assert_close(
+        without_batch_stats(full_tensors(resumed_trainer.state)),
+        without_batch_stats(reference_average(recorder.weights_after_batch, 2 ** (-1 / 3))),
+    )
+    fit(resumed_trainer, "1ba")
     assert ema.ema_started
 
 
 @composer_layouts("ddp", "fsdp2")
 def test_averages_may_be_left_out_of_what_is_loaded(layout: str, tmp_path: Path) -> None:
-    it, _, recorder = run(layout, tmp_path)
-    fit(it, "4ba")
+    trainer, _, recorder = make_saving_trainer(layout, tmp_path)
+    fit(trainer, "4ba")
     ignored = ["state/algorithms", "state/ema_dist/*"]
-    again, ema, _ = loaded(layout, checkpoint_path(tmp_path, 4), load_ignore_keys=ignored)
+    resumed_trainer, ema, _ = make_resumed_trainer(layout, checkpoint_path(tmp_path, 4), load_ignore_keys=ignored)
     assert not ema.ema_started
     # The saver's file has the averages as the model's weights, and the live ones in what is left out.
-    assert_close(own(full_tensors(again.state)), own(reference_average(recorder.weights_after_batch, ema.smoothing)))
+    assert_close(
+        without_batch_stats(full_tensors(resumed_trainer.state)),
+        without_batch_stats(reference_average(recorder.weights_after_batch, ema.smoothing)),
+    )
     with pytest.warns(UserWarning, match="from a checkpoint without averages"):
-        again.fit()
+        resumed_trainer.fit()
     assert ema.ema is not None
     assert ema.ema.updates == 4
 
@@ -413,11 +433,11 @@ def test_averages_may_be_left_out_of_what_is_loaded(layout: str, tmp_path: Path)
 @composer_layouts("ddp", "fsdp2")
 def test_a_checkpoint_at_the_end_of_an_iteration_is_resumed(layout: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_duration": "2ep", "train_dataloader": make_dataloader(count=8)}
-    it, ema, uninterrupted = run(layout, tmp_path, save_interval="1iter", **settings)
-    it.state._iteration_length = "1ep"  # noqa: SLF001  Composer has no public way to it
-    fit(it)
-    again, resumed_ema, resumed = loaded(layout, checkpoint_path(tmp_path, 4), **settings)
-    fit(again)
+    trainer, ema, uninterrupted = make_saving_trainer(layout, tmp_path, save_interval="1iter", **settings)
+    trainer.state._iteration_length = "1ep"  # noqa: SLF001  Composer has no public setter
+    fit(trainer)
+    resumed_trainer, resumed_ema, resumed = make_resumed_trainer(layout, checkpoint_path(tmp_path, 4), **settings)
+    fit(resumed_trainer)
     assert_resumed(resumed, uninterrupted, after=4)
     assert_same(averages(resumed_ema), averages(ema))
 
@@ -428,50 +448,53 @@ def test_each_of_several_savers_writes_the_averages_as_weights(layout: str, tmp_
     often = CheckpointSaver(str(tmp_path / "often"), filename=name, save_interval="2ba")
     weights = CheckpointSaver(str(tmp_path / "weights"), filename=name, save_interval="4ba", weights_only=True)
     recorder, ema = Recorder(), EMA(half_life=HALF_LIFE)
-    it = make_trainer(layout, ema, callbacks=[recorder, often, weights])
-    fit(it)
+    trainer = make_trainer(layout, ema, callbacks=[recorder, often, weights])
+    fit(trainer)
     for folder, batch in (("often", 2), ("often", 4), ("weights", 4)):
         path = checkpoint_path(tmp_path / folder, batch)
         plain = make_trainer(layout, model=Classifier(seed=1), load_path=path, load_weights_only=True)
         assert_close(
-            own(full_tensors(plain.state)), own(reference_average(recorder.weights_after_batch[:batch], ema.smoothing))
+            without_batch_stats(full_tensors(plain.state)),
+            without_batch_stats(reference_average(recorder.weights_after_batch[:batch], ema.smoothing)),
         )
 
 
 @pytest.mark.filterwarnings("ignore:Detected an existing checkpoint:UserWarning")  # the saver's, at the end of each fit
 @composer_layouts("ddp", "fsdp2")
 def test_a_checkpoint_to_the_save_folder_has_the_live_weights_and_is_resumed(layout: str, tmp_path: Path) -> None:
-    it, ema, uninterrupted = run(layout, tmp_path)
-    fit(it, "3ba")
-    it.save_checkpoint_to_save_folder()
-    fit(it, "5ba")
+    trainer, ema, uninterrupted = make_saving_trainer(layout, tmp_path)
+    fit(trainer, "3ba")
+    trainer.save_checkpoint_to_save_folder()
+    fit(trainer, "5ba")
     plain = make_trainer(
         layout, model=Classifier(seed=1), load_path=checkpoint_path(tmp_path, 3), load_weights_only=True
     )
-    assert_same(own(full_tensors(plain.state)), own(uninterrupted.weights_after_batch[2]))
-    again, resumed_ema, resumed = loaded(layout, checkpoint_path(tmp_path, 3))
-    fit(again)
+    assert_same(
+        without_batch_stats(full_tensors(plain.state)), without_batch_stats(uninterrupted.weights_after_batch[2])
+    )
+    resumed_trainer, resumed_ema, resumed = make_resumed_trainer(layout, checkpoint_path(tmp_path, 3))
+    fit(resumed_trainer)
     assert_resumed(resumed, uninterrupted, after=3)
     assert_same(averages(resumed_ema), averages(ema))
 
 
 @composer_layouts("ddp", "fsdp2")
 def test_an_autoresumed_run_is_bit_identical(layout: str, tmp_path: Path) -> None:
-    it, ema, uninterrupted = run(layout, tmp_path / "undisturbed")
-    fit(it)
+    trainer, ema, uninterrupted = make_saving_trainer(layout, tmp_path / "undisturbed")
+    fit(trainer)
     settings = {"save_folder": str(tmp_path / "broken"), "save_interval": "4ba", "autoresume": True, "run_name": "it"}
     broken = make_trainer(layout, EMA(half_life=HALF_LIFE), **settings)
     fit(broken, "4ba")
     broken.close()
     recorder, resumed_ema = Recorder(), EMA(half_life=HALF_LIFE)
-    again = make_trainer(layout, resumed_ema, model=Classifier(seed=1), callbacks=[recorder], **settings)
-    fit(again)
+    resumed_trainer = make_trainer(layout, resumed_ema, model=Classifier(seed=1), callbacks=[recorder], **settings)
+    fit(resumed_trainer)
     assert_resumed(recorder, uninterrupted, after=4)
     assert_same(averages(resumed_ema), averages(ema))
 
 
-class Scaled(torch.nn.Linear):
-    """A layer with an extra state that is a dictionary, which DCP takes apart."""
+class LinearWithExtraState(torch.nn.Linear):
+    """A layer whose extra state is a dictionary, which DCP flattens."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(6, 7)
@@ -484,12 +507,14 @@ class Scaled(torch.nn.Linear):
         self.scale = state
 
 
-class WithExtraState(ComposerClassifier):
-    """A classifier of which one layer has an extra state."""
+class ClassifierWithExtraState(ComposerClassifier):
+    """A classifier with one layer that has an extra state."""
 
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
-        super().__init__(torch.nn.Sequential(Scaled(seed), torch.nn.ReLU(), torch.nn.Linear(7, 5)), num_classes=5)
+        super().__init__(
+            torch.nn.Sequential(LinearWithExtraState(seed), torch.nn.ReLU(), torch.nn.Linear(7, 5)), num_classes=5
+        )
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return self.module(batch[0])
@@ -498,21 +523,25 @@ class WithExtraState(ComposerClassifier):
 @composer_layouts("ddp", "fsdp1", "fsdp2")
 def test_extra_states_of_modules_are_resumed(layout: str, tmp_path: Path) -> None:
     uninterrupted, resumed = Recorder(), Recorder()
-    fit(run(layout, tmp_path, model=WithExtraState(), callbacks=[uninterrupted])[0])
-    again, _, _ = loaded(layout, checkpoint_path(tmp_path, 4), model=WithExtraState(seed=1), callbacks=[resumed])
-    fit(again)
+    fit(make_saving_trainer(layout, tmp_path, model=ClassifierWithExtraState(), callbacks=[uninterrupted])[0])
+    resumed_trainer, _, _ = make_resumed_trainer(
+        layout, checkpoint_path(tmp_path, 4), model=ClassifierWithExtraState(seed=1), callbacks=[resumed]
+    )
+    fit(resumed_trainer)
     for weights, expected in zip(resumed.weights_after_batch, uninterrupted.weights_after_batch[4:], strict=True):
         assert_same(weights, expected)
-    (scaled,) = (it for it in again.state.model.modules() if isinstance(it, Scaled))
-    assert scaled.scale["seed"] == 0
-    assert scaled.scale["scale"] == 0
+    (layer,) = (module for module in resumed_trainer.state.model.modules() if isinstance(module, LinearWithExtraState))
+    assert layer.scale["seed"] == 0
+    assert layer.scale["scale"] == 0
 
 
-def of_blocks(name: str, parameter: Tensor) -> bool:
+def is_block_parameter(name: str, parameter: Tensor) -> bool:
     return parameter.requires_grad and "blocks" in name
 
 
-@pytest.mark.parametrize("settings", [{"buffers": "copy"}, {"dtype": torch.float64}, {"select": of_blocks}], ids=list)
+@pytest.mark.parametrize(
+    "settings", [{"buffers": "copy"}, {"dtype": torch.float64}, {"select": is_block_parameter}], ids=list
+)
 @composer_layouts("ddp", "fsdp2")
 def test_sharded_ema_settings_are_resumed(layout: str, settings: dict[str, Any], tmp_path: Path) -> None:
     recorder, ema = Recorder(), EMA(half_life=HALF_LIFE, **settings)
@@ -521,11 +550,18 @@ def test_sharded_ema_settings_are_resumed(layout: str, settings: dict[str, Any],
     fit(make_trainer(layout, resumed_ema, model=Classifier(seed=1), load_path=checkpoint_path(tmp_path, 4)))
     assert ema.ema is not None
     assert resumed_ema.ema is not None
-    found, expected = (own(each.full_state_dict(dtype=torch.float64)) for each in (resumed_ema.ema, ema.ema))
+    found, expected = (
+        without_batch_stats(each.full_state_dict(dtype=torch.float64)) for each in (resumed_ema.ema, ema.ema)
+    )
     assert_same(found, expected)
     if dist.get_rank() == 0:
         average = reference_average(recorder.weights_after_batch, ema.smoothing)
-        whole = "select" not in settings
+        selects_all = "select" not in settings
         assert_close(
-            expected, {n: it for n, it in own(average).items() if "mask" not in n and (whole or "blocks" in n)}
+            expected,
+            {
+                n: tensor
+                for n, tensor in without_batch_stats(average).items()
+                if "mask" not in n and (selects_all or "blocks" in n)
+            },
         )

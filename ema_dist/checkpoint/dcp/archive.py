@@ -1,4 +1,4 @@
-"""Where in an archive that `torch.save` wrote the bytes of its tensor lie, to be read without unpickling anything."""
+"""Finds the bytes of the tensor in an archive by `torch.save`, so that they can be read without unpickling."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 HEADER_BYTES = 30
-"""Of a record's own header in a zip archive; the lengths of what follows it, a name and padding, are its last four."""
+"""Of a local header in a zip archive; its last four bytes are the lengths of the name and the padding after it."""
 
 DATA_RECORD = b"archive/data/0"
 
 MAX_OVERHEAD_BYTES = 2**16
-"""More than that beside the elements is in no archive of one tensor, and would take long to look through."""
+"""No archive of one tensor has more bytes beside the elements; a larger one would take long to search."""
 
 
 class FileSlice(io.RawIOBase):
-    """So many bytes of an open file, from an offset on, as a file of their own."""
+    """A range of bytes of an open file, as a file of its own."""
 
     def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
         self._descriptor = file.fileno()
@@ -45,7 +45,7 @@ class FileSlice(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         position = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence] + offset
         if position < 0:
-            raise ValueError(f"expected a position in the window, got {position}")
+            raise ValueError(f"expected a position in the slice, got {position}")
         self._position = position
         return position
 
@@ -59,10 +59,10 @@ class FileSlice(io.RawIOBase):
 
 
 def data_offset(stream: IO[bytes], dtype: torch.dtype, shape: torch.Size) -> int | None:
-    """Where the elements begin, in their order, of a CPU tensor that `torch.save` wrote; the stream is moved.
+    """The offset of the elements, in order, of a CPU tensor that `torch.save` wrote; changes the stream's position.
 
-    None unless the archive is, in all that matters, what it writes for a contiguous tensor of this dtype and shape that
-    has its storage for itself: then `torch.load` has to tell what it is.
+    None unless the archive is exactly what `torch.save` writes for a contiguous tensor of this dtype and shape with a
+    storage of its own: only `torch.load` can read any other archive.
     """
     try:
         expected, size = _expected_pickle(dtype, shape), shape.numel() * dtype.itemsize
@@ -82,13 +82,13 @@ def data_offset(stream: IO[bytes], dtype: torch.dtype, shape: torch.Size) -> int
         name_bytes, padding = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
         if not header.startswith(b"PK\x03\x04") or name_bytes != len(DATA_RECORD) or not header.endswith(DATA_RECORD):
             return None
-    except Exception:  # noqa: BLE001  whatever is wrong with it, torch.load names it
+    except Exception:  # noqa: BLE001  torch.load will report what is wrong
         return None
     return data.header_offset + HEADER_BYTES + name_bytes + padding
 
 
 def is_contiguous_cpu(tensor: Tensor) -> bool:
-    """Whether the elements lie in the CPU's memory one after the other, as they are."""
+    """Whether the elements are contiguous in CPU memory, with no conjugation or negation pending."""
     return (
         type(tensor) is Tensor
         and tensor.device.type == "cpu"
@@ -98,21 +98,21 @@ def is_contiguous_cpu(tensor: Tensor) -> bool:
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor that `is_contiguous_cpu`, and must outlive them."""
-    # numpy's view of them is not to be had where numpy is not, nor of every dtype.
+    """The bytes of a tensor that `is_contiguous_cpu`; the tensor must outlive the view."""
+    # Not through numpy, which may not be installed and lacks some dtypes.
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 @lru_cache(maxsize=1024)
 def _expected_pickle(dtype: torch.dtype, shape: torch.Size) -> bytes:
-    """What `torch.save` pickles for a contiguous tensor on the CPU; its elements go into a record of their own."""
+    """What `torch.save` pickles for a contiguous CPU tensor, whose elements go into a record of their own."""
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=2).dump(_TensorStandIn(dtype, shape))
     return buffer.getvalue()
 
 
 class _TensorStandIn:
-    """Is pickled as a tensor of this dtype and shape, and does not have its memory."""
+    """Is pickled as a tensor of this dtype and shape, without allocating it."""
 
     def __init__(self, dtype: torch.dtype, shape: torch.Size) -> None:
         self._dtype = dtype
@@ -121,7 +121,7 @@ class _TensorStandIn:
     def __reduce__(self) -> tuple[Any, ...]:
         empty = torch.empty(0, dtype=self._dtype, device="cpu")
         rebuild, (storage, offset, _, _, *rest) = empty.__reduce_ex__(2)
-        if isinstance(storage, torch.UntypedStorage):  # dtypes that came later than storages of a dtype
+        if isinstance(storage, torch.UntypedStorage):  # newer dtypes have no typed storage
             stand_in = _StorageStandIn(torch.UntypedStorage, self._shape.numel() * self._dtype.itemsize)
         else:
             stand_in = _StorageStandIn(
@@ -133,7 +133,7 @@ class _TensorStandIn:
 
 @dataclass(frozen=True)
 class _StorageStandIn:
-    """What is pickled instead of a storage: its class, and its size in elements."""
+    """Is pickled as a storage of this class, with this size in elements."""
 
     storage_type: type
     size: int

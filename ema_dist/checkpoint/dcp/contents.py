@@ -1,4 +1,4 @@
-"""What a checkpoint holds under the keys of the dictionary that was saved, before its tensors are read."""
+"""What a checkpoint holds under each key of the dictionary that was saved, before its tensors are read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ema_dist.checkpoint.values import KeyPath
 
 @dataclass(frozen=True)
 class Contents(CheckpointIndex):
-    """The names in a checkpoint by entry: an entry is what lies under the first key of a path.
+    """The names in a checkpoint by entry: an entry is everything under one key of the dictionary that was saved.
 
     Args:
-        scalars: what is not a tensor, by DCP's name, once it has been read.
-        model_keys: the entry of the model whose averages an entry holds, where that is known.
+        plain_values: the values that are not tensors, by DCP name, once they have been read.
+        model_keys: the key of the averaged model's entry, by the key of the entry with its averages, where known.
     """
 
     plain_values: dict[str, Any] = field(default_factory=dict)
@@ -24,15 +24,15 @@ class Contents(CheckpointIndex):
 
     @property
     def entry_keys(self) -> list[str]:
-        """Those of the entries."""
+        """The keys of all entries."""
         return list(dict.fromkeys(str(path[0]) for path in self.key_paths.values()))
 
     def entry_names(self, key: str) -> dict[KeyPath, str]:
-        """The names of one entry by their paths in it."""
+        """The DCP names in one entry, by path below its key."""
         return {path[1:]: name for name, path in self.key_paths.items() if path[0] == key}
 
     def weight_names(self, key: str) -> dict[str, str]:
-        """The names of tensors in an entry that holds a model, by the model's own names; without extra states."""
+        """The DCP names of the tensors of a model's entry, by the model's own names; without extra states."""
         return {
             ".".join(map(str, path)): name
             for path, name in self.entry_names(key).items()
@@ -40,7 +40,7 @@ class Contents(CheckpointIndex):
         }
 
     def average_names(self, key: str) -> dict[str, str]:
-        """The names of averages and averaged buffers in an entry, by the model's own names; none in other entries.
+        """The DCP names of the averages in an entry, by the model's own names; empty if it holds no averages.
 
         Raises: ValueError when there are several tracks.
         """
@@ -53,10 +53,10 @@ class Contents(CheckpointIndex):
         return next((track.all for track in tracks.values()), {})
 
     def find_model_key(self, key: str, names: Collection[str]) -> str | None:
-        """The entry of the model whose averages another entry holds, or would hold; None if there is none.
+        """The key of the model whose averages the entry ``key`` holds or would hold; None if there is none.
 
         Args:
-            names: of tensors that it has.
+            names: names of tensors that the model must have.
         """
         if key in self.model_keys:
             return self.model_keys[key]

@@ -1,4 +1,4 @@
-"""What the metadata says of one entry: its size, dtype and chunks, each checked, and the chunks against the size."""
+"""Checks the metadata of one entry: its size, its dtype, and that its chunks cover its size exactly once."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ T = TypeVar("T")
 EntryMetadata = TensorStorageMetadata | BytesStorageMetadata
 
 MAX_SHARDED_DIMS = 8
-"""Of one tensor; DCP's own layouts cut along a few."""
+"""Of one tensor. DCP's own layouts shard a few; the check below takes time for 2**dims corners."""
 
 _MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.channels_last, 2: torch.preserve_format}
 
 
 class UnexpectedError(ValueError):
-    """Something in the metadata that DCP does not write; the message says it all."""
+    """The metadata holds something that DCP does not write; the message names it and its entry."""
 
 
 def parse_entry(name: str, record: object) -> EntryMetadata:
-    """What the record of the entry ``name`` stands for.
+    """Turn the record of the entry ``name`` into DCP's metadata object.
 
-    Raises: UnexpectedError when it is not what DCP writes, or when its chunks do not cover it exactly once.
+    Raises: UnexpectedError when DCP writes no such record, or when the chunks do not cover the size exactly once.
     """
     if type(record) is BytesRecord:
         return BytesStorageMetadata()
@@ -91,8 +91,8 @@ def _parse_chunk(record: object, size: torch.Size, name: str) -> ChunkStorageMet
 def _is_tiling(size: torch.Size, chunks: list[ChunkStorageMetadata], name: str) -> bool:
     """Whether every element lies in exactly one chunk.
 
-    A box is a sum of steps at its corners, of alternating sign, and steps at different points are independent: so boxes
-    add up to the whole exactly when their corners do.
+    The indicator function of a box is a sum of step functions at its corners, with alternating signs. Step functions at
+    different points are linearly independent, so the chunks add up to the full box exactly when their corners do.
     """
     if prod(size) == 0 or len(chunks) < 2:
         return prod(size) == 0 or any(chunk.sizes == size for chunk in chunks)
@@ -115,7 +115,7 @@ def _is_tiling(size: torch.Size, chunks: list[ChunkStorageMetadata], name: str) 
 
 
 def require_size(value: object, name: str) -> torch.Size:
-    """``found``, a size without negative parts."""
+    """Return ``value`` if it is a size without negative numbers."""
     size = require_type(torch.Size, value, "size", name)
     if size and min(size) < 0:
         raise_unexpected(f"size {list(size)}", name)
@@ -123,23 +123,23 @@ def require_size(value: object, name: str) -> torch.Size:
 
 
 def require_count(value: object, name: str) -> int:
-    """``found``, an integer that is not negative."""
+    """Return ``value`` if it is an integer that is not negative."""
     number = require_type(int, value, "number", name)
     if number < 0:
         raise_unexpected(f"{number} where there is no negative number", name)
     return number
 
 
-def require_type(expected_type: type[T], value: object, what: str, name: str = "") -> T:
-    """``found``, which is of this very type.
+def require_type(expected_type: type[T], value: object, label: str, name: str = "") -> T:
+    """Return ``value`` if its type is exactly ``expected_type``; a bool is not an int here.
 
-    Raises: UnexpectedError when it is not, saying what of the entry ``name`` it is.
+    Raises: UnexpectedError otherwise, describing the value as ``label`` of the entry ``name``.
     """
     if type(value) is not expected_type:
-        raise_unexpected(f"{reprlib.repr(value)} as {what}, where DCP writes a {expected_type.__name__}", name)
+        raise_unexpected(f"{reprlib.repr(value)} as {label}, where DCP writes a {expected_type.__name__}", name)
     return value
 
 
-def raise_unexpected(what: str, name: str = "") -> NoReturn:
-    """Raise UnexpectedError: ``what`` has been found in the entry ``name``."""
-    raise UnexpectedError(f"found {what}" + (f" (entry {name!r})" if name else ""))
+def raise_unexpected(description: str, name: str = "") -> NoReturn:
+    """Raise UnexpectedError for a finding in the entry ``name``."""
+    raise UnexpectedError(f"found {description}" + (f" (entry {name!r})" if name else ""))

@@ -1,4 +1,4 @@
-"""What lies where in a checkpoint of anyone's: models, optimizers and averages, told apart by their names alone."""
+"""Finds the models, optimizers and averages in any DCP checkpoint, by the names of its entries alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from ema_dist.checkpoint.values import KeyPath
 
 EXTRA_STATE_SUFFIX = "_extra_state"
-"""How torch ends the name of what a module's ``get_extra_state`` returned."""
+"""The end of the name under which torch saves the result of a module's ``get_extra_state``."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,24 @@ class TrackNames:
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """What a checkpoint holds, as its metadata tells: names, shapes and dtypes.
+    """The contents of a checkpoint according to its metadata: names, shapes and dtypes.
 
-    Models, optimizers and averages are found wherever they were saved, however deep, by their paths there; a checkpoint
-    that is one model's state and nothing else holds it at the empty path.
+    Models, optimizers and averages are found at any depth. Each has a path; a checkpoint that consists of one model's
+    state has that model at the empty path.
     """
 
     metadata: Metadata
 
     @cached_property
     def key_paths(self) -> dict[str, KeyPath]:
-        """Where each DCP name lay in what was saved."""
+        """The path of each DCP name in the dictionary that was saved."""
         return {name: self.metadata.planner_data[name] for name in self.metadata.state_dict_metadata}
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Every tensor by its DCP name."""
-        everything = self.metadata.state_dict_metadata
-        return {name: entry for name, entry in everything.items() if isinstance(entry, TensorStorageMetadata)}
+        stored = self.metadata.state_dict_metadata
+        return {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
     @cached_property
     def averages(self) -> dict[KeyPath, dict[str, TrackNames]]:
@@ -67,7 +67,7 @@ class CheckpointIndex:
 
     @cached_property
     def optimizers(self) -> list[KeyPath]:
-        """The paths of optimizers' states: whatever holds parameter groups, or a state for each parameter."""
+        """The paths of optimizers: dictionaries that hold parameter groups, or a state for each parameter."""
         optimizer_paths: dict[KeyPath, None] = {}
         for path in self.key_paths.values():
             if _is_under(path, self.averages):
@@ -81,7 +81,7 @@ class CheckpointIndex:
 
     @cached_property
     def optimized_names(self) -> set[str]:
-        """The names of the parameters for which an optimizer holds a state; none where it numbers them."""
+        """The names of the parameters for which an optimizer holds a state; empty if it numbers them."""
         names: set[str] = set()
         for path in self.key_paths.values():
             match [path[len(optimizer) :] for optimizer in self.optimizers if _is_under(path, [optimizer])]:
@@ -93,7 +93,7 @@ class CheckpointIndex:
 
     @cached_property
     def models(self) -> dict[KeyPath, dict[str, str]]:
-        """What may be a model's state, by path: the DCP names of its tensors by their own names."""
+        """The entries that may be models, by path: the DCP names of their tensors, by the tensors' own names."""
         candidates: defaultdict[KeyPath, dict[str, str]] = defaultdict(dict)
         for name in self.tensors:
             path = self.key_paths[name]
@@ -108,7 +108,7 @@ class CheckpointIndex:
         }
 
     def matching_models(self, averages: KeyPath) -> list[KeyPath]:
-        """The models that share most names with a state of averages, those of the same shapes if there are any."""
+        """The models that share the most names with these averages; of these, only those with equal shapes if any."""
         averaged = {
             name: dcp_name for track in self.averages[averages].values() for name, dcp_name in track.all.items()
         }
@@ -117,7 +117,7 @@ class CheckpointIndex:
         return [path for path in best if self._same_shapes(averaged, self.models[path])] or best
 
     def entries(self) -> Iterator[tuple[KeyPath, str]]:
-        """Every model, optimizer and state of averages with its kind, and the first keys of all beside them."""
+        """The path and kind of every model, optimizer and state of averages, and the first key of everything else."""
         kinds = {**dict.fromkeys(self.models, "model"), **dict.fromkeys(self.optimizers, "optimizer")}
         kinds |= dict.fromkeys(self.averages, "averages")
         deepest = sorted(kinds, key=len, reverse=True)
@@ -137,19 +137,19 @@ class CheckpointIndex:
         return dict(states)
 
     def names_under(self, path: KeyPath) -> list[str]:
-        """The DCP names of all that lies under a path, or at it."""
+        """The DCP names at a path or below it."""
         return [name for name, key_path in self.key_paths.items() if key_path == path or _is_under(key_path, [path])]
 
     def shape(self, name: str) -> torch.Size:
-        """Of a full tensor."""
+        """The shape of a full tensor."""
         return self.tensors[name].size
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor as it is stored."""
+        """The dtype in which a tensor is stored."""
         return self.tensors[name].properties.dtype
 
     def is_floating_point(self, name: str) -> bool:
-        """Whether a tensor is of floating dtype; a complex one is not."""
+        """Whether a tensor has a floating-point dtype; complex dtypes do not count."""
         return self.dtype(name).is_floating_point
 
     def nbytes(self, name: str) -> int:
@@ -157,16 +157,16 @@ class CheckpointIndex:
         return self.shape(name).numel() * self.dtype(name).itemsize
 
     def num_chunks(self, name: str) -> int:
-        """Into how many pieces a tensor was cut when it was saved."""
+        """The number of chunks in which a tensor is stored."""
         return len(self.tensors[name].chunks)
 
     def _same_shapes(self, averaged: dict[str, str], tensors: dict[str, str]) -> bool:
-        both = averaged.keys() & tensors.keys()
-        return all(self.shape(averaged[name]) == self.shape(tensors[name]) for name in both)
+        shared = averaged.keys() & tensors.keys()
+        return all(self.shape(averaged[name]) == self.shape(tensors[name]) for name in shared)
 
 
 def dotted_name(path: Sequence[str | int]) -> str:
-    """A path as one writes it."""
+    """A path as text: its keys joined by dots."""
     return ".".join(str(key) for key in path)
 
 

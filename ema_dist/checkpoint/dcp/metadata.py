@@ -1,4 +1,4 @@
-"""What is in a folder that DCP wrote, read from its `.metadata` without running anything, and checked throughout."""
+"""Reads the `.metadata` of a folder that DCP wrote, without running anything in it, and checks every value."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METADATA_FILE = ".metadata"
 
 @dataclass(frozen=True)
 class StoredItem:
-    """Where the bytes of a chunk, or of a value that is no tensor, lie."""
+    """The file and byte range of a chunk, or of a value that is not a tensor."""
 
     relative_path: str
     offset: int
@@ -39,15 +39,15 @@ class StoredItem:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a folder that DCP wrote holds: names, shapes, dtypes, chunks, and where they lie.
+    """Read and check the metadata of a folder that DCP wrote: names, shapes, dtypes, chunks, and their byte ranges.
 
-    The chunks of each tensor cover it exactly once; each has an `StoredItem` in `storage_data`, in a file that lies in the
-    folder and is long enough; `planner_data` maps every name to its path, a tuple of str and int, ``(name,)`` where DCP
-    was told not to flatten. `storage_meta`, the story of the checkpoint, is left out.
+    The chunks of each tensor cover it exactly once. Each has a `StoredItem` in `storage_data`, in a file that lies in
+    the folder and is long enough. `planner_data` maps every name to its path, a tuple of str and int; the path is
+    ``(name,)`` if DCP did not flatten. `storage_meta` (where and when the checkpoint was written) is left out.
 
     Memory: proportional to the file's size.
-    Raises: CheckpointError when there is no such file, when it is damaged, when anything in it is not what DCP writes,
-        or when the files of the folder are not those it speaks of.
+    Raises: CheckpointError when there is no `.metadata`, when it is damaged or holds anything that DCP does not write,
+        or when a file that it names is missing or too short.
     """
     path = safe_join(folder, METADATA_FILE)
     if not path.is_file():
@@ -63,9 +63,9 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def safe_join(folder: Path, name: str) -> Path:
-    """The path of the file ``name`` in a folder, when it lies there and nowhere else.
+    """Return the path of the file ``name``, which a checkpoint names, in its folder.
 
-    Raises: CheckpointError when ``name``, which a checkpoint chose, leads out of the folder, by itself or as a link.
+    Raises: CheckpointError when ``name`` leads out of the folder, by itself or as a link.
     """
     plain = name not in {"", ".."} and "\0" not in name
     if not plain or PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
@@ -84,7 +84,7 @@ def safe_join(folder: Path, name: str) -> Path:
 
 @contextmanager
 def _gc_paused() -> Iterator[None]:
-    """For a hundred thousand chunks, a million new objects and no garbage: looking for it would triple the time."""
+    """Pause garbage collection: parsing makes a million objects that stay, and collections would triple its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -101,13 +101,13 @@ def _parse_metadata(folder: Path, record: MetadataRecord) -> Metadata:
         require_type(str, name, "name"): parse_entry(name, entry_record) for name, entry_record in stored.items()
     }
     items = _ItemParser(folder).parse(require_type(dict, fields.get("storage_data"), "storage_data"))
-    for name, described in entries.items():
-        _require_items(name, described, items)
+    for name, entry in entries.items():
+        _require_items(name, entry, items)
     return Metadata(entries, planner_data=_parse_key_paths(fields.get("planner_data"), entries), storage_data=items)
 
 
 class _ItemParser:
-    """Turns the records of where things lie into items that do lie there."""
+    """Turns the records of byte ranges into items, and checks that the files hold them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -178,7 +178,7 @@ def _parse_key_paths(value: object, entries: Mapping[str, EntryMetadata]) -> dic
     for name, path in stored.items():
         require_type(str, name, "name in planner_data")
         for part in require_type(tuple, path, "path", name):
-            # Lists are stored whole: an index beyond all names would only make a list of the file's choice.
+            # DCP stores every item of a list. A larger index would only make DCP build a list of the file's choice.
             if type(part) is not str and require_count(part, name) >= len(stored):
                 raise_unexpected(f"index {part} in a path", name)
         if not path or ".".join(map(str, path)) != name:

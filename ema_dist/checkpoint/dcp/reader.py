@@ -1,4 +1,4 @@
-"""DCP's reader and load planner without what would run code from a checkpoint, and a load in two agreed phases."""
+"""DCP's reader and load planner, changed to run no code from a checkpoint, and a load in two agreed phases."""
 
 from __future__ import annotations
 
@@ -35,40 +35,40 @@ from ema_dist.sharding import is_sharded
 T = TypeVar("T")
 
 ZIP_MAGIC = b"PK\x03\x04"
-"""How a file begins that `torch.save` wrote; older formats go through older code, and DCP never used them."""
+"""The first bytes of a file by `torch.save`. DCP never used its older formats, which torch reads with older code."""
 
 MAX_BUFFERED_BYTES = 4 * 2**20
-"""Up to so many are read at once: torch.load makes many small reads, which through a view of a file are slow."""
+"""Up to this size an item is read at once: torch.load makes many small reads, which are slow in a `FileSlice`."""
 
 
 def read_entries(
-    folder: Path, *wanted: dict[str, Any], metadata: Metadata | None = None, group: ProcessGroup | None = None
+    folder: Path, *state_dicts: dict[str, Any], metadata: Metadata | None = None, group: ProcessGroup | None = None
 ) -> None:
-    """Fill each of ``wanted``: entries of a checkpoint by their DCP names, without running anything that it holds.
+    """Read entries of a checkpoint into dictionaries of DCP names, without running anything in the checkpoint.
 
     Args:
-        wanted: tensors (plain, DTensor or ShardedTensor) are read into in place, resharded, cast to their dtype;
-            anything else is replaced by the value stored, a tensor on the CPU or what a byte entry holds.
-        metadata: of this folder, when it has been read already.
+        state_dicts: tensors in them (plain, DTensor or ShardedTensor) are read into in place, resharded, and cast to
+            their dtype; any other value is replaced by the stored one, tensors on the CPU.
+        metadata: the folder's metadata, if it has been read already.
         group: the ranks that read together; None for this process alone, whether or not there is a process group.
 
-    Collective: over ``group``, where a problem of one rank is an error on all.
-    Memory: one chunk of the checkpoint at a time, beside what is wanted.
-    Raises: CheckpointError, before anything is read, when names are missing or shapes differ, naming them all, or when
-        the metadata is damaged; and when an entry is: then tensors read before it have their new values already.
+    Collective: over ``group``; a problem on one rank is an error on all.
+    Memory: one chunk of the checkpoint at a time, beside the values read.
+    Raises: CheckpointError, before anything is read, when the metadata is damaged, or names are missing or shapes
+        differ (all are named); and when an entry is damaged: tensors read before it then have their new values.
     """
     reader = SafeReader(folder, metadata=metadata)
-    plans = _run_collectively(lambda: [_plan(reader, state_dict) for state_dict in wanted], group)
+    plans = _run_collectively(lambda: [_plan(reader, state_dict) for state_dict in state_dicts], group)
     _run_collectively(lambda: [reader.read_data(plan, planner).wait() for plan, planner in plans], group)
-    for state_dict, (_, planner) in zip(wanted, plans, strict=True):
+    for state_dict, (_, planner) in zip(state_dicts, plans, strict=True):
         state_dict.update(planner.state_dict)
 
 
 class SafeReader(FileSystemReader):
-    """Reads a folder that DCP wrote; nothing in it can make it run code or open a file elsewhere.
+    """Reads a folder that DCP wrote; nothing in the folder can make it run code or open a file elsewhere.
 
     Memory: one chunk at a time.
-    Raises: CheckpointError for a checkpoint that is damaged, naming the file and the entry; also `read_metadata`.
+    Raises: CheckpointError for a damaged checkpoint, naming the file and the entry, from `read_metadata` too.
     """
 
     def __init__(self, folder: Path, *, metadata: Metadata | None = None) -> None:
@@ -77,14 +77,14 @@ class SafeReader(FileSystemReader):
         self._metadata = metadata
 
     def read_metadata(self, *_: object, **kwargs: object) -> Metadata:
-        if kwargs.get("rank") is not None:  # torch asks so once there is none for all ranks
+        if kwargs.get("rank") is not None:  # torch tries this when there is no .metadata for all ranks
             raise CheckpointError(f"{self._folder} has metadata of single ranks only; expected one .metadata")
         if self._metadata is None:
             self._metadata = read_metadata(self._folder)
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        assert isinstance(planner, SafeLoadPlanner), "only ours reads byte entries safely"
+        assert isinstance(planner, SafeLoadPlanner), "only SafeLoadPlanner reads byte entries safely"
         for name, requests in self._group_by_file(plan).items():
             path = safe_join(self._folder, name)
             with path.open("rb") as file:
@@ -95,7 +95,7 @@ class SafeReader(FileSystemReader):
         return future
 
     def _group_by_file(self, plan: LoadPlan) -> dict[str, list[tuple[StoredItem, list[ReadItem]]]]:
-        """What to read from each file, in the order in which it lies there, everything once."""
+        """The requests for each file and item, in the order of the file, so that every item is read once."""
         requests: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
         for request in plan.items:
             if request.type == LoadItemType.BYTE_IO or 0 not in request.lengths:
@@ -130,7 +130,7 @@ class SafeReader(FileSystemReader):
         stream: Any = FileSlice(file, item.offset, item.length)
         if not item.transform_descriptors:
             return stream
-        if not hasattr(self, "transforms"):
+        if not hasattr(self, "transforms"):  # FileSystemReader's, since torch 2.7
             raise CheckpointError(f"it is stored through {item.transform_descriptors}, which needs torch 2.7 or later")
         return io.BytesIO(self.transforms.transform_load_stream(request, item.transform_descriptors, stream).read(-1))
 
@@ -158,12 +158,12 @@ class SafeReader(FileSystemReader):
 
 @dataclass(frozen=True)
 class LoadedChunk:
-    """A stored piece of a tensor that `torch.load` had to read."""
+    """A chunk of a tensor that `torch.load` had to read."""
 
     tensor: Tensor
 
     def read_into(self, request: ReadItem, target: Tensor) -> None:
-        """Copy the part that is asked for to where it belongs."""
+        """Copy the requested part into ``target``."""
         part = self.tensor
         for dim, (start, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
             part = part.narrow(dim, start, length)
@@ -172,7 +172,7 @@ class LoadedChunk:
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """A stored piece of a tensor whose elements begin at ``start``: only the rows that are asked for are read."""
+    """A chunk of a tensor whose elements begin at ``start`` of the stream: only the requested rows are read."""
 
     stream: Any
     start: int
@@ -180,11 +180,11 @@ class StoredChunk:
     shape: torch.Size
 
     def read_into(self, request: ReadItem, target: Tensor) -> None:
-        """Read the part that is asked for to where it belongs: straight to there, where it lies in the same order."""
+        """Read the requested part into ``target``, without a copy if it is stored in the same order."""
         whole_rows = request.lengths[1:] == self.shape[1:]
         if whole_rows and target.dtype == self.dtype and is_contiguous_cpu(target):
             self._read_rows(request, target)
-            increment_version(target)  # a graph that saved the tensor must notice
+            increment_version(target)  # byte_view bypasses autograd, and a graph that saved the tensor must notice
             return
         rows = torch.empty((*request.lengths[:1], *self.shape[1:]), dtype=self.dtype, device="cpu")
         self._read_rows(request, rows)
@@ -204,15 +204,15 @@ class StoredChunk:
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):
-    """Plans the reading of a flat dict; byte entries are read without running what they hold.
+    """Plans the reading of a flat dictionary; byte entries are read without running code in them.
 
-    Raises: CheckpointError for a byte entry that is damaged or holds more than torch reads safely.
+    Raises: CheckpointError for a byte entry that is damaged or holds objects that torch does not read safely.
     """
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
-    def set_up_planner(  # not as torch does it, which would give memory to tensors on the meta device
+    def set_up_planner(  # not torch's, which would allocate tensors on the meta device
         self,
         state_dict: dict[str, Any],
         metadata: Metadata | None = None,
@@ -226,7 +226,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = safe_torch_load(value)
 
     def try_adopt(self, read_item: ReadItem, tensor: Tensor) -> bool:
-        """Whether a tensor that was read becomes the entry itself: it is all of one that was on the meta device."""
+        """Make a tensor that was read the entry itself, if it is all of one on the meta device; whether it did."""
         name = read_item.dest_index.fqn
         target = self.state_dict[name]
         if is_sharded(target) or not target.is_meta or not target.shape == read_item.lengths == tensor.shape:
@@ -235,7 +235,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         return True
 
     def target(self, read_item: ReadItem) -> Tensor:
-        """Where what was read belongs; instead of a tensor on the meta device, a real one."""
+        """The tensor to read into; an entry on the meta device is allocated first."""
         name = read_item.dest_index.fqn
         tensor = self.state_dict[name]
         if not is_sharded(tensor) and tensor.is_meta:
@@ -244,9 +244,9 @@ class SafeLoadPlanner(DefaultLoadPlanner):
 
 
 def safe_torch_load(stream: IO[bytes]) -> Any:
-    """What `torch.save` wrote, tensors on the CPU: plain values, and classes admitted by `add_safe_globals`, no others.
+    """Load a file by `torch.save`, tensors on the CPU: plain values and classes allowed by `add_safe_globals` only.
 
-    Raises: CheckpointError when it holds anything else, naming it; and whatever damaged bytes make `torch.load` raise.
+    Raises: CheckpointError that names any other class; and whatever damaged bytes make `torch.load` raise.
     """
     if stream.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
         raise CheckpointError("expected an archive as torch.save writes it, found something else")
@@ -264,19 +264,19 @@ def safe_torch_load(stream: IO[bytes]) -> Any:
         ) from error
 
 
-def _plan(reader: SafeReader, wanted: dict[str, Any]) -> tuple[LoadPlan, SafeLoadPlanner]:
+def _plan(reader: SafeReader, state_dict: dict[str, Any]) -> tuple[LoadPlan, SafeLoadPlanner]:
     metadata = reader.read_metadata()
     stored = metadata.state_dict_metadata
-    if missing := wanted.keys() - stored:
+    if missing := state_dict.keys() - stored:
         raise CheckpointError(
             f"{reader.path} has no entries {abbreviated(sorted(missing))}; expected them among its {len(stored)}"
         )
-    problems = {name: _describe_mismatch(value, stored[name]) for name, value in wanted.items()}
+    problems = {name: _describe_mismatch(value, stored[name]) for name, value in state_dict.items()}
     if mismatches := [f"{name!r} {problem}" for name, problem in problems.items() if problem]:
         raise CheckpointError(f"{reader.path} does not fit: {abbreviated(mismatches, separator='; ')}")
     reader.set_up_storage_reader(metadata, is_coordinator=False)
     planner = SafeLoadPlanner()
-    planner.set_up_planner({name: _target(value, stored[name]) for name, value in wanted.items()}, metadata)
+    planner.set_up_planner({name: _target(value, stored[name]) for name, value in state_dict.items()}, metadata)
     return planner.finish_plan(planner.create_local_plan()), planner
 
 
@@ -291,20 +291,21 @@ def _describe_mismatch(value: object, entry: TensorStorageMetadata | BytesStorag
 
 
 def _target(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) -> Tensor | None:
-    """What to read into; None, or a tensor on the meta device, for what will be replaced."""
+    """The tensor to read into; a tensor on the meta device, or None for bytes, if the value will be replaced."""
     if isinstance(entry, BytesStorageMetadata):
         return None
     if isinstance(value, Tensor):
         return value
-    device = "meta" if entry.size.numel() else "cpu"  # nothing is read that would replace an empty one
+    device = "meta" if entry.size.numel() else "cpu"  # nothing is read for an empty tensor, so nothing would replace it
     return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
 
 
 def _run_collectively(work: Callable[[], T], group: ProcessGroup | None) -> T:
-    """What ``work`` returns, once it has returned on every rank of ``group``.
+    """Call ``work`` and return its result, once it has returned on every rank of ``group``.
 
-    Raises: CheckpointError when it has raised one, or OSError, anywhere; what else it raises here, and CheckpointError
-        on the other ranks.
+    Collective: over ``group``.
+    Raises: CheckpointError on every rank when ``work`` raised CheckpointError or OSError on any; another exception on
+        the rank that raised it, and CheckpointError on the others.
     """
     try:
         result = work()

@@ -1,10 +1,10 @@
-"""A pickle of DCP's metadata, unpickled into inert records: no class of the checkpoint's choice is looked up or called.
+"""Unpickles DCP's metadata into inert records: no class that the checkpoint chooses is looked up or called.
 
-Two gates. The opcodes: only those that a pickle of DCP's metadata consists of, so that nothing is called by name, put
-at a memo index of the file's choice (2**31 takes 32 GiB) or fetched from a registry. The globals: each of the few that
-DCP writes stands for a class of this module that does nothing but hold what it is given, and that cannot be changed by
-what is read; none of the real classes is touched before `ema_dist.checkpoint.dcp.metadata` has checked everything.
-Left open: a pickle made to nest tuples some 100 000 deep and to use them as a key ends the process, in CPython's hash.
+There are two checks. Opcodes: only those that pickles of DCP's metadata consist of are allowed, so that nothing is
+called by name, put at a memo index of the file's choice (2**31 takes 32 GiB) or fetched from a registry. Globals: each
+of the few that DCP writes becomes a class of this module that only holds its arguments and that the pickle cannot
+modify. None of the real classes is used before `ema_dist.checkpoint.dcp.metadata` has checked every value.
+Not covered: a pickle that nests tuples some 100 000 deep and uses them as a key ends the process, in CPython's hash.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 
 
 class _FrozenType(type):
-    """A class that what is unpickled cannot change: BUILD sets attributes on whatever is given to it."""
+    """The type of classes that a pickle cannot modify: the opcode BUILD would set attributes on them."""
 
     def __setattr__(cls, name: str, value: object) -> None:
         raise pickle.UnpicklingError(f"it sets {name} on {cls.__name__}")
 
 
 class Record(metaclass=_FrozenType):
-    """What stands for an object of a class that DCP writes: its arguments, and its state as attributes."""
+    """Stands for an object of a class that DCP writes: holds its arguments, and its state as attributes."""
 
     args: tuple[object, ...] = ()
 
@@ -53,11 +53,11 @@ class ChunkRecord(Record):
 
 
 class IndexRecord(Record):
-    """For DCP's MetadataIndex. A key in a dict: records are equal when they are the same."""
+    """For DCP's MetadataIndex, a key of a dictionary: records are compared by identity."""
 
 
 class ItemRecord(Record):
-    """For DCP's record of where in which file an item lies."""
+    """For DCP's record of the file and byte range of an item."""
 
 
 class PropertiesRecord(Record):
@@ -78,7 +78,7 @@ class MemoryFormatRecord(Record):
 
 
 class UnusedRecord(Record):
-    """For what nothing here looks at: where and when the checkpoint was written."""
+    """For values that are not used here: where and when the checkpoint was written."""
 
 
 _DCP = "torch.distributed.checkpoint.metadata"
@@ -103,7 +103,7 @@ RECORD_TYPES: dict[tuple[str, str], type[Record]] = {
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     },
 }
-"""The globals that DCP's metadata is pickled with, besides torch.Size and dtypes, which cannot be changed either."""
+"""The globals in pickles of DCP's metadata, besides torch.Size and dtypes, which a pickle cannot modify either."""
 
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
@@ -121,7 +121,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def unpickle(data: bytes) -> object:
-    """What a pickle of DCP's metadata holds, records in place of its objects; nothing of it is checked yet.
+    """Unpickle DCP's metadata, with records in place of its objects; their contents are not checked yet.
 
     Memory: proportional to the pickle's size.
     Raises: pickle.UnpicklingError for an opcode or a global that DCP does not write; and whatever a damaged pickle
@@ -134,10 +134,10 @@ def unpickle(data: bytes) -> object:
 _BARE_OPCODES = re.escape(b"()]}NRabestu\x81\x85\x86\x87\x88\x89\x93\x94")
 _FIXED_OPCODES = re.compile(rb"(?:[%b]+|[Kh\x80].|M..|[Jj].{4}|\x95.{8}){0,1000}" % _BARE_OPCODES, re.DOTALL)
 """Opcodes of a fixed length: marks, containers, constants, REDUCE, NEWOBJ, BUILD, STACK_GLOBAL, MEMOIZE; BININT1,
-BINGET, PROTO; BININT2; BININT, LONG_BINGET; FRAME. So many at most, because `re` takes memory for each turn."""
+BINGET, PROTO; BININT2; BININT, LONG_BINGET; FRAME. At most 1000 in one match, because `re` takes memory for each."""
 
 _LENGTH_BYTES = {ord(b"\x8c"): 1, ord(b"X"): 4, ord(b"\x8a"): 1}
-"""Opcodes followed by a length of so many bytes, and so many bytes then: strings, and integers from 2**31."""
+"""Opcodes followed by a length, stored in this many bytes, and by data of that length: strings and large integers."""
 
 
 def _check_opcodes(data: bytes) -> None:

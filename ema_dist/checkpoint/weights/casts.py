@@ -1,4 +1,4 @@
-"""Casts of weights that keep every value what it is: finite ones stay finite."""
+"""Dtype casts of weights that refuse to turn a finite value into an infinite one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ema_dist.checkpoint.errors import CheckpointError
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another dtype, or itself.
+    """Return the tensor in ``dtype``, or itself if it has that dtype.
 
-    Raises: CheckpointError when a finite value is beyond the range of a floating ``dtype``, where it would become
-        infinite, NaN, or the largest one there is.
+    Raises: CheckpointError when a finite value is beyond the range of a floating ``dtype``: the cast would make it
+        infinite, NaN, or the largest value of the range.
     """
     if tensor.is_floating_point() and (limit := torch.finfo(dtype).max) < torch.finfo(tensor.dtype).max:
         largest = _largest_finite(tensor)
@@ -25,12 +25,12 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def upcast_float8(tensor: Tensor) -> Tensor:
-    """A floating or complex tensor with the same values, in a dtype that torch calculates in."""
-    return tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no arithmetic of its own
+    """Return the tensor, in float32 if it is float8, which has no arithmetic in torch."""
+    return tensor.float() if tensor.itemsize == 1 else tensor
 
 
 def _largest_finite(tensor: Tensor) -> float:
-    """The largest absolute value that is finite; 0 where there is none."""
+    """The largest finite absolute value; 0 if there is none."""
     wide = upcast_float8(tensor)
     if wide.numel() == 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""Full tensors in files that others read, in the Hugging Face layout: written by stream, read one at a time."""
+"""Full tensors in files that other libraries read, in the Hugging Face layout; written and read one at a time."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from ema_dist.checkpoint.weights.formats import (
 from ema_dist.messages import abbreviated
 
 PARTIAL_FOLDER = ".export-incomplete"
-"""The folder inside an export's own in which its files are written."""
+"""The folder inside the export's folder in which its files are written."""
 
 UNIT_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def size_in_bytes(size: int | str) -> int:
-    """A number of bytes, or a text like ``"5GB"``, as a number.
+    """Convert a number of bytes, or a text like ``"5GB"``, to a number of bytes.
 
-    Raises: ValueError for what is neither, or no positive size.
+    Raises: ValueError for anything else, and for sizes that are not positive.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     unit = UNIT_BYTES.get(match[2].upper()) if match else None
@@ -54,24 +54,25 @@ def size_in_bytes(size: int | str) -> int:
 
 @final
 class WeightWriter:
-    """Writes full tensors by stream: one file (``model.safetensors``), or several and their index, for a strict load.
+    """Writes full tensors one at a time: into one file (``model.safetensors``), or into several and their index.
 
-    A ``with`` block: files are written aside, in a folder inside ``folder``, and all are put in their places when the
-    block returns; when it raises, nothing is left. An earlier export of the same format stays whole until then and is
-    replaced: first its index goes, then its files, then the new files come, and the new index, or the only file, last.
-    Whoever is killed in between leaves files without an index, which nobody loads as a model. Only one process at a
-    time writes into a folder, where the file system can lock it.
+    A context manager: files are written into a folder inside ``folder``, and moved to their places when the block
+    returns; when it raises, they are removed. An earlier export of the same format stays complete until then. It is
+    replaced in this order: its index is removed, then its files, then the new files are moved in, and last the new
+    index or single file. A process killed in between leaves files without an index, which no reader takes for a model.
+    Only one process at a time writes into a folder, if the file system supports locks.
 
     Args:
-        folder: made if need be.
-        planned: every entry's shape and dtype, on the meta device, in the order of `add`; None for what is no tensor.
-        max_shard_size: bytes of tensors in a file, as a number or like ``"5GB"``; one larger tensor has its own file.
-        file_format: ``"torch"`` writes ``pytorch_model.bin`` by ``torch.save``, and keeps what is no tensor.
+        folder: created if it does not exist.
+        planned: every entry's shape and dtype, on the meta device, in the order of `add`; None for values that are not
+            tensors.
+        max_shard_size: bytes of tensors in a file, as a number or like ``"5GB"``; a larger tensor gets its own file.
+        file_format: ``"torch"`` writes ``pytorch_model.bin`` by ``torch.save``, and keeps values that are not tensors.
 
     Memory: nothing beside the tensor that is written; the tensors of one file with ``"torch"``.
-    Raises: ValueError for a dtype that the format cannot hold or a size that is none, before anything is written; on
-        entering, FileExistsError when the folder holds weights in the other format, or folders called as files will
-        be; BlockingIOError when another export into it is going on.
+    Raises: ValueError for a dtype that the format cannot hold or an invalid size, before anything is written; on
+        entering, FileExistsError when the folder holds weights in the other format, or folders with the names of files
+        to write; BlockingIOError when another export into it is going on.
     """
 
     def __init__(
@@ -113,8 +114,8 @@ class WeightWriter:
 
     @property
     def paths(self) -> list[Path]:
-        """The files, in order; the index last, where there is one."""
-        names = [*self._split.filename_to_tensors, *[self._format.index] * self._split.is_sharded]
+        """The files, in order; the index last, if there is one."""
+        names = [*self._split.filename_to_tensors, *[self._format.index_file] * self._split.is_sharded]
         return [self.folder / name for name in names]
 
     def __enter__(self) -> WeightWriter:
@@ -125,8 +126,8 @@ class WeightWriter:
             self._require_no_conflict()
             if self._skipped:
                 warnings.warn(
-                    f"{abbreviated(sorted(self._skipped))} are no tensors, and {self._format.suffix} files hold nothing else: "
-                    'they are left out; file_format="torch" keeps them',
+                    f"{abbreviated(sorted(self._skipped))} are no tensors, and {self._format.suffix} files hold "
+                    'nothing else: they are left out; file_format="torch" keeps them',
                     stacklevel=2,
                 )
             if self._partial_folder.exists():
@@ -136,10 +137,11 @@ class WeightWriter:
         return self
 
     def _require_no_conflict(self) -> None:
-        if others := [path.name for f in FORMATS.values() if f is not self._format for path in f.files(self.folder)]:
+        other_formats = [file_format for file_format in FORMATS.values() if file_format is not self._format]
+        if other_files := [path.name for file_format in other_formats for path in file_format.files(self.folder)]:
             raise FileExistsError(
                 f"{self.folder} holds weights in another format, which readers could take for the new ones: "
-                f"{', '.join(sorted(others))}; remove them, or choose another folder"
+                f"{', '.join(sorted(other_files))}; remove them, or choose another folder"
             )
         replaced = {*self.paths, *self._format.files(self.folder)}
         if folders := [path.name for path in sorted(replaced) if path.is_dir() and not path.is_symlink()]:
@@ -149,22 +151,22 @@ class WeightWriter:
             )
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Put the files in their places, or remove them."""
+        """Move the files to their places; after an exception, remove them."""
         with self._exit_stack:
             try:
-                if kind is None:
+                if error_type is None:
                     self._publish()
             finally:
                 self._open_writers.clear()
                 self._sync_executor.shutdown()
-                shutil.rmtree(self._partial_folder, ignore_errors=True)  # the next export removes what stays
+                shutil.rmtree(self._partial_folder, ignore_errors=True)  # the next export removes what is left
 
     def add(self, name: str, value: Any) -> None:
-        """Take the next entry, and write its file if it completes one; until then the tensor must not change.
+        """Take the next entry, and finish its file if it is complete; until then the tensor must not change.
 
-        Raises: ValueError when it is not what was planned under that name, or is planned no more.
+        Raises: ValueError when the entry was not planned with this dtype and shape, or was added before.
         """
         if name in self._skipped:
             return
@@ -184,7 +186,7 @@ class WeightWriter:
         self._open_writers[file].add(name, _to_plain_cpu(value) if isinstance(value, Tensor) else value)
         if not self._missing_per_file[file]:
             self._open_writers.pop(file).close()
-            # Meanwhile the tensors of the next file come.
+            # In a thread, so that the next file is written meanwhile.
             self._sync_futures.append(self._sync_executor.submit(fsync, self._partial_folder / file))
 
     @property
@@ -198,9 +200,11 @@ class WeightWriter:
             future.result()
         if self._split.is_sharded:
             index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
-            (self._partial_folder / self._format.index).write_text(json.dumps(index, indent=2) + "\n")
-            fsync(self._partial_folder / self._format.index)
+            (self._partial_folder / self._format.index_file).write_text(json.dumps(index, indent=2) + "\n")
+            fsync(self._partial_folder / self._format.index_file)
         *shards, entry_file = self.paths
+        # Old names first, the entry file before the others: readers must never find a mixture. A single new file
+        # replaces a single old one atomically. Each fsync keeps the disk from reordering the steps.
         for path in self._format.files(self.folder):
             if path != entry_file or shards:
                 path.unlink()
@@ -213,15 +217,15 @@ class WeightWriter:
 
 
 class WeightFiles(Mapping[str, Any]):
-    """Full tensors by name out of such files, each read when it is asked for; nothing in a file is ever run.
+    """Full tensors by name from weight files; each is read on access, and nothing in a file is run.
 
     Args:
         path: a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file with tensors by name, an index, or a folder with
             one index or one ``model.safetensors`` or ``pytorch_model.bin``.
 
-    Memory: one tensor, and the pages of one file, which the system takes back when it needs them.
-    Raises: CheckpointError, not here but when something is asked for, if a file is missing, damaged, holds other
-        tensors than its index says, would run something, or lies outside of the index's folder.
+    Memory: one tensor, and the mapped pages of one file, which the system reclaims when it needs them.
+    Raises: CheckpointError on access, not on construction, when a file is missing or damaged, holds other tensors than
+        its index says, would run code, or lies outside of the index's folder.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -230,12 +234,12 @@ class WeightFiles(Mapping[str, Any]):
 
     @cached_property
     def path(self) -> Path:
-        """Where reading begins."""
+        """The path given, a file or a folder."""
         return Path(self._source)
 
     @cached_property
     def meta_tensors(self) -> dict[str, Tensor | None]:
-        """Every entry's shape and dtype, on the meta device, file by file; None for what is no tensor."""
+        """Every entry's shape and dtype, on the meta device, in file order; None for values that are not tensors."""
         return {name: value.to("meta") if isinstance(value, Tensor) else None for name, value in self.items()}
 
     def __getitem__(self, name: str) -> Any:
@@ -254,7 +258,7 @@ class WeightFiles(Mapping[str, Any]):
 
     @cached_property
     def _files(self) -> dict[str, Path]:
-        """Which file holds which name."""
+        """The file of each name."""
         with _wrap_errors(self.path):
             entry_file = _find_entry_file(self.path)
         if not entry_file.name.endswith(INDEX_SUFFIX):
@@ -267,7 +271,7 @@ class WeightFiles(Mapping[str, Any]):
         return {name: path for path in names_by_file for name in self._open(path).names}
 
     def _open(self, path: Path) -> OpenedFile:
-        """Open a file, unless it was the last one that was."""
+        """Open a file, unless it is the one opened last."""
         if self._last_opened is None or self._last_opened[0] != path:
             self._last_opened = None
             with _wrap_errors(path):
@@ -277,7 +281,7 @@ class WeightFiles(Mapping[str, Any]):
 
 @contextmanager
 def _folder_lock(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for it from a folder; the system lets them in when this one dies."""
+    """Hold an advisory lock on a folder; the system releases it when the process dies."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -287,7 +291,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
             f"another export into {folder} is going on; wait for its end, or choose another folder"
         ) from None
     except OSError:
-        pass  # NFS, for one, locks no folders
+        pass  # some file systems, NFS among them, cannot lock folders
     try:
         yield
     finally:
@@ -295,7 +299,7 @@ def _folder_lock(folder: Path) -> Iterator[None]:
 
 
 def _find_entry_file(path: Path) -> Path:
-    """The file with which reading begins."""
+    """The file with which reading begins: an index, or a single file of weights."""
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     if not path.is_dir():
@@ -313,7 +317,7 @@ def _find_entry_file(path: Path) -> Path:
         raise CheckpointError(
             f"{path} holds several models: name one of {[entry_file.name for entry_file in candidates]}"
         )
-    shard_names = [part.name for file_format in FORMATS.values() for part in file_format.files(path)]
+    shard_names = [shard.name for file_format in FORMATS.values() for shard in file_format.files(path)]
     raise CheckpointError(
         f"{path} holds no weights: expected an index or one of {[single_file.name for single_file in singles]}"
         + (
@@ -325,9 +329,9 @@ def _find_entry_file(path: Path) -> Path:
 
 
 def _read_index(entry_file: Path) -> dict[Path, set[str]]:
-    """The names in each file, as an index says.
+    """The names in each file, according to an index.
 
-    Raises: CheckpointError when a file is not a plain one beside the index, in the index's own format.
+    Raises: CheckpointError when a file does not lie beside the index, or is not of the index's format.
     """
     weight_map = json.loads(entry_file.read_bytes())["weight_map"]
     names: dict[Path, set[str]] = {}
@@ -348,7 +352,7 @@ def _read_index(entry_file: Path) -> dict[Path, set[str]]:
 
 @contextmanager
 def _wrap_errors(path: Path) -> Iterator[None]:
-    """Turn whatever is raised inside into a CheckpointError that names a file: parsers raise all kinds of errors."""
+    """Turn every exception into a CheckpointError that names the file: parsers raise all kinds of errors."""
     try:
         yield
     except CheckpointError:
@@ -368,5 +372,5 @@ def _dtype_and_shape(value: Any) -> tuple[str, tuple[int, ...]] | str:
 
 
 def _to_plain_cpu(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, with nothing that is only noted about its values."""
+    """The tensor on the CPU, with its conjugate and negative bits resolved."""
     return tensor.detach().cpu().resolve_conj().resolve_neg()

@@ -1,4 +1,4 @@
-"""The formats of files of weights: how they are called, written and opened."""
+"""The formats of weight files: their names, writers and readers."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ FileFormat = Literal["safetensors", "torch"]
 
 INDEX_SUFFIX = ".index.json"
 METADATA_KEY = "__metadata__"
-"""What headers of safetensors call what is no tensor."""
+"""The key of the entry in a safetensors header that is not a tensor."""
 
 
 @dataclass(frozen=True)
 class OpenedFile:
-    """The names in one file, and how to read one."""
+    """The names in one file, and a function that reads the value of a name."""
 
     names: list[str]
     read: Callable[[str], Any]
 
 
 class FileWriter(Protocol):
-    """Takes the entries of one file, and is closed when all have come."""
+    """Writes the entries of one file, and is closed after the last."""
 
     def add(self, name: str, value: Any) -> None:
-        """Take one entry: a tensor on the CPU, or what else the format holds."""
+        """Take one entry: a tensor on the CPU, or another value that the format can hold."""
 
     def close(self) -> None:
-        """Write what is still to be written."""
+        """Finish the file."""
 
 
 @dataclass(frozen=True)
@@ -50,31 +50,31 @@ class FormatSpec:
     stem: str
     suffix: str
     suffixes: tuple[str, ...]
-    """Of files that are read, whoever wrote them."""
+    """The suffixes of files that are read in this format, also of files by other programs."""
     open_writer: Callable[[Path, Mapping[str, Any]], FileWriter]
-    """Starts a file of planned entries."""
+    """Starts a file, given its path and its planned entries."""
     open: Callable[[Path], OpenedFile]
 
     @property
     def single_file(self) -> str:
-        """The only file of an export that needs no more."""
+        """The name of the file of an export that consists of one file."""
         return self.stem + self.suffix
 
     @property
-    def index(self) -> str:
-        """The file that says which tensor is where, in an export of several."""
+    def index_file(self) -> str:
+        """The name of the index, in an export of several files: it maps each tensor to its file."""
         return self.single_file + INDEX_SUFFIX
 
     def files(self, folder: Path) -> list[Path]:
-        """The files that an export in this format has left in a folder: what makes it readable comes first."""
+        """The files of an export in this format in a folder; the index or the single file comes first."""
         shard = re.compile(re.escape(self.stem) + r"-\d{5,}-of-\d{5,}" + re.escape(self.suffix))
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
-        entry_files = [path for path in paths if path.name in (self.index, self.single_file)]
+        entry_files = [path for path in paths if path.name in (self.index_file, self.single_file)]
         return entry_files + [path for path in paths if shard.fullmatch(path.name)]
 
 
-class SafetensorsFile:
-    """Writes the header at once and each tensor's bytes when it comes: the library's writers want all tensors at once.
+class SafetensorsFileWriter:
+    """Writes the header first, then the bytes of each added tensor; safetensors' own writers need all tensors at once.
 
     Memory: nothing beside the tensor that is written.
     """
@@ -83,7 +83,7 @@ class SafetensorsFile:
         self._offsets: dict[str, int] = {}
         header: dict[str, Any] = {METADATA_KEY: {"format": "pt"}}
         end = 0
-        # The widest first: so each lies where a multiple of its width is, and readers may take it as it lies there.
+        # The widest dtype first aligns every tensor to its item size, as readers that map the file into memory need.
         for name, tensor in sorted(planned.items(), key=lambda item: -item[1].itemsize):
             start, end = end, end + tensor.nbytes
             self._offsets[name] = start
@@ -98,7 +98,7 @@ class SafetensorsFile:
         self._data_offset = path.write_bytes(len(header_bytes).to_bytes(8, "little") + header_bytes)
 
     def add(self, name: str, value: Tensor) -> None:
-        """Write the bytes of one tensor where they belong."""
+        """Write the bytes of one tensor at its offset."""
         contiguous = value.contiguous()
         if not contiguous.nbytes:
             return
@@ -109,20 +109,20 @@ class SafetensorsFile:
                 remaining = remaining[file.write(remaining) :]
 
     def close(self) -> None:
-        """Let the library read what it will have to read."""
+        """Check that safetensors can open the file."""
         _open_safetensors(self._path)
 
 
 @cache
 def _header_dtype(dtype: torch.dtype) -> str:
-    """The dtype as headers of safetensors spell it."""
+    """The dtype as it is spelled in safetensors headers."""
     empty = TensorSpec(dtype=dtype_name(torch.empty(0, dtype=dtype)), shape=[0], data_ptr=0, data_len=0)
-    header: dict[str, Any] = json.loads(serialize({"it": empty})[8:])
-    return str(header["it"]["dtype"])
+    header: dict[str, Any] = json.loads(serialize({"tensor": empty})[8:])
+    return str(header["tensor"]["dtype"])
 
 
 def unsupported_reason(name: str, value: Tensor) -> str:
-    """Why a safetensors file cannot hold this tensor: its dtype, or what is wrong with its name; empty if it can."""
+    """Why a safetensors file cannot hold this tensor (its dtype or its name); empty if it can."""
     try:
         TensorSpec(dtype=dtype_name(value), shape=[0], data_ptr=0, data_len=0)
         name.encode()
@@ -138,8 +138,8 @@ def _open_safetensors(path: Path) -> OpenedFile:
     return OpenedFile(list(file.keys()), file.get_tensor)
 
 
-class TorchFile:
-    """Collects everything, and writes it by ``torch.save`` in the end.
+class TorchFileWriter:
+    """Collects all entries and writes them with ``torch.save`` when it is closed.
 
     Memory: the tensors of the file.
     """
@@ -149,7 +149,7 @@ class TorchFile:
         self._entries: dict[str, Any] = {}
 
     def add(self, name: str, value: Any) -> None:
-        """Keep an entry, which must not change until `close`."""
+        """Collect an entry, which must not change until `close`."""
         if isinstance(value, Tensor):
             contiguous = value.contiguous()
             value = contiguous.clone() if contiguous.untyped_storage().nbytes() > contiguous.nbytes else contiguous
@@ -164,11 +164,11 @@ class TorchFile:
     def close(self) -> None:
         """Write the file.
 
-        Raises: OSError when it cannot be.
+        Raises: OSError when it cannot be written.
         """
         try:
             torch.save(self._entries, self._path)
-        except RuntimeError as error:  # what torch makes of a full disk
+        except RuntimeError as error:  # how torch reports a full disk
             raise OSError(f"{self._path} cannot be written: {error}") from error
 
 
@@ -180,13 +180,13 @@ def _open_torch(path: Path) -> OpenedFile:
 
 
 FORMATS: dict[FileFormat, FormatSpec] = {
-    "safetensors": FormatSpec("model", ".safetensors", (".safetensors",), SafetensorsFile, _open_safetensors),
-    "torch": FormatSpec("pytorch_model", ".bin", (".bin", ".pt", ".pth"), TorchFile, _open_torch),
+    "safetensors": FormatSpec("model", ".safetensors", (".safetensors",), SafetensorsFileWriter, _open_safetensors),
+    "torch": FormatSpec("pytorch_model", ".bin", (".bin", ".pt", ".pth"), TorchFileWriter, _open_torch),
 }
 
 
 def detect_format(path: Path) -> FormatSpec:
-    """By its suffix. Raises: CheckpointError for one that no format has."""
+    """The format of a file, by its suffix. Raises: CheckpointError for a suffix of no format."""
     for file_format in FORMATS.values():
         if path.suffix in file_format.suffixes:
             return file_format
@@ -195,5 +195,5 @@ def detect_format(path: Path) -> FormatSpec:
 
 
 def dtype_name(value: Tensor) -> str:
-    """The dtype as safetensors spells it."""
+    """The dtype as it is spelled by ``TensorSpec``, for example ``float32``."""
     return str(value.dtype).removeprefix("torch.")

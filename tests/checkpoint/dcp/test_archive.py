@@ -1,4 +1,4 @@
-"""The bytes of a tensor in what `torch.save` wrote are read where they lie, or by torch.load: never wrongly."""
+"""The bytes of a tensor in a file by `torch.save` are read directly, or else by torch.load, and never wrongly."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def repacked(archive: bytes, records: dict[str, bytes], compression: int = zipfi
     return buffer.getvalue()
 
 
-def moved(archive: bytes) -> bytes:
-    """The same archive, in whose directory the elements begin elsewhere."""
+def with_wrong_offset(archive: bytes) -> bytes:
+    """The same archive, with a wrong offset of the elements in its directory."""
     at = archive.index(b"archive/data/0", archive.index(b"PK\x01\x02")) - 4
     return archive[:at] + (len(archive) - 20).to_bytes(4, "little") + archive[at + 4 :]
 
 
-def whole(entry: Tensor, folder: Path) -> Tensor:
+def read_full(entry: Tensor, folder: Path) -> Tensor:
     wanted = {"x": torch.empty_like(entry)}
     reader.read_entries(folder, wanted)
     return wanted["x"]
@@ -106,7 +106,7 @@ def test_other_archives_fall_back_to_torch_load() -> None:
     tensor = torch.rand(4, 4)
     plain = archive_of(tensor)
     other_order = {"little": b"big", "big": b"little"}[sys.byteorder]
-    doubtful = {
+    other_archives = {
         "another byte order": repacked(plain, {"byteorder": other_order}),
         "compressed": repacked(plain, {}, zipfile.ZIP_DEFLATED),
         "a longer pickle": repacked(plain, {"data.pkl": b"\x80\x02" + b"0" * 1000 + b"."}),
@@ -116,7 +116,7 @@ def test_other_archives_fall_back_to_torch_load() -> None:
             f"no {record}": plain.replace(f"archive/{record}".encode(), b"archive/" + b"?" * len(record))
             for record in RECORDS
         },
-        "a record elsewhere than the directory says": moved(plain),
+        "a record elsewhere than the directory says": with_wrong_offset(plain),
         "much beside the elements": plain[: plain.index(b"PK\x01\x02")]
         + b"0" * 2**17
         + plain[plain.index(b"PK\x01\x02") :],
@@ -125,8 +125,8 @@ def test_other_archives_fall_back_to_torch_load() -> None:
         "empty": b"",
     }
     assert data_offset(io.BytesIO(repacked(plain, {})), torch.float32, tensor.shape) is not None
-    for what, content in doubtful.items():
-        assert data_offset(io.BytesIO(content), torch.float32, tensor.shape) is None, what
+    for label, content in other_archives.items():
+        assert data_offset(io.BytesIO(content), torch.float32, tensor.shape) is None, label
 
 
 @pytest.mark.parametrize("size", [10, reader.MAX_BUFFERED_BYTES // 16])
@@ -149,7 +149,7 @@ def test_tensors_as_dcp_writes_them_are_read_without_unpickling(
 def test_targets_of_another_dtype_or_stride_are_filled_too(tmp_path: Path) -> None:
     tensor = torch.rand(6, 4)
     dcp.save({"x": tensor}, checkpoint_id=tmp_path)
-    assert torch.equal(whole(torch.empty(6, 4, dtype=torch.float64), tmp_path), tensor.double())
+    assert torch.equal(read_full(torch.empty(6, 4, dtype=torch.float64), tmp_path), tensor.double())
     transposed: dict[str, Tensor] = {"x": torch.empty(4, 6).t()}
     reader.read_entries(tmp_path, transposed)
     assert torch.equal(transposed["x"], tensor)
@@ -169,13 +169,13 @@ def test_an_archive_whose_elements_are_elsewhere_is_named(tmp_path: Path) -> Non
     tensor = torch.rand(4, 4)
     dcp.save({"x": tensor}, checkpoint_id=tmp_path)
     file = tmp_path / "__0_0.distcp"
-    file.write_bytes(moved(file.read_bytes()))
+    file.write_bytes(with_wrong_offset(file.read_bytes()))
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: the entry 'x', bytes 0 to \d+, cannot be read"):
-        whole(tensor, tmp_path)
+        read_full(tensor, tmp_path)
 
 
 class Wrapped(Tensor):
-    """Has its elements in another tensor, as quantised parameters do."""
+    """Keeps its elements in another tensor, as quantised parameters do."""
 
     inner: Tensor
 
@@ -187,36 +187,36 @@ class Wrapped(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        plain = torch.utils._pytree.tree_map_only(Wrapped, lambda it: it.inner, args)  # noqa: SLF001
+        plain = torch.utils._pytree.tree_map_only(Wrapped, lambda wrapper: wrapper.inner, args)  # noqa: SLF001
         out = func(*plain, **(kwargs or {}))
         return args[0] if func is torch.ops.aten.copy_.default else Wrapped(out)
 
 
 @pytest.mark.parametrize(
-    ("make", "seen"),
+    ("make", "elements"),
     [
-        (lambda: Wrapped(torch.zeros(6, 4)), lambda it: it.inner),
-        (lambda: torch.zeros(6, 4, dtype=torch.complex64).conj(), lambda it: it.resolve_conj()),
-        (lambda: torch.zeros(6, 4, dtype=torch.complex64).conj().imag, lambda it: it.resolve_neg()),
+        (lambda: Wrapped(torch.zeros(6, 4)), lambda target: target.inner),
+        (lambda: torch.zeros(6, 4, dtype=torch.complex64).conj(), lambda target: target.resolve_conj()),
+        (lambda: torch.zeros(6, 4, dtype=torch.complex64).conj().imag, lambda target: target.resolve_neg()),
     ],
     ids=["wrapped", "conjugated", "negated"],
 )
 def test_elements_are_not_written_where_a_target_does_not_have_them(
-    make: Callable[[], Tensor], seen: Callable[[Tensor], Tensor], tmp_path: Path
+    make: Callable[[], Tensor], elements: Callable[[Tensor], Tensor], tmp_path: Path
 ) -> None:
     target = make()
-    tensor = torch.rand(6, 4).to(seen(target).dtype)
+    tensor = torch.rand(6, 4).to(elements(target).dtype)
     dcp.save({"x": tensor}, checkpoint_id=tmp_path)
     reader.read_entries(tmp_path, {"x": target})
-    assert torch.equal(seen(target), tensor)
+    assert torch.equal(elements(target), tensor)
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["first", "again"])
-def test_reading_ignores_the_default_device(known: bool, tmp_path: Path) -> None:  # noqa: FBT001
-    tensor = torch.rand(6, 4, dtype=torch.float64 if known else torch.float32)
+@pytest.mark.parametrize("is_cached", [False, True], ids=["first", "again"])
+def test_reading_ignores_the_default_device(is_cached: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    tensor = torch.rand(6, 4, dtype=torch.float64 if is_cached else torch.float32)
     dcp.save({"x": tensor, "y": tensor}, checkpoint_id=tmp_path)
-    if known:
-        whole(tensor, tmp_path)
+    if is_cached:
+        read_full(tensor, tmp_path)
     wanted = {"x": torch.empty(4, 6).t(), "y": None}
     with torch.device("meta"):
         reader.read_entries(tmp_path, wanted)
@@ -224,17 +224,17 @@ def test_reading_ignores_the_default_device(known: bool, tmp_path: Path) -> None
     assert torch.equal(wanted["y"], tensor)
 
 
-def test_a_window_is_a_part_of_a_file(tmp_path: Path) -> None:
+def test_a_file_slice_reads_its_range_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(range(100)))
     with path.open("rb") as file:
-        window = FileSlice(file, 10, 20)
-        assert window.read() == bytes(range(10, 30))
-        assert window.seek(-5, io.SEEK_END) == 15
-        assert window.read(2) == bytes((25, 26))
-        assert window.seek(1, io.SEEK_CUR) == window.tell() == 18
-        assert window.read(50) == bytes((28, 29))
-        with pytest.raises(ValueError, match="expected a position in the window, got -1"):
-            window.seek(-21, io.SEEK_END)
-        window.seek(40)
-        assert window.read(1) == b""
+        file_slice = FileSlice(file, 10, 20)
+        assert file_slice.read() == bytes(range(10, 30))
+        assert file_slice.seek(-5, io.SEEK_END) == 15
+        assert file_slice.read(2) == bytes((25, 26))
+        assert file_slice.seek(1, io.SEEK_CUR) == file_slice.tell() == 18
+        assert file_slice.read(50) == bytes((28, 29))
+        with pytest.raises(ValueError, match="expected a position in the slice, got -1"):
+            file_slice.seek(-21, io.SEEK_END)
+        file_slice.seek(40)
+        assert file_slice.read(1) == b""

@@ -1,4 +1,4 @@
-"""Full tensors in files: what others load, by stream, whole or not at all; what is hostile runs nothing."""
+"""Weight files: what other libraries load, streaming, atomic replacement, and crafted files that must not run code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FORMATS = pytest.mark.parametrize("file_format", ["safetensors", "torch"])
 
 
 def write(folder: Path, tensors: dict[str, Any], **settings: Any) -> list[Path]:  # noqa: ANN401
-    """All of them at once, as a stream."""
+    """Write tensors with a WeightWriter and return its files."""
     planned = {name: value.to("meta") if isinstance(value, Tensor) else None for name, value in tensors.items()}
     with WeightWriter(folder, planned=planned, **settings) as writer:
         for name, value in tensors.items():
@@ -65,8 +65,8 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert bits(found[name]) == bits(value), name
 
 
-def as_transformers(folder: Path) -> dict[str, Tensor] | None:
-    """What it would load: a single file if there is one, else what an index names; None if there is neither."""
+def load_like_transformers(folder: Path) -> dict[str, Tensor] | None:
+    """Load like transformers: a single file if there is one, else the files of an index; None if there is neither."""
     if (folder / "model.safetensors").exists():
         return load_file(folder / "model.safetensors")
     if not (folder / "model.safetensors.index.json").exists():
@@ -76,7 +76,7 @@ def as_transformers(folder: Path) -> dict[str, Tensor] | None:
     return {name: shards[file][name] for name, file in index["weight_map"].items()}
 
 
-ODD = {
+UNUSUAL_TENSORS = {
     "bfloat16": torch.randn(3, 5).bfloat16(),
     "float8": torch.randn(4).to(torch.float8_e4m3fn),
     "bool": torch.tensor([True, False, True]),
@@ -93,19 +93,19 @@ ODD = {
 @FORMATS
 @pytest.mark.parametrize("max_shard_size", [1, 64, "5GB"])
 def test_unusual_tensors_round_trip_exactly(tmp_path: Path, file_format: FileFormat, max_shard_size: int | str) -> None:
-    """In one file or in one each; names that share a tensor are both there."""
-    tensors = ODD | {"tied": ODD["nan"], "view": ODD["transposed"].t()}
+    """In one file or in one file each; both names of a shared tensor are written."""
+    tensors = UNUSUAL_TENSORS | {"tied": UNUSUAL_TENSORS["nan"], "view": UNUSUAL_TENSORS["transposed"].t()}
     paths = write(tmp_path, tensors, max_shard_size=max_shard_size, file_format=file_format)
     assert sorted(paths) == sorted(tmp_path.iterdir())
     assert (len(paths) > 1) == (max_shard_size != "5GB")
     files = WeightFiles(tmp_path)
     resolved = {name: value.resolve_conj() for name, value in tensors.items()}
     assert_same(dict(files), resolved)
-    assert {name: (it.dtype, it.shape) for name, it in files.meta_tensors.items()} == {
-        name: (it.dtype, it.shape) for name, it in tensors.items()
+    assert {name: (meta.dtype, meta.shape) for name, meta in files.meta_tensors.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()
     }
     if file_format == "safetensors":
-        found = as_transformers(tmp_path)
+        found = load_like_transformers(tmp_path)
         assert found is not None
         assert_same(found, resolved)
     else:
@@ -115,7 +115,11 @@ def test_unusual_tensors_round_trip_exactly(tmp_path: Path, file_format: FileFor
 @pytest.mark.parametrize("max_shard_size", [1, 64, "5GB"])
 def test_every_tensor_lies_aligned_in_its_file(tmp_path: Path, max_shard_size: int | str) -> None:
     """Readers that map files into memory need a float32 at a multiple of 4 bytes."""
-    tensors = {"odd": torch.zeros(3, dtype=torch.uint8), **ODD, "double": torch.zeros(2, dtype=torch.float64)}
+    tensors = {
+        "odd": torch.zeros(3, dtype=torch.uint8),
+        **UNUSUAL_TENSORS,
+        "double": torch.zeros(2, dtype=torch.float64),
+    }
     write(tmp_path, tensors, max_shard_size=max_shard_size)
     for path in tmp_path.glob("*.safetensors"):
         content = path.read_bytes()
@@ -127,7 +131,7 @@ def test_every_tensor_lies_aligned_in_its_file(tmp_path: Path, max_shard_size: i
 
 @layouts("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp")
 def test_files_hold_the_full_state_dict(layout: str, tmp_path: Path) -> None:
-    """Loads strictly, with the index that transformers expects, through readers that are not ours."""
+    """The files load strictly, with the index that transformers expects, through other libraries' readers."""
     _, ema = make_trained(layout)
     full = ema.full_state_dict()
     paths = gather(ema, tmp_path / "many", max_shard_size=400)
@@ -145,7 +149,7 @@ def test_files_hold_the_full_state_dict(layout: str, tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in full.values())
     assert list(index["weight_map"]) == list(full)
     for folder in (tmp_path / "many", tmp_path / "one"):
-        found = as_transformers(folder)
+        found = load_like_transformers(folder)
         assert found is not None
         assert_same(found, full)
         net = make_net(layout, seed=3)
@@ -190,41 +194,41 @@ def scatter_into(layout: str, folder: Path) -> None:
     [("fsdp2", "ddp", 2), ("fsdp2", "fsdp2-3", 3), ("ddp", "fsdp1", 2), ("tp", "hsdp", 4), ("fsdp1", "plain", 1)],
 )
 def test_averages_scatter_into_another_layout_and_world(tmp_path: Path, source: str, target: str, size: int) -> None:
-    """To the bit; live weights stay."""
+    """Averages are bit-identical; live weights do not change."""
     filters = ("error", *(text for mark in IGNORED_WARNINGS for text in mark.args))
     for function, layout, ranks in ((gather_from, source, 2), (scatter_into, target, size)):
         arguments = pickle.dumps({"layout": layout, "folder": tmp_path / source})
         harness.run(harness.RemoteTest(__name__, function.__name__, arguments, filters), harness.World(ranks))
 
 
-OLD = {name: torch.full((4,), 1.0) for name in ("a", "b", "c")}
-NEW = {name: torch.full((4,), 2.0) for name in ("a", "b", "c", "d")}
+OLD_TENSORS = {name: torch.full((4,), 1.0) for name in ("a", "b", "c")}
+NEW_TENSORS = {name: torch.full((4,), 2.0) for name in ("a", "b", "c", "d")}
 
 
 class Killed(BaseException):
-    """The process is gone: nothing of it runs any more."""
+    """Stands for the end of the process."""
 
 
 def test_an_interrupted_stream_leaves_the_earlier_export_or_nothing(tmp_path: Path) -> None:
-    def broken() -> Iterator[tuple[str, Tensor]]:
-        yield from list(NEW.items())[:3]
+    def interrupted_stream() -> Iterator[tuple[str, Tensor]]:
+        yield from list(NEW_TENSORS.items())[:3]
         raise OSError("no more")
 
-    def attempt() -> None:
-        planned = {name: value.to("meta") for name, value in NEW.items()}
+    def write_interrupted() -> None:
+        planned = {name: value.to("meta") for name, value in NEW_TENSORS.items()}
         with pytest.raises(OSError, match="no more"), WeightWriter(tmp_path, planned=planned, max_shard_size=16) as out:
-            for name, value in broken():
+            for name, value in interrupted_stream():
                 out.add(name, value)
 
-    attempt()
+    write_interrupted()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CheckpointError, match="holds no weights"):
         len(WeightFiles(tmp_path))
-    write(tmp_path, OLD, max_shard_size=16)
+    write(tmp_path, OLD_TENSORS, max_shard_size=16)
     before = sorted(tmp_path.iterdir())
-    attempt()
+    write_interrupted()
     assert sorted(tmp_path.iterdir()) == before
-    assert_same(dict(WeightFiles(tmp_path)), OLD)
+    assert_same(dict(WeightFiles(tmp_path)), OLD_TENSORS)
 
 
 @pytest.mark.parametrize("old_size", [16, "5GB"])
@@ -232,23 +236,23 @@ def test_an_interrupted_stream_leaves_the_earlier_export_or_nothing(tmp_path: Pa
 def test_killed_at_any_step_leaves_no_mixture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_size: int | str, new_size: int | str
 ) -> None:
-    """Before each call that changes a name: all old, all new, or nothing that anyone loads; never other files."""
+    """Killed before any call that changes the folder: readers find the old export, the new one, or none."""
     outcomes = set()
-    for survived in range(100):
-        folder = tmp_path / str(survived)
-        write(folder, OLD, max_shard_size=old_size)
+    for num_calls in range(100):
+        folder = tmp_path / str(num_calls)
+        write(folder, OLD_TENSORS, max_shard_size=old_size)
         (folder / "config.json").write_text("{}")
-        left = survived
+        calls_left = num_calls
 
-        def alive(call: Callable[..., object]) -> Callable[..., object]:
-            def step(*args: Any, **kwargs: Any) -> object:  # noqa: ANN401
-                nonlocal left
-                left -= 1
-                if left < 0:
+        def killable(call: Callable[..., object]) -> Callable[..., object]:
+            def call_or_die(*args: Any, **kwargs: Any) -> object:  # noqa: ANN401
+                nonlocal calls_left
+                calls_left -= 1
+                if calls_left < 0:
                     raise Killed
                 return call(*args, **kwargs)
 
-            return step
+            return call_or_die
 
         with monkeypatch.context() as patched:
             for owner, name in (
@@ -258,60 +262,60 @@ def test_killed_at_any_step_leaves_no_mixture(
                 (os, "fsync"),
                 (shutil, "rmtree"),
             ):
-                patched.setattr(owner, name, alive(getattr(owner, name)))
+                patched.setattr(owner, name, killable(getattr(owner, name)))
             try:
-                write(folder, NEW, max_shard_size=new_size)
+                write(folder, NEW_TENSORS, max_shard_size=new_size)
             except Killed:
-                done = False
+                is_done = False
             else:
-                done = True
+                is_done = True
         assert (folder / "config.json").exists()
-        found = as_transformers(folder)
+        found = load_like_transformers(folder)
         if found is None:
             with pytest.raises(CheckpointError, match=r"holds no weights"):
                 len(WeightFiles(folder))
             outcomes.add("nothing")
         else:
-            outcome = "old" if found.keys() == OLD.keys() else "new"
+            outcome = "old" if found.keys() == OLD_TENSORS.keys() else "new"
             outcomes.add(outcome)
-            assert_same(found, OLD if outcome == "old" else NEW)
+            assert_same(found, OLD_TENSORS if outcome == "old" else NEW_TENSORS)
             assert_same(dict(WeightFiles(folder)), found)
-        if done:
+        if is_done:
             assert outcome == "new"
             break
-        write(folder, NEW, max_shard_size=new_size)
+        write(folder, NEW_TENSORS, max_shard_size=new_size)
         names = {path.name for path in folder.iterdir()}
         assert names == {"config.json"} | {
-            path.name for path in write(tmp_path / "fresh", NEW, max_shard_size=new_size)
+            path.name for path in write(tmp_path / "fresh", NEW_TENSORS, max_shard_size=new_size)
         }
-    assert done
+    assert is_done
     assert {"old", "new"} <= outcomes
 
 
 def test_weights_in_the_other_format_are_not_left_beside_new_ones(tmp_path: Path) -> None:
-    """Whoever prefers safetensors would load the old ones and never know."""
-    write(tmp_path, OLD)
+    """A reader that prefers safetensors would load the old weights."""
+    write(tmp_path, OLD_TENSORS)
     with pytest.raises(FileExistsError, match=r"new ones: model.safetensors; remove them, or choose another folder"):
-        write(tmp_path, NEW, file_format="torch")
-    assert_same(dict(WeightFiles(tmp_path)), OLD)
+        write(tmp_path, NEW_TENSORS, file_format="torch")
+    assert_same(dict(WeightFiles(tmp_path)), OLD_TENSORS)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(CheckpointError, match="holds several models"):
         len(WeightFiles(tmp_path))
-    assert_same(dict(WeightFiles(tmp_path / "model.safetensors")), OLD)
+    assert_same(dict(WeightFiles(tmp_path / "model.safetensors")), OLD_TENSORS)
 
 
 @pytest.mark.parametrize("size", [16, "5GB"])
 def test_a_folder_in_the_place_of_a_file_stops_an_export_before_it_begins(tmp_path: Path, size: int | str) -> None:
-    write(tmp_path, OLD, max_shard_size=16)
+    write(tmp_path, OLD_TENSORS, max_shard_size=16)
     (tmp_path / "model.safetensors").mkdir()
     (tmp_path / "model-00001-of-00004.safetensors").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(FileExistsError, match=r"folders that are called as files of this export: .*remove them"):
-        write(tmp_path, NEW, max_shard_size=size)
+        write(tmp_path, NEW_TENSORS, max_shard_size=size)
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "model.safetensors").rmdir()
     (tmp_path / "model-00001-of-00004.safetensors").rmdir()
-    assert_same(dict(WeightFiles(tmp_path)), OLD)
+    assert_same(dict(WeightFiles(tmp_path)), OLD_TENSORS)
 
 
 @pytest.mark.parametrize(
@@ -319,13 +323,17 @@ def test_a_folder_in_the_place_of_a_file_stops_an_export_before_it_begins(tmp_pa
     [
         ({}, {}, "there is no tensor to write"),
         ({}, {"a": torch.zeros(2, dtype=torch.complex128)}, "safetensors files cannot hold {'a': 'complex128'}"),
-        ({"max_shard_size": 0}, OLD, "max_shard_size is a positive number"),
-        ({"max_shard_size": "5 apples"}, OLD, "max_shard_size is a positive number of bytes or .*, got '5 apples'"),
-        ({"max_shard_size": "infGB"}, OLD, "max_shard_size is a positive number"),
-        ({"max_shard_size": "0MB"}, OLD, "max_shard_size is a positive number"),
+        ({"max_shard_size": 0}, OLD_TENSORS, "max_shard_size is a positive number"),
+        (
+            {"max_shard_size": "5 apples"},
+            OLD_TENSORS,
+            "max_shard_size is a positive number of bytes or .*, got '5 apples'",
+        ),
+        ({"max_shard_size": "infGB"}, OLD_TENSORS, "max_shard_size is a positive number"),
+        ({"max_shard_size": "0MB"}, OLD_TENSORS, "max_shard_size is a positive number"),
         ({}, {"__metadata__": torch.zeros(2)}, "'__metadata__': 'a name that the format has for itself'"),
         ({}, {"a\udc80": torch.zeros(2)}, "a name that is no Unicode"),
-        ({"file_format": "npz"}, OLD, "file_format is one of"),
+        ({"file_format": "npz"}, OLD_TENSORS, "file_format is one of"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is(
@@ -340,7 +348,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
     ("stream", "message"),
     [
         ({"a": torch.zeros(4)}, "did not come: \\['b', 'c'\\]"),
-        (OLD | {"d": torch.zeros(1)}, "'d' is written already, or was never planned"),
+        (OLD_TENSORS | {"d": torch.zeros(1)}, "'d' is written already, or was never planned"),
         ({"a": torch.zeros(5)}, "'a' was planned as .*4.*, got .*5"),
         ({"a": torch.zeros(4).half()}, "'a' was planned as .*float32.*, got .*float16"),
     ],
@@ -348,14 +356,14 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
 def test_a_stream_that_is_not_the_planned_one_is_refused(
     tmp_path: Path, stream: dict[str, Tensor], message: str
 ) -> None:
-    planned = {name: value.to("meta") for name, value in OLD.items()}
+    planned = {name: value.to("meta") for name, value in OLD_TENSORS.items()}
     with pytest.raises(ValueError, match=message), WeightWriter(tmp_path, planned=planned, max_shard_size=16) as writer:
         for name, value in stream.items():
             writer.add(name, value)
     assert list(tmp_path.iterdir()) == []
 
 
-class Counted(nn.Linear):
+class LinearWithExtraState(nn.Linear):
     """A module with an extra state."""
 
     def get_extra_state(self) -> object:
@@ -366,7 +374,7 @@ class Counted(nn.Linear):
 
 
 def test_extra_states_are_left_out_with_a_warning_or_kept(tmp_path: Path) -> None:
-    model = nn.Sequential(Counted(2, 2))
+    model = nn.Sequential(LinearWithExtraState(2, 2))
     model[0].state = {"count": 3}
     ema = ShardedEMA(model)
     with pytest.warns(UserWarning, match=r"^0._extra_state are no tensors.*file_format=\"torch\" keeps them"):
@@ -387,7 +395,7 @@ def test_extra_states_are_left_out_with_a_warning_or_kept(tmp_path: Path) -> Non
 
 @pytest.mark.world_size(2)
 def test_a_folder_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Path) -> None:
-    """The others are in the middle of a collective then."""
+    """The other ranks are in a collective call then."""
     _, ema = make_trained("fsdp2")
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file cannot be written"):
@@ -403,8 +411,8 @@ def test_pipeline_stages_are_not_written_over_each_other(tmp_path: Path) -> None
         gather(ShardedEMA(stage), tmp_path)
 
 
-class FailsLater(dict[str, Tensor]):
-    """A mapping whose file goes away after everything was looked at once."""
+class FailingMapping(dict[str, Tensor]):
+    """A mapping whose values cannot be read after a number of reads."""
 
     def __init__(self, full: dict[str, Tensor], *, reads: int) -> None:
         super().__init__(full)
@@ -424,7 +432,7 @@ def test_a_value_that_cannot_be_read_is_an_error_on_every_rank(reads: int) -> No
     full = ema.full_state_dict()
     message = "averages are new in part only" if reads > 20 else r"cannot be read: OSError\('the disk is gone'\)$"
     with pytest.raises(RuntimeError, match=message):
-        ema.load_full_state_dict(FailsLater(full, reads=reads))
+        ema.load_full_state_dict(FailingMapping(full, reads=reads))
     ema.load_full_state_dict(full)
 
 
@@ -442,13 +450,13 @@ def test_files_of_another_model_or_none_are_refused_on_every_rank(tmp_path: Path
     dist.barrier()
     with pytest.raises(ValueError, match="another model") as caught:
         scatter(ema, tmp_path / "wrong")
-    for what in (
+    for difference in (
         "unknown names: other;",
         "missing names: blocks.0.scale;",
         "stats.bias ((6,), torch.Size([7]))",
         "values: head.weight",
     ):
-        assert what in str(caught.value)
+        assert difference in str(caught.value)
     assert_bitwise_equal(ema.full_state_dict(), before)
 
 
@@ -466,13 +474,13 @@ def test_averages_are_not_loaded_from_complex_or_integer_files(dtype: torch.dtyp
     ):
         scatter(ema, tmp_path)
     assert_bitwise_equal(ema.full_state_dict(), before)
-    halves = {name: value.bfloat16() if value.is_floating_point() else value for name, value in before.items()}
+    in_bfloat16 = {name: value.bfloat16() if value.is_floating_point() else value for name, value in before.items()}
     if before:
-        write(tmp_path, halves)
+        write(tmp_path, in_bfloat16)
     dist.barrier()
     scatter(ema, tmp_path)
     assert_bitwise_equal(
-        ema.full_state_dict(), {n: it if "frozen" in n else halves[n].to(it) for n, it in before.items()}
+        ema.full_state_dict(), {n: old if "frozen" in n else in_bfloat16[n].to(old) for n, old in before.items()}
     )
 
 
@@ -501,7 +509,7 @@ def test_tied_tensors_from_files_may_hold_nan(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Leaves a file behind when it is unpickled without care."""
+    """Creates a folder when it is unpickled without restrictions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -545,7 +553,7 @@ def test_a_crafted_torch_file_runs_nothing(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_an_index_cannot_lead_outside_of_its_folder(tmp_path: Path, file: object) -> None:
-    """Nor to a file of another format, nor to one that is not there."""
+    """Nor to a file of another format, nor to a missing one."""
     folder = tmp_path / "export"
     (folder / "sub").mkdir(parents=True)
     secret = tmp_path / "secret.safetensors"
@@ -619,17 +627,24 @@ def mutated(original: bytes, mutations: list[tuple[str, int, bytes]]) -> bytes:
 
 
 @pytest.fixture(params=["model-*.safetensors", "*.safetensors.index.json", "pytorch_model-*.bin"])
-def victim(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, bytes]:
-    """One file of an export, and what it holds."""
-    write(tmp_path, ODD, max_shard_size=100, file_format="torch" if request.param.endswith(".bin") else "safetensors")
+def export_file(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, bytes]:
+    """One file of an export, and its bytes."""
+    write(
+        tmp_path,
+        UNUSUAL_TENSORS,
+        max_shard_size=100,
+        file_format="torch" if request.param.endswith(".bin") else "safetensors",
+    )
     path = min(tmp_path.glob(request.param))
     return path, path.read_bytes()
 
 
 @given(mutations=MUTATIONS)
-def test_damaged_files_are_clean_errors(victim: tuple[Path, bytes], mutations: list[tuple[str, int, bytes]]) -> None:
-    """Or tensors; a reader that crashes would take the test with it."""
-    path, original = victim
+def test_damaged_files_are_clean_errors(
+    export_file: tuple[Path, bytes], mutations: list[tuple[str, int, bytes]]
+) -> None:
+    """Or they load; a crash of the reader would end the test."""
+    path, original = export_file
     path.write_bytes(mutated(original, mutations))
     with contextlib.suppress(CheckpointError):
         for value in WeightFiles(path.parent).values():
@@ -638,26 +653,26 @@ def test_damaged_files_are_clean_errors(victim: tuple[Path, bytes], mutations: l
 
 @pytest.mark.world_size(2)
 def test_peak_memory_is_one_file_and_one_tensor(tmp_path: Path) -> None:
-    """Writing on the first rank; reading, one tensor and the pages of one file. Elsewhere one tensor."""
+    """On the first rank, one file and one tensor (of a file that is read, its pages); elsewhere one tensor."""
     side, count = 3000, 6  # 36 MB each: beyond what malloc keeps for itself when it is freed
-    one = side * side * 4
+    tensor_bytes = side * side * 4
     layers = nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(count)])
     for layer in layers:
         fully_shard(layer)
     ema = ShardedEMA(fully_shard(layers))
-    gather(ema, tmp_path, max_shard_size=2 * one)  # the first time brings threads and buffers that stay
+    gather(ema, tmp_path, max_shard_size=2 * tensor_bytes)  # the first time brings threads and buffers that stay
     is_first = dist.get_rank() == 0
-    file = 2 * one if is_first else 0
-    peak = peak_resident_memory(lambda: gather(ema, tmp_path, max_shard_size=2 * one))
-    assert peak <= (file + one if is_first else 1.5 * one)
+    file_bytes = 2 * tensor_bytes if is_first else 0
+    peak = peak_resident_memory(lambda: gather(ema, tmp_path, max_shard_size=2 * tensor_bytes))
+    assert peak <= (file_bytes + tensor_bytes if is_first else 1.5 * tensor_bytes)
     dist.barrier()
-    # Gloo's threads may hold the one before for a moment longer, and FSDP2 copies a shard as it cuts it.
-    assert peak_resident_memory(lambda: scatter(ema, tmp_path)) <= file + 3 * one
+    # Gloo's threads may hold the previous tensor a moment longer, and FSDP2 copies each shard.
+    assert peak_resident_memory(lambda: scatter(ema, tmp_path)) <= file_bytes + 3 * tensor_bytes
 
 
 @pytest.mark.world_size(2)
 def test_gathering_waits_for_a_save_in_the_background(tmp_path: Path) -> None:
-    """Both agree over the same group, one of them in a thread."""
+    """Both use the same group for checkpoints, the save in a thread."""
     model, ema = make_trained("fsdp2")
     for step in range(5):
         save({"model": model, "ema": ema}, tmp_path / "saved", step=step, block=False)
