@@ -141,7 +141,7 @@ def _candidates(root: Path, step: int | None) -> list[Path]:
 
 
 def _open_and_verify(folder: Path, group: ProcessGroup | None) -> tuple[list[str], OpenedCheckpoint | None]:
-    """Verify a checkpoint, each rank a share of it; all ranks' problems, and the checkpoint if this rank can read it."""
+    """Verify a checkpoint, each rank a share; all ranks' problems, and the checkpoint if this rank can read it."""
     problems: list[str] = []
     checkpoint: OpenedCheckpoint | None = None
     try:

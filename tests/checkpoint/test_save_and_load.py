@@ -62,26 +62,26 @@ def tensors_under(prefix: str, values: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
-def assert_stored_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found.keys() == expected.keys()
+def assert_stored_equal(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert_values_equal(found[name], sorted(value) if name.endswith(".params") else value, name)
+        assert_values_equal(actual[name], sorted(value) if name.endswith(".params") else value, name)
 
 
-def assert_values_equal(found: Any, expected: Any, name: str = "") -> None:  # noqa: ANN401
+def assert_values_equal(actual: Any, expected: Any, name: str = "") -> None:  # noqa: ANN401
     match expected:
         case Tensor():
-            assert torch.equal(found, expected), name
+            assert torch.equal(actual, expected), name
         case dict():
-            assert found.keys() == expected.keys()
+            assert actual.keys() == expected.keys()
             for key, value in expected.items():
-                assert_values_equal(found[key], value, f"{name}.{key}")
+                assert_values_equal(actual[key], value, f"{name}.{key}")
         case list():
-            found = sorted(found) if name.endswith(".params") else found
-            for index, (item, value) in enumerate(zip(found, expected, strict=True)):
+            actual = sorted(actual) if name.endswith(".params") else actual
+            for index, (item, value) in enumerate(zip(actual, expected, strict=True)):
                 assert_values_equal(item, value, f"{name}.{index}")
         case _:
-            assert found == expected, name
+            assert actual == expected, name
 
 
 @layouts()

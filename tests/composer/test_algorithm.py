@@ -43,9 +43,9 @@ def averages(ema: EMA) -> dict[str, Tensor]:
 
 def assert_averages(ema: EMA, expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
     """The first rank's full averages are close to these."""
-    found = averages(ema)
+    actual = averages(ema)
     if dist.get_global_rank() == 0:
-        assert_close(found, expected, tolerance)
+        assert_close(actual, expected, tolerance)
 
 
 def without_batch_stats(full: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -126,12 +126,12 @@ def test_averages_equal_those_of_composers_own(layout: str, settings: dict[str, 
     their_names = {**theirs.ema_model.named_parameters_dict, **theirs.ema_model.named_buffers_dict}
     expected = {name.removeprefix("module."): tensor for name, tensor in their_names.items()}
     assert "net.stats.running_mean" in expected
-    found = averages(ours)
+    actual = averages(ours)
     if dist.get_global_rank() == 0:
         assert_close(
-            found, {n: tensor for n, tensor in expected.items() if tensor.is_floating_point() and "scratch" not in n}
+            actual, {n: tensor for n, tensor in expected.items() if tensor.is_floating_point() and "scratch" not in n}
         )
-        assert found["net.stats.num_batches_tracked"] == (12 if layout == "ddp" else 24)
+        assert actual["net.stats.num_batches_tracked"] == (12 if layout == "ddp" else 24)
 
 
 @composer_layouts("ddp", "fsdp1", "fsdp2", "hsdp")
@@ -423,9 +423,9 @@ def test_half_precision_weights_have_float32_averages(layout: str) -> None:
     recorder, ema = Recorder(), EMA(half_life="50ba", replicas="copy")
     fit(make_trainer(layout, ema, model=BFloat16Classifier(), callbacks=[recorder]))
     assert ema.ema is not None
-    found = ema.ema.full_state_dict(dtype=torch.float32)
+    actual = ema.ema.full_state_dict(dtype=torch.float32)
     if dist.get_global_rank() == 0:
-        assert_close(found, reference_average(recorder.weights_after_batch, ema.smoothing))
+        assert_close(actual, reference_average(recorder.weights_after_batch, ema.smoothing))
 
 
 @on_ranks(2)

@@ -219,10 +219,10 @@ def test_a_checkpoint_without_averages_starts_them_from_its_weights(layout: str,
     trainer, ema, after = make_resumed_trainer(layout, checkpoint_path(tmp_path, 4))
     with pytest.warns(UserWarning, match=r"training goes on at .*4.* without averages, which begin at 0.0dur"):
         trainer.fit()
-    found = averages(ema)
+    actual = averages(ema)
     if dist.get_rank() == 0:
         assert_close(
-            found,
+            actual,
             without_batch_stats(
                 reference_average([before.weights_after_batch[3], *after.weights_after_batch], ema.smoothing)
             ),
@@ -278,9 +278,9 @@ def test_checkpoints_go_from_composers_own_ema_to_ours_and_back(layout: str, by_
             else:
                 ends[name] = composer_averages(ema)
     expected = ends.pop("composer.algorithms.ema.ema to composer.algorithms.ema.ema")
-    for found in ends.values():
-        assert found or dist.get_rank() != 0
-        assert_close(found, {name: tensor for name, tensor in expected.items() if dist.get_rank() == 0})
+    for actual in ends.values():
+        assert actual or dist.get_rank() != 0
+        assert_close(actual, {name: tensor for name, tensor in expected.items() if dist.get_rank() == 0})
 
 
 def older_algorithm_states(average: Classifier, live: Classifier, *, is_active: bool) -> dict[str, dict[str, Any]]:
@@ -550,10 +550,10 @@ def test_sharded_ema_settings_are_resumed(layout: str, settings: dict[str, Any],
     fit(make_trainer(layout, resumed_ema, model=Classifier(seed=1), load_path=checkpoint_path(tmp_path, 4)))
     assert ema.ema is not None
     assert resumed_ema.ema is not None
-    found, expected = (
+    actual, expected = (
         without_batch_stats(each.full_state_dict(dtype=torch.float64)) for each in (resumed_ema.ema, ema.ema)
     )
-    assert_same(found, expected)
+    assert_same(actual, expected)
     if dist.get_rank() == 0:
         average = reference_average(recorder.weights_after_batch, ema.smoothing)
         selects_all = "select" not in settings

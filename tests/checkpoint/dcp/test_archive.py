@@ -63,10 +63,10 @@ def test_where_the_elements_of_a_saved_tensor_begin(dtype: torch.dtype, shape: t
     stream = io.BytesIO(archive_of(tensor))
     start = data_offset(stream, dtype, tensor.shape)
     assert start is not None
-    found = torch.empty_like(tensor)
+    actual = torch.empty_like(tensor)
     stream.seek(start)
-    stream.readinto(byte_view(found))
-    assert bytes(byte_view(found)) == bytes(byte_view(tensor))
+    stream.readinto(byte_view(actual))
+    assert bytes(byte_view(actual)) == bytes(byte_view(tensor))
 
 
 @pytest.mark.parametrize(

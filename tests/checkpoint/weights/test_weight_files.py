@@ -57,12 +57,12 @@ def bits(value: Tensor) -> list[int]:
     return value.contiguous().flatten().view(torch.uint8).tolist()
 
 
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """The same names, dtypes, shapes and bits."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
-        assert bits(found[name]) == bits(value), name
+        assert (actual[name].dtype, actual[name].shape) == (value.dtype, value.shape), name
+        assert bits(actual[name]) == bits(value), name
 
 
 def load_like_transformers(folder: Path) -> dict[str, Tensor] | None:
@@ -105,9 +105,9 @@ def test_unusual_tensors_round_trip_exactly(tmp_path: Path, file_format: FileFor
         name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()
     }
     if file_format == "safetensors":
-        found = load_like_transformers(tmp_path)
-        assert found is not None
-        assert_same(found, resolved)
+        actual = load_like_transformers(tmp_path)
+        assert actual is not None
+        assert_same(actual, resolved)
     else:
         assert max(path.stat().st_size for path in paths) < 20_000
 
@@ -149,9 +149,9 @@ def test_files_hold_the_full_state_dict(layout: str, tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in full.values())
     assert list(index["weight_map"]) == list(full)
     for folder in (tmp_path / "many", tmp_path / "one"):
-        found = load_like_transformers(folder)
-        assert found is not None
-        assert_same(found, full)
+        actual = load_like_transformers(folder)
+        assert actual is not None
+        assert_same(actual, full)
         net = make_net(layout, seed=3)
         huggingface_hub.load_torch_model(net, folder, strict=folder.name == "one" or READS_SHARDS_STRICTLY)
         assert_same(net.state_dict(), full)
@@ -270,16 +270,16 @@ def test_killed_at_any_step_leaves_no_mixture(
             else:
                 is_done = True
         assert (folder / "config.json").exists()
-        found = load_like_transformers(folder)
-        if found is None:
+        actual = load_like_transformers(folder)
+        if actual is None:
             with pytest.raises(CheckpointError, match=r"holds no weights"):
                 len(WeightFiles(folder))
             outcomes.add("nothing")
         else:
-            outcome = "old" if found.keys() == OLD_TENSORS.keys() else "new"
+            outcome = "old" if actual.keys() == OLD_TENSORS.keys() else "new"
             outcomes.add(outcome)
-            assert_same(found, OLD_TENSORS if outcome == "old" else NEW_TENSORS)
-            assert_same(dict(WeightFiles(folder)), found)
+            assert_same(actual, OLD_TENSORS if outcome == "old" else NEW_TENSORS)
+            assert_same(dict(WeightFiles(folder)), actual)
         if is_done:
             assert outcome == "new"
             break
