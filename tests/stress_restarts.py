@@ -1,10 +1,10 @@
 """Kills ranks of launch/train.py at random moments, lets torchrun restart them, and compares with undisturbed runs.
 
-    python -m tests.stress_restarts                  # 24 kills at awkward places, then some at random times
+    python -m tests.stress_restarts                  # 24 kills in chosen functions, then some at random times
     python -m tests.stress_restarts --seed 1 --runs 2
 
-Each run is killed three times: while stepping, while swapping and while saving, in random order. It takes minutes, so
-that pytest leaves it out; tests/launch/test_train.py kills three times.
+Each run is killed three times: while stepping, while swapping and while saving, in random order. This takes minutes, so
+pytest does not run it; tests/launch/test_train.py kills three times.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RANKS = 2
 KILLS = 3
 LAYOUTS = ("ddp", "fsdp2")
 
-# (file, function, called on both ranks); each is called within a few steps of any checkpoint.
+# (file, function, whether both ranks call it); each is called within a few steps of any checkpoint.
 KILL_POINTS = {
     "stepping": [
         ("torch/_tensor.py", "backward", True),
@@ -57,7 +57,7 @@ KILL_POINTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=int, default=8, help="with kills at awkward places, three each")
+    parser.add_argument("--runs", type=int, default=8, help="with kills in chosen functions, three each")
     parser.add_argument("--timed-runs", type=int, default=3, help="with kills at random times, up to three each")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -66,12 +66,12 @@ def main() -> None:
         folder = Path(name)
         for layout in LAYOUTS:
             subprocess.run(command(folder / layout, layout), check=True, stdout=subprocess.DEVNULL)
-        for run in range(args.runs + args.timed_runs):
-            layout = LAYOUTS[run % len(LAYOUTS)]
-            options = (layout, "--resume", *["--async-checkpoints"] * (run // len(LAYOUTS) % 2))
-            plan = [*plan_kills(rng)] if run < args.runs else []
+        for number in range(args.runs + args.timed_runs):
+            layout = LAYOUTS[number % len(LAYOUTS)]
+            options = (layout, "--resume", *["--async-checkpoints"] * (number // len(LAYOUTS) % 2))
+            plan = [*plan_kills(rng)] if number < args.runs else []
             killed, restarts, problems = run_with_kills(folder / "disturbed", options, plan, rng, folder / layout)
-            print_lines(f"run {run} {options}: {restarts}; {problems or 'bit-identical'}", *killed)
+            print_lines(f"run {number} {options}: {restarts}; {problems or 'bit-identical'}", *killed)
             kills += len(killed)
             failures += bool(problems or (plan and len(killed) != KILLS))
     print_lines(f"{kills} kills, {failures} failed runs")
@@ -84,7 +84,7 @@ def print_lines(*lines: str) -> None:
 
 
 def plan_kills(rng: random.Random) -> Iterator[InjectedSignal]:
-    """One kill of each kind, each in an attempt of its own."""
+    """Plans one kill of each kind, each in its own attempt."""
     for attempt, kind in enumerate(rng.sample(sorted(KILL_POINTS), KILLS)):
         file, function, any_rank = rng.choice(KILL_POINTS[kind])
         call = {"stepping": rng.randint(1, 12), "swapping": 1, "saving": rng.randint(1, 2)}[kind]
@@ -94,7 +94,7 @@ def plan_kills(rng: random.Random) -> Iterator[InjectedSignal]:
 def run_with_kills(
     folder: Path, options: tuple[str, ...], plan: list[InjectedSignal], rng: random.Random, uninterrupted: Path
 ) -> tuple[list[str], list[str], list[str]]:
-    """A run with kills by plan, or else at random times: the kills, where it started each time, what came out wrong."""
+    """Runs with the planned kills, or else at random times; returns the kills, the starting points and the problems."""
     shutil.rmtree(folder, ignore_errors=True)
     pids = folder / "pids"
     pids.mkdir(parents=True)
@@ -113,7 +113,7 @@ def run_with_kills(
 
 
 def kill_at_random(process: subprocess.Popen[bytes], pids: Path, rng: random.Random) -> Iterator[str]:
-    """Once in each attempt, some seconds after a rank has begun it."""
+    """Kills a rank once in each attempt, some seconds after it has started; yields descriptions."""
     for attempt in range(KILLS):
         rank, delay = rng.randrange(RANKS), rng.uniform(0, 6)
         pid = pids / f"{attempt}-{rank}"

@@ -1,4 +1,4 @@
-"""launch/train.py when a rank is told to stop, and when the same or other numbers of ranks go on."""
+"""launch/train.py stopped by a signal on one rank, and resumed on the same or another number of ranks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from recipe.resuming import Checkpoints
 from tests.support.injected_signals import read_metrics
 
 SHORT = ("--device", "cpu", "--epochs", "2", "--batch-size", "600", "--half-life", "2", "--checkpoint-every", "1")
-STEPS, TEST_BATCHES = 2, 5  # of an epoch of these
+STEPS, TEST_BATCHES = 2, 5  # in an epoch, with the options above
 
-# The batch, of training or evaluation, before which a rank is told to stop.
+# The batch, of training or evaluation, before which a rank is signalled.
 FIRST_EPOCH = 2
 LIVE_EVALUATION = STEPS + 3
 AVERAGES_EVALUATION = STEPS + TEST_BATCHES + 3
@@ -33,14 +33,14 @@ SECOND_EPOCH = STEPS + 2 * TEST_BATCHES + 2
 
 @dataclass
 class SeenWeights:
-    """Full live weights and averages by step, on the first rank."""
+    """Full live weights and averages by step; empty lists on all ranks but the first."""
 
     saved: dict[int, list[Tensor]] = field(default_factory=dict)
     resumed: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 class RecordingCheckpoints(Checkpoints):
-    """The checkpoints of a run, and what was in the model around them."""
+    """Checkpoints that record weights and averages on each save and after resuming."""
 
     seen: ClassVar[SeenWeights]
 
@@ -65,7 +65,7 @@ class RecordingCheckpoints(Checkpoints):
 
 
 class StopAtBatch(PreemptionHandler):
-    """The last rank is told to stop before its `stop_batch`-th batch."""
+    """Signals the last rank before its batch number `stop_batch`."""
 
     stop_batch = 0
 
@@ -77,9 +77,9 @@ class StopAtBatch(PreemptionHandler):
 
 
 def run(directory: Path, *options: str, stop: int = 0) -> SeenWeights:
-    """Two epochs of training in this process group, or as far as it gets until it is told to stop.
+    """Trains two epochs in this process group, or until the batch number `stop`.
 
-    Nothing is put back: the process is this test's own.
+    The patches stay: each rank is a process of this test only.
     """
     folders = ("--output-dir", str(directory), "--checkpoint-dir", str(directory / "checkpoints"))
     sys.argv = ["train.py", *SHORT, *folders, *options]
@@ -89,15 +89,15 @@ def run(directory: Path, *options: str, stop: int = 0) -> SeenWeights:
     try:
         train.train(train.parse_arguments(), torch.device("cpu"))
     except Preempted:
-        assert stop, "nobody told it to stop"
+        assert stop, "stopped without a signal"
     else:
-        assert not stop, "it went on"
+        assert not stop, "not stopped by the signal"
     dist.barrier()
     return RecordingCheckpoints.seen
 
 
-def assert_same(found: dict[int, list[Tensor]], expected: dict[int, list[Tensor]]) -> None:
-    for step, weights in found.items():
+def assert_same(actual: dict[int, list[Tensor]], expected: dict[int, list[Tensor]]) -> None:
+    for step, weights in actual.items():
         for weight, other in zip(weights, expected[step], strict=True):
             torch.testing.assert_close(weight, other, rtol=0, atol=0)
 
@@ -108,7 +108,7 @@ def assert_same(found: dict[int, list[Tensor]], expected: dict[int, list[Tensor]
     [("ddp", [FIRST_EPOCH, AVERAGES_EVALUATION]), ("fsdp2", [LIVE_EVALUATION, AVERAGES_EVALUATION])],
 )
 def test_a_run_stopped_anywhere_resumes_bit_for_bit(parallel: str, stops: list[int], tmp_path: Path) -> None:
-    """Also where one rank alone was told to, and where the averages were in the model."""
+    """Only one rank is signalled; in one case while the averages are in the model."""
     uninterrupted = run(tmp_path, "--parallel", parallel)
     assert len(uninterrupted.saved) == 2 * STEPS
     for stop in stops:
@@ -125,7 +125,7 @@ def test_a_run_stopped_anywhere_resumes_bit_for_bit(parallel: str, stops: list[i
 
 @pytest.mark.world_size(4, timeout=120)
 def test_a_run_stopped_on_four_ranks_resumes_on_three_and_on_two(tmp_path: Path) -> None:
-    """Weights and averages are those of the stopped run, to the bit, right after loading."""
+    """Right after loading, weights and averages are bit-identical to those of the stopped run."""
     rank = dist.get_rank()
     saved = run(tmp_path, "--parallel", "hsdp", stop=SECOND_EPOCH).saved
     for ranks, step, stop in ((3, STEPS + 1, 2), (2, STEPS + 2, 0)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import socket
@@ -10,38 +11,40 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.support import LAUNCH
+from tests.stress_restarts import KILL_POINTS
+from tests.support import LAUNCH, ROOT
 from tests.support.injected_signals import TORCHRUN, TRAIN_WITH_SIGNALS, InjectedSignal, differences, read_metrics
 
 
-def run(*commands: tuple[str | Path, ...], environment: dict[str, str] | None = None) -> str:
-    """What these commands print, run at the same time."""
-    started = [
+def output_of(*commands: tuple[str | Path, ...], environment: dict[str, str] | None = None) -> str:
+    """Runs the commands at the same time, which must succeed, and returns all that they print."""
+    processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         for command in commands
     ]
     try:
-        ended = [(process, *process.communicate(timeout=300)) for process in started]
+        outputs = [process.communicate(timeout=300) for process in processes]
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
-    for process, output, errors in ended:
+    for process, (output, errors) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output + errors
-    return "".join(output for _, output, _ in ended)
+    return "".join(output for output, _ in outputs)
 
 
-def training(directory: Path, *options: str) -> tuple[str | Path, ...]:
-    """The script with its options for two epochs that leave everything in `directory`."""
+def train_command(directory: Path, *options: str) -> tuple[str | Path, ...]:
+    """The script with options for two epochs, and with all its output in `directory`."""
     folders = ("--output-dir", directory, "--checkpoint-dir", directory / "checkpoints")
     return (LAUNCH / "train.py", "--device", "cpu", "--epochs", "2", *folders, *options)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder and the output of a run on two ranks."""
+    """The folder and the output of a run on two ranks that ended undisturbed."""
     directory = tmp_path_factory.mktemp("finished")
-    return directory, run((*TORCHRUN, "--standalone", "--nproc-per-node", "2", *training(directory)))
+    return directory, output_of((*TORCHRUN, "--standalone", "--nproc-per-node", "2", *train_command(directory)))
 
 
 def test_a_run_reports_each_epoch_and_leaves_metrics_and_curves(finished: tuple[Path, str]) -> None:
@@ -57,7 +60,7 @@ def test_a_run_reports_each_epoch_and_leaves_metrics_and_curves(finished: tuple[
 
 def test_a_plain_script_evaluates_the_averaged_model_to_what_the_run_printed(finished: tuple[Path, str]) -> None:
     directory, output = finished
-    evaluated = run((sys.executable, LAUNCH / "evaluate_weights.py", directory / "model.safetensors"))
+    evaluated = output_of((sys.executable, LAUNCH / "evaluate_weights.py", directory / "model.safetensors"))
     last = read_metrics(directory)[-1]
     expected = f"loss {float(last['average_loss']):.4f}, accuracy {float(last['average_accuracy']):.2%}"
     assert expected in evaluated
@@ -67,15 +70,15 @@ def test_a_plain_script_evaluates_the_averaged_model_to_what_the_run_printed(fin
 def test_a_run_stopped_after_an_epoch_resumes_bit_for_bit_on_two_nodes(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """The nodes are two agents on this machine, which meet as slurm.sbatch lets them meet."""
+    """Two torchrun agents on this machine stand for the nodes; their rendezvous is that of slurm.sbatch."""
     directory, _ = finished
     shutil.copytree(directory / "checkpoints/step-0000000027", tmp_path / "checkpoints/step-0000000027")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     nodes = ("--nnodes", "2", "--nproc-per-node", "1")
-    meeting = ("--rdzv-backend", "c10d", "--rdzv-id", "digits", "--rdzv-endpoint", f"127.0.0.1:{port}")
-    agent = (*TORCHRUN, *nodes, *meeting, *training(tmp_path, "--resume"))
-    output = run(agent, agent)
+    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-id", "digits", "--rdzv-endpoint", f"127.0.0.1:{port}")
+    agent = (*TORCHRUN, *nodes, *rendezvous, *train_command(tmp_path, "--resume"))
+    output = output_of(agent, agent)
 
     assert "continuing from step 27" in output
     assert re.findall(r"^ +(\d+) ", output, re.MULTILINE) == ["2"], "only the second epoch was left to do"
@@ -85,7 +88,7 @@ def test_a_run_stopped_after_an_epoch_resumes_bit_for_bit_on_two_nodes(
 def test_ranks_killed_while_stepping_swapping_and_saving_end_bit_identical(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """stress_restarts.py kills more of them."""
+    """`python -m tests.stress_restarts` kills at many more moments."""
     directory, _ = finished
     kills = [
         InjectedSignal("torch/_tensor.py", "backward", call_number=22, events_after=5, rank=1, attempt=0),
@@ -94,17 +97,25 @@ def test_ranks_killed_while_stepping_swapping_and_saving_end_bit_identical(
     ]
     options = ("--checkpoint-every", "20", "--resume")
     ranks = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "3")
-    command = (*TORCHRUN, *ranks, TRAIN_WITH_SIGNALS, *training(tmp_path, *options)[1:])
-    output = run(command, environment=InjectedSignal.environment(kills))
+    command = (*TORCHRUN, *ranks, TRAIN_WITH_SIGNALS, *train_command(tmp_path, *options)[1:])
+    output = output_of(command, environment=InjectedSignal.environment(kills))
 
     starts = re.findall(r"^(?:starting|continuing) from (?:the|step) (\w+)", output, re.MULTILINE)
     assert starts == ["beginning", "20", "20", "20"]
     assert not differences(tmp_path, directory)
 
 
+def test_the_stress_test_kills_in_functions_that_exist() -> None:
+    """A function that was renamed is never called: no rank would be killed there."""
+    for file, function, _ in [point for points in KILL_POINTS.values() for point in points]:
+        folder = Path(torch.__file__).parents[1] if file.startswith("torch/") else ROOT
+        nodes = ast.walk(ast.parse((folder / file).read_text()))
+        assert function in {node.name for node in nodes if isinstance(node, ast.FunctionDef)}, (file, function)
+
+
 def test_checkpoints_of_an_earlier_run_are_not_mixed_with_new_ones(finished: tuple[Path, str]) -> None:
     directory, _ = finished
-    command = (sys.executable, *training(directory))
+    command = (sys.executable, *train_command(directory))
     again = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     assert again.returncode == 1
     assert "step 54 in" in again.stderr

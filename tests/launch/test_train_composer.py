@@ -1,4 +1,4 @@
-"""`launch/train_composer.py` and the script of docs/composer.md under real launchers, as their users start them."""
+"""`launch/train_composer.py` and the script of docs/composer.md, started by torchrun and by Composer's launcher."""
 
 from __future__ import annotations
 
@@ -28,64 +28,64 @@ EXAMPLE = re.compile(r'^```py title="train.py"\n(.*?)^```$', re.MULTILINE | re.D
 EVALUATION = re.compile(r"^epoch (\d+), batch (\d+): live (.+); average (.+)$", re.MULTILINE)
 
 
-def ended(*command: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A command that came to its end, and all that it printed."""
+def run(*command: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end; `stdout` of the result has standard error too."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.run(command, **streams, text=True, env=environment, cwd=folder, timeout=540, check=False)
 
 
-def printed(*command: str | Path, folder: Path | None = None) -> str:
-    """What a command prints that ends well."""
-    run = ended(*command, folder=folder)
-    assert run.returncode == 0, run.stdout
-    return run.stdout
+def output_of(*command: str | Path, folder: Path | None = None) -> str:
+    """Runs a command, which must succeed, and returns all that it prints."""
+    completed = run(*command, folder=folder)
+    assert completed.returncode == 0, completed.stdout
+    return completed.stdout
 
 
-def shown(*command: str | Path) -> str:
-    """What a command of one process shows on a terminal, one line below the other."""
-    terminal, its_end = pty.openpty()
-    termios.tcsetwinsize(its_end, (24, 200))
-    process = subprocess.Popen(command, stdout=its_end, stderr=its_end, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    os.close(its_end)
-    too_late = threading.Timer(540, process.kill)
-    too_late.start()
+def terminal_output_of(*command: str | Path) -> str:
+    """Runs a command on a terminal, which must succeed; in the output, a redrawn line is a new line."""
+    terminal, child_end = pty.openpty()
+    termios.tcsetwinsize(child_end, (24, 200))
+    process = subprocess.Popen(command, stdout=child_end, stderr=child_end, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    os.close(child_end)
+    timer = threading.Timer(540, process.kill)
+    timer.start()
     with os.fdopen(terminal, "rb", buffering=0) as file:
         chunks = []
         try:
             while chunk := file.read(4096):
                 chunks.append(chunk)
-        except OSError:  # how Linux says that the other end was closed
+        except OSError:  # Linux raises EIO when the other end is closed
             pass
-    code = process.wait()
-    too_late.cancel()
+    exit_code = process.wait()
+    timer.cancel()
     output = b"".join(chunks).decode()
-    assert code == 0, output
+    assert exit_code == 0, output
     return output.replace("\r", "\n")
 
 
-def training(folder: Path, *options: str) -> tuple[str | Path, ...]:
-    """The script, with its checkpoints in a folder."""
+def train_command(folder: Path, *options: str) -> tuple[str | Path, ...]:
+    """The script with its checkpoints in `folder`."""
     return (SCRIPT, "--device", "cpu", "--save-folder", folder, *options)
 
 
 def evaluations(output: str) -> list[tuple[str, ...]]:
-    """Epoch, batch, scores of the live weights and of the averages, in the order printed."""
+    """Epoch, batch, live scores and average scores of each evaluation, in the order printed."""
     return EVALUATION.findall(output)
 
 
-def evaluated(folder: Path, weights: dict[str, torch.Tensor]) -> str:
+def evaluation_of(folder: Path, weights: dict[str, torch.Tensor]) -> str:
     """What evaluate_weights.py, which imports neither Composer nor ema_dist, prints for a classifier's weights."""
     file = folder / "plain.safetensors"
-    save_file({name.removeprefix("module.").removeprefix("module."): it for name, it in weights.items()}, file)
-    return printed(sys.executable, SCRIPT.with_name("evaluate_weights.py"), file)
+    save_file({name.removeprefix("module.").removeprefix("module."): tensor for name, tensor in weights.items()}, file)
+    return output_of(sys.executable, SCRIPT.with_name("evaluate_weights.py"), file)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The checkpoints and the output of two epochs by torchrun."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder, printed(*TWO_RANKS, *training(folder, "--epochs", "2"))
+    return folder, output_of(*TWO_RANKS, *train_command(folder, "--epochs", "2"))
 
 
 def test_each_epoch_prints_the_scores_of_live_and_averaged_weights_once(finished: tuple[Path, str]) -> None:
@@ -96,8 +96,8 @@ def test_each_epoch_prints_the_scores_of_live_and_averaged_weights_once(finished
 
     state = torch.load(folder / "ep2-ba54-rank0.pt", weights_only=False)["state"]
     *_, live, average = evaluations(output)[-1]
-    assert live in evaluated(folder, dict(state["algorithms"])["EMA"]["ema_model"]["named_parameters_dict"])
-    assert average in evaluated(folder, state["model"])
+    assert live in evaluation_of(folder, dict(state["algorithms"])["EMA"]["ema_model"]["named_parameters_dict"])
+    assert average in evaluation_of(folder, state["model"])
     assert live != average
 
 
@@ -107,26 +107,28 @@ def test_composers_launcher_resumes_what_torchrun_began_to_the_same_scores(
     folder, output = finished
     shutil.copy(folder / "ep1-ba27-rank0.pt", tmp_path)
     (tmp_path / "latest-rank0.pt").symlink_to("ep1-ba27-rank0.pt")
-    resumed = printed(*COMPOSER, *training(tmp_path, "--epochs", "2", "--resume"))
+    resumed = output_of(*COMPOSER, *train_command(tmp_path, "--epochs", "2", "--resume"))
     assert "starting at batch 27" in resumed
     assert evaluations(resumed) == evaluations(output)[1:]
 
 
 def test_an_earlier_run_is_not_continued_unasked(finished: tuple[Path, str]) -> None:
-    run = ended(sys.executable, *training(finished[0]))
-    assert run.returncode == 2
-    assert "pass --resume" in run.stdout
+    completed = run(sys.executable, *train_command(finished[0]))
+    assert completed.returncode == 2
+    assert "pass --resume" in completed.stdout
 
 
 def test_fsdp2_resumes_on_one_process_whose_progress_bar_has_both_metrics(tmp_path: Path) -> None:
-    output = printed(*TWO_RANKS, *training(tmp_path, "--parallel", "fsdp2", "--epochs", "1"))
+    output = output_of(*TWO_RANKS, *train_command(tmp_path, "--parallel", "fsdp2", "--epochs", "1"))
     ((*_, live, average),) = evaluations(output)
     for scores, entry in ((live, "state.ema_dist.live"), (average, "state.model")):
         choice = ("--weights", "live", "--entry", entry)
-        printed(sys.executable, "-m", "ema_dist.cli", "export", tmp_path / "ep1-ba27", tmp_path / entry, *choice)
-        assert scores in evaluated(tmp_path, load_file(tmp_path / entry / "model.safetensors"))
+        output_of(sys.executable, "-m", "ema_dist.cli", "export", tmp_path / "ep1-ba27", tmp_path / entry, *choice)
+        assert scores in evaluation_of(tmp_path, load_file(tmp_path / entry / "model.safetensors"))
 
-    resumed = shown(sys.executable, *training(tmp_path, "--parallel", "fsdp2", "--epochs", "2", "--resume"))
+    resumed = terminal_output_of(
+        sys.executable, *train_command(tmp_path, "--parallel", "fsdp2", "--epochs", "2", "--resume")
+    )
     assert "starting at batch 27" in resumed
     assert [row[:2] for row in evaluations(resumed)] == [("2", "54")]
     assert re.search(r"train +Epoch +1:.*27/27.*loss/train/total=", resumed)
@@ -135,16 +137,16 @@ def test_fsdp2_resumes_on_one_process_whose_progress_bar_has_both_metrics(tmp_pa
 
 
 def test_fsdp1_on_a_cpu_is_refused_before_anything_starts() -> None:
-    run = ended(sys.executable, SCRIPT, "--device", "cpu", "--parallel", "fsdp1")
-    assert run.returncode == 2
-    assert "pass --parallel fsdp2" in run.stdout
+    completed = run(sys.executable, SCRIPT, "--device", "cpu", "--parallel", "fsdp1")
+    assert completed.returncode == 2
+    assert "pass --parallel fsdp2" in completed.stdout
 
 
 def test_the_script_of_the_page_runs_and_resumes(tmp_path: Path) -> None:
     (example,) = EXAMPLE.findall((ROOT / "docs" / "composer.md").read_text())
     (tmp_path / "train.py").write_text(example)
-    first = printed(*TWO_RANKS, "train.py", folder=tmp_path)
+    first = output_of(*TWO_RANKS, "train.py", folder=tmp_path)
     assert "accuracy of the averages" in first
     (tmp_path / "train.py").write_text(example.replace('"4ep"', '"6ep"'))
-    again = printed(*COMPOSER, "train.py", folder=tmp_path)
+    again = output_of(*COMPOSER, "train.py", folder=tmp_path)
     assert "96 batches" in again
