@@ -1,4 +1,4 @@
-"""The Python in README.md and in the pages runs as printed."""
+"""The Python code in README.md and docs/ runs as printed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BLOCK = re.compile(r'^```python(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE 
 
 
 def scripts(page: Path) -> dict[str, str]:
-    """Source by name: a block with a title is a script of its own, all others on a page are one script together."""
-    titled, rest = {}, []
+    """Sources by name: a code block with a title is a script; all others on a page together are one script."""
+    titled, untitled = {}, []
     for title, source in BLOCK.findall(page.read_text()):
         if title:
             titled[title] = source
         else:
-            rest.append(source)
-    return titled | ({page.name: "\n".join(rest)} if rest else {})
+            untitled.append(source)
+    return titled | ({page.name: "\n".join(untitled)} if untitled else {})
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -34,18 +34,18 @@ SCRIPTS = [pytest.param(page.relative_to(ROOT), name, id=name) for page in PAGES
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize(("page", "name"), SCRIPTS)
 def test_code_in_the_documentation_runs(page: Path, name: str, tmp_path: Path) -> None:
-    """A script of its own runs twice, as a resumed one does; a page, once."""
+    """A script with a title runs twice, the second time to resume; the code of a page runs once."""
     script = tmp_path / f"rank{dist.get_rank()}.py"
     script.write_text(scripts(ROOT / page)[name])
     os.chdir(tmp_path)
     for port in free_ports(2 if name.endswith(".py") else 1):
         leave_process_group()
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # what torchrun would say
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # torchrun would set these
         runpy.run_path(str(script), run_name="__main__")
 
 
 def free_ports(count: int) -> list[int]:
-    """The same on every rank."""
+    """Free ports of this machine, the same on every rank."""
     sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
     ports = [sock.getsockname()[1] for sock in sockets]
     for sock in sockets:
@@ -55,7 +55,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def leave_process_group() -> None:
-    """Where there is one: together, so that no rank breaks the connection of another."""
+    """Destroy the process group if there is one, after a barrier: no rank may leave while another still uses it."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the projections' width sets the number of heads, since tensor parallelism splits it."""
+    """Multi-head self-attention; the projections' width sets the number of heads: tensor parallelism splits it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

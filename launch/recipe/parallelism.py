@@ -55,7 +55,7 @@ def wrap(model: VisionTransformer, parallel: str, device: torch.device) -> nn.Mo
 
 
 def data_rank_and_size(parallel: str) -> tuple[int, int]:
-    """This rank's part of each batch, and the number of parts: one under tensor parallelism, where all ranks take all."""
+    """This rank's part of each batch, and the number of parts; tensor parallelism gives all ranks the whole."""
     if parallel == "tp":
         return 0, 1
     return dist.get_rank(), dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What only a GPU can show: no host synchronisation, NCCL, memory on the device."""
+"""Properties that need a GPU to test: no host synchronisation, NCCL, device memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_model(layout: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """An error wherever the host waits for the device."""
+    """Raises an error wherever the host waits for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield

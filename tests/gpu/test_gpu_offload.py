@@ -1,4 +1,4 @@
-"""What only a GPU can show of averages on the CPU and of updates that overlap: copies, memory, streams, NCCL."""
+"""Averages on the CPU and overlapped updates, as only a GPU can test them: copies, memory, streams, NCCL."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ STAGING_BYTES = 64 * 2**20
 
 
 @torch.no_grad()
-def move(model: nn.Module, step: int) -> None:
+def change_weights(model: nn.Module, step: int) -> None:
     for index, parameter in enumerate(model.parameters()):
         parameter.mul_(1 + 0.01 * (index + step))
 
 
-def on_the_cpu(model: nn.Module, like: dict[str, Tensor]) -> nn.Module:
-    """The same weights without a wrapper, in the same dtypes."""
+def copy_on_cpu(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """A plain model on the CPU with these weights, in the dtype of `model`."""
     net = make_model("plain").cpu()
     net.to(next(model.parameters()).dtype)
-    net.load_state_dict({name: value.cpu() for name, value in like.items()})
+    net.load_state_dict({name: value.cpu() for name, value in weights.items()})
     return net
 
 
@@ -35,15 +35,15 @@ def on_the_cpu(model: nn.Module, like: dict[str, Tensor]) -> nn.Module:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_averages_are_those_of_an_update_in_place_on_the_cpu(layout: str, dtype: torch.dtype) -> None:
-    """To the bit, through a swap, serving and a state dict; a GPU may round its own multiply-adds otherwise."""
+    """Bit-identical, also in a swap, serving and a state dict; on a GPU, fused multiply-adds may round differently."""
     model = make_model(layout, dtype)
     ema = ShardedEMA(model, decay=0.75, store=Offloaded())
-    twin = on_the_cpu(model, full_weights(model))
-    reference = ShardedEMA(twin, decay=0.75, kernel="foreach" if dtype is torch.float32 else "scratch")
+    reference_model = copy_on_cpu(model, full_weights(model))
+    reference = ShardedEMA(reference_model, decay=0.75, kernel="foreach" if dtype is torch.float32 else "scratch")
     for step in range(3):
-        move(model, step)
+        change_weights(model, step)
         ema.update()
-        twin.load_state_dict({name: value.cpu() for name, value in full_weights(model).items()})
+        reference_model.load_state_dict({name: value.cpu() for name, value in full_weights(model).items()})
         reference.update()
     full = ema.full_state_dict(dtype=torch.float32)
     if full:
@@ -63,7 +63,7 @@ def test_averages_are_those_of_an_update_in_place_on_the_cpu(layout: str, dtype:
     for average in ema.state_dict()["tracks"]["default"]["averages"].values():
         local = average.to_local() if hasattr(average, "to_local") else average
         shards = average.local_shards() if hasattr(average, "local_shards") else []
-        assert all(it.device.type == "cpu" for it in ([shard.tensor for shard in shards] or [local]))
+        assert all(tensor.device.type == "cpu" for tensor in [shard.tensor for shard in shards] or [local])
 
 
 @pytest.mark.gpu
@@ -71,16 +71,16 @@ def test_averages_are_those_of_an_update_in_place_on_the_cpu(layout: str, dtype:
 def test_an_update_waits_for_nothing_on_the_device() -> None:
     model = nn.Linear(4096, 4096, device="cuda")
     ema = ShardedEMA(model, decay=0.5, store=Offloaded(max_pending=4))
-    big = torch.randn(8192, 8192, device="cuda")
-    done = torch.cuda.Event()
+    matrix = torch.randn(8192, 8192, device="cuda")
+    finished = torch.cuda.Event()
     for _ in range(20):
-        big @ big
-    done.record()
+        matrix @ matrix
+    finished.record()
     with no_host_sync():
         ema.update()
-    assert not done.query()
+    assert not finished.query()
     ema.state_dict()
-    assert done.query()
+    assert finished.query()
 
 
 @pytest.mark.gpu
@@ -119,23 +119,23 @@ def test_a_thousand_small_tensors_are_one_copy() -> None:
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("store", [None, Offloaded()], ids=str)
 def test_the_next_step_waits_for_an_update_that_is_late(store: Offloaded | None) -> None:
-    model, twin = (nn.Linear(2048, 2048, device="cuda") for _ in range(2))
-    twin.load_state_dict(model.state_dict())
-    optimizers = [torch.optim.SGD(it.parameters(), lr=0.1) for it in (model, twin)]
-    ema, reference = ShardedEMA(model, decay=0.5, store=store), ShardedEMA(twin, decay=0.5, store=store)
+    model, reference_model = (nn.Linear(2048, 2048, device="cuda") for _ in range(2))
+    reference_model.load_state_dict(model.state_dict())
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (model, reference_model)]
+    ema, reference = ShardedEMA(model, decay=0.5, store=store), ShardedEMA(reference_model, decay=0.5, store=store)
     ema.attach(optimizers[0], overlap=True)
     reference.attach(optimizers[1])
-    big = torch.randn(8192, 8192, device="cuda")
+    matrix = torch.randn(8192, 8192, device="cuda")
     streams = ema._tracks.streams  # noqa: SLF001
     with streams.fork():
-        pass  # it is made when it is first used
+        pass  # the side stream is created on first use
     for step in range(5):
-        for it, optimizer in zip((model, twin), optimizers, strict=True):
+        for module, optimizer in zip((model, reference_model), optimizers, strict=True):
             optimizer.zero_grad()
-            it(torch.full((4, 2048), 1.0 + step, device="cuda")).sum().backward()
-            with torch.cuda.stream(streams._streams[model.weight.device]):  # noqa: SLF001  the update waits for this
+            module(torch.full((4, 2048), 1.0 + step, device="cuda")).sum().backward()
+            with torch.cuda.stream(streams._streams[model.weight.device]):  # noqa: SLF001  delays the update
                 for _ in range(5):
-                    big @ big
+                    matrix @ matrix
             optimizer.step()
     assert_bitwise_equal(ema.full_state_dict(), reference.full_state_dict())
 
@@ -151,7 +151,7 @@ def test_steps_skipped_on_the_device_are_left_out(fused: bool, overlap: bool, st
     scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
     ema = ShardedEMA(model, decay=0.5, store=store)
     ema.attach(optimizer, overlap=overlap)
-    seen = [value.cpu() for value in ema.full_state_dict().values()]
+    expected = [value.cpu() for value in ema.full_state_dict().values()]
     for step in range(4):
         scaler.scale(model(torch.ones(1, 8, device="cuda")).sum()).backward()
         if step == 2 and model.weight.grad is not None:
@@ -161,10 +161,10 @@ def test_steps_skipped_on_the_device_are_left_out(fused: bool, overlap: bool, st
         optimizer.zero_grad()
         if step != 2:
             live = [value.cpu() for value in model.state_dict().values()]
-            seen = [old.lerp(new, 0.5) for old, new in zip(seen, live, strict=True)]
+            expected = [old.lerp(new, 0.5) for old, new in zip(expected, live, strict=True)]
     assert (ema.steps, ema.updates) == (3, 3)
-    for found, expected in zip(ema.full_state_dict().values(), seen, strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, reference in zip(ema.full_state_dict().values(), expected, strict=True):
+        torch.testing.assert_close(actual, reference)
 
 
 @pytest.mark.gpu
@@ -177,7 +177,7 @@ def test_averages_are_gathered_and_saved_with_an_nccl_only_group(layout: str, tm
     dist.init_process_group("nccl", store=store, rank=rank, world_size=size, device_id=torch.device("cuda", rank))
     model = make_model(layout)
     ema = ShardedEMA(model, decay=0.75, store=Offloaded())
-    move(model, 1)
+    change_weights(model, 1)
     ema.update()
     full = ema.full_state_dict()
     dcp.save({"ema": ema}, checkpoint_id=tmp_path / "checkpoint")

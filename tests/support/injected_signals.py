@@ -1,4 +1,4 @@
-"""Runs of launch/train.py in which ranks are signalled or killed at chosen moments, and comparisons of their results."""
+"""Runs of launch/train.py in which ranks are signalled or killed at chosen moments, and the comparison of results."""
 
 from __future__ import annotations
 
