@@ -44,7 +44,7 @@ reshard_cases = pytest.mark.parametrize(
 
 
 def run_in_world(size: int, directory: Path, body: Callable[[], None]) -> None:
-    """Run ``body`` on the first ``size`` ranks, in a process group of their own; the others return at once."""
+    """Run ``body`` on the first ``size`` ranks, in a process group of their own; the other ranks return at once."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
