@@ -1,4 +1,4 @@
-"""How far one tensor is from another, relative to its size."""
+"""The relative distance of two tensors."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**14
-"""Elements that are compared at a time, so few that all stays in the cache of one processor."""
+"""Elements that are compared at a time: few enough for the temporaries to stay in the cache of one core."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Between a tensor and another of the same shape; equal values are at no distance, NaN and infinities included.
+    """The distance of a tensor from a reference of the same shape; equal NaN and equal infinities have distance 0.
 
-    Every number is relative to the first tensor, by its finite values: 0 for no distance at all, infinite where all of
-    them are 0.
+    Each number is divided by the size of the reference, over its finite values. It is 0 if the difference is 0, and
+    otherwise infinite if the size is 0.
     """
 
     is_equal: bool
-    """Whether every value is equal: a difference may be too small for the numbers below, and too large."""
+    """Whether all values are equal. The numbers below do not tell: a difference may underflow or overflow in them."""
     largest: float
-    """The largest absolute difference, by the mean absolute value."""
+    """The largest absolute difference, over the mean absolute value."""
     mean: float
-    """The mean absolute difference, by the mean absolute value."""
+    """The mean absolute difference, over the mean absolute value."""
     norm: float
-    """The Euclidean norm of the difference, by the Euclidean norm."""
+    """The Euclidean norm of the difference, over that of the reference."""
 
 
 def distance(reference: Tensor, other: Tensor) -> Distance:
-    """How far ``other`` is from ``reference``, computed in double precision.
+    """Returns the distance of ``other`` from ``reference``, computed in double precision.
 
-    Memory: a constant.
-    Shape: both the same.
+    Memory: bounded by a constant.
+    Shape: the same for both.
     """
-    assert reference.shape == other.shape, "shapes are compared before"
+    assert reference.shape == other.shape, "the caller compares shapes"
     is_equal, largest, sums, squares = True, 0.0, [0.0, 0.0], [0.0, 0.0]
     chunks = zip(reference.reshape(-1).split(CHUNK_ELEMENTS), other.reshape(-1).split(CHUNK_ELEMENTS), strict=True)
     for expected, actual in chunks:
@@ -52,7 +52,7 @@ def distance(reference: Tensor, other: Tensor) -> Distance:
 
 
 def _equal(expected: Tensor, actual: Tensor) -> bool:
-    """Integers of one dtype are compared as they are: not each of them is a floating number."""
+    """Compares integers of one dtype exactly: not every int64 has a float64 of the same value."""
     if expected.dtype == actual.dtype and not (expected.is_floating_point() or expected.is_complex()):
         return torch.equal(expected, actual)
     return bool(_equal_or_nan(_to_double(expected), _to_double(actual)).all())
@@ -63,9 +63,9 @@ def _equal_or_nan(expected: Tensor, actual: Tensor) -> Tensor:
 
 
 def _magnitudes(expected: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
-    """The absolute differences, and the absolute values to which they are relative."""
-    same = _equal_or_nan(expected, actual)
-    return (actual - expected).abs().masked_fill(same, 0), expected.abs().nan_to_num(0, 0, 0)
+    """The absolute differences, and the absolute values of the reference, with 0 for those that are not finite."""
+    is_same = _equal_or_nan(expected, actual)  # the difference of two infinities is NaN
+    return (actual - expected).abs().masked_fill(is_same, 0), expected.abs().nan_to_num(0, 0, 0)
 
 
 def _to_double(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ema_dist.cli.distance import distance
 from ema_dist.cli.terminal import format_bytes, progress, stdout_console
 
 BAR_COLUMNS = 10
-"""Columns of the bar that shows the largest distance."""
+"""The width of the bar for the largest distance."""
 
 
 def inspect(checkpoint: Path, *, step: int | None = None, as_json: bool = False) -> None:
@@ -32,22 +32,22 @@ def inspect(checkpoint: Path, *, step: int | None = None, as_json: bool = False)
     if as_json:
         typer.echo(json.dumps(_replace_non_finite(summary), indent=1, allow_nan=False))
         return
-    _show_header(summary)
-    _show_entries(summary)
+    _print_header(summary)
+    _print_entries(summary)
     models = {dotted_name(key_path): tensors for key_path, tensors in stored.index.models.items()}
     for entry, averages in summary["averages"].items():
         for name, track in averages["tracks"].items():
             model_note = f", beside {_entry_label(averages['model'])}" if averages["model"] in models else ""
             live = models.get(averages["model"], {})
             title = f"averages {_entry_label(entry)}, track {name}{model_note}"
-            _show_tensors(title, stored.index, live, averages=track["averages"], distances=track["distances"])
+            _print_tensors(title, stored.index, live, averages=track["averages"], distances=track["distances"])
     shown_models = {averages["model"] for averages in summary["averages"].values()}
     for entry in models.keys() - shown_models:
-        _show_tensors(f"model {_entry_label(entry)}", stored.index, models[entry], averages={}, distances={})
+        _print_tensors(f"model {_entry_label(entry)}", stored.index, models[entry], averages={}, distances={})
 
 
 def _summarize(stored: StoredCheckpoint) -> dict[str, Any]:
-    """What ``--json`` prints."""
+    """The object that ``--json`` prints; its keys are in the help text."""
     index, manifest = stored.index, stored.manifest
     entries = {
         dotted_name(key_path): {
@@ -95,31 +95,32 @@ def _summarize_averages(stored: StoredCheckpoint, averages: StoredAverages) -> d
         "steps": averages.steps,
         "updates": averages.updates,
         "tracks": {
-            name: {"decay": _decay(averages.decays[name]), **_compare(stored, track, model)}
+            name: {"decay": _summarize_decay(averages.decays[name]), **_compare_with_live(stored, track, model)}
             for name, track in averages.tracks.items()
         },
     }
 
 
-def _decay(decay: StoredDecay) -> dict[str, Any]:
-    return {**decay.decay.state(), "half_life": decay.half_life, "decay": decay.decay_per_unit, "per": decay.unit}
+def _summarize_decay(stored: StoredDecay) -> dict[str, Any]:
+    return {**stored.decay.state(), "half_life": stored.half_life, "decay": stored.decay_per_unit, "per": stored.unit}
 
 
-def _compare(stored: StoredCheckpoint, track: TrackNames, model: KeyPath | None) -> dict[str, dict[str, Any]]:
-    """The average of each tensor, and how far it is from the live one, in the model's order."""
+def _compare_with_live(stored: StoredCheckpoint, track: TrackNames, model: KeyPath | None) -> dict[str, dict[str, Any]]:
+    """The DCP name of each average and its distance from the live tensor, in the order of the model."""
     if model is None:
         return {"averages": track.all, "distances": {}}
     index = stored.index
     live, averages = index.models[model], stored.average_names(model, track)
     comparable = [name for name, average in averages.items() if index.shape(average) == index.shape(live[name])]
-    names = [name for pair in ((averages[name], live[name]) for name in comparable) for name in pair]
-    with progress("comparing", sum(map(index.nbytes, names))) as advance:
-        tensors = stored.stream(names, on_bytes=advance)
+    dcp_names = [dcp_name for name in comparable for dcp_name in (averages[name], live[name])]
+    with progress("comparing", sum(map(index.nbytes, dcp_names))) as advance:
+        tensors = stored.stream(dcp_names, on_bytes=advance)
+        # Keyword arguments are evaluated from left to right: the average comes first in the stream.
         distances = {name: distance(other=next(tensors), reference=next(tensors)).norm for name in comparable}
     return {"averages": averages, "distances": distances}
 
 
-def _show_header(summary: Mapping[str, Any]) -> None:
+def _print_header(summary: Mapping[str, Any]) -> None:
     for label, text in _header_rows(summary):
         stdout_console().print(f"[bold]{label:<12}[/]{escape(text)}", soft_wrap=True)
 
@@ -144,7 +145,7 @@ def _header_rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "averages", f"{_entry_label(entry)}, track {name}: {half_life} ({decay_per_unit}), {counts}"
 
 
-def _show_entries(summary: Mapping[str, Any]) -> None:
+def _print_entries(summary: Mapping[str, Any]) -> None:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("entry", overflow="fold")
     table.add_column("kind", overflow="fold")
@@ -168,15 +169,15 @@ def _show_entries(summary: Mapping[str, Any]) -> None:
     stdout_console().print(table)
 
 
-def _show_tensors(
+def _print_tensors(
     title: str,
     index: CheckpointIndex,
-    live: Mapping[str, str],
+    live: Mapping[str, str],  # as below: names in the model to DCP names
     *,
     averages: Mapping[str, str],
     distances: Mapping[str, float],
 ) -> None:
-    """One row for each tensor of a model, or of its averages alone."""
+    """Prints one row for each tensor of a model and of its averages; either may be empty."""
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("tensor", overflow="fold")
     table.add_column("shape", justify="right", overflow="fold")
@@ -220,7 +221,7 @@ def _dtype_name(index: CheckpointIndex, name: str) -> str:
 
 
 def _replace_non_finite(summary: Any) -> Any:  # noqa: ANN401  JSON
-    """The same, without the numbers that JSON has no words for."""
+    """Returns a copy in which text replaces the numbers that JSON cannot represent."""
     match summary:
         case dict():
             return {key: _replace_non_finite(value) for key, value in summary.items()}

@@ -1,4 +1,4 @@
-"""What the commands share: how they talk, show that they are at work, and fail."""
+"""What the commands share: consoles, progress bars, and errors and warnings printed as messages."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ from rich.text import Text
 P = ParamSpec("P")
 
 PIPE_COLUMNS = 160
-"""Columns of a table that goes into a file or a pipe, where nothing tells how wide it may be."""
+"""The least width of a table that is written into a file or a pipe, whose width is not known."""
 
 
 class _EscapingConsole(Console):
-    """Shows what is no printable character by its code: names in a checkpoint could otherwise steer the terminal."""
+    """Prints control characters as escape sequences: names in a checkpoint could otherwise control the terminal."""
 
     def render_str(self, text: str, **settings: Any) -> Text:  # noqa: ANN401  as in rich
-        printable = "".join(it if it.isprintable() or it == "\n" else ascii(it)[1:-1] for it in text)
+        printable = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
         return super().render_str(printable, **settings)
 
 
 def stdout_console() -> Console:
-    """Where results go."""
+    """The console for results."""
     console = _EscapingConsole(highlight=False, emoji=False)
-    return (
-        console
-        if console.is_terminal
-        else _EscapingConsole(highlight=False, emoji=False, width=max(PIPE_COLUMNS, console.width))
-    )
+    if not console.is_terminal:
+        console.width = max(PIPE_COLUMNS, console.width)
+    return console
 
 
 def print_stderr(message: str) -> None:
-    """Tell the user something beside the results, on stderr."""
+    """Prints a message on stderr, apart from the results."""
     _stderr_console().print(escape(message))
 
 
-def fail(message: str, code: int = 1) -> NoReturn:
-    """End the command with an error on stderr."""
+def fail(message: str, exit_code: int) -> NoReturn:
+    """Prints an error on stderr and ends the command with the exit code.
+
+    Raises: typer.Exit.
+    """
     _stderr_console().print(f"[bold red]error:[/] {escape(message)}")
-    raise typer.Exit(code)
+    raise typer.Exit(exit_code)
 
 
 def report_errors(*, exit_code: int) -> Callable[[Callable[P, None]], Callable[P, None]]:
@@ -81,10 +82,10 @@ def report_errors(*, exit_code: int) -> Callable[[Callable[P, None]], Callable[P
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr, if that is a terminal, gone when all is done; the caller advances it by bytes."""
+    """Shows a bar on stderr, if that is a terminal, until the block ends; the caller advances it by bytes."""
     console = Console(stderr=True)
     if not console.is_terminal:  # a bar that is disabled ends with an empty line before rich 14
-        yield lambda _count: None
+        yield lambda _size: None
         return
     columns = (
         TextColumn("{task.description}"),
@@ -95,11 +96,11 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], object]]:
     )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda count: bar.advance(task, count)
+        yield lambda size: bar.advance(task, size)
 
 
 def format_bytes(size: int) -> str:
-    """A size as people read it."""
+    """A size with a binary unit, such as ``1.5 MiB``."""
     value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:
@@ -114,7 +115,7 @@ def _stderr_console() -> Console:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings as a sentence on stderr, without the line of code that gave them."""
+    """Prints warnings as messages on stderr, without the line of code that raised them."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         print_stderr(f"warning: {message}")

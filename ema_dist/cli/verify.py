@@ -45,14 +45,14 @@ def verify(checkpoint: Path, *, step: int | None = None) -> bool:
 
 @dataclass
 class Report:
-    """What is wrong with a checkpoint, and what is merely worth knowing."""
+    """What is wrong with a checkpoint (problems), and what is only worth knowing (notes)."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @contextmanager
     def collecting_errors(self) -> Iterator[None]:
-        """Whatever makes the checkpoint unreadable inside the block is one more problem."""
+        """Records a CheckpointError that ends the block as a problem."""
         try:
             yield
         except CheckpointError as error:
@@ -60,6 +60,7 @@ class Report:
 
 
 def _check_files(folder: Path, report: Report) -> None:
+    """Checks the sizes and checksums of the files that the manifest lists."""
     manifest = read_manifest(folder)
     if manifest is None:
         report.notes.append(f"{folder} has no manifest (plain dcp.save writes none): files are not checked by checksum")
@@ -74,7 +75,7 @@ def _check_files(folder: Path, report: Report) -> None:
 
 
 def _check_averages(stored: StoredCheckpoint, report: Report) -> None:
-    """The averages' names and shapes must be those of a model beside them."""
+    """Checks that averages have the names and shapes of a model in the checkpoint."""
     for key_path in stored.index.averages:
         with report.collecting_errors():
             averages = stored.averages[key_path]
@@ -98,7 +99,7 @@ def _check_averages(stored: StoredCheckpoint, report: Report) -> None:
 
 
 def _check_values(stored: StoredCheckpoint, report: Report) -> None:
-    """Everything must be readable, and floating tensors finite."""
+    """Checks that every value can be read, and that floating tensors are finite."""
     index = stored.index
     must_be_finite = _finite_tensor_names(stored)
     with progress("values", sum(map(index.nbytes, index.tensors))) as advance:
@@ -117,9 +118,10 @@ def _check_values(stored: StoredCheckpoint, report: Report) -> None:
 
 
 def _finite_tensor_names(stored: StoredCheckpoint) -> set[str]:
-    """The DCP names of what must never be infinite: weights, their averages, and optimizer states.
+    """The DCP names of tensors that must be finite: weights, their averages, and the states of optimizers.
 
-    Which of a model's tensors are weights, its averages tell, or its optimizer; if there is neither, all count as such.
+    The weights of a model are its tensors that its averages do not list as buffers. Without averages they are those
+    that an optimizer trains; without either, all.
     """
     index = stored.index
     finite_names = {name for key_path in index.optimizers for name in index.names_under(key_path)}
@@ -137,7 +139,7 @@ def _finite_tensor_names(stored: StoredCheckpoint) -> set[str]:
 
 
 def _count_non_finite(tensor: Tensor) -> tuple[int, int]:
-    """How many NaN and how many infinities are in a tensor."""
+    """The number of NaN and of infinities in a tensor."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0, 0
     tensor = upcast_float8(tensor)

@@ -1,4 +1,4 @@
-"""The command `ema-dist`, against what the library itself says, on checkpoints of ours and of plain DCP."""
+"""The commands of `ema-dist`, compared with the library itself, on checkpoints of ours and of plain DCP."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ def test_export_gives_the_averaged_model(source: str, tmp_path: Path) -> None:
     path, ema = SOURCES[source](tmp_path)
     run_ok("export", path, tmp_path / "out")
     expected = ema.full_state_dict()
-    found = load_exported(tmp_path / "out")
-    assert_bitwise_equal(found, expected)
-    assert {name: it.dtype for name, it in found.items()} == {name: it.dtype for name, it in expected.items()}
-    make_net("plain", seed=1).load_state_dict(found, strict=True)
+    exported = load_exported(tmp_path / "out")
+    assert_bitwise_equal(exported, expected)
+    assert {name: tensor.dtype for name, tensor in exported.items()} == {
+        name: tensor.dtype for name, tensor in expected.items()
+    }
+    make_net("plain", seed=1).load_state_dict(exported, strict=True)
 
 
 @sources
@@ -55,10 +57,10 @@ def test_export_casts_as_the_library_does(source: str, tmp_path: Path) -> None:
     path, ema = SOURCES[source](tmp_path)
     run_ok("export", path, tmp_path / "out", "--dtype", "bfloat16")
     expected = ema.full_state_dict(dtype=torch.bfloat16)
-    found = load_exported(tmp_path / "out")
-    assert_bitwise_equal(found, expected)
-    assert found["embed.weight"].dtype == torch.bfloat16
-    assert found["stats.num_batches_tracked"].dtype == torch.int64
+    exported = load_exported(tmp_path / "out")
+    assert_bitwise_equal(exported, expected)
+    assert exported["embed.weight"].dtype == torch.bfloat16
+    assert exported["stats.num_batches_tracked"].dtype == torch.int64
 
 
 def test_export_keeps_the_live_dtype(tmp_path: Path) -> None:
@@ -84,7 +86,7 @@ def test_export_splits_into_files_with_an_index(tmp_path: Path) -> None:
 
 
 class WithExtraState(nn.Linear):
-    """A layer with a state that is no tensor."""
+    """A layer with an extra state that is not a tensor."""
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"seen": 3, "scale": torch.tensor([2.0])}
@@ -98,8 +100,8 @@ def test_export_in_torchs_format_keeps_extra_states(tmp_path: Path) -> None:
     ema = ShardedEMA(model, decay=0.5)
     checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
     run_ok("export", tmp_path / "root", tmp_path / "out", "--format", "torch")
-    found = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
-    model.load_state_dict(found, strict=True)
+    loaded = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    model.load_state_dict(loaded, strict=True)
     assert model[0].state == model[0].get_extra_state()
     result = run("export", tmp_path / "root", tmp_path / "tensors")
     assert result.exit_code == 0
@@ -122,9 +124,9 @@ def test_exporting_averages_without_a_model_warns(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "no live model" in result.stderr
     full = ema.full_state_dict()
-    found = load_exported(tmp_path / "out")
-    assert_bitwise_equal(found, {name: full[name] for name in found})
-    assert full.keys() - found.keys() == {"frozen.weight", "frozen.bias", "head.weight"}
+    exported = load_exported(tmp_path / "out")
+    assert_bitwise_equal(exported, {name: full[name] for name in exported})
+    assert full.keys() - exported.keys() == {"frozen.weight", "frozen.bias", "head.weight"}
 
 
 def test_a_flat_checkpoint_has_live_weights_only(tmp_path: Path) -> None:
@@ -187,8 +189,8 @@ def test_export_puts_any_layout_together(layout: str, tmp_path: Path) -> None:
         run_ok("export", tmp_path / "root", tmp_path / "out")
         assert_bitwise_equal(load_exported(tmp_path / "out"), expected)
         assert "all is well" in run_ok("verify", tmp_path / "root")
-        found = json.loads(run_ok("inspect", tmp_path / "root", "--json"))
-        assert found["saved"]["world_size"] == dist.get_world_size()
+        contents = json.loads(run_ok("inspect", tmp_path / "root", "--json"))
+        assert contents["saved"]["world_size"] == dist.get_world_size()
     dist.barrier()
 
 
@@ -232,8 +234,8 @@ def test_the_newest_step_is_the_default(tmp_path: Path) -> None:
 def test_inspect_knows_the_decay(decay: HalfLife | float, expected: dict[str, Any], tmp_path: Path) -> None:
     path, _ = make_dcp_checkpoint(tmp_path / "dcp", decay=decay)
     averages = json.loads(run_ok("inspect", path, "--json"))["averages"]["ema"]
-    found = averages["tracks"]["default"]["decay"]
-    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    stored_decay = averages["tracks"]["default"]["decay"]
+    assert {key: stored_decay[key] for key in expected} == pytest.approx(expected)
     assert (averages["steps"], averages["updates"]) == (3, 3)
 
 
@@ -254,11 +256,11 @@ def test_inspect_measures_distances_as_the_formula_says(source: str, tmp_path: P
 
 def test_inspect_lists_the_contents(tmp_path: Path) -> None:
     root, model, ema = make_checkpoint(tmp_path / "root", step=12)
-    found = json.loads(run_ok("inspect", root, "--json"))
-    assert (found["step"], found["saved"]["world_size"]) == (12, 1)
-    assert found["tensors"]["model.embed.weight"] == {"shape": [5, 6], "dtype": "float32", "bytes": 120, "pieces": 1}
-    assert found["entries"]["model"]["tensors"] == len(model.state_dict())
-    assert found["averages"]["ema"]["model"] == "model"
+    contents = json.loads(run_ok("inspect", root, "--json"))
+    assert (contents["step"], contents["saved"]["world_size"]) == (12, 1)
+    assert contents["tensors"]["model.embed.weight"] == {"shape": [5, 6], "dtype": "float32", "bytes": 120, "pieces": 1}
+    assert contents["entries"]["model"]["tensors"] == len(model.state_dict())
+    assert contents["averages"]["ema"]["model"] == "model"
     text = run_ok("inspect", root)
     assert all(name in text for name in ema.full_state_dict())
     assert "half-life" in text
@@ -280,21 +282,21 @@ def test_verify_passes_what_is_sound(source: str, tmp_path: Path) -> None:
     assert ("no manifest" in result.stderr) == (source == "plain DCP")
 
 
-def damaged(path: Path, how: str) -> None:
-    """Do to a file what disks and transfers do."""
+def damage(path: Path, kind: str) -> None:
+    """Truncates a file, or flips one of its bits."""
     content = bytearray(path.read_bytes())
-    if how == "truncated":
+    if kind == "truncated":
         del content[len(content) // 2 :]
     else:
         content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped"])
+@pytest.mark.parametrize("kind", ["truncated", "flipped"])
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "manifest.json"])
-def test_damage_is_found_and_never_exported(file: str, how: str, tmp_path: Path) -> None:
+def test_damage_is_found_and_never_exported(file: str, kind: str, tmp_path: Path) -> None:
     root, *_ = make_checkpoint(tmp_path / "root")
-    damaged(root / "step-0000000003" / file, how)
+    damage(root / "step-0000000003" / file, kind)
     result = run("verify", root)
     assert result.exit_code == 1
     assert file in result.stdout
@@ -335,7 +337,7 @@ def test_verify_finds_averages_of_another_model(tmp_path: Path) -> None:
 
 
 class Hostile:
-    """Runs a command when it is unpickled the usual way."""
+    """Runs a shell command when `pickle` loads it."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -390,8 +392,8 @@ def test_diff_measures_as_the_formula_says(tmp_path: Path) -> None:
     ids=["integers", "underflow", "overflow", "NaN"],
 )
 def test_diff_never_reports_different_tensors_as_equal(left: Tensor, right: Tensor, tmp_path: Path) -> None:
-    save_file({"it": left}, tmp_path / "a.safetensors")
-    save_file({"it": right}, tmp_path / "b.safetensors")
+    save_file({"weight": left}, tmp_path / "a.safetensors")
+    save_file({"weight": right}, tmp_path / "b.safetensors")
     assert "1 of 1 tensors compared are equal" in run_ok("diff", tmp_path / "a.safetensors", tmp_path / "a.safetensors")
     result = run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert result.exit_code == 1
@@ -409,7 +411,7 @@ def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
         ["diff", path, tmp_path / "a.safetensors", "--weights", "live"],
     ):
         output = run(*command).output
-        assert all(it.isprintable() or it == "\n" for it in output)
+        assert all(char.isprintable() or char == "\n" for char in output)
         assert command[0] == "export" or "weight\\x1b]0;owned\\x07\\u202e" in output
 
 
@@ -422,7 +424,7 @@ def test_diff_compares_averages_with_live_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["inspect", "{}/nowhere"], 1, "no such folder"),
         (["inspect", "{}/empty"], 1, "no complete checkpoint"),
@@ -446,14 +448,14 @@ def test_diff_compares_averages_with_live_weights(tmp_path: Path) -> None:
     ],
 )
 def test_user_errors_print_a_message_and_no_traceback(
-    arguments: list[str], code: int, said: str, tmp_path: Path
+    arguments: list[str], code: int, message: str, tmp_path: Path
 ) -> None:
     make_dcp_checkpoint(tmp_path / "dcp")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("nothing of the kind")
     result = run(*(argument.format(tmp_path) for argument in arguments))
     assert result.exit_code == code
-    assert said.format(tmp_path) in " ".join(result.stderr.split())
+    assert message.format(tmp_path) in " ".join(result.stderr.split())
     assert result.stdout == ""
     assert not (tmp_path / "out").exists()
 
@@ -482,7 +484,7 @@ main()
 @pytest.mark.parametrize("file_format", ["safetensors", "torch"])
 def test_a_full_disk_is_an_error_and_leaves_no_files(file_format: str, tmp_path: Path) -> None:
     path, _ = make_dcp_checkpoint(tmp_path / "dcp")
-    # -B: what Python caches of modules would be cut short too, and would break whoever imports them next.
+    # -B: the limit would truncate cached bytecode of modules too, and break their next import.
     command = [sys.executable, "-B", "-c", FULL_DISK, "export", path, tmp_path / "out", "--format", file_format]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1

@@ -1,4 +1,4 @@
-"""`ema-dist export` where wrong weights could come out without a word: it exports the right ones, tells, or refuses."""
+"""Cases in which `ema-dist export` could silently write wrong weights: it exports the right ones, warns, or refuses."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.support.cli_runs import load_exported, make_checkpoint, make_dcp_chec
 from tests.support.layouts import assert_bitwise_equal, peak_resident_memory
 
 
-def moved(model: nn.Module, **settings: Any) -> ShardedEMA:  # noqa: ANN401
-    """Averages of a model that has made one step since."""
+def average_after_one_step(model: nn.Module, **settings: Any) -> ShardedEMA:  # noqa: ANN401
+    """Averages that differ from the live weights: one step and one update after their start."""
     ema = ShardedEMA(model, decay=0.5, **settings)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -33,7 +33,7 @@ def moved(model: nn.Module, **settings: Any) -> ShardedEMA:  # noqa: ANN401
 
 def test_empty_tensors_are_exported(tmp_path: Path) -> None:
     model = nn.ParameterDict({"empty": torch.empty(0, 3), "full": torch.ones(2, 3)})
-    ema = moved(model)
+    ema = average_after_one_step(model)
     checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
     run_ok("inspect", tmp_path / "root")
     run_ok("verify", tmp_path / "root")
@@ -44,9 +44,9 @@ def test_empty_tensors_are_exported(tmp_path: Path) -> None:
 
 
 def test_identical_models_have_their_own_averages(tmp_path: Path) -> None:
-    """Names and shapes are the same: only the manifest tells them apart."""
+    """Names and shapes are the same: only the manifest says which averages belong to which model."""
     models = {name: nn.Linear(2, 2) for name in ("gen", "disc")}
-    averages = {name: moved(model) for name, model in models.items()}
+    averages = {name: average_after_one_step(model) for name, model in models.items()}
     state = {**models, **{f"ema_{name}": ema for name, ema in averages.items()}}
     checkpoint.save(state, tmp_path / "root", step=1)
     assert run("export", tmp_path / "root", tmp_path / "out").exit_code == 1
@@ -60,18 +60,18 @@ def test_identical_models_have_their_own_averages(tmp_path: Path) -> None:
 
 def test_trainable_parameters_without_averages_are_reported(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    ema = moved(model, select=lambda name, _: name.startswith("0."))
+    ema = average_after_one_step(model, select=lambda name, _: name.startswith("0."))
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2)).sum().backward()
     optimizer.step()
     checkpoint.save({"model": model, "ema": ema, "optim": optimizer}, tmp_path / "root", step=1)
-    said = run("export", tmp_path / "root", tmp_path / "out").stderr
-    assert "2 tensors that an optimizer in the checkpoint trains have no average" in said
-    assert "1.weight, 1.bias" in said
+    stderr = run("export", tmp_path / "root", tmp_path / "out").stderr
+    assert "2 tensors that an optimizer in the checkpoint trains have no average" in stderr
+    assert "1.weight, 1.bias" in stderr
 
 
 def test_an_inferred_tie_is_reported(tmp_path: Path) -> None:
-    """A frozen matrix may equal a trained one by chance; without a manifest nothing tells it from a tied one."""
+    """A frozen tensor may happen to equal a trained one; without a manifest it looks like a tied one."""
     model = nn.ParameterDict(
         {"trained": torch.zeros(2, 2), "frozen": nn.Parameter(torch.ones(2, 2), requires_grad=False)}
     )
@@ -79,9 +79,9 @@ def test_an_inferred_tie_is_reported(tmp_path: Path) -> None:
     model["trained"].data.add_(1)
     ema.update()
     path = save_with_dcp(tmp_path / "dcp", {"model": model.state_dict(), "ema": ema})
-    said = run("export", path, tmp_path / "out").stderr
-    assert "1 tensors are exported with the average of another" in said
-    assert "frozen (that of trained)" in said
+    stderr = run("export", path, tmp_path / "out").stderr
+    assert "1 tensors are exported with the average of another" in stderr
+    assert "frozen (that of trained)" in stderr
     checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
     assert run("export", tmp_path / "root", tmp_path / "ours").stderr == ""
     assert_bitwise_equal(load_exported(tmp_path / "ours"), ema.full_state_dict())
@@ -89,7 +89,7 @@ def test_an_inferred_tie_is_reported(tmp_path: Path) -> None:
 
 def test_averages_that_never_started_are_reported(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
-    ema = moved(model, update_interval=10)
+    ema = average_after_one_step(model, update_interval=10)
     checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
     assert "saw 1 steps, and no average was taken yet" in run("export", tmp_path / "root", tmp_path / "out").stderr
     assert "saw 1 steps, and no average was taken yet" in run("verify", tmp_path / "root").stderr
@@ -97,9 +97,11 @@ def test_averages_that_never_started_are_reported(tmp_path: Path) -> None:
 
 
 def test_averages_of_a_different_model_are_reported(tmp_path: Path) -> None:
-    path = save_with_dcp(tmp_path / "dcp", {"ema": moved(nn.Linear(2, 2)), "other": {"scale": torch.ones(2)}})
-    said = run("export", path, tmp_path / "out").stderr
-    assert "holds no live model with the names of these averages (it holds 'other')" in said
+    path = save_with_dcp(
+        tmp_path / "dcp", {"ema": average_after_one_step(nn.Linear(2, 2)), "other": {"scale": torch.ones(2)}}
+    )
+    stderr = run("export", path, tmp_path / "out").stderr
+    assert "holds no live model with the names of these averages (it holds 'other')" in stderr
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
@@ -117,29 +119,29 @@ def test_no_weight_overflows_in_a_cast(dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e5m2])
 @pytest.mark.parametrize("values", [[], [1.0, -448.0], [math.inf, -math.inf, 2.0], [math.nan], [-math.inf]])
 def test_nonfinite_values_survive_a_cast(values: list[float], dtype: torch.dtype) -> None:
-    found = cast("mask", torch.tensor(values), dtype)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), torch.tensor(values), equal_nan=True)
+    result = cast("mask", torch.tensor(values), dtype)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), torch.tensor(values), equal_nan=True)
     with pytest.raises(CheckpointError, match="'mask' holds 1e\\+300"):
         cast("mask", torch.tensor([*values, -1e300], dtype=torch.float64), dtype)
 
 
 def test_a_float8_tensor_is_cast_too() -> None:
-    with pytest.raises(CheckpointError, match="'it' holds 57344"):
-        cast("it", torch.tensor([57344.0]).to(torch.float8_e5m2), torch.float8_e4m3fn)
+    with pytest.raises(CheckpointError, match="'weight' holds 57344"):
+        cast("weight", torch.tensor([57344.0]).to(torch.float8_e5m2), torch.float8_e4m3fn)
 
 
 def test_two_exports_into_one_folder_do_not_mix(tmp_path: Path) -> None:
     path, _ = make_dcp_checkpoint(tmp_path / "dcp")
-    mine = {name: torch.full((4,), 1.0) for name in ("a", "b")}
-    planned: dict[str, Tensor | None] = {name: value.to("meta") for name, value in mine.items()}
+    tensors = {name: torch.full((4,), 1.0) for name in ("a", "b")}
+    planned: dict[str, Tensor | None] = {name: value.to("meta") for name, value in tensors.items()}
     with WeightWriter(tmp_path / "out", planned=planned, max_shard_size=16) as writer:
-        writer.add("a", mine["a"])
+        writer.add("a", tensors["a"])
         result = run("export", path, tmp_path / "out")
         assert result.exit_code == 1
         assert "another export into" in result.stderr
-        writer.add("b", mine["b"])
-    assert_bitwise_equal(load_exported(tmp_path / "out"), mine)
+        writer.add("b", tensors["b"])
+    assert_bitwise_equal(load_exported(tmp_path / "out"), tensors)
     run_ok("export", path, tmp_path / "out")
 
 
@@ -153,7 +155,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE.keys())
 def test_averages_with_invalid_counts_are_refused(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
-    state = moved(nn.Linear(2, 2)).state_dict()
+    state = average_after_one_step(nn.Linear(2, 2)).state_dict()
     change(state)
     path = save_with_dcp(tmp_path / "dcp", {"ema": state})
     for command in (["inspect", path], ["verify", path], ["export", path, tmp_path / "out"]):
@@ -187,8 +189,8 @@ def test_export_memory_is_a_few_tensors(tmp_path: Path) -> None:
     model = nn.ParameterDict({f"layer{index:02}": nn.Parameter(torch.ones(2, mebibyte)) for index in range(48)})
     checkpoint.save({"model": model, "ema": ShardedEMA(model)}, tmp_path / "root", step=1)
     del model
-    run_ok("export", tmp_path / "root", tmp_path / "out")  # what it imports is not what it holds
+    run_ok("export", tmp_path / "root", tmp_path / "out")  # so that memory of its imports is not measured
     peak = peak_resident_memory(lambda: run_ok("export", tmp_path / "root", tmp_path / "out"))
-    file, tensor = 48 * 8 * mebibyte, 8 * mebibyte
-    assert sum(it.nbytes for it in load_exported(tmp_path / "out").values()) == file
-    assert peak < 16 * tensor < file / 2
+    file_size, tensor_size = 48 * 8 * mebibyte, 8 * mebibyte
+    assert sum(tensor.nbytes for tensor in load_exported(tmp_path / "out").values()) == file_size
+    assert peak < 16 * tensor_size < file_size / 2

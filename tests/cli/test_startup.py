@@ -1,4 +1,4 @@
-"""`ema-dist` before a command runs: help, usage errors and shell completion are fast, and missing packages are named."""
+"""The start of `ema-dist`: help, usage errors and completion without torch, and the check of required packages."""
 
 from __future__ import annotations
 
