@@ -17,13 +17,6 @@ from launch.recipe.model import Block
 Parallel = Literal["plain", "ddp", "fsdp1", "fsdp2", "hsdp"]
 LiveDtype = Literal["float32", "bfloat16"]
 DECAY = 0.999
-LAYOUT_LABELS: dict[Parallel, str] = {
-    "plain": "plain",
-    "ddp": "DDP",
-    "fsdp1": "FSDP1",
-    "fsdp2": "FSDP2",
-    "hsdp": "HSDP",
-}
 LIVE_DTYPES: dict[LiveDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -74,7 +67,8 @@ class Case:
 
     @property
     def layout(self) -> str:
-        return f"{LAYOUT_LABELS[self.parallel]}, {self.ranks} {'rank' if self.ranks == 1 else 'ranks'}"
+        label = self.parallel if self.parallel == "plain" else self.parallel.upper()
+        return f"{label}, {self.ranks} {'rank' if self.ranks == 1 else 'ranks'}"
 
     @property
     def element_sizes(self) -> ElementSizes:

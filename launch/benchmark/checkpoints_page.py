@@ -5,15 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launch.benchmark.cases import Case, Parallel, Transformer
-from launch.benchmark.checkpoints import (
-    EXPORT,
-    LOAD,
-    SAVE,
-    checkpoint_costs,
-    export_costs,
-    gather_costs,
-    reshard_costs,
-)
+from launch.benchmark.checkpoints import EXPORT, LOAD, SAVE, checkpoint_costs, export_costs, gather_costs, reshard_costs
 from launch.benchmark.measure import Record, file_system
 from launch.benchmark.page import (
     MIB,
