@@ -1,7 +1,7 @@
-"""Every way to average that the benchmark holds beside the others: ours, and those that a user could pick instead.
+"""All ways to average that the benchmark compares: ours, and those that a user could pick instead.
 
 Each is set up as its own documentation does it, with its fastest setting, an average in float32 and a constant decay.
-What it needs is imported only when it is made: a package that is missing is a row that says so.
+Its package is imported only when it is made: a missing package is a row of the table that says so.
 """
 
 import copy
@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -20,7 +21,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ema_dist import ShardedEMA
 from launch.benchmark.cases import Case, local, unwrap_ddp
-from launch.benchmark.formulas import ElementSizes, Passes, update_bytes
 
 OURS = "ShardedEMA"
 OURS_COPY = 'ShardedEMA, replicas="copy"'
@@ -33,17 +33,28 @@ TIMM = "timm ModelEmaV3"
 EMA_PYTORCH = "ema-pytorch EMA"
 DIFFUSERS = "diffusers EMAModel, foreach"
 LIGHTNING = "Lightning EMAWeightAveraging"
+SHORT_NAMES = {
+    OURS: "ours",
+    OURS_COPY: "ours, copy",
+    FOREACH: "plain foreach",
+    DTENSOR_FOREACH: "DTensor foreach",
+    AVERAGED_MODEL: "torch",
+    TIMM: "timm",
+    EMA_PYTORCH: "ema-pytorch",
+    DIFFUSERS: "diffusers",
+    LIGHTNING: "Lightning",
+    COMPOSER: "Composer",
+}
 
 
 @dataclass(frozen=True)
 class Averager:
-    """Averages of one model, kept one way.
+    """Averages of one model.
 
     Args:
-        update: take each average once.
         averages: those of each track by name, in float32.
-        swapped: a block inside which the model computes with the first track; None where there is no such thing.
-        reads_once: whether all tracks share one reading of the live weights.
+        swapped: a block inside which the model computes with the first track; None if not supported.
+        shares_live_reads: whether all tracks share one read of the live weights.
     """
 
     update: Callable[[], object]
@@ -52,29 +63,8 @@ class Averager:
     shares_live_reads: bool = False
 
 
-@dataclass(frozen=True)
-class AveragingMethod:
-    """How averages of one model are made, one for each decay, and what an update of them moves.
-
-    Args:
-        passes: over one track's average and its live weights, where these have its dtype.
-        narrow: the same where the live dtype is narrower; None if there is no difference.
-    """
-
-    make: Callable[[nn.Module, Sequence[float]], Averager]
-    passes: Passes
-    narrow_passes: Passes | None = None
-
-    def bytes_moved(self, averager: Averager, elements: int, element_sizes: ElementSizes) -> int:
-        """In an update of the averages of so many elements."""
-        if averager.shares_live_reads:
-            return update_bytes(elements, element_sizes)
-        passes = (
-            self.narrow_passes
-            if self.narrow_passes and element_sizes.live_itemsize < element_sizes.average_itemsize
-            else self.passes
-        )
-        return passes.bytes(elements, element_sizes)
+Make = Callable[[nn.Module, Sequence[float]], Averager]
+"""Makes the averages of a model, one for each decay."""
 
 
 def sharded_ema(
@@ -90,19 +80,19 @@ def sharded_ema(
     )
 
 
-def foreach(model: nn.Module, decay: float) -> Averager:
-    """The floor: nothing but the arithmetic, on this rank's tensors."""
+def foreach(model: nn.Module, decay: float, *, view: Callable[[Tensor], Tensor] = local) -> Averager:
+    """The lower bound: nothing but the arithmetic, on this rank's tensors."""
     live_weights = {name: parameter.detach() for name, parameter in unwrap_ddp(model).named_parameters()}
     averages = {name: live.to(torch.float32, copy=True) for name, live in live_weights.items()}
-    plain = [local(average) for average in averages.values()], [local(live) for live in live_weights.values()]
-    return Averager(lambda: _foreach_lerp_(*plain, 1 - decay), lambda: [averages])
+    average_list, live_list = ([view(tensor) for tensor in tensors.values()] for tensors in (averages, live_weights))
+    is_narrow = any(live.dtype != torch.float32 for live in live_list)
 
+    @torch.no_grad()
+    def update() -> None:
+        ends = [live.float() for live in live_list] if is_narrow else live_list
+        torch._foreach_lerp_(average_list, ends, 1 - decay)
 
-def dtensor_foreach(model: nn.Module, decay: float) -> Averager:
-    live_weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    averages = {name: live.to(torch.float32, copy=True) for name, live in live_weights.items()}
-    lists = list(averages.values()), list(live_weights.values())
-    return Averager(lambda: _foreach_lerp_(*lists, 1 - decay), lambda: [averages])
+    return Averager(update, lambda: [averages])
 
 
 def averaged_model(model: nn.Module, decay: float) -> Averager:
@@ -125,8 +115,13 @@ def composer_formula(model: nn.Module, decay: float) -> Averager:
 
 
 def timm(model: nn.Module, decay: float) -> Averager:
+    package = find_spec("timm")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("No module named 'timm'")
+    # Without its package, which imports torchvision: that does not load beside every build of torch.
+    model_ema = run_path(str(Path(package.origin).with_name("utils") / "model_ema.py"))
     net = unwrap_ddp(model)
-    ema = _load_module("timm", "utils/model_ema.py").ModelEmaV3(net, decay=decay, dtype=torch.float32)
+    ema = model_ema["ModelEmaV3"](net, decay=decay, dtype=torch.float32)
     return Averager(lambda: ema.update(net), lambda: [dict(ema.module.named_parameters())])
 
 
@@ -168,7 +163,7 @@ def lightning(model: nn.Module, decay: float) -> Averager:
 
     module = LightningModule()
     module.net = unwrap_ddp(model)
-    # All that the callback asks of a Trainer.
+    # The only attribute of a Trainer that the callback reads.
     trainer: Any = SimpleNamespace(global_step=0)
     callback = EMAWeightAveraging(decay=decay)
     callback.setup(trainer, module, "fit")
@@ -191,8 +186,8 @@ def lightning(model: nn.Module, decay: float) -> Averager:
     return Averager(update, averages, swapped)
 
 
-def one_per_track(make: Callable[[nn.Module, float], Averager]) -> Callable[[nn.Module, Sequence[float]], Averager]:
-    """Several tracks where there is no such thing: as many instances."""
+def one_per_track(make: Callable[[nn.Module, float], Averager]) -> Make:
+    """One instance for each track, for methods without several tracks."""
 
     def make_per_track(model: nn.Module, decays: Sequence[float]) -> Averager:
         instances = [make(model, decay) for decay in decays]
@@ -206,52 +201,24 @@ def one_per_track(make: Callable[[nn.Module, float], Averager]) -> Callable[[nn.
     return make_per_track
 
 
-LERP, CAST_AND_LERP = Passes(live=1, average=2), Passes(live=1, average=4)
-PEER_METHODS = {
-    AVERAGED_MODEL: AveragingMethod(one_per_track(averaged_model), LERP),
-    # A narrow live weight is added to the average after that was multiplied.
-    TIMM: AveragingMethod(one_per_track(timm), LERP, Passes(live=1, average=4)),
-    EMA_PYTORCH: AveragingMethod(one_per_track(ema_pytorch), LERP, CAST_AND_LERP),
-    # (average - live), then the average minus a part of that.
-    DIFFUSERS: AveragingMethod(one_per_track(diffusers), Passes(live=1, average=5)),
-    # A product each, their sum, a copy.
-    LIGHTNING: AveragingMethod(one_per_track(lightning), Passes(live=3, average=6)),
-    COMPOSER: AveragingMethod(one_per_track(composer_formula), Passes(live=3, average=6)),
+PEER_METHODS: dict[str, Make] = {
+    AVERAGED_MODEL: one_per_track(averaged_model),
+    TIMM: one_per_track(timm),
+    EMA_PYTORCH: one_per_track(ema_pytorch),
+    DIFFUSERS: one_per_track(diffusers),
+    LIGHTNING: one_per_track(lightning),
+    COMPOSER: one_per_track(composer_formula),
 }
 """They keep a second model, or a second list of its parameters."""
-
 SWAPPING_PEERS = [DIFFUSERS, LIGHTNING]
-"""Those that can put the averages into the model; who keeps a second model computes with that one."""
+"""They can copy the averages into the model; the others evaluate their second model."""
 
 
-def averaging_methods(case: Case) -> dict[str, AveragingMethod]:
-    """All of them for a case, by name; the first is the floor."""
-    methods = {
-        FOREACH: AveragingMethod(one_per_track(foreach), LERP, CAST_AND_LERP),
-        OURS: AveragingMethod(sharded_ema, LERP),
-    }
+def averaging_methods(case: Case) -> dict[str, Make]:
+    """All of them for a case, by name; the first is the lower bound."""
+    methods: dict[str, Make] = {FOREACH: one_per_track(foreach), OURS: sharded_ema}
     if case.parallel == "ddp":
-        methods[OURS_COPY] = AveragingMethod(lambda model, decays: sharded_ema(model, decays, "copy"), LERP)
+        methods[OURS_COPY] = partial(sharded_ema, replicas="copy")
     if case.parallel == "fsdp2":
-        methods[DTENSOR_FOREACH] = AveragingMethod(one_per_track(dtensor_foreach), LERP, CAST_AND_LERP)
+        methods[DTENSOR_FOREACH] = one_per_track(partial(foreach, view=lambda tensor: tensor))
     return methods | PEER_METHODS
-
-
-@torch.no_grad()
-def _foreach_lerp_(averages: list[Tensor], live_weights: list[Tensor], weight: float) -> None:
-    if live_weights[0].dtype != torch.float32:
-        live_weights = [live.float() for live in live_weights]
-    torch._foreach_lerp_(averages, live_weights, weight)
-
-
-def _load_module(package: str, path: str) -> Any:  # noqa: ANN401
-    """One module, without its package: timm's imports torchvision, which does not load beside every build of torch."""
-    package_spec = find_spec(package)
-    if package_spec is None or not package_spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"No module named '{package}'")
-    spec = spec_from_file_location(f"{package} alone", Path(package_spec.submodule_search_locations[0]) / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launch.benchmark.formulas import ElementSizes
 from launch.recipe.model import Block
 
-Parallel = Literal["plain", "ddp", "fsdp2", "hsdp"]
+Parallel = Literal["plain", "ddp", "fsdp1", "fsdp2", "hsdp"]
 LiveDtype = Literal["float32", "bfloat16"]
 DECAY = 0.999
 LIVE_DTYPES: dict[LiveDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -22,7 +22,7 @@ LIVE_DTYPES: dict[LiveDtype, torch.dtype] = {"float32": torch.float32, "bfloat16
 
 @dataclass(frozen=True)
 class SmallTensors:
-    """So many square matrices."""
+    """Square matrices."""
 
     count: int = 1000
     side: int = 64
@@ -30,7 +30,7 @@ class SmallTensors:
     def __str__(self) -> str:
         return f"{self.count} of {self.side}x{self.side}"
 
-    def model(self) -> nn.Sequential:
+    def build(self) -> nn.Sequential:
         return nn.Sequential(*(nn.Linear(self.side, self.side, bias=False) for _ in range(self.count)))
 
 
@@ -48,26 +48,35 @@ class Transformer:
     def __str__(self) -> str:
         return f"transformer of {self.blocks} blocks of width {self.width}"
 
-    def model(self) -> nn.Sequential:
+    def build(self) -> nn.Sequential:
         blocks = (Block(self.width, heads=1) for _ in range(self.blocks))
         return nn.Sequential(*blocks, nn.Linear(self.width, self.vocabulary, bias=False))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model, wrapped one way, on so many ranks; its averages are float32 whatever `live` is."""
+    """One model, wrapped one way, on this many ranks; its averages are float32 whatever `live` is."""
 
     parallel: Parallel
     ranks: int
     shape: SmallTensors | Transformer
     live: LiveDtype = "float32"
 
+    def __str__(self) -> str:
+        return f"{self.layout}, {self.shape}" + ("" if self.live == "float32" else f", {self.live}")
+
+    @property
+    def layout(self) -> str:
+        label = self.parallel if self.parallel == "plain" else self.parallel.upper()
+        return f"{label}, {self.ranks} {'rank' if self.ranks == 1 else 'ranks'}"
+
     @property
     def element_sizes(self) -> ElementSizes:
         return ElementSizes(live_itemsize=LIVE_DTYPES[self.live].itemsize)
 
     def build_model(self, device: torch.device) -> nn.Module:
-        model = self.shape.model().to(device, LIVE_DTYPES[self.live])
+        assert self.parallel != "fsdp1", "only Composer wraps models in FSDP1"
+        model = self.shape.build().to(device, LIVE_DTYPES[self.live])
         if self.parallel == "ddp":
             return DistributedDataParallel(model)
         if self.parallel in {"fsdp2", "hsdp"}:

@@ -1,26 +1,36 @@
-"""What it costs to save and load a model and its averages, beside the same tensors through other tools.
+"""What it costs to save and load a model and its averages, and to write the averages into files of weights.
 
-The other tools get those tensors ready-made: nothing but their own work counts. The functions that measure run on every
-rank of a case; times are the slowest rank's, bytes the largest one's.
+Other tools get the same tensors ready-made, so that only their own work is timed. Functions called `..._costs` run on
+every rank of a case; times are the slowest rank's, bytes the largest one's.
 """
 
+import io
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from ema_dist import ShardedEMA, checkpoint
+from ema_dist.checkpoint.gathering import gather
+from ema_dist.checkpoint.weights.files import WeightFiles
+from ema_dist.cli.export import export
 from launch.benchmark.cases import DECAY, Case, local, nbytes, scale_weights
-from launch.benchmark.file_methods import Costs, Way, is_first, measured
+from launch.benchmark.measure import FileMethod, Record, is_first, measure_files
 
 DCP_SAVE, DCP_LOAD, DCP_ASYNC_SAVE = "dcp.save", "dcp.load", "dcp.async_save, until it returns"
 SAVE, LOAD, ASYNC_SAVE = "checkpoint.save", "checkpoint.load", "checkpoint.save, block=False, until it returns"
 TORCH_SAVE, TORCH_LOAD = "gathered, torch.save, fsync", "torch.load, scattered"
+GATHERED = "full_state_dict, save_file, fsync"
+GATHER, GATHER_SMALL = "checkpoint.gather", "checkpoint.gather, small files"
+SAVE_FILE, SAVE_FILE_CACHED = "save_file from memory, fsync", "save_file from memory, no fsync"
+EXPORT, EXPORT_SMALL = "ema-dist export", "ema-dist export, small files"
 
 
 class TrainingState:
@@ -52,33 +62,89 @@ class TrainingState:
         torch._foreach_zero_(self._locals)
 
     def assert_restored(self) -> None:
-        """Whoever loads something else has not taken part."""
+        """A method that loads something else fails the run."""
         assert self._compute_sums() == self._sums
 
     def _compute_sums(self) -> list[float]:
         return [tensor.sum(dtype=torch.float64).item() for tensor in self._locals]
 
 
-def checkpoint_costs(device: torch.device, *, case: Case, repeats: int, folder: Path) -> list[Costs]:
-    """Of saving into `folder`, where it stays, and of loading that."""
+def checkpoint_costs(device: torch.device, *, case: Case, repeats: int, folder: Path) -> list[Record]:
+    """Of saving into `folder`, where the checkpoints stay, and of loading them."""
     state = TrainingState(case, device)
-    measure = partial(measured, repeats=repeats, device=device)
-    costs = [Costs("save", case, case, state.total_bytes, *measure(_save_methods(state, folder)))]
-    for forgotten in (None, folder):
-        found = measure(_load_methods(state, folder), forgotten=forgotten)
-        costs.append(Costs("load", case, case, state.total_bytes, *found, cold=forgotten is not None))
-    return costs
+    about: Record = {"case": case, "saved": case, "total_bytes": state.total_bytes, "allowed_bytes": {}}
+    records = [{"what": "save"} | about | measure_files(_save_methods(state, folder), repeats=repeats, device=device)]
+    for evicted in (None, folder):
+        found = measure_files(_load_methods(state, folder), repeats=repeats, device=device, evicted=evicted)
+        records.append({"what": "load"} | about | found)
+    return records
 
 
-def reshard_costs(device: torch.device, *, case: Case, saved: Case, repeats: int, folder: Path) -> list[Costs]:
-    """Of loading what another case has left in `folder`."""
+def reshard_costs(device: torch.device, *, case: Case, saved: Case, repeats: int, folder: Path) -> list[Record]:
+    """Of loading what `checkpoint_costs` left in `folder` for another case."""
     state = TrainingState(case, device)
-    ways = _load_methods(state, folder)
-    del ways[TORCH_LOAD]
-    return [Costs("load", case, saved, state.total_bytes, *measured(ways, repeats=repeats, device=device))]
+    methods = _load_methods(state, folder)
+    del methods[TORCH_LOAD]
+    about: Record = {
+        "what": "load",
+        "case": case,
+        "saved": saved,
+        "total_bytes": state.total_bytes,
+        "allowed_bytes": {},
+    }
+    return [about | measure_files(methods, repeats=repeats, device=device)]
 
 
-def _save_methods(state: TrainingState, folder: Path) -> dict[str, Way]:
+def gather_costs(device: torch.device, *, case: Case, repeats: int, folder: Path) -> list[Record]:
+    """Of writing the averages of all ranks from the first rank."""
+    ema = TrainingState(case, device).ema
+    total, small, largest = _sizes(tensor for tensor in ema.full_shapes().values() if tensor is not None)
+
+    def gather_and_save() -> None:
+        full = ema.full_state_dict()
+        if is_first():
+            _save_file(full, folder / "gathered", sync=True)
+
+    methods = {
+        GATHERED: FileMethod(gather_and_save, folder / "gathered"),
+        GATHER: FileMethod(lambda: gather(ema, folder / "whole", max_shard_size=total), folder / "whole"),
+        GATHER_SMALL: FileMethod(lambda: gather(ema, folder / "small", max_shard_size=small), folder / "small"),
+    }
+    found = measure_files(methods, repeats=repeats, device=device)
+    full = ema.full_state_dict()
+    if is_first():
+        _assert_files_equal([folder / "gathered", folder / "whole", folder / "small"], full)
+    allowed = {GATHER: total + largest, GATHER_SMALL: small + largest}
+    return [{"what": "gather", "case": case, "saved": case, "total_bytes": total, "allowed_bytes": allowed} | found]
+
+
+def export_costs(device: torch.device, *, case: Case, saved: Case, repeats: int, folder: Path) -> list[Record]:
+    """Of writing the averages that `checkpoint_costs` left in `folder` for another case, in one process."""
+    averages = TrainingState(case, device).ema.full_state_dict()
+    total, small, largest = _sizes(averages.values())
+
+    def run_export(out: Path, size: int) -> None:
+        with redirect_stdout(io.StringIO()):
+            export(folder / "ours", out, max_shard_size=f"{size // 1000 + 1}KB")
+
+    outs = [folder / f"export{index}" for index in range(4)]
+    methods = {
+        SAVE_FILE: FileMethod(lambda: _save_file(averages, outs[0], sync=True), outs[0]),
+        SAVE_FILE_CACHED: FileMethod(lambda: _save_file(averages, outs[1], sync=False), outs[1]),
+        EXPORT: FileMethod(lambda: run_export(outs[2], total), outs[2]),
+        EXPORT_SMALL: FileMethod(lambda: run_export(outs[3], small), outs[3]),
+    }
+    allowed = {EXPORT: total + largest, EXPORT_SMALL: small + largest}
+    about = {"what": "export", "case": case, "saved": saved, "total_bytes": total, "allowed_bytes": allowed}
+    records = [
+        about | measure_files(methods, repeats=repeats, device=device, evicted=evicted)
+        for evicted in (None, folder / "ours")
+    ]
+    _assert_files_equal(outs, averages)
+    return records
+
+
+def _save_methods(state: TrainingState, folder: Path) -> dict[str, FileMethod]:
     background: list[Any] = []
 
     def dcp_async_save() -> None:
@@ -95,17 +161,17 @@ def _save_methods(state: TrainingState, folder: Path) -> dict[str, Way]:
 
     ours, ours_async = folder / "ours", folder / "ours_async"
     return {
-        DCP_SAVE: Way(lambda: dcp.save(state.tensors, checkpoint_id=folder / "dcp"), folder / "dcp"),
-        SAVE: Way(lambda: checkpoint.save(state.objects, ours, step=1), ours),
-        DCP_ASYNC_SAVE: Way(dcp_async_save, folder / "dcp_async", after=lambda: background.pop().result()),
-        ASYNC_SAVE: Way(
+        DCP_SAVE: FileMethod(lambda: dcp.save(state.tensors, checkpoint_id=folder / "dcp"), folder / "dcp"),
+        SAVE: FileMethod(lambda: checkpoint.save(state.objects, ours, step=1), ours),
+        DCP_ASYNC_SAVE: FileMethod(dcp_async_save, folder / "dcp_async", after=lambda: background.pop().result()),
+        ASYNC_SAVE: FileMethod(
             lambda: checkpoint.save(state.objects, ours_async, step=1, block=False), ours_async, after=checkpoint.wait
         ),
-        TORCH_SAVE: Way(torch_save, folder / "torch"),
+        TORCH_SAVE: FileMethod(torch_save, folder / "torch"),
     }
 
 
-def _load_methods(state: TrainingState, folder: Path) -> dict[str, Way]:
+def _load_methods(state: TrainingState, folder: Path) -> dict[str, FileMethod]:
     def torch_load() -> None:
         full: dict[str, Any] = {"model": {}, "ema": {}}
         state.load_full(torch.load(folder / "torch" / "state.pt", weights_only=True) if is_first() else full)
@@ -115,4 +181,26 @@ def _load_methods(state: TrainingState, folder: Path) -> dict[str, Way]:
         LOAD: lambda: checkpoint.load(state.objects, folder / "ours"),
         TORCH_LOAD: torch_load,
     }
-    return {name: Way(run, before=state.erase, after=state.assert_restored) for name, run in runs.items()}
+    return {name: FileMethod(run, before=state.erase, after=state.assert_restored) for name, run in runs.items()}
+
+
+def _sizes(tensors: Iterable[Tensor]) -> tuple[int, int, int]:
+    """Bytes of all tensors, of small files, and of the largest tensor. A method may take one file and one tensor."""
+    sizes = [tensor.nbytes for tensor in tensors]
+    return sum(sizes), max(sum(sizes) // 8, *sizes), max(sizes)
+
+
+def _save_file(tensors: Mapping[str, Tensor], folder: Path, *, sync: bool) -> None:
+    folder.mkdir(parents=True)
+    save_file(dict(tensors), folder / "model.safetensors")
+    if sync:
+        with (folder / "model.safetensors").open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _assert_files_equal(folders: list[Path], expected: Mapping[str, Any]) -> None:
+    """A method that writes something else fails the run."""
+    for folder in folders:
+        found = WeightFiles(folder)
+        assert found.keys() == expected.keys(), folder
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), folder

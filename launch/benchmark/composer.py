@@ -1,15 +1,15 @@
 """What an update costs in Composer's Trainer: by `ema_dist.composer.EMA` and by Composer's own algorithm, side by side.
 
 Both are algorithms of one real Trainer and get its events. After a few real batches, at the update event of the last,
-they take turns. The functions that measure run on every rank; times are the slowest rank's, bytes the largest one's.
+they take turns. Times are the slowest rank's, bytes the largest one's.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from importlib.metadata import version
+from typing import Any
 from unittest.mock import patch
 
 import composer.algorithms
@@ -25,50 +25,22 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor  # no public n
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ema_dist.composer import EMA
-from launch.benchmark.cases import Transformer, local, nbytes, scale_weights
-from launch.benchmark.measure import highest, in_turn, peak_memory
+from launch.benchmark.cases import Case, Parallel, Transformer, local, nbytes, scale_weights
+from launch.benchmark.measure import Record, Turns, highest_by_key, times_reference
+from launch.benchmark.page import Environment, Page, Table, Target, comparison, entry, mib, ms, target_table
+from launch.benchmark.run import Run
 from launch.recipe.model import Block
 
 OURS, THEIRS = "ema_dist.composer.EMA", "composer.algorithms.EMA"
 BATCHES, SAMPLES, TOKENS = 3, 2, 8
-MEMORY_TURNS = 3
 FSDP1 = {"sharding_strategy": "FULL_SHARD", "mixed_precision": "PURE", "state_dict_type": "sharded"}
-PARALLELISM_CONFIGS = {"ddp": None, "fsdp1": {"fsdp": FSDP1}}
-LAYOUT_LABELS = {"ddp": "DDP", "fsdp1": "FSDP1"}
-
-
-@dataclass(frozen=True)
-class TrainerCase:
-    """One model in Composer's Trainer, which wraps it one way on so many ranks."""
-
-    parallel: Literal["ddp", "fsdp1"]
-    ranks: int
-    shape: Transformer
-
-    def __str__(self) -> str:
-        return f"{LAYOUT_LABELS[self.parallel]}, {self.ranks} ranks"
-
-
-@dataclass(frozen=True)
-class TrainerCosts:
-    """Of an update by either algorithm, Composer's own first: seconds, one a round, and what one rank needs for it.
-
-    Args:
-        held_bytes: of the averages.
-        extra_bytes: the most memory during an update, beyond what was resident before.
-        collectives: calls in one update.
-    """
-
-    case: TrainerCase
-    elements: int
-    seconds: dict[str, list[float]]
-    held_bytes: dict[str, int]
-    extra_bytes: dict[str, int]
-    collectives: dict[str, int]
+PARALLELISM_CONFIGS: dict[Parallel, Any] = {"ddp": None, "fsdp1": {"fsdp": FSDP1}}
+LIMITS: dict[Parallel, float] = {"ddp": 0.4, "fsdp1": 0.1}
+"""Of the time of our update over that of Composer's own."""
 
 
 class ComposerEMA(composer.algorithms.EMA):
-    """Composer's own. By its own name ours would refuse to run beside it; here nothing exchanges weights."""
+    """Composer's own. Ours refuses to run beside it by its own name; here nothing exchanges weights."""
 
     def averages(self) -> dict[str, Tensor]:
         assert self.ema_model is not None
@@ -80,7 +52,7 @@ class BenchmarkModel(ComposerModel):
 
     def __init__(self, shape: Transformer) -> None:
         super().__init__()
-        self.module = shape.model()
+        self.module = shape.build()
         for part in self.module:
             vars(part)["_fsdp_wrap"] = isinstance(part, Block)
 
@@ -102,81 +74,106 @@ class LastBatchCallback(Callback):
             self._measure(state, logger)
 
 
-def trainer_costs(device: torch.device, *, case: TrainerCase, repeats: int) -> TrainerCosts:
-    results: list[TrainerCosts] = []
+def measure_composer(run: Run) -> Page:
+    shape = Transformer(2, 16, 97) if run.quick else Transformer()
+    environment = Environment.here(run.device_type)
+    costs = [it for parallel in LIMITS for it in run.measure(trainer_costs, Case(parallel, 2, shape))]
+    return composer_page(environment, run.not_measured, costs, composer_version=version("mosaicml"))
+
+
+def composer_page(
+    environment: Environment, not_measured: list[str], costs: list[Record], *, composer_version: str
+) -> Page:
+    targets = [*_targets(costs)]
+    return Page(
+        environment,
+        not_measured,
+        {"composer": composer_version, "costs": costs},
+        notes=[f"Composer (mosaicml) {composer_version}."],
+        targets=targets,
+        tables=[
+            target_table(targets),
+            Table.by_method(
+                "Update at BATCH_END: slowest rank of each round",
+                costs,
+                {
+                    "case": lambda it, _: it["case"].layout,
+                    "elements": lambda it, _: f"{it['elements'] / 1e6:.1f}M",
+                    "by": lambda _, name: name,
+                    **comparison("ms", ms, digits=3),
+                    "collectives": entry("collectives", str),
+                },
+                once=("case", "elements"),
+                words=3,
+            ),
+            Table.by_method(
+                "Memory of one rank: averages, and what an update takes beyond them",
+                costs,
+                {
+                    "case": lambda it, _: it["case"].layout,
+                    "by": lambda _, name: name,
+                    "averages MiB": entry("held_bytes", mib),
+                    "extra MiB": entry("extra_bytes", mib),
+                    "together MiB": lambda it, name: mib(_together(it, name)),
+                    "times the first": lambda it, name: f"{_together(it, name) / _together(it, THEIRS):.2f}",
+                },
+            ),
+        ],
+    )
+
+
+def trainer_costs(device: torch.device, *, case: Case, repeats: int) -> list[Record]:
+    """Of an update by either algorithm, Composer's own first; `collectives` are the calls in one update."""
+    assert isinstance(case.shape, Transformer)
+    records: list[Record] = []
+    model = BenchmarkModel(case.shape)
+    elements = sum(parameter.numel() for parameter in model.parameters())
     ours, theirs = EMA(), ComposerEMA()
 
     def measure(state: State, logger: Logger) -> None:
-        updates = AlternatingUpdates(state, logger, {THEIRS: theirs, OURS: ours})
-        seconds = updates.seconds(repeats, device)
-        extra_bytes = updates.extra_bytes(device)
-        collectives = updates.collectives(device)
+        costs = _update_costs(state, logger, {THEIRS: theirs, OURS: ours}, device=device, repeats=repeats)
         assert ours.ema is not None
         _assert_averages_close(ours.ema.full_state_dict(), theirs.averages())
-        held = [nbytes(theirs.averages().values()), _held_bytes(ours)]
-        held_bytes = {name: int(size) for name, size in zip(seconds, highest(held, device), strict=True)}
-        results.append(TrainerCosts(case, elements, seconds, held_bytes, extra_bytes, collectives))
+        held_bytes = highest_by_key({THEIRS: nbytes(theirs.averages().values()), OURS: _held_bytes(ours)}, device)
+        records.append({"case": case, "elements": elements, "held_bytes": held_bytes} | costs)
 
-    model = BenchmarkModel(case.shape)
-    elements = sum(parameter.numel() for parameter in model.parameters())
-    # Composer asks CUDA for the current device when it prepares FSDP1; nothing else keeps that from a CPU.
+    # Composer asks CUDA for the current device when it prepares FSDP1, also on a CPU.
     with patch.object(torch.cuda, "current_device", return_value=device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are about the Trainer and the settings of wrappers
         _trainer(case, model, [ours, theirs], LastBatchCallback(measure)).fit()
-    return results[0]
+    return records
 
 
-class AlternatingUpdates:
-    """The algorithms' updates in turn, each after a step of the optimizer."""
+def _update_costs(
+    state: State, logger: Logger, algorithms: Mapping[str, Algorithm], *, device: torch.device, repeats: int
+) -> Record:
+    """Of the algorithms' updates in turn, each after a step of the optimizer."""
+    updates = {name: partial(_update, algorithm, state, logger) for name, algorithm in algorithms.items()}
+    (optimizer,) = state.optimizers
+    scale_weights(state.model, factor=1.5)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # a step reads gradients and writes weights, but does not change them: averages stay alike
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def __init__(self, state: State, logger: Logger, algorithms: Mapping[str, Algorithm]) -> None:
-        self._updates = {name: partial(_update, algorithm, state, logger) for name, algorithm in algorithms.items()}
-        (self._optimizer,) = state.optimizers
-        scale_weights(state.model, factor=1.5)
-        for group in self._optimizer.param_groups:
-            group["lr"] = 0.0  # it reads gradients and writes weights, which stay what they are: averages stay alike
-
-    def seconds(self, repeats: int, device: torch.device) -> dict[str, list[float]]:
-        seconds = in_turn(self._updates, before=self._step, repeats=repeats, device=device)
-        return {name: highest(samples, device) for name, samples in seconds.items()}
-
-    def extra_bytes(self, device: torch.device) -> dict[str, int]:
-        """The most memory of an update. Apart from the times: who gave memory back must wait to get it again."""
-        memory = peak_memory(device)
-        peak_bytes: dict[str, list[int]] = {name: [] for name in self._updates}
-
-        def before(name: str) -> None:
-            self._step(name)
-            memory.reset()
-
-        def after(name: str) -> None:
-            peak_bytes[name].append(memory.read())
-
-        in_turn(self._updates, before=before, after=after, repeats=MEMORY_TURNS, device=device)
-        return self._highest({name: max(sizes) for name, sizes in peak_bytes.items()}, device)
-
-    def collectives(self, device: torch.device) -> dict[str, int]:
-        """How many calls torch counts in an update."""
-        counts: dict[str, int] = {}
-        for name, update in self._updates.items():
-            self._step(name)
-            with CommDebugMode() as mode:
-                update()
-            counts[name] = mode.get_total_counts()
-        return self._highest(counts, device)
-
-    def _highest(self, values: Mapping[str, int], device: torch.device) -> dict[str, int]:
-        return dict(zip(values, map(int, highest([*values.values()], device)), strict=True))
-
-    def _step(self, _: str) -> None:
-        gradients = [
-            parameter.grad
-            for group in self._optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.numel() > 0
-        ]
+    def step(_: str) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.numel() > 0]
         assert all(gradient is not None for gradient in gradients), "without gradients a step does nothing"
-        self._optimizer.step()
+        optimizer.step()
+
+    turns = Turns(updates, device, before=step)
+    seconds, extra_bytes = turns.take(repeats).seconds, turns.take_memory().extra_bytes
+    collectives: dict[str, int] = {}
+    for name, update in updates.items():
+        step(name)
+        with CommDebugMode() as mode:
+            update()
+        collectives[name] = mode.get_total_counts()
+    return {
+        "seconds": seconds,
+        "times_reference": times_reference(seconds),
+        "extra_bytes": extra_bytes,
+        "collectives": highest_by_key(collectives, device),
+    }
 
 
 def _update(algorithm: Algorithm, state: State, logger: Logger) -> None:
@@ -185,7 +182,8 @@ def _update(algorithm: Algorithm, state: State, logger: Logger) -> None:
     algorithm.apply(Event.BATCH_END, state, logger)
 
 
-def _trainer(case: TrainerCase, model: BenchmarkModel, algorithms: list[Algorithm], callback: Callback) -> Trainer:
+def _trainer(case: Case, model: BenchmarkModel, algorithms: list[Algorithm], callback: Callback) -> Trainer:
+    assert isinstance(case.shape, Transformer)
     rank, ranks = str(dist.get_rank()), str(case.ranks)
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": "0"}
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -222,10 +220,21 @@ def _local_tensors(tensor: Tensor) -> list[Tensor]:
 
 
 def _assert_averages_close(full: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    """Whoever computes something else has not taken part. `full` is there on the first rank only."""
+    """An algorithm that computes something else fails the run. `full` is empty on all ranks but the first."""
     if dist.get_rank() == 0:
         by_name = {name.replace("_fsdp_wrapped_module.", ""): average for name, average in theirs.items()}
         prefix = "module." if len(by_name.keys() & full.keys()) < len(full) else ""  # DDP's
         torch.testing.assert_close(
             {name.removeprefix(prefix): average for name, average in by_name.items()}, dict(full), rtol=1e-4, atol=1e-6
         )
+
+
+def _targets(costs: list[Record]) -> Iterator[Target]:
+    for it in costs:
+        layout, limit = it["case"].layout, LIMITS[it["case"].parallel]
+        yield Target(f"{layout}: update over {THEIRS}", limit, it["times_reference"][OURS], "x")
+        yield Target(f"{layout}: collectives in an update", 0, it["collectives"][OURS], "calls")
+
+
+def _together(it: Record, name: str) -> int:
+    return it["held_bytes"][name] + it["extra_bytes"][name]

@@ -1,6 +1,6 @@
 """What averages cost, as formulas: memory and traffic of one rank, by parameters, ranks, replicas, tracks and dtypes.
 
-Arithmetic only. docs/cost.md derives it; `cost_check.py` holds it against measurements and projects it to large models.
+Arithmetic only. docs/cost.md derives it; `launch.cost` compares it with measurements and projects it to large models.
 """
 
 import math
@@ -39,31 +39,12 @@ class ElementSizes:
 
 
 @dataclass(frozen=True)
-class Passes:
-    """How often one update goes over all live weights and all averages in memory, to read or to write them.
-
-    A temporary as large as either counts as it; one that stays in the cache does not.
-    """
-
-    live: float
-    average: float
-
-    def bytes(self, elements: int, element_sizes: ElementSizes) -> int:
-        """Of all tracks together, each in passes of its own."""
-        return int(
-            elements
-            * element_sizes.tracks
-            * (self.live * element_sizes.live_itemsize + self.average * element_sizes.average_itemsize)
-        )
-
-
-@dataclass(frozen=True)
 class TrainingStep:
     """A training step of the whole job.
 
     Args:
         tokens: in a batch, over all ranks.
-        operations_per_second: that a rank reaches.
+        flops_per_second: that a rank reaches.
         memory_bandwidth: that an update reaches, in bytes per second.
     """
 
@@ -119,11 +100,6 @@ def swap_network_bytes(shapes: Sequence[Shape], sharding: Sharding, element_size
     return parts + 8 * len(shapes) * sharding.replicas
 
 
-def checkpoint_bytes(elements: int, element_sizes: ElementSizes) -> int:
-    """What the averages of so many elements add to a checkpoint; each rank writes the part it keeps."""
-    return average_bytes(elements, element_sizes)
-
-
 def update_time_ratio(sharding: Sharding, element_sizes: ElementSizes, step: TrainingStep) -> float:
     """Time of an update over the time of the rest of a training step, when one rank's memory is what limits it.
 
@@ -147,19 +123,12 @@ class Decoder:
     vocabulary: int
 
     def shapes(self) -> list[Shape]:
-        block: list[Shape] = [
-            (self.width, self.width),
-            (self.kv_width, self.width),
-            (self.kv_width, self.width),
-            (self.width, self.width),
-            (self.hidden, self.width),
-            (self.hidden, self.width),
-            (self.width, self.hidden),
-            (self.width,),
-            (self.width,),
-        ]
-        outside_blocks: list[Shape] = [(self.vocabulary, self.width), (self.vocabulary, self.width), (self.width,)]
-        return self.layers * block + outside_blocks
+        width, hidden, kv_width = self.width, self.hidden, self.kv_width
+        attention: list[Shape] = [(width, width), (kv_width, width), (kv_width, width), (width, width)]
+        mlp: list[Shape] = [(hidden, width), (hidden, width), (width, hidden)]
+        norms: list[Shape] = [(width,), (width,)]
+        outside_blocks: list[Shape] = [(self.vocabulary, width), (self.vocabulary, width), (width,)]
+        return self.layers * (attention + mlp + norms) + outside_blocks
 
     def elements(self) -> int:
         return sum(map(math.prod, self.shapes()))

@@ -1,112 +1,31 @@
-"""How the benchmark measures: ranks of their own for each case, competitors in turn, memory as the system counts it."""
+"""How the benchmark measures: calls that take turns, the memory of a process, and methods that write and read files."""
 
 import ctypes
 import gc
 import os
-import pickle
 import random
-import sys
+import shutil
+import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from multiprocessing import forkserver
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-from unittest.mock import patch
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from launch.recipe.parallelism import BACKENDS
-from launch.recipe.stopwatch import stopwatch
+from launch.recipe.stopwatch import HostStopwatch, stopwatch
 
-T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
-LOOPBACK = "127.0.0.1"
-PRELOADED = [
-    "torch._dynamo",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "launch.benchmark.preload",
-]
-
-
-def on_ranks(measure: Callable[[torch.device], T], ranks: int, device_type: str) -> T:
-    """What `measure` returns on the first of so many ranks, each a fresh process that shares the CPU's cores fairly.
-
-    Args:
-        measure: runs on every rank, inside a process group; it travels there by pickle, and so does its answer back.
-    """
-    forkserver.set_forkserver_preload(PRELOADED)
-    # Python 3.11 does not tell it where this script looks for modules, and what it does not find it leaves out.
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
-        forkserver.ensure_running()
-    store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-    threads = max(1, torch.get_num_threads() // ranks)
-    arguments = (measure, ranks, device_type, store.port, threads)
-    mp.start_processes(_main, arguments, nprocs=ranks, start_method="forkserver")
-    return pickle.loads(bytes.fromhex(store.get("answer").decode()))
-
-
-def _main(
-    rank: int, measure: Callable[[torch.device], object], ranks: int, device_type: str, port: int, threads: int
-) -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(threads)
-    device = torch.device(device_type)
-    if device_type == "cuda":
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
-    store = dist.TCPStore(LOOPBACK, port, is_master=False)
-    dist.init_process_group(BACKENDS[device_type], store=store, rank=rank, world_size=ranks)
-    answer = measure(device)
-    if rank == 0:
-        store.set("answer", pickle.dumps(answer).hex())
-    dist.barrier()
-    if device.type == "cuda":  # gloo's threads may keep torch 2.7 waiting forever, and the process ends anyway
-        dist.destroy_process_group()
-
-
-def in_turn(
-    competitors: Mapping[K, Callable[[], object]],
-    *,
-    before: Callable[[K], object],
-    after: Callable[[K], object] = lambda _: None,
-    repeats: int,
-    device: torch.device,
-) -> dict[K, list[float]]:
-    """Seconds of each competitor on this rank, one for each round.
-
-    Every round runs all of them once, in an order of its own: drifting load and a cache left warm hit each alike. All
-    ranks start together, each time after `before`; it gets the competitor's key, as `after` does, and neither counts.
-    """
-    shuffle = random.Random(0)
-    watch = stopwatch(device)
-    seconds: dict[K, list[float]] = {name: [] for name in competitors}
-    gc.disable()
-    for _ in range(repeats):
-        for name in shuffle.sample(list(competitors), len(competitors)):
-            before(name)
-            dist.barrier()
-            with watch:
-                competitors[name]()
-            seconds[name].append(watch.read())
-            after(name)
-    gc.enable()
-    return seconds
-
-
-def highest(values: Sequence[float], device: torch.device) -> list[float]:
-    """The highest of all ranks at each place. Collective: every rank."""
-    worst = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return worst.tolist()
+Record = dict[str, Any]
+"""What was measured of one case, as it is written to JSON; most entries are by the name of the method."""
+MEMORY_TURNS = 3
 
 
 class HostMemory:
     """The most memory that this process had resident at once since `reset()`, beyond what it had then.
 
-    Linux with glibc. What was freed before goes back to the system first, so that taking it again counts.
+    Linux with glibc. Memory freed before goes back to the system first, so that taking it again counts.
     """
 
     def reset(self) -> None:
@@ -138,8 +57,145 @@ def peak_memory(device: torch.device) -> HostMemory | CudaMemory:
     return CudaMemory() if device.type == "cuda" else HostMemory()
 
 
-def drop_from_cache(folder: Path) -> None:
-    """Make the system forget the files in `folder`, which are on the disk: who reads them next reads from there."""
+@dataclass(frozen=True)
+class Samples(Generic[K]):
+    """What the turns of each call took, of the slowest or largest rank."""
+
+    seconds: dict[K, list[float]]
+    """On the device, one a round."""
+    host_seconds: dict[K, float]
+    """The fewest until the call returned, whatever the device still had to do."""
+    extra_bytes: dict[K, int]
+    """The most memory beyond what was resident before; 0 where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Turns(Generic[K]):
+    """Calls that are compared. Each round runs all of them once, in random order: drifting load hits all alike.
+
+    Args:
+        before: gets the key of a call before its turn, as `after` does after it; neither is timed.
+    """
+
+    calls: Mapping[K, Callable[[], object]]
+    device: torch.device
+    before: Callable[[K], object]
+    after: Callable[[K], object] = lambda _: None
+
+    def take(self, rounds: int, memory: HostMemory | CudaMemory | None = None) -> Samples[K]:
+        """All ranks start each turn together, after `before`. Collective: every rank."""
+        order, watch, host_watch = random.Random(0), stopwatch(self.device), HostStopwatch()
+        seconds: dict[K, list[float]] = {key: [] for key in self.calls}
+        host_seconds, extra_bytes = dict.fromkeys(self.calls, float("inf")), dict.fromkeys(self.calls, 0)
+        gc.disable()
+        for _ in range(rounds):
+            for key in order.sample(list(self.calls), len(self.calls)):
+                self.before(key)
+                if memory:
+                    memory.reset()
+                dist.barrier()
+                with host_watch, watch:
+                    self.calls[key]()
+                host_seconds[key] = min(host_seconds[key], host_watch.read())
+                seconds[key].append(watch.read())
+                self.after(key)
+                if memory:
+                    extra_bytes[key] = max(extra_bytes[key], memory.read())
+        gc.enable()
+        return Samples(
+            {key: highest(samples, self.device) for key, samples in seconds.items()},
+            dict(zip(self.calls, highest([*host_seconds.values()], self.device), strict=True)),
+            highest_by_key(extra_bytes, self.device),
+        )
+
+    def take_memory(self) -> Samples[K]:
+        """Memory is measured in turns of its own: memory that was given back to the system takes time to get again."""
+        return self.take(MEMORY_TURNS, peak_memory(self.device))
+
+
+def highest(values: Sequence[float], device: torch.device) -> list[float]:
+    """The highest of all ranks at each index. Collective: every rank."""
+    worst = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return worst.tolist()
+
+
+def highest_by_key(values: Mapping[K, int], device: torch.device) -> dict[K, int]:
+    """The highest of all ranks for each key. Collective: every rank."""
+    return dict(zip(values, map(int, highest([*values.values()], device)), strict=True))
+
+
+def round_ratios(seconds: Sequence[float], base: Sequence[float]) -> list[float]:
+    """The ratios of two calls' times in the same round."""
+    return [own / other for own, other in zip(seconds, base, strict=True)]
+
+
+def median_ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
+    return statistics.median(round_ratios(seconds, base))
+
+
+def times_reference(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The median ratio of each method's time to that of the first method."""
+    reference = next(iter(seconds.values()))
+    return {name: median_ratio(own, reference) for name, own in seconds.items()}
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+@dataclass(frozen=True)
+class FileMethod:
+    """A call that is timed, calls before and after it that are not, and the folder that it creates."""
+
+    run: Callable[[], object]
+    writes: Path | None = None
+    before: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
+
+
+def measure_files(
+    methods: Mapping[str, FileMethod], *, repeats: int, device: torch.device, evicted: Path | None = None
+) -> Record:
+    """Seconds by round and extra bytes of each method, after one turn of each that does not count.
+
+    The disk has nothing left to write when a turn begins. A method's old files are removed just before it writes new
+    ones: otherwise the first to get pages that a virtual machine has never touched would pay for the host's work, too.
+
+    Args:
+        evicted: a folder whose files leave the system's cache before each turn.
+    """
+
+    def before(name: str) -> None:
+        method = methods[name]
+        if is_first():
+            if method.writes:
+                shutil.rmtree(method.writes, ignore_errors=True)
+            os.sync()
+            if evicted:
+                evict_from_cache(evicted)
+        method.before()
+
+    calls = {name: method.run for name, method in methods.items()}
+    turns = Turns(calls, device, before, after=lambda name: methods[name].after())
+    turns.take(1)
+    samples = turns.take(repeats, HostMemory())
+    return {
+        "seconds": samples.seconds,
+        "extra_bytes": samples.extra_bytes,
+        "cold": evicted is not None,
+        "times_reference": times_reference(samples.seconds),
+    }
+
+
+def is_first() -> bool:
+    """Whether this rank does what only one rank should do."""
+    return dist.get_rank() == 0
+
+
+def evict_from_cache(folder: Path) -> None:
+    """Drop the files in `folder`, which are on the disk, from the system's cache: they are read from the disk next."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -151,8 +207,3 @@ def file_system(folder: Path) -> str:
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     above = [(mount, kind) for mount, kind in mounts if folder.resolve().is_relative_to(mount)]
     return max(above, key=lambda found: len(found[0]))[1]
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,57 +1,69 @@
-"""A picture of what a run of the benchmark has found about updates."""
+"""A figure of the times of updates, and the names of methods in it."""
 
-from pathlib import Path
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from launch.benchmark.average_report import PICTURE, AverageResults, update_case
-from launch.benchmark.average_tables import SHORT, shown_ratio
-from launch.benchmark.averaging_methods import FOREACH, OURS, OURS_COPY
+from launch.benchmark.averaging_methods import FOREACH, OURS, OURS_COPY, SHORT_NAMES
 from launch.benchmark.cases import Transformer
-from launch.benchmark.results import times_reference
-from launch.benchmark.updates import COPY, UpdateCosts
+from launch.benchmark.measure import Record
+from launch.benchmark.page import Environment, Picture
+from launch.benchmark.updates import COPY, NOT_INSTALLED
 
-OUR_COLOR, FLOOR_COLOR, PEER_COLOR, LIMIT_COLOR = "#1f5fa8", "#7a7a7a", "#d3a07f", "#b0572c"
-LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PEER_COLOR, LIMIT_COLOR = "#d3a07f", "#b0572c"
+COLORS = {OURS: "#1f5fa8", OURS_COPY: "#1f5fa8", FOREACH: "#7a7a7a"}
 COLUMNS = 2
 
 
-def write_picture(results: AverageResults, folder: Path) -> None:
-    """Draw the large cases, small tensors, and four tracks."""
-    chosen = [it for it in results.updates if isinstance(it.case.shape, Transformer) or it is results.updates[0]]
-    chosen += [it for it in results.tracks if it.tracks == 4]
+def update_picture(updates: Sequence[Record], tracks: Sequence[Record], environment: Environment) -> Picture:
+    """The large cases, small tensors, and four tracks."""
+    chosen = [it for it in updates if isinstance(it["case"].shape, Transformer) or it is updates[0]]
+    chosen += [it for it in tracks if it["tracks"] == 4]
     rows = -(-len(chosen) // COLUMNS)
     figure = Figure(figsize=(12, 0.6 + 2.7 * rows), dpi=130, layout="constrained")
-    grid = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    for axes, costs in zip(grid, chosen, strict=False):
-        _draw(axes, costs)
-    for axes in list(grid)[len(chosen) :]:
+    grid = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
+    for axes, update in zip(grid, chosen, strict=False):
+        _draw(axes, update)
+    for axes in grid[len(chosen) :]:
         axes.set_axis_off()
-    where = results.environment
     figure.suptitle(
         "Time of an update, in times that of a copy of as many bytes (dashed; shorter is better)\n"
-        f"{where.gpu or where.cpu}, {where.threads} threads, torch {where.torch}, {where.date}",
+        f"{environment.gpu or environment.cpu}, {environment.threads} threads, torch {environment.torch}, "
+        f"{environment.date}",
         fontsize=11,
     )
-    figure.savefig(folder / PICTURE)
+    return Picture("results.png", "Time of an update by each way, in each case", figure)
 
 
-def _draw(axes: Axes, costs: UpdateCosts) -> None:
-    ratios = {name: ratio for name, ratio in times_reference(costs.seconds).items() if name != COPY}
-    names = sorted(ratios, key=lambda name: ratios[name]) + list(costs.failures)
-    widths = [ratios.get(name, 0.0) for name in names]
-    colors = [OUR_COLOR if n in {OURS, OURS_COPY} else FLOOR_COLOR if n == FOREACH else PEER_COLOR for n in names]
-    axes.barh(range(len(names)), widths, color=colors)
-    furthest = max([1.0, *widths])
-    for place, name in enumerate(names):
-        color = "black" if name in ratios else LIMIT_COLOR
-        end = ratios.get(name, 0.0) + 0.01 * furthest
-        axes.text(end, place, shown_ratio(costs, name), va="center", fontsize=8, color=color, bbox=LABEL_BOX)
+def update_case(update: Record) -> str:
+    return str(update["case"]) + (f", {update['tracks']} tracks" if update["tracks"] > 1 else "")
+
+
+def ratio_text(update: Record, name: str) -> str:
+    """The ratio to the copy; or that the method fails or is missing, or nothing where it does not apply."""
+    if name in update["seconds"]:
+        return f"{update['times_reference'][name]:.2f}"
+    if name in update["failures"]:
+        return "missing" if update["failures"][name].startswith(NOT_INSTALLED) else "fails"
+    return ""
+
+
+def _draw(axes: "Axes", update: Record) -> None:
+    ratios = {name: ratio for name, ratio in update["times_reference"].items() if name != COPY}
+    names = sorted(ratios, key=lambda name: ratios[name]) + list(update["failures"])
+    colors = [COLORS.get(name, PEER_COLOR) for name in names]
+    bars = axes.barh([SHORT_NAMES[name] for name in names], [ratios.get(name, 0.0) for name in names], color=colors)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    labels = axes.bar_label(bars, [ratio_text(update, name) for name in names], padding=3)
+    for name, label in zip(names, labels, strict=True):
+        label.set(fontsize=8, bbox=box, color="black" if name in ratios else LIMIT_COLOR)
     axes.axvline(1, color=LIMIT_COLOR, linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(names)), [SHORT[name] for name in names], fontsize=8)
-    axes.set_xlim(0, 1.1 * furthest)
+    axes.set_xlim(0, 1.1 * max([1.0, *ratios.values()]))
     axes.invert_yaxis()
-    axes.tick_params(axis="x", labelsize=8)
-    axes.set_title(update_case(costs), fontsize=9, loc="left")
+    axes.tick_params(labelsize=8)
+    axes.set_title(update_case(update), fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,53 +1,120 @@
-"""One run of a program that measures: on which device and how, and where it writes what it found."""
+"""One run of a program that measures: its command line, its ranks, and which cases it had to leave out."""
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import argparse
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from rich.console import Console
 
 from launch.benchmark.cases import Case, Transformer
-from launch.benchmark.measure import on_ranks
-from launch.benchmark.report import Table, as_markdown
-from launch.benchmark.results import Results, describe
+from launch.benchmark.measure import Record
+from launch.benchmark.page import Page
+from launch.recipe.parallelism import BACKENDS
 
 T = TypeVar("T")
-MARKER = "<!-- Below this line launch.{} writes. -->"
+LOOPBACK = "127.0.0.1"
+PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "launch.benchmark.preload",
+]
 
 
 @dataclass(frozen=True)
 class Run:
-    """How one run of the program measures."""
+    """How one section is measured."""
 
     device_type: str
-    quick: bool
-    scratch: Path
+    repeats: int
     console: Console
-    large: Transformer
+    quick: bool = False
+    scratch: Path = Path()
+    large: Transformer = field(default_factory=Transformer)
+    not_measured: list[str] = field(default_factory=list)
 
-    def measure(self, measured: Callable[..., T], case: Case, not_measured: list[str]) -> list[T]:
-        """What `measured` returns for a case, on ranks of its own; nothing where there are too few GPUs."""
+    def measure(self, costs: Callable[..., list[Record]], case: Case, **settings: Any) -> list[Record]:  # noqa: ANN401
+        """What `costs` returns for a case, on ranks of its own; nothing where there are too few GPUs."""
         if self.device_type == "cuda" and case.ranks > torch.cuda.device_count():
-            not_measured.append(f"{describe(case)} (needs {case.ranks} GPUs)")
+            self.not_measured.append(f"{case} (needs {case.ranks} GPUs)")
             return []
-        return [self.on_ranks(partial(measured, case=case), case.ranks, describe(case))]
+        with self.console.status(str(case)):
+            measure = partial(costs, case=case, repeats=self.repeats, **settings)
+            return on_ranks(measure, case.ranks, self.device_type)
 
-    def on_ranks(self, measured: Callable[[torch.device], T], ranks: int, name: str) -> T:
-        """What `measured` returns on so many ranks of their own; `name` is shown meanwhile."""
-        with self.console.status(name):
-            return on_ranks(measured, ranks, self.device_type)
+    def show_and_write(self, page: Page, folder: Path, *, data_name: str, page_name: str, program: str) -> None:
+        for table in page.tables:
+            self.console.print(table.for_terminal())
+        page.write(folder, data=data_name, page=page_name, program=program)
+        self.console.print(f"in {folder}: {data_name}, {page_name}")
 
 
-def write(
-    results: Results, tables: Iterable[Table], folder: Path, *, data: str, page: str, by: str = "benchmark"
+def argument_parser(description: str | None, *, output_dir: str) -> argparse.ArgumentParser:
+    """With the options that all programs share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    option("--quick", action="store_true", help="on tiny models, whose times and memory say nothing")
+    option("--output-dir", type=Path, default=Path(output_dir), help="where pages and their JSON go")
+    return parser
+
+
+def make_console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    args = parser.parse_args()
+    if args.repeats is not None and args.repeats < 2:
+        parser.error("--repeats: quartiles need 2 rounds or more")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
+
+
+def on_ranks(measure: Callable[[torch.device], T], ranks: int, device_type: str) -> T:
+    """What `measure` returns on the first of so many ranks, each a fresh process that shares the CPU's cores fairly.
+
+    Args:
+        measure: runs on every rank, inside a process group; it and its result are sent by pickle.
+    """
+    forkserver.set_forkserver_preload(PRELOADED)
+    # Python 3.11 does not tell the server where this script looks for modules, and it skips those it does not find.
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
+    store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    threads = max(1, torch.get_num_threads() // ranks)
+    arguments = (measure, ranks, device_type, store.port, threads)
+    mp.start_processes(_main, arguments, nprocs=ranks, start_method="forkserver")
+    return pickle.loads(bytes.fromhex(store.get("answer").decode()))
+
+
+def _main(
+    rank: int, measure: Callable[[torch.device], object], ranks: int, device_type: str, port: int, threads: int
 ) -> None:
-    """Everything as JSON, and the tables on a page of which the part above the marker is kept; `by` whom it says."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / data).write_text(json.dumps(results.as_json(), indent=1) + "\n")
-    path, marker = folder / page, MARKER.format(by)
-    introduction = path.read_text().partition(marker)[0] if path.exists() else ""
-    path.write_text(f"{introduction}{marker}\n\n" + as_markdown(results, tables))
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    store = dist.TCPStore(LOOPBACK, port, is_master=False)
+    dist.init_process_group(BACKENDS[device_type], store=store, rank=rank, world_size=ranks)
+    answer = measure(device)
+    if rank == 0:
+        store.set("answer", pickle.dumps(answer).hex())
+    dist.barrier()
+    if device.type == "cuda":  # gloo's threads may keep torch 2.7 waiting forever, and the process ends anyway
+        dist.destroy_process_group()

@@ -1,15 +1,18 @@
-"""What share of a training step an update takes: a step of `train.py`, then an update, each way to average in turn."""
+"""What averages add to training steps: beside a step of `train.py`, and inside a step or behind the next one.
+
+Functions called `..._costs` run on every rank of a case; times are the slowest rank's.
+"""
 
 import statistics
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch.optim import AdamW
 
+from ema_dist import ShardedEMA
 from launch.benchmark.averaging_methods import Averager, averaging_methods
-from launch.benchmark.cases import DECAY, Case, Parallel
-from launch.benchmark.measure import highest, in_turn
+from launch.benchmark.cases import DECAY, LIVE_DTYPES, Case, Transformer
+from launch.benchmark.measure import Record, Turns, highest, times_reference
 from launch.benchmark.updates import make_or_explain
 from launch.recipe.data import Batches, load_images
 from launch.recipe.model import VisionTransformer
@@ -17,53 +20,81 @@ from launch.recipe.parallelism import data_rank_and_size, wrap
 from launch.recipe.stopwatch import stopwatch
 
 BATCH_SIZE = 48
-"""What `train.py` takes unless told otherwise."""
+"""The default of `train.py`."""
+NO_AVERAGES, ATTACHED, OVERLAPPED = "no averages", "attach(optimizer)", "attach(optimizer, overlap=True)"
+STEPS_PER_TURN = 4
+"""The last update of a turn is waited for in none of its steps."""
+INPUT_SHAPES = {"cuda": (8, 512), "cpu": (1, 16)}
+"""Number of sequences, and their length."""
 
 
-@dataclass(frozen=True)
-class StepShares:
-    """Seconds of each step without an average, and of updates by the name of the way to average, one a round."""
+def step_share_costs(device: torch.device, *, case: Case, repeats: int) -> list[Record]:
+    """Seconds of each step of `train.py` without averages, and of an update after it by each method.
 
-    parallel: Parallel
-    ranks: int
-    seconds_step: list[float]
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-
-    def shares(self) -> dict[str, float]:
-        """The median update, in a step of which it is a part."""
-        step = statistics.median(self.seconds_step)
-        medians = {name: statistics.median(samples) for name, samples in self.seconds.items()}
-        return {name: median / (step + median) for name, median in medians.items()}
-
-
-def step_shares(device: torch.device, *, case: Case, repeats: int) -> StepShares:
-    """Only the layout of `case` counts: the model is the one of `train.py`."""
+    Only the layout of `case` is used: the model is that of `train.py`. `shares` are those of the median update in a
+    step that includes it.
+    """
     model = wrap(VisionTransformer(), case.parallel, device)
     optimizer = AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     batches = Batches(load_images(device)[0], BATCH_SIZE, 0, *data_rank_and_size(case.parallel))
     pixels, labels = next(iter(batches.epoch(1)))
-    step_watch = stopwatch(device)
+    watch = stopwatch(device)
     seconds_step: list[float] = []
 
     def step(_: str = "") -> None:
-        with step_watch:
+        with watch:
             optimizer.zero_grad()
             F.cross_entropy(model(pixels), labels).backward()
             optimizer.step()
-        seconds_step.append(step_watch.read())
+        seconds_step.append(watch.read())
 
-    averagers: dict[str, Averager] = {}
-    failures: dict[str, str] = {}
-    for name, method in averaging_methods(case).items():
-        averager = make_or_explain(method.make, model, [DECAY], device)
-        if isinstance(averager, str):
-            failures[name] = averager
-        else:
-            averagers[name] = averager
+    made = {name: make_or_explain(make, model, [DECAY], device) for name, make in averaging_methods(case).items()}
     step()  # the optimizer makes its state in the first one
     seconds_step.clear()
-    updates = {name: averager.update for name, averager in averagers.items()}
-    seconds = in_turn(updates, before=step, repeats=repeats, device=device)
-    slowest = {name: highest(samples, device) for name, samples in seconds.items()}
-    return StepShares(case.parallel, case.ranks, highest(seconds_step, device), slowest, failures)
+    updates = {name: averager.update for name, averager in made.items() if isinstance(averager, Averager)}
+    seconds = Turns(updates, device, before=step).take(repeats).seconds
+    seconds_step = highest(seconds_step, device)
+    medians = {name: statistics.median(samples) for name, samples in seconds.items()}
+    return [
+        {
+            "parallel": case.parallel,
+            "ranks": case.ranks,
+            "seconds_step": seconds_step,
+            "seconds": seconds,
+            "failures": {name: failure for name, failure in made.items() if isinstance(failure, str)},
+            "shares": {name: update / (statistics.median(seconds_step) + update) for name, update in medians.items()},
+        }
+    ]
+
+
+def overlap_costs(device: torch.device, *, case: Case, repeats: int) -> list[Record]:
+    """Seconds of a step without averages, updated in the step, and updated behind the next one.
+
+    `longer` are the ratios to the step without averages.
+    """
+    assert isinstance(case.shape, Transformer)
+    model = case.build_model(device)
+    optimizer = AdamW(model.parameters(), lr=1e-4)
+    ema = ShardedEMA(model, decay=DECAY)
+    inputs = torch.randn(*INPUT_SHAPES[device.type], case.shape.width, device=device, dtype=LIVE_DTYPES[case.live])
+    handles = []
+
+    def before(name: str) -> None:
+        if name != NO_AVERAGES:
+            handles.append(ema.attach(optimizer, overlap=name == OVERLAPPED))
+
+    def after(_: str) -> None:
+        while handles:
+            handles.pop().remove()
+
+    def steps() -> None:
+        for _ in range(STEPS_PER_TURN):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+
+    turns = Turns(dict.fromkeys((NO_AVERAGES, ATTACHED, OVERLAPPED), steps), device, before, after)
+    turns.take(1)  # the optimizer makes its state in the first step, and a device its streams
+    seconds = {name: [turn / STEPS_PER_TURN for turn in own] for name, own in turns.take(repeats).seconds.items()}
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    return [{"case": case, "elements": elements, "seconds": seconds, "longer": times_reference(seconds)}]

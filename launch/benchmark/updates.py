@@ -1,210 +1,41 @@
-"""What an update costs, by each way to average: time, memory, operators, beside a copy of as many bytes.
+"""What an update costs, by each method to average: time, memory, operators, beside a copy of as many bytes.
 
-The functions that measure run on every rank of a case; times are the slowest rank's, bytes the largest one's.
+Functions called `..._costs` run on every rank of a case; times are the slowest rank's, bytes the largest one's.
 """
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
-from functools import partial
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from launch.benchmark.averaging_methods import Averager, AveragingMethod, averaging_methods
+from launch.benchmark.averaging_methods import OURS, OURS_COPY, Averager, Make, averaging_methods
 from launch.benchmark.cases import DECAY, Case, full, local, nbytes, scale_weights
 from launch.benchmark.formulas import ElementSizes, update_bytes
-from launch.benchmark.measure import highest, in_turn, peak_memory
+from launch.benchmark.measure import Record, Samples, Turns, highest, highest_by_key, times_reference
 from launch.benchmark.operators import count_operators
-from launch.recipe.stopwatch import HostStopwatch
 
 COPY = "copy of as many bytes"
 NOT_INSTALLED = "not installed"
-"""How the failure of a way begins whose package is missing."""
+"""How the failure of a method begins whose package is missing."""
 MAX_COPY_BYTES = 512 * 2**20
-"""Bytes read and written in one turn of the copy; those of an update of more are counted up from it."""
-MEMORY_TURNS = 3
+"""Bytes read and written in one turn of the copy; the time of more is extrapolated."""
 DECAYS = (DECAY, 0.99, 0.9, 0.5)
 MethodAndTracks = tuple[str, int]
-"""A way to average, and how many tracks it keeps."""
-
-
-@dataclass(frozen=True)
-class UpdateCosts:
-    """Of an update of so many tracks; everything by the name of the way to average.
-
-    Args:
-        tensors: of the whole model, as `elements`.
-        seconds: one a round. First those of the copy: of all bytes that a rank reads and writes if it reads what it
-            holds of the live weights once, and reads and writes an average of each of them.
-        host_seconds: until the call returns, whatever the device still has to do.
-        operators: of torch, views not counted; on a device each is one launch or more.
-        moved_bytes: to and from memory, by the formulas of `cost` and `benchmark_peers`.
-        held_bytes: of the averages.
-        extra_bytes: the most memory during an update, beyond what was resident before.
-        failures: how those fail that are not in the others.
-    """
-
-    case: Case
-    tracks: int
-    tensors: int
-    elements: int
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    host_seconds: dict[str, float] = field(default_factory=dict)
-    operators: dict[str, int] = field(default_factory=dict)
-    moved_bytes: dict[str, int] = field(default_factory=dict)
-    held_bytes: dict[str, int] = field(default_factory=dict)
-    extra_bytes: dict[str, int] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-
-
-def update_costs(device: torch.device, *, case: Case, repeats: int, tracks: Sequence[int] = (1,)) -> list[UpdateCosts]:
-    """For each number of tracks, all in the same rounds."""
-    model = case.build_model(device)
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    costs = {count: UpdateCosts(case, count, len(sizes), sum(sizes)) for count in tracks}
-    averagers: dict[MethodAndTracks, Averager] = {}
-    for count, name, method in [
-        (count, name, method) for count in tracks for name, method in averaging_methods(case).items()
-    ]:
-        averager = make_or_explain(method.make, model, DECAYS[:count], device)
-        if isinstance(averager, str):
-            costs[count].failures[name] = averager
-        else:
-            averagers[name, count] = averager
-            _record_counts(costs[count], name, method, averager, device)
-    scale_weights(model, factor=1.5)
-    _measure_seconds(costs, averagers, model, repeats, device)
-    _measure_memory(costs, averagers, model, device)
-    for count in tracks:
-        assert_averages_close({name: averager for (name, tracks), averager in averagers.items() if tracks == count})
-    return list(costs.values())
-
-
-def make_or_explain(
-    make: Callable[[nn.Module, Sequence[float]], Averager],
-    model: nn.Module,
-    decays: Sequence[float],
-    device: torch.device,
-) -> Averager | str:
-    """The averages after two updates that leave them what they are, since the first may only copy; or how that fails.
-
-    Collective: every rank. What fails on one of them has failed.
-    """
-    averager, failure, captured = None, "", io.StringIO()
-    try:
-        with redirect_stdout(captured):
-            averager = make(model, decays)
-            for _ in range(2):
-                averager.update()
-        failure = _dtype_failure(averager)
-    except ModuleNotFoundError as error:
-        failure = f"{NOT_INSTALLED}: {error}"
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - however it fails is what the row will say
-        message = str(error) if isinstance(error, Exception) else captured.getvalue()
-        failure = f"{type(error).__name__}: {(message.splitlines() or [''])[0]}"
-    (failed,) = highest([bool(failure)], device)
-    return failure or "fails on another rank" if failed or averager is None else averager
-
-
-def assert_averages_close(averagings: Mapping[str, Averager]) -> None:
-    """Whoever computes something else has not taken part.
-
-    Collective: every rank. Raises: AssertionError.
-    """
-    (first_name, first), *others = averagings.items()
-    for name, averager in others:
-        for index, track in enumerate(averager.averages()):
-            expected = first.averages()[index]
-            assert track.keys() == expected.keys(), f"{name} averages other tensors than {first_name}"
-            for key, average in track.items():
-                _assert_close(average.detach(), expected[key].detach(), f"{name}: {key}")
-
-
-def _dtype_failure(averager: Averager) -> str:
-    wrong_dtypes = {average.dtype for track in averager.averages() for average in track.values()} - {torch.float32}
-    return f"no setting for float32 averages: they are {', '.join(map(str, wrong_dtypes))}" if wrong_dtypes else ""
-
-
-def _record_counts(
-    costs: UpdateCosts, name: str, method: AveragingMethod, averager: Averager, device: torch.device
-) -> None:
-    """What needs no repeating."""
-    held = [[local(average) for average in track.values()] for track in averager.averages()]
-    elements = sum(average.numel() for average in held[0])
-    element_sizes = _element_sizes(costs)
-    counts = [
-        count_operators(averager.update).count,
-        method.bytes_moved(averager, elements, element_sizes),
-        sum(nbytes(track) for track in held),
-    ]
-    counts = [int(count) for count in highest(counts, device)]
-    costs.operators[name], costs.moved_bytes[name], costs.held_bytes[name] = counts
-
-
-def _measure_seconds(
-    costs: Mapping[int, UpdateCosts],
-    averagers: Mapping[MethodAndTracks, Averager],
-    model: nn.Module,
-    repeats: int,
-    device: torch.device,
-) -> None:
-    elements = sum(local(parameter).numel() for parameter in model.parameters())
-    copies = {count: CopyBaseline(update_bytes(elements, _element_sizes(costs[count])), device) for count in costs}
-
-    def before(key: MethodAndTracks) -> None:
-        scale_weights(model, factor=1.0)
-        if key[0] == COPY:
-            copies[key[1]].warm_source()
-
-    runs: dict[MethodAndTracks, Callable[[], object]] = {(COPY, count): copy.run for count, copy in copies.items()}
-    runs |= {key: averager.update for key, averager in averagers.items()}
-    seconds = in_turn(runs, before=before, repeats=repeats, device=device)
-    for (name, count), samples in seconds.items():
-        scale = copies[count].scale if name == COPY else 1
-        costs[count].seconds[name] = [scale * sample for sample in highest(samples, device)]
-
-
-def _measure_memory(
-    costs: Mapping[int, UpdateCosts],
-    averagers: Mapping[MethodAndTracks, Averager],
-    model: nn.Module,
-    device: torch.device,
-) -> None:
-    """Apart from the times: who gave memory back must wait to get it again."""
-    memory, host_watch = peak_memory(device), HostStopwatch()
-    peak_bytes: dict[MethodAndTracks, list[int]] = {key: [] for key in averagers}
-    host_seconds: dict[MethodAndTracks, list[float]] = {key: [] for key in averagers}
-
-    def before(_: MethodAndTracks) -> None:
-        scale_weights(model, factor=1.0)
-        memory.reset()
-
-    def run(key: MethodAndTracks) -> None:
-        with host_watch:
-            averagers[key].update()
-
-    def after(key: MethodAndTracks) -> None:
-        host_seconds[key].append(host_watch.read())
-        peak_bytes[key].append(memory.read())
-
-    runs = {key: partial(run, key) for key in averagers}
-    in_turn(runs, before=before, after=after, repeats=MEMORY_TURNS, device=device)
-    for (name, count), sizes in peak_bytes.items():
-        size, seconds = highest([max(sizes), min(host_seconds[name, count])], device)
-        costs[count].extra_bytes[name], costs[count].host_seconds[name] = int(size), seconds
+"""A method to average, and how many tracks it keeps."""
 
 
 class CopyBaseline:
-    """Reads half of `size` bytes from memory and writes the other half, or so many fewer that it still takes memory."""
+    """Reads half of `size` bytes from memory and writes the other half; of more than `MAX_COPY_BYTES` only these."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         elements = max(1, min(size, MAX_COPY_BYTES) // 8)
-        self.scale = size / (8 * elements)
-        """How many times as long a copy of all bytes takes."""
+        self._scale = size / (8 * elements)
         self._source, self._target = (torch.zeros(elements, device=device) for _ in range(2))
 
     def warm_source(self) -> None:
@@ -214,16 +45,129 @@ class CopyBaseline:
     def run(self) -> None:
         self._target.copy_(self._source)
 
+    def scaled(self, seconds: Sequence[float]) -> list[float]:
+        """The times of a copy of all bytes."""
+        return [self._scale * sample for sample in seconds]
 
-def _element_sizes(costs: UpdateCosts) -> ElementSizes:
-    return replace(costs.case.element_sizes, tracks=costs.tracks)
+
+def update_costs(device: torch.device, *, case: Case, repeats: int, tracks: Sequence[int] = (1,)) -> list[Record]:
+    """A record for each number of tracks, all measured in the same rounds.
+
+    `seconds` begin with those of a copy of as many bytes as an update moves that reads each live weight on the rank
+    once, and reads and writes an average of each. `moved_bytes` are those that the operators of an update read and
+    write; for ours those of the formula, which `launch.cost` holds against the operators. `failures` has the messages
+    of methods that are not in the other entries.
+    """
+    model = case.build_model(device)
+    records: dict[int, Record] = {}
+    averagers: dict[MethodAndTracks, Averager] = {}
+    copies: dict[int, CopyBaseline] = {}
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    live_weights = [local(parameter.detach()) for parameter in model.parameters()]
+    by_method = ("seconds", "host_seconds", "operators", "moved_bytes", "held_bytes", "extra_bytes", "failures")
+    for count in tracks:
+        record: Record = {"case": case, "tracks": count, "tensors": len(sizes), "elements": sum(sizes)}
+        for key in by_method:
+            record[key] = {}
+        records[count] = record
+        element_sizes = replace(case.element_sizes, tracks=count)
+        copies[count] = CopyBaseline(update_bytes(sum(live.numel() for live in live_weights), element_sizes), device)
+        for name, make in averaging_methods(case).items():
+            averager = make_or_explain(make, model, DECAYS[:count], device)
+            if isinstance(averager, str):
+                record["failures"][name] = averager
+                continue
+            averagers[name, count] = averager
+            numbers = update_numbers(averager, live_weights, element_sizes, scratch_in_cache=name in {OURS, OURS_COPY})
+            for key, number in highest_by_key(numbers, device).items():
+                record[key][name] = number
+    scale_weights(model, factor=1.5)
+    updates = {key: averager.update for key, averager in averagers.items()}
+    timed, in_memory_turns = _take_turns(updates, copies, model, device, repeats)
+    for (name, count), seconds in timed.seconds.items():
+        records[count]["seconds"][name] = copies[count].scaled(seconds) if name == COPY else seconds
+    for name, count in averagers:
+        records[count]["host_seconds"][name] = in_memory_turns.host_seconds[name, count]
+        records[count]["extra_bytes"][name] = in_memory_turns.extra_bytes[name, count]
+    for count, record in records.items():
+        record["times_reference"] = times_reference(record["seconds"])
+        _assert_averages_close({name: averager for (name, own), averager in averagers.items() if own == count})
+    return [*records.values()]
+
+
+def _take_turns(
+    updates: dict[MethodAndTracks, Callable[[], object]],
+    copies: Mapping[int, CopyBaseline],
+    model: nn.Module,
+    device: torch.device,
+    repeats: int,
+) -> tuple[Samples[MethodAndTracks], Samples[MethodAndTracks]]:
+    """Of updates and copies, timed; and of updates, in turns for memory."""
+
+    def before(key: MethodAndTracks) -> None:
+        scale_weights(model, factor=1.0)
+        if key[0] == COPY:
+            copies[key[1]].warm_source()
+
+    copy_runs: dict[MethodAndTracks, Callable[[], object]] = {(COPY, count): it.run for count, it in copies.items()}
+    timed = Turns(copy_runs | updates, device, before).take(repeats)
+    return timed, Turns(updates, device, before).take_memory()
+
+
+def update_numbers(
+    averager: Averager, live_weights: Sequence[Tensor], element_sizes: ElementSizes, *, scratch_in_cache: bool
+) -> dict[str, int]:
+    """What needs no repetition. A scratch that stays in the cache moves no bytes."""
+    held = [[local(average) for average in track.values()] for track in averager.averages()]
+    tensors = [*live_weights, *chain.from_iterable(held)] if scratch_in_cache else None
+    operators = count_operators(averager.update, tensors=tensors)
+    formula = update_bytes(sum(average.numel() for average in held[0]), element_sizes)
+    return {
+        "operators": operators.count,
+        "moved_bytes": formula if averager.shares_live_reads else operators.bytes_moved,
+        "held_bytes": sum(map(nbytes, held)),
+    }
+
+
+def make_or_explain(
+    make: Make, model: nn.Module, decays: Sequence[float], device: torch.device, *, swap: bool = False
+) -> Averager | str:
+    """The averages after two updates that do not change them, since the first may only copy; or how that fails.
+
+    Collective: every rank. A method that fails on one rank has failed on all. With `swap` it must be able to swap, too.
+    """
+    averager, failure, captured = None, "", io.StringIO()
+    try:
+        with redirect_stdout(captured):
+            averager = make(model, decays)
+            for _ in range(2):
+                averager.update()
+            with averager.swapped() if swap and averager.swapped else nullcontext():
+                pass
+        dtypes = {average.dtype for track in averager.averages() for average in track.values()} - {torch.float32}
+        failure = f"no setting for float32 averages: they are {', '.join(map(str, dtypes))}" if dtypes else ""
+    except ModuleNotFoundError as error:
+        failure = f"{NOT_INSTALLED}: {error}"
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the row shows any failure
+        message = str(error) if isinstance(error, Exception) else captured.getvalue()
+        failure = f"{type(error).__name__}: {(message.splitlines() or [''])[0]}"
+    (failed,) = highest([bool(failure)], device)
+    return failure or "fails on another rank" if failed or averager is None else averager
+
+
+def _assert_averages_close(averagers: Mapping[str, Averager]) -> None:
+    """A method that computes something else fails the run. Collective: every rank."""
+    (first_name, first), *others = averagers.items()
+    for name, averager in others:
+        for expected, track in zip(first.averages(), averager.averages(), strict=True):
+            assert track.keys() == expected.keys(), f"{name} averages other tensors than {first_name}"
+            for key, average in track.items():
+                _assert_close(average.detach(), expected[key].detach(), f"{name}: {key}")
 
 
 def _assert_close(average: Tensor, expected: Tensor, what: str) -> None:
     placements = [tensor.placements if isinstance(tensor, DTensor) else None for tensor in (average, expected)]
-    comparable = (
-        local if placements[0] == placements[1] else full
-    )  # nothing to send where each rank can compare what it has
+    comparable = local if placements[0] == placements[1] else full  # local parts are compared without communication
     average, expected = comparable(average), comparable(expected)
     if comparable is local or dist.get_rank() == 0:
         torch.testing.assert_close(average, expected, rtol=1e-4, atol=1e-6, msg=lambda message: f"{what}: {message}")

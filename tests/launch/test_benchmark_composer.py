@@ -11,17 +11,11 @@ from typing import Any
 
 import pytest
 
+from launch.benchmark import __main__ as benchmark
 from tests.support import ROOT
 
 REPEATS = 3
 OURS, THEIRS = "ema_dist.composer.EMA", "composer.algorithms.EMA"
-WITHOUT_COMPOSER = """
-import sys
-sys.modules["composer"] = None
-from launch.benchmark import __main__ as benchmark
-benchmark.SECTIONS = {"composer": benchmark.SECTIONS["composer"]}
-benchmark.main()
-"""
 needs_composer = pytest.mark.skipif(
     find_spec("composer") is None, reason="needs Composer, which has an environment of its own: tox -e composer"
 )
@@ -89,18 +83,32 @@ def test_the_page_says_which_composer_it_was(folder: Path, results: dict[str, An
     assert page.count("\n### ") == 3
 
 
-def test_without_composer_its_section_is_left_out_and_says_so(tmp_path: Path) -> None:
-    ended = run("-c", WITHOUT_COMPOSER, "--device", "cpu", "--output-dir", tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert "composer is left out: it needs Composer" in ended.stdout
-    assert 'pip install "ema-dist[composer]"' in ended.stdout
+@pytest.fixture
+def without_composer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "composer", None)
+    monkeypatch.setattr(benchmark, "SECTIONS", {"composer": benchmark.SECTIONS["composer"]})
+
+
+@pytest.mark.usefixtures("without_composer")
+def test_without_composer_its_section_is_left_out_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--device", "cpu", "--output-dir", str(tmp_path)])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    assert "composer is left out: it needs Composer" in printed
+    assert 'pip install "ema-dist[composer]"' in printed
     assert not [*tmp_path.iterdir()]
 
 
-def test_without_composer_asking_for_its_section_is_refused(tmp_path: Path) -> None:
-    ended = run("-c", WITHOUT_COMPOSER, "--only", "composer", "--output-dir", tmp_path)
-    assert ended.returncode == 2
-    assert 'pip install "ema-dist[composer]"' in ended.stderr
+@pytest.mark.usefixtures("without_composer")
+def test_without_composer_asking_for_its_section_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--only", "composer", "--output-dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main()
+    assert 'pip install "ema-dist[composer]"' in capsys.readouterr().err
 
 
 @needs_composer
