@@ -32,6 +32,7 @@ from ema_dist.sharding import Layout
 from ema_dist.sharding.mesh_shard import MeshShard
 from tests.support.layouts import (
     IGNORED_WARNINGS,
+    STORAGE_LAYOUTS,
     assert_bitwise_equal,
     evaluate,
     full_weights,
@@ -73,7 +74,7 @@ class OffloadedAndInPlace:
         assert (self.ema.steps, self.ema.updates) == (self.in_place.steps, self.in_place.updates)
 
 
-@layouts()
+@layouts(*STORAGE_LAYOUTS)
 def test_averages_are_those_of_an_update_in_place(layout: str) -> None:
     OffloadedAndInPlace(layout).assert_alike()
 

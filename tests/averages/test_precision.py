@@ -212,10 +212,14 @@ def load_ours(ema: ShardedEMA, folder: Path) -> None:
 
 
 @pytest.mark.world_size(4)
-@pytest.mark.parametrize(("source_layout", "target_layout"), [("fsdp2", "hsdp"), ("ddp", "fsdp2"), ("fsdp1", "fsdp2")])
-@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside a swap"])
 @pytest.mark.parametrize(
-    ("store", "restore"), [(save_dcp, load_dcp), (save_ours, load_ours)], ids=["dcp", "ema_dist.checkpoint"]
+    ("source_layout", "target_layout", "inside", "store", "restore"),
+    [
+        pytest.param("fsdp2", "hsdp", False, save_dcp, load_dcp, id="fsdp2-hsdp-dcp"),
+        pytest.param("ddp", "fsdp2", True, save_dcp, load_dcp, id="ddp-fsdp2-dcp-inside a swap"),
+        pytest.param("ddp", "fsdp2", False, save_ours, load_ours, id="ddp-fsdp2-ours"),
+        pytest.param("fsdp1", "fsdp2", True, save_ours, load_ours, id="fsdp1-fsdp2-ours-inside a swap"),
+    ],
 )
 @both_roundings
 def test_a_resumed_low_precision_run_is_bit_identical(

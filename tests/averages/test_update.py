@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ema_dist import HalfLife, ShardedEMA
 from ema_dist.kernels import CPU_SCRATCH_BYTES
 from tests.support.layouts import (
+    STORAGE_LAYOUTS,
     Net,
     assert_bitwise_equal,
     full_weights,
@@ -51,7 +52,7 @@ class Ops(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@layouts()
+@layouts(*STORAGE_LAYOUTS, "fsdp2-keep")
 def test_an_update_sends_nothing(layout: str) -> None:
     _, ema = make_trained(layout)
     with CommDebugMode() as communication, Ops() as ops:

@@ -19,7 +19,16 @@ from ema_dist import ShardedEMA, checkpoint
 from ema_dist.checkpoint.dcp.metadata import read_metadata
 from ema_dist.checkpoint.dcp.reader import read_entries
 from ema_dist.sharding import local_tensor
-from tests.support.layouts import Net, assert_bitwise_equal, full_weights, layouts, make_net, train_step, wrap
+from tests.support.layouts import (
+    STORAGE_LAYOUTS,
+    Net,
+    assert_bitwise_equal,
+    full_weights,
+    layouts,
+    make_net,
+    train_step,
+    wrap,
+)
 from tests.support.reshard_cases import reshard_cases, run_in_world
 
 Run = tuple[nn.Module, Optimizer, ShardedEMA]
@@ -84,7 +93,7 @@ def assert_values_equal(actual: Any, expected: Any, name: str = "") -> None:  # 
             assert actual == expected, name
 
 
-@layouts()
+@layouts(*STORAGE_LAYOUTS, "fsdp1-no-shard", "fsdp1-flat-grad-op", "ddp-checkpointed", "fsdp2-compiled")
 def test_weights_moments_and_averages_round_trip(layout: str, tmp_path: Path) -> None:
     run = make_run(layout)
     train(run, 0, 1, 2)
@@ -111,7 +120,7 @@ def test_weights_moments_and_averages_round_trip(layout: str, tmp_path: Path) ->
     assert_bitwise_equal(other[2].full_state_dict(), ema.full_state_dict())
 
 
-@layouts()
+@layouts(*STORAGE_LAYOUTS)
 def test_a_checkpoint_taken_inside_a_swap_has_the_live_weights(layout: str, tmp_path: Path) -> None:
     run = make_run(layout)
     train(run, 0, 1)

@@ -32,6 +32,8 @@ def test_the_interpreted_kernel_passes_the_tests_of_all_kernels() -> None:
         "-q",
         "-p",
         "no:cacheprovider",
+        "-k",
+        "triton",
         "tests/kernels/test_all_kernels.py",
         "tests/kernels/test_low_precision.py",
     ]

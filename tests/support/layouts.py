@@ -174,6 +174,12 @@ LAYOUTS = {
 }
 
 
+STORAGE_LAYOUTS = ("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp1-hybrid", "fsdp2-3", "hsdp", "tp", "fsdp2-tp")
+"""One layout for each way to store live weights and averages, for what depends on nothing else.
+
+Compilation and activation checkpointing change names and the forward pass, other world sizes the number of rows.
+"""
+
 IGNORED_WARNINGS = (
     pytest.mark.filterwarnings("ignore:The `NO_SHARD` sharding strategy is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo
