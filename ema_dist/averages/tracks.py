@@ -44,7 +44,9 @@ class Tracks(Mapping[str, Averages]):
         parameters: first canonical names of the parameters to average.
         precision: as for `Averages`.
         buffers: whether floating buffers are averaged or copied.
-    make_kernel,
+        kernel: as for `ema_dist.kernels.make_kernel`.
+        agree: as for `ema_dist.kernels.make_kernel`.
+        store: offloads the averages; None to store them on the device of the live weights.
 
     Memory: for each track as `Averages`; and as the store.
     """
