@@ -20,7 +20,7 @@ from ema_dist.averages.precision import Compensated, Precision, Stochastic
 from ema_dist.averages.state import load_state, make_state
 from ema_dist.averages.tracks import BufferPolicy, Tracks
 from ema_dist.communication.rendezvous import agree_on
-from ema_dist.evaluation.tracked_model import TrackedModel
+from ema_dist.evaluation.model_with_averages import TrackedModel
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK, HalfLife, as_decays
 from ema_dist.sharding import Layout, ReplicaPolicy

@@ -23,7 +23,7 @@ ROWS = {
     "checkpoint.loading": 12,
     "checkpoint.stored_checkpoint": 12,
     "checkpoint.saving": 11,
-    "checkpoint.optimizers": 10,
+    "checkpoint.optimizer_entry": 10,
     "checkpoint.writer": 10,
     "checkpoint.entries": 9,
     "checkpoint.manifest": 9,

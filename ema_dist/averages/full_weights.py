@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ema_dist.averages.storage import Averages
+from ema_dist.averages.track import Averages
 from ema_dist.communication.rendezvous import rendezvous
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.sharding import Layout, Shard

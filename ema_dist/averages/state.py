@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_dist.averages.storage import Averages
+from ema_dist.averages.track import Averages
 from ema_dist.averages.tracks import Tracks
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.schedules.clock import Clock

@@ -15,7 +15,7 @@ from torch import Tensor
 from ema_dist.averages.offload import Offloaded, OffloadKernel, Worker
 from ema_dist.averages.precision import Precision, Stochastic
 from ema_dist.averages.side_streams import SideStreams
-from ema_dist.averages.storage import Averages
+from ema_dist.averages.track import Averages
 from ema_dist.kernels import (
     Agree,
     CompensatedRounding,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ema_dist.checkpoint.dcp.index import dotted_name
+from ema_dist.checkpoint.dcp.checkpoint_index import dotted_name
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import verify_files
 from ema_dist.checkpoint.step_folders import locate

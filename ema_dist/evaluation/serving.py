@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ema_dist.averages.storage import Averages
-from ema_dist.communication.replicas import all_gather_parts
+from ema_dist.averages.track import Averages
+from ema_dist.communication.replica_collectives import all_gather_parts
 from ema_dist.evaluation.active import ActiveRegistry
 from ema_dist.kernels import group_pairs, lerp_
 from ema_dist.messages import abbreviated

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ema_dist.averages.storage import Averages
-from ema_dist.communication.replicas import all_gather_parts
+from ema_dist.averages.track import Averages
+from ema_dist.communication.replica_collectives import all_gather_parts
 from ema_dist.evaluation.active import ActiveRegistry
 from ema_dist.kernels import group_pairs, swap_
 from ema_dist.sharding import Layout, Shard

@@ -25,7 +25,7 @@ from ema_dist import Compensated, HalfLife, Offloaded, ShardedEMA, Stochastic, c
 from ema_dist.averages import offload
 from ema_dist.averages.offload import Worker
 from ema_dist.averages.precision import Precision
-from ema_dist.averages.storage import Averages
+from ema_dist.averages.track import Averages
 from ema_dist.evaluation.serving import Serving
 from ema_dist.kernels import HostBuffer, HostCopier, host_copy
 from ema_dist.sharding import Layout

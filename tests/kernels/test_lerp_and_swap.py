@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_dist.kernels import checksum, group_pairs, lerp_, scratch, scratch_kernel, swap, swap_
+from ema_dist.kernels import checksum, exchange, group_pairs, lerp_, scratch, scratch_kernel, swap_
 from tests.support.layouts import peak_memory
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
@@ -81,14 +81,14 @@ def test_a_swap_without_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
     """All scratches are allocated before the first list is touched."""
     left = [torch.zeros(40), torch.zeros(40, dtype=torch.int64)]
     right = [torch.ones(40), torch.ones(40, dtype=torch.int64)]
-    original = swap.make_scratch
+    original = exchange.make_scratch
 
     def fail_for_int64(tensors: list[Tensor]) -> Tensor:
         if tensors[0].dtype == torch.int64:
             raise MemoryError
         return original(tensors)
 
-    monkeypatch.setattr(swap, "make_scratch", fail_for_int64)
+    monkeypatch.setattr(exchange, "make_scratch", fail_for_int64)
     with pytest.raises(MemoryError):
         swap_(group_pairs(zip(left, right, strict=True)))
     assert not any(tensor.any() for tensor in left)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ema_dist.averages.full_weights import gather
 from ema_dist.averages.live_model import LiveModel
-from ema_dist.averages.storage import Averages
+from ema_dist.averages.track import Averages
 from ema_dist.averages.tracks import Tracks
 from ema_dist.evaluation.serving import Serving, active_servings
 from ema_dist.evaluation.swap import Swap, active_swaps
