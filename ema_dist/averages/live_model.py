@@ -55,9 +55,11 @@ class LiveModel:
             raise ValueError(
                 f"select picked {abbreviated(unsupported)}, which are not floating-point and have no average"
             )
-        self.is_split = any(shard.is_split for shard in self.layout.shards)
+        self.has_split_averages = any(shard.is_split for shard in self.layout.shards)
         """Whether replicas split averages among themselves."""
-        self.has_sharded_averages = any(shard.ranks or shard.averaged_part.ranks for shard in self.layout.shards)
+        self.has_sharded_averages = any(
+            shard.gather_ranks or shard.averaged_part.gather_ranks for shard in self.layout.shards
+        )
         """Whether several ranks hold parts of the averages."""
         if (
             isinstance(replicas, ProcessGroup)

@@ -216,7 +216,7 @@ class WeightWriter:
         fsync(self.folder)
 
 
-class WeightFiles(Mapping[str, Any]):
+class WeightReader(Mapping[str, Any]):
     """Full tensors by name from weight files; each is read on access, and nothing in a file is run.
 
     Args:
