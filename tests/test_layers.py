@@ -13,7 +13,7 @@ import ema_dist
 
 PACKAGE = Path(ema_dist.__file__).parent
 
-# A module imports only from rows below its own; one with the name of a room stands for all modules in it.
+# A module imports only from rows below its own; one with the name of a folder stands for all modules in it.
 ROWS = {
     "__init__": 16,
     "cli": 15,
