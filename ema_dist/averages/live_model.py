@@ -90,7 +90,7 @@ class LiveModel:
     def prepare(
         self, call: str, *, collective: bool, only_if_moved: bool = False, problem: Exception | None = None
     ) -> None:
-        """Refresh the layout; if ``collective``, also run the rendezvous, which fails on all ranks if one has a problem.
+        """Refresh the layout; if ``collective``, also run the rendezvous: a problem on one rank fails on all.
 
         Args:
             call: the user's call, for messages.
