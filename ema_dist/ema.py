@@ -20,7 +20,7 @@ from ema_dist.averages.precision import Compensated, Precision, Stochastic
 from ema_dist.averages.state import load_state, make_state
 from ema_dist.averages.tracks import BufferPolicy, Tracks
 from ema_dist.communication.rendezvous import agree_on
-from ema_dist.evaluation.tracked_model import TrackedModel
+from ema_dist.evaluation.model_with_averages import ModelWithAverages
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK, HalfLife, as_decays
 from ema_dist.sharding import Layout, ReplicaPolicy
@@ -83,7 +83,7 @@ class ShardedEMA:
         self._clock = Clock(as_decays(decay), start=start, interval=update_interval)
         self._optimizer_hook: OptimizerHook | None = None
         live = LiveModel(model, replicas=replicas, select=select, timeout=timeout)
-        if live.is_split:
+        if live.has_split_averages:
             live.rendezvous("ShardedEMA(model)")
             live.check_replicas("ShardedEMA(model)")
         tracks = Tracks(
@@ -96,7 +96,7 @@ class ShardedEMA:
             agree=agree_on if live.has_replicated_averages else None,
             store=store,
         )
-        self._tracked_model = TrackedModel(live, tracks)
+        self._model_with_averages = ModelWithAverages(live, tracks)
 
     @property
     def model(self) -> nn.Module:
@@ -134,10 +134,10 @@ class ShardedEMA:
         self._update(found_inf, overlap=False)
 
     def _update(self, found_inf: Tensor | None, *, overlap: bool) -> None:
-        self._tracked_model.require_inactive("update()")
-        self._tracked_model.prepare_update()
-        weights = self._clock.tick(found_inf)
-        self._tracks.update_averages(weights, self._clock.update_number, overlap=overlap)
+        self._model_with_averages.require_inactive("update()")
+        self._model_with_averages.prepare_update()
+        weights = self._clock.next_weights(found_inf)
+        self._tracks.update_averages(weights, self._clock.update_index, overlap=overlap)
 
     def attach(self, optimizer: Optimizer, *, overlap: bool = False) -> OptimizerHook:
         """Update after each real step of ``optimizer``, until ``remove()`` of the returned handle.
@@ -156,7 +156,7 @@ class ShardedEMA:
         """
         if self._optimizer_hook is not None and self._optimizer_hook.is_active:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
-        self._tracked_model.prepare("attach()", collective=False)
+        self._model_with_averages.prepare("attach()", collective=False)
         stepped_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(self._live.layout.parameters[name].owner) in stepped_ids for name in self._live.selected):
             raise ValueError(
@@ -189,7 +189,7 @@ class ShardedEMA:
             on leaving, when parameters were written to. ValueError for an unknown track, when the model has changed, or
             when a parameter without an average became trainable.
         """
-        return self._tracked_model.swapped(self._tracks.resolve(track))
+        return self._model_with_averages.swapped(self._tracks.resolve(track))
 
     def serving(self, track: str | None = None) -> AbstractContextManager[nn.Module]:
         """Forward passes in the ``with`` block read the averages, without gradients; the live weights stay in place.
@@ -206,7 +206,7 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped` or `serving`, when ranks do not come within ``timeout``, and on leaving,
             when parameters were written to. ValueError as `swapped`.
         """
-        return self._tracked_model.serving(self._tracks.resolve(track))
+        return self._model_with_averages.serving(self._tracks.resolve(track))
 
     @property
     def update_kernel(self) -> str:
@@ -223,14 +223,14 @@ class ShardedEMA:
         One of "the averages themselves", "a cast copy" (dtypes differ), "a copy on the model's device" (the averages
         are on another one), "a gathered copy" (replicas split the averages), or "swapped(), since" and the reason.
         """
-        return self._tracked_model.get_serving(next(iter(self._tracks.values()))).mode
+        return self._model_with_averages.get_serving(next(iter(self._tracks.values()))).mode
 
     def restore(self) -> None:
         """Leave `swapped` early, or after ranks could not leave it together; does nothing outside of it.
 
         Collective: as `swapped`. Memory: as `swapped`. Raises: as `swapped` on leaving.
         """
-        self._tracked_model.restore()
+        self._model_with_averages.restore()
 
     def check_replicas(self) -> None:
         """Compare the live weights of replicas (DDP, HSDP), by checksums of their bits.
@@ -238,7 +238,7 @@ class ShardedEMA:
         Collective: over all ranks that hold the model. Memory: 8 bytes per tensor and replica.
         Raises: RuntimeError with the names of the tensors that differ, and the ranks on which they differ.
         """
-        self._tracked_model.prepare("check_replicas()", collective=True)
+        self._model_with_averages.prepare("check_replicas()", collective=True)
         self._live.check_replicas("check_replicas()")
 
     def state_dict(self) -> dict[str, Any]:
@@ -252,13 +252,13 @@ class ShardedEMA:
         Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name:
             tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
         """
-        self._tracked_model.prepare("state_dict()", collective=self._live.has_sharded_averages)
+        self._model_with_averages.prepare("state_dict()", collective=self._live.has_sharded_averages)
         current: Mapping[str, Mapping[str, Tensor]] = {
-            track: self._tracked_model.current(averages) for track, averages in self._tracks.items()
+            name: self._model_with_averages.averages_now(track) for name, track in self._tracks.items()
         }
         # Inside a swap the averages are in the model's storage, and DCP would load into that.
-        if self._tracked_model.swap is not None:
-            current = {track: self._tracks[track].clone_shared(averages) for track, averages in current.items()}
+        if self._model_with_averages.swap is not None:
+            current = {name: self._tracks[name].without_shared_storage(averages) for name, averages in current.items()}
         return make_state(self._clock, self._live.layout, self._tracks, current)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -270,8 +270,8 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped`; ValueError when format, tracks, names or shapes differ, before anything
             changes.
         """
-        self._tracked_model.require_inactive("load_state_dict()")
-        self._tracked_model.prepare("load_state_dict()", collective=False)
+        self._model_with_averages.require_inactive("load_state_dict()")
+        self._model_with_averages.prepare("load_state_dict()", collective=False)
         load_state(state_dict, self._clock, self._live.layout, self._tracks)
 
     def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -281,7 +281,7 @@ class ShardedEMA:
             iterator.
         Memory: one full tensor; on the first rank beyond those it has yielded.
         """
-        return self._tracked_model.gather("gather()", self._tracks.resolve(track), dtype=dtype)
+        return self._model_with_averages.gather("gather()", self._tracks.resolve(track), dtype=dtype)
 
     def full_state_dict(
         self, *, dtype: torch.dtype | None = None, track: str | None = None, pipeline: ProcessGroup | None = None
@@ -303,7 +303,7 @@ class ShardedEMA:
         Raises: RuntimeError when ranks do not come within ``timeout``; ValueError when the model has changed, or when
             stages hold different tensors under one name.
         """
-        entries = self._tracked_model.gather("full_state_dict()", self._tracks.resolve(track), dtype=dtype)
+        entries = self._model_with_averages.gather("full_state_dict()", self._tracks.resolve(track), dtype=dtype)
         if pipeline is not None:
             entries = gather_pipeline(entries, self._live.layout, pipeline, timeout=self._live.timeout)
         return collect(entries, is_destination=self._live.is_first)
@@ -325,11 +325,11 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped`, and on every rank when a value cannot be read; ValueError on every rank
             when names, shapes or kinds of dtype differ, before anything changes.
         """
-        averages = self._tracks.resolve(track)
-        self._tracked_model.require_inactive("load_full_state_dict()")
-        self._tracked_model.prepare("load_full_state_dict()", collective=True)
-        scatter(self._live.layout, averages, full)
-        averages.find_infinities()
+        resolved_track = self._tracks.resolve(track)
+        self._model_with_averages.require_inactive("load_full_state_dict()")
+        self._model_with_averages.prepare("load_full_state_dict()", collective=True)
+        scatter(self._live.layout, resolved_track, full)
+        resolved_track.refresh_infinite_names()
         self._tracks.bind_layout(self._live.layout)
 
     def copy_to(self, model: nn.Module, *, track: str | None = None) -> None:
@@ -343,10 +343,10 @@ class ShardedEMA:
         Memory: one full tensor on each rank.
         Raises: RuntimeError inside `swapped`; ValueError when names or shapes differ, before anything changes.
         """
-        averages = self._tracks.resolve(track)
-        self._tracked_model.require_inactive("copy_to()")
-        self._tracked_model.prepare("copy_to()", collective=self._live.has_sharded_averages)
-        copy_into(Layout(model, "copy"), self._live.layout, averages.recombined())
+        resolved_track = self._tracks.resolve(track)
+        self._model_with_averages.require_inactive("copy_to()")
+        self._model_with_averages.prepare("copy_to()", collective=self._live.has_sharded_averages)
+        copy_into(Layout(model, "copy"), self._live.layout, resolved_track.recombined())
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -381,8 +381,8 @@ class ShardedEMA:
 
     @property
     def _live(self) -> LiveModel:
-        return self._tracked_model.live
+        return self._model_with_averages.live
 
     @property
     def _tracks(self) -> Tracks:
-        return self._tracked_model.tracks
+        return self._model_with_averages.tracks

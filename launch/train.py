@@ -23,13 +23,13 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
+from recipe.checkpoints import Checkpoints, TrainingProgress
 from recipe.data import Batches, load_images
 from recipe.evaluation import evaluate
 from recipe.metrics import HEADING, EpochMetrics, progress_bar, write_csv, write_curves
 from recipe.model import VisionTransformer
 from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, process_group, wrap
 from recipe.preemption import Preempted, PreemptionHandler
-from recipe.resuming import Checkpoints, TrainingProgress
 from recipe.stopwatch import stopwatch
 
 

@@ -38,7 +38,7 @@ KILL_POINTS = {
     "swapping": [
         ("ema_dist/ema.py", "swapped", True),
         ("ema_dist/evaluation/swap.py", "__init__", True),
-        ("ema_dist/communication/replicas.py", "all_gather_parts", True),
+        ("ema_dist/communication/replica_collectives.py", "all_gather_parts", True),
         ("launch/recipe/evaluation.py", "evaluate", True),
         ("ema_dist/evaluation/swap.py", "leave", True),
     ],

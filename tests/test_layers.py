@@ -13,7 +13,7 @@ import ema_dist
 
 PACKAGE = Path(ema_dist.__file__).parent
 
-# A module imports only from rows below its own; one with the name of a room stands for all modules in it.
+# A module imports only from rows below its own; one with the name of a folder stands for all modules in it.
 ROWS = {
     "__init__": 16,
     "cli": 15,
@@ -23,7 +23,7 @@ ROWS = {
     "checkpoint.loading": 12,
     "checkpoint.stored_checkpoint": 12,
     "checkpoint.saving": 11,
-    "checkpoint.optimizers": 10,
+    "checkpoint.optimizer_entry": 10,
     "checkpoint.writer": 10,
     "checkpoint.entries": 9,
     "checkpoint.manifest": 9,

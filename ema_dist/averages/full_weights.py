@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ema_dist.averages.storage import Averages
+from ema_dist.averages.track import Track
 from ema_dist.communication.rendezvous import rendezvous
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.sharding import Layout, Shard
@@ -75,7 +75,7 @@ def gather_pipeline(
     if len({*ranks} & {*layout.ranks}) > 1:
         raise ValueError(f"pipeline={ranks} should hold one rank of each stage, but one is held by {layout.ranks}")
     rendezvous("full_state_dict(pipeline=...)", ranks, timeout=timeout)
-    return _gather_stages(entries, pipeline, layout.shards[0].device)
+    return _gather_stages(entries, pipeline, layout.shards[0].communication_device)
 
 
 def _gather_stages(
@@ -131,7 +131,7 @@ def _receive(source: int, group: ProcessGroup, device: torch.device) -> Iterator
 
 
 @torch.no_grad()
-def scatter(layout: Layout, averages: Averages, full: Mapping[str, Any]) -> None:
+def scatter(layout: Layout, track: Track, full: Mapping[str, Any]) -> None:
     """Scatters full averages from the first rank to all ranks; the inverse of `gather`.
 
     Args:
@@ -142,7 +142,7 @@ def scatter(layout: Layout, averages: Averages, full: Mapping[str, Any]) -> None
     Raises: ValueError on every rank, before anything changes, when names, shapes or kinds of dtype differ from the
         model's; RuntimeError on every rank when a value cannot be read.
     """
-    stored = averages.tensors
+    stored = track.tensors
     shards = {shard.name: shard.averaged_part for shard in layout.shards if shard.name in stored}
     first_rank = _FirstRank(layout)
     mismatch, specs = first_rank.broadcast_result(lambda: _find_mismatches(layout, shards, full))
@@ -150,8 +150,8 @@ def scatter(layout: Layout, averages: Averages, full: Mapping[str, Any]) -> None
         raise ValueError(f"these full tensors belong to another model: {mismatch}")
     for name, (source, spec) in specs.items():
         shard = shards[name]
-        value = first_rank.broadcast_tensor(partial(getitem, full, source), spec, shard.device)
-        averages.write(name, shard.slice_full(value))
+        value = first_rank.broadcast_tensor(partial(getitem, full, source), spec, shard.communication_device)
+        track.write(name, shard.slice_full(value))
 
 
 @torch.no_grad()

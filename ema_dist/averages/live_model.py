@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ema_dist.communication.rendezvous import rendezvous, require_process_group
-from ema_dist.communication.replicas import describe_drift
+from ema_dist.communication.replica_collectives import describe_drift
 from ema_dist.messages import abbreviated
 from ema_dist.sharding import Layout, ReplicaPolicy
 
@@ -55,9 +55,11 @@ class LiveModel:
             raise ValueError(
                 f"select picked {abbreviated(unsupported)}, which are not floating-point and have no average"
             )
-        self.is_split = any(shard.is_split for shard in self.layout.shards)
+        self.has_split_averages = any(shard.is_split for shard in self.layout.shards)
         """Whether replicas split averages among themselves."""
-        self.has_sharded_averages = any(shard.ranks or shard.averaged_part.ranks for shard in self.layout.shards)
+        self.has_sharded_averages = any(
+            shard.gather_ranks or shard.averaged_part.gather_ranks for shard in self.layout.shards
+        )
         """Whether several ranks hold parts of the averages."""
         if (
             isinstance(replicas, ProcessGroup)
@@ -88,7 +90,7 @@ class LiveModel:
     def prepare(
         self, call: str, *, collective: bool, only_if_moved: bool = False, problem: Exception | None = None
     ) -> None:
-        """Refresh the layout; if ``collective``, also meet the other ranks, and fail on all if one has a problem.
+        """Refresh the layout; if ``collective``, also run the rendezvous: a problem on one rank fails on all.
 
         Args:
             call: the user's call, for messages.

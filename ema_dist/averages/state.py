@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_dist.averages.storage import Averages
+from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.schedules.clock import Clock
@@ -58,7 +58,7 @@ def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
         raise ValueError(f"expected a state of ShardedEMA with format {STATE_FORMAT}, got format {version!r}")
     if saved.keys() != tracks.keys():
         raise ValueError(f"expected a state with the tracks {[*tracks]}, got one with {[*saved]}")
-    loaded: list[tuple[Averages, dict[str, Tensor]]] = []
+    loaded: list[tuple[Track, dict[str, Tensor]]] = []
     for track, (_, averages, buffers) in saved.items():
         parts = {name: layout.parameters[name].averaged_part for name in tracks[track].parameters}
         values = _local_tensors("averages", parts, averages) | _local_tensors("buffers", layout.buffers, buffers)
@@ -75,7 +75,7 @@ def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
             target.write(name, value)
     clock.set(steps=steps, updates=updates)
     for target in tracks.values():
-        target.find_infinities()
+        target.refresh_infinite_names()
     tracks.bind_layout(layout)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ema_dist.averages.offload import Offloaded, OffloadKernel, Worker
 from ema_dist.averages.precision import Precision, Stochastic
 from ema_dist.averages.side_streams import SideStreams
-from ema_dist.averages.storage import Averages
+from ema_dist.averages.track import Track
 from ema_dist.kernels import (
     Agree,
     CompensatedRounding,
@@ -35,18 +35,20 @@ BufferPolicy = Literal["average", "copy"]
 """Whether floating buffers are averaged or copied; other buffers are always copied."""
 
 
-class Tracks(Mapping[str, Averages]):
+class Tracks(Mapping[str, Track]):
     """The averages of every track by name; one update reads each live weight once for all of them.
 
     Args:
         layout: the live weights.
         names: names of the tracks.
         parameters: first canonical names of the parameters to average.
-        precision: as for `Averages`.
+        precision: as for `Track`.
         buffers: whether floating buffers are averaged or copied.
-    make_kernel,
+        kernel: as for `ema_dist.kernels.make_kernel`.
+        agree: as for `ema_dist.kernels.make_kernel`.
+        store: offloads the averages; None to store them on the device of the live weights.
 
-    Memory: for each track as `Averages`; and as the store.
+    Memory: for each track as `Track`; and as the store.
     """
 
     def __init__(
@@ -82,14 +84,12 @@ class Tracks(Mapping[str, Averages]):
         }
         device = torch.device("cpu") if store else None
         self._tracks = {
-            name: Averages(
-                layout, parameters, precision=precision, averaged_buffers=self._averaged_buffers, device=device
-            )
+            name: Track(layout, parameters, precision=precision, averaged_buffers=self._averaged_buffers, device=device)
             for name in names
         }
         self.bind_layout(layout)
 
-    def __getitem__(self, name: str) -> Averages:
+    def __getitem__(self, name: str) -> Track:
         return self._tracks[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -98,7 +98,7 @@ class Tracks(Mapping[str, Averages]):
     def __len__(self) -> int:
         return len(self._tracks)
 
-    def resolve(self, track: str | None) -> Averages:
+    def resolve(self, track: str | None) -> Track:
         """The averages of a track; None means the only track, or the one called `DEFAULT_TRACK`.
 
         Raises: ValueError for an unknown track.
@@ -237,7 +237,7 @@ class Tracks(Mapping[str, Averages]):
         return sorted({kernel.name for kernel in self._parameter_kernels})
 
     @property
-    def _first(self) -> Averages:
+    def _first(self) -> Track:
         return next(iter(self.values()))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written aside and renamed, checked before they are read, resharded by DCP.
+"""Atomic, verified checkpoints: written aside and renamed, checked before they are read, resharded by DCP.
 
 `save` and `load` are for resuming; `gather` and `scatter` for full weights in files that others read. Needs the extra
 ``checkpoint``: ``pip install "ema-dist[checkpoint]"``.

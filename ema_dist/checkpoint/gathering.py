@@ -18,7 +18,7 @@ from ema_dist.checkpoint.agreement import (
 )
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.saving import wait
-from ema_dist.checkpoint.weights.files import WeightFiles, WeightWriter
+from ema_dist.checkpoint.weights.files import WeightReader, WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
 from ema_dist.ema import ShardedEMA
 
@@ -79,7 +79,7 @@ def scatter(ema: ShardedEMA, folder: str | os.PathLike[str]) -> None:
     Raises: as ``ema.load_full_state_dict``: RuntimeError on every rank when the files cannot be read, caused by a
         CheckpointError on rank 0.
     """
-    ema.load_full_state_dict(WeightFiles(folder))
+    ema.load_full_state_dict(WeightReader(folder))
 
 
 def _make_on_first_rank(make: Callable[[], WeightWriter], group: ProcessGroup | None) -> WeightWriter | None:

@@ -28,7 +28,7 @@ from ema_dist.checkpoint.agreement import (
 from ema_dist.checkpoint.entries import EMAEntry, Entry, ModelEntry, OtherEntry
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import Manifest
-from ema_dist.checkpoint.optimizers import OptimizerEntry
+from ema_dist.checkpoint.optimizer_entry import OptimizerEntry
 from ema_dist.checkpoint.step_folders import create_partial_folder, step_folder
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.ema import ShardedEMA

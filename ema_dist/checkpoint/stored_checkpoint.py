@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ema_dist.averages.state import STATE_FORMAT
-from ema_dist.checkpoint.dcp.index import CheckpointIndex, TrackNames, dotted_name
+from ema_dist.checkpoint.dcp.checkpoint_index import CheckpointIndex, TrackNames, dotted_name
 from ema_dist.checkpoint.dcp.metadata import read_metadata
 from ema_dist.checkpoint.dcp.reader import read_entries
 from ema_dist.checkpoint.errors import CheckpointError

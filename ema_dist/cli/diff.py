@@ -15,7 +15,7 @@ from torch import Tensor
 from ema_dist.checkpoint.dcp.metadata import METADATA_FILE
 from ema_dist.checkpoint.step_folders import complete_steps, locate
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightsKind
-from ema_dist.checkpoint.weights.files import WeightFiles
+from ema_dist.checkpoint.weights.files import WeightReader
 from ema_dist.cli.distance import Distance, distance
 from ema_dist.cli.terminal import progress, stdout_console
 
@@ -39,7 +39,7 @@ def open_weights(
     Raises: CheckpointError when there are no such weights.
     """
     if not (path / METADATA_FILE).exists() and not complete_steps(path) and path.exists() and step is None:
-        files = WeightFiles(path)
+        files = WeightReader(path)
         meta_tensors = {name: tensor for name, tensor in files.meta_tensors.items() if tensor is not None}
         return TensorSource(meta_tensors, lambda names: (files[name] for name in names))
     stored = StoredCheckpoint(locate(path, step))

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from ema_dist.checkpoint.dcp.index import dotted_name
+from ema_dist.checkpoint.dcp.checkpoint_index import dotted_name
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import verify_files
 from ema_dist.checkpoint.step_folders import locate
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightSelection, WeightsKind
 from ema_dist.checkpoint.weights.files import WeightWriter
-from ema_dist.checkpoint.weights.formats import FileFormat
+from ema_dist.checkpoint.weights.formats import FORMATS, FileFormat
 from ema_dist.cli.terminal import format_bytes, print_stderr, progress, stdout_console
 from ema_dist.messages import abbreviated
 
@@ -50,7 +50,7 @@ def export(
         with progress("exporting", total) as advance:
             for name, tensor in stored.read_weights(selection, on_bytes=advance):
                 _add(writer, name, tensor)
-        if file_format == "torch":
+        if FORMATS[file_format].keeps_non_tensors:
             for name, parts in selection.extra_states.items():
                 _add(writer, name, stored.extra_state(parts))
         # Before the block ends, which publishes the files; the disk still writes the last one meanwhile.

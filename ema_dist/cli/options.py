@@ -19,6 +19,8 @@ class WeightsChoice(str, Enum):
 class FormatChoice(str, Enum):
     """What files to write."""
 
+    # The keys of `FORMATS`, repeated: its module imports torch, for which help and completion must not wait.
+
     SAFETENSORS = "safetensors"
     TORCH = "torch"
 

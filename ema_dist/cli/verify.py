@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ema_dist.checkpoint.dcp.index import dotted_name
+from ema_dist.checkpoint.dcp.checkpoint_index import dotted_name
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import read_manifest, verify_files
 from ema_dist.checkpoint.step_folders import locate

@@ -26,7 +26,7 @@ GAVE_UP = json.dumps(["", "this rank had given up waiting"])
 
 
 def require_process_group(call: str, ranks: list[int]) -> None:
-    """Raise RuntimeError when ``ranks`` are several and there is no process group through which they could meet."""
+    """Raise RuntimeError when ``ranks`` are several and there is no process group for their rendezvous."""
     if len(ranks) > 1 and not dist.is_initialized():
         raise RuntimeError(
             f"{call} needs ranks {ranks} together, and there is no process group any more; "

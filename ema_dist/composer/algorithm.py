@@ -187,7 +187,7 @@ class EMA(Algorithm):
             self._checkpoints.release()
             return algorithm_state
         live = self._copy_live_weights() if self._phase is not None else None
-        return algorithm_state | self._checkpoints.write(self._ema, live)
+        return algorithm_state | self._checkpoints.make_state(self._ema, live)
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002
         """Keep the algorithm's part of a checkpoint, by this EMA or any version of Composer's, until `AFTER_LOAD`.

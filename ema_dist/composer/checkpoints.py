@@ -12,16 +12,13 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from ema_dist.composer import monolithic
-from ema_dist.composer.sharded import ATTRIBUTE, KeyPath, PlannerOverride
+from ema_dist.composer import monolithic, sharded
+from ema_dist.composer.sharded import ATTRIBUTE, KINDS, KeyPath, PlannerOverride
 from ema_dist.ema import ShardedEMA
-from ema_dist.messages import describe_difference
 from ema_dist.sharding import cpu_copy
 
 AveragesFactory = Callable[[nn.Module], ShardedEMA]
 """Constructs averages of a model."""
-
-KINDS = ("averages", "buffers")
 
 
 class CheckpointHandler:
@@ -103,7 +100,7 @@ class CheckpointHandler:
             {"ema": make_averages(self._state.model).state_dict(), "live": self.copy_model_state()},
         )
 
-    def write(self, ema: ShardedEMA, live: Mapping[str, Any] | None) -> dict[str, Any]:
+    def make_state(self, ema: ShardedEMA, live: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the algorithm's part of a checkpoint, and add the tensors of a sharded one to State.
 
         Args:
@@ -113,17 +110,10 @@ class CheckpointHandler:
         """
         if not self.is_sharded:
             prefix = monolithic.DDP_PREFIX if self._state.is_model_ddp else ""
-            return monolithic.write(ema, live, prefix=prefix)
-        state = ema.state_dict()
-        averaged_names = [name for kind in KINDS for name in state["tracks"]["default"][kind]]
-        if live is None:
-            setattr(self._state, ATTRIBUTE, {"ema": state})
-        else:
-            track = state["tracks"]["default"]
-            for kind in KINDS:
-                track[kind] = {name: tensor for name, tensor in track[kind].items() if tensor.dtype != live[name].dtype}
-            setattr(self._state, ATTRIBUTE, {"ema": state, "live": live})
-        return {"averaged": averaged_names}
+            return monolithic.make_state(ema, live, prefix=prefix)
+        algorithm_state, tensors = sharded.make_state(ema, live)
+        setattr(self._state, ATTRIBUTE, tensors)
+        return algorithm_state
 
     def copy_model_state(self) -> dict[str, Any]:
         """Copy the model's state, as Composer saves it, to the CPU; empty on ranks that write nothing.
@@ -142,7 +132,7 @@ class CheckpointHandler:
         model = self._state.model
         ema = make_averages(model)
         state = ema.state_dict()
-        saved = monolithic.read(
+        saved = monolithic.parse_state(
             algorithm_state,
             averaged_names=[name for kind in KINDS for name in state["tracks"]["default"][kind]],
             known_names=ema.full_shapes(),
@@ -163,30 +153,11 @@ class CheckpointHandler:
         found_paths: set[KeyPath],
         make_averages: AveragesFactory,
     ) -> ShardedEMA:
-        is_active = algorithm_state["ema_weights_active"]
         ema = make_averages(self._state.model)
-        state = ema.state_dict() | {key: loaded["ema"][key] for key in ("format", "steps", "updates")}
-        missing: set[str] = set()
-        expected_names: set[str] = set()
-        for kind in KINDS:
-            tensors = state["tracks"]["default"][kind]
-            found_names = {name for name in tensors if ("ema", "tracks", "default", kind, name) in found_paths}
-            expected_names |= tensors.keys()
-            missing |= set() if is_active else tensors.keys() - found_names
-            tensors |= {name: loaded["ema"]["tracks"]["default"][kind][name] for name in found_names}
-        live_names = {path[1] for path in found_paths if path[0] == "live"}  # DCP flattens extra states
-        live = {
-            name: value for name, value in loaded["live"].items() if name in live_names or not isinstance(value, Tensor)
-        }
-        missing |= loaded["live"].keys() - live.keys() if is_active else set()
-        saved_names = {*algorithm_state["averaged"]}
-        if difference := describe_difference(
-            "the model", missing | (expected_names - saved_names), "the checkpoint", saved_names - expected_names
-        ):
-            raise ValueError(f"the checkpoint holds the averages of another model: {difference}")
-        ema.load_state_dict(state)
-        if is_active:
-            self._load_live_weights(live)
+        saved = sharded.parse_state(algorithm_state, loaded, found_paths=found_paths, initial=ema.state_dict())
+        ema.load_state_dict(saved.ema)
+        if saved.live:
+            self._load_live_weights(saved.live)
         return ema
 
     def _load_live_weights(self, live: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Averages in Composer's monolithic checkpoints, as full tensors: written in its format, read also in older formats.
+"""Averages in Composer's monolithic checkpoints, as full tensors: made in its format, parsed also in older formats.
 
 In Composer's format, ``ema_model`` holds ``named_parameters_dict`` and ``named_buffers_dict`` of the averages, or of
 the live weights while the averages are swapped in (``ema_weights_active``). This package adds the step counts, and
@@ -36,7 +36,7 @@ class MonolithicState:
     updates: int = 0
 
 
-def write(ema: ShardedEMA, live: Mapping[str, Tensor] | None, *, prefix: str) -> dict[str, Any]:
+def make_state(ema: ShardedEMA, live: Mapping[str, Tensor] | None, *, prefix: str) -> dict[str, Any]:
     """Return the algorithm's part of a checkpoint; only the first rank's holds tensors.
 
     Args:
@@ -68,7 +68,7 @@ def transfer_averages(ema: ShardedEMA, target: ShardedEMA) -> ShardedEMA:
     return target
 
 
-def read(
+def parse_state(
     algorithm_state: Mapping[str, Any],
     *,
     averaged_names: list[str],

@@ -6,20 +6,100 @@ The result of `Algorithm.state_dict` is one opaque object there, so that every r
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from composer.core import State
 from composer.utils import FSDP2Config
+from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
+
+from ema_dist.ema import ShardedEMA
+from ema_dist.messages import describe_difference
 
 ATTRIBUTE = "ema_dist"
 """The attribute of State that holds our part of a sharded checkpoint, to be saved or just loaded."""
 
 ATTRIBUTE_PATH = ("state", ATTRIBUTE)
 
+KINDS = ("averages", "buffers")
+"""The keys of a track's tensors in the state of `ShardedEMA`."""
+
 KeyPath: TypeAlias = tuple[str | int, ...]
 """The keys that lead to a value in nested dictionaries."""
+
+
+@dataclass(frozen=True)
+class ShardedState:
+    """The contents of a sharded checkpoint.
+
+    Args:
+        ema: the state for `ShardedEMA.load_state_dict`; the averages in it are the initial ones if the checkpoint's
+            model holds the averages and does not round them.
+        live: the live weights, if the checkpoint's model holds the averages; else empty.
+    """
+
+    ema: Mapping[str, Any]
+    live: Mapping[str, Any]
+
+
+def make_state(ema: ShardedEMA, live: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the algorithm's part of a checkpoint, and the value of `ATTRIBUTE`.
+
+    Args:
+        live: the live weights, while the averages are swapped in; else None.
+
+    Collective: over all ranks.
+    """
+    state = ema.state_dict()
+    track = state["tracks"]["default"]
+    algorithm_state = {"averaged": [name for kind in KINDS for name in track[kind]]}
+    if live is None:
+        return algorithm_state, {"ema": state}
+    for kind in KINDS:
+        track[kind] = {name: tensor for name, tensor in track[kind].items() if tensor.dtype != live[name].dtype}
+    return algorithm_state, {"ema": state, "live": live}
+
+
+def parse_state(
+    algorithm_state: Mapping[str, Any],
+    loaded: Mapping[str, Any],
+    *,
+    found_paths: set[KeyPath],
+    initial: Mapping[str, Any],
+) -> ShardedState:
+    """Parse the two parts of a checkpoint, as `make_state` makes them.
+
+    Args:
+        loaded: the value of `ATTRIBUTE`; values that the checkpoint lacks are those from before the load.
+        found_paths: the paths below `ATTRIBUTE` that the checkpoint has.
+        initial: the state of new averages of the model; its averages are replaced by those found.
+
+    Raises: ValueError when the checkpoint was saved from another model.
+    """
+    is_active = algorithm_state["ema_weights_active"]
+    state = {**initial, **{key: loaded["ema"][key] for key in ("format", "steps", "updates")}}
+    missing: set[str] = set()
+    expected_names: set[str] = set()
+    for kind in KINDS:
+        tensors = state["tracks"]["default"][kind]
+        found_names = {name for name in tensors if ("ema", "tracks", "default", kind, name) in found_paths}
+        expected_names |= tensors.keys()
+        missing |= set() if is_active else tensors.keys() - found_names
+        tensors |= {name: loaded["ema"]["tracks"]["default"][kind][name] for name in found_names}
+    live_names = {path[1] for path in found_paths if path[0] == "live"}  # DCP flattens extra states
+    live = {
+        name: value for name, value in loaded["live"].items() if name in live_names or not isinstance(value, Tensor)
+    }
+    missing |= loaded["live"].keys() - live.keys() if is_active else set()
+    saved_names = {*algorithm_state["averaged"]}
+    if difference := describe_difference(
+        "the model", missing | (expected_names - saved_names), "the checkpoint", saved_names - expected_names
+    ):
+        raise ValueError(f"the checkpoint holds the averages of another model: {difference}")
+    return ShardedState(state, live if is_active else {})
 
 
 class PlannerOverride:

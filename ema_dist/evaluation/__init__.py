@@ -1,5 +1,5 @@
-"""Averages in the model: the swap, serving without a swap, and the record of which of them are active.
+"""Averages in the model: the swap, serving without a swap, and the registry of active swaps and servings.
 
-How averages are stored and updated belongs to `averages`. May import `averages`, `communication` and the rooms below
-these.
+How averages are stored and updated belongs to `averages`. May import `averages`, `communication` and lower
+levels.
 """

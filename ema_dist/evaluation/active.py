@@ -1,4 +1,4 @@
-"""The record of swaps and servings that are active in this process."""
+"""The registry of swaps and servings that are active in this process."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ema_dist.averages.storage import Averages
-from ema_dist.communication.replicas import all_gather_parts
+from ema_dist.averages.track import Track
+from ema_dist.communication.replica_collectives import all_gather_parts
 from ema_dist.evaluation.active import ActiveRegistry
 from ema_dist.kernels import group_pairs, lerp_
 from ema_dist.messages import abbreviated
@@ -34,13 +34,13 @@ class _ServingSetup(NamedTuple):
 class Serving:
     """Serves the averages of one track to the forward passes of a model, as long as ``layout`` describes it."""
 
-    def __init__(self, layout: Layout, averages: Averages) -> None:
+    def __init__(self, layout: Layout, track: Track) -> None:
         self.layout = layout
         self.is_active = False
-        self._averages = averages
+        self._track = track
         self._unsupported_reason = unsupported_reason(layout)
         self._modules = list(layout.model.modules())
-        pairs = {name: (layout.parameters[name], average) for name, average in averages.parameters.items()}
+        pairs = {name: (layout.parameters[name], average) for name, average in track.parameters.items()}
         self._copied_shards = {
             name: shard for name, (shard, average) in pairs.items() if not _can_substitute(average, shard)
         }
@@ -54,7 +54,7 @@ class Serving:
         if any(shard.is_split for shard in self._copied_shards.values()):
             return GATHERED_COPY
         if any(
-            self._averages.parameters[name].device != shard.local.device for name, shard in self._copied_shards.items()
+            self._track.parameters[name].device != shard.local.device for name, shard in self._copied_shards.items()
         ):
             return DEVICE_COPY
         return CAST_COPY if self._copied_shards else DIRECT
@@ -112,14 +112,12 @@ class Serving:
         return setup
 
     def _build_setup(self) -> _ServingSetup:
-        parameters = self._averages.parameters
+        parameters = self._track.parameters
         # Buffers are always copied: a forward pass may write to them, as BatchNorm does in training mode.
         copied_shards = {**self._copied_shards, **self.layout.buffers}
         empty_shards = {name: shard.with_empty_local() for name, shard in copied_shards.items()}
         substitutes = parameters | {name: shard.local for name, shard in empty_shards.items()}
-        copies = [
-            (shard, self._averages.value_for_dtype(name, shard.local.dtype)) for name, shard in empty_shards.items()
-        ]
+        copies = [(shard, self._track.value_for_dtype(name, shard.local.dtype)) for name, shard in empty_shards.items()]
         return _ServingSetup(Substitution(self.layout, substitutes), copies)
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ema_dist.averages.storage import Averages
-from ema_dist.communication.replicas import all_gather_parts
+from ema_dist.averages.track import Track
+from ema_dist.communication.replica_collectives import all_gather_parts
 from ema_dist.evaluation.active import ActiveRegistry
-from ema_dist.kernels import group_pairs, swap_
+from ema_dist.kernels import exchange_, group_pairs
 from ema_dist.sharding import Layout, Shard
 
 _active_swaps: ActiveRegistry[Swap] = ActiveRegistry()
@@ -28,12 +28,12 @@ class Swap:
     Memory: one scratch of `ema_dist.kernels`; for averages of another dtype or device, the live part beside them.
     """
 
-    def __init__(self, layout: Layout, averages: Averages) -> None:
+    def __init__(self, layout: Layout, track: Track) -> None:
         self.layout = layout
-        self.averages = averages
+        self.track = track
         self._is_restored = False
         self._written: list[str] = []
-        pairs = _pairs(layout, averages)
+        pairs = _pairs(layout, track)
         self._stash = {
             name: live.to(average.device, copy=True)
             for name, (average, live) in pairs.items()
@@ -42,7 +42,7 @@ class Swap:
         self._swap_tensors(pairs)
         try:
             _copy_pairs(
-                (live, averages.value_for_dtype(name, live.dtype))
+                (live, track.value_for_dtype(name, live.dtype))
                 for name, (_, live) in pairs.items()
                 if name in self._stash
             )
@@ -51,14 +51,14 @@ class Swap:
             # Another replica failed: restore this rank's averages and its parts of the live weights, at least.
             self._restore(pairs)
             raise
-        self._versions = {name: layout.parameters[name].version for name in averages.parameters}
+        self._versions = {name: layout.parameters[name].version for name in track.parameters}
         _active_swaps.add(self)
 
-    def current(self, layout: Layout) -> dict[str, Tensor]:
+    def averages_now(self, layout: Layout) -> dict[str, Tensor]:
         """The tensors that hold the averages at present, by name; in the stored dtype, without residuals."""
         return {
             name: average if self._is_restored or name in self._stash else live
-            for name, (average, live) in _pairs(layout, self.averages).items()
+            for name, (average, live) in _pairs(layout, self.track).items()
         }
 
     def leave(self, layout: Layout) -> list[str]:
@@ -71,7 +71,7 @@ class Swap:
         """
         if not self._is_restored:
             self._written = [name for name in self._versions if self._was_written(name, layout.parameters[name])]
-            pairs = _pairs(layout, self.averages)
+            pairs = _pairs(layout, self.track)
             self._keep_written_buffers(pairs)
             self._restore(pairs)
             self._is_restored = True
@@ -88,9 +88,9 @@ class Swap:
         self.layout.refresh_buffers()
         if self.layout.has_moved():
             raise RuntimeError("the model was moved or cast inside swapped(); leave the block before saving")
-        for name, (average, live) in _pairs(self.layout, self.averages).items():
+        for name, (average, live) in _pairs(self.layout, self.track).items():
             live_value = live if self._is_restored else self._stash.get(name, average)
-            shard = self.layout.parameters[name] if name in self.averages.parameters else self.layout.buffers[name]
+            shard = self.layout.parameters[name] if name in self.track.parameters else self.layout.buffers[name]
             yield shard, shard.averaged_part.wrap(live_value)
 
     def _was_written(self, name: str, shard: Shard) -> bool:
@@ -107,11 +107,11 @@ class Swap:
         _copy_pairs((pairs[name][1], stashed) for name, stashed in self._stash.items())
 
     def _swap_tensors(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-        swap_(group_pairs(pair for name, pair in pairs.items() if name not in self._stash))
+        exchange_(group_pairs(pair for name, pair in pairs.items() if name not in self._stash))
 
     @torch.no_grad()
     def _keep_written_buffers(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-        for name in self._stash.keys() & self.averages.buffers.keys():
+        for name in self._stash.keys() & self.track.buffers.keys():
             average, live = pairs[name]
             # Only if written: copying the cast value back would round the average at each swap.
             if not torch.equal(average.to(live), live):
@@ -128,8 +128,8 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.flatten().view(torch.uint8)
 
 
-def _pairs(layout: Layout, averages: Averages) -> dict[str, tuple[Tensor, Tensor]]:
-    return averages.parameter_pairs(layout) | averages.buffer_pairs(layout)
+def _pairs(layout: Layout, track: Track) -> dict[str, tuple[Tensor, Tensor]]:
+    return track.parameter_pairs(layout) | track.buffer_pairs(layout)
 
 
 @torch.no_grad()

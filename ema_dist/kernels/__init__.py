@@ -9,6 +9,7 @@ equal shapes.
 
 from ema_dist.kernels.checksums import checksum
 from ema_dist.kernels.compensated_kernel import recombine, split_hi_lo
+from ema_dist.kernels.exchange import exchange_
 from ema_dist.kernels.host_copy import HostBuffer, HostCopier
 from ema_dist.kernels.kernel import Kernel, UpdateIndex, Weight
 from ema_dist.kernels.lerp import lerp_, lerp_tracks_
@@ -16,7 +17,6 @@ from ema_dist.kernels.lists import chunks, group_by_dtype, group_pairs
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding, TensorOffset
 from ema_dist.kernels.scratch import CPU_SCRATCH_BYTES, DEVICE_SCRATCH_BYTES, make_scratch, scratch_views
 from ema_dist.kernels.selection import KERNELS, Agree, make_kernel
-from ema_dist.kernels.swap import swap_
 
 __all__ = [
     "CPU_SCRATCH_BYTES",
@@ -34,6 +34,7 @@ __all__ = [
     "Weight",
     "checksum",
     "chunks",
+    "exchange_",
     "group_by_dtype",
     "group_pairs",
     "lerp_",
@@ -43,5 +44,4 @@ __all__ = [
     "recombine",
     "scratch_views",
     "split_hi_lo",
-    "swap_",
 ]

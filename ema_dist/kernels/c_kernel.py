@@ -21,7 +21,7 @@ from ema_dist.kernels.address_tables import AddressTables, find_dense_rows, make
 from ema_dist.kernels.kernel import UnsupportedKernelError, UpdateIndex, Weight
 from ema_dist.kernels.random_bits import make_noise_tables
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
-from ema_dist.kernels.torch_kernels import make_subset_kernel
+from ema_dist.kernels.scratch_kernel_factory import make_subset_kernel
 
 BLOCK = 2**15
 """Elements that all tracks process before the next block: few enough for the L2 cache, enough for prefetching."""

@@ -18,7 +18,7 @@ from ema_dist.kernels.kernel import Kernel, UnsupportedKernelError
 from ema_dist.kernels.lists import SMALL_NUMEL, is_small
 from ema_dist.kernels.rounding import Rounding
 from ema_dist.kernels.scratch import chunk_elements
-from ema_dist.kernels.torch_kernels import make_scratch_kernel
+from ema_dist.kernels.scratch_kernel_factory import make_scratch_kernel
 from ema_dist.kernels.triton_kernel import TritonKernel
 
 KERNELS = {"foreach": ForeachKernel, "scratch": make_scratch_kernel, "compiled": CompiledKernel, "triton": TritonKernel}

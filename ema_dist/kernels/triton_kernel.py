@@ -15,7 +15,7 @@ from ema_dist.kernels.address_tables import Row, find_dense_rows, make_address_t
 from ema_dist.kernels.kernel import UnsupportedKernelError, UpdateIndex, Weight
 from ema_dist.kernels.random_bits import make_noise_tables
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
-from ema_dist.kernels.torch_kernels import make_subset_kernel
+from ema_dist.kernels.scratch_kernel_factory import make_subset_kernel
 
 BLOCK = 4096
 """Elements that one program processes."""

@@ -45,7 +45,7 @@ class Clock:
         return self._updates + self._device_count(1)
 
     @property
-    def update_number(self) -> int | Tensor:
+    def update_index(self) -> int | Tensor:
         """As `updates`, but never waits: a tensor on the device if some were counted there."""
         return self._updates if self._device_counts is None else self._device_counts[1] + self._updates
 
@@ -53,7 +53,7 @@ class Clock:
         """Continue from these counts."""
         self._steps, self._updates, self._device_counts = steps, updates, None
 
-    def tick(self, found_inf: Tensor | None = None) -> dict[str, float] | dict[str, Tensor]:
+    def next_weights(self, found_inf: Tensor | None = None) -> dict[str, float] | dict[str, Tensor]:
         """Count one optimizer step. Returns the weight of the live value by track.
 
         A weight of 0 leaves the average unchanged, a weight of 1 replaces it by the live value.
@@ -69,12 +69,12 @@ class Clock:
                 return dict.fromkeys(self.decays, 0.0)
             self._updates += 1
             return self._weights()
-        return self._tick_on_device(found_inf)
+        return self._next_weights_on_device(found_inf)
 
     def _weights(self) -> dict[str, float]:
         return {name: 1 - decay.decay(self.interval) for name, decay in self.decays.items()}
 
-    def _tick_on_device(self, found_inf: Tensor | None) -> dict[str, Tensor]:
+    def _next_weights_on_device(self, found_inf: Tensor | None) -> dict[str, Tensor]:
         if self._device_counts is None:
             assert found_inf is not None
             self._device_counts = torch.zeros(2, dtype=torch.int64, device=found_inf.device)

@@ -72,15 +72,15 @@ class FlatShard(Shard):
         return self.ranges[self._group.rank()][0]
 
     @property
-    def device(self) -> torch.device:
+    def communication_device(self) -> torch.device:
         return self._device
 
     @property
-    def ranks(self) -> frozenset[int]:
+    def gather_ranks(self) -> frozenset[int]:
         return frozenset(dist.get_process_group_ranks(self._group))
 
     @property
-    def group(self) -> ProcessGroup | None:
+    def gather_group(self) -> ProcessGroup | None:
         return self._group
 
     def wrap(self, local: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class FlatShard(Shard):
         copies = "" if self.replica_group is None else f", on each of {self.replica_group.size()} replicas"
         return f"flat over {self._group.size()} ranks{copies}"
 
-    def describe(self) -> str:
+    def sharding_key(self) -> str:
         ranks = dist.get_process_group_ranks(self._group)
         return f"{tuple(self._shape)}, strides {self.stride}, flat ranges {self.ranges} over ranks {ranks}"
 

@@ -55,7 +55,7 @@ class Layout:
     @property
     def ranks(self) -> list[int]:
         """The global ranks that hold this model together, in order; empty when this rank holds it alone."""
-        rank_sets = {shard.ranks | shard.averaged_part.ranks for shard in self.shards}
+        rank_sets = {shard.gather_ranks | shard.averaged_part.gather_ranks for shard in self.shards}
         rank_sets |= {
             frozenset(dist.get_process_group_ranks(s.replica_group)) for s in self.shards if s.replica_group is not None
         }
@@ -74,7 +74,7 @@ class Layout:
             return None
         groups = [
             dist.group.WORLD,
-            *(g for s in self.shards for g in (s.averaged_part.group, s.group, s.replica_group)),
+            *(g for s in self.shards for g in (s.averaged_part.gather_group, s.gather_group, s.replica_group)),
         ]
         for group in groups:
             if group is not None and dist.get_process_group_ranks(group) == ranks:
@@ -155,7 +155,7 @@ class Layout:
 
 def _description(name: str, shard: Shard) -> str:
     tied = f", tied to {sorted({*shard.names} - {name})}" if len(shard.names) > 1 else ""
-    return f"{shard.averaged_part.describe()} on {shard.local.device}{tied}"
+    return f"{shard.averaged_part.sharding_key()} on {shard.local.device}{tied}"
 
 
 def _storage_key(tensor: Tensor) -> tuple[object, ...]:

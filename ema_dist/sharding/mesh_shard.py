@@ -65,15 +65,15 @@ class MeshShard(Shard):
         return block_index * prod(sizes)
 
     @property
-    def device(self) -> torch.device:
+    def communication_device(self) -> torch.device:
         return torch.device(self.mesh.device_type)
 
     @property
-    def ranks(self) -> frozenset[int]:
+    def gather_ranks(self) -> frozenset[int]:
         return frozenset(self.mesh.mesh.flatten().tolist())
 
     @property
-    def group(self) -> ProcessGroup | None:
+    def gather_group(self) -> ProcessGroup | None:
         return self.mesh.get_group() if self.mesh.ndim == 1 else None
 
     def wrap(self, local: Tensor) -> DTensor:
@@ -94,7 +94,7 @@ class MeshShard(Shard):
         return dtensor_local(value)
 
     def full(self, local: Tensor) -> Tensor:
-        local = local.to(self.device)
+        local = local.to(self.communication_device)
         if any(type(placement) not in (ShardPlacement, Replicate) for placement in self.placements):
             return self.wrap(local).full_tensor()  # strided placements (FSDP2 over TP): only DTensor knows their order
         lengths, _ = self._lengths_and_starts()
@@ -108,7 +108,7 @@ class MeshShard(Shard):
         if full.shape != self.shape:
             raise ValueError(f"expected {tuple(self.shape)}, got {tuple(full.shape)}")
         replicated = DTensor.from_local(
-            full.to(self.device), self.mesh, [Replicate()] * self.mesh.ndim, run_check=False
+            full.to(self.communication_device), self.mesh, [Replicate()] * self.mesh.ndim, run_check=False
         )
         return dtensor_local(replicated.redistribute(placements=self.placements))
 
@@ -137,7 +137,7 @@ class MeshShard(Shard):
         placements_text = ", ".join(str(placement) for placement in self.placements)
         return f"{placements_text} over a mesh of {' x '.join(map(str, self.mesh.mesh.shape))} ranks"
 
-    def describe(self) -> str:
+    def sharding_key(self) -> str:
         return f"{tuple(self._shape)}, placed {self.placements} over ranks {self.mesh.mesh.tolist()}"
 
 

@@ -19,15 +19,15 @@ class PlainShard(Shard):
         return self.local.shape
 
     @property
-    def device(self) -> torch.device:
+    def communication_device(self) -> torch.device:
         return self.local.device
 
     @property
-    def ranks(self) -> frozenset[int]:
+    def gather_ranks(self) -> frozenset[int]:
         return frozenset()
 
     @property
-    def group(self) -> ProcessGroup | None:
+    def gather_group(self) -> ProcessGroup | None:
         return None
 
     def wrap(self, local: Tensor) -> Tensor:
@@ -50,5 +50,5 @@ class PlainShard(Shard):
     def summary(self) -> str:
         return "whole" if self.replica_group is None else f"whole on each of {self.replica_group.size()} ranks"
 
-    def describe(self) -> str:
+    def sharding_key(self) -> str:
         return f"{tuple(self.shape)}, whole"

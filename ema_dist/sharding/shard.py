@@ -89,18 +89,18 @@ class Shard(ABC):
 
     @property
     @abstractmethod
-    def device(self) -> torch.device:
+    def communication_device(self) -> torch.device:
         """The device on which ranks communicate this tensor; ``local`` may be offloaded from it."""
 
     @property
     @abstractmethod
-    def ranks(self) -> frozenset[int]:
+    def gather_ranks(self) -> frozenset[int]:
         """Global ranks that must call `full` together; empty if it does not communicate."""
 
     @property
     @abstractmethod
-    def group(self) -> ProcessGroup | None:
-        """The process group of exactly `ranks`; None if there is none."""
+    def gather_group(self) -> ProcessGroup | None:
+        """The process group of exactly `gather_ranks`; None if there is none."""
 
     @abstractmethod
     def wrap(self, local: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Shard(ABC):
     def full(self, local: Tensor) -> Tensor:
         """The full tensor whose parts the ranks pass as ``local``; it may share storage with ``local``.
 
-        Collective: over `ranks`. Memory: two full tensors at most, while gathering.
+        Collective: over `gather_ranks`. Memory: two full tensors at most, while gathering.
         """
 
     @abstractmethod
@@ -141,7 +141,7 @@ class Shard(ABC):
 
     def is_sharded_like(self, other: Shard) -> bool:
         """Whether both hold the same part of tensors of the same shape, on every rank."""
-        return self.describe() == other.describe()
+        return self.sharding_key() == other.sharding_key()
 
     @property
     @abstractmethod
@@ -149,8 +149,11 @@ class Shard(ABC):
         """How the tensor is sharded and replicated, in a few words for messages."""
 
     @abstractmethod
-    def describe(self) -> str:
-        """A text with the shape of the full tensor and everything that decides which part of it each rank holds."""
+    def sharding_key(self) -> str:
+        """The shape of the full tensor and everything that decides which part of it each rank holds.
+
+        A text that is compared for equality. Messages print it only where two keys differ; elsewhere `summary`.
+        """
 
 
 def memory_order(shape: Iterable[int], stride: Iterable[int]) -> list[int] | None:

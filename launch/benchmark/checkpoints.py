@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ema_dist import ShardedEMA, checkpoint
 from ema_dist.checkpoint.gathering import gather
-from ema_dist.checkpoint.weights.files import WeightFiles
+from ema_dist.checkpoint.weights.files import WeightReader
 from ema_dist.cli.export import export
 from launch.benchmark.cases import DECAY, Case, local, nbytes, scale_weights
 from launch.benchmark.measure import FileMethod, Record, is_first, measure_files
@@ -201,6 +201,6 @@ def _save_file(tensors: Mapping[str, Tensor], folder: Path, *, sync: bool) -> No
 def _assert_files_equal(folders: list[Path], expected: Mapping[str, Any]) -> None:
     """A method that writes something else fails the run."""
     for folder in folders:
-        found = WeightFiles(folder)
+        found = WeightReader(folder)
         assert found.keys() == expected.keys(), folder
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), folder

@@ -18,7 +18,7 @@ class OperatorCounter(TorchDispatchMode):
     Views and empty tensors are no work and do not count. What a compiled kernel does inside is not seen.
 
     Args:
-        of: only bytes in the storage of these tensors count; None for those of all tensors.
+        tensors: only bytes in the storage of these tensors count; None for those of all tensors.
     """
 
     def __init__(self, tensors: Iterable[Tensor] | None = None) -> None:

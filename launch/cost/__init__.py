@@ -1,1 +1,1 @@
-"""`python -m launch.cost`: holds the formulas of `launch.benchmark.formulas` against measurements."""
+"""`python -m launch.cost`: compares the formulas of `launch.benchmark.formulas` with measurements."""

@@ -1,4 +1,4 @@
-"""Holds the formulas of `launch.benchmark.formulas` against measurements on 1, 2 and 4 ranks.
+"""Compares the formulas of `launch.benchmark.formulas` with measurements on 1, 2 and 4 ranks.
 
     python -m launch.cost --output-dir docs           # a minute or two; writes the lower half of docs/cost.md
     python -m launch.cost --quick                     # the same on a tiny model: whether it works at all

@@ -25,7 +25,7 @@ from ema_dist import Compensated, HalfLife, Offloaded, ShardedEMA, Stochastic, c
 from ema_dist.averages import offload
 from ema_dist.averages.offload import Worker
 from ema_dist.averages.precision import Precision
-from ema_dist.averages.storage import Averages
+from ema_dist.averages.track import Track
 from ema_dist.evaluation.serving import Serving
 from ema_dist.kernels import HostBuffer, HostCopier, host_copy
 from ema_dist.sharding import Layout
@@ -545,7 +545,7 @@ def test_max_pending_0_is_refused() -> None:
 def test_serving_mode_names_the_offloaded_averages() -> None:
     model, _, _ = one_weight()
     layout = Layout(model)
-    averages = Averages(layout, ["weight"], precision=Precision(), averaged_buffers=())
+    averages = Track(layout, ["weight"], precision=Precision(), averaged_buffers=())
     averages.parameters = {name: average.to("meta") for name, average in averages.parameters.items()}
     assert Serving(layout, averages).mode == "a copy on the model's device"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_dist.kernels import checksum, group_pairs, lerp_, scratch, scratch_kernel, swap, swap_
+from ema_dist.kernels import checksum, exchange, exchange_, group_pairs, lerp_, scratch, scratch_kernel
 from tests.support.layouts import peak_memory
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
@@ -71,9 +71,9 @@ def test_swap_is_exact_and_its_own_inverse(monkeypatch: pytest.MonkeyPatch) -> N
     left = [torch.randn(40, 3), torch.tensor([float("nan"), -0.0, float("inf")]), torch.arange(30), torch.zeros(0)]
     right = [torch.randn(3, 40).t(), torch.zeros(3), torch.zeros(30, dtype=torch.int64), torch.zeros(0)]
     before = [tensor.view(torch.uint8 if tensor.numel() == 0 else torch.int32).clone() for tensor in left + right]
-    swap_(group_pairs(zip(left, right, strict=True)))
+    exchange_(group_pairs(zip(left, right, strict=True)))
     assert all(torch.equal(t.view(b.dtype), b) for t, b in zip(right + left, before, strict=True))
-    swap_(group_pairs(zip(left, right, strict=True)))
+    exchange_(group_pairs(zip(left, right, strict=True)))
     assert all(torch.equal(t.view(b.dtype), b) for t, b in zip(left + right, before, strict=True))
 
 
@@ -81,16 +81,16 @@ def test_a_swap_without_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
     """All scratches are allocated before the first list is touched."""
     left = [torch.zeros(40), torch.zeros(40, dtype=torch.int64)]
     right = [torch.ones(40), torch.ones(40, dtype=torch.int64)]
-    original = swap.make_scratch
+    original = exchange.make_scratch
 
     def fail_for_int64(tensors: list[Tensor]) -> Tensor:
         if tensors[0].dtype == torch.int64:
             raise MemoryError
         return original(tensors)
 
-    monkeypatch.setattr(swap, "make_scratch", fail_for_int64)
+    monkeypatch.setattr(exchange, "make_scratch", fail_for_int64)
     with pytest.raises(MemoryError):
-        swap_(group_pairs(zip(left, right, strict=True)))
+        exchange_(group_pairs(zip(left, right, strict=True)))
     assert not any(tensor.any() for tensor in left)
     assert all(tensor.all() for tensor in right)
 

@@ -30,7 +30,7 @@ from launch.benchmark.formulas import update_bytes
 from launch.benchmark.operators import count_operators
 from launch.benchmark.updates import DECAYS, update_numbers
 from tests.support import ROOT
-from tests.support.torch_2_7 import IS_TORCH_2_7, needs_stable_storage
+from tests.support.torch_2_7 import IS_BEFORE_TORCH_2_8, needs_stable_storage
 
 PEERS = {
     "torch AveragedModel, foreach",
@@ -47,7 +47,7 @@ PACKAGES = {
     "pytorch_lightning": "pytorch-lightning",
 }
 REPEATS = 3
-PAGES = ["averages"] if IS_TORCH_2_7 else ["averages", "checkpoints"]
+PAGES = ["averages"] if IS_BEFORE_TORCH_2_8 else ["averages", "checkpoints"]
 # By method: how often an update passes over the live weights and over the averages; if the live dtype is narrower.
 PASSES = {
     FOREACH: ((1, 2), (1, 4)),

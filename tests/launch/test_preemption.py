@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import train
 from ema_dist import ShardedEMA
 from ema_dist.evaluation.swap import active_swaps
+from recipe.checkpoints import Checkpoints
 from recipe.preemption import Preempted, PreemptionHandler
-from recipe.resuming import Checkpoints
 from tests.support.injected_signals import read_metrics
 
 SHORT = ("--device", "cpu", "--epochs", "2", "--batch-size", "600", "--half-life", "2", "--checkpoint-every", "1")

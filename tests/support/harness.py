@@ -227,7 +227,7 @@ def _run_test(test: RemoteTest, world: World, rank: int, directory: Path) -> Out
         function(**arguments)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves early breaks the connections of one that is still at work
-            if not torch_2_7.IS_TORCH_2_7:  # torch 2.7 may hang here, and the process ends anyway
+            if not torch_2_7.IS_BEFORE_TORCH_2_8:  # torch 2.7 may hang here, and the process ends anyway
                 dist.destroy_process_group()
     except pytest.skip.Exception as skipped:
         return Outcome("skipped", str(skipped))

@@ -14,22 +14,22 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-IS_TORCH_2_7 = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 8)
+IS_BEFORE_TORCH_2_8 = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 8)
 
-WARNINGS = ("ignore:TypedStorage is deprecated:UserWarning",) if IS_TORCH_2_7 else ()
+WARNINGS = ("ignore:TypedStorage is deprecated:UserWarning",) if IS_BEFORE_TORCH_2_8 else ()
 """Filters for warnings that DCP raises about its own code."""
 
-FSDP2_TP_ROWS = 4 if IS_TORCH_2_7 else 6
+FSDP2_TP_ROWS = 4 if IS_BEFORE_TORCH_2_8 else 6
 """Rows of a layer under FSDP2 and tensor parallelism together; torch 2.7 refuses an uneven split over four ranks."""
 
 needs_stable_storage = pytest.mark.skipif(
-    IS_TORCH_2_7, reason="FSDP2 in torch 2.7 moves uneven shards to new storage whenever a state dict is loaded"
+    IS_BEFORE_TORCH_2_8, reason="FSDP2 in torch 2.7 moves uneven shards to new storage whenever a state dict is loaded"
 )
 
 
 def apply_workarounds(device: str) -> None:
     """Patch torch in this rank as the tests need it."""
-    if IS_TORCH_2_7:
+    if IS_BEFORE_TORCH_2_8:
         _delay_group_destruction()
         if device == "cpu":
             _average_gradients()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ema_dist.checkpoint.dcp.index import EXTRA_STATE_SUFFIX, CheckpointIndex
+from ema_dist.checkpoint.dcp.checkpoint_index import EXTRA_STATE_SUFFIX, CheckpointIndex
 from ema_dist.checkpoint.values import KeyPath
 
 

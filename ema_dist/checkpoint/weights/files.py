@@ -87,13 +87,14 @@ class WeightWriter:
             raise ValueError(f"file_format is one of {[*FORMATS]}, got {file_format!r}")
         self.folder = Path(folder)
         self._format = FORMATS[file_format]
-        keeps_non_tensors = file_format == "torch"
-        self._skipped = {name for name, value in planned.items() if value is None and not keeps_non_tensors}
+        self._skipped = {
+            name for name, value in planned.items() if value is None and not self._format.keeps_non_tensors
+        }
         self._planned = {name: value for name, value in planned.items() if name not in self._skipped}
         if not self._planned:
             raise ValueError(f"there is no tensor to write into {self.folder}")
         tensors = {name: value for name, value in self._planned.items() if value is not None}
-        if not keeps_non_tensors and (
+        if not self._format.keeps_non_tensors and (
             unsupported := {n: reason for n, value in tensors.items() if (reason := unsupported_reason(n, value))}
         ):
             raise ValueError(
@@ -216,7 +217,7 @@ class WeightWriter:
         fsync(self.folder)
 
 
-class WeightFiles(Mapping[str, Any]):
+class WeightReader(Mapping[str, Any]):
     """Full tensors by name from weight files; each is read on access, and nothing in a file is run.
 
     Args:

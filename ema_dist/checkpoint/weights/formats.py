@@ -54,6 +54,8 @@ class FormatSpec:
     open_writer: Callable[[Path, Mapping[str, Any]], FileWriter]
     """Starts a file, given its path and its planned entries."""
     open: Callable[[Path], OpenedFile]
+    keeps_non_tensors: bool
+    """Whether files can hold values that are not tensors, and tensors of any dtype and name."""
 
     @property
     def single_file(self) -> str:
@@ -180,8 +182,22 @@ def _open_torch(path: Path) -> OpenedFile:
 
 
 FORMATS: dict[FileFormat, FormatSpec] = {
-    "safetensors": FormatSpec("model", ".safetensors", (".safetensors",), SafetensorsFileWriter, _open_safetensors),
-    "torch": FormatSpec("pytorch_model", ".bin", (".bin", ".pt", ".pth"), TorchFileWriter, _open_torch),
+    "safetensors": FormatSpec(
+        "model",
+        ".safetensors",
+        (".safetensors",),
+        SafetensorsFileWriter,
+        _open_safetensors,
+        keeps_non_tensors=False,
+    ),
+    "torch": FormatSpec(
+        "pytorch_model",
+        ".bin",
+        (".bin", ".pt", ".pth"),
+        TorchFileWriter,
+        _open_torch,
+        keeps_non_tensors=True,
+    ),
 }
 
 

@@ -26,7 +26,7 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.gathering import gather, scatter
 from ema_dist.checkpoint.loading import latest
 from ema_dist.checkpoint.saving import save
-from ema_dist.checkpoint.weights.files import WeightFiles, WeightWriter
+from ema_dist.checkpoint.weights.files import WeightReader, WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
 from tests.support import harness
 from tests.support.layouts import (
@@ -98,7 +98,7 @@ def test_unusual_tensors_round_trip_exactly(tmp_path: Path, file_format: FileFor
     paths = write(tmp_path, tensors, max_shard_size=max_shard_size, file_format=file_format)
     assert sorted(paths) == sorted(tmp_path.iterdir())
     assert (len(paths) > 1) == (max_shard_size != "5GB")
-    files = WeightFiles(tmp_path)
+    files = WeightReader(tmp_path)
     resolved = {name: value.resolve_conj() for name, value in tensors.items()}
     assert_same(dict(files), resolved)
     assert {name: (meta.dtype, meta.shape) for name, meta in files.meta_tensors.items()} == {
@@ -163,7 +163,7 @@ def test_dtype_and_torch_format_of_a_gathered_model(tmp_path: Path) -> None:
     gather(ema, tmp_path, dtype=torch.bfloat16, file_format="torch", max_shard_size="0.3KB")
     full = ema.full_state_dict(dtype=torch.bfloat16)
     if full:
-        assert_same(dict(WeightFiles(tmp_path)), full)
+        assert_same(dict(WeightReader(tmp_path)), full)
         index = json.loads((tmp_path / "pytorch_model.bin.index.json").read_text())
         shard = tmp_path / index["weight_map"]["head.weight"]
         assert torch.equal(torch.load(shard, weights_only=True)["head.weight"], full["head.weight"])
@@ -183,7 +183,7 @@ def scatter_into(layout: str, folder: Path) -> None:
         frozen = {name for name in full if "frozen" in name}
         assert_bitwise_equal(
             {name: value for name, value in full.items() if name not in frozen},
-            {name: value for name, value in WeightFiles(folder).items() if name not in frozen},
+            {name: value for name, value in WeightReader(folder).items() if name not in frozen},
         )
     for name, value in model.state_dict().items():
         assert torch.equal(getattr(value, "_local_tensor", value), getattr(live[name], "_local_tensor", live[name]))
@@ -223,12 +223,12 @@ def test_an_interrupted_stream_leaves_the_earlier_export_or_nothing(tmp_path: Pa
     write_interrupted()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CheckpointError, match="holds no weights"):
-        len(WeightFiles(tmp_path))
+        len(WeightReader(tmp_path))
     write(tmp_path, OLD_TENSORS, max_shard_size=16)
     before = sorted(tmp_path.iterdir())
     write_interrupted()
     assert sorted(tmp_path.iterdir()) == before
-    assert_same(dict(WeightFiles(tmp_path)), OLD_TENSORS)
+    assert_same(dict(WeightReader(tmp_path)), OLD_TENSORS)
 
 
 @pytest.mark.parametrize("old_size", [16, "5GB"])
@@ -273,13 +273,13 @@ def test_killed_at_any_step_leaves_no_mixture(
         actual = load_like_transformers(folder)
         if actual is None:
             with pytest.raises(CheckpointError, match=r"holds no weights"):
-                len(WeightFiles(folder))
+                len(WeightReader(folder))
             outcomes.add("nothing")
         else:
             outcome = "old" if actual.keys() == OLD_TENSORS.keys() else "new"
             outcomes.add(outcome)
             assert_same(actual, OLD_TENSORS if outcome == "old" else NEW_TENSORS)
-            assert_same(dict(WeightFiles(folder)), actual)
+            assert_same(dict(WeightReader(folder)), actual)
         if is_done:
             assert outcome == "new"
             break
@@ -297,11 +297,11 @@ def test_weights_in_the_other_format_are_not_left_beside_new_ones(tmp_path: Path
     write(tmp_path, OLD_TENSORS)
     with pytest.raises(FileExistsError, match=r"new ones: model.safetensors; remove them, or choose another folder"):
         write(tmp_path, NEW_TENSORS, file_format="torch")
-    assert_same(dict(WeightFiles(tmp_path)), OLD_TENSORS)
+    assert_same(dict(WeightReader(tmp_path)), OLD_TENSORS)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(CheckpointError, match="holds several models"):
-        len(WeightFiles(tmp_path))
-    assert_same(dict(WeightFiles(tmp_path / "model.safetensors")), OLD_TENSORS)
+        len(WeightReader(tmp_path))
+    assert_same(dict(WeightReader(tmp_path / "model.safetensors")), OLD_TENSORS)
 
 
 @pytest.mark.parametrize("size", [16, "5GB"])
@@ -315,7 +315,7 @@ def test_a_folder_in_the_place_of_a_file_stops_an_export_before_it_begins(tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "model.safetensors").rmdir()
     (tmp_path / "model-00001-of-00004.safetensors").rmdir()
-    assert_same(dict(WeightFiles(tmp_path)), OLD_TENSORS)
+    assert_same(dict(WeightReader(tmp_path)), OLD_TENSORS)
 
 
 @pytest.mark.parametrize(
@@ -379,9 +379,9 @@ def test_extra_states_are_left_out_with_a_warning_or_kept(tmp_path: Path) -> Non
     ema = ShardedEMA(model)
     with pytest.warns(UserWarning, match=r"^0._extra_state are no tensors.*file_format=\"torch\" keeps them"):
         gather(ema, tmp_path / "safetensors")
-    assert list(WeightFiles(tmp_path / "safetensors")) == ["0.bias", "0.weight"]
+    assert list(WeightReader(tmp_path / "safetensors")) == ["0.bias", "0.weight"]
     gather(ema, tmp_path / "torch", file_format="torch")
-    files = WeightFiles(tmp_path / "torch")
+    files = WeightReader(tmp_path / "torch")
     assert files["0._extra_state"] == {"count": 3}
     assert files.meta_tensors["0._extra_state"] is None
     scatter(ema, tmp_path / "torch")
@@ -390,7 +390,7 @@ def test_extra_states_are_left_out_with_a_warning_or_kept(tmp_path: Path) -> Non
         gather(ema, tmp_path / "torch", file_format="torch")
     model[0].state = torch.arange(3)
     gather(ema, tmp_path / "safetensors")
-    assert_same(dict(WeightFiles(tmp_path / "safetensors")), ema.full_state_dict())
+    assert_same(dict(WeightReader(tmp_path / "safetensors")), ema.full_state_dict())
 
 
 @pytest.mark.world_size(2)
@@ -523,13 +523,13 @@ def test_a_crafted_torch_file_runs_nothing(tmp_path: Path, name: str) -> None:
     crafted = tmp_path / name
     torch.save({"a": torch.zeros(2), "b": Payload(tmp_path / "ran")}, crafted)
     with pytest.raises(CheckpointError, match=r"cannot be read: UnpicklingError"):
-        dict(WeightFiles(crafted))
+        dict(WeightReader(crafted))
     assert not (tmp_path / "ran").exists()
     torch.load(crafted, weights_only=False)
     assert (tmp_path / "ran").exists(), "the payload works where nothing holds it back"
     crafted.write_bytes(pickle.dumps(Payload(tmp_path / "ran again")))
     with pytest.raises(CheckpointError):
-        dict(WeightFiles(crafted))
+        dict(WeightReader(crafted))
     assert not (tmp_path / "ran again").exists()
 
 
@@ -565,10 +565,10 @@ def test_an_index_cannot_lead_outside_of_its_folder(tmp_path: Path, file: object
     named = file.format(outside=tmp_path) if isinstance(file, str) else file
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": named}}))
     with pytest.raises(CheckpointError, match=r"model.safetensors.index.json"):
-        WeightFiles(index)["a"]
+        WeightReader(index)["a"]
     save_file({"a": torch.ones(2)}, folder / "fine.safetensors")
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "fine.safetensors"}}))
-    assert torch.equal(WeightFiles(index)["a"], torch.ones(2))
+    assert torch.equal(WeightReader(index)["a"], torch.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -583,7 +583,7 @@ def test_an_index_and_its_files_must_agree(tmp_path: Path, weight_map: object, m
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "x.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match=message):
-        dict(WeightFiles(tmp_path))
+        dict(WeightReader(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -598,7 +598,7 @@ def test_an_index_and_its_files_must_agree(tmp_path: Path, weight_map: object, m
 def test_a_torch_file_with_something_else_is_refused(tmp_path: Path, value: object, message: str) -> None:
     torch.save(value, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=message):
-        dict(WeightFiles(tmp_path / "model.pt"))
+        dict(WeightReader(tmp_path / "model.pt"))
 
 
 MUTATIONS = st.lists(
@@ -647,7 +647,7 @@ def test_damaged_files_are_clean_errors(
     path, original = export_file
     path.write_bytes(mutated(original, mutations))
     with contextlib.suppress(CheckpointError):
-        for value in WeightFiles(path.parent).values():
+        for value in WeightReader(path.parent).values():
             bits(value)
 
 

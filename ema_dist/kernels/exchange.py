@@ -10,7 +10,7 @@ from ema_dist.kernels.scratch import make_scratch, scratch_views
 
 
 @torch.no_grad()
-def swap_(lists: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+def exchange_(lists: list[tuple[list[Tensor], list[Tensor]]]) -> None:
     """Exchange the contents of each pair of tensors, bit for bit; ``lists`` are as `group_pairs` makes them.
 
     Memory: one scratch of at most `CPU_SCRATCH_BYTES` or `DEVICE_SCRATCH_BYTES` per device.

@@ -12,7 +12,7 @@ from ema_dist.kernels import recombine, split_hi_lo
 from ema_dist.sharding import Layout, Shard
 
 
-class Averages:
+class Track:
     """The averages of one track: this rank's `Shard.averaged_part` of each selected parameter, and whole buffers.
 
     Args:
@@ -53,7 +53,7 @@ class Averages:
             if precision.has_residuals(averaged_part.local.dtype)
         }
         """The low 16 bits of averages that are stored as a bfloat16 and a residual (`Compensated`), by name."""
-        self.find_infinities()
+        self.refresh_infinite_names()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ class Averages:
         """
         return _Recombined(self.tensors if tensors is None else tensors, self.residuals)
 
-    def clone_shared(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def without_shared_storage(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``values`` of `recombined` without shared storage: recombined ones are new already, the others are cloned."""
         return {name: tensor if name in self.residuals else tensor.clone() for name, tensor in values.items()}
 
@@ -104,7 +104,7 @@ class Averages:
         """Each average of a buffer, paired with the live buffer; replicas do not split buffers."""
         return {name: (average, layout.buffers[name].local) for name, average in self.buffers.items()}
 
-    def find_infinities(self) -> None:
+    def refresh_infinite_names(self) -> None:
         """Find averages with infinities, such as masks, which need the non-finite kernel. Waits for the device."""
         self.infinite_names = {name for name, average in self.parameters.items() if not _is_finite(average)}
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ema_dist.averages.full_weights import gather
 from ema_dist.averages.live_model import LiveModel
-from ema_dist.averages.storage import Averages
+from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
 from ema_dist.evaluation.serving import Serving, active_servings
 from ema_dist.evaluation.swap import Swap, active_swaps
 from ema_dist.messages import abbreviated
 
 
-class TrackedModel:
+class ModelWithAverages:
     """The ``live`` model and the averages of ``tracks``; at most one swap or serving is active at a time."""
 
     def __init__(self, live: LiveModel, tracks: Tracks) -> None:
@@ -27,9 +27,9 @@ class TrackedModel:
         self.tracks = tracks
         self.swap: Swap | None = None
         """The active swap; None while the model holds its live weights."""
-        self._servings: dict[Averages, Serving] = {}
-        self._warned: set[Averages] = set()
-        """Averages for which a warning has reported that `serving` swaps."""
+        self._servings: dict[Track, Serving] = {}
+        self._warned: set[Track] = set()
+        """Tracks for which a warning has reported that `serving` swaps."""
 
     def prepare(self, call: str, *, collective: bool, only_if_moved: bool = False) -> None:
         """Finish pending updates, refresh the layout, and bind the averages to it; see `LiveModel.prepare`."""
@@ -56,20 +56,20 @@ class TrackedModel:
             self._servings.clear()  # a cached serving would put the old buffers back on leaving
             self.tracks.bind_buffers(self.live.layout)
 
-    def current(self, averages: Averages) -> Mapping[str, Tensor]:
+    def averages_now(self, track: Track) -> Mapping[str, Tensor]:
         """The averages by name, also while they are in the model; those with residuals as float32."""
-        if self.swap is None or self.swap.averages is not averages:
-            return averages.recombined()
-        return averages.recombined(self.swap.current(self.live.layout))
+        if self.swap is None or self.swap.track is not track:
+            return track.recombined()
+        return track.recombined(self.swap.averages_now(self.live.layout))
 
-    def gather(self, call: str, averages: Averages, *, dtype: torch.dtype | None) -> Iterator[tuple[str, Any]]:
+    def gather(self, call: str, track: Track, *, dtype: torch.dtype | None) -> Iterator[tuple[str, Any]]:
         """See `ShardedEMA.gather`. Prepares at once, and not only when the first entry is read.
 
         Args:
             call: the user's call, for messages.
         """
         self.prepare(call, collective=self.live.has_sharded_averages)
-        entries = gather(self.live.layout, self.current(averages), dtype=dtype, is_destination=self.live.is_first)
+        entries = gather(self.live.layout, self.averages_now(track), dtype=dtype, is_destination=self.live.is_first)
         return self._checked_entries(entries, self.swap, self.tracks.update_calls)
 
     def _checked_entries(
@@ -83,7 +83,7 @@ class TrackedModel:
             yield entry
 
     @contextmanager
-    def swapped(self, averages: Averages) -> Iterator[nn.Module]:
+    def swapped(self, track: Track) -> Iterator[nn.Module]:
         """See `ShardedEMA.swapped`."""
         if self.swap is not None:
             raise RuntimeError(
@@ -91,41 +91,41 @@ class TrackedModel:
                 "or call restore() on every rank if they could not leave it together"
             )
         self._prepare_to_enter("swapped()", only_if_moved=False)
-        if self.live.is_split:
+        if self.live.has_split_averages:
             self.live.check_replicas("swapped()")
-        self.swap = Swap(self.live.layout, averages)
+        self.swap = Swap(self.live.layout, track)
         try:
             yield self.live.layout.model
         finally:
             self.restore()
 
     @contextmanager
-    def serving(self, averages: Averages) -> Iterator[nn.Module]:
+    def serving(self, track: Track) -> Iterator[nn.Module]:
         """See `ShardedEMA.serving`."""
         self._prepare_to_enter("serving()", only_if_moved=True)
-        serving = self.get_serving(averages)
+        serving = self.get_serving(track)
         if reason := serving.reason_to_swap:
-            if averages not in self._warned:
-                self._warned.add(averages)
+            if track not in self._warned:
+                self._warned.add(track)
                 warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=3)
-            with torch.no_grad(), self.swapped(averages) as model:
+            with torch.no_grad(), self.swapped(track) as model:
                 yield model
         else:
             with serving.activate() as model:
                 yield model
 
-    def get_serving(self, averages: Averages) -> Serving:
-        """The serving of ``averages`` for the current layout, cached."""
-        serving = self._servings.get(averages)
+    def get_serving(self, track: Track) -> Serving:
+        """The serving of ``track`` for the current layout, cached."""
+        serving = self._servings.get(track)
         if serving is None or (serving.layout is not self.live.layout and not serving.is_active):
-            serving = self._servings[averages] = Serving(self.live.layout, averages)
+            serving = self._servings[track] = Serving(self.live.layout, track)
         return serving
 
     def restore(self) -> None:
         """Put the live weights back, whatever has happened to the model, and raise any error only after that."""
         if self.swap is None:
             return
-        if self.live.is_split:
+        if self.live.has_split_averages:
             try:
                 self.live.rendezvous("leaving swapped()")
             except RuntimeError as error:
@@ -157,4 +157,4 @@ class TrackedModel:
             raise RuntimeError("another ShardedEMA has its averages in this model: leave its swapped() first")
         if active_servings(self.live.layout.model):
             raise RuntimeError("another ShardedEMA serves this model: leave its serving() first")
-        self.prepare(call, collective=self.live.is_split, only_if_moved=only_if_moved)
+        self.prepare(call, collective=self.live.has_split_averages, only_if_moved=only_if_moved)

@@ -23,7 +23,7 @@ def describe_drift(shards: Iterable[Shard]) -> str:
     """
     drifted: list[str] = []
     for group, group_shards in _group_by_replicas(shards):
-        checksums = torch.stack([checksum(shard.local).to(shard.device) for shard in group_shards])
+        checksums = torch.stack([checksum(shard.local).to(shard.communication_device) for shard in group_shards])
         gathered = checksums.new_empty(group.size(), len(group_shards))
         all_gather(gathered.view(-1), checksums, group=group)
         ranks = dist.get_process_group_ranks(group)
@@ -54,7 +54,7 @@ def all_gather_parts(shards: Iterable[Shard]) -> None:
 
 def _broadcast_parts(shards: list[Shard], group: ProcessGroup) -> None:
     """Each replica in turn sends its parts, in chunks of bounded size; a replica without rows sends nothing."""
-    scratch = make_scratch([shard.local for shard in shards]).to(shards[0].device)
+    scratch = make_scratch([shard.local for shard in shards]).to(shards[0].communication_device)
     for replica, rank in enumerate(dist.get_process_group_ranks(group)):
         parts = [_replica_part(shard.local, replica, group.size()) for shard in shards]
         for (pieces,) in chunks(parts, max_bytes=scratch.nbytes):

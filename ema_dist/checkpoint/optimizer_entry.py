@@ -106,7 +106,7 @@ class OptimizerEntry(Entry):
         if part is not None:
             return shard.wrap(part)
         tensors = [leaf for leaf in flatten(value).values() if isinstance(leaf, Tensor)]
-        if shard.ranks and any(tensor.dim() for tensor in tensors):
+        if shard.gather_ranks and any(tensor.dim() for tensor in tensors):
             raise ValueError(
                 f"{key!r} of {shard.name!r} is not cut as the parameter is, and other ranks hold other parts: only "
                 "states of the parameter's own shape and scalars can be saved; get_optimizer_state_dict may know how"
