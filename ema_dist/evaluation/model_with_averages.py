@@ -131,7 +131,7 @@ class ModelWithAverages:
             except RuntimeError as error:
                 hint = "The averages are still in the model; restore() on every rank puts the live weights back"
                 raise RuntimeError(f"{error}. {hint}") from error
-        self.live.layout.fsdp2_units.abandon_pass()
+        self.live.layout.abandon_pass()
         problem = self.live.refresh()
         self.tracks.bind_layout(self.live.layout)
         written = self.swap.leave(self.live.layout)

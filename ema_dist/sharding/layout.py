@@ -105,6 +105,10 @@ class Layout:
         self.fsdp2_units.reshard()
         fsdp1.reshard(self.model)
 
+    def abandon_pass(self) -> None:
+        """Let the wrappers forget a forward or backward pass that an exception ended, and what it left gathered."""
+        self.fsdp2_units.abandon_pass()
+
     def describe_changes(self, other: Layout) -> dict[str, tuple[str, str]]:
         """The tensors whose shape, sharding, device or ties differ in ``other``: both descriptions, by name."""
         here, there = self._descriptions(), other._descriptions()
