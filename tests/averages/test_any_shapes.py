@@ -33,11 +33,11 @@ def test_rectangles_cover_a_run_exactly(shape: list[int], data: st.DataObject) -
     """Every element of the run once, in order, and few blocks."""
     start = data.draw(st.integers(0, prod(shape)))
     stop = data.draw(st.integers(start, prod(shape)))
-    elements = torch.arange(prod(shape)).view(shape)
+    full = torch.arange(prod(shape)).view(shape)
     elements: list[int] = []
     blocks = list(rectangles((start, stop), shape))
     for first, corner, sizes in blocks:
-        block = elements
+        block = full
         for dim, (offset, size) in enumerate(zip(corner, sizes, strict=True)):
             block = block.narrow(dim, offset, size)
         assert block.flatten()[0] == first
