@@ -19,16 +19,16 @@ from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, m
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"decay": 1.5}, r"a decay lies in \[0, 1\], got 1.5"),
-        ({"decay": -0.1}, r"a decay lies in \[0, 1\]"),
-        ({"decay": float("nan")}, r"a decay lies in \[0, 1\]"),
-        ({"decay": 1000}, r"HalfLife\(steps\)"),
-        ({"start": -1}, "start is an optimizer step"),
-        ({"update_interval": 0}, "update_interval is a number of optimizer steps"),
-        ({"dtype": torch.int32}, "floating-point, of 16 bits or more, got dtype=torch.int32"),
-        ({"replicas": "all"}, '"shard", "copy" or a process group, got \'all\''),
-        ({"buffers": "mean"}, '"average" or "copy", got \'mean\''),
-        ({"select": lambda _name, _parameter: False}, "nothing to average: none of the 2 parameters is selected"),
+        ({"decay": 1.5}, r"decay.*\[0, 1\].*1\.5"),
+        ({"decay": -0.1}, r"decay.*\[0, 1\].*-0\.1"),
+        ({"decay": float("nan")}, r"decay.*\[0, 1\].*\bnan\b"),
+        ({"decay": 1000}, r"decay.*\b1000\b.*HalfLife\(steps\)"),
+        ({"start": -1}, r"start\b.*-1\b"),
+        ({"update_interval": 0}, r"update_interval.*\b1\b.*\b0\b"),
+        ({"dtype": torch.int32}, r"floating-point.*\b16\b.*dtype=torch\.int32"),
+        ({"replicas": "all"}, r"replicas.*shard.*copy.*'all'"),
+        ({"buffers": "mean"}, r"buffers.*average.*copy.*'mean'"),
+        ({"select": lambda _name, _parameter: False}, r"\b2 parameters.*\bselect\("),
     ],
 )
 def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -39,12 +39,12 @@ def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: st
 def test_selecting_an_integer_parameter_is_refused() -> None:
     model = nn.Linear(2, 2)
     model.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"picked codes, which are not floating-point"):
+    with pytest.raises(ValueError, match=r"\bselect\b.*\bcodes\b.*floating-point"):
         ShardedEMA(model, select=lambda _name, _parameter: True)
 
 
 def test_a_half_life_is_not_negative() -> None:
-    with pytest.raises(ValueError, match="0 or more"):
+    with pytest.raises(ValueError, match=r"half-life.*\b0\b.*-1\b"):
         HalfLife(-1)
 
 
@@ -54,13 +54,13 @@ def test_a_decay_that_is_no_number_is_refused() -> None:
 
 
 def test_a_model_without_trainable_parameters_is_refused() -> None:
-    with pytest.raises(ValueError, match="none of the 2 parameters requires a gradient"):
+    with pytest.raises(ValueError, match=r"\b2 parameters.*grad"):
         ShardedEMA(nn.Linear(2, 2).requires_grad_(requires_grad=False))
 
 
 @layouts("plain", "fsdp2")
 def test_a_model_on_meta_is_refused(layout: str) -> None:
-    with pytest.raises(ValueError, match=r"'mask' is on the meta device; materialise"):
+    with pytest.raises(ValueError, match=r"'mask'.*\bmeta device"):
         ShardedEMA(wrap(layout, make_net(layout).to("meta")))
 
 
@@ -71,7 +71,7 @@ def test_a_changed_model_is_named_and_nothing_is_averaged(layout: str) -> None:
     net = model.module if layout == "ddp" else model
     original = net.blocks[1].out
     net.blocks[1].out = nn.Sequential(nn.Linear(7, 6))
-    with pytest.raises(ValueError, match=r"blocks.1.out.0.weight.*absent.*blocks.1.out.bias"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.out\.0\.weight.*blocks\.1\.out\.bias"):
         ema.update()
     with pytest.raises(ValueError, match=r"blocks.1.out.0.weight"), ema.swapped():
         pass
@@ -86,7 +86,7 @@ def test_a_model_wrapped_after_construction_is_noticed() -> None:
     wrap("fsdp2", net)
     with pytest.raises(
         ValueError,
-        match=r"blocks.0.module.bias .*whole on cpu; .*placed .*over ranks \[0, 1\].* and 17 more; construct",
+        match=r"blocks\.0\.module\.bias\b.*\bShard\b.*\[0, 1\].*\b17 more\b.*construct",
     ):
         ema.update()
 
@@ -95,7 +95,7 @@ def test_a_parameter_of_another_shape_is_named() -> None:
     model = nn.Linear(2, 3)
     ema = ShardedEMA(model)
     model.weight = nn.Parameter(torch.zeros(4, 2))
-    with pytest.raises(ValueError, match=r"\(3, 2\), whole.*\(4, 2\), whole"):
+    with pytest.raises(ValueError, match=r"weight\b.*\(3, 2\).*\(4, 2\)"):
         ema.update()
 
 
@@ -103,7 +103,7 @@ def test_a_message_names_the_first_of_many() -> None:
     """What to do about it must not be lost behind a thousand names."""
     model = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(12)))
     ema = ShardedEMA(model)
-    match = r"inside swapped\(\): 0.weight, 1.weight, .*, 9.weight and 2 more\. The live weights are back"
+    match = r"swapped\(\).*\b0\.weight, 1\.weight, .*, 9\.weight\D*\b2 more\b.*checkpoint"
     with pytest.raises(RuntimeError, match=match), torch.no_grad(), ema.swapped():
         for parameter in model.parameters():
             parameter.zero_()
@@ -113,7 +113,7 @@ def test_a_message_names_the_first_of_many() -> None:
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_copy_is_refused_and_says_what_to_do(copied: Callable[[ShardedEMA], object], store: Offloaded | None) -> None:
     ema = ShardedEMA(nn.Linear(1, 1), store=store)
-    with pytest.raises(TypeError, match=r"cannot be copied or pickled: take its state_dict\(\)"):
+    with pytest.raises(TypeError, match=r"ShardedEMA.*\bstate_dict\(\)"):
         copied(ema)
 
 
@@ -124,11 +124,11 @@ def test_a_parameter_that_became_trainable_is_named(layout: str) -> None:
     for name, parameter in model.named_parameters():
         if "frozen" in name:
             parameter.requires_grad_()
-    with pytest.raises(ValueError, match=r"parameters frozen.weight, frozen.bias became trainable"), ema.swapped():
+    with pytest.raises(ValueError, match=r"frozen\.weight, frozen\.bias.*trainable"), ema.swapped():
         pass
-    with pytest.raises(ValueError, match="became trainable"):
+    with pytest.raises(ValueError, match=r"frozen\.weight, frozen\.bias.*trainable"):
         ema.full_state_dict()
-    with pytest.raises(ValueError, match="became trainable"):
+    with pytest.raises(ValueError, match=r"frozen\.weight, frozen\.bias.*trainable"):
         ema.state_dict()
 
 
@@ -137,9 +137,9 @@ def test_calls_after_the_process_group_is_gone() -> None:
     _, ema = make_trained("ddp")
     dist.barrier()
     dist.destroy_process_group()
-    with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] together, and there is no process group"), ema.swapped():
+    with pytest.raises(RuntimeError, match=r"swapped\(\).*\[0, 1\].*destroy_process_group\(\)"), ema.swapped():
         pass
-    with pytest.raises(RuntimeError, match="no process group"):
+    with pytest.raises(RuntimeError, match=r"full_state_dict\(\).*\[0, 1\].*destroy_process_group\(\)"):
         ema.full_state_dict()
     ema.update()
 
@@ -149,16 +149,16 @@ def test_gathering_on_rank_0_alone_is_an_error_within_the_timeout(layout: str) -
     _, ema = make_trained(layout, timeout=0.5)
     if dist.get_rank() == 0:
         for call in (ema.full_state_dict, ema.state_dict, lambda: ema.load_full_state_dict({})):
-            with pytest.raises(RuntimeError, match=r"waited 0.5 s in .*: ranks \[1\] did not come"):
+            with pytest.raises(RuntimeError, match=r"0\.5 s.*\[1\]"):
                 call()
     dist.barrier()
     ema.full_state_dict()
 
 
 def test_compute_ema_refuses_models_that_differ() -> None:
-    with pytest.raises(ValueError, match=r"differ in the names, shapes or cuts of weight$"):
+    with pytest.raises(ValueError, match=r"shapes.*\bweight$"):
         compute_ema(nn.Linear(2, 2), nn.Linear(3, 2))
-    with pytest.raises(ValueError, match=r"\[0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"\[0, 1\].*\b2\b"):
         compute_ema(nn.Linear(2, 2), nn.Linear(2, 2), smoothing=2)
 
 
@@ -167,7 +167,7 @@ def test_copying_to_another_model_is_refused() -> None:
     other = make_net("plain", seed=1)
     other.blocks[0].out = nn.Linear(7, 5)
     before = full_weights(other)
-    with pytest.raises(ValueError, match=r"shapes of blocks.0.out.weight, blocks.0.out.bias$"):
+    with pytest.raises(ValueError, match=r"shapes.*\bblocks\.0\.out\.weight, blocks\.0\.out\.bias$"):
         ema.copy_to(other)
     assert_bitwise_equal(full_weights(other), before)
     with pytest.raises(ValueError, match="stranger"):
@@ -177,14 +177,14 @@ def test_copying_to_another_model_is_refused() -> None:
 def test_attaching_the_optimizer_of_another_model_is_refused() -> None:
     """Of the discriminator, say."""
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="none of the averaged parameters"):
+    with pytest.raises(ValueError, match=r"optimizer.*averaged parameters.*update\(\)"):
         ShardedEMA(nn.Linear(2, 2)).attach(other)
 
 
 @pytest.mark.parametrize(("old", "new"), [("moves_by", "update_kernel"), ("serves_by", "serving_mode")])
 def test_a_renamed_property_works_and_names_the_new_one(old: str, new: str) -> None:
     ema = ShardedEMA(nn.Linear(2, 2))
-    with pytest.warns(DeprecationWarning, match=rf"ShardedEMA\.{old} was renamed: use ShardedEMA\.{new}$") as caught:
+    with pytest.warns(DeprecationWarning, match=rf"ShardedEMA\.{old}\b.*ShardedEMA\.{new}\b") as caught:
         value = getattr(ema, old)
     assert value == getattr(ema, new)
     assert [warning.filename for warning in caught] == [__file__]

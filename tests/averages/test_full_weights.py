@@ -101,7 +101,7 @@ def test_copy_to_reaches_every_name_of_a_target_that_is_not_tied(layout: str) ->
     ema.copy_to(target)
     assert torch.equal(target.head.weight, target.embed.weight)
     full = target.state_dict() | {"head.weight": torch.ones(5, 6)}
-    with pytest.raises(ValueError, match=r"tied names with different values: head.weight$"):
+    with pytest.raises(ValueError, match=r"tied.*\bhead\.weight$"):
         ema.load_full_state_dict(full)
 
 
@@ -184,5 +184,5 @@ def test_an_update_between_entries_is_refused() -> None:
     entries = ema.gather()
     next(entries)
     ema.update()
-    with pytest.raises(RuntimeError, match=r"update\(\) was called while gather\(\) was under way"):
+    with pytest.raises(RuntimeError, match=r"update\(\).*gather\(\)"):
         next(entries)

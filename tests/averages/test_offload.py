@@ -164,7 +164,7 @@ def test_swaps_show_the_averages_and_give_the_live_weights_back(layout: str) -> 
 
 
 @some_layouts
-@pytest.mark.filterwarnings("ignore:serving\\(\\) swaps")  # FSDP1
+@pytest.mark.filterwarnings(r"ignore:.*serving\(\).*averages")  # FSDP1
 def test_serving_reads_offloaded_averages(layout: str) -> None:
     both = OffloadedAndInPlace(layout)
     with both.in_place.serving():
@@ -342,8 +342,8 @@ def test_a_failure_is_raised_by_the_next_update_and_logged(
     with monkeypatch.context() as patch:
         patch.setattr(offload, "_run_kernels", failing)
         ema.update()
-        wait_until(lambda: "an update of the averages failed: MemoryError('no more')" in caplog.text)
-    match = r"failed on its thread: MemoryError\('no more'\).*construct ShardedEMA again"
+        wait_until(lambda: "MemoryError('no more')" in caplog.text)
+    match = r"MemoryError\('no more'\).*ShardedEMA.*checkpoint"
     with pytest.raises(RuntimeError, match=match) as caught:
         ema.update()
     assert isinstance(caught.value.__cause__, MemoryError)
@@ -358,7 +358,7 @@ def test_a_failure_is_raised_when_averages_are_read(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(offload, "_run_kernels", failing)
     ema.update()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="failed on its thread"):
+        with pytest.raises(RuntimeError, match=r"MemoryError\('no more'\)"):
             ema.state_dict()
 
 
@@ -408,9 +408,9 @@ def test_a_failure_does_not_hide_that_buffers_were_replaced(monkeypatch: pytest.
         with suppress(RuntimeError):  # of buffers, and parameters may come to know
             ema.update()
         replaced = model.running_mean = torch.full((3,), 4.0)
-        with pytest.raises(RuntimeError, match="failed on its thread"):
+        with pytest.raises(RuntimeError, match=r"MemoryError\('no more'\)"):
             ema.update()
-    with pytest.raises(RuntimeError, match="failed on its thread"), ema.serving():
+    with pytest.raises(RuntimeError, match=r"MemoryError\('no more'\)"), ema.serving():
         pass
     assert model.running_mean is replaced
 
@@ -418,10 +418,10 @@ def test_a_failure_does_not_hide_that_buffers_were_replaced(monkeypatch: pytest.
 @pytest.mark.world_size(2)
 def test_a_failure_is_raised_on_every_rank() -> None:
     _, ema = make_trained("fsdp2", store=Offloaded())
-    match = r"on ranks \[1\]: an update of the averages failed on its thread: MemoryError"
+    match = r"ranks? \[1\].*MemoryError\('no more'\)"
     if dist.get_rank() == 1:
         offload._run_kernels = failing  # noqa: SLF001  this process ends with the test
-        match = "^an update of the averages failed on its thread: MemoryError"
+        match = r"^(?!.*\[1\]).*MemoryError\('no more'\)"
     with suppress(RuntimeError):  # of buffers, and parameters may come to know
         ema.update()
     for _ in range(2):
@@ -430,7 +430,7 @@ def test_a_failure_is_raised_on_every_rank() -> None:
 
 
 def test_other_stores_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"store is Offloaded\(...\) or None, got <class"):
+    with pytest.raises(ValueError, match=r"store.*Offloaded\(.*None.*<class"):
         ShardedEMA(nn.Linear(1, 1), store=Offloaded)  # pyrefly: ignore[bad-argument-type]
 
 
@@ -510,7 +510,7 @@ offload._run_kernels = failing
 ema.update()
 """)
     assert process.returncode == 0
-    assert "an update of the averages failed: MemoryError('no more')" in process.stderr
+    assert "MemoryError('no more')" in process.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -526,7 +526,7 @@ if not os.fork():
     os._exit(0)
 os.wait()
 """)
-    assert "move on a thread of the process that this one was forked from" in process.stdout
+    assert "store=Offloaded()" in process.stdout
 
 
 def test_memory_is_averages_plus_pending_copies_of_live_weights() -> None:
@@ -538,7 +538,7 @@ def test_memory_is_averages_plus_pending_copies_of_live_weights() -> None:
 
 
 def test_max_pending_0_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_pending is a number of updates, 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"max_pending.*\b1\b.*\b0\b"):
         Offloaded(max_pending=0)
 
 
@@ -630,5 +630,5 @@ def test_saved_averages_stay_on_the_cpu_for_any_mesh(tmp_path: Path) -> None:
         shard.unwrap(DTensor.from_local(rows, other, [ShardPlacement(0)], shape=full.shape, stride=full.stride()))
         is not None
     )
-    with pytest.raises(ValueError, match=r"expected .*cuda"):
+    with pytest.raises(ValueError, match=r"\(7, 3\).*cuda.*\(3, 7\).*cpu"):
         shard.unwrap(distribute_tensor(full.t().contiguous(), init_device_mesh("cpu", (2,)), [ShardPlacement(0)]))

@@ -320,11 +320,14 @@ def test_bfloat16_averages_of_bfloat16_weights_are_served_without_a_copy(layout:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rounding": Compensated()}, r"Compensated\(\) is for dtype=torch.bfloat16, got dtype=None"),
-        ({"rounding": Compensated(), "dtype": torch.float32}, "got dtype=torch.float32"),
-        ({"rounding": "stochastic"}, r"Stochastic\(seed=...\) or Compensated\(\), got 'stochastic'"),
-        ({"dtype": torch.float8_e4m3fn}, "of 16 bits or more, got dtype=torch.float8_e4m3fn"),
-        ({"dtype": torch.int64}, "averages are floating-point, .*got dtype=torch.int64"),
+        ({"rounding": Compensated()}, r"Compensated\(\).*dtype=torch\.bfloat16.*dtype=None"),
+        (
+            {"rounding": Compensated(), "dtype": torch.float32},
+            r"Compensated\(\).*dtype=torch\.bfloat16.*dtype=torch\.float32",
+        ),
+        ({"rounding": "stochastic"}, r"rounding.*Stochastic\(.*Compensated\(\).*'stochastic'"),
+        ({"dtype": torch.float8_e4m3fn}, r"floating-point.*\b16\b.*dtype=torch\.float8_e4m3fn"),
+        ({"dtype": torch.int64}, r"floating-point.*\b16\b.*dtype=torch\.int64"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -333,12 +336,12 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
 
 
 def test_a_negative_seed_is_refused() -> None:
-    with pytest.raises(ValueError, match="the seed of Stochastic is a whole number, 0 or more, got -1"):
+    with pytest.raises(ValueError, match=r"seed.*Stochastic.*\b0\b.*-1\b"):
         Stochastic(-1)
-    with pytest.raises(ValueError, match=r"a whole number, 0 or more, got 1\.5"):
+    with pytest.raises(ValueError, match=r"seed.*Stochastic.*\b0\b.*1\.5"):
         Stochastic(1.5)  # pyrefly: ignore[bad-argument-type]
 
 
 def test_averages_that_may_stall_are_warned_about() -> None:
-    with pytest.warns(UserWarning, match="with a decay close to 1 they stand still; use dtype=torch.bfloat16"):
+    with pytest.warns(UserWarning, match=r"torch\.float16.*1/4096.*dtype=torch\.bfloat16"):
         ShardedEMA(nn.Linear(2, 2), dtype=torch.float16)

@@ -99,12 +99,12 @@ def test_full_tensors_of_another_model_change_nothing(layout: str) -> None:
     before = ema.full_state_dict()
     other = make_net(layout).state_dict()
     other["stranger"] = other.pop("blocks.0.scale")
-    with pytest.raises(ValueError, match=r"unknown names: stranger; missing names: blocks.0.scale$"):
+    with pytest.raises(ValueError, match=r"unknown.*\bstranger\b.*missing.*\bblocks\.0\.scale$"):
         ema.load_full_state_dict(other if dist.get_rank() == 0 else {})
     other = make_net(layout).state_dict() | {"blocks.0.scale": torch.ones(2, 6)}
-    with pytest.raises(ValueError, match=r"blocks.0.scale \(\(1, 6\), torch.Size\(\[2, 6\]\)\)"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.scale\b.*\(1, 6\).*\b2, 6\b"):
         ema.load_full_state_dict(other if dist.get_rank() == 0 else {})
-    with pytest.raises(ValueError, match=r"not tensors: blocks.0.scale;"):
+    with pytest.raises(ValueError, match=r"not tensors.*\bblocks\.0\.scale\b"):
         ema.load_full_state_dict(other | {"blocks.0.scale": [1.0]} if dist.get_rank() == 0 else {})
     assert_bitwise_equal(ema.full_state_dict(), before)
 
@@ -117,13 +117,13 @@ def test_a_state_of_another_model_changes_nothing(layout: str) -> None:
     averages = dict(good["tracks"]["default"]["averages"])
     averages["stranger"] = averages.pop("blocks.0.scale")
     bad_names = good | {"tracks": {"default": good["tracks"]["default"] | {"averages": averages}}}
-    with pytest.raises(ValueError, match=r"another model.*blocks.0.scale.*stranger"):
+    with pytest.raises(ValueError, match=r"model.*\bblocks\.0\.scale\b.*state.*\bstranger\b"):
         ema.load_state_dict(bad_names)
     averages["blocks.0.scale"] = torch.zeros(5, 6)
     del averages["stranger"]
-    with pytest.raises(ValueError, match=r"blocks.0.scale.*expected \(1, 6\), got \(5, 6\)"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.scale\b.*\(1, 6\).*\(5, 6\)"):
         ema.load_state_dict(bad_names)
-    with pytest.raises(ValueError, match="format 1"):
+    with pytest.raises(ValueError, match=r"format.*\b1\b.*\b2\b"):
         ema.load_state_dict(good | {"format": 2})
     assert_bitwise_equal(ema.full_state_dict(), before)
 
@@ -161,7 +161,7 @@ def test_loading_inside_a_swap_is_refused_and_loses_nothing(layout: str, tmp_pat
     model, ema = make_trained(layout)
     dcp.save({"ema": ShardedEMA(model, decay=0.8)}, checkpoint_id=tmp_path)
     before, live = ema.full_state_dict(), full_weights(model)
-    with ema.swapped(), pytest.raises(RuntimeError, match=r"inside swapped"):
+    with ema.swapped(), pytest.raises(RuntimeError, match=r"load_state_dict\(\).*swapped\(\)"):
         dcp.load({"ema": ema}, checkpoint_id=tmp_path)
     assert_bitwise_equal(ema.full_state_dict(), before)
     assert_bitwise_equal(full_weights(model), live)
@@ -206,7 +206,7 @@ def test_a_checkpoint_of_another_model_loses_nothing(layout: str, tmp_path: Path
 def test_the_constructor_decides_the_decay_and_says_so(tmp_path: Path) -> None:
     """On load a different saved one is a warning, through DCP as well."""
     dcp.save({"ema": ShardedEMA(nn.Linear(2, 2), decay=0.5)}, checkpoint_id=tmp_path)
-    with pytest.warns(UserWarning, match=r"taken with .*0\.5.* go on with .*half_life"):
+    with pytest.warns(UserWarning, match=r"'default'.*0\.5.*half_life"):
         dcp.load({"ema": ShardedEMA(nn.Linear(2, 2), decay=HalfLife(10))}, checkpoint_id=tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_a_checkpoint_without_averages_starts_every_track(tmp_path: Path) -> Non
     checkpoint.save({"model": model}, tmp_path, step=1)
     other = DistributedDataParallel(make_net("ddp", seed=1))
     ema = ShardedEMA(other, decay=DECAYS)
-    with pytest.warns(UserWarning, match="they start from its live weights"):
+    with pytest.warns(UserWarning, match="'ema'.*live weights.*step 0"):
         checkpoint.load({"model": other, "ema": ema}, tmp_path)
     for track in ema.tracks:
         if full := ema.full_state_dict(track=track):
@@ -142,9 +143,9 @@ def test_a_checkpoint_of_other_tracks_is_refused_and_changes_nothing(tmp_path: P
     for decay, tracks in (({"short": 0.5, "other": 0.5}, r"\['short', 'other'\]"), (0.5, r"\['default'\]")):
         other = ShardedEMA(make_net("plain", seed=1), decay=decay)
         before = {track: other.full_state_dict(track=track) for track in other.tracks}
-        with pytest.raises(RuntimeError, match=rf"expected averages of the tracks {tracks}, found"):
+        with pytest.raises(RuntimeError, match=rf"tracks.*{tracks}.*\['long', 'short'\]"):
             checkpoint.load({"ema": other}, tmp_path)
-        with pytest.raises(ValueError, match=rf"expected a state with the tracks {tracks}, got one with"):
+        with pytest.raises(ValueError, match=rf"tracks.*{tracks}.*\['short', 'long'\]"):
             other.load_state_dict(ema.state_dict())
         for track, full in before.items():
             assert_bitwise_equal(other.full_state_dict(track=track), full)
@@ -156,16 +157,16 @@ def test_the_command_line_names_tracks(tmp_path: Path) -> None:
     for track in ema.tracks:
         run_ok("export", tmp_path / "root", tmp_path / track, "--track", track)
         assert_bitwise_equal(load_exported(tmp_path / track), ema.full_state_dict(track=track))
-        assert f"track {track}: half-life" in run_ok("inspect", tmp_path / "root")
+        assert re.search(rf"track.*\b{track}\b.*half-life", run_ok("inspect", tmp_path / "root"))
     run_ok("verify", tmp_path / "root")
 
 
 def test_a_track_must_be_named_where_none_is_called_default() -> None:
     _, ema, _ = together_and_alone("plain")
     for call in (ema.full_state_dict, ema.gather, ema.swapped, ema.serving, lambda: ema.copy_to(ema.model)):
-        with pytest.raises(ValueError, match=r"expected one of the tracks \['short', 'long'\], got None"):
+        with pytest.raises(ValueError, match=r"\['short', 'long'\].*None"):
             call()
-    with pytest.raises(ValueError, match="got 'medium'"):
+    with pytest.raises(ValueError, match=r"\['short', 'long'\].*'medium'"):
         ema.full_state_dict(track="medium")
     several = ShardedEMA(nn.Linear(2, 2), decay={"default": 0.5, "long": 0.9})
     assert_bitwise_equal(several.full_state_dict(), several.full_state_dict(track="default"))
@@ -173,7 +174,7 @@ def test_a_track_must_be_named_where_none_is_called_default() -> None:
 
 @pytest.mark.parametrize("decay", [{}, {"": 0.5}, {"a.b": 0.5}, {1: 0.5}], ids=str)
 def test_tracks_without_a_usable_name_are_refused(decay: Any) -> None:  # noqa: ANN401
-    with pytest.raises(ValueError, match="expected decays by the names of their tracks"):
+    with pytest.raises(ValueError, match=f"decay.*tracks?.*{re.escape(repr(decay))}"):
         ShardedEMA(nn.Linear(2, 2), decay=decay)
 
 

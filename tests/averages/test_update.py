@@ -219,7 +219,7 @@ def test_weights_that_are_no_longer_tied_are_named(layout: str) -> None:
     model, ema = make_trained(layout)
     inner = model.module if layout == "ddp" else model
     inner.load_state_dict({name: value.clone() for name, value in inner.state_dict().items()}, assign=True)
-    with pytest.raises(ValueError, match=r"tied to \['embed.weight'\]"):
+    with pytest.raises(ValueError, match=r"head\.weight.*tied.*'embed\.weight'"):
         ema.update()
 
 
@@ -269,7 +269,7 @@ def test_attach_counts_real_steps_only(layout: str) -> None:
     assert ema.steps == 0
     train_step(model, optimizer, 0)
     assert ema.steps == 1
-    with pytest.raises(RuntimeError, match="attached already"):
+    with pytest.raises(RuntimeError, match=r"optimizer.*remove\(\).*update\(\)"):
         ema.attach(optimizer)
     handle.remove()
     train_step(model, optimizer, 1)
@@ -389,7 +389,7 @@ def test_an_unwrapped_model_can_be_declared_replicated() -> None:
 
 @pytest.mark.world_size(2)
 def test_a_replica_group_without_effect_is_a_warning() -> None:
-    with pytest.warns(UserWarning, match="no effect"):
+    with pytest.warns(UserWarning, match="replicas=<group>"):
         ShardedEMA(wrap("fsdp2", make_net("fsdp2")), replicas=dist.group.WORLD)
 
 

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import re
+import reprlib
 import shutil
 import struct
 import sys
@@ -145,7 +146,7 @@ def test_crafted_metadata_runs_nothing(
     pickled: Callable[[str], bytes], reader: Callable[[Path], object], folder: Path, marker: Path
 ) -> None:
     (folder / ".metadata").write_bytes(pickled(f"touch {marker}"))
-    with pytest.raises(CheckpointError, match=re.escape(f"{folder / '.metadata'} is not what DCP writes")):
+    with pytest.raises(CheckpointError, match=re.escape(str(folder / ".metadata")) + r"\b.*\bDCP\b"):
         reader(folder)
     assert not marker.exists()
 
@@ -169,7 +170,7 @@ def test_payloads_inside_valid_metadata_run_nothing(
     insert: Callable[[Metadata, Payload], object], reader: Callable[[Path], object], folder: Path, marker: Path
 ) -> None:
     edit(folder, lambda metadata: insert(metadata, Payload(marker)))
-    with pytest.raises(CheckpointError, match=r"it asks for (posix|nt)\.system, which is no part of DCP's metadata"):
+    with pytest.raises(CheckpointError, match=r"\.metadata\b.*(posix|nt)\.system"):
         reader(folder)
     assert not marker.exists()
     dcp.FileSystemReader(folder).read_metadata()
@@ -183,7 +184,7 @@ def test_allowed_classes_cannot_be_modified_by_a_pickle(
 ) -> None:
     """The opcode BUILD sets attributes on any object: a class would stay modified for the rest of the process."""
     (folder / ".metadata").write_bytes(b"\x80\x04" + named(*module_and_name) + state + b"b.")
-    with pytest.raises(CheckpointError, match="is not what DCP writes"):
+    with pytest.raises(CheckpointError, match=r"\.metadata\b.*\bDCP\b"):
         read_metadata(folder)
     module, name = module_and_name
     assert not hasattr(getattr(sys.modules.get(module), name, None), "poisoned")
@@ -201,7 +202,7 @@ def test_plain_pickle_would_change_a_class() -> None:
 def test_a_pickle_cannot_choose_how_much_memory_it_takes(opcode: bytes, folder: Path) -> None:
     """CPython makes a memo as long as the highest index: 2**31 pointers for this one."""
     (folder / ".metadata").write_bytes(b"\x80\x04]" + opcode + b".")
-    with pytest.raises(CheckpointError, match=r"it has opcode b'[rqp]' at byte 3, which DCP never writes"):
+    with pytest.raises(CheckpointError, match=r"opcode b'[rqp]'.*\b3\b"):
         read_metadata(folder)
 
 
@@ -209,9 +210,7 @@ def test_a_crafted_byte_entry_runs_nothing(tmp_path: Path, marker: Path) -> None
     """The metadata beside it is clean."""
     folder = save(tmp_path / "saved", note=Payload(marker))
     assert read_metadata(folder).state_dict_metadata.keys() == {"weight", "inner.bias", "note"}
-    with pytest.raises(
-        CheckpointError, match=r"the entry 'note', bytes .*, cannot be read: it holds (posix|nt)\.system"
-    ):
+    with pytest.raises(CheckpointError, match=r"'note'.*bytes \d+.*(posix|nt)\.system"):
         read_entries(folder, {"note": None})
     assert not marker.exists()
     dcp.load({"note": None}, checkpoint_id=folder)
@@ -246,7 +245,7 @@ def test_a_pickle_called_a_torch_file_runs_nothing(
 ) -> None:
     path = tmp_path / "weights.pt"
     path.write_bytes(pickled(f"touch {marker}"))
-    with pytest.raises(CheckpointError, match=r"expected an archive as torch\.save writes it"):
+    with pytest.raises(CheckpointError, match=r"archive.*torch\.save"):
         reader(path)
     assert not marker.exists()
 
@@ -254,9 +253,7 @@ def test_a_pickle_called_a_torch_file_runs_nothing(
 def test_crafted_bytes_of_a_tensor_run_nothing(folder: Path, marker: Path) -> None:
     torch.save(Payload(marker), file := io.BytesIO())
     replace_item(folder, "weight", file.getvalue())
-    with pytest.raises(
-        CheckpointError, match=r"the entry 'weight', bytes .*, cannot be read: it holds (posix|nt)\.system"
-    ):
+    with pytest.raises(CheckpointError, match=r"'weight'.*bytes \d+.*(posix|nt)\.system"):
         read_entries(folder, {"weight": torch.zeros(4, 3)})
     assert not marker.exists()
 
@@ -276,7 +273,7 @@ def test_a_stored_tensor_must_match_the_metadata(value: object, folder: Path) ->
     """DCP would cast and broadcast."""
     torch.save(value, file := io.BytesIO())
     replace_item(folder, "weight", file.getvalue())
-    with pytest.raises(CheckpointError, match=r"expected torch.float32 \[4, 3\] as the metadata says, found"):
+    with pytest.raises(CheckpointError, match=r"'weight'.*torch\.float32 \[4, 3\].*metadata"):
         read_entries(folder, {"weight": torch.zeros(4, 3)})
 
 
@@ -323,7 +320,8 @@ def test_a_file_name_that_leads_elsewhere_is_refused(name: str, folder: Path) ->
     (folder / "sub").mkdir()
     outside.write_bytes((folder / "__0_0.distcp").read_bytes())
     rename_data_file(folder, name.format(outside=outside))
-    with files_opened() as opened, pytest.raises(CheckpointError, match="expected the plain name of a file in it"):
+    message = rf"{re.escape(str(folder))}\b.*{re.escape(reprlib.repr(name.format(outside=outside)))}.*\bname\b"
+    with files_opened() as opened, pytest.raises(CheckpointError, match=message):
         read_entries(folder, {"weight": torch.zeros(4, 3), "note": None})
     assert opened == [str(folder / ".metadata")]
 
@@ -342,7 +340,7 @@ def test_a_link_out_of_the_folder_is_refused(name: str, folder: Path) -> None:
     outside = folder.parent / "outside"
     (folder / name).rename(outside)
     (folder / name).symlink_to(outside)
-    message = re.escape(f"{folder / name} is a link out of the checkpoint's folder")
+    message = re.escape(str(folder / name)) + r"\b.*link"
     with files_opened() as opened, pytest.raises(CheckpointError, match=message):
         read_entries(folder, {"weight": torch.zeros(4, 3)})
     assert opened == ([] if name == ".metadata" else [str(folder / ".metadata")])
@@ -380,52 +378,60 @@ def change_item(metadata: Metadata, **changes: object) -> None:
     metadata.storage_data[index] = replace(metadata.storage_data[index], **changes)
 
 
+CHUNKS = r"chunks.*\[4, 3\].*'weight'"
+
 INVALID_METADATA: dict[str, tuple[Callable[[Metadata], object], str]] = {
-    "a gap": (lambda metadata: rechunk(metadata, ([0, 0], [3, 3])), "chunks that do not cover"),
-    "an overlap": (lambda metadata: rechunk(metadata, ([0, 0], [3, 3]), ([2, 0], [2, 3])), "chunks that do not cover"),
+    "a gap": (lambda metadata: rechunk(metadata, ([0, 0], [3, 3])), CHUNKS),
+    "an overlap": (lambda metadata: rechunk(metadata, ([0, 0], [3, 3]), ([2, 0], [2, 3])), CHUNKS),
     "gap and overlap": (
         lambda metadata: rechunk(metadata, ([0, 0], [2, 3]), ([1, 0], [2, 3])),
-        "chunks that do not cover",
+        CHUNKS,
     ),
-    "no chunks": (lambda metadata: weight_entry(metadata).chunks.clear(), "chunks that do not cover"),
+    "no chunks": (lambda metadata: weight_entry(metadata).chunks.clear(), CHUNKS),
     "beyond the end": (
         lambda metadata: rechunk(metadata, ([0, 0], [2, 3]), ([3, 0], [2, 3])),
-        r"a chunk at \[3, 0\] with size \[2, 3\]",
+        r"chunk.*\[3, 0\].*\[2, 3\].*\[4, 3\]",
     ),
-    "other dimensions": (lambda metadata: rechunk(metadata, ([0], [12])), r"a chunk at \[0\] with size \[12\]"),
+    "other dimensions": (lambda metadata: rechunk(metadata, ([0], [12])), r"chunk.*\[0\].*\[12\].*\[4, 3\]"),
     "a negative size": (lambda metadata: rechunk(metadata, ([0, 0], [-4, -3])), r"size \[-4, -3\]"),
     "a huge size": (
         lambda metadata: setattr(weight_entry(metadata), "size", torch.Size([2**40, 2**40])),
         r"size \[1099511627776, ",
     ),
-    "too few bytes": (lambda metadata: change_item(metadata, length=40), "an item of 40 bytes for a chunk of 48 bytes"),
+    "too few bytes": (lambda metadata: change_item(metadata, length=40), r"\b40 bytes.*\b48 bytes"),
     "no item": (
         lambda metadata: metadata.storage_data.pop(MetadataIndex("weight", [0, 0])),
-        r"no item for the chunk at \[0, 0\]",
+        r"no item.*\[0, 0\]",
     ),
     "no item of bytes": (
         lambda metadata: metadata.storage_data.pop(MetadataIndex("note")),
-        r"no item \(entry 'note'\)",
+        r"no item.*'note'",
     ),
-    "a negative offset": (lambda metadata: change_item(metadata, offset=-1), "-1 where there is no negative number"),
-    "a number in words": (lambda metadata: change_item(metadata, offset="0"), "'0' as number, where DCP writes a int"),
-    "after the end": (lambda metadata: change_item(metadata, offset=10**6), "is truncated: it has"),
-    "no such file": (lambda metadata: change_item(metadata, relative_path="__9_9.distcp"), r"__9_9\.distcp is missing"),
-    "a folder": (lambda metadata: change_item(metadata, relative_path="sub"), "sub is missing"),
-    "another path": (lambda metadata: metadata.planner_data.update(weight=("inner", "weight")), "as path"),
+    "a negative offset": (lambda metadata: change_item(metadata, offset=-1), r"-1\b.*negative"),
+    "a number in words": (lambda metadata: change_item(metadata, offset="0"), r"'0'.*\bint\b"),
+    "after the end": (
+        lambda metadata: change_item(metadata, offset=10**6),
+        r"__0_0\.distcp\b.*truncated.*'weight'.*\b100\d{4}\b",
+    ),
+    "no such file": (lambda metadata: change_item(metadata, relative_path="__9_9.distcp"), r"__9_9\.distcp\b.*missing"),
+    "a folder": (lambda metadata: change_item(metadata, relative_path="sub"), r"\bsub\b.*missing"),
+    "another path": (
+        lambda metadata: metadata.planner_data.update(weight=("inner", "weight")),
+        r"\('inner', 'weight'\).*path",
+    ),
     "a huge list": (
         lambda metadata: metadata.planner_data.update({"x.999999999": ("x", 999999999)}),
-        "index 999999999 in a path",
+        "index 999999999",
     ),
-    "no dtype": (lambda metadata: setattr(weight_entry(metadata), "properties", "float32"), "'float32' as properties"),
-    "no properties": (lambda metadata: setattr(weight_entry(metadata), "properties", None), "None as properties"),
+    "no dtype": (lambda metadata: setattr(weight_entry(metadata), "properties", "float32"), "'float32'.*properties"),
+    "no properties": (lambda metadata: setattr(weight_entry(metadata), "properties", None), "None.*properties"),
     "sparse": (
         lambda metadata: setattr(weight_entry(metadata), "properties", TensorProperties(layout=torch.sparse_coo)),
-        "where DCP stores strided tensors",
+        "layout.*strided",
     ),
     "a name that is none": (
         lambda metadata: metadata.state_dict_metadata.update({1: weight_entry(metadata)}),
-        "1 as name",
+        r"\b1\b.*\bname\b",
     ),
 }
 
@@ -461,12 +467,10 @@ def test_a_malformed_file_found_by_one_rank_is_an_error_on_all(tmp_path: Path) -
     if dist.get_rank() == 1:
         path = folder / "__0_0.distcp"
         path.write_bytes(path.read_bytes().replace(b"PK\3\4", b"...."))
-    with pytest.raises(
-        CheckpointError, match=r"^rank 1: .*/1/__0_0\.distcp: the entry 'weight', bytes .* cannot be read"
-    ):
+    with pytest.raises(CheckpointError, match=r"^(?!.*rank 0).*rank 1\b.*/1/__0_0\.distcp\b.*'weight'.*bytes \d+"):
         read_entries(folder, {"weight": torch.zeros(4, 3)}, group=dist.group.WORLD)
     missing = {} if dist.get_rank() == 0 else {"more": None}
     weight = torch.zeros(4, 3)
-    with pytest.raises(CheckpointError, match=r"^rank 1: .*/1 has no entries more;"):
+    with pytest.raises(CheckpointError, match=r"^(?!.*rank 0).*rank 1\b.*/1\b.*entries.*\bmore\b"):
         read_entries(folder, {"weight": weight, **missing}, group=dist.group.WORLD)
     assert weight.sum() == 0

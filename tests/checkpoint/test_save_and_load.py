@@ -222,7 +222,7 @@ def test_a_checkpoint_from_before_the_averages_starts_them_from_its_live_weights
     checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=2)
     run = make_run(layout, make_net(layout, seed=1))
     train(run, 0)
-    with pytest.warns(UserWarning, match=r"no averages under 'ema': they start from its live weights, at step 0"):
+    with pytest.warns(UserWarning, match=r"'ema'.*live weights.*step 0"):
         checkpoint.load(state_of(run), tmp_path)
     averages = run[2].full_state_dict()
     if averages:
@@ -294,10 +294,10 @@ def test_plain_values_and_stateful_objects_come_back_equal(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({0: torch.ones(2)}, "keys that are not strings"),
-        (Path("somewhere"), "'x' is a PosixPath, which could not be loaded again"),
-        (HTTPStatus.OK, "'x' is a HTTPStatus, which could not be loaded again"),
-        ([object()], "'x.0' is a object"),
+        ({0: torch.ones(2)}, "'x'.*keys.*strings"),
+        (Path("somewhere"), r"'x'.*\bPosixPath\b"),
+        (HTTPStatus.OK, r"'x'.*\bHTTPStatus\b"),
+        ([object()], r"'x\.0'.*\bobject\b"),
     ],
 )
 @pytest.mark.world_size(2)
@@ -310,7 +310,7 @@ def test_values_that_could_not_be_loaded_are_refused_by_save(value: object, mess
 @pytest.mark.world_size(2)
 def test_an_optimizer_without_its_model_is_refused_by_save(tmp_path: Path) -> None:
     _, optimizer, _ = make_run("fsdp2")
-    with pytest.raises(RuntimeError, match="pass the model as well"):
+    with pytest.raises(RuntimeError, match=r'\b19 parameters.*\(5, 6\).*\{"model": model, "optim": optimizer\}'):
         checkpoint.save({"optim": optimizer}, tmp_path, step=0)
 
 
@@ -322,12 +322,12 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(layout: str, tmp_path: P
     other = wrap(layout, nn.Sequential(make_net(layout))) if layout != "fsdp2" else None
     small = make_run(layout, Net(hidden=6))
     before = full_weights(small[0]), small[2].full_state_dict()
-    with pytest.raises(RuntimeError, match=r"other shapes are stored than expected: .*blocks.0.module.weight"):
+    with pytest.raises(RuntimeError, match=r"shapes.*\bblocks\.0\.module\.weight\b.*\(6, 6\).*\(7, 6\)"):
         checkpoint.load(state_of(small), tmp_path)
-    with pytest.raises(RuntimeError, match="has no such entry; it has"):
+    with pytest.raises(RuntimeError, match=r"'stranger'.*\['model', 'optim', 'ema'\]"):
         checkpoint.load({**state_of(small), "stranger": 1}, tmp_path)
     if other is not None:
-        with pytest.raises(RuntimeError, match=r"another model.* 0.blocks.0.module.bias"):
+        with pytest.raises(RuntimeError, match=r"'model'.*model\b.* 0\.blocks\.0\.module\.bias"):
             checkpoint.load({"model": other}, tmp_path)
     assert_bitwise_equal(full_weights(small[0]), before[0])
     assert_bitwise_equal(small[2].full_state_dict(), before[1])
@@ -337,19 +337,19 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(layout: str, tmp_path: P
 def test_a_model_is_not_loaded_while_it_holds_its_averages(tmp_path: Path) -> None:
     run = make_run("fsdp2")
     checkpoint.save(state_of(run), tmp_path, step=0)
-    with run[2].swapped(), pytest.raises(RuntimeError, match="inside swapped"):
+    with run[2].swapped(), pytest.raises(RuntimeError, match=r"'model'.*swapped\(\)"):
         checkpoint.load({"model": run[0]}, tmp_path)
 
 
 @pytest.mark.world_size(2)
 def test_a_save_error_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     value = object() if dist.get_rank() == 1 else 1
-    with pytest.raises(RuntimeError, match=r"step 0 is not saved: rank 1: 'x': 'x' is a object"):
+    with pytest.raises(RuntimeError, match=r"\bstep 0\b.*\brank 1\b.*'x'.*\bobject\b"):
         checkpoint.save({"x": value}, tmp_path, step=0)
-    with pytest.raises(RuntimeError, match=r"all ranks must make the same call"):
+    with pytest.raises(RuntimeError, match=r"checkpoint\.save\(step=0\).*checkpoint\.save\(step=1\)"):
         checkpoint.save({"x": 1}, tmp_path, step=dist.get_rank())
     if dist.get_rank() == 0:
-        with pytest.raises(RuntimeError, match=r"checkpoint.save\(step=3\): ranks \[1\] did not come"):
+        with pytest.raises(RuntimeError, match=r"0\.3 s.*checkpoint\.save\(step=3\).*\[1\]"):
             checkpoint.save({"x": 1}, tmp_path, step=3, timeout=0.3)
     dist.barrier()
 
@@ -395,7 +395,7 @@ def test_optimizers_of_models_with_equal_names_keep_their_own_moments(tmp_path: 
     for run, weights in zip(runs, expected, strict=True):
         assert_bitwise_equal(full_weights(run[0]), weights)
     both = AdamW([*runs[0][0].parameters(), *runs[1][0].parameters()])
-    with pytest.raises(RuntimeError, match="give each an optimizer of its own"):
+    with pytest.raises(RuntimeError, match=r"several models.*'blocks\.0\.out\.weight'"):
         checkpoint.save({"a": runs[0][0], "b": runs[1][0], "optim": both}, tmp_path, step=2)
 
 
@@ -415,14 +415,14 @@ def test_optimizer_state_of_unknown_sharding_is_refused_by_save(odd: object, tmp
     model, optimizer, ema = make_run("fsdp2")
     train((model, optimizer, ema), 0)
     optimizer.state[model.blocks[0].out.weight]["odd"] = odd
-    with pytest.raises(RuntimeError, match=r"'odd' of 'blocks\.0\.out\.weight' is not cut as the parameter is"):
+    with pytest.raises(RuntimeError, match=r"'odd'.*'blocks\.0\.out\.weight'"):
         checkpoint.save(state_of((model, optimizer, ema)), tmp_path, step=0)
 
 
 @layouts("fsdp1")
 def test_the_module_inside_fsdp1_is_refused_by_save(layout: str, tmp_path: Path) -> None:
     model, _, _ = make_run(layout)
-    with pytest.raises(RuntimeError, match="pass the FullyShardedDataParallel module itself"):
+    with pytest.raises(RuntimeError, match=r"FSDP1.*FullyShardedDataParallel"):
         checkpoint.save({"model": model.module}, tmp_path, step=0)
 
 
@@ -430,7 +430,7 @@ def test_two_averages_cannot_be_loaded_into_one_model(tmp_path: Path) -> None:
     run = make_run("plain")
     other = ShardedEMA(run[0])
     with run[2].swapped():
-        with pytest.raises(RuntimeError, match="another ShardedEMA has its averages in this model"), other.swapped():
+        with pytest.raises(RuntimeError, match=r"another ShardedEMA.*swapped\(\)"), other.swapped():
             pass
         checkpoint.save({"model": run[0]}, tmp_path, step=0)
 
@@ -439,10 +439,10 @@ def test_two_averages_cannot_be_loaded_into_one_model(tmp_path: Path) -> None:
 def test_ranks_with_different_models_or_keys_get_an_error(tmp_path: Path) -> None:
     rank = dist.get_rank()
     stage = nn.ModuleDict({f"part{rank}": nn.Linear(2, 2)})
-    with pytest.raises(RuntimeError, match=r"ranks 0 and 1 differ in \['model.part0.bias'"):
+    with pytest.raises(RuntimeError, match=r"ranks 0 and 1\b.*\['model\.part0\.bias'"):
         checkpoint.save({"model": stage}, tmp_path, step=0)
     checkpoint.save({"x": 1, "y": 2}, tmp_path, step=0)
-    with pytest.raises(RuntimeError, match=r"the keys of what is loaded .* differ in \['y'\]"):
+    with pytest.raises(RuntimeError, match=r"keys.*ranks 0 and 1\b.*\['y'\]"):
         checkpoint.load({"x": 1} if rank else {"x": 1, "y": 2}, tmp_path)
 
 
@@ -450,7 +450,7 @@ def test_ranks_with_different_models_or_keys_get_an_error(tmp_path: Path) -> Non
 def test_a_save_error_on_one_rank_does_not_hang_the_averages(tmp_path: Path) -> None:
     run = make_run("fsdp2")
     state = {"a": object() if dist.get_rank() else 1, **state_of(run)}
-    with pytest.raises(RuntimeError, match="step 0 is not saved: rank 1: 'a': 'a' is a object"):
+    with pytest.raises(RuntimeError, match=r"\bstep 0\b.*\brank 1\b.*'a'.*\bobject\b"):
         checkpoint.save(state, tmp_path, step=0)
 
 

@@ -16,7 +16,7 @@ from tests.support.layouts import make_net, wrap
 
 @pytest.mark.parametrize("settings", [{"step": -1}, {"step": 0, "keep": 0}])
 def test_settings_out_of_range_are_refused(settings: dict[str, int], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected a step of 0 or more and keep of 1 or more"):
+    with pytest.raises(ValueError, match=".*".join(f"{name}={value}" for name, value in settings.items())):
         checkpoint.save({"x": 1}, tmp_path, **settings)
 
 
@@ -52,7 +52,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
 
 def test_checkpoints_of_a_run_that_was_rolled_back_are_set_aside(tmp_path: Path) -> None:
     save_numbers(tmp_path, 1, 2, 3)
-    with pytest.warns(UserWarning, match=r"step-0000000003 is of a later step than the one saved now \(2\)"):
+    with pytest.warns(UserWarning, match=r"step-0000000003\b.*\b2\b.*step-0000000003\.superseded"):
         save_numbers(tmp_path, 2)
     assert names(tmp_path) == ["step-0000000001", "step-0000000002", "step-0000000003.superseded"]
     assert loaded_number(tmp_path) == 2
@@ -89,13 +89,13 @@ def truncate(path: Path) -> None:
 def test_a_damaged_checkpoint_is_reported_and_skipped(damage: Any, name: str, tmp_path: Path) -> None:  # noqa: ANN401
     save_numbers(tmp_path, 1, 2)
     damage(tmp_path / "step-0000000002" / name)
-    with pytest.warns(UserWarning, match=rf"loaded step-0000000001 instead.*step-0000000002.*{name}"):
+    with pytest.warns(UserWarning, match=rf"step-0000000001.*step-0000000002.*{name}"):
         assert loaded_number(tmp_path) == 1
-    with pytest.raises(checkpoint.CheckpointError, match=rf"no sound checkpoint.*{name}"):
+    with pytest.raises(checkpoint.CheckpointError, match=rf"\bno \w+ checkpoint.*step-0000000002.*{name}"):
         checkpoint.load({"x": torch.zeros(100)}, tmp_path, step=2)
     shutil.rmtree(tmp_path / "step-0000000001")
     state = {"x": torch.zeros(100)}
-    with pytest.raises(checkpoint.CheckpointError, match=rf"no sound checkpoint.*{name}"):
+    with pytest.raises(checkpoint.CheckpointError, match=rf"\bno \w+ checkpoint.*step-0000000002.*{name}"):
         checkpoint.load(state, tmp_path)
     assert not state["x"].any()
 
@@ -110,7 +110,7 @@ def test_damage_found_by_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
         flip_a_bit(tmp_path / "step-0000000002" / "__1_0.distcp")
     dist.barrier()
     if dist.get_rank() == 0:
-        with pytest.warns(UserWarning, match=r"__1_0\.distcp has another checksum"):
+        with pytest.warns(UserWarning, match=r"(?=.*checksum).*__1_0\.distcp"):
             assert checkpoint.load({"ema": ema}, tmp_path) == 1
     else:
         assert checkpoint.load({"ema": ema}, tmp_path) == 1
@@ -120,7 +120,7 @@ def test_damage_found_by_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
 def test_a_checkpoint_under_the_name_of_another_step_is_not_taken_for_it(tmp_path: Path) -> None:
     save_numbers(tmp_path, 1, 2)
     (tmp_path / "step-0000000001").rename(tmp_path / "step-0000000007")
-    with pytest.warns(UserWarning, match=r"step-0000000007 was renamed: manifest.json in it is of step 1"):
+    with pytest.warns(UserWarning, match=r"step-0000000007\b.*manifest\.json.*\bstep 1\b"):
         assert loaded_number(tmp_path) == 2
 
 
@@ -143,10 +143,10 @@ def test_a_failed_cleanup_does_not_fail_a_save(tmp_path: Path, monkeypatch: pyte
 
 def test_nothing_to_load_is_an_error(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "nowhere") is None
-    with pytest.raises(checkpoint.CheckpointError, match="no complete checkpoint; there is no such folder"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint.*nowhere.*no such folder"):
         checkpoint.load({}, tmp_path / "nowhere")
     save_numbers(tmp_path, 1)
-    with pytest.raises(checkpoint.CheckpointError, match=r"expected step 5 in .*, found the complete steps \[1\]"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"\bstep 5\b.*\[1\]"):
         checkpoint.load({}, tmp_path, step=5)
 
 
@@ -154,9 +154,7 @@ def test_nothing_to_load_is_an_error(tmp_path: Path) -> None:
 def test_a_failed_save_leaves_the_older_ones_and_raises_on_every_rank(tmp_path: Path) -> None:
     save_numbers(tmp_path, 1)
     make_writing_fail()
-    with pytest.raises(
-        checkpoint.CheckpointError, match=r"step-0000000002 was not saved: on ranks \[1\]: OSError: full"
-    ):
+    with pytest.raises(checkpoint.CheckpointError, match=r"^(?!.*background).*step-0000000002\b.*\[1\].*OSError: full"):
         save_numbers(tmp_path, 2)
     assert loaded_number(tmp_path) == 1
 
@@ -166,13 +164,11 @@ def test_a_save_that_failed_in_the_background_is_raised_by_the_next_call(tmp_pat
     save_numbers(tmp_path, 1)
     make_writing_fail()
     save_numbers(tmp_path, 2, block=False)
-    with pytest.raises(
-        RuntimeError, match=r"step-0000000002 was not saved, in the background: on ranks \[1\]: OSError"
-    ):
+    with pytest.raises(RuntimeError, match=r"step-0000000002\b.*background.*\[1\].*OSError: full"):
         save_numbers(tmp_path, 3)
     assert loaded_number(tmp_path) == 1
     save_numbers(tmp_path, 4, block=False)
-    with pytest.raises(checkpoint.CheckpointError, match="step-0000000004 was not saved"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"step-0000000004\b.*background.*\[1\].*OSError: full"):
         checkpoint.wait()
     checkpoint.wait()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,8 +112,7 @@ def test_export_in_torchs_format_keeps_extra_states(tmp_path: Path) -> None:
 
 def test_export_names_what_has_no_average(tmp_path: Path) -> None:
     result = run("export", make_dcp_checkpoint(tmp_path / "dcp")[0], tmp_path / "out")
-    assert "2 tensors have no average" in result.stderr
-    assert "frozen.weight, frozen.bias" in result.stderr
+    assert re.search(r"\b2 tensors.*average.*\bfrozen\.weight, frozen\.bias\b", result.stderr)
     root, *_ = make_checkpoint(tmp_path / "root")
     assert run("export", root, tmp_path / "out").stderr == ""
 
@@ -122,7 +122,7 @@ def test_exporting_averages_without_a_model_warns(tmp_path: Path) -> None:
     path = save_with_dcp(tmp_path / "dcp", {"ema": ema})
     result = run("export", path, tmp_path / "out")
     assert result.exit_code == 0
-    assert "no live model" in result.stderr
+    assert re.search(rf"{re.escape(str(path))}.*\bno live model", result.stderr)
     full = ema.full_state_dict()
     exported = load_exported(tmp_path / "out")
     assert_bitwise_equal(exported, {name: full[name] for name in exported})
@@ -134,8 +134,7 @@ def test_a_flat_checkpoint_has_live_weights_only(tmp_path: Path) -> None:
     path = save_with_dcp(tmp_path / "dcp", dict(model.state_dict()))
     result = run("export", path, tmp_path / "out")
     assert result.exit_code == 1
-    assert "expected averages" in result.stderr
-    assert "--weights live" in result.stderr
+    assert re.search(rf"averages.*{re.escape(str(path))}.*--weights live", result.stderr)
     run_ok("export", path, tmp_path / "out", "--weights", "live")
     assert_bitwise_equal(load_exported(tmp_path / "out"), full_weights(model))
 
@@ -188,7 +187,7 @@ def test_export_puts_any_layout_together(layout: str, tmp_path: Path) -> None:
     if dist.get_rank() == 0:
         run_ok("export", tmp_path / "root", tmp_path / "out")
         assert_bitwise_equal(load_exported(tmp_path / "out"), expected)
-        assert "all is well" in run_ok("verify", tmp_path / "root")
+        assert re.search(r"\b\d+ tensors", run_ok("verify", tmp_path / "root"))
         contents = json.loads(run_ok("inspect", tmp_path / "root", "--json"))
         assert contents["saved"]["world_size"] == dist.get_world_size()
     dist.barrier()
@@ -278,8 +277,8 @@ def test_verify_passes_what_is_sound(source: str, tmp_path: Path) -> None:
     path, _ = SOURCES[source](tmp_path)
     result = run("verify", path)
     assert result.exit_code == 0
-    assert "all is well" in result.stdout
-    assert ("no manifest" in result.stderr) == (source == "plain DCP")
+    assert re.search(r"\b\d+ tensors", result.stdout)
+    assert ("manifest" in result.stderr) == (source == "plain DCP")
 
 
 def damage(path: Path, kind: str) -> None:
@@ -313,12 +312,12 @@ def test_verify_names_what_is_not_finite(tmp_path: Path) -> None:
     path = save_with_dcp(tmp_path / "dcp", {"model": get_model_state_dict(model), "ema": ema})
     result = run("verify", path)
     assert result.exit_code == 1
-    assert result.stdout.splitlines() == [
-        "model.embed.weight holds 1 NaN",
-        "model.blocks.0.scale holds 1 infinities",
-        "model.head.weight holds 1 NaN",
+    assert [re.findall(r"^(\S+) .*\b1 (NaN|infinit)", line) for line in result.stdout.splitlines()] == [
+        [("model.embed.weight", "NaN")],
+        [("model.blocks.0.scale", "infinit")],
+        [("model.head.weight", "NaN")],
     ]
-    assert "model.mask holds 1 infinities" in result.stderr
+    assert re.search(r"model\.mask\b.*\b1 infinit", result.stderr)
 
 
 def test_verify_finds_averages_of_another_model(tmp_path: Path) -> None:
@@ -333,7 +332,7 @@ def test_verify_finds_averages_of_another_model(tmp_path: Path) -> None:
         assert result.exit_code == 1
         assert "blocks.1.out.weight" in result.output
         assert "stats.weight" in result.output
-        assert "'floating on one side only': ['stats.bias']" in result.output
+        assert re.search(r"floating.*\['stats\.bias'\]", result.output)
 
 
 class Hostile:
@@ -363,7 +362,7 @@ def test_diff_of_equal_weights_is_0(tmp_path: Path) -> None:
     run_ok("export", path, tmp_path / "out")
     run_ok("export", path, tmp_path / "torch", "--format", "torch")
     for a, b in [(path, tmp_path / "out"), (tmp_path / "out" / "model.safetensors", tmp_path / "torch")]:
-        assert "24 of 24 tensors compared are equal" in run_ok("diff", a, b)
+        assert "24 of 24 tensors" in run_ok("diff", a, b)
 
 
 def test_diff_measures_as_the_formula_says(tmp_path: Path) -> None:
@@ -375,10 +374,10 @@ def test_diff_measures_as_the_formula_says(tmp_path: Path) -> None:
     assert result.exit_code == 1
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["moved", "0.5", "0.25"] in lines
-    assert "only in A: left" in result.stdout
-    assert "only in B: right" in result.stdout
-    assert "shapes differ: shape: [2] in A, [3] in B" in result.stdout
-    assert "1 of 2 tensors compared are equal" in result.stdout
+    assert re.search(r"only.*\bA\b.*\bleft\b", result.stdout)
+    assert re.search(r"only.*\bB\b.*\bright\b", result.stdout)
+    assert re.search(r"shape\b.*\[2\].*\bA\b.*\[3\].*\bB\b", result.stdout)
+    assert "1 of 2 tensors" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -394,10 +393,10 @@ def test_diff_measures_as_the_formula_says(tmp_path: Path) -> None:
 def test_diff_never_reports_different_tensors_as_equal(left: Tensor, right: Tensor, tmp_path: Path) -> None:
     save_file({"weight": left}, tmp_path / "a.safetensors")
     save_file({"weight": right}, tmp_path / "b.safetensors")
-    assert "1 of 1 tensors compared are equal" in run_ok("diff", tmp_path / "a.safetensors", tmp_path / "a.safetensors")
+    assert "1 of 1 tensors" in run_ok("diff", tmp_path / "a.safetensors", tmp_path / "a.safetensors")
     result = run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert result.exit_code == 1
-    assert "0 of 1 tensors compared are equal" in result.stdout
+    assert "0 of 1 tensors" in result.stdout
 
 
 def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
@@ -426,24 +425,24 @@ def test_diff_compares_averages_with_live_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["inspect", "{}/nowhere"], 1, "no such folder"),
-        (["inspect", "{}/empty"], 1, "no complete checkpoint"),
-        (["verify", "{}/file"], 1, "no complete checkpoint"),
-        (["export", "{}/dcp", "{}/out", "--dtype", "bfloat17"], 2, "no floating dtype"),
-        (["export", "{}/dcp", "{}/out", "--dtype", "int8"], 2, "no floating dtype"),
+        (["inspect", "{}/nowhere"], 1, "checkpoint.*{}/nowhere.*no such"),
+        (["inspect", "{}/empty"], 1, "checkpoint.*{}/empty"),
+        (["verify", "{}/file"], 1, "checkpoint.*{}/file"),
+        (["export", "{}/dcp", "{}/out", "--dtype", "bfloat17"], 2, "'--dtype'.*'bfloat17'"),
+        (["export", "{}/dcp", "{}/out", "--dtype", "int8"], 2, "'--dtype'.*'int8'"),
         (["export", "{}/dcp", "{}/out", "--weights", "both"], 2, "both"),
-        (["export", "{}/dcp", "{}/out", "--dtype", "float4_e2m1fn_x2"], 2, "no floating dtype"),
+        (["export", "{}/dcp", "{}/out", "--dtype", "float4_e2m1fn_x2"], 2, "'--dtype'.*'float4_e2m1fn_x2'"),
         (["export", "{}/dcp", "{}/out", "--max-shard-size", "5 apples"], 2, "5 apples"),
         (["export", "{}/dcp", "{}/out", "--max-shard-size=infGB"], 2, "infGB"),
         (["export", "{}/dcp", "{}/out", "--max-shard-size=0MB"], 2, "0MB"),
         (["export", "{}/dcp", "{}/out", "--max-shard-size=-5MB"], 2, "-5MB"),
-        (["export", "{}/dcp", "{}/out", "--track", "slow"], 1, "found ['default']"),
+        (["export", "{}/dcp", "{}/out", "--track", "slow"], 1, r"'slow'.*\['default'\]"),
         (["export", "{}/dcp", "{}/out", "--entry", "teacher"], 1, "'teacher'"),
-        (["export", "{}/dcp", "{}/out", "--step", "3"], 1, "leave out the step"),
+        (["export", "{}/dcp", "{}/out", "--step", "3"], 1, "{}/dcp.*step"),
         (["export", "{}/dcp", "{}/file"], 1, "{}/file"),
         (["export", "{}/dcp"], 2, "OUT"),
-        (["diff", "{}/dcp", "{}/nowhere"], 2, "no such folder"),
-        (["diff", "{}/dcp", "{}/empty"], 2, "holds no weights"),
+        (["diff", "{}/dcp", "{}/nowhere"], 2, "{}/nowhere.*no such"),
+        (["diff", "{}/dcp", "{}/empty"], 2, "{}/empty.*no weights"),
         (["diff", "{}/dcp", "{}/file"], 2, "{}/file"),
     ],
 )
@@ -455,7 +454,8 @@ def test_user_errors_print_a_message_and_no_traceback(
     (tmp_path / "file").write_text("nothing of the kind")
     result = run(*(argument.format(tmp_path) for argument in arguments))
     assert result.exit_code == code
-    assert message.format(tmp_path) in " ".join(result.stderr.split())
+    pattern = message.replace("{}", re.escape(str(tmp_path)))
+    assert re.search(pattern, " ".join(result.stderr.split()))
     assert result.stdout == ""
     assert not (tmp_path / "out").exists()
 
@@ -466,7 +466,7 @@ def test_export_refuses_to_replace_weights_in_another_format(tmp_path: Path) -> 
     before = (tmp_path / "out" / "pytorch_model.bin").read_bytes()
     result = run("export", path, tmp_path / "out")
     assert result.exit_code == 1
-    assert "another format" in result.stderr
+    assert re.search(r"\bformat\b.*\bpytorch_model\.bin\b", result.stderr)
     assert (tmp_path / "out" / "pytorch_model.bin").read_bytes() == before
     assert load_exported(tmp_path / "out") == {}
 
@@ -498,4 +498,4 @@ def test_the_command_runs_in_its_own_process(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "ema_dist.cli", "verify", path]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "all is well" in result.stdout
+    assert re.search(r"\b\d+ tensors", result.stdout)

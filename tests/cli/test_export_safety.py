@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -66,8 +67,7 @@ def test_trainable_parameters_without_averages_are_reported(tmp_path: Path) -> N
     optimizer.step()
     checkpoint.save({"model": model, "ema": ema, "optim": optimizer}, tmp_path / "root", step=1)
     stderr = run("export", tmp_path / "root", tmp_path / "out").stderr
-    assert "2 tensors that an optimizer in the checkpoint trains have no average" in stderr
-    assert "1.weight, 1.bias" in stderr
+    assert re.search(r"\b2 tensors.*optimizer.*\b1\.weight, 1\.bias\b", stderr)
 
 
 def test_an_inferred_tie_is_reported(tmp_path: Path) -> None:
@@ -80,8 +80,7 @@ def test_an_inferred_tie_is_reported(tmp_path: Path) -> None:
     ema.update()
     path = save_with_dcp(tmp_path / "dcp", {"model": model.state_dict(), "ema": ema})
     stderr = run("export", path, tmp_path / "out").stderr
-    assert "1 tensors are exported with the average of another" in stderr
-    assert "frozen (that of trained)" in stderr
+    assert re.search(r"\b1 tensor.*\bfrozen\b.*\btrained\b", stderr)
     checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
     assert run("export", tmp_path / "root", tmp_path / "ours").stderr == ""
     assert_bitwise_equal(load_exported(tmp_path / "ours"), ema.full_state_dict())
@@ -91,8 +90,8 @@ def test_averages_that_never_started_are_reported(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     ema = average_after_one_step(model, update_interval=10)
     checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
-    assert "saw 1 steps, and no average was taken yet" in run("export", tmp_path / "root", tmp_path / "out").stderr
-    assert "saw 1 steps, and no average was taken yet" in run("verify", tmp_path / "root").stderr
+    assert re.search(r"averages.*\b1 step", run("export", tmp_path / "root", tmp_path / "out").stderr)
+    assert re.search(r"averages.*'ema'.*\b1 step", run("verify", tmp_path / "root").stderr)
     assert run("export", make_checkpoint(tmp_path / "moving")[0], tmp_path / "moving").stderr == ""
 
 
@@ -101,7 +100,7 @@ def test_averages_of_a_different_model_are_reported(tmp_path: Path) -> None:
         tmp_path / "dcp", {"ema": average_after_one_step(nn.Linear(2, 2)), "other": {"scale": torch.ones(2)}}
     )
     stderr = run("export", path, tmp_path / "out").stderr
-    assert "holds no live model with the names of these averages (it holds 'other')" in stderr
+    assert re.search("live model.*'other'", stderr)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
@@ -110,7 +109,7 @@ def test_no_weight_overflows_in_a_cast(dtype: str, tmp_path: Path) -> None:
     checkpoint.save({"model": model, "ema": ShardedEMA(model)}, tmp_path / "root", step=1)
     result = run("export", tmp_path / "root", tmp_path / "out", "--dtype", dtype)
     assert result.exit_code == 1
-    assert "'large' holds 70000" in result.stderr
+    assert re.search(rf"'large'.*\b70000\b.*{dtype}", result.stderr)
     assert [*(tmp_path / "out").iterdir()] == []
     run_ok("export", tmp_path / "root", tmp_path / "out", "--dtype", "bfloat16")
     assert load_exported(tmp_path / "out")["large"].dtype == torch.bfloat16
@@ -122,12 +121,12 @@ def test_nonfinite_values_survive_a_cast(values: list[float], dtype: torch.dtype
     result = cast("mask", torch.tensor(values), dtype)
     assert result.dtype == dtype
     torch.testing.assert_close(result.float(), torch.tensor(values), equal_nan=True)
-    with pytest.raises(CheckpointError, match="'mask' holds 1e\\+300"):
+    with pytest.raises(CheckpointError, match=rf"'mask'.*\b1e\+300\b.*{dtype}"):
         cast("mask", torch.tensor([*values, -1e300], dtype=torch.float64), dtype)
 
 
 def test_a_float8_tensor_is_cast_too() -> None:
-    with pytest.raises(CheckpointError, match="'weight' holds 57344"):
+    with pytest.raises(CheckpointError, match=r"'weight'.*\b57344\b.*torch\.float8_e4m3fn"):
         cast("weight", torch.tensor([57344.0]).to(torch.float8_e5m2), torch.float8_e4m3fn)
 
 
@@ -139,7 +138,7 @@ def test_two_exports_into_one_folder_do_not_mix(tmp_path: Path) -> None:
         writer.add("a", tensors["a"])
         result = run("export", path, tmp_path / "out")
         assert result.exit_code == 1
-        assert "another export into" in result.stderr
+        assert re.search(rf"another export.*{re.escape(str(tmp_path / 'out'))}", result.stderr)
         writer.add("b", tensors["b"])
     assert_bitwise_equal(load_exported(tmp_path / "out"), tensors)
     run_ok("export", path, tmp_path / "out")
@@ -161,7 +160,7 @@ def test_averages_with_invalid_counts_are_refused(change: Callable[[dict[str, An
     for command in (["inspect", path], ["verify", path], ["export", path, tmp_path / "out"]):
         result = run(*command)
         assert result.exit_code == 1
-        assert "the averages in 'ema'" in result.output
+        assert "'ema'" in result.output
 
 
 def test_ties_of_different_shapes_are_refused(tmp_path: Path) -> None:
@@ -173,14 +172,14 @@ def test_ties_of_different_shapes_are_refused(tmp_path: Path) -> None:
     for command in (["inspect", root], ["export", root, tmp_path / "out"]):
         result = run(*command)
         assert result.exit_code == 1
-        assert "ties tensors that differ" in result.stderr
+        assert re.search(r"'model'.*\btie.*frozen\.weight", result.stderr)
 
 
 def test_a_name_that_is_not_a_string_is_refused(tmp_path: Path) -> None:
     path = save_with_dcp(tmp_path / "dcp", {"model": {"a\udc80": torch.ones(2)}})
     result = run("export", path, tmp_path / "out", "--weights", "live")
     assert result.exit_code == 1
-    assert "a name that is no Unicode" in result.stderr
+    assert re.search(r"safetensors.*\budc80.*Unicode", result.stderr)
 
 
 @pytest.mark.world_size(1)

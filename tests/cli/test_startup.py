@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -38,7 +39,7 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Com
         (["--help"], 0, "inspect"),
         (["export", "--help"], 0, "SIZE"),
         (["export", "checkpoints"], 2, "OUT"),
-        (["export", "checkpoints", "out", "--dtype", "int8"], 2, "no floating dtype"),
+        (["export", "checkpoints", "out", "--dtype", "int8"], 2, "'int8'"),
     ],
 )
 def test_help_and_usage_errors_do_not_import_torch(arguments: list[str], code: int, printed: str) -> None:
@@ -77,5 +78,5 @@ def test_the_completion_script_is_that_of_the_installed_command() -> None:
 def test_without_the_extra_it_says_what_to_install(name: str) -> None:
     result = run_python(RUN_WITHOUT_A_PACKAGE, name, "--help")
     assert result.returncode == 1
-    assert f'ema-dist needs {name}, which is not installed: pip install "ema-dist[cli]"' in result.stderr
+    assert re.search(rf'\b{name}\b.*pip install "ema-dist\[cli\]"', result.stderr)
     assert "Traceback" not in result.stderr

@@ -27,9 +27,9 @@ def test_replica_drift_is_reported_on_all_ranks(layout: str) -> None:
     last = dist.get_world_size() - 1
     if dist.get_rank() == last:
         dict(model.named_parameters())[next(n for n, p in model.named_parameters() if "out.weight" in n)].data.mul_(2)
-    with pytest.raises(RuntimeError, match=rf"out\.weight on ranks \[{last}\]"), ema.swapped():
+    with pytest.raises(RuntimeError, match=rf"out\.weight.*\[{last}\]"), ema.swapped():
         pass
-    with pytest.raises(RuntimeError, match=rf"out\.weight on ranks \[{last}\]"):
+    with pytest.raises(RuntimeError, match=rf"out\.weight.*\[{last}\]"):
         ShardedEMA(model, timeout=5.0)
     assert ema.full_state_dict() or dist.get_rank() > 0
 
@@ -41,7 +41,9 @@ def test_an_error_on_one_rank_is_raised_on_all(layout: str) -> None:
         for parameter in model.parameters():
             parameter.requires_grad_()
     expected = (
-        (ValueError, r"became trainable") if dist.get_rank() == 1 else (RuntimeError, r"on ranks \[1\]: .*trainable")
+        (ValueError, r"^(?!.*\[1\]).*frozen\.weight.*trainable")
+        if dist.get_rank() == 1
+        else (RuntimeError, r"\[1\].*frozen\.weight.*trainable")
     )
     with pytest.raises(expected[0], match=expected[1]):
         ema.full_state_dict()
@@ -52,14 +54,14 @@ def test_a_swap_not_left_by_all_ranks_can_be_restored(layout: str) -> None:
     model, ema = make_trained(layout, timeout=0.5)
     live = full_weights(model)
     if dist.get_rank() == 0:
-        with pytest.raises(RuntimeError, match=r"restore\(\) on every rank"), ema.swapped() as inside:
+        with pytest.raises(RuntimeError, match=r"0\.5 s.*swapped\(\).*restore\(\)"), ema.swapped() as inside:
             pass
     else:
-        with pytest.raises(RuntimeError, match=r"leaving swapped\(\)"), ema.swapped() as inside:
+        with pytest.raises(RuntimeError, match=r"0\.5 s.*swapped\(\).*restore\(\)"), ema.swapped() as inside:
             time.sleep(1.5)
     assert inside is model
     dist.barrier()
-    with pytest.raises(RuntimeError, match="in the model already"), ema.swapped():
+    with pytest.raises(RuntimeError, match=r"already.*restore\(\)"), ema.swapped():
         pass
     ema.restore()
     ema.restore()
@@ -94,7 +96,7 @@ def test_a_gather_cannot_continue_inside_a_swap() -> None:
     _, ema = make_trained("ddp")
     entries = ema.gather()
     next(entries)
-    with ema.swapped(), pytest.raises(RuntimeError, match="under way"):
+    with ema.swapped(), pytest.raises(RuntimeError, match=r"swapped\(\).*gather\(\)"):
         next(entries)
 
 
@@ -104,7 +106,7 @@ def test_tensor_parallel_parameters_inside_fsdp1_are_refused() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     net = parallelize_module(nn.Sequential(nn.Linear(4, 8)), mesh["model"], {"0": ColwiseParallel()})
     model = FullyShardedDataParallel(net, device_id=torch.device("cpu"), device_mesh=mesh["data"])
-    with pytest.raises(ValueError, match=r"use fully_shard"):
+    with pytest.raises(ValueError, match=r"FSDP1.*tensor.parallel.*fully_shard"):
         ShardedEMA(model)
 
 
@@ -125,7 +127,7 @@ def test_a_pipeline_group_within_one_stage_is_refused() -> None:
         device_mesh=mesh,
         sharding_strategy=ShardingStrategy.HYBRID_SHARD,
     )
-    with pytest.raises(ValueError, match="one rank of each stage"):
+    with pytest.raises(ValueError, match=r"pipeline=\[\d, \d\].*\[0, 1, 2, 3\]"):
         ShardedEMA(model).full_state_dict(pipeline=mesh.get_group("replicate"))
 
 

@@ -78,15 +78,15 @@ def test_what_composer_refuses_is_refused(arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"half_life": "-1ba"}, "half_life must not be negative"),
-        ({"half_life": "10ba", "update_interval": "0ba"}, "update_interval is 1 or more"),
-        ({"smoothing": 1.5}, r"smoothing is the factor of the old average, a number in \[0, 1\], got 1.5"),
-        ({"smoothing": "0.9"}, "smoothing is the factor"),
-        ({"ema_start": "10sp"}, "Invalid time unit for parameter ema_start"),
-        ({"half_life": 10}, "half_life must be a time string such as '10ba', got 10"),
-        ({"half_life": "10sp"}, "Invalid time unit for parameter half_life"),
-        ({"rounding": Compensated()}, r"rounding=Compensated\(\) is for dtype=torch.bfloat16, got dtype=None"),
-        ({"dtype": torch.int64}, "averages are floating-point, of 16 bits or more, got dtype=torch.int64"),
+        ({"half_life": "-1ba"}, "half_life.*negative.*'-1ba'"),
+        ({"half_life": "10ba", "update_interval": "0ba"}, r"update_interval.*\b1\b.*'0ba'"),
+        ({"smoothing": 1.5}, r"smoothing.*\[0, 1\].*1\.5"),
+        ({"smoothing": "0.9"}, r"smoothing.*\[0, 1\].*'0\.9'"),
+        ({"ema_start": "10sp"}, "unit.*ema_start.*'dur'.*'ba'.*'ep'"),
+        ({"half_life": 10}, r"half_life.*'10ba'.*\b10\b"),
+        ({"half_life": "10sp"}, "unit.*half_life.*'ba'.*'ep'"),
+        ({"rounding": Compensated()}, r"rounding=Compensated\(\).*dtype=torch\.bfloat16.*dtype=None"),
+        ({"dtype": torch.int64}, r"floating-point.*\b16\b.*dtype=torch\.int64"),
     ],
     ids=str,
 )
@@ -337,7 +337,7 @@ def test_models_are_given_the_averages_and_the_live_weights(layout: str) -> None
         live: dict[str, Tensor]
 
         def eval_start(self, state: State, _: Logger) -> None:
-            with pytest.raises(ValueError, match="The ema weight are currently contained in the composer model"):
+            with pytest.raises(ValueError, match=r"ema weight.*composer model"):
                 ema.get_ema_model(other)
             self.live = dict(ema.get_training_model(other).state_dict())
             assert ema.ema_weights_active
@@ -345,12 +345,12 @@ def test_models_are_given_the_averages_and_the_live_weights(layout: str) -> None
 
     ema, other, callback, recorder = EMA(half_life="3ba"), Classifier(seed=5), GetModelsDuringEvaluation(), Recorder()
     trainer = make_trainer(layout, ema, callbacks=[callback, recorder])
-    with pytest.raises(ValueError, match=r"there are no averages before ema_start, 0.0dur"):
+    with pytest.raises(ValueError, match=r"ema_start.*0\.0dur"):
         ema.get_ema_model(other)
     fit(trainer)
     assert ema.get_ema_model(other) is other
     assert_averages(ema, dict(other.state_dict()), tolerance=0)
-    with pytest.raises(ValueError, match="The training weights are currently contained in the composer model"):
+    with pytest.raises(ValueError, match=r"training weights.*composer model"):
         ema.get_training_model(other)
     trainer.eval()
     assert_same(without_batch_stats(callback.live), without_batch_stats(recorder.weights_after_batch[-1]))
@@ -362,12 +362,12 @@ def test_models_are_given_the_averages_and_the_live_weights(layout: str) -> None
 
 def test_two_emas_are_refused() -> None:
     for other in (EMA(), composer.algorithms.EMA()):
-        with pytest.raises(ValueError, match="expected one EMA among the algorithms, found 2"):
+        with pytest.raises(ValueError, match=r"\bEMA\b.*algorithms.*\b2\b"):
             make_trainer("plain", EMA(), other)
 
 
 def test_an_ema_outside_a_trainer_says_so() -> None:
-    with pytest.raises(RuntimeError, match=r"EMA is not in a Trainer: pass it as Trainer\(algorithms="):
+    with pytest.raises(RuntimeError, match=r"\bEMA\b.*Trainer\(algorithms="):
         EMA().get_ema_model(nn.Linear(1, 1))
 
 
@@ -430,7 +430,7 @@ def test_half_precision_weights_have_float32_averages(layout: str) -> None:
 
 @on_ranks(2)
 def test_replicas_cannot_share_averages_in_sharded_checkpoints() -> None:
-    with pytest.raises(ValueError, match="Composer saves the first replica alone; leave it out"):
+    with pytest.raises(ValueError, match=r'replicas=.shard..*replicas="copy"'):
         fit(make_trainer("fsdp2", EMA(replicas="shard")))
 
 

@@ -217,7 +217,7 @@ def test_a_checkpoint_without_averages_starts_them_from_its_weights(layout: str,
     before = Recorder()
     fit(make_trainer(layout, callbacks=[before], save_folder=str(tmp_path), save_interval="4ba"), "4ba")
     trainer, ema, after = make_resumed_trainer(layout, checkpoint_path(tmp_path, 4))
-    with pytest.warns(UserWarning, match=r"training goes on at .*4.* without averages, which begin at 0.0dur"):
+    with pytest.warns(UserWarning, match=r"\b4ba\b.*checkpoint.*averages.*0\.0dur"):
         trainer.fit()
     actual = averages(ema)
     if dist.get_rank() == 0:
@@ -239,7 +239,7 @@ def test_averages_of_another_model_are_refused(layout: str, tmp_path: Path) -> N
     trainer, _, _ = make_saving_trainer(layout, tmp_path)
     fit(trainer, "4ba")
     ignored = ["state/optimizers/*"]
-    with pytest.raises(ValueError, match=r"the checkpoint holds the averages of another model.*net.frozen.bias"):
+    with pytest.raises(ValueError, match=r"checkpoint.*averages.*\bnet\.frozen\.bias"):
         make_resumed_trainer(layout, checkpoint_path(tmp_path, 4), model=UnfrozenClassifier(), load_ignore_keys=ignored)
 
 
@@ -324,7 +324,7 @@ def test_a_custom_load_planner_is_refused_with_averages(tmp_path: Path) -> None:
     trainer, _, _ = make_saving_trainer("fsdp1", tmp_path)
     fit(trainer, "4ba")
     settings = {"fsdp": {"state_dict_type": "sharded", "load_planner": DefaultLoadPlanner()}}
-    with pytest.raises(ValueError, match="expected no load_planner in the FSDP configuration, found"):
+    with pytest.raises(ValueError, match=r"load_planner.*FSDP.*DefaultLoadPlanner"):
         make_resumed_trainer("fsdp1", checkpoint_path(tmp_path, 4), parallelism_config=settings)
 
 
@@ -424,7 +424,7 @@ def test_averages_may_be_left_out_of_what_is_loaded(layout: str, tmp_path: Path)
         without_batch_stats(full_tensors(resumed_trainer.state)),
         without_batch_stats(reference_average(recorder.weights_after_batch, ema.smoothing)),
     )
-    with pytest.warns(UserWarning, match="from a checkpoint without averages"):
+    with pytest.warns(UserWarning, match=r"\b4ba\b.*checkpoint.*averages.*0\.0dur"):
         resumed_trainer.fit()
     assert ema.ema is not None
     assert ema.ema.updates == 4

@@ -45,7 +45,7 @@ TAUGHT = [name for name in SERVED if name not in ("ddp-3", "fsdp2-1", "fsdp2-4",
 TENSOR_PARALLEL = ("tp", "fsdp2-tp", "tp-compiled")
 """Layouts that add up in another order than the unwrapped model."""
 
-WRITTEN = r"inside serving\(\): blocks.0.*(stats.weight| and 7 more)\. What was"
+WRITTEN = r"serving\(\).*\bblocks\.0\..*(stats\.weight\b(?!, )|\b7 more\b)"
 """What is said when all weights were written to: the last one is named, or how many more there are."""
 
 
@@ -165,7 +165,7 @@ def test_the_averages_can_be_gathered_and_saved_inside(layout: str, tmp_path: Pa
         ema.check_replicas()
         checkpoint.save({"model": model, "optim": optimizer, "ema": ema}, broadcast_path(tmp_path), step=1)
         assert torch.equal(evaluate(model), inside)
-        with pytest.raises(RuntimeError, match=r"inside serving\(\).*after the block"):
+        with pytest.raises(RuntimeError, match=r"'model'.*serving\(\)"):
             checkpoint.load({"model": model, "optim": optimizer, "ema": ema}, broadcast_path(tmp_path))
     ema.update()
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_one_rank_is_served_alone_with_copies(layout: str) -> None:
 def test_one_rank_entering_alone_gets_an_error_naming_the_others() -> None:
     _, ema = make_trained("ddp", timeout=0.5)
     if dist.get_rank() == 0:
-        with pytest.raises(RuntimeError, match=r"0.5 s in serving\(\): ranks \[1\] did not"), ema.serving():
+        with pytest.raises(RuntimeError, match=r"0\.5 s.*serving\(\).*\[1\]"), ema.serving():
             pass
     dist.barrier()
     with ema.serving():
@@ -244,21 +244,21 @@ def test_one_rank_entering_alone_gets_an_error_naming_the_others() -> None:
 def test_what_would_mix_live_weights_and_averages_is_refused(layout: str) -> None:
     model, ema = make_trained(layout)
     other = ShardedEMA(model)
-    inside = pytest.raises(RuntimeError, match=r"inside serving\(\).*after the block")
+    inside = pytest.raises(RuntimeError, match=r"\w\(\).*serving\(\)")
     for refused in (ema.update, ema.swapped().__enter__, ema.serving().__enter__, partial(ema.copy_to, model)):
         with ema.serving(), inside:
             refused()
     with ema.serving():
         for enter in (other.swapped().__enter__, other.serving().__enter__):
-            with pytest.raises(RuntimeError, match=r"another ShardedEMA serves this model"):
+            with pytest.raises(RuntimeError, match=r"another ShardedEMA.*serving\(\)"):
                 enter()
     with ema.swapped():
-        with pytest.raises(RuntimeError, match=r"serving\(\) inside swapped\(\)"):
+        with pytest.raises(RuntimeError, match=r"serving\(\).*swapped\(\)"):
             ema.serving().__enter__()
-        with pytest.raises(RuntimeError, match="another ShardedEMA has its averages in this model"):
+        with pytest.raises(RuntimeError, match=r"another ShardedEMA.*swapped\(\)"):
             other.serving().__enter__()
     ema.update()
-    with other.serving(), pytest.raises(RuntimeError, match="another ShardedEMA serves this model"):
+    with other.serving(), pytest.raises(RuntimeError, match=r"another ShardedEMA.*serving\(\)"):
         ema.swapped().__enter__()
 
 
@@ -407,7 +407,7 @@ def test_backward_of_an_older_graph_inside_is_an_error_after_the_block(layout: s
     for set_to_none in (True, False):
         model.zero_grad(set_to_none=set_to_none)
         output = model(batch()).sum()
-        message = r"backward\(\) inside serving\(\) gave gradients to embed.weight, blocks.0.*after the block"
+        message = r"backward\(\).*serving\(\).*\bembed\.weight, blocks\.0\."
         with pytest.raises(RuntimeError, match=message), ema.serving():
             output.backward()
         actual = {
@@ -424,9 +424,12 @@ def test_gradients_inside_are_refused_where_they_would_mix(layout: str) -> None:
     model, ema = make_trained(layout)
     output = model(batch()).sum()
     with ema.serving():
-        with pytest.raises(RuntimeError, match=r"backward\(\) inside serving\(\)"):
+        with pytest.raises(RuntimeError, match=r"backward\(\).*serving\(\).*FSDP2"):
             output.backward(retain_graph=True)
-        with pytest.raises(RuntimeError, match=r"forward pass with gradients inside serving\(\)"), torch.enable_grad():
+        with (
+            pytest.raises(RuntimeError, match=r"serving\(\).*torch\.enable_grad\(\).*swapped\(\)"),
+            torch.enable_grad(),
+        ):
             model(batch())
     model.zero_grad()
     model(batch()).sum().backward()
@@ -445,7 +448,7 @@ def test_recomputing_an_older_forward_pass_inside_is_an_error(layout: str) -> No
     """Activation checkpointing would compute it again from averages; torch notices most of that, and we the rest."""
     model, ema = make_trained(layout)
     output = model(batch()).sum()
-    message = r"backward\(\) inside serving\(\)"
+    message = r"backward\(\).*serving\(\)"
     noticed = pytest.raises(torch.utils.checkpoint.CheckpointError)
     with pytest.raises(RuntimeError, match=message), ema.serving(), noticed:
         output.backward()
@@ -456,7 +459,7 @@ def test_loading_weights_inside_is_refused(layout: str) -> None:
     model, ema = make_trained(layout)
     live, averages = full_weights(model), ema.full_state_dict()
     state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
-    with ema.serving(), pytest.raises(RuntimeError, match=r"load_state_dict\(\) inside serving\(\)"):
+    with ema.serving(), pytest.raises(RuntimeError, match=r"load_state_dict\(\).*serving\(\)"):
         model.load_state_dict(state)
     assert_bitwise_equal(full_weights(model), live)
     assert_bitwise_equal(ema.full_state_dict(), averages)
@@ -469,7 +472,7 @@ def test_loading_inside_serving_is_refused_under_fsdp2() -> None:
     """Under FSDP2, which would gather the loaded ones from then on."""
     model = fully_shard(nn.Linear(7, 7), mesh=init_device_mesh("cpu", (2,)))
     ema = ShardedEMA(model)
-    with ema.serving(), pytest.raises(RuntimeError, match=r"load_state_dict\(\) inside serving\(\)"):
+    with ema.serving(), pytest.raises(RuntimeError, match=r"load_state_dict\(\).*serving\(\)"):
         model.load_state_dict(model.state_dict())
 
 
@@ -482,7 +485,7 @@ def test_serving_in_the_middle_of_a_forward_pass_is_refused_where_weights_are_in
             pass
 
     handle = model.stats.register_forward_pre_hook(serve)
-    with pytest.raises(ValueError, match="FSDP2 is in the middle of a forward or backward pass"):
+    with pytest.raises(ValueError, match=r"FSDP2.*forward.*backward"):
         model(batch())
     handle.remove()
     model(batch())
@@ -523,7 +526,7 @@ def averaged(ema: ShardedEMA) -> dict[str, Tensor]:
 def test_replacing_a_parameter_inside_is_an_error() -> None:
     model, ema = make_trained("plain")
     weight = model.embed.weight
-    with pytest.raises(RuntimeError, match=r"inside serving\(\): embed.weight\. What"), ema.serving():
+    with pytest.raises(RuntimeError, match=r"serving\(\)[^,]*\bembed\.weight\b(?!, )"), ema.serving():
         model.embed.weight = nn.Parameter(torch.zeros(5, 6))
     assert model.embed.weight is weight
 
@@ -569,7 +572,7 @@ def test_fsdp1_falls_back_to_swapping_with_one_warning(layout: str) -> None:
         swapped = evaluate(model)
     assert ema.serving_mode == "swapped(), since FSDP1 computes with views of its flat parameters"
     with (
-        pytest.warns(UserWarning, match=r"serving\(\) swaps the averages into the model: FSDP1") as caught,
+        pytest.warns(UserWarning, match=r"serving\(\).*FSDP1") as caught,
         ema.serving(),
     ):
         assert torch.equal(evaluate(model), swapped)
@@ -579,18 +582,18 @@ def test_fsdp1_falls_back_to_swapping_with_one_warning(layout: str) -> None:
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.filterwarnings("ignore:serving.. swaps the averages:UserWarning")
+@pytest.mark.filterwarnings(r"ignore:.*serving\(\).*averages:UserWarning")
 def test_a_torch_without_the_fsdp2_internals_falls_back_to_swapping(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsdp2, "GROUP_ATTRIBUTES", ("fsdp_params", "_hidden"))
     model, ema = make_trained("fsdp2")
-    assert "lacks ['_hidden']" in ema.serving_mode
+    assert "['_hidden']" in ema.serving_mode
     with ema.swapped():
         swapped = evaluate(model)
     with ema.serving():
         assert torch.equal(evaluate(model), swapped)
 
 
-@pytest.mark.filterwarnings("ignore:serving.. swaps the averages:UserWarning")
+@pytest.mark.filterwarnings(r"ignore:.*serving\(\).*averages:UserWarning")
 def test_a_module_replaying_a_cuda_graph_falls_back_to_swapping(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that was captured after averages had been served."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

@@ -116,7 +116,7 @@ def test_writing_parameters_inside_is_an_error_after_live_is_back(layout: str) -
     model, ema = make_trained(layout)
     live = full_weights(model)
     with (
-        pytest.raises(RuntimeError, match=r"written to inside swapped\(\).*out\.weight"),
+        pytest.raises(RuntimeError, match=r"swapped\(\).*out\.weight"),
         ema.swapped(),
         torch.no_grad(),
     ):
@@ -131,7 +131,7 @@ def test_live_comes_back_also_when_the_model_was_changed_inside(layout: str) -> 
     """What is wrong with it now is told after that."""
     model, ema = make_trained(layout)
     live = full_weights(model)
-    with pytest.raises(ValueError, match=r"parameters frozen.weight, frozen.bias became trainable"), ema.swapped():
+    with pytest.raises(ValueError, match=r"frozen\.weight, frozen\.bias.*trainable"), ema.swapped():
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("frozen" in name or parameter.requires_grad)
     assert_bitwise_equal(full_weights(model), live)
@@ -148,11 +148,11 @@ def test_live_comes_back_also_when_the_model_was_changed_inside(layout: str) -> 
 def test_casting_or_replacing_weights_inside_is_an_error(layout: str) -> None:
     """The averages were among them, and have been rounded or lost."""
     model, ema = make_trained(layout)
-    with pytest.raises(RuntimeError, match=r"written to inside.*out\.weight"), ema.swapped():
+    with pytest.raises(RuntimeError, match=r"swapped\(\).*out\.weight"), ema.swapped():
         model.to(torch.bfloat16)
         model.to(torch.float32)
     if layout == "plain":
-        with pytest.raises(RuntimeError, match=r"written to inside.* embed\.weight\. The"), ema.swapped():
+        with pytest.raises(RuntimeError, match=r"swapped\(\).*\bembed\.weight\b(?!, )"), ema.swapped():
             model.embed.weight.data = torch.zeros(5, 6)
 
 
@@ -186,9 +186,9 @@ def test_a_graph_from_before_the_swap_refuses_to_run_backward(layout: str) -> No
 def test_update_and_a_second_swap_inside_a_swap_are_refused(layout: str) -> None:
     _, ema = make_trained(layout)
     with ema.swapped():
-        with pytest.raises(RuntimeError, match=r"update\(\) inside swapped\(\)"):
+        with pytest.raises(RuntimeError, match=r"update\(\).*swapped\(\)"):
             ema.update()
-        with pytest.raises(RuntimeError, match="in the model already"), ema.swapped():
+        with pytest.raises(RuntimeError, match=r"already.*restore\(\)"), ema.swapped():
             pass
 
 
@@ -206,9 +206,9 @@ def test_one_rank_swapping_alone_gets_an_error_naming_the_others() -> None:
     model, ema = make_trained("ddp", timeout=0.5)
     live = full_weights(model)
     if torch.distributed.get_rank() == 0:
-        with pytest.raises(RuntimeError, match=r"0.5 s in swapped\(\): ranks \[1\] did not"), ema.swapped():
+        with pytest.raises(RuntimeError, match=r"0\.5 s.*swapped\(\).*\[1\]"), ema.swapped():
             pass
-        with pytest.raises(RuntimeError, match=r"in full_state_dict\(\): ranks \[1\] did not"):
+        with pytest.raises(RuntimeError, match=r"0\.5 s.*full_state_dict\(\).*\[1\]"):
             ema.full_state_dict()
     torch.distributed.barrier()
     with ema.swapped():
@@ -219,7 +219,7 @@ def test_one_rank_swapping_alone_gets_an_error_naming_the_others() -> None:
 @pytest.mark.world_size(3)
 def test_ranks_that_make_different_calls_get_an_error() -> None:
     _, ema = make_trained("ddp-3")
-    with pytest.raises(RuntimeError, match=r"same call, but they made .*swapped\(\).*full_state_dict\(\)"):
+    with pytest.raises(RuntimeError, match=r"\b0\b.*swapped\(\).*\b1\b.*full_state_dict\(\).*\b2\b.*swapped\(\)"):
         if torch.distributed.get_rank() == 1:
             ema.full_state_dict()
         else:
@@ -232,7 +232,7 @@ def test_one_rank_leaving_alone_is_an_error_and_mixes_nothing() -> None:
     model, ema = make_trained("ddp", timeout=0.5)
     with ema.swapped():
         averaged = full_weights(model)
-    with pytest.raises(RuntimeError, match=r"leaving swapped\(\): ranks .* still in the model"), ema.swapped():
+    with pytest.raises(RuntimeError, match=r"0\.5 s.*swapped\(\).*restore\(\)"), ema.swapped():
         if torch.distributed.get_rank() == 0:
             raise ZeroDivisionError
         time.sleep(1.5)
@@ -246,7 +246,7 @@ def test_drifted_replicas_are_noticed_before_anything_is_mixed() -> None:
     if torch.distributed.get_rank() == 1:
         model.module.blocks[1].out.weight.data[0, 0] += 1
     live = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight on ranks \[1\]"), ema.swapped():
+    with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight.*\[1\]"), ema.swapped():
         pass
     assert_bitwise_equal(model.state_dict(), live)
     with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight"):

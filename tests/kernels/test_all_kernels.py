@@ -98,7 +98,7 @@ def test_several_tracks_are_bit_identical_to_single_ones() -> None:
 
 
 def test_one_weight_per_track_is_required() -> None:
-    with pytest.raises(ValueError, match="expected a weight for each of the 2 tracks, found 1"):
+    with pytest.raises(ValueError, match=r"weight.*\b2 tracks.*\b1\b"):
         lerp_tracks_([[torch.ones(1)]] * 2, [torch.ones(1)], [0.5])
 
 
@@ -137,6 +137,6 @@ def test_triton_compile_errors_fall_back_to_another_kernel(monkeypatch: pytest.M
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(triton_kernel.TritonKernel, "_run", fail)
-    with pytest.warns(UserWarning, match="'scratch' does: Triton cannot compile here: .*Failed to find C compiler"):
+    with pytest.warns(UserWarning, match="kernel='triton'.*'scratch'.*Failed to find C compiler"):
         lerp = make_kernel([[torch.zeros(3)]], [torch.ones(3).bfloat16()], kernel="triton")
     assert lerp.name == "scratch"

@@ -50,7 +50,7 @@ def test_work_is_divided_among_threads(threads: int, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("compiler", "message"),
-    [("", "there is no C compiler: install gcc or clang, or name one in CC"), ("/bin/false", "/bin/false .* failed: ")],
+    [("", r"C compiler.*\bgcc\b.*\bclang\b.*\bCC\b"), ("/bin/false", "/bin/false")],
 )
 def test_without_a_compiler_it_falls_back_with_a_warning(
     compiler: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -58,7 +58,7 @@ def test_without_a_compiler_it_falls_back_with_a_warning(
     monkeypatch.setitem(os.environ, "CC", compiler)
     monkeypatch.setitem(os.environ, "PATH", str(tmp_path))
     averages, values = [torch.zeros(3)], [torch.ones(3, dtype=torch.bfloat16)]
-    with pytest.warns(UserWarning, match=f"kernel='compiled' cannot .* 'scratch' does: {message}"):
+    with pytest.warns(UserWarning, match=f"kernel='compiled'.*'scratch'.*{message}"):
         lerp = make_kernel([averages], values, kernel="compiled")
     assert lerp.name == "scratch"
     lerp([0.5])
@@ -66,7 +66,7 @@ def test_without_a_compiler_it_falls_back_with_a_warning(
 
 
 def test_other_dtypes_and_devices_fall_back_to_another_kernel() -> None:
-    with pytest.warns(UserWarning, match=r"'foreach' does: it moves tracks of one dtype on the CPU"):
+    with pytest.warns(UserWarning, match=r"kernel='compiled'.*'foreach'.*torch\.complex64.*\bcpu\b"):
         lerp = make_kernel(
             [[torch.zeros(3, dtype=torch.complex64)]], [torch.ones(3, dtype=torch.complex64)], kernel="compiled"
         )

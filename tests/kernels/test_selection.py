@@ -86,14 +86,14 @@ def test_measuring_leaves_the_averages_alone(measured: list[int]) -> None:
 
 
 def test_an_unknown_kernel_is_an_error_that_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=f"expected a kernel among {', '.join(KERNELS)}, or None .* found 'fast'"):
+    with pytest.raises(ValueError, match=f"{', '.join(KERNELS)}.*None.*'fast'"):
         make_kernel(ones(1), [torch.zeros(3)], kernel="fast")
 
 
 def test_an_unusable_kernel_is_replaced_with_a_warning() -> None:
     """The ``name`` is that of the kernel that runs."""
     tracks = ones(1)
-    with pytest.warns(UserWarning, match=r"kernel='foreach' cannot .* 'scratch' does: torch lerps equal dtypes only"):
+    with pytest.warns(UserWarning, match=r"kernel='foreach'.*'scratch'.*torch\.float32.*torch\.bfloat16"):
         lerp = make_kernel(tracks, [torch.zeros(3, dtype=torch.bfloat16)], kernel="foreach")
     assert lerp.name == "scratch"
     lerp([0.5])
@@ -101,7 +101,7 @@ def test_an_unusable_kernel_is_replaced_with_a_warning() -> None:
 
 
 def test_the_warning_says_that_the_kernel_was_chosen_by_speed(measured: list[int]) -> None:  # noqa: ARG001
-    with pytest.warns(UserWarning, match="'triton', found to be the fastest, cannot move .* 'foreach' does: "):
+    with pytest.warns(UserWarning, match="'triton'.*fastest.*'foreach'"):
         lerp = make_kernel(ones(2), [torch.zeros(3)], agree=lambda _question, _answer: "triton")
     assert lerp.name == "foreach"
 

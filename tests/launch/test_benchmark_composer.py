@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -96,8 +97,7 @@ def test_without_composer_its_section_is_left_out_and_says_so(
     monkeypatch.setattr(sys, "argv", ["benchmark", "--device", "cpu", "--output-dir", str(tmp_path)])
     benchmark.main()
     printed = capsys.readouterr().out
-    assert "composer is left out: it needs Composer" in printed
-    assert 'pip install "ema-dist[composer]"' in printed
+    assert re.search(r'composer.*pip install "ema-dist\[composer\]"', printed)
     assert not [*tmp_path.iterdir()]
 
 

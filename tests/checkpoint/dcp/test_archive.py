@@ -170,7 +170,7 @@ def test_an_archive_whose_elements_are_elsewhere_is_named(tmp_path: Path) -> Non
     dcp.save({"x": tensor}, checkpoint_id=tmp_path)
     file = tmp_path / "__0_0.distcp"
     file.write_bytes(with_wrong_offset(file.read_bytes()))
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: the entry 'x', bytes 0 to \d+, cannot be read"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp.*'x'.*bytes 0\D+\d+"):
         read_full(tensor, tmp_path)
 
 
@@ -234,7 +234,7 @@ def test_a_file_slice_reads_its_range_of_a_file(tmp_path: Path) -> None:
         assert file_slice.read(2) == bytes((25, 26))
         assert file_slice.seek(1, io.SEEK_CUR) == file_slice.tell() == 18
         assert file_slice.read(50) == bytes((28, 29))
-        with pytest.raises(ValueError, match="expected a position in the slice, got -1"):
+        with pytest.raises(ValueError, match=r"position.*-1\b"):
             file_slice.seek(-21, io.SEEK_END)
         file_slice.seek(40)
         assert file_slice.read(1) == b""

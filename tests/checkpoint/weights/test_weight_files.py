@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,7 +223,7 @@ def test_an_interrupted_stream_leaves_the_earlier_export_or_nothing(tmp_path: Pa
 
     write_interrupted()
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(CheckpointError, match="holds no weights"):
+    with pytest.raises(CheckpointError, match=r"no weights.*\bmodel\.safetensors"):
         len(WeightReader(tmp_path))
     write(tmp_path, OLD_TENSORS, max_shard_size=16)
     before = sorted(tmp_path.iterdir())
@@ -272,7 +273,7 @@ def test_killed_at_any_step_leaves_no_mixture(
         assert (folder / "config.json").exists()
         actual = load_like_transformers(folder)
         if actual is None:
-            with pytest.raises(CheckpointError, match=r"holds no weights"):
+            with pytest.raises(CheckpointError, match=r"no weights.*\bmodel\.safetensors"):
                 len(WeightReader(folder))
             outcomes.add("nothing")
         else:
@@ -295,11 +296,11 @@ def test_killed_at_any_step_leaves_no_mixture(
 def test_weights_in_the_other_format_are_not_left_beside_new_ones(tmp_path: Path) -> None:
     """A reader that prefers safetensors would load the old weights."""
     write(tmp_path, OLD_TENSORS)
-    with pytest.raises(FileExistsError, match=r"new ones: model.safetensors; remove them, or choose another folder"):
+    with pytest.raises(FileExistsError, match=r"\bformat\b.*\bmodel\.safetensors\b"):
         write(tmp_path, NEW_TENSORS, file_format="torch")
     assert_same(dict(WeightReader(tmp_path)), OLD_TENSORS)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match="holds several models"):
+    with pytest.raises(CheckpointError, match=r"'model\.safetensors', 'pytorch_model\.bin'"):
         len(WeightReader(tmp_path))
     assert_same(dict(WeightReader(tmp_path / "model.safetensors")), OLD_TENSORS)
 
@@ -310,7 +311,7 @@ def test_a_folder_in_the_place_of_a_file_stops_an_export_before_it_begins(tmp_pa
     (tmp_path / "model.safetensors").mkdir()
     (tmp_path / "model-00001-of-00004.safetensors").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(FileExistsError, match=r"folders that are called as files of this export: .*remove them"):
+    with pytest.raises(FileExistsError, match=r"folders.*\bmodel(-00001-of-00004)?\.safetensors\b"):
         write(tmp_path, NEW_TENSORS, max_shard_size=size)
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "model.safetensors").rmdir()
@@ -321,19 +322,15 @@ def test_a_folder_in_the_place_of_a_file_stops_an_export_before_it_begins(tmp_pa
 @pytest.mark.parametrize(
     ("settings", "entries", "message"),
     [
-        ({}, {}, "there is no tensor to write"),
-        ({}, {"a": torch.zeros(2, dtype=torch.complex128)}, "safetensors files cannot hold {'a': 'complex128'}"),
-        ({"max_shard_size": 0}, OLD_TENSORS, "max_shard_size is a positive number"),
-        (
-            {"max_shard_size": "5 apples"},
-            OLD_TENSORS,
-            "max_shard_size is a positive number of bytes or .*, got '5 apples'",
-        ),
-        ({"max_shard_size": "infGB"}, OLD_TENSORS, "max_shard_size is a positive number"),
-        ({"max_shard_size": "0MB"}, OLD_TENSORS, "max_shard_size is a positive number"),
-        ({}, {"__metadata__": torch.zeros(2)}, "'__metadata__': 'a name that the format has for itself'"),
-        ({}, {"a\udc80": torch.zeros(2)}, "a name that is no Unicode"),
-        ({"file_format": "npz"}, OLD_TENSORS, "file_format is one of"),
+        ({}, {}, "no tensor.*/out"),
+        ({}, {"a": torch.zeros(2, dtype=torch.complex128)}, "safetensors.*'a'.*complex128.*file_format=\"torch\""),
+        ({"max_shard_size": 0}, OLD_TENSORS, r"max_shard_size.*\b0\b"),
+        ({"max_shard_size": "5 apples"}, OLD_TENSORS, "max_shard_size.*'5 apples'"),
+        ({"max_shard_size": "infGB"}, OLD_TENSORS, "max_shard_size.*'infGB'"),
+        ({"max_shard_size": "0MB"}, OLD_TENSORS, "max_shard_size.*'0MB'"),
+        ({}, {"__metadata__": torch.zeros(2)}, "safetensors.*'__metadata__'.*name"),
+        ({}, {"a\udc80": torch.zeros(2)}, r"safetensors.*\budc80'.*Unicode"),
+        ({"file_format": "npz"}, OLD_TENSORS, "file_format.*safetensors.*torch.*'npz'"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is(
@@ -347,10 +344,10 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
 @pytest.mark.parametrize(
     ("stream", "message"),
     [
-        ({"a": torch.zeros(4)}, "did not come: \\['b', 'c'\\]"),
-        (OLD_TENSORS | {"d": torch.zeros(1)}, "'d' is written already, or was never planned"),
-        ({"a": torch.zeros(5)}, "'a' was planned as .*4.*, got .*5"),
-        ({"a": torch.zeros(4).half()}, "'a' was planned as .*float32.*, got .*float16"),
+        ({"a": torch.zeros(4)}, r"planned.*\['b', 'c'\]"),
+        (OLD_TENSORS | {"d": torch.zeros(1)}, "'d'.*planned"),
+        ({"a": torch.zeros(5)}, r"'a'.*planned.*\b4\b.*\b5\b"),
+        ({"a": torch.zeros(4).half()}, "'a'.*planned.*float32.*float16"),
     ],
 )
 def test_a_stream_that_is_not_the_planned_one_is_refused(
@@ -377,7 +374,7 @@ def test_extra_states_are_left_out_with_a_warning_or_kept(tmp_path: Path) -> Non
     model = nn.Sequential(LinearWithExtraState(2, 2))
     model[0].state = {"count": 3}
     ema = ShardedEMA(model)
-    with pytest.warns(UserWarning, match=r"^0._extra_state are no tensors.*file_format=\"torch\" keeps them"):
+    with pytest.warns(UserWarning, match=r"\b0\._extra_state\b(?!, ).*file_format=\"torch\""):
         gather(ema, tmp_path / "safetensors")
     assert list(WeightReader(tmp_path / "safetensors")) == ["0.bias", "0.weight"]
     gather(ema, tmp_path / "torch", file_format="torch")
@@ -386,7 +383,7 @@ def test_extra_states_are_left_out_with_a_warning_or_kept(tmp_path: Path) -> Non
     assert files.meta_tensors["0._extra_state"] is None
     scatter(ema, tmp_path / "torch")
     model[0].state = Payload(tmp_path / "ran")
-    with pytest.raises(CheckpointError, match=r"'0._extra_state' holds a Payload, which torch.load.* does not read"):
+    with pytest.raises(CheckpointError, match=r"'0\._extra_state'.*\bPayload\b.*torch\.load\("):
         gather(ema, tmp_path / "torch", file_format="torch")
     model[0].state = torch.arange(3)
     gather(ema, tmp_path / "safetensors")
@@ -398,7 +395,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Pat
     """The other ranks are in a collective call then."""
     _, ema = make_trained("fsdp2")
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"file cannot be written"):
+    with pytest.raises(CheckpointError, match=r"/file\b.*\w+Error"):
         gather(ema, tmp_path / "file")
     gather(ema, tmp_path / "folder")
     assert (tmp_path / "folder" / "model.safetensors").exists()
@@ -407,7 +404,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_on_every_rank(tmp_path: Pat
 @pytest.mark.world_size(2)
 def test_pipeline_stages_are_not_written_over_each_other(tmp_path: Path) -> None:
     stage = nn.ModuleDict({f"layer{dist.get_rank()}": nn.Linear(2, 2)})
-    with pytest.raises(ValueError, match=r"ranks hold different models: ranks 0 and 1 differ in .*layer0.*layer1"):
+    with pytest.raises(ValueError, match=r"ranks 0 and 1\b.*layer0.*layer1"):
         gather(ShardedEMA(stage), tmp_path)
 
 
@@ -430,7 +427,7 @@ class FailingMapping(dict[str, Tensor]):
 def test_a_value_that_cannot_be_read_is_an_error_on_every_rank(reads: int) -> None:
     _, ema = make_trained("fsdp2")
     full = ema.full_state_dict()
-    message = "averages are new in part only" if reads > 20 else r"cannot be read: OSError\('the disk is gone'\)$"
+    message = r"OSError\('the disk is gone'\).*\baverages\b" if reads > 20 else r"OSError\('the disk is gone'\)$"
     with pytest.raises(RuntimeError, match=message):
         ema.load_full_state_dict(FailingMapping(full, reads=reads))
     ema.load_full_state_dict(full)
@@ -441,22 +438,22 @@ def test_files_of_another_model_or_none_are_refused_on_every_rank(tmp_path: Path
     """Before any average changes."""
     _, ema = make_trained("fsdp2")
     before = ema.full_state_dict()
-    with pytest.raises(RuntimeError, match="there is no such file or folder"):
+    with pytest.raises(RuntimeError, match=r"nowhere.*no such file"):
         scatter(ema, tmp_path / "nowhere")
     wrong = {name: value for name, value in before.items() if name != "blocks.0.scale"} | {"other": torch.zeros(2)}
     wrong |= {"stats.bias": torch.zeros(7), "head.weight": torch.zeros(5, 6)}
     if before:
         write(tmp_path / "wrong", wrong)
     dist.barrier()
-    with pytest.raises(ValueError, match="another model") as caught:
+    with pytest.raises(ValueError, match=r"model\b.*\bblocks\.0\.scale\b") as caught:
         scatter(ema, tmp_path / "wrong")
     for difference in (
-        "unknown names: other;",
-        "missing names: blocks.0.scale;",
-        "stats.bias ((6,), torch.Size([7]))",
-        "values: head.weight",
+        r"unknown\D*\bother\b",
+        r"missing\b.*\bblocks\.0\.scale\b",
+        r"stats\.bias\b.*\(6,\).*\b7\b",
+        r"tied\b.*\bhead\.weight\b",
     ):
-        assert difference in str(caught.value)
+        assert re.search(difference, str(caught.value))
     assert_bitwise_equal(ema.full_state_dict(), before)
 
 
@@ -469,9 +466,7 @@ def test_averages_are_not_loaded_from_complex_or_integer_files(dtype: torch.dtyp
     if before:
         write(tmp_path, {name: value.to(dtype) for name, value in before.items()})
     dist.barrier()
-    with pytest.raises(
-        ValueError, match=r"another model: .*kinds of dtype.* blocks.0.module.bias \(floating, .* more$"
-    ):
+    with pytest.raises(ValueError, match=r"model\b.*dtype.*\bblocks\.0\.module\.bias\b.*floating.*\b\d+ more\)?$"):
         scatter(ema, tmp_path)
     assert_bitwise_equal(ema.full_state_dict(), before)
     in_bfloat16 = {name: value.bfloat16() if value.is_floating_point() else value for name, value in before.items()}
@@ -522,7 +517,7 @@ class Payload:
 def test_a_crafted_torch_file_runs_nothing(tmp_path: Path, name: str) -> None:
     crafted = tmp_path / name
     torch.save({"a": torch.zeros(2), "b": Payload(tmp_path / "ran")}, crafted)
-    with pytest.raises(CheckpointError, match=r"cannot be read: UnpicklingError"):
+    with pytest.raises(CheckpointError, match=rf"{name}.*UnpicklingError"):
         dict(WeightReader(crafted))
     assert not (tmp_path / "ran").exists()
     torch.load(crafted, weights_only=False)
@@ -574,9 +569,9 @@ def test_an_index_cannot_lead_outside_of_its_folder(tmp_path: Path, file: object
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"}, "differ in c$"),
-        ({"a": "x.safetensors"}, "differ in b$"),
-        ([], "cannot be read"),
+        ({"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"}, r"\bx\.safetensors\b.*index\.json.*\bc$"),
+        ({"a": "x.safetensors"}, r"\bx\.safetensors\b.*index\.json.*\bb$"),
+        ([], r"model\.safetensors\.index\.json.*\w+Error"),
     ],
 )
 def test_an_index_and_its_files_must_agree(tmp_path: Path, weight_map: object, message: str) -> None:
@@ -589,10 +584,10 @@ def test_an_index_and_its_files_must_agree(tmp_path: Path, weight_map: object, m
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([torch.ones(2)], "holds a list, expected a dictionary"),
-        ({3: torch.ones(2)}, "expected a dictionary of tensors by name"),
-        ({"a": torch.ones(2, device="meta")}, "expected 'a' to be a dense tensor, found torch.strided on meta"),
-        ({"a": torch.ones(2).to_sparse()}, "expected 'a' to be a dense tensor, found torch.sparse_coo on cpu"),
+        ([torch.ones(2)], r"model\.pt.*\blist\b"),
+        ({3: torch.ones(2)}, r"model\.pt.*\bdict\b.*\bname"),
+        ({"a": torch.ones(2, device="meta")}, r"'a'.*torch\.strided.*\bmeta\b"),
+        ({"a": torch.ones(2).to_sparse()}, r"'a'.*torch\.sparse_coo.*\bcpu\b"),
     ],
 )
 def test_a_torch_file_with_something_else_is_refused(tmp_path: Path, value: object, message: str) -> None:
