@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import count
-from math import prod
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -21,29 +20,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ema_dist import ShardedEMA
 from ema_dist.kernels import chunks
 from ema_dist.sharding import Layout
-from ema_dist.sharding.flat_shard import rectangles
-from ema_dist.sharding.shard import flat_view, memory_order
 from tests.support.layouts import assert_bitwise_equal
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
-
-
-@given(SHAPES, st.data())
-def test_rectangles_cover_a_run_exactly(shape: list[int], data: st.DataObject) -> None:
-    """Every element of the run once, in order, and few blocks."""
-    start = data.draw(st.integers(0, prod(shape)))
-    stop = data.draw(st.integers(start, prod(shape)))
-    full = torch.arange(prod(shape)).view(shape)
-    elements: list[int] = []
-    blocks = list(rectangles((start, stop), shape))
-    for first, corner, sizes in blocks:
-        block = full
-        for dim, (offset, size) in enumerate(zip(corner, sizes, strict=True)):
-            block = block.narrow(dim, offset, size)
-        assert block.flatten()[0] == first
-        elements += block.flatten().tolist()
-    assert elements == list(range(start, stop))
-    assert len(blocks) <= 2 * len(shape) - 1
 
 
 @given(st.lists(SHAPES, max_size=4), st.integers(1, 200))
@@ -54,19 +33,6 @@ def test_chunks_cover_everything_within_the_limit(shapes: list[list[int]], max_b
         for piece in batch:
             piece.add_(1)
     assert all((tensor == 1).all() for tensor in tensors)
-
-
-@given(SHAPES, st.randoms(use_true_random=False))
-def test_memory_order_of_dense_tensors(shape: list[int], random: object) -> None:
-    """A permuted tensor is dense; a strided slice of it is not, unless nothing was left out."""
-    dims = list(range(len(shape)))
-    random.shuffle(dims)
-    tensor = torch.arange(prod(shape)).view(shape).permute(dims)
-    order = memory_order(tensor.shape, tensor.stride())
-    assert order is not None
-    assert torch.equal(flat_view(tensor), tensor.permute(order).reshape(-1))
-    if tensor.shape[0] > 2:
-        assert memory_order(tensor[::2].shape, tensor[::2].stride()) is None
 
 
 class Tensors(nn.Module):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ema_dist import HalfLife, ShardedEMA
+from ema_dist import ShardedEMA
 from ema_dist.kernels import CPU_SCRATCH_BYTES
 from tests.support.layouts import (
     STORAGE_LAYOUTS,
@@ -170,24 +167,6 @@ def test_a_shared_module_without_bias_is_read_once() -> None:
     assert sorted(ema.full_state_dict()) == ["first.weight", "second.weight"]
 
 
-def test_buffers_that_are_replaced_are_followed() -> None:
-    """Modules may register a new tensor in any forward pass; the old one is dead storage."""
-    model = nn.BatchNorm1d(3)
-    ema = ShardedEMA(model, decay=0.5)
-    model.running_mean = torch.full((3,), 4.0)
-    ema.update()
-    assert torch.equal(ema.full_state_dict()["running_mean"], torch.full((3,), 2.0))
-
-
-def test_buffers_whose_storage_is_replaced_are_followed() -> None:
-    """As FSDP1 does it at the first forward, with a dtype of its own for buffers."""
-    model = nn.BatchNorm1d(3)
-    ema = ShardedEMA(model, decay=0.5)
-    model.running_mean.data = torch.full((3,), 4.0, dtype=torch.bfloat16)
-    ema.update()
-    assert torch.equal(ema.full_state_dict()["running_mean"], torch.full((3,), 2.0, dtype=torch.bfloat16))
-
-
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_fsdp1_mixed_precision(use_orig_params: bool) -> None:  # noqa: FBT001
@@ -213,149 +192,12 @@ def test_fsdp1_mixed_precision(use_orig_params: bool) -> None:  # noqa: FBT001
             torch.testing.assert_close(value.double(), reference[name], rtol=1e-5, atol=1e-6)
 
 
-@layouts("plain", "ddp", "fsdp2")
-def test_weights_that_are_no_longer_tied_are_named(layout: str) -> None:
-    """The one that is left would ship its live values (`assign=True` and `to_empty()` do it)."""
-    model, ema = make_trained(layout)
-    inner = model.module if layout == "ddp" else model
-    inner.load_state_dict({name: value.clone() for name, value in inner.state_dict().items()}, assign=True)
-    with pytest.raises(ValueError, match=r"head\.weight.*tied.*'embed\.weight'"):
-        ema.update()
-
-
 def test_non_persistent_buffers_are_left_alone() -> None:
     model, ema = make_trained("plain")
     assert "scratch" not in ema.full_state_dict()
     scratch = model.scratch
     with ema.swapped():
         assert model.scratch is scratch
-
-
-@pytest.mark.parametrize(
-    ("decay", "expected"), [(HalfLife(0), 8.0), (HalfLife(math.inf), 0.0), (0.0, 8.0), (1.0, 0.0), (HalfLife(1), 6.0)]
-)
-def test_decay_0_and_decay_1(decay: HalfLife | float, expected: float) -> None:
-    """No averaging, and no update."""
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    ema = ShardedEMA(model, decay=decay)
-    nn.init.constant_(model.weight, 8.0)
-    ema.update()
-    ema.update()
-    assert ema.full_state_dict()["weight"].item() == expected
-
-
-def test_start_follows_and_interval_corrects_the_half_life() -> None:
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    ema = ShardedEMA(model, decay=HalfLife(2), start=2, update_interval=4)
-    seen = []
-    for value in (1.0, 2.0, 8.0, 8.0, 8.0, 8.0, 8.0, 16.0):
-        nn.init.constant_(model.weight, value)
-        ema.update()
-        seen.append(ema.full_state_dict()["weight"].item())
-    assert seen == [1.0, 2.0, 2.0, 6.5, 6.5, 6.5, 6.5, 13.625]
-    assert (ema.steps, ema.updates) == (8, 2)
-
-
-@layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "tp")
-def test_attach_counts_real_steps_only(layout: str) -> None:
-    """`get_optimizer_state_dict` takes a dummy step on a fresh optimizer."""
-    model = wrap(layout, make_net(layout))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    ema = ShardedEMA(model, decay=0.5)
-    handle = ema.attach(optimizer)
-    get_optimizer_state_dict(model, optimizer)
-    assert ema.steps == 0
-    train_step(model, optimizer, 0)
-    assert ema.steps == 1
-    with pytest.raises(RuntimeError, match=r"optimizer.*remove\(\).*update\(\)"):
-        ema.attach(optimizer)
-    handle.remove()
-    train_step(model, optimizer, 1)
-    assert ema.steps == 1
-    ema.attach(optimizer)
-    train_step(model, optimizer, 2)
-    assert ema.steps == 2
-
-
-def test_a_real_step_with_a_learning_rate_of_zero_counts() -> None:
-    """Warm-up starts there."""
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    ema = ShardedEMA(model)
-    ema.attach(optimizer)
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    assert ema.steps == 1
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("settings", [{}, {"start": 2, "update_interval": 2}])
-def test_steps_skipped_by_a_gradient_scaler_are_left_out(fused: bool, settings: dict[str, int]) -> None:  # noqa: FBT001
-    """A fused optimizer skips by itself on the device, and its hook fires all the same."""
-    model, twin = nn.Linear(3, 3), nn.Linear(3, 3)
-    twin.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    ema = ShardedEMA(model, decay=0.5, **settings)
-    ema.attach(optimizer)
-    reference = ShardedEMA(twin, decay=0.5, **settings)
-    for step in range(8):
-        scaler.scale(model(torch.ones(1, 3)).sum()).backward()
-        if step in (2, 5):
-            model.weight.grad.fill_(float("inf"))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if step not in (2, 5):
-            twin.load_state_dict(model.state_dict())
-            reference.update()
-    assert (ema.steps, ema.updates) == (reference.steps, reference.updates) == (6, 6 if not settings else 2)
-    for name, value in reference.full_state_dict().items():
-        torch.testing.assert_close(ema.full_state_dict()[name], value)
-    resumed = ShardedEMA(model, decay=0.5, **settings)
-    resumed.load_state_dict(ema.state_dict())
-    assert (resumed.steps, resumed.updates) == (ema.steps, ema.updates)
-
-
-@layouts("plain", "ddp", "fsdp1", "fsdp2", "tp")
-def test_averages_follow_weights_that_move_to_other_storage(layout: str) -> None:
-    """Views of the old storage would average dead numbers (failure 7)."""
-    model, ema = make_trained(layout)
-    twin = {name: value.clone() for name, value in full_weights(model).items()}
-    before = ema.full_state_dict()
-    if layout.startswith("fsdp1"):
-        for unit in FullyShardedDataParallel.fsdp_modules(model):
-            handle = unit._handle  # noqa: SLF001  as CPU offloading moves it at the first forward
-            handle.flat_param._local_shard = handle.flat_param._local_shard.clone()  # noqa: SLF001
-            handle.reshard(free_unsharded_flat_param=True)
-    else:
-        inner = model.module if layout == "ddp" else model
-        inner.load_state_dict({name: value.clone() for name, value in inner.state_dict().items()}, assign=True)
-        inner.head.weight = inner.embed.weight
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    ema.update()
-    for name, value in ema.full_state_dict().items():
-        if name.startswith("blocks"):
-            torch.testing.assert_close(value.double(), 0.8 * before[name].double() + 0.2 * (twin[name] + 1))
-
-
-@layouts("plain", "ddp", "fsdp2")
-def test_a_change_of_dtype_is_followed(layout: str) -> None:
-    model, ema = make_trained(layout)
-    model.to(torch.bfloat16)
-    before = ema.full_state_dict(dtype=torch.float32)
-    live = full_weights(model)
-    ema.update()
-    for name, value in ema.full_state_dict(dtype=torch.float32).items():
-        if name.startswith("blocks"):
-            torch.testing.assert_close(value.double(), 0.8 * before[name].double() + 0.2 * live[name])
-    with ema.swapped():
-        pass
-    assert_bitwise_equal(full_weights(model), live)
 
 
 @layouts("ddp", "ddp-3")
@@ -391,42 +233,3 @@ def test_an_unwrapped_model_can_be_declared_replicated() -> None:
 def test_a_replica_group_without_effect_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="replicas=<group>"):
         ShardedEMA(wrap("fsdp2", make_net("fsdp2")), replicas=dist.group.WORLD)
-
-
-class Decayed(torch.optim.SGD):
-    """Steps as its base class does, so often, and writes before and after that."""
-
-    inner = 1
-    fails = False
-
-    def step(self, closure: Any = None) -> Any:  # noqa: ANN401
-        with torch.no_grad():
-            self.param_groups[0]["params"][0].add_(1)
-        for _ in range(self.inner):
-            super().step(closure)
-        if self.fails:
-            raise ValueError("in the middle of a step")
-        with torch.no_grad():
-            self.param_groups[0]["params"][0].add_(1)
-
-
-@pytest.mark.parametrize("inner", [0, 1, 2])
-def test_an_optimizer_that_steps_by_another_ones_step_counts_once(inner: int) -> None:
-    """The hooks run after either, once torch has wrapped the step of the base class."""
-    torch.optim.SGD([nn.Parameter(torch.zeros(1))])
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    optimizer = Decayed(model.parameters(), lr=0.0)
-    optimizer.inner = inner
-    ema = ShardedEMA(model, decay=0.5)
-    ema.attach(optimizer)
-    optimizer.fails = True
-    with pytest.raises(ValueError, match="in the middle"):
-        optimizer.step()
-    optimizer.fails = False
-    nn.init.zeros_(model.weight)
-    for _ in range(2):
-        model.weight.grad = torch.ones(1, 1)
-        optimizer.step()
-    assert ema.updates == 2
-    assert ema.full_state_dict()["weight"].item() == 0.5 * (0.5 * 2) + 0.5 * 4
