@@ -10,12 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ema_dist import ShardedEMA
-from tests.support.layouts import (
-    layouts,
-    make_net,
-    train_step,
-    wrap,
-)
+from tests.support.layouts import layouts, make_net, train_step, wrap
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "tp")
@@ -85,7 +80,7 @@ class Decayed(torch.optim.SGD):
     inner = 1
     fails = False
 
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Any = None) -> Any:  # noqa: ANN401
         with torch.no_grad():
             self.param_groups[0]["params"][0].add_(1)
         for _ in range(self.inner):
