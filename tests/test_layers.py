@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -141,12 +142,29 @@ def _is_private(name: str) -> bool:
     return name.startswith("_") and not dunder and not name.startswith(PUBLIC_IN_PRACTICE)
 
 
+def _modules_imported_by(path: Path) -> set[Path]:
+    """The modules of the package that a module imports, itself left out, by their paths relative to the package."""
+    imported = set()
+    for name in _modules_imported(ast.parse((PACKAGE / path).read_text()), path):
+        parts = name.split(".")[1:] if name.startswith("ema_dist.") else []
+        for target in (Path(*parts[:length]).with_suffix(".py") for length in range(len(parts), 0, -1)):
+            if (PACKAGE / target).exists():
+                imported.add(target)
+                break
+    return imported - {path}
+
+
 SOURCES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_modules_keep_to_their_layer(path: Path) -> None:
     assert faults((PACKAGE / path).read_text(), path) == []
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    """Also inside a room, whose modules are all in one row."""
+    graphlib.TopologicalSorter({path: _modules_imported_by(path) for path in SOURCES}).prepare()
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class Precision:
         if self.dtype == torch.float16:
             warnings.warn(
                 "averages in torch.float16 are rounded to nearest: moves below 1/4096 of them are lost, and with a "
-                "decay close to 1 they stand still; use dtype=torch.bfloat16, which is rounded by chance, or None",
+                "decay close to 1 they stand still; use dtype=torch.bfloat16, which is rounded stochastically, or None",
                 stacklevel=4,
             )
 

@@ -2,6 +2,9 @@
 
 `save` and `load` are for resuming; `gather` and `scatter` for full weights in files that others read. Needs the extra
 ``checkpoint``: ``pip install "ema-dist[checkpoint]"``.
+
+Reading a folder of DCP belongs in `dcp`, files of full weights in `weights`; what averages are, and how they are
+gathered, belongs in ``ema_dist.averages``. May import `ema_dist.ema` and the rooms below it.
 """
 
 from importlib.util import find_spec

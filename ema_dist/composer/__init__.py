@@ -1,6 +1,9 @@
 """Composer's EMA algorithm for every layout: ``from ema_dist.composer import EMA`` instead of ``composer.algorithms``.
 
 Needs Composer: ``pip install "ema-dist[composer]"``.
+
+Code that knows Composer's events, trainer or checkpoints belongs here and nowhere else. What other frameworks could use
+belongs in a lower room. May import `ema_dist.ema`, `ema_dist.functional` and the rooms below them.
 """
 
 from importlib.util import find_spec

@@ -27,6 +27,7 @@ ATTRIBUTE_PATH = ("state", ATTRIBUTE)
 KINDS = ("averages", "buffers")
 """The keys of a track's tensors in the state of `ShardedEMA`."""
 
+# As in `ema_dist.checkpoint.values`, whose package needs an extra that this one does without.
 KeyPath: TypeAlias = tuple[str | int, ...]
 """The keys that lead to a value in nested dictionaries."""
 

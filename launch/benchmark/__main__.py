@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argument_parser(__doc__, output_dir="runs/benchmark")
+    parser = argument_parser("launch.benchmark", __doc__, output_dir="runs/benchmark")
     option = parser.add_argument
     option("--only", choices=SECTIONS, nargs="+", help="one of the pages, or some; everything otherwise")
     option("--repeats", type=int, help="rounds of each case, 2 or more; 20 otherwise, 7 for checkpoints")

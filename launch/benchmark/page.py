@@ -46,7 +46,7 @@ class Environment:
         names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
         return cls(
             date=f"{datetime.now(timezone.utc):%Y-%m-%d}",
-            command=shlex.join(["python", *sys.argv]),
+            command=shlex.join(["python", *sys.orig_argv[1:]]),
             cpu=names[0] if names else platform.machine(),
             threads=torch.get_num_threads(),
             load=round(os.getloadavg()[0], 1),

@@ -61,9 +61,11 @@ class Run:
         self.console.print(f"in {folder}: {data_name}, {page_name}")
 
 
-def argument_parser(description: str | None, *, output_dir: str) -> argparse.ArgumentParser:
+def argument_parser(program: str, description: str | None, *, output_dir: str) -> argparse.ArgumentParser:
     """With the options that all programs share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     option = parser.add_argument
     option("--device", choices=["auto", "cpu", "cuda"], default="auto")
     option("--quick", action="store_true", help="on tiny models, whose times and memory say nothing")

@@ -34,7 +34,7 @@ MEASURED_MODEL = Transformer(blocks=2, width=770)
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, output_dir="runs/cost")
+    parser = argument_parser("launch.cost", __doc__, output_dir="runs/cost")
     parser.add_argument("--repeats", type=int, default=7, help="rounds of each case, 2 or more")
     args = parse(parser)
     run = Run(args.device, args.repeats, make_console())

@@ -74,7 +74,7 @@ class OffloadedAndInPlace:
         assert (self.ema.steps, self.ema.updates) == (self.in_place.steps, self.in_place.updates)
 
 
-@layouts(*STORAGE_LAYOUTS)
+@layouts(*STORAGE_LAYOUTS, "fsdp2-keep", "fsdp1-flat-grad-op")
 def test_averages_are_those_of_an_update_in_place(layout: str) -> None:
     OffloadedAndInPlace(layout).assert_alike()
 

@@ -157,7 +157,7 @@ def test_another_seed_rounds_differently(seed: int) -> None:
 
 @pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
 def test_long_averages_keep_up_with_float32(live: torch.dtype) -> None:
-    """20 000 updates at decay 0.9999, from 1 to 1.5: the bound is that of test_kernels_low_precision."""
+    """20 000 updates at decay 0.9999, from 1 to 1.5: the bound is that of tests/kernels/test_low_precision.py."""
     ulp, count = 2.0**-7, 2048
     model = nn.Linear(count, 1, bias=False, dtype=live)
     nn.init.constant_(model.weight, 1.0)
@@ -215,10 +215,12 @@ def load_ours(ema: ShardedEMA, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("source_layout", "target_layout", "inside", "store", "restore"),
     [
-        pytest.param("fsdp2", "hsdp", False, save_dcp, load_dcp, id="fsdp2-hsdp-dcp"),
-        pytest.param("ddp", "fsdp2", True, save_dcp, load_dcp, id="ddp-fsdp2-dcp-inside a swap"),
-        pytest.param("ddp", "fsdp2", False, save_ours, load_ours, id="ddp-fsdp2-ours"),
-        pytest.param("fsdp1", "fsdp2", True, save_ours, load_ours, id="fsdp1-fsdp2-ours-inside a swap"),
+        pytest.param("fsdp2", "hsdp", True, save_dcp, load_dcp, id="fsdp2-hsdp-dcp-inside a swap"),
+        pytest.param("ddp", "fsdp2", False, save_dcp, load_dcp, id="ddp-fsdp2-dcp"),
+        pytest.param("fsdp1", "fsdp2", True, save_dcp, load_dcp, id="fsdp1-fsdp2-dcp-inside a swap"),
+        pytest.param("fsdp2", "hsdp", False, save_ours, load_ours, id="fsdp2-hsdp-ours"),
+        pytest.param("ddp", "fsdp2", True, save_ours, load_ours, id="ddp-fsdp2-ours-inside a swap"),
+        pytest.param("fsdp1", "fsdp2", False, save_ours, load_ours, id="fsdp1-fsdp2-ours"),
     ],
 )
 @both_roundings

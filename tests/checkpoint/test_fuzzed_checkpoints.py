@@ -71,7 +71,7 @@ def test_every_mutation_changes_something() -> None:
 
 @contextmanager
 def limited_memory() -> Iterator[None]:
-    """Limit this process to `MEMORY` more than it has now: a larger allocation raises at once."""
+    """Limit this process to `MEMORY_LIMIT` more than it has now: a larger allocation raises at once."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_LIMIT, before[1]))

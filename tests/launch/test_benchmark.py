@@ -237,6 +237,7 @@ def test_the_page_keeps_its_introduction_and_says_where_it_was_measured(folder: 
     page = (folder / "index.md").read_text()
     assert page.startswith("# By hand\n")
     assert "old results" not in page
+    assert results["environment"]["command"].startswith("python -m launch.benchmark --")
     assert results["environment"]["command"] in page
     assert f"## Measured on {results['environment']['date']}" in page
     assert page.count("\n### ") == 8

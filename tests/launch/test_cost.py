@@ -98,6 +98,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_page_says_how_to_run_it_again(folder: Path) -> None:
+    assert "`python -m launch.cost --device cpu --quick" in (folder / "cost.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def costs(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "cost.json").read_text())["costs"]

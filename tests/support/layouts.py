@@ -174,7 +174,9 @@ LAYOUTS = {
 }
 
 
-STORAGE_LAYOUTS = ("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp1-hybrid", "fsdp2-3", "hsdp", "tp", "fsdp2-tp")
+STORAGE_LAYOUTS = (
+    *("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp1-hybrid", "fsdp1-no-shard", "fsdp2-3", "hsdp", "tp", "fsdp2-tp"),
+)
 """One layout for each way to store live weights and averages, for what depends on nothing else.
 
 Compilation and activation checkpointing change names and the forward pass, other world sizes the number of rows.
