@@ -163,7 +163,7 @@ def test_modules_keep_to_their_layer(path: Path) -> None:
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
-    """Also inside a room, whose modules are all in one row."""
+    """Also inside a folder, whose modules all have the same level."""
     graphlib.TopologicalSorter({path: _modules_imported_by(path) for path in SOURCES}).prepare()
 
 

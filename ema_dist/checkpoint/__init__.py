@@ -4,7 +4,7 @@
 ``checkpoint``: ``pip install "ema-dist[checkpoint]"``.
 
 Reading a folder of DCP belongs in `dcp`, files of full weights in `weights`; what averages are, and how they are
-gathered, belongs in ``ema_dist.averages``. May import `ema_dist.ema` and the rooms below it.
+gathered, belongs in ``ema_dist.averages``. May import `ema_dist.ema` and the levels below it.
 """
 
 from importlib.util import find_spec

@@ -2,8 +2,8 @@
 
 Needs Composer: ``pip install "ema-dist[composer]"``.
 
-Code that knows Composer's events, trainer or checkpoints belongs here and nowhere else. What other frameworks could use
-belongs in a lower room. May import `ema_dist.ema`, `ema_dist.functional` and the rooms below them.
+Code that knows Composer's events, trainer or checkpoints belongs here and nowhere else. Code that another framework
+could use belongs on a lower level. May import `ema_dist.ema`, `ema_dist.functional` and the levels below them.
 """
 
 from importlib.util import find_spec
