@@ -227,6 +227,17 @@ def test_body(skipping):
     result.stdout.fnmatch_lines(["*test_body[[]one]*", "rank 1 of 2 skipped:", "not today"])
 
 
+def test_ranks_that_skip_at_once_wait_until_their_peers_have_joined(session: Session) -> None:
+    """A rank that left at once broke connections that its peers were still making: one skip in eight failed."""
+    result = session("""
+@pytest.mark.world_size(4)
+@pytest.mark.parametrize("attempt", range(16))
+def test_body(attempt):
+    pytest.skip("not today")
+""")
+    result.assert_outcomes(skipped=16)
+
+
 def test_hypothesis_shrinks_across_worlds(session: Session) -> None:
     result = session("""
 @pytest.mark.world_size(2)

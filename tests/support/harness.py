@@ -219,38 +219,51 @@ def _save_coverage() -> None:
 
 def _run_test(test: RemoteTest, world: World, rank: int, directory: Path) -> Outcome:
     __tracebackhide__ = True
+    store = None
     try:
         function, arguments = test.load()
         for warning_filter in test.warning_filters:
             warnings.filterwarnings(*parse_warning_filter(warning_filter, escape=False))
-        _init_process_group(world, rank, directory)
+        store = _init_process_group(world, rank, directory)
         function(**arguments)
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves early breaks the connections of one that is still at work
             if not torch_2_7.IS_BEFORE_TORCH_2_8:  # torch 2.7 may hang here, and the process ends anyway
                 dist.destroy_process_group()
     except pytest.skip.Exception as skipped:
+        if store is not None:  # a rank that leaves at once breaks the connections that its peers are still making
+            store.wait([_joined_key(peer) for peer in range(world.size)])
         return Outcome("skipped", str(skipped))
     except BaseException as error:  # noqa: BLE001  a rank reports whatever ended it, SystemExit included
         return Outcome("failed", str(pytest.ExceptionInfo.from_exception(error).getrepr(style="short")))
     return Outcome("passed")
 
 
-def _init_process_group(world: World, rank: int, directory: Path) -> None:
-    """Join the process group of `world`, with the environment variables that torchrun would have set."""
+def _init_process_group(world: World, rank: int, directory: Path) -> dist.Store:
+    """Join the process group of `world`, with the environment variables that torchrun would have set.
+
+    Returns: the store of the group, in which each rank that has joined sets its `_joined_key`.
+    """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world.size)}
     device = torch.device("cuda", rank) if "nccl" in world.backend else None
     if device is not None:
         torch.cuda.set_device(device)
     torch_2_7.apply_workarounds(device.type if device else "cpu")
+    store = dist.FileStore(str(directory / "store"), world.size)
     dist.init_process_group(
         world.backend,
-        store=dist.FileStore(str(directory / "store"), world.size),
+        store=store,
         rank=rank,
         world_size=world.size,
         timeout=timedelta(seconds=world.timeout),
         device_id=device,
     )
+    store.set(_joined_key(rank), "")
+    return store
+
+
+def _joined_key(rank: int) -> str:
+    return f"joined-{rank}"
 
 
 def _rewrite_asserts(module: str) -> None:
