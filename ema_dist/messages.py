@@ -17,3 +17,8 @@ def describe_difference(left: str, left_names: AbstractSet[str], right: str, rig
     """Names that only the left or only the right has, each under its label; empty if there are none."""
     only_in = {left: left_names - right_names, right: right_names - left_names}
     return "; ".join(f"only {label} has {abbreviated(sorted(names))}" for label, names in only_in.items() if names)
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add ``note`` to the traceback of ``error``; Python 3.10 keeps notes without printing them."""
+    error.__notes__ = [*getattr(error, "__notes__", ()), note]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ema_dist.communication.rendezvous import rendezvous, require_process_group
+from ema_dist.communication.rendezvous import announce_failure, rendezvous, require_process_group
 from ema_dist.communication.replica_collectives import describe_drift
 from ema_dist.messages import abbreviated
 from ema_dist.sharding import Layout, ReplicaPolicy
@@ -38,6 +38,7 @@ class LiveModel:
         self._replicas: ReplicaPolicy = replicas
         self._select = select or (lambda _, parameter: parameter.requires_grad)
         self.timeout = timeout
+        self._failure = ""
         self.layout = Layout(model, replicas)
         self.ranks = self.layout.ranks
         """The global ranks that hold the model together, in order; empty when this rank holds it alone."""
@@ -142,13 +143,29 @@ class LiveModel:
             return ValueError(f"the model cannot be read: {error!r}").with_traceback(error.__traceback__)
         return None
 
+    def describe_drift(self) -> str:
+        """Name the live weights that differ between replicas, by checksums; empty if there are none.
+
+        Collective: over `ranks`; other ranks than the replicas do not learn of the difference.
+        """
+        return describe_drift(self.layout.parameters.values())
+
     def check_replicas(self, call: str) -> None:
         """Compare the live weights of replicas by checksums.
 
         Collective: over `ranks`. Raises: RuntimeError on every rank when any replicas differ.
         """
-        difference = describe_drift(self.layout.parameters.values())
-        self.rendezvous(f"{call}, comparing replicas", problem=difference)
+        self.rendezvous(f"{call}, comparing replicas", problem=self.describe_drift())
+
+    def announce_failure(self, message: str) -> None:
+        """Make every later call that needs other ranks raise, here and, as far as they can be told, on these ranks."""
+        self._failure = message
+        announce_failure(self.ranks, message)
+
+    def require_unbroken(self) -> None:
+        """Raise RuntimeError after `announce_failure` on any rank."""
+        if self._failure:
+            raise RuntimeError(self._failure)
 
     def _is_selected(self, name: str) -> bool:
         return self._select(name, self.layout.parameters[name].owner)

@@ -79,6 +79,7 @@ class Tracks(Mapping[str, Track]):
         self._parameter_kernels: list[Kernel] = []
         self._buffer_kernels: list[Kernel] = []
         self._copy_kernels: list[Kernel] = []
+        self._bound_layout: Layout | None = None
         self._averaged_buffers = {
             name for name, shard in layout.buffers.items() if buffers == "average" and _is_inexact(shard.local.dtype)
         }
@@ -110,6 +111,7 @@ class Tracks(Mapping[str, Track]):
 
     def bind_layout(self, layout: Layout) -> None:
         """Make kernels for the weights of ``layout``, for later updates. Raises: as `drain`, once they are made."""
+        self._bound_layout = None  # until all kernels are made: an exception must not leave updates without some
         try:
             self.drain()
         finally:
@@ -117,9 +119,15 @@ class Tracks(Mapping[str, Track]):
             live = {name: layout.parameters[name].averaged_part.local for name in self._first.parameters}
             self._parameter_kernels = self._maybe_offload(live, partial(self._build_parameter_kernels, layout=layout))
             self.bind_buffers(layout)
+            self._bound_layout = layout
+
+    def is_bound_to(self, layout: Layout) -> bool:
+        """Whether kernels are made for the weights and buffers of ``layout``."""
+        return self._bound_layout is layout
 
     def bind_buffers(self, layout: Layout) -> None:
         """Make kernels for the buffers of ``layout``, for later updates. Raises: as `drain`, once they are made."""
+        bound_layout, self._bound_layout = self._bound_layout, None
         try:
             self._drain([*self._buffer_kernels, *self._copy_kernels])
         finally:
@@ -130,6 +138,7 @@ class Tracks(Mapping[str, Track]):
                 averaged, partial(self._build_kernels, layout=layout, finite=False)
             )
             self._copy_kernels = self._maybe_offload(copied, self._build_copy_kernels)
+            self._bound_layout = bound_layout
 
     def update_averages(
         self, weights: Mapping[str, float | Tensor], update_index: UpdateIndex, *, overlap: bool = False

@@ -25,6 +25,18 @@ _answers: MutableMapping[object, dict[str, str]] = WeakKeyDictionary()
 GAVE_UP = json.dumps(["", "this rank had given up waiting"])
 
 
+class RendezvousError(RuntimeError):
+    """stub: replaced by w-agree"""
+
+    def __init__(self, message: str, *, all_came: bool) -> None:
+        super().__init__(message)
+        self.all_came = all_came
+
+
+def announce_failure(ranks: list[int], message: str) -> None:
+    """stub"""
+
+
 def require_process_group(call: str, ranks: list[int]) -> None:
     """Raise RuntimeError when ``ranks`` are several and there is no process group for their rendezvous."""
     if len(ranks) > 1 and not dist.is_initialized():
@@ -73,7 +85,7 @@ def rendezvous(call: str, ranks: list[int], *, timeout: float, problem: str = ""
         # Not the last one: a slower rank may still read its verdict. All ranks have left the one before it.
         _Rendezvous(world_store(), ranks, completed[key] - 2).clear()
     if verdict:
-        raise RuntimeError(verdict)
+        raise RendezvousError(verdict, all_came="same call" not in verdict)
 
 
 class _Rendezvous:
@@ -129,10 +141,11 @@ class _Rendezvous:
             *([f"ranks {absent} did not come"] if absent else ()),
             *([f"ranks {gave_up} had given up before"] if gave_up else ()),
         ]
-        raise RuntimeError(
-            f"rank {self._rank} waited {timeout:g} s in {call}: {' and '.join(reasons)}. It needs ranks {self._ranks} "
+        raise RendezvousError(
+            all_came=False,
+            message=f"rank {self._rank} waited {timeout:g} s in {call}: {' and '.join(reasons)}. It needs ranks {self._ranks} "
             "together: call it on each of them, not under `if rank == 0:`; where some are slower than that, "
-            "ShardedEMA(..., timeout=seconds) waits longer"
+            "ShardedEMA(..., timeout=seconds) waits longer",
         )
 
     def _read_report(self, rank: int) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,34 @@ from ema_dist.averages.full_weights import gather
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
+from ema_dist.communication.signals import deferred_signals
 from ema_dist.evaluation.serving import Serving, active_servings
-from ema_dist.evaluation.swap import Swap, active_swaps
-from ema_dist.messages import abbreviated
+from ema_dist.evaluation.split_swap import announce_broken_swap, enter_together, leave_together
+from ema_dist.evaluation.swap import Stage, Swap, active_swaps
+from ema_dist.messages import abbreviated, add_note
+
+
+class SwappedBlock(AbstractContextManager[nn.Module], ContextDecorator):
+    """Inside a ``with`` block, or a decorated function, the model holds the averages of ``track``."""
+
+    def __init__(self, model_with_averages: ModelWithAverages, track: Track) -> None:
+        self._model_with_averages = model_with_averages
+        self._track = track
+        self._swap: Swap | None = None
+
+    def __enter__(self) -> nn.Module:
+        self._swap = self._model_with_averages.enter_swap(self._track)
+        return self._model_with_averages.live.layout.model
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if self._swap is None:
+            return
+        try:
+            self._model_with_averages.leave_swap(self._swap, error)
+        except Exception as failure:
+            if error is None:
+                raise
+            add_note(error, f"On leaving swapped(): {failure}")
 
 
 class ModelWithAverages:
@@ -25,24 +51,30 @@ class ModelWithAverages:
     def __init__(self, live: LiveModel, tracks: Tracks) -> None:
         self.live = live
         self.tracks = tracks
-        self.swap: Swap | None = None
-        """The active swap; None while the model holds its live weights."""
+        self._swap: Swap | None = None
         self._servings: dict[Track, Serving] = {}
         self._warned: set[Track] = set()
         """Tracks for which a warning has reported that `serving` swaps."""
 
+    @property
+    def swap(self) -> Swap | None:
+        """The active swap; None while the model holds its live weights."""
+        return None if self._swap is None or self._swap.stage is Stage.DONE else self._swap
+
     def prepare(self, call: str, *, collective: bool, only_if_moved: bool = False) -> None:
         """Finish pending updates, refresh the layout, and bind the averages to it; see `LiveModel.prepare`."""
-        old_layout = self.live.layout
+        self._require_unbroken()
         problem = None
+        if self.swap is not None and self.swap.stage is not Stage.INSIDE:
+            problem = RuntimeError("swapped() was interrupted: call restore() on every rank first")
         try:
             self.tracks.drain()
         except RuntimeError as error:  # reported to the other ranks, which would else wait for this one
-            problem = error
+            problem = problem or error
         try:
             self.live.prepare(call, collective=collective, only_if_moved=only_if_moved, problem=problem)
         finally:
-            if self.live.layout is not old_layout:
+            if not self.tracks.is_bound_to(self.live.layout):
                 self.tracks.bind_layout(self.live.layout)
 
     def prepare_update(self) -> None:
@@ -50,7 +82,7 @@ class ModelWithAverages:
 
         Raises: ValueError when the model has changed.
         """
-        if self.live.layout.has_moved():
+        if self.live.layout.has_moved() or not self.tracks.is_bound_to(self.live.layout):
             self.prepare("update()", collective=False)
         elif self.live.layout.refresh_buffers():
             self._servings.clear()  # a cached serving would put the old buffers back on leaving
@@ -82,22 +114,80 @@ class ModelWithAverages:
                 raise RuntimeError("update() was called while gather() was under way; exhaust it before that")
             yield entry
 
-    @contextmanager
-    def swapped(self, track: Track) -> Iterator[nn.Module]:
+    def swapped(self, track: Track) -> SwappedBlock:
         """See `ShardedEMA.swapped`."""
+        return SwappedBlock(self, track)
+
+    def enter_swap(self, track: Track) -> Swap:
+        """Put the averages of ``track`` into the model.
+
+        Raises: as `ShardedEMA.swapped`; the live weights are back, unless a second exception interrupts that.
+        """
         if self.swap is not None:
             raise RuntimeError(
                 "the averages are in the model already: leave swapped() before entering it again, "
                 "or call restore() on every rank if they could not leave it together"
             )
-        self._prepare_to_enter("swapped()", only_if_moved=False)
         if self.live.has_split_averages:
-            self.live.check_replicas("swapped()")
-        self.swap = Swap(self.live.layout, track)
+            with deferred_signals():
+                self._prepare_to_enter("swapped()", only_if_moved=False)
+                return enter_together(self.live, lambda: self._write_parts(track), self._undo_entering)
+        self._prepare_to_enter("swapped()", only_if_moved=False)
         try:
-            yield self.live.layout.model
-        finally:
-            self.restore()
+            swap = self._write_parts(track)
+            swap.fill()
+        except BaseException:
+            self._undo_entering()
+            raise
+        return swap
+
+    def leave_swap(self, swap: Swap, error: BaseException | None = None) -> None:
+        """Put the live weights back, whatever has happened to the model, and raise any error only after that.
+
+        Does nothing if ``swap`` has ended.
+
+        Args:
+            error: the exception that ended the block.
+
+        Raises: as `ShardedEMA.restore`; and when the block of another rank raised, unless this rank's raised too.
+        """
+        if swap is not self.swap:
+            return
+        self._require_unbroken()
+        problems: list[Exception] = []
+        restore_parts = partial(self._restore_parts, swap, problems)
+        if swap.has_filled:
+            raised_in_block = leave_together(self.live, swap, error, restore_parts)
+        else:
+            raised_in_block = None
+            restore_parts()
+        if swap.written:
+            problems.append(
+                RuntimeError(
+                    f"parameters were written to inside swapped(): {abbreviated(swap.written)}. The live weights are "
+                    "back, but what was written is in the averages now; load them from a checkpoint, and train outside "
+                    "swapped()"
+                )
+            )
+        if raised_in_block and not error:
+            problems.append(raised_in_block)
+        if problems:
+            raise problems[0]
+
+    def _write_parts(self, track: Track) -> Swap:
+        swap = self._swap = Swap(self.live.layout, track)
+        swap.write_parts()
+        return swap
+
+    def _undo_entering(self) -> None:
+        if self._swap is not None:
+            self._swap.restore_parts(self.live.layout)
+
+    def _restore_parts(self, swap: Swap, problems: list[Exception]) -> None:
+        self.live.layout.abandon_pass()
+        if problem := self.live.refresh():
+            problems.append(problem)
+        swap.restore_parts(self.live.layout)
 
     @contextmanager
     def serving(self, track: Track) -> Iterator[nn.Module]:
@@ -122,27 +212,14 @@ class ModelWithAverages:
         return serving
 
     def restore(self) -> None:
-        """Put the live weights back, whatever has happened to the model, and raise any error only after that."""
-        if self.swap is None:
-            return
-        if self.live.has_split_averages:
-            try:
-                self.live.rendezvous("leaving swapped()")
-            except RuntimeError as error:
-                hint = "The averages are still in the model; restore() on every rank puts the live weights back"
-                raise RuntimeError(f"{error}. {hint}") from error
-        self.live.layout.abandon_pass()
-        problem = self.live.refresh()
-        self.tracks.bind_layout(self.live.layout)
-        written = self.swap.leave(self.live.layout)
-        self.swap = None
-        if problem:
-            raise problem
-        if written:
-            raise RuntimeError(
-                f"parameters were written to inside swapped(): {abbreviated(written)}. The live weights are back, but "
-                "what was written is in the averages now; load them from a checkpoint, and train outside swapped()"
-            )
+        """See `ShardedEMA.restore`."""
+        if self.swap is not None:
+            self.leave_swap(self.swap)
+
+    def _require_unbroken(self) -> None:
+        if self.swap is not None and self.swap.is_broken:
+            announce_broken_swap(self.live)
+        self.live.require_unbroken()
 
     def require_inactive(self, call: str) -> None:
         """Raise RuntimeError inside `swapped` or `serving`."""

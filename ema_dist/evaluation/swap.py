@@ -1,8 +1,9 @@
-"""The swap: averages and live weights change places in the model's own storage."""
+"""The swap: averages and live weights change places in the model's own storage, and back, whatever interrupts it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from enum import Enum, auto
 
 import torch
 from torch import Tensor, nn
@@ -10,88 +11,167 @@ from torch import Tensor, nn
 from ema_dist.averages.track import Track
 from ema_dist.communication.replica_collectives import all_gather_parts
 from ema_dist.evaluation.active import ActiveRegistry
-from ema_dist.kernels import exchange_, group_pairs
+from ema_dist.kernels import Exchange, group_pairs
 from ema_dist.sharding import Layout, Shard
 
 _active_swaps: ActiveRegistry[Swap] = ActiveRegistry()
 
 
+class Stage(Enum):
+    """What a swap was doing last. It changes before the first write of a stage, or after the last one."""
+
+    NEW = auto()
+    """Nothing is written."""
+    ENTERING = auto()
+    """This rank's parts of the averages are being written into the model."""
+    FILLING = auto()
+    """Replicas are filling the rest of the model with each other's averages."""
+    INSIDE = auto()
+    """The model holds the averages."""
+    LEAVING = auto()
+    """This rank's parts of the live weights are being written back."""
+    PARTS_RESTORED = auto()
+    """This rank's averages and its parts of the live weights are back."""
+    FILLING_BACK = auto()
+    """Replicas are filling the rest of the model with each other's live weights."""
+    DONE = auto()
+    """The live weights are back."""
+
+
 class Swap:
-    """The averages of one track are in the model, from construction until `leave`.
+    """The averages of one track in the model, and a journal of what is where.
+
+    An exception may end each of its calls between any two bytecodes. `restore_parts` then puts this rank's averages
+    and its parts of the live weights back, bit-identical. An exception in `fill` or `fill_back` breaks the swap: other
+    ranks may wait for this one in a collective, and what they hold of its weights is unknown.
 
     If an average and its live part have the same dtype and device, they exchange values. Another dtype would round the
     average, and another device may have no memory for it. Then the average stays in its storage: the live part is
     stashed on the device of the average, and a cast copy of the average is written into the model.
     Finally, weights that replicas split are filled from every replica's part.
 
-    Collective: over the replicas of split weights.
-    Memory: one scratch of `ema_dist.kernels`; for averages of another dtype or device, the live part beside them.
+    Args:
+        layout: the live weights.
+        track: the averages.
+
+    Memory: while it writes, one scratch of `ema_dist.kernels`; from construction on, for averages of another dtype or
+        device, the live part beside them.
     """
 
     def __init__(self, layout: Layout, track: Track) -> None:
         self.layout = layout
         self.track = track
-        self._is_restored = False
-        self._written: list[str] = []
-        pairs = _pairs(layout, track)
+        self.stage = Stage.NEW
+        self._is_split = any(shard.is_split for shard in layout.shards)
+        self._pairs = _pairs(layout, track)
+        """The averages and live parts that change places: those of entering, or those of leaving once it has begun."""
         self._stash = {
             name: live.to(average.device, copy=True)
-            for name, (average, live) in pairs.items()
+            for name, (average, live) in self._pairs.items()
             if (average.dtype, average.device) != (live.dtype, live.device)
         }
-        self._swap_tensors(pairs)
-        try:
-            _copy_pairs(
-                (live, track.value_for_dtype(name, live.dtype))
-                for name, (_, live) in pairs.items()
-                if name in self._stash
-            )
-            all_gather_parts(layout.parameters.values())
-        except BaseException:
-            # Another replica failed: restore this rank's averages and its parts of the live weights, at least.
-            self._restore(pairs)
-            raise
-        self._versions = {name: layout.parameters[name].version for name in track.parameters}
+        self._exchange = self._make_exchange(self._pairs)
+        self._versions: dict[str, tuple[object, ...]] = {}
+        self.written: list[str] = []
+        """The parameters that were written to while the model held the averages; known once it is left."""
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether an exception ended the exchange of weights between replicas. Meaningful outside of these calls."""
+        return self.stage in (Stage.FILLING, Stage.FILLING_BACK)
+
+    @property
+    def has_filled(self) -> bool:
+        """Whether other replicas' weights are overwritten here, so that leaving needs these replicas."""
+        return self._is_split and self.stage not in (Stage.NEW, Stage.ENTERING, Stage.DONE)
+
+    def write_parts(self) -> None:
+        """Write this rank's parts of the averages into the model."""
+        self.stage = Stage.ENTERING
         _active_swaps.add(self)
+        self._exchange.run()
+        _copy_pairs(
+            (live, self.track.value_for_dtype(name, live.dtype))
+            for name, (_, live) in self._pairs.items()
+            if name in self._stash
+        )
 
-    def averages_now(self, layout: Layout) -> dict[str, Tensor]:
-        """The tensors that hold the averages at present, by name; in the stored dtype, without residuals."""
-        return {
-            name: average if self._is_restored or name in self._stash else live
-            for name, (average, live) in _pairs(layout, self.track).items()
-        }
+    def fill(self) -> None:
+        """Fill weights that replicas split with the other replicas' averages; the model then holds the averages.
 
-    def leave(self, layout: Layout) -> list[str]:
-        """Put the live weights back, bit-identical. Returns the names of parameters that were written to.
+        Collective: over the replicas of split weights.
+        """
+        if self._is_split:
+            self.stage = Stage.FILLING
+            all_gather_parts(self.layout.parameters.values())
+        self._versions = {name: self.layout.parameters[name].version for name in self.track.parameters}
+        self.stage = Stage.INSIDE
 
-        It can be called again if gathering the replicas' parts fails.
+    def restore_parts(self, layout: Layout) -> None:
+        """Put this rank's averages and its parts of the live weights back; does nothing if they are back.
+
+        Ends the swap, unless `has_filled`: then `fill_back` ends it.
 
         Args:
             layout: the model as it is now.
         """
-        if not self._is_restored:
-            self._written = [name for name in self._versions if self._was_written(name, layout.parameters[name])]
+        if self.stage in (Stage.PARTS_RESTORED, Stage.DONE):
+            return
+        if self.stage is Stage.INSIDE:
+            self.written = [name for name in self._versions if self._was_written(name, layout.parameters[name])]
             pairs = _pairs(layout, self.track)
             self._keep_written_buffers(pairs)
-            self._restore(pairs)
-            self._is_restored = True
+            self._exchange = self._make_exchange(pairs, is_exchanged=True)
+            self._pairs = pairs
+            self.stage = Stage.LEAVING
+        if self.stage is not Stage.NEW:
+            self._exchange.run_back()
+            _copy_pairs((self._pairs[name][1], stashed) for name, stashed in self._stash.items())
+            # An interrupted swap goes back in the storage in which it began; the model may have moved since.
+            _copy_pairs(
+                (live, self._pairs[name][1])
+                for name, (_, live) in _pairs(layout, self.track).items()
+                if live.data_ptr() != self._pairs[name][1].data_ptr()
+            )
+        if self.has_filled:
+            self.stage = Stage.PARTS_RESTORED
+        else:
+            self._end()
+
+    def fill_back(self, layout: Layout) -> None:
+        """Fill weights that replicas split with the other replicas' live weights; ends the swap.
+
+        Collective: over the replicas of split weights.
+        """
+        self.stage = Stage.FILLING_BACK
         all_gather_parts(layout.parameters.values())
-        _active_swaps.remove(self)
-        return self._written
+        self._end()
+
+    def averages_now(self, layout: Layout) -> dict[str, Tensor]:
+        """The tensors that hold the averages at present, by name; in the stored dtype, without residuals."""
+        return {
+            name: average if name in self._stash else live
+            for name, (average, live) in _pairs(layout, self.track).items()
+        }
 
     def live_tensors(self) -> Iterator[tuple[Shard, Tensor]]:
         """Each swapped tensor's shard, and its live value wrapped as DCP saves it.
 
         The value shares storage with this rank's part of the live tensor: the average's storage, or the stash.
-        Raises: RuntimeError when the model was moved or cast since the swap.
+        Raises: RuntimeError when the model was moved or cast since the swap, or when the swap was interrupted.
         """
+        if self.stage is not Stage.INSIDE:
+            raise RuntimeError("swapped() was interrupted: call restore() on every rank before saving")
         self.layout.refresh_buffers()
         if self.layout.has_moved():
             raise RuntimeError("the model was moved or cast inside swapped(); leave the block before saving")
-        for name, (average, live) in _pairs(self.layout, self.track).items():
-            live_value = live if self._is_restored else self._stash.get(name, average)
+        for name, (average, _) in _pairs(self.layout, self.track).items():
             shard = self.layout.parameters[name] if name in self.track.parameters else self.layout.buffers[name]
-            yield shard, shard.averaged_part.wrap(live_value)
+            yield shard, shard.averaged_part.wrap(self._stash.get(name, average))
+
+    def _end(self) -> None:
+        _active_swaps.remove(self)
+        self.stage = Stage.DONE
 
     def _was_written(self, name: str, shard: Shard) -> bool:
         swapped_in = self.layout.parameters[name]
@@ -102,12 +182,9 @@ class Swap:
             _as_bytes(shard.local), _as_bytes(swapped_in.local)
         )
 
-    def _restore(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self._swap_tensors(pairs)
-        _copy_pairs((pairs[name][1], stashed) for name, stashed in self._stash.items())
-
-    def _swap_tensors(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-        exchange_(group_pairs(pair for name, pair in pairs.items() if name not in self._stash))
+    def _make_exchange(self, pairs: dict[str, tuple[Tensor, Tensor]], *, is_exchanged: bool = False) -> Exchange:
+        exchanged_pairs = (pair for name, pair in pairs.items() if name not in self._stash)
+        return Exchange(group_pairs(exchanged_pairs), is_exchanged=is_exchanged)
 
     @torch.no_grad()
     def _keep_written_buffers(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:

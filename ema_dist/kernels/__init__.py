@@ -9,7 +9,7 @@ equal shapes.
 
 from ema_dist.kernels.checksums import checksum
 from ema_dist.kernels.compensated_kernel import recombine, split_hi_lo
-from ema_dist.kernels.exchange import exchange_
+from ema_dist.kernels.exchange import Exchange
 from ema_dist.kernels.host_copy import HostBuffer, HostCopier
 from ema_dist.kernels.kernel import Kernel, UpdateIndex, Weight
 from ema_dist.kernels.lerp import lerp_, lerp_tracks_
@@ -24,6 +24,7 @@ __all__ = [
     "KERNELS",
     "Agree",
     "CompensatedRounding",
+    "Exchange",
     "HostBuffer",
     "HostCopier",
     "Kernel",
@@ -34,7 +35,6 @@ __all__ = [
     "Weight",
     "checksum",
     "chunks",
-    "exchange_",
     "group_by_dtype",
     "group_pairs",
     "lerp_",

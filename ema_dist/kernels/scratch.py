@@ -11,6 +11,9 @@ CPU_SCRATCH_BYTES = 2 * 2**20
 DEVICE_SCRATCH_BYTES = 64 * 2**20
 """Largest scratch on other devices: large enough for few launches."""
 
+MIN_SCRATCH_BYTES = 4096
+"""Smallest scratch that is tried where memory is short."""
+
 
 def make_scratch(tensors: list[Tensor]) -> Tensor:
     """A flat scratch of the tensors' dtype and device, as large as all of them together or as the limit allows."""
@@ -19,6 +22,20 @@ def make_scratch(tensors: list[Tensor]) -> Tensor:
     return torch.empty(
         min(needed, max_scratch_bytes(first) // first.element_size()), dtype=first.dtype, device=first.device
     )
+
+
+def allocate_scratch(nbytes: int, device: torch.device) -> Tensor:
+    """A scratch of ``nbytes`` bytes; of half as many, again and again, while there is no memory for them.
+
+    Raises: RuntimeError when not even `MIN_SCRATCH_BYTES` can be allocated.
+    """
+    while True:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        except (RuntimeError, MemoryError):  # torch.OutOfMemoryError on a device, its parent on the CPU
+            if nbytes <= MIN_SCRATCH_BYTES:
+                raise
+            nbytes = max(MIN_SCRATCH_BYTES, nbytes // 2)
 
 
 def scratch_views(scratch: Tensor, tensors: list[Tensor]) -> list[Tensor]:

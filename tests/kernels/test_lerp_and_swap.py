@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from itertools import product
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from ema_dist.kernels import checksum, exchange, exchange_, group_pairs, lerp_, scratch, scratch_kernel
+from ema_dist.kernels import Exchange, checksum, group_pairs, lerp_, scratch, scratch_kernel
 from tests.support.layouts import peak_memory
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
@@ -71,28 +73,44 @@ def test_swap_is_exact_and_its_own_inverse(monkeypatch: pytest.MonkeyPatch) -> N
     left = [torch.randn(40, 3), torch.tensor([float("nan"), -0.0, float("inf")]), torch.arange(30), torch.zeros(0)]
     right = [torch.randn(3, 40).t(), torch.zeros(3), torch.zeros(30, dtype=torch.int64), torch.zeros(0)]
     before = [tensor.view(torch.uint8 if tensor.numel() == 0 else torch.int32).clone() for tensor in left + right]
-    exchange_(group_pairs(zip(left, right, strict=True)))
+    exchange = Exchange(group_pairs(zip(left, right, strict=True)))
+    exchange.run()
     assert all(torch.equal(t.view(b.dtype), b) for t, b in zip(right + left, before, strict=True))
-    exchange_(group_pairs(zip(left, right, strict=True)))
+    exchange.run_back()
     assert all(torch.equal(t.view(b.dtype), b) for t, b in zip(left + right, before, strict=True))
 
 
-def test_a_swap_without_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All scratches are allocated before the first list is touched."""
-    left = [torch.zeros(40), torch.zeros(40, dtype=torch.int64)]
-    right = [torch.ones(40), torch.ones(40, dtype=torch.int64)]
-    original = exchange.make_scratch
+@pytest.mark.parametrize("available", [4096, 0])
+def test_a_swap_with_little_memory_is_exact_and_one_without_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, available: int
+) -> None:
+    """A smaller scratch does on the way back, too, where chunks are exchanged already."""
+    left, right = [torch.arange(9000.0), torch.arange(2000)], [torch.zeros(9000), torch.ones(2000, dtype=torch.int64)]
+    before = [tensor.clone() for tensor in left + right]
+    exchange = Exchange(group_pairs(zip(left, right, strict=True)))
+    empty = torch.empty
 
-    def fail_for_int64(tensors: list[Tensor]) -> Tensor:
-        if tensors[0].dtype == torch.int64:
-            raise MemoryError
-        return original(tensors)
+    def limited_empty(nbytes: int, **settings: Any) -> Tensor:
+        if nbytes > available:
+            raise torch.OutOfMemoryError
+        return empty(nbytes, **settings)
 
-    monkeypatch.setattr(exchange, "make_scratch", fail_for_int64)
-    with pytest.raises(MemoryError):
-        exchange_(group_pairs(zip(left, right, strict=True)))
-    assert not any(tensor.any() for tensor in left)
-    assert all(tensor.all() for tensor in right)
+    if available:
+        exchange.run()
+    monkeypatch.setattr(scratch.torch, "empty", limited_empty)
+    if available:
+        assert all(torch.equal(t, b) for t, b in zip(right + left, before, strict=True))
+        exchange.run_back()
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            exchange.run()
+    assert all(torch.equal(t, b) for t, b in zip(left + right, before, strict=True))
+
+
+def test_exchanging_several_dtypes_takes_one_scratch() -> None:
+    left = [torch.zeros(2**19, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    exchange = Exchange(group_pairs((tensor, tensor.clone()) for tensor in left))
+    assert peak_memory(exchange.run) <= scratch.CPU_SCRATCH_BYTES
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn])

@@ -1,0 +1,68 @@
+"""Defers Python signal handlers while this rank takes part in collectives, which other ranks cannot leave alone."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any]
+
+PASSES_WITHIN_SECONDS = 5.0
+"""A second signal within this time of the first one is not deferred: the user insists."""
+
+
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Python signal handlers run at the end of the ``with`` block, on the main thread; on others it does nothing.
+
+    Python runs them between two bytecodes of the main thread, where they may raise. A second signal within
+    `PASSES_WITHIN_SECONDS` runs its handler at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    deferral = _Deferral()
+    try:
+        deferral.begin()
+        yield
+    finally:
+        deferral.end()
+
+
+class _Deferral:
+    """One deferral. If an exception keeps `end` from removing its handler, that one calls the original at once."""
+
+    def __init__(self) -> None:
+        self._is_active = False
+        self._handlers: dict[int, Handler] = {}
+        self._deferred: list[int] = []
+        self._last_time = -PASSES_WITHIN_SECONDS
+
+    def begin(self) -> None:
+        handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        self._handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+        self._is_active = True
+        for number in self._handlers:
+            signal.signal(number, self._defer)
+
+    def end(self) -> None:
+        self._is_active = False
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._defer:
+                signal.signal(number, handler)
+        with ExitStack() as stack:  # if a handler raises, the others still run
+            for number in reversed(self._deferred):
+                stack.callback(self._handlers[number], number, None)
+
+    def _defer(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._is_active and now - self._last_time > PASSES_WITHIN_SECONDS:
+            self._last_time = now
+            self._deferred.append(number)
+        else:
+            self._handlers[number](number, frame)

@@ -1,0 +1,124 @@
+"""A swap of averages that replicas split: ranks enter and leave it together, and tell each other what went wrong.
+
+Before replicas overwrite each other's weights, they have a rendezvous, at which each reports whether its own parts are
+in place. A rank that cannot go on is known there to all, and none waits for it in a collective.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch.distributed as dist
+
+from ema_dist.averages.live_model import LiveModel
+from ema_dist.communication.rendezvous import RendezvousError
+from ema_dist.communication.signals import deferred_signals
+from ema_dist.evaluation.swap import Swap
+
+_log = logging.getLogger(__name__)
+
+
+def enter_together(live: LiveModel, write_parts: Callable[[], Swap], undo: Callable[[], None]) -> Swap:
+    """Write this rank's parts of the averages, compare the replicas, and fill the model from all replicas' parts.
+
+    Args:
+        live: its replicas have come together.
+        write_parts: returns the swap after `Swap.write_parts`.
+        undo: puts this rank's parts back, also if ``write_parts`` raised.
+
+    Collective: over the ranks of ``live``.
+    Raises: RendezvousError on every rank when replicas differ, or when ``write_parts`` raises on one; all is undone.
+    """
+    call = "swapped(), comparing replicas"
+    drift = live.describe_drift()
+    try:
+        swap = write_parts()
+    except BaseException as error:
+        undo()
+        _report(live, call, error)
+        raise
+    try:
+        live.rendezvous(call, drift)
+    except BaseException:
+        undo()
+        raise
+    _run_fill(live, swap.fill)
+    return swap
+
+
+def leave_together(
+    live: LiveModel, swap: Swap, error: BaseException | None, restore_parts: Callable[[], None]
+) -> RendezvousError | None:
+    """Put this rank's parts of the live weights back, and fill the model from all replicas' parts.
+
+    Args:
+        error: the exception that ended this rank's block. It does not keep ranks from restoring together.
+        restore_parts: calls `Swap.restore_parts`.
+
+    Collective: over the ranks of ``live``.
+    Returns: the error that names the ranks whose blocks raised.
+    Raises: RendezvousError when ranks do not come, or when ``restore_parts`` raises on one; ranks can try again.
+    """
+    problem = "" if error is None else f"{error!r} ended the block of swapped()"
+    raised_in_block = None
+    with deferred_signals():
+        if problem:
+            _log_report(live, problem)
+        try:
+            live.rendezvous("leaving swapped()", problem)
+        except RendezvousError as failure:
+            if not failure.all_came:
+                raise _with_hint(failure) from None
+            raised_in_block = failure
+        call = "restoring the live weights"
+        try:
+            restore_parts()
+        except BaseException as own_error:
+            _report(live, call, own_error)
+            raise
+        try:
+            live.rendezvous(call)
+        except RendezvousError as failure:
+            raise _with_hint(failure) from None
+        _run_fill(live, lambda: swap.fill_back(live.layout))
+    return raised_in_block
+
+
+def announce_broken_swap(live: LiveModel, reason: str = "an exception") -> None:
+    """Make every later call that needs other ranks raise: replicas were overwriting each other's weights."""
+    live.announce_failure(
+        f"{reason} ended swapped() on rank {dist.get_rank()} while replicas filled each other's weights, so the live "
+        "weights are lost in part. Restart from a checkpoint; "
+        'with replicas="copy" no rank needs the weights of another'
+    )
+
+
+def _run_fill(live: LiveModel, fill: Callable[[], None]) -> None:
+    try:
+        fill()
+    except BaseException as error:
+        announce_broken_swap(live, repr(error))
+        raise
+
+
+def _report(live: LiveModel, call: str, error: BaseException) -> None:
+    """Tell the other ranks, which wait in ``call``, that ``error`` keeps this one from going on."""
+    _log_report(live, repr(error))
+    with suppress(RendezvousError):  # the caller raises ``error``
+        live.rendezvous(call, repr(error))
+
+
+def _log_report(live: LiveModel, problem: str) -> None:
+    _log.error(
+        "rank %d: %s. It tells the other ranks, and waits for them for %g s at most",
+        dist.get_rank(),
+        problem,
+        live.timeout,
+    )
+
+
+def _with_hint(failure: RendezvousError) -> RendezvousError:
+    hint = "The averages are still in the model; restore() on every rank puts the live weights back"
+    return RendezvousError(f"{failure}. {hint}", all_came=failure.all_came)

@@ -1,0 +1,134 @@
+"""Whatever interrupts a swap, once `restore` returns, live weights and averages are bit-identical to what they were."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ema_dist import Compensated, ShardedEMA
+from ema_dist.kernels import scratch
+
+WRITING = ("evaluation/swap.py", "evaluation/model_with_averages.py", "kernels/exchange.py", "averages/tracks.py")
+"""The modules that write to the model or to the journal; what they call has no effect that remains."""
+
+
+class Interruption(BaseException):
+    """What a signal handler may raise between any two bytecodes."""
+
+
+class Interrupter:
+    """Counts the bytecodes that `WRITING` executes, and raises `Interruption` before those in ``points``."""
+
+    def __init__(self, *points: int) -> None:
+        self.points = points
+        self.count = 0
+
+    def run(self, call: Callable[[], object]) -> None:
+        """Run ``call``, interrupted; the exception is caught."""
+        sys.settrace(self._trace)
+        try:
+            call()
+        except Interruption:
+            pass
+        finally:
+            sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, _argument: object) -> Any:  # noqa: ANN401  as settrace wants it
+        if not frame.f_code.co_filename.endswith(WRITING):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.count += 1
+            if self.count in self.points:
+                raise Interruption
+        return self._trace
+
+
+class _Net(nn.Module):
+    """Tensors of two dtypes, of which one takes several scratches, and buffers."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.large = nn.Parameter(torch.randn(20, 5).to(dtype))
+        self.wide = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("count", torch.tensor(7))
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "plain": lambda net: net,
+    "ddp": lambda net: DistributedDataParallel(net),
+    "fsdp2": lambda net: fully_shard(net),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "equal dtypes": {},
+    "different dtypes": {},
+    "hi/lo": {"dtype": torch.bfloat16, "rounding": Compensated()},
+    "two tracks": {"decay": {"a": 0.5, "b": 0.25}},
+}
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_an_exception_at_any_bytecode_loses_nothing(
+    wrapper: str, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entering, leaving and restoring, and again while the first interruption is being handled."""
+    monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
+    torch.manual_seed(0)
+    model = WRAPPERS[wrapper](_Net(torch.float32 if setting in ("equal dtypes", "two tracks") else torch.bfloat16))
+    ema = ShardedEMA(model, **{"decay": 0.5} | SETTINGS[setting])
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model.get_buffer("mean") if wrapper != "ddp" else model.module.mean):
+            tensor.add_(1)
+    ema.update()
+    track = ema.tracks[-1]
+    live, averages = _live(model), _averages(ema)
+
+    def swap() -> None:
+        with ema.swapped(track):
+            pass
+
+    counter = Interrupter()
+    counter.run(swap)
+    for point in range(1, counter.count + 1):
+        second = Interrupter(point, point + 1 + (point * 7919) % 100)
+        second.run(swap)
+        Interrupter((point * 104729) % 100 + 1).run(ema.restore)
+        ema.restore()
+        _assert_same(_live(model), live, point)
+        if point % 10 == 0:
+            _assert_same(_averages(ema), averages, point)
+            with ema.swapped(track):
+                pass
+            _assert_same(_live(model), live, point)
+    _assert_same(_averages(ema), averages, counter.count)
+    ema.update()
+
+
+def _live(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: (value.to_local() if hasattr(value, "to_local") else value).detach().clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def _averages(ema: ShardedEMA) -> dict[str, Tensor]:
+    return {
+        f"{track} {name}": value
+        for track in ema.tracks
+        for name, value in ema.full_state_dict(track=track, dtype=torch.float64).items()
+    }
+
+
+def _assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], point: int) -> None:
+    assert [n for n, value in expected.items() if not torch.equal(actual[n], value)] == [], f"bytecode {point}"
