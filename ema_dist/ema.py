@@ -19,6 +19,7 @@ from ema_dist.averages.optimizer_hook import OptimizerHook
 from ema_dist.averages.precision import Compensated, Precision, Stochastic
 from ema_dist.averages.state import load_state, make_state
 from ema_dist.averages.tracks import BufferPolicy, Tracks
+from ema_dist.averages.updates import Updates
 from ema_dist.communication.rendezvous import agree_on
 from ema_dist.evaluation.model_with_averages import ModelWithAverages
 from ema_dist.schedules.clock import Clock
@@ -96,7 +97,8 @@ class ShardedEMA:
             agree=agree_on if live.has_replicated_averages else None,
             store=store,
         )
-        self._model_with_averages = ModelWithAverages(live, tracks)
+        self._updates = Updates(self._clock, live, tracks)
+        self._model_with_averages = ModelWithAverages(live, tracks, self._updates)
 
     @property
     def model(self) -> nn.Module:
@@ -136,8 +138,7 @@ class ShardedEMA:
     def _update(self, found_inf: Tensor | None, *, overlap: bool) -> None:
         self._model_with_averages.require_inactive("update()")
         self._model_with_averages.prepare_update()
-        weights = self._clock.next_weights(found_inf)
-        self._tracks.update_averages(weights, self._clock.update_index, overlap=overlap)
+        self._updates.update(found_inf, overlap=overlap)
 
     def attach(self, optimizer: Optimizer, *, overlap: bool = False) -> OptimizerHook:
         """Update after each real step of ``optimizer``, until ``remove()`` of the returned handle.

@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ema_dist.averages.side_streams import SideStreams
-from ema_dist.kernels import HostBuffer, HostCopier, Kernel, UpdateIndex, Weight
+from ema_dist.kernels import Commits, HostBuffer, HostCopier, Kernel, UpdateIndex, Weight
 
 _log = logging.getLogger(__name__)
 
@@ -116,36 +117,38 @@ class OffloadKernel:
         for _ in range(store.max_pending):
             host_buffer = copier.host_buffer(pinned=store.pin_memory and bool(streams.devices))
             self._slots.append(_Slot(host_buffer, make_kernels(host_buffer.values)))
+        self._last_job: _Job | None = None
 
     @property
     def name(self) -> str:
         """The names of the kernels that the thread runs."""
         return " and ".join(sorted({kernel.name for kernel in self._slots[0].kernels}))
 
-    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
+    def __call__(
+        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, commits: Commits | None = None
+    ) -> None:
         """Copy the live values and submit the update; waits while ``max_pending`` updates are in progress.
 
         Raises: RuntimeError when an earlier update failed; then nothing is copied.
         """
+        commits = commits or Commits()
         slot = self._slots[0]
-        self._wait_for(slot)
-        self._worker.require_no_failure()
-        devices = self._streams.devices
-        try:
+        if self._last_job is None or self._last_job.commits is not commits:
+            self._wait_for(slot)
+            self._worker.require_no_failure()
+            devices = self._streams.devices
             scalars = [
                 scalar.to("cpu", non_blocking=scalar.device in devices) if isinstance(scalar, Tensor) else scalar
                 for scalar in (*weights, update_index)
             ]
             with self._streams.fork():
                 slot.host_buffer.fill(non_blocking=devices)
-            slot.job = self._worker.submit(
-                _run_kernels, slot.kernels, self._streams.end_events, scalars[:-1], scalars[-1]
-            )
-            self._slots.rotate(-1)
-        except BaseException:
-            # An interrupt after submit() leaves a job that no slot records; the next copy must not overwrite its input.
-            self._worker.wait()
-            raise
+            kernels, events = slot.kernels, self._streams.end_events
+            self._last_job = _Job(commits, partial(_run_kernels, kernels, events, scalars[:-1], scalars[-1]))
+        commits.begin()
+        # Repeated after an interrupt, this submits the same job again, which runs once.
+        slot.future = self._worker.submit(self._last_job.run)
+        self._slots.rotate(-1)
 
     def drain(self) -> None:
         """Wait for all pending updates. Raises: RuntimeError when one of them failed."""
@@ -154,9 +157,9 @@ class OffloadKernel:
         self._worker.require_no_failure()
 
     def _wait_for(self, slot: _Slot) -> None:
-        if slot.job:
-            self._worker.wait(slot.job)
-            slot.job = None  # not earlier: after an interrupted wait the slot is still in use
+        if slot.future:
+            self._worker.wait(slot.future)
+            slot.future = None  # not earlier: after an interrupted wait the slot is still in use
 
 
 @dataclass
@@ -165,7 +168,19 @@ class _Slot:
 
     host_buffer: HostBuffer
     kernels: Sequence[Kernel]
-    job: Future[None] | None = None
+    future: Future[None] | None = None
+
+
+class _Job:
+    """Runs the kernels of the update that has these ``commits``, once, however often it is submitted."""
+
+    def __init__(self, commits: Commits, run_kernels: Callable[[], None]) -> None:
+        self.commits = commits
+        self._remaining = iter([run_kernels])
+
+    def run(self) -> None:
+        for run_kernels in self._remaining:
+            run_kernels()
 
 
 def _run_kernels(

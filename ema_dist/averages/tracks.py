@@ -18,6 +18,7 @@ from ema_dist.averages.side_streams import SideStreams
 from ema_dist.averages.track import Track
 from ema_dist.kernels import (
     Agree,
+    Commits,
     CompensatedRounding,
     Kernel,
     StochasticRounding,
@@ -141,28 +142,35 @@ class Tracks(Mapping[str, Track]):
             self._bound_layout = bound_layout
 
     def update_averages(
-        self, weights: Mapping[str, float | Tensor], update_index: UpdateIndex, *, overlap: bool = False
+        self,
+        weights: Mapping[str, float | Tensor],
+        update_index: UpdateIndex,
+        commits: Commits,
+        *,
+        overlap: bool = False,
     ) -> None:
         """Move the averages towards the live weights, without a collective and without waiting for the device.
 
         Args:
             weights: the weight of the live values, by track; 0 leaves averages unchanged, and buffers are still copied.
             update_index: the number of this update; stochastic rounding derives its random bits from it.
+            commits: the writes of this update that are made already, if it was interrupted.
             overlap: run the update of parameters on a side stream, until `streams` are joined.
 
         Raises: RuntimeError when an earlier update failed on its thread.
         """
         self.update_calls += 1
+        commits.restart()
         ordered_weights = [weights[name] for name in self]
         is_update_due = any(isinstance(weight, Tensor) or weight for weight in ordered_weights)
         self.streams.join()
         for kernel in [*(self._buffer_kernels if is_update_due else ()), *self._copy_kernels]:
-            kernel(ordered_weights, update_index)
+            kernel(ordered_weights, update_index, commits)
         self.streams.join()  # before the next forward pass, which may write to buffers
         if is_update_due:
             with self.streams.fork([*ordered_weights, update_index]) if overlap else nullcontext():
                 for kernel in self._parameter_kernels:
-                    kernel(ordered_weights, update_index)
+                    kernel(ordered_weights, update_index, commits)
         if not overlap:
             self.streams.join()
 
@@ -262,10 +270,16 @@ class CopyKernel:
     def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         self._lists = group_pairs(pairs)
 
-    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002  as `Kernel`
+    def __call__(
+        self,
+        weights: Sequence[Weight],  # noqa: ARG002  as `Kernel`
+        update_index: UpdateIndex = 0,  # noqa: ARG002  as `Kernel`
+        commits: Commits | None = None,
+    ) -> None:
         """Copy the current values."""
+        commits = commits or Commits()
         for targets, values in self._lists:
-            torch._foreach_copy_(targets, values)
+            commits.write(torch._foreach_copy_, targets, values)
 
 
 def _is_inexact(dtype: torch.dtype) -> bool:

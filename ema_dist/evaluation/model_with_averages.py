@@ -15,6 +15,7 @@ from ema_dist.averages.full_weights import gather
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
+from ema_dist.averages.updates import Updates
 from ema_dist.communication.signals import deferred_signals
 from ema_dist.evaluation.serving import Serving, active_servings
 from ema_dist.evaluation.split_swap import announce_broken_swap, enter_together, leave_together
@@ -48,9 +49,10 @@ class SwappedBlock(AbstractContextManager[nn.Module], ContextDecorator):
 class ModelWithAverages:
     """The ``live`` model and the averages of ``tracks``; at most one swap or serving is active at a time."""
 
-    def __init__(self, live: LiveModel, tracks: Tracks) -> None:
+    def __init__(self, live: LiveModel, tracks: Tracks, updates: Updates) -> None:
         self.live = live
         self.tracks = tracks
+        self._updates = updates
         self._swap: Swap | None = None
         self._servings: dict[Track, Serving] = {}
         self._warned: set[Track] = set()
@@ -68,6 +70,7 @@ class ModelWithAverages:
         if self.swap is not None and self.swap.stage is not Stage.INSIDE:
             problem = RuntimeError("swapped() was interrupted: call restore() on every rank first")
         try:
+            self._updates.finish()
             self.tracks.drain()
         except RuntimeError as error:  # reported to the other ranks, which would else wait for this one
             problem = problem or error
@@ -82,6 +85,7 @@ class ModelWithAverages:
 
         Raises: ValueError when the model has changed.
         """
+        self._updates.finish()
         if self.live.layout.has_moved() or not self.tracks.is_bound_to(self.live.layout):
             self.prepare("update()", collective=False)
         elif self.live.layout.refresh_buffers():

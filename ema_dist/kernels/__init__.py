@@ -8,6 +8,7 @@ equal shapes.
 """
 
 from ema_dist.kernels.checksums import checksum
+from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.compensated_kernel import recombine, split_hi_lo
 from ema_dist.kernels.exchange import Exchange
 from ema_dist.kernels.host_copy import HostBuffer, HostCopier
@@ -23,6 +24,7 @@ __all__ = [
     "DEVICE_SCRATCH_BYTES",
     "KERNELS",
     "Agree",
+    "Commits",
     "CompensatedRounding",
     "Exchange",
     "HostBuffer",

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ema_dist.kernels.address_tables import AddressTables, find_dense_rows, make_address_tables
+from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import UnsupportedKernelError, UpdateIndex, Weight
 from ema_dist.kernels.random_bits import make_noise_tables
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
@@ -97,8 +98,11 @@ class CompiledKernel:
         self._settings = (len(self._rows), len(tracks), finite, BLOCK)
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
+    def __call__(
+        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, commits: Commits | None = None
+    ) -> None:
         """Lerp each track by its weight."""
+        commits = commits or Commits()
         for index, weight in enumerate(weights):
             self._weights[index] = weight
         if self._tables:
@@ -107,9 +111,10 @@ class CompiledKernel:
                 self._set_tables()
             all_tables = (*self._tables, *self._noise, self._weights)
             addresses = [None if table is None else table.data_ptr() for table in all_tables]
-            _run_in_threads(partial(self._kernel, *addresses, int(update_index), *self._settings), self._block_ranges)
+            kernel = partial(self._kernel, *addresses, int(update_index), *self._settings)
+            commits.write_once(partial(_run_in_threads, kernel, self._block_ranges))
             increment_version(self._outputs)  # autograd does not see writes by address
-        self._strided_kernel(weights, update_index)
+        self._strided_kernel(weights, update_index, commits)
 
     def _set_tables(self) -> None:
         """Store the addresses of the tensors."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import UpdateIndex, Weight
 from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks
@@ -71,8 +72,14 @@ class CompensatedKernel:
             self._chunks.append((live_pieces, wide_values, wide_averages, bits, residual_pieces, stored))
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002
+    def __call__(
+        self,
+        weights: Sequence[Weight],
+        update_index: UpdateIndex = 0,  # noqa: ARG002  as `Kernel`
+        commits: Commits | None = None,
+    ) -> None:
         """Lerp each track by its weight."""
+        commits = commits or Commits()
         for values, wide_values, wide_averages, bits, residual_pieces, tracks in self._chunks:
             torch._foreach_copy_(wide_values, values)
             size = sum(piece.numel() for piece in values)
@@ -83,8 +90,7 @@ class CompensatedKernel:
                 _recombine_(wide, spare)
                 lerp_uniform_(wide_averages, wide_values, weight, finite=self._finite)
                 _split_(wide, spare)
-                torch._foreach_copy_(highs, residual_pieces)
-                torch._foreach_copy_(lows, bits)
+                commits.write(torch._foreach_copy_, [*highs, *lows], [*residual_pieces, *bits])
 
 
 def _recombine_(high: Tensor, low: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import UnsupportedKernelError, UpdateIndex, Weight
 from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.rounding import Rounding
@@ -40,8 +41,14 @@ class ForeachKernel:
         self._finite = finite
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002
+    def __call__(
+        self,
+        weights: Sequence[Weight],
+        update_index: UpdateIndex = 0,  # noqa: ARG002  as `Kernel`
+        commits: Commits | None = None,
+    ) -> None:
         """Lerp each track by its weight."""
+        commits = commits or Commits()
         for averages, weight in zip(self._tracks, weights, strict=True):
             if averages:
-                lerp_uniform_(averages, self._values, weight, finite=self._finite)
+                lerp_uniform_(averages, self._values, weight, finite=self._finite, commits=commits)

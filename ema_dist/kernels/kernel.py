@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ema_dist.kernels.commits import Commits
+
 Weight = float | Tensor
 """The weight of the live values, in [0, 1]: a number, or a 0-d tensor, which is never copied to the host."""
 
@@ -22,8 +24,15 @@ class Kernel(Protocol):
         """Its name in `KERNELS`."""
         ...
 
-    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
-        """Lerp each track by its weight; only stochastic rounding reads ``update_index``."""
+    def __call__(
+        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, commits: Commits | None = None
+    ) -> None:
+        """Lerp each track by its weight; only stochastic rounding reads ``update_index``.
+
+        Args:
+            commits: makes every write to an average; if the call is repeated with the same ones, it goes on from where
+                it was interrupted.
+        """
         ...
 
 

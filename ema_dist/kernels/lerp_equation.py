@@ -5,31 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import Weight
 from ema_dist.kernels.lists import chunks
 from ema_dist.kernels.scratch import max_scratch_bytes
 
 
-def lerp_uniform_(averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool) -> None:
+def lerp_uniform_(
+    averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool, commits: Commits | None = None
+) -> None:
     """Lerp each average towards its value, in place; both lists have one dtype.
 
     Weights of 0 and 1 are exact. If ``weight`` is a number and the tensors are finite, this is one call of torch;
     otherwise averages that would become infinite or NaN take the value instead, as in `lerp_`.
     """
+    commits = commits or Commits()
     if not isinstance(weight, Tensor) and weight in (0, 1):
         if weight:
-            torch._foreach_copy_(averages, values)
+            commits.write(torch._foreach_copy_, averages, values)
     elif not isinstance(weight, Tensor) and finite:
-        torch._foreach_lerp_(averages, values, weight)
+        commits.write(torch._foreach_lerp_, averages, values, weight)
     else:
         weight = weight.to(averages[0].device) if isinstance(weight, Tensor) else weight
         for targets, sources in chunks(averages, values, max_bytes=max_scratch_bytes(averages[0]) // 8):
-            _lerp_nonfinite_(targets, sources, weight)
+            commits.write(torch._foreach_copy_, targets, _lerp_nonfinite(targets, sources, weight))
 
 
-def _lerp_nonfinite_(targets: list[Tensor], values: list[Tensor], weight: Weight) -> None:
-    """Concatenate the tensors first, so that the number of launches does not depend on the number of tensors."""
-    average = torch.cat([target.reshape(-1) for target in targets])
+def _lerp_nonfinite(averages: list[Tensor], values: list[Tensor], weight: Weight) -> list[Tensor]:
+    """The new averages; concatenated first, so that the number of launches does not depend on that of tensors."""
+    average = torch.cat([tensor.reshape(-1) for tensor in averages])
     value = torch.cat([value.reshape(-1) for value in values])
     if isinstance(weight, Tensor):
         result = average + (value - average) * weight
@@ -38,5 +42,5 @@ def _lerp_nonfinite_(targets: list[Tensor], values: list[Tensor], weight: Weight
     else:
         result = torch.lerp(average, value, weight)
         result = torch.where(result.isfinite(), result, value)
-    pieces = result.split([target.numel() for target in targets])
-    torch._foreach_copy_(targets, [piece.view_as(target) for piece, target in zip(pieces, targets, strict=True)])
+    pieces = result.split([tensor.numel() for tensor in averages])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, averages, strict=True)]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import UpdateIndex, Weight
 from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks, is_small
@@ -34,15 +35,21 @@ class ScratchKernel:
         self._chunks = _make_chunks(tracks, values) if tracks and values else []
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:  # noqa: ARG002
+    def __call__(
+        self,
+        weights: Sequence[Weight],
+        update_index: UpdateIndex = 0,  # noqa: ARG002  as `Kernel`
+        commits: Commits | None = None,
+    ) -> None:
         """Lerp each track by its weight."""
+        commits = commits or Commits()
         for chunk in self._chunks:
             if chunk.packed is not None:
                 torch.cat(chunk.values, out=chunk.packed)
             for converted, values in chunk.conversions:
                 torch._foreach_copy_(converted, values)
             for averages, sources, weight in zip(chunk.tracks, chunk.sources, weights, strict=True):
-                lerp_uniform_(averages, sources, weight, finite=self._finite)
+                lerp_uniform_(averages, sources, weight, finite=self._finite, commits=commits)
 
 
 class _Chunk(NamedTuple):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import UpdateIndex, Weight
 from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks
@@ -42,10 +43,13 @@ class StochasticKernel:
         self._chunks = list(_make_chunks(tracks, values, rounding.tensor_offsets)) if tracks and values else []
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
+    def __call__(
+        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, commits: Commits | None = None
+    ) -> None:
         """Lerp each track by its weight; ``update_index`` is the number of this update."""
         if not self._chunks:
             return
+        commits = commits or Commits()
         device = self._chunks[0].noise.device
         host_keys = [track_key(self._seed, update_index=update_index, track=track) for track in range(len(weights))]
         keys = [key.to(device, non_blocking=True) if isinstance(key, Tensor) else key for key in host_keys]
@@ -55,7 +59,7 @@ class StochasticKernel:
                 torch._foreach_copy_(chunk.wide_pieces, averages)
                 lerp_uniform_(chunk.wide_pieces, chunk.wide_values, weight, finite=self._finite)
                 _round_(chunk, key)
-                torch._foreach_copy_(averages, chunk.wide_pieces)
+                commits.write(torch._foreach_copy_, averages, chunk.wide_pieces)
 
 
 class _Chunk(NamedTuple):

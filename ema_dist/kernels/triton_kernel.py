@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ema_dist.kernels.address_tables import Row, find_dense_rows, make_address_tables
+from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import UnsupportedKernelError, UpdateIndex, Weight
 from ema_dist.kernels.random_bits import make_noise_tables
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
@@ -77,14 +78,17 @@ class TritonKernel:
             raise UnsupportedKernelError(f"Triton cannot compile here: {error!r}") from error
 
     @torch.no_grad()
-    def __call__(self, weights: Sequence[Weight], update_index: UpdateIndex = 0) -> None:
+    def __call__(
+        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, commits: Commits | None = None
+    ) -> None:
         """Lerp each track by its weight."""
         self._weights.write(weights)
         if self._is_stochastic:
             self._update_index.write([update_index])
-        self._run()
+        commits = commits or Commits()
+        commits.write_once(self._run)
         increment_version(self._outputs)  # autograd does not see writes by address
-        self._strided_kernel(weights, update_index)
+        self._strided_kernel(weights, update_index, commits)
 
     def _run(self) -> None:
         device = self._weights.tensor.device

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -15,41 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import Compensated, ShardedEMA
 from ema_dist.kernels import scratch
+from tests.support.interrupter import Interrupter
 
 WRITING = ("evaluation/swap.py", "evaluation/model_with_averages.py", "kernels/exchange.py", "averages/tracks.py")
 """The modules that write to the model or to the journal; what they call has no effect that remains."""
-
-
-class Interruption(BaseException):
-    """What a signal handler may raise between any two bytecodes."""
-
-
-class Interrupter:
-    """Counts the bytecodes that `WRITING` executes, and raises `Interruption` before those in ``points``."""
-
-    def __init__(self, *points: int) -> None:
-        self.points = points
-        self.count = 0
-
-    def run(self, call: Callable[[], object]) -> None:
-        """Run ``call``, interrupted; the exception is caught."""
-        sys.settrace(self._trace)
-        try:
-            call()
-        except Interruption:
-            pass
-        finally:
-            sys.settrace(None)
-
-    def _trace(self, frame: FrameType, event: str, _argument: object) -> Any:  # noqa: ANN401  as settrace wants it
-        if not frame.f_code.co_filename.endswith(WRITING):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            self.count += 1
-            if self.count in self.points:
-                raise Interruption
-        return self._trace
 
 
 class _Net(nn.Module):
@@ -98,12 +65,12 @@ def test_an_exception_at_any_bytecode_loses_nothing(
         with ema.swapped(track):
             pass
 
-    counter = Interrupter()
+    counter = Interrupter(WRITING)
     counter.run(swap)
     for point in range(1, counter.count + 1):
-        second = Interrupter(point, point + 1 + (point * 7919) % 100)
+        second = Interrupter(WRITING, point, point + 1 + (point * 7919) % 100)
         second.run(swap)
-        Interrupter((point * 104729) % 100 + 1).run(ema.restore)
+        Interrupter(WRITING, (point * 104729) % 100 + 1).run(ema.restore)
         ema.restore()
         _assert_same(_live(model), live, point)
         if point % 10 == 0:

@@ -1,0 +1,80 @@
+"""Takes the updates: each optimizer step is counted once, after its update, also if an exception interrupted that."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ema_dist.averages.live_model import LiveModel
+from ema_dist.averages.tracks import Tracks
+from ema_dist.kernels import Commits
+from ema_dist.schedules.clock import Clock, ClockStep
+
+
+class Updates:
+    """Updates the averages of ``tracks`` from the ``live`` model, with the weights that ``clock`` gives."""
+
+    def __init__(self, clock: Clock, live: LiveModel, tracks: Tracks) -> None:
+        self._clock = clock
+        self._live = live
+        self._tracks = tracks
+        self._unfinished: _Update | None = None
+        """An update that has begun and is not counted."""
+
+    def update(self, found_inf: Tensor | None, *, overlap: bool) -> None:
+        """Take one update, and count the step.
+
+        Args:
+            found_inf: as for `Clock.next_step`.
+            overlap: as for `Tracks.update_averages`.
+
+        Raises: RuntimeError when an earlier update failed on its thread.
+        """
+        self._unfinished = _Update(self._clock.next_step(found_inf), overlap=overlap)
+        self._run(self._unfinished)
+
+    def finish(self) -> None:
+        """Finish an update that an exception interrupted; call it before anything reads averages or counts.
+
+        Raises: RuntimeError when it cannot be finished, at this call and all later ones.
+        """
+        update = self._unfinished
+        if update is None:
+            return
+        if not update.commits.has_begun:
+            self._unfinished = None
+            return
+        if reason := self._reason_not_to_finish(update):
+            raise RuntimeError(
+                f"update() was interrupted and cannot be finished: {reason}. Some averages have moved and others have "
+                "not: construct ShardedEMA again, and load its averages from a checkpoint"
+            )
+        self._run(update)
+
+    def _run(self, update: _Update) -> None:
+        try:
+            step = update.step
+            self._tracks.update_averages(step.weights, step.update_index, update.commits, overlap=update.overlap)
+            self._clock.count(step)
+            self._unfinished = None
+        except BaseException:
+            update.versions = self._versions()
+            raise
+
+    def _reason_not_to_finish(self, update: _Update) -> str:
+        if update.commits.is_uncertain:
+            return "a kernel was interrupted halfway"
+        if update.versions is None:
+            return "it was interrupted twice"
+        return "" if update.versions == self._versions() else "weights or buffers were written to since"
+
+    def _versions(self) -> list[object]:
+        return [shard.version for shard in self._live.layout.shards]
+
+
+class _Update:
+    def __init__(self, step: ClockStep, *, overlap: bool) -> None:
+        self.step = step
+        self.overlap = overlap
+        self.commits = Commits()
+        self.versions: list[object] | None = None
+        """The versions of the live weights at the interruption."""

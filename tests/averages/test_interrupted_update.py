@@ -1,0 +1,99 @@
+"""An interrupted update is finished by the next call, or refused; its step is counted only if it happened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ema_dist import Compensated, Offloaded, ShardedEMA
+from ema_dist.kernels import scratch
+from tests.support.interrupter import Interrupter
+
+WRITING = ("averages/updates.py", "averages/tracks.py", "averages/offload.py", "kernels/*.py", "schedules/clock.py")
+SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "equal dtypes": (torch.float32, {}),
+    "different dtypes": (torch.bfloat16, {}),
+    "stochastic": (torch.bfloat16, {"dtype": torch.bfloat16}),
+    "hi/lo": (torch.bfloat16, {"dtype": torch.bfloat16, "rounding": Compensated()}),
+    "two tracks": (torch.bfloat16, {"decay": {"a": 0.5, "b": 0.25}}),
+    "offloaded": (torch.bfloat16, {"store": Offloaded(max_pending=2)}),
+}
+
+
+def _make(setting: str) -> tuple[nn.Module, ShardedEMA]:
+    torch.manual_seed(0)
+    dtype, settings = SETTINGS[setting]
+    model = nn.Linear(7, 9).to(dtype)
+    model.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    return model, ShardedEMA(model, **{"decay": 0.5} | settings)
+
+
+def _step(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+
+
+def _averages(ema: ShardedEMA) -> dict[str, Tensor]:
+    return {
+        f"{track} {name}": value
+        for track in ema.tracks
+        for name, value in ema.full_state_dict(track=track, dtype=torch.float64).items()
+    }
+
+
+def test_an_interrupted_update_is_refused_after_weights_were_written_to() -> None:
+    model, ema = _make("two tracks")
+    counter = Interrupter(WRITING)
+    counter.run(ema.update)
+    refused = 0
+    for point in range(1, counter.count + 1, 10):
+        model, ema = _make("two tracks")
+        Interrupter(WRITING, point).run(ema.update)
+        _step(model)
+        try:
+            ema.full_state_dict(track="a")
+        except RuntimeError as error:
+            assert "written to" in str(error)  # noqa: PT017
+            refused += 1
+            with pytest.raises(RuntimeError, match="update"):
+                ema.update()
+            assert ema.steps == 0
+        else:
+            assert ema.steps in (0, 1)
+    assert refused > 5
+
+
+@pytest.mark.parametrize("found_inf", [False, True], ids=["host", "scaler"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_next_call_finishes_it(setting: str, found_inf: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    """At 150 bytecodes from the first to the last; interrupted before its first write, an update has not happened."""
+    monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
+    arguments = {"found_inf": torch.tensor(0.0)} if found_inf else {}
+    model, uninterrupted = _make(setting)
+    expected = []
+    for _ in range(2):
+        expected.append(_averages(uninterrupted))
+        _step(model)
+        uninterrupted.update(**arguments)
+    expected.append(_averages(uninterrupted))
+
+    model, ema = _make(setting)
+    _step(model)
+    ema.update(**arguments)
+    counter = Interrupter(WRITING)
+    _step(model)
+    counter.run(lambda: ema.update(**arguments))
+    for point in range(1, counter.count + 1, counter.count // 150):
+        model, ema = _make(setting)
+        _step(model)
+        ema.update(**arguments)
+        _step(model)
+        Interrupter(WRITING, point).run(lambda: ema.update(**arguments))  # noqa: B023
+        averages = _averages(ema)
+        assert ema.steps in (1, 2)
+        wrong = [n for n, value in expected[ema.steps].items() if not torch.equal(averages[n], value)]
+        assert wrong == [], f"bytecode {point}"

@@ -1,0 +1,47 @@
+"""Raises an exception between any two bytecodes, as a signal handler may."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatch
+from types import FrameType
+from typing import Any
+
+
+class Interruption(BaseException):
+    """What a signal handler raises."""
+
+
+class Interrupter:
+    """Counts the bytecodes that some modules of the package execute, and raises `Interruption` before some of them.
+
+    Args:
+        modules: patterns of the ends of their paths.
+        points: numbers of the bytecodes, from 1, before which it raises.
+    """
+
+    def __init__(self, modules: tuple[str, ...], *points: int) -> None:
+        self._modules = modules
+        self._points = points
+        self.count = 0
+
+    def run(self, call: Callable[[], object]) -> None:
+        """Run ``call``, and catch the exception with which it is interrupted."""
+        sys.settrace(self._trace)
+        try:
+            call()
+        except Interruption:
+            pass
+        finally:
+            sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, _argument: object) -> Any:  # noqa: ANN401  as settrace wants it
+        if not any(fnmatch(frame.f_code.co_filename, f"*/ema_dist/{module}") for module in self._modules):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.count += 1
+            if self.count in self._points:
+                raise Interruption
+        return self._trace
