@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ema_dist.communication.rendezvous import rendezvous, require_process_group
+from ema_dist.communication.rendezvous import RendezvousError, rendezvous, require_process_group
 from ema_dist.communication.replica_collectives import describe_drift
 from ema_dist.messages import abbreviated
 from ema_dist.sharding import Layout, ReplicaPolicy
@@ -109,7 +109,7 @@ class LiveModel:
             # A rank with a problem comes, too: alone, it would leave the others waiting in the collective after this.
             try:
                 self.rendezvous(call, str(problem or ""))
-            except RuntimeError:
+            except RendezvousError:
                 if problem is None:
                     raise
         if problem is not None:
