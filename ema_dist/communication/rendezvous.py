@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from weakref import WeakKeyDictionary
 
@@ -155,11 +156,14 @@ class RendezvousSeries:
         if self._entered == self._number:
             self._withdraw(store, f"rank {self._rank} was interrupted while it waited")
         verdict = self._meet_once(store, report, timeout, advice)
+        if not verdict.is_too_late_for(self._rank):
+            return verdict
+        # This rank was missing when others gave up, any number of times. They may come again.
+        missed = verdict
         while verdict.is_too_late_for(self._rank):
-            # Ranks that gave up may be waiting again.
-            if not self._current(store).has_begun():
-                return Verdict(f"rank {self._rank} came too late to {report.call}: {verdict.message}")
             verdict = self._meet_once(store, report, timeout, advice)
+        if verdict.message and not verdict.is_complete:
+            return replace(verdict, message=f"{verdict.message}. Before rank {self._rank} came, {missed.message}")
         return verdict
 
     def announce(self, store: Store, message: str) -> None:
