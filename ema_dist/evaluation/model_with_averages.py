@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,14 @@ class ModelWithAverages:
         self._warned: set[Track] = set()
         """Tracks for which a warning has reported that `serving` swaps."""
 
-    def prepare(self, call: str, *, collective: bool, only_if_moved: bool = False) -> None:
+    def prepare(
+        self,
+        call: str,
+        *,
+        collective: bool,
+        only_if_moved: bool = False,
+        compared: Sequence[Mapping[str, str]] | None = None,
+    ) -> None:
         """Finish pending updates, refresh the layout, and bind the averages to it; see `LiveModel.prepare`."""
         old_layout = self.live.layout
         problem = None
@@ -40,7 +47,9 @@ class ModelWithAverages:
         except RuntimeError as error:  # reported to the other ranks, which would else wait for this one
             problem = error
         try:
-            self.live.prepare(call, collective=collective, only_if_moved=only_if_moved, problem=problem)
+            self.live.prepare(
+                call, collective=collective, only_if_moved=only_if_moved, problem=problem, compared=compared
+            )
         finally:
             if self.live.layout is not old_layout:
                 self.tracks.bind_layout(self.live.layout)
@@ -66,9 +75,9 @@ class ModelWithAverages:
         """See `ShardedEMA.gather`. Prepares at once, and not only when the first entry is read.
 
         Args:
-            call: the user's call, for messages.
+            call: the name of the user's call, for messages.
         """
-        self.prepare(call, collective=self.live.has_sharded_averages)
+        self.prepare(self.describe_call(call, track, dtype=dtype), collective=self.live.has_sharded_averages)
         entries = gather(self.live.layout, self.averages_now(track), dtype=dtype, is_destination=self.live.is_first)
         return self._checked_entries(entries, self.swap, self.tracks.update_calls)
 
@@ -90,10 +99,12 @@ class ModelWithAverages:
                 "the averages are in the model already: leave swapped() before entering it again, "
                 "or call restore() on every rank if they could not leave it together"
             )
-        self._prepare_to_enter("swapped()", only_if_moved=False)
+        call = self.describe_call("swapped", track)
+        self._prepare_to_enter(call, only_if_moved=False)
         if self.live.has_split_averages:
-            self.live.check_replicas("swapped()")
+            self.live.check_replicas(call)
         self.swap = Swap(self.live.layout, track)
+        self.live.record(call)
         try:
             yield self.live.layout.model
         finally:
@@ -102,7 +113,8 @@ class ModelWithAverages:
     @contextmanager
     def serving(self, track: Track) -> Iterator[nn.Module]:
         """See `ShardedEMA.serving`."""
-        self._prepare_to_enter("serving()", only_if_moved=True)
+        call = self.describe_call("serving", track)
+        self._prepare_to_enter(call, only_if_moved=True)
         serving = self.get_serving(track)
         if reason := serving.reason_to_swap:
             if track not in self._warned:
@@ -112,6 +124,7 @@ class ModelWithAverages:
                 yield model
         else:
             with serving.activate() as model:
+                self.live.record(call)
                 yield model
 
     def get_serving(self, track: Track) -> Serving:
@@ -143,6 +156,12 @@ class ModelWithAverages:
                 f"parameters were written to inside swapped(): {abbreviated(written)}. The live weights are back, but "
                 "what was written is in the averages now; load them from a checkpoint, and train outside swapped()"
             )
+
+    def describe_call(self, name: str, track: Track, *, dtype: torch.dtype | None = None) -> str:
+        """The call with the arguments that must be equal on all ranks; the track only where there are several."""
+        names = [name for name, candidate in self.tracks.items() if candidate is track and len(self.tracks) > 1]
+        arguments = [*map(repr, names), *([f"dtype={dtype}"] if dtype else ())]
+        return f"{name}({', '.join(arguments)})"
 
     def require_inactive(self, call: str) -> None:
         """Raise RuntimeError inside `swapped` or `serving`."""
