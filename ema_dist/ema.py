@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from ema_dist.averages.construction import construct_on_all_ranks, describe_settings
 from ema_dist.averages.full_weights import collect, copy_into, full_shapes, gather_pipeline, scatter
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.offload import Offloaded
@@ -20,6 +22,7 @@ from ema_dist.averages.precision import Compensated, Precision, Stochastic
 from ema_dist.averages.state import load_state, make_state
 from ema_dist.averages.tracks import BufferPolicy, Tracks
 from ema_dist.averages.updates import Updates
+from ema_dist.communication.call_history import CallHistory
 from ema_dist.communication.rendezvous import agree_on
 from ema_dist.evaluation.model_with_averages import ModelWithAverages
 from ema_dist.schedules.clock import Clock
@@ -51,11 +54,13 @@ class ShardedEMA:
         store: `Offloaded` to store the averages in CPU memory; None to store them on the device of the live weights.
         timeout: seconds that ranks wait for each other before a collective call fails, and on leaving `swapped`.
 
-    Collective: construction compares the replicas once if averages are split among them; otherwise no.
+    Collective: construction, over the ranks that hold the model: a rendezvous that compares settings and selected
+        parameters; if averages are split among replicas, the weights too. Averages on one rank take the unwrapped
+        module.
     Memory: for each track one average per selected parameter's shard, or 1/R of it if R replicas split it; and the
         memory of ``store``. While kernels are measured, at most 64 MiB for each track and as much for the live weights.
     Raises: ValueError for a setting out of range, a model on the meta device, or when nothing is selected;
-        RuntimeError when replicas differ.
+        RuntimeError when ranks differ in a setting, in what they select or in the weights of replicas, or do not come.
     """
 
     def __init__(
@@ -84,18 +89,13 @@ class ShardedEMA:
         self._clock = Clock(as_decays(decay), start=start, interval=update_interval)
         self._optimizer_hook: OptimizerHook | None = None
         live = LiveModel(model, replicas=replicas, select=select, timeout=timeout)
-        if live.has_split_averages:
-            live.rendezvous("ShardedEMA(model)")
-            live.check_replicas("ShardedEMA(model)")
-        tracks = Tracks(
-            live.layout,
-            self._clock.decays.keys(),
-            live.selected,
-            precision=precision,
-            buffers=buffers,
-            kernel=kernel,
-            agree=agree_on if live.has_replicated_averages else None,
-            store=store,
+        settings = describe_settings(
+            self._clock, precision, replicas=replicas, buffers=buffers, kernel=kernel, store=store, timeout=timeout
+        )
+        agree = agree_on if live.has_replicated_averages else None
+        make = partial(Tracks, precision=precision, buffers=buffers, kernel=kernel, agree=agree, store=store)
+        tracks = construct_on_all_ranks(
+            live, settings, lambda: make(live.layout, [*self._clock.decays], live.select_parameters())
         )
         self._updates = Updates(self._clock, live, tracks)
         self._model_with_averages = ModelWithAverages(live, tracks, self._updates)
@@ -210,6 +210,11 @@ class ShardedEMA:
         return self._model_with_averages.serving(self._tracks.resolve(track))
 
     @property
+    def call_history(self) -> CallHistory:
+        """The calls on this rank that ranks must make alike; they compare them whenever they communicate."""
+        return self._live.history
+
+    @property
     def update_kernel(self) -> str:
         """The names of the kernels that update averages of parameters: the fastest here, unless ``kernel`` was given.
 
@@ -242,18 +247,26 @@ class ShardedEMA:
         self._model_with_averages.prepare("check_replicas()", collective=True)
         self._live.check_replicas("check_replicas()")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, for_loading: bool = False) -> dict[str, Any]:
         """The averages and counts as `torch.distributed.checkpoint` (DCP) saves and reshards them.
 
         The tensors share storage with the averages, so that DCP loads into them; DCP compares only names before that.
         Inside `swapped`, and for `Compensated` averages, they are copies, which `load_state_dict` copies back.
 
+        Args:
+            for_loading: the state will be overwritten; so ranks that have made different calls are no error.
+
         Collective: a rendezvous of all ranks that hold the model, if several hold parts of its averages; no tensor is
             sent.
         Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name:
             tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
+        Raises: RuntimeError when ranks have made different calls or do not come; ValueError when the model has changed.
         """
-        self._model_with_averages.prepare("state_dict()", collective=self._live.has_sharded_averages)
+        self._model_with_averages.prepare(
+            "state_dict()",
+            collective=self._live.has_sharded_averages,
+            compared=lambda: [] if for_loading else self.call_history.compared(steps=self.steps, updates=self.updates),
+        )
         current: Mapping[str, Mapping[str, Tensor]] = {
             name: self._model_with_averages.averages_now(track) for name, track in self._tracks.items()
         }
@@ -274,6 +287,7 @@ class ShardedEMA:
         self._model_with_averages.require_inactive("load_state_dict()")
         self._model_with_averages.prepare("load_state_dict()", collective=False)
         load_state(state_dict, self._clock, self._live.layout, self._tracks)
+        self.call_history.replace(f"load_state_dict() with steps={self.steps}")
 
     def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:
         """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.
@@ -282,7 +296,7 @@ class ShardedEMA:
             iterator.
         Memory: one full tensor; on the first rank beyond those it has yielded.
         """
-        return self._model_with_averages.gather("gather()", self._tracks.resolve(track), dtype=dtype)
+        return self._model_with_averages.gather("gather", self._tracks.resolve(track), dtype=dtype)
 
     def full_state_dict(
         self, *, dtype: torch.dtype | None = None, track: str | None = None, pipeline: ProcessGroup | None = None
@@ -304,7 +318,7 @@ class ShardedEMA:
         Raises: RuntimeError when ranks do not come within ``timeout``; ValueError when the model has changed, or when
             stages hold different tensors under one name.
         """
-        entries = self._model_with_averages.gather("full_state_dict()", self._tracks.resolve(track), dtype=dtype)
+        entries = self._model_with_averages.gather("full_state_dict", self._tracks.resolve(track), dtype=dtype)
         if pipeline is not None:
             entries = gather_pipeline(entries, self._live.layout, pipeline, timeout=self._live.timeout)
         return collect(entries, is_destination=self._live.is_first)
@@ -327,11 +341,13 @@ class ShardedEMA:
             when names, shapes or kinds of dtype differ, before anything changes.
         """
         resolved_track = self._tracks.resolve(track)
-        self._model_with_averages.require_inactive("load_full_state_dict()")
-        self._model_with_averages.prepare("load_full_state_dict()", collective=True)
+        call = self._model_with_averages.describe_call("load_full_state_dict", resolved_track)
+        self._model_with_averages.require_inactive(call)
+        self._model_with_averages.prepare(call, collective=True)
         scatter(self._live.layout, resolved_track, full)
         resolved_track.refresh_infinite_names()
         self._tracks.bind_layout(self._live.layout)
+        self.call_history.record(call)
 
     def copy_to(self, model: nn.Module, *, track: str | None = None) -> None:
         """Overwrite the weights of ``model`` with the averages, and the rest of its state with that of the live model.
@@ -345,8 +361,9 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped`; ValueError when names or shapes differ, before anything changes.
         """
         resolved_track = self._tracks.resolve(track)
-        self._model_with_averages.require_inactive("copy_to()")
-        self._model_with_averages.prepare("copy_to()", collective=self._live.has_sharded_averages)
+        call = self._model_with_averages.describe_call("copy_to", resolved_track)
+        self._model_with_averages.require_inactive(call)
+        self._model_with_averages.prepare(call, collective=self._live.has_sharded_averages)
         copy_into(Layout(model, "copy"), self._live.layout, resolved_track.recombined())
 
     def __reduce__(self) -> NoReturn:

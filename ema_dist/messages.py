@@ -22,3 +22,21 @@ def describe_difference(left: str, left_names: AbstractSet[str], right: str, rig
 def add_note(error: BaseException, note: str) -> None:
     """Add ``note`` to the traceback of ``error``; Python 3.10 keeps notes without printing them."""
     error.__notes__ = [*getattr(error, "__notes__", ()), note]
+
+
+def describe_ranks(ranks: Iterable[int]) -> str:
+    """Ranks as text: "rank 1", or "ranks 0, 2-9999" with at most eight runs."""
+    numbers = sorted(ranks)
+    parts = [str(first) if first == last else f"{first}-{last}" for first, last in runs(numbers)]
+    return f"rank{'s' * (len(numbers) != 1)} {abbreviated(parts, limit=8)}"
+
+
+def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """The first and last number of each run of consecutive ones in ascending ``numbers``."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found

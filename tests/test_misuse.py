@@ -92,9 +92,9 @@ def test_calls_after_the_process_group_is_gone() -> None:
     _, ema = make_trained("ddp")
     dist.barrier()
     dist.destroy_process_group()
-    with pytest.raises(RuntimeError, match=r"swapped\(\).*\[0, 1\].*destroy_process_group\(\)"), ema.swapped():
+    with pytest.raises(RuntimeError, match=r"swapped\(\).*ranks 0-1.*destroy_process_group\(\)"), ema.swapped():
         pass
-    with pytest.raises(RuntimeError, match=r"full_state_dict\(\).*\[0, 1\].*destroy_process_group\(\)"):
+    with pytest.raises(RuntimeError, match=r"full_state_dict\(\).*ranks 0-1.*destroy_process_group\(\)"):
         ema.full_state_dict()
     ema.update()
 
@@ -104,7 +104,7 @@ def test_gathering_on_rank_0_alone_is_an_error_within_the_timeout(layout: str) -
     _, ema = make_trained(layout, timeout=0.5)
     if dist.get_rank() == 0:
         for call in (ema.full_state_dict, ema.state_dict, lambda: ema.load_full_state_dict({})):
-            with pytest.raises(RuntimeError, match=r"0\.5 s.*\[1\]"):
+            with pytest.raises(RuntimeError, match=r"0\.5 s.*rank 1"):
                 call()
     dist.barrier()
     ema.full_state_dict()

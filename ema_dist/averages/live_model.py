@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ema_dist.communication.rendezvous import announce_failure, rendezvous, require_process_group
+from ema_dist.communication.call_history import CallHistory
+from ema_dist.communication.rendezvous import RendezvousError, announce_failure, rendezvous, require_process_group
 from ema_dist.communication.replica_collectives import describe_drift
 from ema_dist.messages import abbreviated
 from ema_dist.sharding import Layout, ReplicaPolicy
@@ -24,7 +25,7 @@ class LiveModel:
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
         timeout: seconds that ranks wait for each other.
 
-    Raises: ValueError when no floating-point parameter is selected, and as `Layout`.
+    Raises: as `Layout`.
     """
 
     def __init__(
@@ -36,26 +37,17 @@ class LiveModel:
         timeout: float,
     ) -> None:
         self._replicas: ReplicaPolicy = replicas
-        self._select = select or (lambda _, parameter: parameter.requires_grad)
+        self._select = select or _requires_grad
         self.timeout = timeout
         self._failure = ""
         self.layout = Layout(model, replicas)
         self.ranks = self.layout.ranks
         """The global ranks that hold the model together, in order; empty when this rank holds it alone."""
-        self.selected = [name for name in self.layout.parameters if self._is_selected(name)]
-        self._unselected = [name for name in self.layout.parameters if name not in set(self.selected)]
-        if not self.selected:
-            raise ValueError(
-                f"nothing to average: none of the {len(self._unselected)} parameters "
-                + ("requires a gradient" if select is None else "is selected by select(name, parameter)")
-            )
-        owners = {name: self.layout.parameters[name].owner for name in self.selected}
-        if unsupported := [
-            name for name, owner in owners.items() if not (owner.is_floating_point() or owner.is_complex())
-        ]:
-            raise ValueError(
-                f"select picked {abbreviated(unsupported)}, which are not floating-point and have no average"
-            )
+        self.history = CallHistory()
+        """The calls that have changed the averages; ranks compare theirs at every rendezvous."""
+        self.selected: list[str] = []
+        """The names of the parameters to average; see `select_parameters`."""
+        self._unselected: list[str] = []
         self.has_split_averages = any(shard.is_split for shard in self.layout.shards)
         """Whether replicas split averages among themselves."""
         self.has_sharded_averages = any(
@@ -81,15 +73,59 @@ class LiveModel:
         """Whether this rank is the first of `ranks`, which receives full tensors."""
         return not self.ranks or dist.get_rank() == self.ranks[0]
 
-    def rendezvous(self, call: str, problem: str = "") -> None:
-        """Return once every rank that holds the model has entered ``call`` and none reports a problem.
+    def select_parameters(self) -> list[str]:
+        """Fill `selected`, and return it.
 
-        Collective: over `ranks`. Raises: RuntimeError otherwise.
+        Raises: ValueError when no parameter is selected, or one that has no average.
         """
-        rendezvous(call, self.ranks, timeout=self.timeout, problem=problem)
+        for name in self.layout.parameters:
+            (self.selected if self._is_selected(name) else self._unselected).append(name)
+        if not self.selected:
+            raise ValueError(
+                f"nothing to average: none of the {len(self._unselected)} parameters "
+                + (
+                    "requires a gradient"
+                    if self._select is _requires_grad
+                    else "is selected by select(name, parameter)"
+                )
+            )
+        owners = {name: self.layout.parameters[name].owner for name in self.selected}
+        if unsupported := [
+            name for name, owner in owners.items() if not (owner.is_floating_point() or owner.is_complex())
+        ]:
+            raise ValueError(
+                f"select picked {abbreviated(unsupported)}, which are not floating-point and have no average"
+            )
+        return self.selected
+
+    def record(self, call: str) -> None:
+        """Add to `history` a call that ranks make together although it does not communicate.
+
+        Not where each rank holds all averages: there one rank may evaluate alone.
+        """
+        if self.ranks and not self.has_replicated_averages:
+            self.history.record(call)
+
+    def rendezvous(self, call: str, problem: str = "", *, compared: Sequence[Mapping[str, str]] | None = None) -> None:
+        """Return once every rank that holds the model has entered ``call``, none reports a problem, and they agree.
+
+        Args:
+            compared: what must be equal on all ranks; None for `history`.
+
+        Collective: over `ranks`. Raises: RendezvousError otherwise.
+        """
+        if compared is None:
+            compared = self.history.compared()
+        rendezvous(call, self.ranks, timeout=self.timeout, problem=problem, compared=compared)
 
     def prepare(
-        self, call: str, *, collective: bool, only_if_moved: bool = False, problem: Exception | None = None
+        self,
+        call: str,
+        *,
+        collective: bool,
+        only_if_moved: bool = False,
+        problem: Exception | None = None,
+        compared: Sequence[Mapping[str, str]] | None = None,
     ) -> None:
         """Refresh the layout; if ``collective``, also run the rendezvous: a problem on one rank fails on all.
 
@@ -98,6 +134,7 @@ class LiveModel:
             collective: whether ``call`` communicates.
             only_if_moved: read the model again only if something in it has moved.
             problem: an error found earlier on this rank; it is raised after the rendezvous.
+            compared: as for `rendezvous`.
 
         Collective: over `ranks`, if ``collective``.
         Raises: ValueError when the model has changed; RuntimeError when another rank has a problem or does not come.
@@ -109,8 +146,8 @@ class LiveModel:
         if collective:
             # A rank with a problem comes, too: alone, it would leave the others waiting in the collective after this.
             try:
-                self.rendezvous(call, str(problem or ""))
-            except RuntimeError:
+                self.rendezvous(call, str(problem or ""), compared=compared)
+            except RendezvousError:
                 if problem is None:
                     raise
         if problem is not None:
@@ -169,3 +206,7 @@ class LiveModel:
 
     def _is_selected(self, name: str) -> bool:
         return self._select(name, self.layout.parameters[name].owner)
+
+
+def _requires_grad(_: str, parameter: Tensor) -> bool:
+    return parameter.requires_grad

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from ema_dist.averages.side_streams import SideStreams
 from ema_dist.kernels import Commits, HostBuffer, HostCopier, Kernel, UpdateIndex, Weight
 
 _log = logging.getLogger(__name__)
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -136,19 +138,21 @@ class OffloadKernel:
         if self._last_job is None or self._last_job.commits is not commits:
             self._wait_for(slot)
             self._worker.require_no_failure()
-            devices = self._streams.devices
-            scalars = [
-                scalar.to("cpu", non_blocking=scalar.device in devices) if isinstance(scalar, Tensor) else scalar
-                for scalar in (*weights, update_index)
-            ]
+            host_weights = [self._to_host(weight) for weight in weights]
+            host_index = self._to_host(update_index)
             with self._streams.fork():
-                slot.host_buffer.fill(non_blocking=devices)
+                slot.host_buffer.fill(non_blocking=self._streams.devices)
             kernels, events = slot.kernels, self._streams.end_events
-            self._last_job = _Job(commits, partial(_run_kernels, kernels, events, scalars[:-1], scalars[-1]))
+            self._last_job = _Job(commits, partial(_run_kernels, kernels, events, host_weights, host_index))
         commits.begin()
         # Repeated after an interrupt, this submits the same job again, which runs once.
         slot.future = self._worker.submit(self._last_job.run)
         self._slots.rotate(-1)
+
+    def _to_host(self, scalar: S | Tensor) -> S | Tensor:
+        if not isinstance(scalar, Tensor):
+            return scalar
+        return scalar.to("cpu", non_blocking=scalar.device in self._streams.devices)
 
     def drain(self) -> None:
         """Wait for all pending updates. Raises: RuntimeError when one of them failed."""

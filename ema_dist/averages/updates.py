@@ -55,6 +55,7 @@ class Updates:
             step = update.step
             self._tracks.update_averages(step.weights, step.update_index, update.commits, overlap=update.overlap)
             self._clock.count(step)
+            self._live.history.record("update()")
             self._unfinished = None
         except BaseException:
             update.versions = self._versions()

@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
-from collections.abc import MutableMapping
+import logging
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed import Store
 
+from ema_dist.communication.store import rendezvous_store
+from ema_dist.communication.verdict import Report, Verdict, describe_calls, judge, ranks_by_value
+from ema_dist.messages import describe_ranks, runs
 from ema_dist.sharding import world_store
 
-_completed: MutableMapping[object, Counter[tuple[int, ...]]] = WeakKeyDictionary()
-"""Number of rendezvous completed in each world by each set of ranks; all ranks derive the next keys from it.
+_log = logging.getLogger(__name__)
 
-A failed rendezvous is not counted, so that ranks that gave up and ranks that came late agree on the next one.
-"""
+_series: MutableMapping[object, dict[tuple[int, ...], RendezvousSeries]] = WeakKeyDictionary()
+"""The rendezvous of each world, by its ranks."""
 
 _answers: MutableMapping[object, dict[str, str]] = WeakKeyDictionary()
 """The answers that each world has agreed on, by question."""
 
-GAVE_UP = json.dumps(["", "this rank had given up waiting"])
+ELECTED_SECONDS = 10.0
+"""How long ranks that gave up wait for the verdict of the one that gave up first."""
+
+DEFAULT_ADVICE = (
+    "call it on each of them, not under `if rank == 0:`; where some are slower than that, "
+    "ShardedEMA(..., timeout=seconds) waits longer"
+)
 
 
 class RendezvousError(RuntimeError):
-    """stub: replaced by w-agree"""
+    """Ranks could not go on together.
 
-    def __init__(self, message: str, *, all_came: bool) -> None:
+    Args:
+        message: what happened and what to do.
+        all_came: whether every rank came to this call and raises this error now, because one of them reported a problem
+            or because they differ. False when ranks are absent, gave up, or made different calls.
+        differing: the keys of what was compared whose values differ.
+    """
+
+    def __init__(self, message: str, *, all_came: bool = False, differing: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.all_came = all_came
-
-
-def announce_failure(ranks: list[int], message: str) -> None:
-    """stub"""
+        self.differing = differing
 
 
 def require_process_group(call: str, ranks: list[int]) -> None:
-    """Raise RuntimeError when ``ranks`` are several and there is no process group for their rendezvous."""
+    """Raise RendezvousError when ``ranks`` are several and there is no process group for their rendezvous."""
     if len(ranks) > 1 and not dist.is_initialized():
-        raise RuntimeError(
-            f"{call} needs ranks {ranks} together, and there is no process group any more; "
+        raise RendezvousError(
+            f"{call} needs {describe_ranks(ranks)} together, and there is no process group any more; "
             "call it before dist.destroy_process_group()"
         )
 
@@ -59,97 +71,211 @@ def agree_on(question: str, answer: str) -> str:
     return answers[question]
 
 
-def rendezvous(call: str, ranks: list[int], *, timeout: float, problem: str = "") -> None:
-    """Return once all of ``ranks`` have entered ``call`` and none reports a problem.
+def rendezvous(
+    call: str,
+    ranks: list[int],
+    *,
+    timeout: float,
+    problem: str = "",
+    compared: Sequence[Mapping[str, str]] = (),
+    advice: str = DEFAULT_ADVICE,
+) -> None:
+    """Return once all of ``ranks`` have entered ``call``, none reports a problem, and they agree.
 
     Args:
-        call: the user's call, for comparison between ranks and for messages.
+        call: the user's call with its arguments, for comparison between ranks and for messages.
         ranks: global ranks, in order; with fewer than two there is no rank to wait for.
         timeout: seconds.
         problem: why this rank cannot continue; then every rank raises.
+        compared: what must be equal on all ranks, by key; each value completes the sentence "rank 0 has ...". Of
+            several mappings, the error describes the first that differs.
+        advice: what to do when ranks do not come.
 
     Collective: over ``ranks``, through the process group's store; no tensor is sent.
-    Raises: RuntimeError on every rank that came, when one has a problem or made another call; after ``timeout``, with
-        the names of the ranks that did not come; and without a process group.
+    Raises: RendezvousError on every rank that came, when one has a problem or made another call, or when they differ;
+        after ``timeout``, with the names of the ranks that did not come; and without a process group.
     """
     if len(ranks) < 2:
         if problem:
-            raise RuntimeError(problem)
+            raise RendezvousError(problem, all_came=True)
         return
     require_process_group(call, ranks)
-    completed = _completed.setdefault(dist.group.WORLD, Counter())
+    try:
+        verdict = _series_of(ranks).meet(rendezvous_store(), Report(call, problem, compared), timeout, advice)
+    except RuntimeError as error:
+        raise RendezvousError(
+            f"{call} needs {describe_ranks(ranks)} together, and their store cannot be used: {error}. Has the process "
+            "that hosts it ended (rank 0, or the launcher)?"
+        ) from error
+    if verdict.message:
+        raise RendezvousError(verdict.message, all_came=verdict.all_came, differing=verdict.differing)
+
+
+def announce_failure(ranks: list[int], message: str) -> None:
+    """Make the next rendezvous of ``ranks`` fail at once on every other rank, with ``message``.
+
+    For a rank that leaves a collective in the middle. It neither waits nor raises an error.
+
+    Collective: no.
+    """
+    if len(ranks) < 2 or not dist.is_initialized():
+        return
+    try:
+        # Not through the connection of `rendezvous`: another thread may be waiting there.
+        _series_of(ranks).announce(world_store(), message)
+    except Exception:  # noqa: BLE001  the caller is about to raise its own error
+        _log.exception("%s cannot be told that %s", describe_ranks(ranks), message)
+
+
+def _series_of(ranks: list[int]) -> RendezvousSeries:
+    by_ranks = _series.setdefault(dist.group.WORLD, {})
     key = tuple(ranks)
-    verdict = _Rendezvous(world_store(), ranks, completed[key]).wait_for_all(call, problem, timeout)
-    completed[key] += 1
-    if completed[key] > 1:
-        # Not the last one: a slower rank may still read its verdict. All ranks have left the one before it.
-        _Rendezvous(world_store(), ranks, completed[key] - 2).clear()
-    if verdict:
-        raise RendezvousError(verdict, all_came="same call" not in verdict)
+    if key not in by_ranks:
+        by_ranks[key] = RendezvousSeries(ranks, dist.get_rank())
+    return by_ranks[key]
+
+
+class RendezvousSeries:
+    """The rendezvous of one set of ranks, numbered. Every rank passes all numbers in order.
+
+    Each number gets one verdict. The first one written stands, whoever writes it: the last rank to come, a rank that
+    gives up, or one that announces a failure. So ranks always agree on which number is next.
+    """
+
+    def __init__(self, ranks: list[int], rank: int) -> None:
+        self._ranks = ranks
+        self._rank = rank
+        self._prefix = f"ema_dist/{hash(tuple(ranks))}"
+        self._number = 0
+        self._entered = -1
+        """The last number that this rank has come to; the current one if an exception ended its wait."""
+        self._first_uncleared = 0
+
+    def meet(self, store: Store, report: Report, timeout: float, advice: str = DEFAULT_ADVICE) -> Verdict:
+        """Come to the next rendezvous and wait for its verdict."""
+        if self._entered == self._number:
+            self._withdraw(store, f"rank {self._rank} was interrupted while it waited")
+        verdict = self._meet_once(store, report, timeout, advice)
+        if not verdict.is_too_late_for(self._rank):
+            return verdict
+        # This rank was missing when others gave up, any number of times. They may come again.
+        missed = verdict
+        while verdict.is_too_late_for(self._rank):
+            verdict = self._meet_once(store, report, timeout, advice)
+        if verdict.message and not verdict.is_complete:
+            return replace(verdict, message=f"{verdict.message}. Before rank {self._rank} came, {missed.message}")
+        return verdict
+
+    def announce(self, store: Store, message: str) -> None:
+        """Write ``message`` as the verdict of the first rendezvous that has none."""
+        text = Verdict(message).encode()
+        decided = None
+        while decided != text:
+            self._entered = self._number
+            decided = self._current(store).decide(text).encode()
+            self._number += 1
+
+    def _meet_once(self, store: Store, report: Report, timeout: float, advice: str) -> Verdict:
+        self._entered = self._number
+        current = self._current(store)
+        try:
+            verdict = current.wait_for_all(report, timeout, advice)
+        except BaseException as error:
+            try:
+                self._withdraw(store, f"rank {self._rank} was interrupted in {report.call} by {error!r}")
+            except RuntimeError as second_error:  # the next `meet` withdraws
+                _log.warning("the interrupted rendezvous of %s stays open: %s", report.call, second_error)
+            raise
+        self._pass(store, verdict)
+        return verdict
+
+    def _withdraw(self, store: Store, reason: str) -> None:
+        self._pass(store, self._current(store).withdraw(reason))
+
+    def _pass(self, store: Store, verdict: Verdict) -> None:
+        number = self._number
+        self._number = number + 1
+        if verdict.is_complete and self._rank == self._ranks[0]:
+            # All ranks have come here, so that none reads an earlier verdict any more. Some may still read this one.
+            for earlier in range(self._first_uncleared, number):
+                self._at(store, earlier).clear()
+            self._first_uncleared = number
+
+    def _current(self, store: Store) -> _Rendezvous:
+        return self._at(store, self._number)
+
+    def _at(self, store: Store, number: int) -> _Rendezvous:
+        return _Rendezvous(store, self._ranks, self._rank, f"{self._prefix}/{number}")
 
 
 class _Rendezvous:
     """One rendezvous, and its keys in the store."""
 
-    def __init__(self, store: Store, ranks: list[int], number: int) -> None:
+    def __init__(self, store: Store, ranks: list[int], rank: int, prefix: str) -> None:
         self._store = store
         self._ranks = ranks
-        self._rank = dist.get_rank()
-        self._prefix = f"ema_dist/{hash(tuple(ranks))}/{number}"
+        self._rank = rank
+        self._reports = f"{prefix}/reports"
+        self._came = f"{prefix}/came"
+        self._gave_up = f"{prefix}/gave-up"
+        self._verdict = f"{prefix}/verdict"
 
-    def wait_for_all(self, call: str, problem: str, timeout: float) -> str:
-        """Wait for all ranks. Returns an empty string, or why none of them can continue."""
-        self._store.set(self._key(self._rank), json.dumps([call, problem]))
-        if self._store.add(self._key("came"), 1) == len(self._ranks):
-            self._store.set(self._key("verdict"), self._decide())
-        try:
-            self._store.wait([self._key("verdict")], timedelta(seconds=timeout))
-        except RuntimeError:  # DistStoreError from some stores, its parent from others
-            self._give_up(call, timeout)
-        return self._store.get(self._key("verdict")).decode()
+    def wait_for_all(self, report: Report, timeout: float, advice: str) -> Verdict:
+        """Report, and wait for the verdict; reach it if this rank is the last to come."""
+        self._store.append(self._reports, f"{self._rank} {report.encode()}\n")  # pyrefly: ignore  absent from torch's stubs
+        if self._store.add(self._came, 1) == len(self._ranks):
+            return self.decide(judge(self._read_reports()).encode())
+        if self._wait_for_verdict(timeout):
+            return self._read_verdict()
+        # Of many ranks that give up at the same time, one reads all reports.
+        if self._store.add(self._gave_up, 1) > 1 and self._wait_for_verdict(ELECTED_SECONDS):
+            return self._read_verdict()
+        return self.decide(self._judge_without_absent(report.call, timeout, advice).encode())
 
-    def _decide(self) -> str:
-        reports = {rank: json.loads(self._read_report(rank)) for rank in self._ranks}
-        calls = {rank: call for rank, (call, _) in reports.items()}
-        if len(set(calls.values())) > 1:
-            return f"all ranks must make the same call, but they made (rank: call) {calls}"
-        problems: dict[str, list[int]] = defaultdict(list)
-        for rank, (_, problem) in reports.items():
-            problems[problem].append(rank)
-        problems.pop("", None)
-        return "; ".join(f"on ranks {ranks}: {problem}" for problem, ranks in problems.items())
+    def decide(self, verdict: str) -> Verdict:
+        """Make ``verdict`` the one of this rendezvous, unless it has one. Returns the one that it has."""
+        decided = self._store.compare_set(self._verdict, "", verdict).decode()
+        # Not every TCPStore wakes those who wait for a key when `compare_set` creates it; all do after `set`.
+        self._store.set(self._verdict, decided)
+        return Verdict.decode(decided)
+
+    def withdraw(self, reason: str) -> Verdict:
+        """End this rendezvous for all, unless it has a verdict, as this rank does not wait for it any more."""
+        came = runs(sorted({*self._read_reports(), self._rank})) if self.has_begun() else []
+        return self.decide(Verdict(reason, came=came).encode())
+
+    def has_begun(self) -> bool:
+        """Whether a rank has come."""
+        return self._store.check([self._came])
 
     def clear(self) -> None:
-        """Delete the keys; call it after a later rendezvous is complete, so that all ranks have left this one."""
-        self._store.delete_key(self._key(self._rank))
-        if self._rank == self._ranks[0]:
-            self._store.delete_key(self._key("came"))
-            self._store.delete_key(self._key("verdict"))
+        """Delete the keys."""
+        for key in (self._reports, self._came, self._gave_up, self._verdict):
+            self._store.delete_key(key)
 
-    def _give_up(self, call: str, timeout: float) -> None:
-        if self._store.add(self._key("came"), -1) == len(self._ranks) - 1 or self._store.check([self._key("verdict")]):
-            # The last rank came during the timeout and is about to write the verdict: undo the removal and wait for it.
-            self._store.add(self._key("came"), 1)
-            self._store.wait([self._key("verdict")], timedelta(seconds=timeout))
-            return
-        self._store.set(self._key(self._rank), GAVE_UP)
-        # This rank no longer counts, so the rendezvous can complete only if it comes again.
-        others = [rank for rank in self._ranks if rank != self._rank]
-        absent = [rank for rank in others if not self._store.check([self._key(rank)])]
-        gave_up = [rank for rank in others if rank not in absent and self._read_report(rank) == GAVE_UP]
-        reasons = [
-            *([f"ranks {absent} did not come"] if absent else ()),
-            *([f"ranks {gave_up} had given up before"] if gave_up else ()),
-        ]
-        raise RendezvousError(
-            all_came=False,
-            message=f"rank {self._rank} waited {timeout:g} s in {call}: {' and '.join(reasons)}. It needs ranks {self._ranks} "
-            "together: call it on each of them, not under `if rank == 0:`; where some are slower than that, "
-            "ShardedEMA(..., timeout=seconds) waits longer",
+    def _judge_without_absent(self, call: str, timeout: float, advice: str) -> Verdict:
+        reports = self._read_reports()
+        if len(reports) == len(self._ranks):
+            return judge(reports)  # the last rank came at this moment, or has ended before it could judge
+        calls = ranks_by_value({rank: Report.decode(text).call for rank, text in reports.items()})
+        absent = describe_ranks({*self._ranks} - reports.keys())
+        others = f" ({describe_calls(calls)})" if len(calls) > 1 else ""
+        return Verdict(
+            f"rank {self._rank} waited {timeout:g} s in {call}: {absent} did not come{others}. It needs "
+            f"{describe_ranks(self._ranks)} together: {advice}",
+            came=runs(sorted(reports)),
         )
 
-    def _read_report(self, rank: int) -> str:
-        return self._store.get(self._key(rank)).decode()
+    def _wait_for_verdict(self, seconds: float) -> bool:
+        try:
+            self._store.wait([self._verdict], timedelta(seconds=seconds))
+        except RuntimeError:  # DistStoreError from some stores, its parent from others
+            return False
+        return True
 
-    def _key(self, name: int | str) -> str:
-        return f"{self._prefix}/{name}"
+    def _read_verdict(self) -> Verdict:
+        return Verdict.decode(self._store.get(self._verdict).decode())
+
+    def _read_reports(self) -> dict[int, str]:
+        lines = self._store.get(self._reports).decode().splitlines()
+        return {int(rank): text for rank, text in (line.split(" ", 1) for line in lines)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from functools import partial
 from typing import Any
@@ -63,8 +63,19 @@ class ModelWithAverages:
         """The active swap; None while the model holds its live weights."""
         return None if self._swap is None or self._swap.stage is Stage.DONE else self._swap
 
-    def prepare(self, call: str, *, collective: bool, only_if_moved: bool = False) -> None:
-        """Finish pending updates, refresh the layout, and bind the averages to it; see `LiveModel.prepare`."""
+    def prepare(
+        self,
+        call: str,
+        *,
+        collective: bool,
+        only_if_moved: bool = False,
+        compared: Callable[[], Sequence[Mapping[str, str]]] | None = None,
+    ) -> None:
+        """Finish pending updates, refresh the layout, and bind the averages to it; see `LiveModel.prepare`.
+
+        Args:
+            compared: returns what ranks compare, once pending updates are finished.
+        """
         self._require_unbroken()
         problem = None
         if self.swap is not None and self.swap.stage is not Stage.INSIDE:
@@ -75,7 +86,13 @@ class ModelWithAverages:
         except RuntimeError as error:  # reported to the other ranks, which would else wait for this one
             problem = problem or error
         try:
-            self.live.prepare(call, collective=collective, only_if_moved=only_if_moved, problem=problem)
+            self.live.prepare(
+                call,
+                collective=collective,
+                only_if_moved=only_if_moved,
+                problem=problem,
+                compared=compared() if compared else None,
+            )
         finally:
             if not self.tracks.is_bound_to(self.live.layout):
                 self.tracks.bind_layout(self.live.layout)
@@ -102,9 +119,9 @@ class ModelWithAverages:
         """See `ShardedEMA.gather`. Prepares at once, and not only when the first entry is read.
 
         Args:
-            call: the user's call, for messages.
+            call: the name of the user's call, for messages.
         """
-        self.prepare(call, collective=self.live.has_sharded_averages)
+        self.prepare(self.describe_call(call, track, dtype=dtype), collective=self.live.has_sharded_averages)
         entries = gather(self.live.layout, self.averages_now(track), dtype=dtype, is_destination=self.live.is_first)
         return self._checked_entries(entries, self.swap, self.tracks.update_calls)
 
@@ -132,14 +149,18 @@ class ModelWithAverages:
                 "the averages are in the model already: leave swapped() before entering it again, "
                 "or call restore() on every rank if they could not leave it together"
             )
+        call = self.describe_call("swapped", track)
         if self.live.has_split_averages:
             with deferred_signals():
-                self._prepare_to_enter("swapped()", only_if_moved=False)
-                return enter_together(self.live, lambda: self._write_parts(track), self._undo_entering)
-        self._prepare_to_enter("swapped()", only_if_moved=False)
+                self._prepare_to_enter(call, only_if_moved=False)
+                swap = enter_together(self.live, call, lambda: self._write_parts(track), self._undo_entering)
+                self.live.record(call)
+                return swap
+        self._prepare_to_enter(call, only_if_moved=False)
         try:
             swap = self._write_parts(track)
             swap.fill()
+            self.live.record(call)
         except BaseException:
             self._undo_entering()
             raise
@@ -196,7 +217,8 @@ class ModelWithAverages:
     @contextmanager
     def serving(self, track: Track) -> Iterator[nn.Module]:
         """See `ShardedEMA.serving`."""
-        self._prepare_to_enter("serving()", only_if_moved=True)
+        call = self.describe_call("serving", track)
+        self._prepare_to_enter(call, only_if_moved=True)
         serving = self.get_serving(track)
         if reason := serving.reason_to_swap:
             if track not in self._warned:
@@ -206,6 +228,7 @@ class ModelWithAverages:
                 yield model
         else:
             with serving.activate() as model:
+                self.live.record(call)
                 yield model
 
     def get_serving(self, track: Track) -> Serving:
@@ -224,6 +247,12 @@ class ModelWithAverages:
         if self.swap is not None and self.swap.is_broken:
             announce_broken_swap(self.live)
         self.live.require_unbroken()
+
+    def describe_call(self, name: str, track: Track, *, dtype: torch.dtype | None = None) -> str:
+        """The call with the arguments that must be equal on all ranks; the track only where there are several."""
+        names = [name for name, candidate in self.tracks.items() if candidate is track and len(self.tracks) > 1]
+        arguments = [*map(repr, names), *([f"dtype={dtype}"] if dtype else ())]
+        return f"{name}({', '.join(arguments)})"
 
     def require_inactive(self, call: str) -> None:
         """Raise RuntimeError inside `swapped` or `serving`."""

@@ -20,18 +20,19 @@ from ema_dist.evaluation.swap import Swap
 _log = logging.getLogger(__name__)
 
 
-def enter_together(live: LiveModel, write_parts: Callable[[], Swap], undo: Callable[[], None]) -> Swap:
+def enter_together(live: LiveModel, call: str, write_parts: Callable[[], Swap], undo: Callable[[], None]) -> Swap:
     """Write this rank's parts of the averages, compare the replicas, and fill the model from all replicas' parts.
 
     Args:
         live: its replicas have come together.
+        call: the user's call, for messages.
         write_parts: returns the swap after `Swap.write_parts`.
         undo: puts this rank's parts back, also if ``write_parts`` raised.
 
     Collective: over the ranks of ``live``.
     Raises: RendezvousError on every rank when replicas differ, or when ``write_parts`` raises on one; all is undone.
     """
-    call = "swapped(), comparing replicas"
+    call = f"{call}, comparing replicas"
     drift = live.describe_drift()
     try:
         swap = write_parts()

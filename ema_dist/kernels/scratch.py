@@ -29,13 +29,12 @@ def allocate_scratch(nbytes: int, device: torch.device) -> Tensor:
 
     Raises: RuntimeError when not even `MIN_SCRATCH_BYTES` can be allocated.
     """
-    while True:
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, device=device)
-        except (RuntimeError, MemoryError):  # torch.OutOfMemoryError on a device, its parent on the CPU
-            if nbytes <= MIN_SCRATCH_BYTES:
-                raise
-            nbytes = max(MIN_SCRATCH_BYTES, nbytes // 2)
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except (RuntimeError, MemoryError):  # torch.OutOfMemoryError on a device, its parent on the CPU
+        if nbytes <= MIN_SCRATCH_BYTES:
+            raise
+        return allocate_scratch(max(MIN_SCRATCH_BYTES, nbytes // 2), device)
 
 
 def scratch_views(scratch: Tensor, tensors: list[Tensor]) -> list[Tensor]:

@@ -350,7 +350,7 @@ def test_a_save_error_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"checkpoint\.save\(step=0\).*checkpoint\.save\(step=1\)"):
         checkpoint.save({"x": 1}, tmp_path, step=dist.get_rank())
     if dist.get_rank() == 0:
-        with pytest.raises(RuntimeError, match=r"0\.3 s.*checkpoint\.save\(step=3\).*\[1\]"):
+        with pytest.raises(RuntimeError, match=r"0\.3 s.*checkpoint\.save\(step=3\).*rank 1"):
             checkpoint.save({"x": 1}, tmp_path, step=3, timeout=0.3)
     dist.barrier()
 

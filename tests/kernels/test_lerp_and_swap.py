@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-
 from typing import Any
 
 import pytest
@@ -90,7 +89,7 @@ def test_a_swap_with_little_memory_is_exact_and_one_without_changes_nothing(
     exchange = Exchange(group_pairs(zip(left, right, strict=True)))
     empty = torch.empty
 
-    def limited_empty(nbytes: int, **settings: Any) -> Tensor:
+    def limited_empty(nbytes: int, **settings: Any) -> Tensor:  # noqa: ANN401
         if nbytes > available:
             raise torch.OutOfMemoryError
         return empty(nbytes, **settings)

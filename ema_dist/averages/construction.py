@@ -1,0 +1,97 @@
+"""What must be equal on all ranks that construct a `ShardedEMA`: its settings and the parameters it selects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from functools import partial
+from zlib import crc32
+
+from torch.distributed import ProcessGroup
+
+from ema_dist.averages.live_model import LiveModel
+from ema_dist.averages.precision import Precision
+from ema_dist.averages.tracks import Tracks
+from ema_dist.communication.rendezvous import RendezvousError, rendezvous
+from ema_dist.schedules.clock import Clock
+from ema_dist.schedules.decay import DEFAULT_TRACK
+
+_CALL = "ShardedEMA(model)"
+_BUCKETS = 64
+_NAMES_SENT = 200
+
+
+def construct_on_all_ranks(live: LiveModel, settings: Mapping[str, str], make_tracks: Callable[[], Tracks]) -> Tracks:
+    """Make the averages, and compare settings and selected parameters between ranks. An error on one is one on all.
+
+    Args:
+        settings: see `describe_settings`.
+        make_tracks: may raise.
+
+    Collective: over the ranks that hold the model; compares the weights of replicas that split averages.
+    Raises: as ``make_tracks``; RendezvousError when ranks differ, and when another rank has a problem or is absent.
+    """
+    try:
+        tracks = make_tracks()
+    except Exception as error:
+        # The other ranks would wait for this one.
+        with suppress(RendezvousError):
+            _compare(live, settings, problem=str(error) or repr(error))
+        raise
+    _compare(live, settings)
+    if live.has_split_averages:
+        live.check_replicas(_CALL)
+    return tracks
+
+
+def _compare(live: LiveModel, settings: Mapping[str, str], problem: str = "") -> None:
+    meet = partial(
+        rendezvous,
+        _CALL,
+        live.ranks,
+        timeout=live.timeout,
+        advice="construct it on each of them; averages on rank 0 only take the unwrapped module; where some ranks are "
+        "slower than that, ShardedEMA(..., timeout=seconds) waits longer",
+    )
+    digests = _digest_names(live.selected)
+    try:
+        meet(problem=problem, compared=[settings, digests])
+    except RendezvousError as error:
+        # Ten thousand ranks cannot all send every name. Digests of parts have told which names to send.
+        if parts := [part for part in error.differing if part not in settings]:
+            names = [name for name in sorted(live.selected) if _part(name) == min(parts)]
+            meet(compared=[{name: f"selected {name}" for name in names[:_NAMES_SENT]}])
+        raise
+
+
+def describe_settings(clock: Clock, precision: Precision, **others: object) -> dict[str, str]:
+    """Settings for `construct_on_all_ranks`: texts that are equal where the settings of ranks fit together."""
+    decays = {
+        "decay" if track == DEFAULT_TRACK else f"decay[{track!r}]": decay for track, decay in clock.decays.items()
+    }
+    settings = {
+        **decays,
+        "start": clock.start,
+        "update_interval": clock.interval,
+        "dtype": precision.dtype,
+        "rounding": precision.rounding,
+        **others,
+    }
+    return {name: f"{name}={_describe(value)}" for name, value in settings.items()}
+
+
+def _describe(setting: object) -> str:
+    # Where the model is tensor-parallel too, ranks have different groups of the same size.
+    return f"a process group of {setting.size()} ranks" if isinstance(setting, ProcessGroup) else repr(setting)
+
+
+def _digest_names(names: Collection[str]) -> dict[str, str]:
+    digests: dict[str, int] = {}
+    for name in sorted(names):
+        part = _part(name)
+        digests[part] = crc32(f"{name}\n".encode(), digests.get(part, 0))
+    return {part: f"other names in {part}: {digest:08x}" for part, digest in digests.items()}
+
+
+def _part(name: str) -> str:
+    return f"part {crc32(name.encode()) % _BUCKETS} of the selected names"

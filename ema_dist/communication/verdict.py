@@ -1,0 +1,128 @@
+"""What ranks report at a rendezvous, and the verdict that one of them reaches for all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TypeVar
+
+from ema_dist.messages import abbreviated, describe_ranks
+
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank brings to a rendezvous.
+
+    Args:
+        call: the user's call with its arguments.
+        problem: why this rank cannot continue; empty if it can.
+        compared: what must be equal on all ranks. Each value completes the sentence "rank 0 has ...".
+    """
+
+    call: str
+    problem: str = ""
+    compared: Sequence[Mapping[str, str]] = ()
+
+    def encode(self) -> str:
+        """One line of text. Equal reports give equal text."""
+        return json.dumps([self.call, self.problem, [*map(dict, self.compared)]])
+
+    @staticmethod
+    def decode(text: str) -> Report:
+        """The report that `encode` made ``text`` from."""
+        return Report(*json.loads(text))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a rendezvous ended: the same on every rank.
+
+    Args:
+        message: why no rank may continue; empty if all may.
+        all_came: whether every rank came, and to the same call.
+        is_complete: whether every rank came, to whichever call.
+        came: the ranks that came before a rank gave up, as first and last ranks of runs; None where it does not matter.
+        differing: the keys of ``compared`` whose values differ.
+    """
+
+    message: str
+    all_came: bool = False
+    is_complete: bool = False
+    came: Sequence[tuple[int, int]] | None = None
+    differing: Sequence[str] = field(default=())
+
+    def encode(self) -> str:
+        """One line of text."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def decode(text: str) -> Verdict:
+        """The verdict that `encode` made ``text`` from."""
+        return Verdict(**json.loads(text))
+
+    def is_too_late_for(self, rank: int) -> bool:
+        """Whether others had given up by the time that ``rank`` came."""
+        return self.came is not None and not any(first <= rank <= last for first, last in self.came)
+
+
+def judge(reports: Mapping[int, str]) -> Verdict:
+    """The verdict on the reports of all ranks, encoded."""
+    # Of ten thousand ranks nearly all report the same: parse each text once.
+    parsed = {text: Report.decode(text) for text in set(reports.values())}
+    by_rank = {rank: parsed[text] for rank, text in reports.items()}
+    calls = ranks_by_value({rank: report.call for rank, report in by_rank.items()})
+    if len(calls) > 1:
+        return Verdict(f"all ranks must make the same call: {describe_calls(calls)}", is_complete=True)
+    problems = ranks_by_value({rank: report.problem for rank, report in by_rank.items() if report.problem})
+    if problems:
+        described = [f"on {describe_ranks(ranks)}: {problem}" for problem, ranks in problems.items()]
+        text = abbreviated(described, separator="; ")
+        return Verdict(text, all_came=True, is_complete=True)
+    if len(parsed) == 1:
+        return Verdict("", all_came=True, is_complete=True)
+    differences = _first_differences(by_rank)
+    call = next(iter(calls))
+    text = f"ranks differ at {call}: {abbreviated(differences.values(), separator='; ')}" if differences else ""
+    return Verdict(text, all_came=True, is_complete=True, differing=[*differences])
+
+
+def describe_calls(calls: Mapping[str, list[int]]) -> str:
+    """Which ranks made which call."""
+    return abbreviated(f"{describe_ranks(ranks)} made {call}" for call, ranks in calls.items())
+
+
+def ranks_by_value(values: Mapping[int, K]) -> dict[K, list[int]]:
+    """The ranks that have each value, in the order of their first ranks."""
+    ranks: dict[K, list[int]] = {}
+    for rank in sorted(values):
+        ranks.setdefault(values[rank], []).append(rank)
+    return ranks
+
+
+def _first_differences(reports: Mapping[int, Report]) -> dict[str, str]:
+    """The differences in the first of the mappings compared that differs at all, described by key."""
+    stages = max(len(report.compared) for report in reports.values())
+    for stage in range(stages):
+        entries = {
+            rank: report.compared[stage] if stage < len(report.compared) else {} for rank, report in reports.items()
+        }
+        keys = dict.fromkeys(key for mapping in _distinct(entries.values()) for key in mapping)
+        differences = {}
+        for key in keys:
+            by_value = ranks_by_value({rank: mapping.get(key, "not") for rank, mapping in entries.items()})
+            if len(by_value) > 1:
+                differences[key] = abbreviated(
+                    f"{describe_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}"
+                    for value, ranks in by_value.items()
+                )
+        if differences:
+            return differences
+    return {}
+
+
+def _distinct(mappings: Iterable[Mapping[str, str]]) -> Iterable[Mapping[str, str]]:
+    """Each object once; ranks with equal reports share one."""
+    return {id(mapping): mapping for mapping in mappings}.values()
