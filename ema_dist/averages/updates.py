@@ -53,7 +53,9 @@ class Updates:
     def _run(self, update: _Update) -> None:
         try:
             step = update.step
-            self._tracks.update_averages(step.weights, step.update_index, update.commits, overlap=update.overlap)
+            if not update.is_made:
+                self._tracks.update_averages(step.weights, step.update_index, update.commits, overlap=update.overlap)
+                update.is_made = True
             self._clock.count(step)
             self._live.history.record("update()")
             self._unfinished = None
@@ -62,6 +64,8 @@ class Updates:
             raise
 
     def _reason_not_to_finish(self, update: _Update) -> str:
+        if update.is_made:
+            return ""
         if update.commits.is_uncertain:
             return "a kernel was interrupted halfway"
         if update.versions is None:
@@ -77,5 +81,7 @@ class _Update:
         self.step = step
         self.overlap = overlap
         self.commits = Commits()
+        self.is_made = False
+        """Whether all writes are made, so that the step is to be counted."""
         self.versions: list[object] | None = None
         """The versions of the live weights at the interruption."""

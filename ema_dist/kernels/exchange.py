@@ -66,7 +66,9 @@ class Exchange:
         left, right, saved, exchanged_after, is_left_written = open_chunk
         if not is_left_written:
             torch._foreach_copy_(left, right)
-            self._state = _State(chunk_list, exchanged, open_chunk._replace(is_left_written=True))
+            self._state = _State(
+                chunk_list, exchanged, _OpenChunk(left, right, saved, exchanged_after, is_left_written=True)
+            )
         torch._foreach_copy_(right, saved)
         self._state = _State(chunk_list, exchanged_after)
 
