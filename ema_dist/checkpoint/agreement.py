@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -20,20 +20,30 @@ _groups: MutableMapping[object, ProcessGroup] = WeakKeyDictionary()
 """The group for checkpoints, by world group."""
 
 
-def checkpoint_rendezvous(call: str, *, timeout: float, problem: str = "") -> ProcessGroup | None:
+def checkpoint_rendezvous(
+    call: str, *, timeout: float, problem: str = "", compared: Sequence[Mapping[str, str]] = ()
+) -> ProcessGroup | None:
     """Wait until all ranks have reached ``call``; return the group for checkpoints, None without a process group.
 
     The group is separate and uses gloo: a save in the background must not interleave with the collectives of training.
 
+    Args:
+        compared: as for `rendezvous`.
+
     Collective: over the default process group.
-    Raises: RuntimeError when a rank does not arrive in time, or arrives with a problem.
+    Raises: RendezvousError when a rank does not arrive in time or arrives with a problem, and when ranks differ.
     """
     if not dist.is_initialized():
         # torch warns of the obvious at each single-process save and load, some of them in a thread.
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         rendezvous(call, [], timeout=timeout, problem=problem)
         return None
-    rendezvous(call, list(range(dist.get_world_size())), timeout=timeout, problem=problem)
+    advice = (
+        "call it on each of them, not under `if rank == 0:`; where some are slower than that, "
+        f"{call.partition('(')[0]}(..., timeout=seconds) waits longer"
+    )
+    ranks = list(range(dist.get_world_size()))
+    rendezvous(call, ranks, timeout=timeout, problem=problem, compared=compared, advice=advice)
     world = dist.group.WORLD
     if world not in _groups:
         group = dist.new_group(backend="gloo")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,12 +162,16 @@ class EMAEntry(Entry):
         """Whether these are averages of that model: both hold the same parameters, wrapped or not."""
         return {*map(id, self.ema.model.parameters())} == {*map(id, model.layout.model.parameters())}
 
+    def compared(self) -> Sequence[Mapping[str, str]]:
+        """What ranks compare before they save."""
+        return self.ema.call_history.compared(steps=self.ema.steps, updates=self.ema.updates)
+
     def state_to_save(self) -> dict[str, Any]:
         return self.ema.state_dict()
 
     def targets(self, contents: Contents) -> dict[str, Tensor]:
         _require_not_active(self.ema.model)
-        self._state = flatten(self.ema.state_dict())
+        self._state = flatten(self.ema.state_dict(for_loading=True))
         tensors = {path: value for path, value in self._state.items() if isinstance(value, Tensor)}
         stored = contents.entry_names(self.key)
         if not stored:

@@ -50,7 +50,12 @@ def gather(
         ranks hold different models, as pipeline stages do: unite those by ``full_state_dict(pipeline=...)``.
     """
     wait()
-    group = checkpoint_rendezvous("gather(ema, folder)", timeout=timeout)
+    texts = {
+        "dtype": f"dtype={dtype}",
+        "max_shard_size": f"max_shard_size={max_shard_size!r}",
+        "file_format": f"file_format={file_format!r}",
+    }
+    group = checkpoint_rendezvous("checkpoint.gather(ema, folder)", timeout=timeout, compared=[texts])
     entries = ema.gather(dtype=dtype)
     planned = ema.full_shapes(dtype=dtype)
     if different := describe_rank_differences([*planned], group):

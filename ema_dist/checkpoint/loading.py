@@ -65,7 +65,8 @@ def load(
     """
     wait()
     root = Path(root).absolute()
-    group = checkpoint_rendezvous("checkpoint.load()", timeout=timeout)
+    call = f"checkpoint.load({'' if step is None else f'step={step}'})"
+    group = checkpoint_rendezvous(call, timeout=timeout)
     require_same_names("the keys of what is loaded", [str(key) for key in state], group)
     checkpoint = _find_intact(root, step, group)
     contents = Contents(checkpoint.metadata, model_keys=checkpoint.manifest.models if checkpoint.manifest else {})
@@ -85,7 +86,7 @@ def load(
         except Exception as error:  # noqa: BLE001, PERF203  all problems are reported at once
             problems.append(f"{key!r}: {error}")
     # No rank reads into its targets before every rank has found that its entries fit.
-    checkpoint_rendezvous(f"checkpoint.load() of {checkpoint.folder}", timeout=timeout, problem="; ".join(problems))
+    checkpoint_rendezvous(f"{call} of {checkpoint.folder}", timeout=timeout, problem="; ".join(problems))
     read_entries(checkpoint.folder, *map(dict, targets.values()), metadata=checkpoint.metadata, group=group)
     for key, entry in entries.items():
         try:

@@ -82,13 +82,16 @@ def save(
     step = _checked_step(step, keep)
     root = Path(root).absolute()
     entries: dict[str, Entry] = {}
+    compared: list[Mapping[str, str]] = [{"keep": f"keep={keep}", "block": f"block={block}"}]
     problem = _wait_for_pending()
     if not problem:
         try:
             entries = make_entries(dict(state))
+            compared += _calls_compared(entries)
         except Exception as error:  # noqa: BLE001  every error must reach the other ranks
             problem = str(error)
-    group = checkpoint_rendezvous(f"checkpoint.save(step={step})", timeout=timeout, problem=problem)
+    call = f"checkpoint.save(step={step})"
+    group = checkpoint_rendezvous(call, timeout=timeout, problem=problem, compared=compared)
     label = "the names of what is saved (pipeline stages: save them by torch.distributed.checkpoint)"
     require_same_names(label, _saved_names(entries), group)
     state_dict, problems = _collect_state(entries, copy_to_cpu=not block)
@@ -142,6 +145,18 @@ def _checked_step(step: int, keep: int | None) -> int:
     if isinstance(step, bool) or number < 0 or (keep is not None and keep < 1):
         raise ValueError(f"expected a step of 0 or more and keep of 1 or more, got step={step}, keep={keep}")
     return number
+
+
+def _calls_compared(entries: Mapping[str, Entry]) -> list[Mapping[str, str]]:
+    """The calls and counts of all averages, which must be equal on all ranks: each rank saves its part of them."""
+    by_stage: dict[int, dict[str, str]] = {}
+    for key, entry in entries.items():
+        if isinstance(entry, EMAEntry):
+            for stage, texts in enumerate(entry.compared()):
+                by_stage.setdefault(stage, {}).update(
+                    {f"{key} {name}": f"{text} on {key!r}" for name, text in texts.items()}
+                )
+    return [*by_stage.values()]
 
 
 def _saved_names(entries: Mapping[str, Entry]) -> list[str]:
