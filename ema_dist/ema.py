@@ -158,7 +158,8 @@ class ShardedEMA:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
         self._model_with_averages.prepare("attach()", collective=False)
         stepped_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(self._live.layout.parameters[name].owner) in stepped_ids for name in self._live.selected):
+        averaged = (self._live.layout.parameters[name] for name in self._live.selected)
+        if not any(id(owner) in stepped_ids for shard in averaged for owner in shard.owners.values()):
             raise ValueError(
                 "this optimizer steps none of the averaged parameters (was it built before the model was wrapped?); "
                 "attach the one that does, or call update() after its steps"
