@@ -46,6 +46,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         pair = shard.local, live_shards[name].local
         is_inexact = shard.owner.is_floating_point() or shard.owner.is_complex()
         (averaged if is_inexact else copied).append(pair)
+    average_layout.wait_for_device()
     for targets, sources in group_pairs(averaged):
         lerp_(targets, sources, weight, finite=False)
     for targets, sources in group_pairs(copied):

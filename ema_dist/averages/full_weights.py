@@ -180,6 +180,7 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
     if tied_only_there := target.ties_missing_in(layout):
         raise ValueError(f"the given model ties {abbreviated(tied_only_there)}, and the averaged one does not")
     _require_expandable(target, layout, averages)
+    target.wait_for_device()
     for shard, local in _shards_and_values(layout, averages):
         target_shards = _targets_of(shard, target_shards_by_name)
         full = local if all(other.is_sharded_like(shard) for other in target_shards) else shard.full(local)

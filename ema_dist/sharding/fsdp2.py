@@ -82,6 +82,19 @@ class FSDP2Units:
             if not group.is_sharded:
                 group.reshard()
 
+    def clear_optim_events(self) -> None:
+        """Make the next forward pass gather after all earlier work on the current stream.
+
+        After ``set_post_optim_event(event)`` FSDP2 gathers as soon as the optimizer's event has passed, and would read
+        shards to which a swap still writes. The current stream waits for the event here, and FSDP2, without an event,
+        for the current stream. That costs training only the overlap of one pass.
+        """
+        contexts: list[Any] = [getattr(state, "_state_ctx", None) for state in self.states]
+        for context in contexts:
+            if (event := getattr(context, "post_optim_event", None)) is not None:
+                event.wait()
+                context.post_optim_event = None
+
     def init_and_reshard(self) -> None:
         """Drop gathered weights, and run the initialization that FSDP2 does lazily in its first forward pass.
 

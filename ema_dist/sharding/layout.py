@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -117,9 +118,21 @@ class Layout:
         return {name: shard for shard in self.shards for name in shard.names}
 
     def reshard(self) -> None:
-        """Drop weights that a forward pass left gathered, so that the next one reads the shards."""
+        """Drop weights that a forward pass left gathered, so that the next one reads the shards as they are then."""
+        self.fsdp2_units.clear_optim_events()
         self.fsdp2_units.reshard()
         fsdp1.reshard(self.model)
+
+    def wait_for_device(self) -> None:
+        """Before weights in CPU memory are written to: wait for devices that may still copy them.
+
+        FSDP copies offloaded weights to the device asynchronously. A write by the host would overtake such a copy, and
+        the forward pass that was queued would compute with the new values. Does nothing for weights on the device.
+        """
+        offloaded = (shard for shard in self.shards if shard.local.device.type == "cpu")
+        devices = {device for shard in offloaded if (device := shard.communication_device).type != "cpu"}
+        for device in devices | fsdp1.offloaded_devices(self.model):
+            torch.accelerator.synchronize(device)
 
     def abandon_pass(self) -> None:
         """Let the wrappers forget a forward or backward pass that an exception ended, and what it left gathered."""
