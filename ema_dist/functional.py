@@ -6,10 +6,12 @@ from torch import Tensor, nn
 
 from ema_dist.kernels import group_pairs, lerp_
 from ema_dist.messages import abbreviated
+from ema_dist.modes import in_normal_mode
 from ema_dist.schedules.decay import Constant
 from ema_dist.sharding import Layout
 
 
+@in_normal_mode
 def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:
     """Update the weights of ``ema_model`` in place to ``ema_model * smoothing + model * (1 - smoothing)``.
 

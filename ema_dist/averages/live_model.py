@@ -68,7 +68,7 @@ class LiveModel:
             and all(shard.replica_group is not replicas for shard in self.layout.shards)
         ):
             warnings.warn(
-                "replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=3
+                "replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=4
             )
 
     @property

@@ -17,6 +17,7 @@ from ema_dist.averages.tracks import Tracks
 from ema_dist.evaluation.serving import Serving, active_servings
 from ema_dist.evaluation.swap import Swap, active_swaps
 from ema_dist.messages import abbreviated
+from ema_dist.modes import in_normal_mode
 
 
 class ModelWithAverages:
@@ -107,7 +108,7 @@ class ModelWithAverages:
         if reason := serving.reason_to_swap:
             if track not in self._warned:
                 self._warned.add(track)
-                warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=3)
+                warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=4)
             with torch.no_grad(), self.swapped(track) as model:
                 yield model
         else:
@@ -121,6 +122,7 @@ class ModelWithAverages:
             serving = self._servings[track] = Serving(self.live.layout, track)
         return serving
 
+    @in_normal_mode  # also when an abandoned block ends where it is collected
     def restore(self) -> None:
         """Put the live weights back, whatever has happened to the model, and raise any error only after that."""
         if self.swap is None:
