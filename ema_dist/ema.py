@@ -25,11 +25,13 @@ from ema_dist.averages.updates import Updates
 from ema_dist.communication.call_history import CallHistory
 from ema_dist.communication.rendezvous import agree_on
 from ema_dist.evaluation.model_with_averages import ModelWithAverages
+from ema_dist.modes import BlockInCallersModes, in_normal_mode, iterate_in_normal_mode, public_calls_in_normal_mode
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK, HalfLife, as_decays
 from ema_dist.sharding import Layout, ReplicaPolicy
 
 
+@public_calls_in_normal_mode
 class ShardedEMA:
     """The exponential moving average (EMA) of a model's weights, kept as shards beside the live ones on every rank.
 
@@ -135,6 +137,7 @@ class ShardedEMA:
         """
         self._update(found_inf, overlap=False)
 
+    @in_normal_mode
     def _update(self, found_inf: Tensor | None, *, overlap: bool) -> None:
         self._model_with_averages.require_inactive("update()")
         self._model_with_averages.prepare_update()
@@ -159,7 +162,8 @@ class ShardedEMA:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
         self._model_with_averages.prepare("attach()", collective=False)
         stepped_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(self._live.layout.parameters[name].owner) in stepped_ids for name in self._live.selected):
+        averaged = (self._live.layout.parameters[name] for name in self._live.selected)
+        if not any(id(owner) in stepped_ids for shard in averaged for owner in shard.owners.values()):
             raise ValueError(
                 "this optimizer steps none of the averaged parameters (was it built before the model was wrapped?); "
                 "attach the one that does, or call update() after its steps"
@@ -190,7 +194,8 @@ class ShardedEMA:
             on leaving, when parameters were written to. ValueError for an unknown track, when the model has changed, or
             when a parameter without an average became trainable.
         """
-        return self._model_with_averages.swapped(self._tracks.resolve(track))
+        block = self._model_with_averages.swapped(self._tracks.resolve(track))
+        return BlockInCallersModes(block, with_gradients=True)
 
     def serving(self, track: str | None = None) -> AbstractContextManager[nn.Module]:
         """Forward passes in the ``with`` block read the averages, without gradients; the live weights stay in place.
@@ -207,7 +212,8 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped` or `serving`, when ranks do not come within ``timeout``, and on leaving,
             when parameters were written to. ValueError as `swapped`.
         """
-        return self._model_with_averages.serving(self._tracks.resolve(track))
+        block = self._model_with_averages.serving(self._tracks.resolve(track))
+        return BlockInCallersModes(block, with_gradients=False)
 
     @property
     def call_history(self) -> CallHistory:
@@ -296,7 +302,9 @@ class ShardedEMA:
             iterator.
         Memory: one full tensor; on the first rank beyond those it has yielded.
         """
-        return self._model_with_averages.gather("gather", self._tracks.resolve(track), dtype=dtype)
+        return iterate_in_normal_mode(
+            self._model_with_averages.gather("gather", self._tracks.resolve(track), dtype=dtype)
+        )
 
     def full_state_dict(
         self, *, dtype: torch.dtype | None = None, track: str | None = None, pipeline: ProcessGroup | None = None
@@ -394,7 +402,7 @@ class ShardedEMA:
         return self._read_renamed("serves_by", "serving_mode")
 
     def _read_renamed(self, old: str, new: str) -> str:
-        warnings.warn(f"ShardedEMA.{old} was renamed: use ShardedEMA.{new}", DeprecationWarning, stacklevel=3)
+        warnings.warn(f"ShardedEMA.{old} was renamed: use ShardedEMA.{new}", DeprecationWarning, stacklevel=4)
         return getattr(self, new)
 
     @property

@@ -6,10 +6,12 @@ from torch import Tensor, nn
 
 from ema_dist.kernels import group_pairs, lerp_
 from ema_dist.messages import abbreviated
+from ema_dist.modes import in_normal_mode
 from ema_dist.schedules.decay import Constant
 from ema_dist.sharding import Layout
 
 
+@in_normal_mode
 def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:
     """Update the weights of ``ema_model`` in place to ``ema_model * smoothing + model * (1 - smoothing)``.
 
@@ -22,11 +24,12 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         smoothing: the factor of the old average, in [0, 1] (`ShardedEMA` calls it decay).
 
     Collective: no. Memory: a constant scratch.
-    Raises: ValueError when the models differ in names, shapes or sharding, before anything changes.
+    Raises: ValueError when the models differ in names, shapes, ties or sharding, before anything changes.
     Source: ``composer.algorithms.ema.compute_ema``, whose half-life is ``-log(2) / log(smoothing)``.
     """
     weight = 1 - Constant(smoothing).value
     live_layout, average_layout = Layout(model, "copy"), Layout(ema_model, "copy")
+    average_layout.require_separate_memory()
     average_shards, live_shards = average_layout.shards_by_name(), live_layout.shards_by_name()
     different = [
         name
@@ -37,12 +40,15 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     ]
     if different:
         raise ValueError(f"the models differ in the names, shapes or cuts of {abbreviated(sorted(different))}")
+    if tied_only_there := average_layout.ties_missing_in(live_layout):
+        raise ValueError(f"ema_model ties {abbreviated(tied_only_there)}, and model does not")
     averaged: list[tuple[Tensor, Tensor]] = []
     copied: list[tuple[Tensor, Tensor]] = []
     for name, shard in (average_layout.parameters | average_layout.buffers).items():
         pair = shard.local, live_shards[name].local
         is_inexact = shard.owner.is_floating_point() or shard.owner.is_complex()
         (averaged if is_inexact else copied).append(pair)
+    average_layout.wait_for_device()
     for targets, sources in group_pairs(averaged):
         lerp_(targets, sources, weight, finite=False)
     for targets, sources in group_pairs(copied):

@@ -43,6 +43,7 @@ ROWS = {
     "kernels": 1,
     "sharding": 1,
     "messages": 0,
+    "modes": 0,
 }
 
 WRAPPERS = {"DTensor", "FullyShardedDataParallel", "DistributedDataParallel", "_orig_mod", "_fsdp_wrapped_module"}

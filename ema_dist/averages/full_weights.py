@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from ema_dist.averages.track import Track
 from ema_dist.communication.rendezvous import rendezvous
 from ema_dist.messages import abbreviated, describe_difference
-from ema_dist.sharding import Layout, Shard
+from ema_dist.sharding import ExpandedShard, Layout, Shard
 
 T = TypeVar("T")
 
@@ -165,8 +165,9 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
 
     Collective: over the layout's ranks, except for tensors that both models shard alike.
     Memory: one full tensor on each rank.
-    Raises: ValueError when names or shapes differ, before anything changes.
+    Raises: ValueError when names, shapes or ties differ, before anything changes.
     """
+    target.require_separate_memory()
     shards_by_name, target_shards_by_name = layout.shards_by_name(), target.shards_by_name()
     names = shards_by_name.keys() | layout.extra_states.keys()
     target_names = target_shards_by_name.keys() | target.extra_states.keys()
@@ -176,16 +177,37 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
         name for name, shard in shards_by_name.items() if target_shards_by_name[name].shape != shard.shape
     ]:
         raise ValueError(f"the models differ in the shapes of {abbreviated(mismatched)}")
+    if tied_only_there := target.ties_missing_in(layout):
+        raise ValueError(f"the given model ties {abbreviated(tied_only_there)}, and the averaged one does not")
+    _require_expandable(target, layout, averages)
+    target.wait_for_device()
     for shard, local in _shards_and_values(layout, averages):
-        # A tied tensor has several targets if the other model does not tie it.
-        target_shards = {id(target_shards_by_name[name]): target_shards_by_name[name] for name in shard.names}.values()
+        target_shards = _targets_of(shard, target_shards_by_name)
         full = local if all(other.is_sharded_like(shard) for other in target_shards) else shard.full(local)
         for other in target_shards:
             if other.local is not local:
                 other.local.copy_(local if other.is_sharded_like(shard) else other.slice_full(full))
+                other.increment_other_versions()
     for name, module in layout.extra_states.items():
         if target.extra_states[name] is not module:
             target.extra_states[name].set_extra_state(module.get_extra_state())
+
+
+def _targets_of(shard: Shard, targets_by_name: Mapping[str, Shard]) -> list[Shard]:
+    """The other model's shards of one tensor; several if it does not tie what the shard's model ties."""
+    return [*{id(targets_by_name[name]): targets_by_name[name] for name in shard.names}.values()]
+
+
+def _require_expandable(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) -> None:
+    """Raise ValueError when a value would have to be repeated in ``target`` (`Tensor.expand`), and is not."""
+    targets_by_name = target.shards_by_name()
+    for shard, local in _shards_and_values(layout, averages):
+        for other in _targets_of(shard, targets_by_name):
+            if isinstance(other, ExpandedShard) and not other.is_sharded_like(shard):
+                try:
+                    other.slice_full(shard.full(local))
+                except ValueError as error:
+                    raise ValueError(f"the averages do not fit {other.name!r} of the given model: {error}") from None
 
 
 def _shards_and_values(layout: Layout, averages: Mapping[str, Tensor]) -> Iterator[tuple[Shard, Tensor]]:
@@ -272,6 +294,14 @@ def _find_mismatches(
             for name in names[1:]
             if not _is_identical(full[name], full[names[0]])
         ],
+        "values that the model's tensor cannot hold": [
+            f"{canonical} ({problem})"
+            for canonical, (source, spec) in specs.items()
+            if isinstance(shard := shards[canonical], ExpandedShard)
+            and isinstance(spec, Tensor)
+            and spec.shape == shard.shape
+            and (problem := _describe_misfit(shard, full[source]))
+        ],
         "not tensors": [canonical for canonical, (_, spec) in specs.items() if not isinstance(spec, Tensor)],
         "shapes (expected, got)": [
             f"{canonical} ({tuple(shards[canonical].shape)}, {getattr(spec, 'shape', spec)})"
@@ -285,6 +315,14 @@ def _find_mismatches(
         ],
     }
     return "; ".join(f"{kind}: {abbreviated(sorted(names))}" for kind, names in mismatches.items() if names), specs
+
+
+def _describe_misfit(shard: Shard, value: Tensor) -> str:
+    try:
+        shard.slice_full(value)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _spec_of(value: object) -> Tensor | str:

@@ -41,6 +41,7 @@ class LiveModel:
         self.timeout = timeout
         self._failure = ""
         self.layout = Layout(model, replicas)
+        self.layout.require_separate_memory()
         self.ranks = self.layout.ranks
         """The global ranks that hold the model together, in order; empty when this rank holds it alone."""
         self.history = CallHistory()
@@ -60,7 +61,7 @@ class LiveModel:
             and all(shard.replica_group is not replicas for shard in self.layout.shards)
         ):
             warnings.warn(
-                "replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=3
+                "replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=4
             )
 
     @property
@@ -162,6 +163,7 @@ class LiveModel:
         try:
             if not (only_if_moved and self.layout.is_current()):
                 layout = Layout(self.layout.model, self._replicas)
+                layout.require_separate_memory()
                 if changes := self.layout.describe_changes(layout):
                     described = abbreviated(
                         (f"{name} ({then}; {now})" for name, (then, now) in changes.items()), limit=3

@@ -64,7 +64,7 @@ class Precision:
             warnings.warn(
                 "averages in torch.float16 are rounded to nearest: moves below 1/4096 of them are lost, and with a "
                 "decay close to 1 they stand still; use dtype=torch.bfloat16, which is rounded stochastically, or None",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     @property

@@ -69,7 +69,7 @@ def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
         for track, (decay, *_) in saved.items()
         if decay != current_decays[track]
     ]:
-        warnings.warn("; ".join(changed), stacklevel=3)
+        warnings.warn("; ".join(changed), stacklevel=4)
     for target, values in loaded:
         for name, value in values.items():
             target.write(name, value)

@@ -124,6 +124,7 @@ class ModelEntry(Entry):
 
     def targets(self, contents: Contents) -> dict[str, Tensor]:
         _require_not_active(self.layout.model)
+        self.layout.require_separate_memory()
         averages = contents.average_names(self.key)
         source = contents.find_model_key(self.key, averages) if averages else self.key
         weight_names = (contents.weight_names(source) if source else {}) | averages
@@ -136,6 +137,7 @@ class ModelEntry(Entry):
         if difference := describe_difference("the model", only_in_model, "the checkpoint", only_in_checkpoint):
             raise ValueError(f"it is of another model: {difference}")
         _require_same_shapes({weight_names[shard.name]: shard.shape for shard in self.layout.shards}, contents)
+        self.layout.wait_for_device()  # queued passes may still copy the weights that are about to be read into
         self._targets = [Target.create(shard, shard.local) for shard in self.layout.shards]
         self._extra_states = {name: RebuiltValue(names, contents, {}) for name, names in extra_states.items()}
         extra_tensors = {

@@ -21,8 +21,10 @@ from ema_dist.checkpoint.saving import wait
 from ema_dist.checkpoint.weights.files import WeightReader, WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
 from ema_dist.ema import ShardedEMA
+from ema_dist.modes import in_normal_mode
 
 
+@in_normal_mode
 def gather(
     ema: ShardedEMA,
     folder: str | os.PathLike[str],
@@ -72,6 +74,7 @@ def gather(
     return paths if writer else []
 
 
+@in_normal_mode
 def scatter(ema: ShardedEMA, folder: str | os.PathLike[str]) -> None:
     """Scatter averages from files of full tensors, such as `gather` writes, to the shards of all ranks.
 

@@ -28,6 +28,7 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import Manifest, files_to_verify, read_manifest, verify_files
 from ema_dist.checkpoint.saving import make_entries, wait
 from ema_dist.checkpoint.step_folders import complete_steps, locate
+from ema_dist.modes import in_normal_mode
 
 
 def latest(root: str | os.PathLike[str]) -> int | None:
@@ -38,6 +39,7 @@ def latest(root: str | os.PathLike[str]) -> int | None:
     return max(complete_steps(Path(root)), default=None)
 
 
+@in_normal_mode
 def load(
     state: MutableMapping[str, Any], root: str | os.PathLike[str], *, step: int | None = None, timeout: float = 60.0
 ) -> int | None:
@@ -130,7 +132,7 @@ def _find_intact(root: Path, step: int | None, group: ProcessGroup | None) -> Op
         problems, checkpoint = _open_and_verify(folder, group)
         if checkpoint is not None and not problems:
             if damaged and (group is None or group.rank() == 0):
-                warnings.warn(f"passed over, and loaded {folder.name} instead: {'; '.join(damaged)}", stacklevel=3)
+                warnings.warn(f"passed over, and loaded {folder.name} instead: {'; '.join(damaged)}", stacklevel=4)
             return checkpoint
         damaged += problems
     raise CheckpointError(f"no sound checkpoint in {root}: {'; '.join(damaged)}")

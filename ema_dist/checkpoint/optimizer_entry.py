@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from ema_dist.checkpoint.dcp.contents import Contents
 from ema_dist.checkpoint.entries import Entry, RebuiltValue, Target
 from ema_dist.checkpoint.values import KeyPath, flatten, pack_value
 from ema_dist.sharding import Layout, Shard
+
+
+class OwnedShard(NamedTuple):
+    """A parameter that an optimizer may step, and the tensor in it; several parameters may share one shard's memory."""
+
+    name: str
+    owner: Tensor
+    shard: Shard
 
 
 class OptimizerEntry(Entry):
@@ -30,13 +38,14 @@ class OptimizerEntry(Entry):
     def __init__(self, key: str, optimizer: Optimizer, layouts: Iterable[Layout]) -> None:
         super().__init__(key)
         self._optimizer = optimizer
-        shards_by_owner: dict[int, list[Shard]] = {}
+        shards_by_owner: dict[int, list[OwnedShard]] = {}
         for layout in sorted(
             layouts, key=lambda layout: len(layout.parameters)
         ):  # a whole model overrides its submodules
-            layout_shards: dict[int, list[Shard]] = {}
+            layout_shards: dict[int, list[OwnedShard]] = {}
             for shard in layout.parameters.values():
-                layout_shards.setdefault(id(shard.owner), []).append(shard)
+                for name, owner in shard.owners.items():
+                    layout_shards.setdefault(id(owner), []).append(OwnedShard(name, owner, shard))
             shards_by_owner |= layout_shards
         self._shards = {id(p): shards_by_owner[id(p)] for p in self._parameters() if id(p) in shards_by_owner}
         if unknown := [p.shape for p in self._parameters() if id(p) not in shards_by_owner]:
@@ -44,7 +53,7 @@ class OptimizerEntry(Entry):
                 f"it steps {len(unknown)} parameters (of shapes {[*map(tuple, unknown[:5])]}) that no module beside it "
                 'holds: pass the model as well, {"model": model, "optim": optimizer}'
             )
-        names = Counter(shard.name for shards in self._shards.values() for shard in shards)
+        names = Counter(owned.name for shards in self._shards.values() for owned in shards)
         if duplicates := [name for name, count in names.items() if count > 1]:
             raise ValueError(
                 f"it steps several models with parameters called {duplicates}: give each an optimizer of its own"
@@ -56,13 +65,13 @@ class OptimizerEntry(Entry):
     def state_to_save(self) -> dict[str, Any]:
         state: dict[str, dict[str, Any]] = {}
         for parameter, values in self._optimizer.state.items():
-            for shard in self._shards[id(parameter)]:
-                state[shard.name] = {key: self._wrap_state(shard, key, value) for key, value in values.items()}
+            for name, _, shard in self._shards[id(parameter)]:
+                state[name] = {key: self._wrap_state(shard, key, value) for key, value in values.items()}
         groups = [{**group, "params": names} for group, names in self._groups()]
         return {"state": state, "param_groups": pack_value(groups, f"{self.key}.param_groups")}
 
     def targets(self, contents: Contents) -> dict[str, Tensor]:
-        shards = {shard.name: shard for owner_shards in self._shards.values() for shard in owner_shards}
+        shards = {owned.name: owned for owner_shards in self._shards.values() for owned in owner_shards}
         stored = contents.entry_names(self.key)
         self._require_same_groups(contents, stored)
         other_names: dict[KeyPath, str] = {}
@@ -70,12 +79,13 @@ class OptimizerEntry(Entry):
         for path, name in stored.items():
             match path:
                 case ("state", parameter, str(key)) if (
-                    (shard := shards.get(str(parameter)))
+                    (owned := shards.get(str(parameter)))
                     and name in contents.tensors
-                    and contents.shape(name) == shard.shape
-                    and (shard.shape or key != "step")
+                    and contents.shape(name) == owned.shard.shape
+                    and (owned.shard.shape or key != "step")
                 ):
-                    self._targets.append(Target.create(shard, self._local_moment(shard, key, contents.dtype(name))))
+                    moment = self._local_moment(owned, key, contents.dtype(name))
+                    self._targets.append(Target.create(owned.shard, moment))
                     targets[name] = self._targets[-1].wrapped
                 case _:
                     other_names[path] = name
@@ -113,15 +123,16 @@ class OptimizerEntry(Entry):
             )
         return pack_value(value, f"{self.key}.state.{shard.name}.{key}")
 
-    def _local_moment(self, shard: Shard, key: str, dtype: torch.dtype) -> Tensor:
+    def _local_moment(self, owned: OwnedShard, key: str, dtype: torch.dtype) -> Tensor:
         """This rank's shard of a moment, which all shards of one owner (in FSDP1, a flat parameter) share."""
-        moments = self._moments[id(shard.owner)]
+        name, owner, shard = owned
+        moments = self._moments[id(owner)]
         if key not in moments:
-            existing = self._optimizer.state.get(shard.owner, {}).get(key)
-            fits = isinstance(existing, Tensor) and (existing.shape, existing.dtype) == (shard.owner.shape, dtype)
-            moments[key] = existing if fits else torch.zeros_like(shard.owner.detach(), dtype=dtype)
+            existing = self._optimizer.state.get(owner, {}).get(key)
+            fits = isinstance(existing, Tensor) and (existing.shape, existing.dtype) == (owner.shape, dtype)
+            moments[key] = existing if fits else torch.zeros_like(owner.detach(), dtype=dtype)
         part = shard.local_state(moments[key])
-        assert part is not None, f"{key} was made like the parameter {shard.name}"
+        assert part is not None, f"{key} was made like the parameter {name}"
         return part
 
     def _require_same_groups(self, contents: Contents, stored: dict[KeyPath, str]) -> None:
@@ -136,7 +147,7 @@ class OptimizerEntry(Entry):
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
         for group in self._optimizer.param_groups:
-            yield group, [shard.name for p in group["params"] for shard in self._shards[id(p)]]
+            yield group, [owned.name for p in group["params"] for owned in self._shards[id(p)]]
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self._optimizer.param_groups for p in group["params"])

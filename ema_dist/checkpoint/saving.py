@@ -32,6 +32,7 @@ from ema_dist.checkpoint.optimizer_entry import OptimizerEntry
 from ema_dist.checkpoint.step_folders import create_partial_folder, step_folder
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.ema import ShardedEMA
+from ema_dist.modes import in_normal_mode
 from ema_dist.sharding import cpu_copy
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ _pending_saves: list[PendingSave] = []
 """The background save that has not been waited for; at most one."""
 
 
+@in_normal_mode
 def save(
     state: Mapping[str, Any],
     root: str | os.PathLike[str],

@@ -21,6 +21,7 @@ from ema_dist.evaluation.serving import Serving, active_servings
 from ema_dist.evaluation.split_swap import announce_broken_swap, enter_together, leave_together
 from ema_dist.evaluation.swap import Stage, Swap, active_swaps
 from ema_dist.messages import abbreviated, add_note
+from ema_dist.modes import in_normal_mode
 
 
 class SwappedBlock(AbstractContextManager[nn.Module], ContextDecorator):
@@ -223,7 +224,7 @@ class ModelWithAverages:
         if reason := serving.reason_to_swap:
             if track not in self._warned:
                 self._warned.add(track)
-                warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=3)
+                warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=4)
             with torch.no_grad(), self.swapped(track) as model:
                 yield model
         else:
@@ -238,6 +239,7 @@ class ModelWithAverages:
             serving = self._servings[track] = Serving(self.live.layout, track)
         return serving
 
+    @in_normal_mode  # also when an abandoned block ends where it is collected
     def restore(self) -> None:
         """See `ShardedEMA.restore`."""
         if self.swap is not None:

@@ -10,10 +10,12 @@ from ema_dist.sharding.cpu_copies import cpu_copy, is_sharded
 from ema_dist.sharding.discovery import ReplicaPolicy
 from ema_dist.sharding.layout import Layout
 from ema_dist.sharding.mesh_shard import local_tensor
+from ema_dist.sharding.plain_shard import ExpandedShard
 from ema_dist.sharding.shard import Shard, flat_view
 from ema_dist.sharding.substitution import Substitution, replays_cuda_graph, unsupported_reason
 
 __all__ = [
+    "ExpandedShard",
     "Layout",
     "ReplicaPolicy",
     "Shard",

@@ -11,7 +11,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FlatParameter
 
 from ema_dist.sharding import fsdp1
+from ema_dist.sharding.fsdp2 import FSDP2Units
+from ema_dist.sharding.memory import distinct_elements, expanded_dims, memory_key
 from ema_dist.sharding.names import NamedModule, named_modules
+from ema_dist.sharding.plain_shard import ExpandedShard
 from ema_dist.sharding.registries import RegistryEntry, resolve_live
 from ema_dist.sharding.shard import Shard
 from ema_dist.sharding.shard_factory import ShardFactory
@@ -21,17 +24,51 @@ ReplicaPolicy: TypeAlias = Literal["shard", "copy"] | ProcessGroup
 
 
 @dataclass(frozen=True)
+class Owner:
+    """A tensor object that modules hold, under its first name; `make_shard` takes all names."""
+
+    name: str
+    tensor: Tensor | None
+    """None for a tensor that FSDP1 has flattened."""
+    make_shard: Callable[[tuple[str, ...]], Shard]
+    is_buffer: bool = False
+
+
+@dataclass(frozen=True)
 class ModelTensor:
     """One tensor of the model, with all of its names; the shard is made once the names are complete."""
 
-    make_shard: Callable[[tuple[str, ...]], Shard]
-    is_buffer: bool
+    owners: dict[int, Owner] = field(default_factory=dict)
+    """The objects by id: one, or several that share all of their memory."""
     names: list[str] = field(default_factory=list)
     registry_entries: list[RegistryEntry] = field(default_factory=list)
 
+    @property
+    def is_buffer(self) -> bool:
+        """Whether no parameter shares this memory."""
+        return all(owner.is_buffer for owner in self.owners.values())
 
-def find_tensors(model: nn.Module, replicas: ReplicaPolicy) -> tuple[list[ModelTensor], dict[str, nn.Module]]:
-    """All entries of the unwrapped model's ``state_dict()``: its tensors, and modules with an extra state by name."""
+    def make_shard(self, fsdp2_units: FSDP2Units) -> Shard:
+        """The shard of the owner that decides what happens to the memory."""
+        gathered_ids = fsdp2_units.fsdp_param_by_id
+        # FSDP2 gathers the parameters that it knows, and an optimizer writes to those that require a gradient.
+        owner, *others = sorted(
+            self.owners.values(),
+            key=lambda owner: (owner.is_buffer, id(owner.tensor) not in gathered_ids, not _requires_grad(owner.tensor)),
+        )
+        shard = owner.make_shard(tuple(self.names))
+        shard.owner_name = owner.name
+        shard.other_owners = {other.name: other.tensor for other in others if other.tensor is not None}
+        return shard
+
+
+def find_tensors(
+    model: nn.Module, replicas: ReplicaPolicy, fsdp2_units: FSDP2Units
+) -> tuple[list[ModelTensor], dict[str, nn.Module]]:
+    """All entries of the unwrapped model's ``state_dict()``: its tensors, and modules with an extra state by name.
+
+    Parameters and buffers that share all of their memory are one tensor with several names: `memory_key` decides.
+    """
     flat_by_module = fsdp1.flat_tensors(model)
     factory = ShardFactory(split=replicas != "copy")
     tensors_by_key: dict[object, ModelTensor] = {}
@@ -41,7 +78,8 @@ def find_tensors(model: nn.Module, replicas: ReplicaPolicy) -> tuple[list[ModelT
     ):
         module, module_flat_tensors = parent.module, flat_by_module.get(id(parent.module), {})
         for name, flat_tensor in module_flat_tensors.items():
-            tensor = tensors_by_key.setdefault(flat_tensor.key, ModelTensor(flat_tensor.make_shard, is_buffer=False))
+            tensor = tensors_by_key.setdefault(flat_tensor.key, ModelTensor())
+            tensor.owners.setdefault(0, Owner(parent.prefix + name, None, flat_tensor.make_shard))
             tensor.names.append(parent.prefix + name)
         for is_buffer, registry, name, registered in _registered_tensors(module):
             if name in module_flat_tensors:
@@ -52,9 +90,16 @@ def find_tensors(model: nn.Module, replicas: ReplicaPolicy) -> tuple[list[ModelT
                     f"{parent.prefix + name!r} is a piece of a flat parameter of FSDP1, which is wrapped around this "
                     "module: pass the FullyShardedDataParallel module itself"
                 )
-            tensor = tensors_by_key.setdefault(
-                id(value), ModelTensor(factory.shard_maker(value, parent, is_buffer=is_buffer), is_buffer)
-            )
+            first = None if is_buffer else fsdp2_units.first_parameter(module, name)
+            key = memory_key(value if first is None else first)
+            tensor = tensors_by_key.setdefault(key, ModelTensor())
+            if id(value) not in tensor.owners:
+                make_shard = (
+                    _expanded_shard_maker(value)
+                    if expanded_dims(value)
+                    else factory.shard_maker(value, parent, is_buffer=is_buffer)
+                )
+                tensor.owners[id(value)] = Owner(parent.prefix + name, value, make_shard, is_buffer)
             tensor.names.append(parent.prefix + name)
             tensor.registry_entries.append(RegistryEntry(module, registry, name))
         if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -71,3 +116,12 @@ def _registered_tensors(module: nn.Module) -> Iterator[tuple[bool, dict[str, Any
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
             yield True, module._buffers, name, buffer
+
+
+def _expanded_shard_maker(value: Tensor) -> Callable[[tuple[str, ...]], Shard]:
+    dims = expanded_dims(value)
+    return lambda names: ExpandedShard(names, distinct_elements(value.detach(), dims), value, dims=dims)
+
+
+def _requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad

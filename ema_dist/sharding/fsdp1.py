@@ -83,6 +83,15 @@ def local_shard(handle: FlatParamHandle) -> Tensor:
     return local.detach()
 
 
+def offloaded_devices(model: nn.Module) -> set[torch.device]:
+    """The devices that compute with flat parameters which are offloaded to the CPU."""
+    return {
+        handle.device
+        for _, handle in handles(model)
+        if handle.device.type != "cpu" and local_shard(handle).device.type == "cpu"
+    }
+
+
 def reshard(model: nn.Module) -> None:
     """Drop gathered weights, so that the next forward pass gathers the shards as they are then.
 

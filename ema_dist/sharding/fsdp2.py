@@ -53,6 +53,22 @@ class FSDP2Units:
         )
         """FSDP2's own records, by the ids of the parameters that the modules hold."""
 
+        self._first_entries: dict[tuple[int, str], tuple[nn.Module, str]] = {
+            (id(module), name): (info.module, info.param_name)
+            for fsdp_param in fsdp_params
+            if (info := getattr(fsdp_param, "_module_info", None)) is not None
+            for module, name in zip(info.shared_modules, info.shared_param_names, strict=True)
+        }
+
+    def first_parameter(self, module: nn.Module, name: str) -> Tensor | None:
+        """The parameter that FSDP2 will also register as ``module.name``, because they are tied; None if there is none.
+
+        ``load_state_dict(assign=True)`` gives each name a parameter of its own. FSDP2 follows that of the first name,
+        and registers it under the others in the next forward pass.
+        """
+        first_module, first_name = self._first_entries.get((id(module), name), (None, ""))
+        return None if first_module is None else first_module._parameters.get(first_name)
+
     def reshard(self) -> None:
         """Drop gathered weights, also unfinished gathers: the next forward pass gathers the shards as they are then."""
         if self.missing_attributes:
@@ -65,6 +81,19 @@ class FSDP2Units:
                 group.wait_for_unshard()
             if not group.is_sharded:
                 group.reshard()
+
+    def clear_optim_events(self) -> None:
+        """Make the next forward pass gather after all earlier work on the current stream.
+
+        After ``set_post_optim_event(event)`` FSDP2 gathers as soon as the optimizer's event has passed, and would read
+        shards to which a swap still writes. The current stream waits for the event here, and FSDP2, without an event,
+        for the current stream. That costs training only the overlap of one pass.
+        """
+        contexts: list[Any] = [getattr(state, "_state_ctx", None) for state in self.states]
+        for context in contexts:
+            if (event := getattr(context, "post_optim_event", None)) is not None:
+                event.wait()
+                context.post_optim_event = None
 
     def init_and_reshard(self) -> None:
         """Drop gathered weights, and run the initialization that FSDP2 does lazily in its first forward pass.

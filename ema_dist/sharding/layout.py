@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -12,6 +13,7 @@ from ema_dist.sharding import fsdp1
 from ema_dist.sharding.change_detector import ChangeDetector
 from ema_dist.sharding.discovery import ReplicaPolicy, find_tensors
 from ema_dist.sharding.fsdp2 import FSDP2Units
+from ema_dist.sharding.memory import distinct_elements, expanded_dims, find_shared_memory, memory_key
 from ema_dist.sharding.mesh_shard import local_tensor
 from ema_dist.sharding.registries import RegistryEntry, resolve_live
 from ema_dist.sharding.shard import Shard
@@ -39,9 +41,9 @@ class Layout:
         self.buffers: dict[str, Shard] = {}
         self.registry_entries: dict[str, list[RegistryEntry]] = {}
         """The registry entries that hold each tensor, by its first name; none for tensors that FSDP1 has flattened."""
-        tensors, self.extra_states = find_tensors(model, replicas)
+        tensors, self.extra_states = find_tensors(model, replicas, self.fsdp2_units)
         for tensor in tensors:
-            shard = tensor.make_shard(tuple(tensor.names))
+            shard = tensor.make_shard(self.fsdp2_units)
             if shard.local.is_meta:
                 raise ValueError(f"{shard.name!r} is on the meta device; materialise the model first")
             shard.padded_numel = self.fsdp2_units.padded_numel(shard.owner) or shard.padded_numel
@@ -92,6 +94,21 @@ class Layout:
         """The other names of tied tensors, each mapped to the first name."""
         return {name: shard.name for shard in self.shards for name in shard.names[1:]}
 
+    def ties_missing_in(self, other: Layout) -> list[str]:
+        """The groups of names that are one tensor here and several in ``other``, which has the same names."""
+        others = other.shards_by_name()
+        return [" and ".join(s.names) for s in self.shards if len({others[name].name for name in s.names}) > 1]
+
+    def require_separate_memory(self) -> None:
+        """Raise ValueError if tensors share a part of their memory: averages would overwrite each other there."""
+        # The pieces of a flat parameter of FSDP1 are disjoint, and other tensors are owned by somebody.
+        owned = [shard for shard in self.shards if self.registry_entries[shard.name]]
+        if shared := find_shared_memory((shard.name, shard.owner) for shard in owned):
+            raise ValueError(
+                f"{shared}, and would overwrite each other's averages: give each its own memory "
+                "(module.x = nn.Parameter(x.detach().clone())), or register one tensor under both names"
+            )
+
     def shares_modules_with(self, model: nn.Module) -> bool:
         """Whether ``model`` is this model, or contains it, is contained in it, or shares a module with it."""
         return not {*map(id, self.model.modules())}.isdisjoint(map(id, model.modules()))
@@ -101,9 +118,21 @@ class Layout:
         return {name: shard for shard in self.shards for name in shard.names}
 
     def reshard(self) -> None:
-        """Drop weights that a forward pass left gathered, so that the next one reads the shards."""
+        """Drop weights that a forward pass left gathered, so that the next one reads the shards as they are then."""
+        self.fsdp2_units.clear_optim_events()
         self.fsdp2_units.reshard()
         fsdp1.reshard(self.model)
+
+    def wait_for_device(self) -> None:
+        """Before weights in CPU memory are written to: wait for devices that may still copy them.
+
+        FSDP copies offloaded weights to the device asynchronously. A write by the host would overtake such a copy, and
+        the forward pass that was queued would compute with the new values. Does nothing for weights on the device.
+        """
+        offloaded = (shard for shard in self.shards if shard.local.device.type == "cpu")
+        devices = {device for shard in offloaded if (device := shard.communication_device).type != "cpu"}
+        for device in devices | fsdp1.offloaded_devices(self.model):
+            torch.accelerator.synchronize(device)
 
     def abandon_pass(self) -> None:
         """Let the wrappers forget a forward or backward pass that an exception ended, and what it left gathered."""
@@ -134,23 +163,39 @@ class Layout:
     def refresh_buffers(self) -> bool:
         """Use the buffers that are registered now, as modules may replace theirs. Returns: whether any was replaced."""
         replaced = self._replaced_buffers()
-        for shard, buffer in replaced:
-            shard.owner, shard.local = buffer, local_tensor(buffer)
+        for shard, buffers in replaced:
+            (shard.owner_name, shard.owner), *others = buffers.items()
+            shard.other_owners = dict(others)
+            shard.local = distinct_elements(local_tensor(shard.owner), expanded_dims(shard.owner))
         return bool(replaced)
 
-    def _replaced_buffers(self) -> list[tuple[Shard, Tensor]]:
-        """The shards of buffers that modules have replaced, each with the new buffer."""
-        replaced: list[tuple[Shard, Tensor]] = []
+    def _replaced_buffers(self) -> list[tuple[Shard, dict[str, Tensor]]]:
+        """The shards of buffers that modules have replaced, each with its new owners by name.
+
+        Raises: ValueError when a buffer has another shape, or tied buffers are no longer one tensor.
+        """
+        replaced: list[tuple[Shard, dict[str, Tensor]]] = []
         for name, shard in self.buffers.items():
-            _, registry, own_name = self.registry_entries[name][0]
-            buffer = registry.get(own_name)
-            buffer = None if buffer is None else resolve_live(buffer)
-            if buffer is shard.owner and _storage_key(buffer) == _storage_key(shard.local):
+            entries = self.registry_entries[name]
+            buffers = [_current_buffer(entry) for entry in entries]
+            is_same = (
+                buffers[0] is shard.owner
+                if len(buffers) == 1
+                else {*map(id, buffers)} == {*map(id, shard.owners.values())}
+            )
+            if is_same and _storage_key(shard.owner) == _storage_key(shard.local):
                 continue
-            if buffer is None or buffer.shape != shard.shape:
-                now = None if buffer is None else tuple(buffer.shape)
-                raise ValueError(f"buffer {name!r} had the shape {tuple(shard.shape)} and now has {now}")
-            replaced.append((shard, buffer))
+            owners: dict[int, tuple[str, Tensor]] = {}
+            for own_name, buffer in zip(shard.names, buffers, strict=True):
+                if buffer is None or buffer.shape != shard.shape or expanded_dims(buffer) != expanded_dims(shard.owner):
+                    now = None if buffer is None else _describe_shape(buffer)
+                    raise ValueError(
+                        f"buffer {own_name!r} had the shape {_describe_shape(shard.owner)} and now has {now}"
+                    )
+                owners.setdefault(id(buffer), (own_name, buffer))
+            if len({memory_key(buffer) for _, buffer in owners.values()}) > 1:
+                raise ValueError(f"the buffers {[*shard.names]} were one tensor, and a module has replaced one of them")
+            replaced.append((shard, dict(owners.values())))
         return replaced
 
     def _descriptions(self) -> dict[str, str]:
@@ -160,6 +205,16 @@ class Layout:
 def _description(name: str, shard: Shard) -> str:
     tied = f", tied to {sorted({*shard.names} - {name})}" if len(shard.names) > 1 else ""
     return f"{shard.averaged_part.sharding_key()} on {shard.local.device}{tied}"
+
+
+def _current_buffer(entry: RegistryEntry) -> Tensor | None:
+    buffer = entry.registry.get(entry.name)
+    return None if buffer is None else resolve_live(buffer)
+
+
+def _describe_shape(buffer: Tensor) -> str:
+    dims = expanded_dims(buffer)
+    return f"{tuple(buffer.shape)}{f', expanded along dimensions {[*dims]}' if dims else ''}"
 
 
 def _storage_key(tensor: Tensor) -> tuple[object, ...]:

@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed._shard.sharded_tensor import ShardedTensor  # no public name
 from torch.distributed.tensor import DTensor
 
+from ema_dist.sharding.memory import distinct_elements
 from ema_dist.sharding.shard import Shard
 
 
@@ -52,3 +53,46 @@ class PlainShard(Shard):
 
     def sharding_key(self) -> str:
         return f"{tuple(self.shape)}, whole"
+
+
+class ExpandedShard(PlainShard):
+    """A tensor made by `Tensor.expand`: ``local`` has its distinct elements, one along each of the expanded ``dims``.
+
+    The full tensor, and what DCP saves, have all elements. Replicas do not split it.
+    """
+
+    def __init__(self, names: tuple[str, ...], local: Tensor, owner: Tensor, *, dims: tuple[int, ...]) -> None:
+        super().__init__(names, local, owner)
+        self.dims = dims
+        self._shape = self.owner.shape
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    def wrap(self, local: Tensor) -> Tensor:
+        return local.expand(self._shape).contiguous()  # DCP cannot read into elements that share memory
+
+    def wrap_for_forward(self, local: Tensor) -> Tensor:
+        return local.expand(self._shape)
+
+    def full(self, local: Tensor) -> Tensor:
+        return local.expand(self._shape)
+
+    def slice_full(self, full: Tensor) -> Tensor:
+        distinct = distinct_elements(super().slice_full(full), self.dims)
+        expanded = distinct.expand(self._shape)
+        # Compared as bytes, so that NaN equals NaN.
+        if not torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (expanded, full))):
+            raise ValueError(f"expected equal values along the expanded dimensions {list(self.dims)}, got others")
+        return distinct
+
+    def local_state(self, state: Tensor) -> None:  # noqa: ARG002  torch cannot step an expanded parameter
+        return None
+
+    @property
+    def summary(self) -> str:
+        return "expanded"
+
+    def sharding_key(self) -> str:
+        return f"{super().sharding_key()}, expanded along dimensions {list(self.dims)}"

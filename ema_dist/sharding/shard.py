@@ -32,6 +32,10 @@ class Shard(ABC):
         self.names = names
         self.local = local
         self.owner = owner
+        self.owner_name = names[0]
+        """The first name under which modules hold `owner`."""
+        self.other_owners: dict[str, Tensor] = {}
+        """The other objects that share all memory of the owner (``assign=True``, ``.data =``), by their first names."""
         self.replica_group = replica_group
         self.averaged_part: Shard = self
         """The part of ``local`` that this rank averages: all of it, or its share of the rows if replicas split it."""
@@ -46,6 +50,11 @@ class Shard(ABC):
         return self.names[0]
 
     @property
+    def owners(self) -> dict[str, Tensor]:
+        """The parameters or buffers that modules hold for this tensor: every object once, by its first name."""
+        return {self.owner_name: self.owner, **self.other_owners}
+
+    @property
     def is_split(self) -> bool:
         """Whether this rank averages only a part of what it holds."""
         return self.averaged_part is not self
@@ -54,7 +63,16 @@ class Shard(ABC):
     def version(self) -> tuple[object, ...]:
         """Changes when the parameter is written to in place, is cast, or gets other storage."""
         # Autograd's version counter has no public name.
-        return self.owner._version, self.local.data_ptr(), self.local.dtype
+        versions = (owner._version for owner in (self.owner, *self.other_owners.values()))
+        return *versions, self.local.data_ptr(), self.local.dtype
+
+    def increment_other_versions(self) -> None:
+        """Tell autograd that `other_owners` were written to, after a write through ``local``.
+
+        Each of them counts versions on its own. A graph that saved one of them must not run backward after the write.
+        """
+        for owner in self.other_owners.values():
+            torch.autograd.graph.increment_version(owner)
 
     def empty_local(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
         """A new tensor like ``local``, in storage of `padded_numel` elements; the padding is zero."""
@@ -104,16 +122,23 @@ class Shard(ABC):
 
     @abstractmethod
     def wrap(self, local: Tensor) -> Tensor:
-        """``local`` wrapped as its owner is, sharing storage with ``local``, so that DCP saves and reshards it.
+        """``local`` wrapped as its owner is, so that DCP saves and reshards it, and can read into it.
+
+        It shares storage with ``local`` where possible; otherwise `unwrap` returns a tensor to copy from.
 
         Shape: ``local`` has the shape of ``self.local``; the result has ``self.shape``.
         """
+
+    def wrap_for_forward(self, local: Tensor) -> Tensor:
+        """``local`` wrapped as its owner is, always sharing storage with ``local``, to compute with."""
+        return self.wrap(local)
 
     @abstractmethod
     def unwrap(self, value: Tensor) -> Tensor:
         """This rank's plain tensor inside a wrapped ``value``, or its part of a full plain ``value``.
 
-        Raises: ValueError when ``value`` has another shape or is sharded differently.
+        Raises: ValueError when ``value`` has another shape, is sharded differently, or differs along dimensions in
+            which the owner is expanded.
         """
 
     @abstractmethod
@@ -125,7 +150,10 @@ class Shard(ABC):
 
     @abstractmethod
     def slice_full(self, full: Tensor) -> Tensor:
-        """This rank's part of a full plain tensor: a view of it where possible."""
+        """This rank's part of a full plain tensor: a view of it where possible.
+
+        Raises: as `unwrap`.
+        """
 
     def local_state(self, state: Tensor) -> Tensor | None:
         """This rank's part of an optimizer state tensor of the owner, such as a moment; a view of it.

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ema_dist.sharding.fsdp2 import GatherSubstitution
 from ema_dist.sharding.layout import Layout
 from ema_dist.sharding.mesh_shard import quick_local
-from ema_dist.sharding.registries import RegistrySubstitution, Substitute
+from ema_dist.sharding.registries import RegistrySubstitution, Substitute, resolve_live
 from ema_dist.sharding.shard import Shard
 
 
@@ -35,10 +35,12 @@ class Substitution:
         gathered_names = {
             name for name, shard in shards.items() if layout.fsdp2_units.padded_numel(shard.owner) is not None
         }
+        # Every object that modules hold gets a substitute of its own, so that each gets its own object back.
         substitutes = {
-            name: _make_substitute(shard, local_tensors[name])
+            id(owner): _make_substitute(shard, owner, local_tensors[name])
             for name, shard in shards.items()
             if name not in gathered_names
+            for owner in shard.owners.values()
         }
         self._gather_substitution = GatherSubstitution(
             layout.fsdp2_units, {id(shards[name].owner): local_tensors[name] for name in gathered_names}
@@ -50,28 +52,40 @@ class Substitution:
         }
         self._registry_substitution = RegistrySubstitution(
             (
-                Substitute(entry, shards[name].owner, tensor)
-                for name, tensor in substitutes.items()
+                Substitute(entry, live, substitutes[id(live)])
+                for name in local_tensors
+                if name not in gathered_names
                 for entry in registry_entries[name]
+                for live in (resolve_live(entry.registry[entry.name]),)
             ),
             (entry.module for entries in registry_entries.values() for entry in entries),
         )
         self._ddp_modules = [module for module in layout.model.modules() if isinstance(module, DistributedDataParallel)]
-        self._names = {id(shards[name].owner): name for name in local_tensors if name in layout.parameters}
-        # Only parameters are checked on leaving: modules may write to buffers and replace them.
-        self._substitutes = {name: tensor for name, tensor in substitutes.items() if name in layout.parameters}
-        # Writes to these tensors are detected by version counters. A plain substitute shares the counter of its local
-        # tensor; a DTensor has its own, so that its local tensor is checked instead.
-        plain_substitutes = {
-            name: tensor for name, tensor in self._substitutes.items() if not isinstance(tensor, DTensor)
-        }
-        self._versioned = {
-            name: plain_substitutes.get(name, local_tensors[name])
+        self._names = {
+            id(owner): name
             for name in local_tensors
             if name in layout.parameters
+            for owner in shards[name].owners.values()
+        }
+        # Only parameters are checked on leaving: modules may write to buffers and replace them.
+        self._owners = {
+            own_name: owner
+            for name in local_tensors
+            if name in layout.parameters and name not in gathered_names
+            for own_name, owner in shards[name].owners.items()
+        }
+        self._substitutes = {own_name: substitutes[id(owner)] for own_name, owner in self._owners.items()}
+        # Writes to these tensors are detected by version counters. A plain substitute shares the counter of its local
+        # tensor; a DTensor has its own, so that its local tensor is checked instead.
+        self._versioned = {
+            name: tensor for name, tensor in self._substitutes.items() if not isinstance(tensor, DTensor)
+        }
+        self._versioned |= {
+            name: local_tensors[name]
+            for name in local_tensors
+            if name in layout.parameters and shards[name].owner_name not in self._versioned
         }
         self._has_dtensors = any(isinstance(tensor, DTensor) for tensor in self._substitutes.values())
-        self._owners = {name: shards[name].owner for name in self._substitutes}
         self._addresses = self._current_addresses()
         self._versions: list[int] = []
         self._gradients: list[Tensor | None] = []
@@ -161,13 +175,14 @@ def replays_cuda_graph(modules: Iterable[nn.Module]) -> bool:
     return any(getattr(forward, "__module__", "") == "torch.cuda.graphs" for forward in replaced)
 
 
-def _make_substitute(shard: Shard, local: Tensor) -> Tensor:
+def _make_substitute(shard: Shard, owner: Tensor, local: Tensor) -> Tensor:
     """``local`` wrapped for a registry, without gradients but with the other attributes of the live parameter."""
-    tensor = shard.wrap(local)
-    if not isinstance(shard.owner, nn.Parameter):
-        return tensor
+    tensor = shard.wrap_for_forward(local)
+    if not isinstance(owner, nn.Parameter):
+        # Two owners must not have one substitute: its live tensor could be either of them.
+        return tensor if not shard.other_owners else tensor.view_as(tensor)
     parameter = nn.Parameter(tensor, requires_grad=False)
-    vars(parameter).update(vars(shard.owner))
+    vars(parameter).update(vars(owner))
     return parameter
 
 

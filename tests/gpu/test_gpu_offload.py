@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 
-from ema_dist import Offloaded, ShardedEMA
+from ema_dist import Offloaded, ShardedEMA, checkpoint, compute_ema
 from tests.gpu.test_gpu import LAYOUTS, make_model, no_host_sync
 from tests.support.layouts import assert_bitwise_equal, full_weights
 
@@ -187,3 +189,43 @@ def test_averages_are_gathered_and_saved_with_an_nccl_only_group(layout: str, tm
     assert_bitwise_equal(loaded, full)
     again.load_full_state_dict(full)
     assert_bitwise_equal(again.full_state_dict(), full)
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+@pytest.mark.parametrize("call", ["swapped", "copy_to", "load", "compute_ema"])
+@pytest.mark.parametrize("layout", ["fsdp1", "fsdp2"])
+def test_weights_in_cpu_memory_are_not_written_to_before_the_device_has_copied_them(
+    layout: str, call: str, tmp_path: Path
+) -> None:
+    """FSDP queues the copies: a pass that still waits for its turn must compute with the weights of its time."""
+    net = nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(3)))
+    if layout == "fsdp1":
+        model = FullyShardedDataParallel(net, cpu_offload=CPUOffload(offload_params=True), device_id=0)
+    else:
+        mesh = init_device_mesh("cuda", (1,))
+        for module in (*net, net):
+            fully_shard(module, mesh=mesh, offload_policy=CPUOffloadPolicy())
+        model = net
+    ema = ShardedEMA(model, decay=0.5)
+    checkpoint.save({"model": model}, tmp_path, step=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    ema.update()
+    calls = {
+        "swapped": lambda: ema.swapped().__enter__() and ema.restore(),
+        "copy_to": lambda: ema.copy_to(model),
+        "load": lambda: checkpoint.load({"model": model}, tmp_path),
+        "compute_ema": lambda: compute_ema(nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(3))), model),
+    }
+    batch, matrix = torch.randn(8, 4096, device="cuda"), torch.randn(8192, 8192, device="cuda")
+    with torch.no_grad():
+        expected = model(batch).clone()
+        torch.cuda.synchronize()
+        for _ in range(20):
+            matrix @ matrix
+        output = model(batch)
+        calls[call]()
+    assert torch.equal(output, expected)

@@ -1,0 +1,99 @@
+"""Leaves ``torch.inference_mode()`` while `ema_dist` works: tensors made in it could not be updated outside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from types import FunctionType, TracebackType
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+CALLED_BY_USERS = ("__init__", "__repr__", "__enter__", "__exit__")
+"""The special methods that `in_normal_mode` covers."""
+
+
+def normal_mode() -> AbstractContextManager[object]:
+    """The mode in which `ema_dist` works: normal tensors, and no gradients inside of ``torch.inference_mode()``."""
+    return _NormalMode() if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def in_normal_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, in `normal_mode`. Iterators and context managers that it returns run in the caller's modes."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with _NormalMode():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def public_calls_in_normal_mode(cls: type[T]) -> type[T]:
+    """Decorates a class: its public methods and properties, and `CALLED_BY_USERS`, run in `normal_mode`."""
+    for name, member in vars(cls).copy().items():
+        if name.startswith("_") and name not in CALLED_BY_USERS:
+            continue
+        if isinstance(member, FunctionType):
+            setattr(cls, name, in_normal_mode(member))
+        elif isinstance(member, property) and member.fget is not None:
+            setattr(cls, name, property(in_normal_mode(member.fget), doc=member.__doc__))
+    return cls
+
+
+def iterate_in_normal_mode(iterator: Iterator[T]) -> Iterator[T]:
+    """The items of ``iterator``, each made in `normal_mode`; the caller's loop keeps its modes."""
+    while True:
+        with normal_mode():
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
+
+
+class BlockInCallersModes(AbstractContextManager[T]):
+    """Enters and leaves ``block`` in `normal_mode`; the code inside the ``with`` block runs in the caller's modes.
+
+    Args:
+        block: what it does to modes that are local to the thread has no effect on the code inside.
+        with_gradients: whether the code inside may record gradients, if the caller may.
+    """
+
+    def __init__(self, block: AbstractContextManager[T], *, with_gradients: bool) -> None:
+        self._block = block
+        self._grad_mode: AbstractContextManager[object] = nullcontext() if with_gradients else torch.no_grad()
+
+    def __enter__(self) -> T:
+        with normal_mode():
+            value = self._block.__enter__()
+        self._grad_mode.__enter__()
+        return value
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        self._grad_mode.__exit__(kind, error, traceback)
+        with normal_mode():
+            return self._block.__exit__(kind, error, traceback)
+
+
+class _NormalMode:
+    """Leaves inference mode; that alone would switch gradients on."""
+
+    def __enter__(self) -> None:
+        self._inference_mode = torch.inference_mode(mode=False)
+        self._inference_mode.__enter__()
+        self._no_grad = torch.no_grad()
+        self._no_grad.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._no_grad.__exit__(None, None, None)
+        self._inference_mode.__exit__(None, None, None)
