@@ -25,7 +25,7 @@ from ema_dist.averages.updates import Updates
 from ema_dist.communication.call_history import CallHistory
 from ema_dist.communication.rendezvous import agree_on
 from ema_dist.evaluation.model_with_averages import ModelWithAverages
-from ema_dist.modes import BlockInCallersModes, in_normal_mode, iterate_in_normal_mode, public_calls_in_normal_mode
+from ema_dist.modes import in_normal_mode, iterate_in_normal_mode, public_calls_in_normal_mode
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK, HalfLife, as_decays
 from ema_dist.sharding import Layout, ReplicaPolicy
@@ -194,8 +194,7 @@ class ShardedEMA:
             on leaving, when parameters were written to. ValueError for an unknown track, when the model has changed, or
             when a parameter without an average became trainable.
         """
-        block = self._model_with_averages.swapped(self._tracks.resolve(track))
-        return BlockInCallersModes(block, with_gradients=True)
+        return self._model_with_averages.swapped(self._tracks.resolve(track))
 
     def serving(self, track: str | None = None) -> AbstractContextManager[nn.Module]:
         """Forward passes in the ``with`` block read the averages, without gradients; the live weights stay in place.
@@ -212,8 +211,7 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped` or `serving`, when ranks do not come within ``timeout``, and on leaving,
             when parameters were written to. ValueError as `swapped`.
         """
-        block = self._model_with_averages.serving(self._tracks.resolve(track))
-        return BlockInCallersModes(block, with_gradients=False)
+        return self._model_with_averages.serving(self._tracks.resolve(track))
 
     @property
     def call_history(self) -> CallHistory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from types import FunctionType, TracebackType
+from types import FunctionType
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -57,32 +57,6 @@ def iterate_in_normal_mode(iterator: Iterator[T]) -> Iterator[T]:
             except StopIteration:
                 return
         yield item
-
-
-class BlockInCallersModes(AbstractContextManager[T]):
-    """Enters and leaves ``block`` in `normal_mode`; the code inside the ``with`` block runs in the caller's modes.
-
-    Args:
-        block: what it does to modes that are local to the thread has no effect on the code inside.
-        with_gradients: whether the code inside may record gradients, if the caller may.
-    """
-
-    def __init__(self, block: AbstractContextManager[T], *, with_gradients: bool) -> None:
-        self._block = block
-        self._grad_mode: AbstractContextManager[object] = nullcontext() if with_gradients else torch.no_grad()
-
-    def __enter__(self) -> T:
-        with normal_mode():
-            value = self._block.__enter__()
-        self._grad_mode.__enter__()
-        return value
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        self._grad_mode.__exit__(kind, error, traceback)
-        with normal_mode():
-            return self._block.__exit__(kind, error, traceback)
 
 
 class _NormalMode:

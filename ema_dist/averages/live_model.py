@@ -197,7 +197,12 @@ class LiveModel:
         self.rendezvous(f"{call}, comparing replicas", problem=self.describe_drift())
 
     def announce_failure(self, message: str) -> None:
-        """Make every later call that needs other ranks raise, here and, as far as they can be told, on these ranks."""
+        """Make every later call that needs other ranks raise, here and, as far as they can be told, on these ranks.
+
+        Collective: no.
+        """
+        if self._failure:
+            return
         self._failure = message
         announce_failure(self.ranks, message)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ema_dist.averages.full_weights import gather
 from ema_dist.averages.live_model import LiveModel
@@ -17,34 +16,11 @@ from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
 from ema_dist.averages.updates import Updates
 from ema_dist.communication.signals import deferred_signals
+from ema_dist.evaluation.block import Block
 from ema_dist.evaluation.serving import Serving, active_servings
 from ema_dist.evaluation.split_swap import announce_broken_swap, enter_together, leave_together
 from ema_dist.evaluation.swap import Stage, Swap, active_swaps
-from ema_dist.messages import abbreviated, add_note
-from ema_dist.modes import in_normal_mode
-
-
-class SwappedBlock(AbstractContextManager[nn.Module], ContextDecorator):
-    """Inside a ``with`` block, or a decorated function, the model holds the averages of ``track``."""
-
-    def __init__(self, model_with_averages: ModelWithAverages, track: Track) -> None:
-        self._model_with_averages = model_with_averages
-        self._track = track
-        self._swap: Swap | None = None
-
-    def __enter__(self) -> nn.Module:
-        self._swap = self._model_with_averages.enter_swap(self._track)
-        return self._model_with_averages.live.layout.model
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if self._swap is None:
-            return
-        try:
-            self._model_with_averages.leave_swap(self._swap, error)
-        except Exception as failure:
-            if error is None:
-                raise
-            add_note(error, f"On leaving swapped(): {failure}")
+from ema_dist.messages import abbreviated
 
 
 class ModelWithAverages:
@@ -136,9 +112,9 @@ class ModelWithAverages:
                 raise RuntimeError("update() was called while gather() was under way; exhaust it before that")
             yield entry
 
-    def swapped(self, track: Track) -> SwappedBlock:
+    def swapped(self, track: Track) -> Block[Swap]:
         """See `ShardedEMA.swapped`."""
-        return SwappedBlock(self, track)
+        return Block(self.live.layout.model, partial(self.enter_swap, track), self.leave_swap, with_gradients=True)
 
     def enter_swap(self, track: Track) -> Swap:
         """Put the averages of ``track`` into the model.
@@ -202,6 +178,7 @@ class ModelWithAverages:
 
     def _write_parts(self, track: Track) -> Swap:
         swap = self._swap = Swap(self.live.layout, track)
+        self.live.layout.wait_for_device()
         swap.write_parts()
         return swap
 
@@ -213,11 +190,15 @@ class ModelWithAverages:
         self.live.layout.abandon_pass()
         if problem := self.live.refresh():
             problems.append(problem)
+        self.live.layout.wait_for_device()
         swap.restore_parts(self.live.layout)
 
-    @contextmanager
-    def serving(self, track: Track) -> Iterator[nn.Module]:
+    def serving(self, track: Track) -> Block[Serving | Swap]:
         """See `ShardedEMA.serving`."""
+        model = self.live.layout.model
+        return Block(model, partial(self._enter_serving, track), self._leave_serving, with_gradients=False)
+
+    def _enter_serving(self, track: Track) -> Serving | Swap:
         call = self.describe_call("serving", track)
         self._prepare_to_enter(call, only_if_moved=True)
         serving = self.get_serving(track)
@@ -225,12 +206,16 @@ class ModelWithAverages:
             if track not in self._warned:
                 self._warned.add(track)
                 warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=4)
-            with torch.no_grad(), self.swapped(track) as model:
-                yield model
+            return self.enter_swap(track)
+        serving.enter()
+        self.live.record(call)
+        return serving
+
+    def _leave_serving(self, active: Serving | Swap, error: BaseException | None) -> None:
+        if isinstance(active, Swap):
+            self.leave_swap(active, error)
         else:
-            with serving.activate() as model:
-                self.live.record(call)
-                yield model
+            active.leave()
 
     def get_serving(self, track: Track) -> Serving:
         """The serving of ``track`` for the current layout, cached."""
@@ -239,9 +224,10 @@ class ModelWithAverages:
             serving = self._servings[track] = Serving(self.live.layout, track)
         return serving
 
-    @in_normal_mode  # also when an abandoned block ends where it is collected
     def restore(self) -> None:
         """See `ShardedEMA.restore`."""
+        for serving in self._servings.values():
+            serving.leave()
         if self.swap is not None:
             self.leave_swap(self.swap)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -36,7 +34,6 @@ class Serving:
 
     def __init__(self, layout: Layout, track: Track) -> None:
         self.layout = layout
-        self.is_active = False
         self._track = track
         self._unsupported_reason = unsupported_reason(layout)
         self._modules = list(layout.model.modules())
@@ -45,6 +42,7 @@ class Serving:
             name: shard for name, (shard, average) in pairs.items() if not _can_substitute(average, shard)
         }
         self._cached_setup: _ServingSetup | None = None
+        self._entered_setup: _ServingSetup | None = None
 
     @property
     def mode(self) -> str:
@@ -59,30 +57,29 @@ class Serving:
             return DEVICE_COPY
         return CAST_COPY if self._copied_shards else DIRECT
 
-    @contextmanager
-    def activate(self) -> Iterator[nn.Module]:
-        """Forward passes in the ``with`` block read the averages, without gradients; requires no `reason_to_swap`.
+    @torch.no_grad()
+    def enter(self) -> None:
+        """From now on forward passes read the averages; requires no `reason_to_swap`.
 
-        Collective: over the replicas of split weights, on entering.
-        Memory: a copy of the buffers, which is kept; inside the block, copies of the parameters that `mode` describes.
-        Raises: RuntimeError after the block when parameters were written to, cast, moved, replaced or given gradients
-            inside it.
+        Collective: over the replicas of split weights.
+        Memory: a copy of the buffers, which is kept; until `leave`, copies of the parameters that `mode` describes.
         """
-        with torch.no_grad():
-            setup = self._prepare_setup()
-            self.is_active = True
-            _active_servings.add(self)
-            try:
-                setup.substitution.enter()
-                yield self.layout.model
-            finally:
-                self.is_active = False
-                _active_servings.remove(self)
-                # Cleared first: a setup whose leave() raises must not be entered again.
-                self._cached_setup = None
-                changed, trained = setup.substitution.leave()
-                if not (changed or self._copied_shards or setup.substitution.has_requires_grad):
-                    self._cached_setup = setup
+        self._entered_setup = self._prepare_setup()
+        _active_servings.add(self)
+        try:
+            self._entered_setup.substitution.enter()
+        except BaseException:
+            self._leave_setup()
+            raise
+
+    def leave(self) -> None:
+        """From now on forward passes read the live weights; does nothing unless `is_active`.
+
+        Raises: RuntimeError when parameters were written to, cast, moved, replaced or given gradients since `enter`.
+        """
+        if not self.is_active:
+            return
+        changed, trained = self._leave_setup()
         if changed:
             raise RuntimeError(
                 f"parameters were written to, cast, moved or replaced inside serving(): {abbreviated(changed)}. What "
@@ -93,6 +90,32 @@ class Serving:
                 f"backward() inside serving() gave gradients to {abbreviated(trained)}: with activation checkpointing "
                 "they may come from averages; call it after the block, or before"
             )
+
+    @property
+    def is_active(self) -> bool:
+        """Whether forward passes read the averages, or `leave` was interrupted."""
+        return self._entered_setup is not None
+
+    @torch.no_grad()
+    def _leave_setup(self) -> tuple[list[str], list[str]]:
+        """Leave the substitution; it can be repeated after an interruption. Returns: as `Substitution.leave`."""
+        setup = self._entered_setup
+        assert setup is not None
+        # Cleared first: a setup whose leave() raises must not be entered again.
+        self._cached_setup = None
+        try:
+            changed, trained = setup.substitution.leave()
+        except Exception:
+            self._end()
+            raise
+        if not (changed or self._copied_shards or setup.substitution.has_requires_grad):
+            self._cached_setup = setup
+        self._end()
+        return changed, trained
+
+    def _end(self) -> None:
+        _active_servings.remove(self)
+        self._entered_setup = None
 
     @property
     def reason_to_swap(self) -> str:

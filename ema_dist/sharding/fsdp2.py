@@ -160,6 +160,8 @@ class GatherSubstitution:
         self._live_data: list[Tensor] = []
         self._saved_attributes: list[tuple[Any, str, Any]] = []
         self._saved_lengths: list[tuple[list[Any], int]] = []
+        self._is_inside = False
+        """Whether `enter` has completed, and `leave` has not begun."""
 
     def enter(self) -> None:
         """From now on FSDP2 gathers the replacements."""
@@ -189,9 +191,14 @@ class GatherSubstitution:
         self._live_data = [fsdp_param._sharded_param_data for fsdp_param, _ in self._replacements]
         for fsdp_param, data in self._replacements:
             fsdp_param._sharded_param_data = data
+        self._is_inside = True
 
     def leave(self) -> list[Tensor]:
-        """From now on FSDP2 gathers the live shards again. Returns: the parameters that got other storage meanwhile."""
+        """From now on FSDP2 gathers the live shards again; it can be repeated after an exception ended it or `enter`.
+
+        Returns: the parameters that got other storage meanwhile.
+        """
+        was_inside, self._is_inside = self._is_inside, False
         for state in self._units.states:
             for name in ("_root_pre_forward", "_register_root_post_backward_final_callback"):
                 vars(state).pop(name, None)
@@ -202,10 +209,11 @@ class GatherSubstitution:
         for order, length in self._saved_lengths:
             del order[length:]
         with_other_storage: list[Tensor] = []
-        for (fsdp_param, data), live in zip(self._replacements, self._live_data, strict=True):
-            if fsdp_param._sharded_param_data is data:
+        for (fsdp_param, data), live in zip(self._replacements, self._live_data, strict=False):  # empty before `enter`
+            current = fsdp_param._sharded_param_data
+            if current is data:
                 fsdp_param._sharded_param_data = live
-            else:
+            elif was_inside or current is not live:
                 with_other_storage.append(fsdp_param.sharded_param)
         self._units.reshard()
         return with_other_storage

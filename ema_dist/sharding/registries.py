@@ -66,6 +66,8 @@ class RegistrySubstitution:
         self._load_pre_hooks: list[Any] = [module._load_state_dict_pre_hooks for module in dict.fromkeys(modules)]
         self._state_post_hooks: list[Any] = []
         """The hooks of modules whose ``state_dict()`` was called meanwhile."""
+        self._is_inside = False
+        """Whether `enter` has completed, and `leave` has not begun."""
 
     def enter(self) -> None:
         """Put every substitute into its registry entry."""
@@ -80,18 +82,25 @@ class RegistrySubstitution:
             hooks.move_to_end(_HOOK_KEY, last=False)  # first, so that the user's hooks see the live tensors too
         for hooks in self._load_pre_hooks:
             hooks[_HOOK_KEY] = _refuse_loading
+        self._is_inside = True
 
     def leave(self) -> list[Tensor]:
-        """Put the live tensors back. Returns: the live tensors whose substitutes had been replaced meanwhile."""
+        """Put the live tensors back; it can be repeated after an exception ended it or `enter`.
+
+        Returns: the live tensors whose substitutes had been replaced meanwhile.
+        """
+        was_inside, self._is_inside = self._is_inside, False
         for hooks in chain(self._state_pre_hooks, self._state_post_hooks, self._load_pre_hooks):
             hooks.pop(_HOOK_KEY, None)
         self._state_post_hooks.clear()
         replaced: list[Tensor] = []
         for registry, name, tensor, live in self._set_in_registry:
-            if registry.get(name) is not tensor:
+            current = registry.get(name)
+            if current is not tensor and (was_inside or current is not live):
                 replaced.append(live)
             registry[name] = live
-        _active.remove(self)  # after the last substitute is out of its registry
+        if self in _active:
+            _active.remove(self)  # after the last substitute is out of its registry
         with ExitStack() as stack:  # if one assignment raises, the others still run
             for substitute in self._set_by_module:
                 stack.callback(substitute.assign, substitute.live)

@@ -91,6 +91,8 @@ class Substitution:
         self._gradients: list[Tensor | None] = []
         self._gradient_versions: list[int] = []
         self._forward_syncs: list[bool] = []
+        self._is_inside = False
+        """Whether `enter` has completed, and `leave` has not."""
 
     def enter(self) -> None:
         """Put the tensors where forward passes read weights."""
@@ -100,6 +102,7 @@ class Substitution:
         self._forward_syncs = [ddp.require_forward_param_sync for ddp in self._ddp_modules]
         self._gather_substitution.enter()
         self._registry_substitution.enter()
+        self._is_inside = True
 
     @property
     def has_requires_grad(self) -> bool:
@@ -107,7 +110,7 @@ class Substitution:
         return any(map(_requires_grad, self._substitutes.values()))
 
     def leave(self) -> tuple[list[str], list[str]]:
-        """Put the live weights back.
+        """Put the live weights back; it can be repeated after an exception ended it or `enter`.
 
         Returns: the names of parameters that were written to, moved or replaced meanwhile, and the names of those that
             got gradients.
@@ -116,18 +119,23 @@ class Substitution:
             replaced = self._registry_substitution.leave()
         finally:
             moved = self._gather_substitution.leave()
-            for ddp, sync in zip(self._ddp_modules, self._forward_syncs, strict=True):
+            for ddp, sync in zip(self._ddp_modules, self._forward_syncs, strict=False):  # empty before `enter`
                 ddp.require_forward_param_sync = sync
         names = {self._names[id(live)] for live in (*replaced, *moved) if id(live) in self._names}
+        if not self._is_inside:
+            return sorted(names), []
         names |= _changed_names(self._versioned, self._versions, self._current_versions())
         names |= _changed_names(self._substitutes, self._addresses, self._current_addresses())
-        return sorted(names), self._changed_gradients()
+        trained = self._changed_gradients()
+        self._is_inside = False
+        self._gradients.clear()
+        self._gradient_versions.clear()
+        return sorted(names), trained
 
     def _changed_gradients(self) -> list[str]:
         """The names of parameters whose gradients were added, replaced or written to since `enter`."""
         old_gradients, old_versions = self._gradients, self._gradient_versions
         new_gradients, new_versions = self._current_gradients()
-        self._gradients = []
         if old_versions == new_versions and all(map(is_, old_gradients, new_gradients)):
             return []
         old, new = _versions_by_id(old_gradients, old_versions), _versions_by_id(new_gradients, new_versions)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import Compensated, ShardedEMA
+from ema_dist.evaluation import swap
 from ema_dist.kernels import scratch
-from tests.support.interrupter import Interrupter
+from ema_dist.sharding import Shard
+from tests.support.interrupter import Interrupter, Interruption
 
 WRITING = ("evaluation/swap.py", "evaluation/model_with_averages.py", "kernels/exchange.py")
 """The modules that write to the model or to the journal; what they call has no effect that remains."""
+
+WRITING_PARTS = ("kernels/exchange.py",)
+SERVING = ("evaluation/*.py", "sharding/substitution.py", "sharding/registries.py", "sharding/fsdp2.py")
 
 
 class _Net(nn.Module):
@@ -43,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.world_size(1)
+@pytest.mark.world_size(1, timeout=600)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_an_exception_at_any_bytecode_loses_nothing(
@@ -51,7 +58,7 @@ def test_an_exception_at_any_bytecode_loses_nothing(
 ) -> None:
     """Entering, leaving and restoring, and again while the first interruption is being handled.
 
-    At each bytecode of the plain model; wrapped ones differ in how they are read, so every fifth has to do.
+    Each bytecode of a plain model takes a minute; wrapped ones differ in how they are read, so every eighth has to do.
     """
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
     torch.manual_seed(0)
@@ -64,15 +71,15 @@ def test_an_exception_at_any_bytecode_loses_nothing(
     track = ema.tracks[-1]
     live, averages = _live(model), _averages(ema)
 
-    def swap() -> None:
+    def swap_in_and_out() -> None:
         with ema.swapped(track):
             pass
 
     counter = Interrupter(WRITING)
-    counter.run(swap)
-    for point in range(1, counter.count + 1, 1 if wrapper == "plain" else 5):
+    counter.run(swap_in_and_out)
+    for point in range(1, counter.count + 1, 1 if wrapper == "plain" else 8):
         second = Interrupter(WRITING, point, point + 1 + (point * 7919) % 100)
-        second.run(swap)
+        second.run(swap_in_and_out)
         Interrupter(WRITING, (point * 104729) % 100 + 1).run(ema.restore)
         ema.restore()
         _assert_same(_live(model), live, point)
@@ -83,6 +90,107 @@ def test_an_exception_at_any_bytecode_loses_nothing(
             _assert_same(_live(model), live, point)
     _assert_same(_averages(ema), averages, counter.count)
     ema.update()
+
+
+@pytest.mark.world_size(2)
+def test_an_exception_while_one_of_two_ranks_writes_its_parts_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where replicas split averages: the other rank is told before it fills its weights from this one."""
+    monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
+    model, ema = _make_split()
+    live, averages = _live(model), _averages(ema)
+
+    def swap_in_and_out() -> None:
+        with ema.swapped():
+            pass
+
+    counter = Interrupter(WRITING_PARTS)
+    counter.run(swap_in_and_out)
+    is_interrupted = dist.get_rank() == 0
+    for point in range(1, counter.count + 1, counter.count // 40):
+        told = (
+            contextlib.nullcontext() if is_interrupted else pytest.raises(RuntimeError, match=r"rank 0.*Interruption")
+        )
+        with told:
+            Interrupter(WRITING_PARTS, *([point] if is_interrupted else [])).run(swap_in_and_out)
+        ema.restore()
+        _assert_same(_live(model), live, point)
+        _assert_same(_averages(ema), averages, point)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("leaving", [False, True])
+def test_an_exception_while_replicas_fill_each_other_is_announced(
+    leaving: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rank cannot know what the other one has of its weights: no later call of either goes on as if nothing was."""
+    _, ema = _make_split(timeout=30.0)
+    block = ema.swapped()
+    if leaving:
+        block.__enter__()
+    fill = swap.all_gather_parts
+
+    def fill_and_fail(shards: Iterable[Shard]) -> None:
+        fill(shards)
+        raise Interruption
+
+    if dist.get_rank() == 0:
+        monkeypatch.setattr(swap, "all_gather_parts", fill_and_fail)
+        with pytest.raises(Interruption):
+            block.__exit__(None, None, None) if leaving else block.__enter__()
+    elif leaving:
+        block.__exit__(None, None, None)
+    else:
+        block.__enter__()
+    for call in (ema.restore, ema.full_state_dict, ema.state_dict, ema.full_state_dict):
+        if call == ema.restore and leaving and dist.get_rank() == 1:
+            continue
+        with pytest.raises(RuntimeError, match=r"Interruption.*rank 0.*[Rr]estart from a checkpoint"):
+            call()
+
+
+@pytest.mark.world_size(1, timeout=600)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_an_exception_at_any_bytecode_of_serving_leaves_no_average_in_the_forward_pass(wrapper: str) -> None:
+    torch.manual_seed(0)
+    model = WRAPPERS[wrapper](nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    ema = ShardedEMA(model, decay=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    ema.update()
+    live, averages, inputs = _live(model), _averages(ema), torch.randn(4, 3)
+    model.eval()
+    expected = model(inputs).detach()
+
+    def serve() -> None:
+        with ema.serving():
+            pass
+
+    serve()
+    counter = Interrupter(SERVING)
+    counter.run(serve)
+    for point in range(1, counter.count + 1, counter.count // 200):
+        Interrupter(SERVING, point, point + 1 + (point * 7919) % 100).run(serve)
+        Interrupter(SERVING, (point * 104729) % 100 + 1).run(ema.restore)
+        ema.restore()
+        assert torch.equal(model(inputs), expected), f"bytecode {point}"
+        _assert_same(_live(model), live, point)
+    with ema.serving():
+        assert not torch.equal(model(inputs), expected)
+    _assert_same(_averages(ema), averages, counter.count)
+    model(inputs).sum().backward()
+    ema.update()
+
+
+def _make_split(**settings: Any) -> tuple[nn.Module, ShardedEMA]:  # noqa: ANN401
+    torch.manual_seed(0)
+    model = DistributedDataParallel(_Net(torch.float32))
+    ema = ShardedEMA(model, **{"decay": 0.5} | settings)
+    with torch.no_grad():
+        model.module.large.add_(1)
+    ema.update()
+    return model, ema
 
 
 def _live(model: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -228,16 +229,45 @@ def test_ranks_that_make_different_calls_get_an_error() -> None:
 
 
 @pytest.mark.world_size(2)
-def test_one_rank_leaving_alone_is_an_error_and_mixes_nothing() -> None:
+def test_a_rank_that_waits_alone_raises_its_own_error_and_nothing_is_mixed() -> None:
     model, ema = make_trained("ddp", timeout=0.5)
+    live = full_weights(model)
     with ema.swapped():
         averaged = full_weights(model)
-    with pytest.raises(RuntimeError, match=r"0\.5 s.*swapped\(\).*restore\(\)"), ema.swapped():
-        if torch.distributed.get_rank() == 0:
+    if torch.distributed.get_rank() == 0:
+        with pytest.raises(ZeroDivisionError) as caught, ema.swapped():
             raise ZeroDivisionError
-        time.sleep(1.5)
+        (note,) = caught.value.__notes__
+        assert re.search(r"0\.5 s.*rank 1.*restore\(\)", note)
+    else:
+        with pytest.raises(RuntimeError, match=r"0\.5 s.*swapped\(\).*restore\(\)"), ema.swapped():
+            time.sleep(1.5)
     torch.distributed.barrier()
     assert_bitwise_equal(full_weights(model), averaged)
+    ema.restore()
+    assert_bitwise_equal(full_weights(model), live)
+
+
+@layouts("ddp-3", "hsdp")
+def test_an_error_on_one_rank_restores_all_and_is_named_on_the_others(
+    layout: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ema = make_trained(layout, timeout=20.0)
+    live = full_weights(model)
+    begin = time.monotonic()
+    if torch.distributed.get_rank() == 1:
+        with pytest.raises(ZeroDivisionError) as caught, ema.swapped():
+            raise ZeroDivisionError("my own")
+        assert not hasattr(caught.value, "__notes__")
+        assert "my own" in caplog.text
+        assert "20 s" in caplog.text
+    else:
+        with pytest.raises(RuntimeError, match=r"rank 1\b.*ZeroDivisionError.*my own"), ema.swapped():
+            pass
+    assert time.monotonic() - begin < 10
+    assert_bitwise_equal(full_weights(model), live)
+    with ema.swapped():
+        pass
 
 
 @pytest.mark.world_size(2)
