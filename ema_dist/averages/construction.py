@@ -17,7 +17,8 @@ from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK
 
 _CALL = "ShardedEMA(model)"
-_BUCKETS = 64
+_PART = "selected names, part"
+_PARTS = 64
 _NAMES_SENT = 200
 
 
@@ -58,7 +59,7 @@ def _compare(live: LiveModel, settings: Mapping[str, str], problem: str = "") ->
         meet(problem=problem, compared=[settings, digests])
     except RendezvousError as error:
         # Ten thousand ranks cannot all send every name. Digests of parts have told which names to send.
-        if parts := [part for part in error.differing if part not in settings]:
+        if parts := [key for key in error.differing if key.startswith(_PART)]:
             names = [name for name in sorted(live.selected) if _part(name) == min(parts)]
             meet(compared=[{name: f"selected {name}" for name in names[:_NAMES_SENT]}])
         raise
@@ -90,8 +91,8 @@ def _digest_names(names: Collection[str]) -> dict[str, str]:
     for name in sorted(names):
         part = _part(name)
         digests[part] = crc32(f"{name}\n".encode(), digests.get(part, 0))
-    return {part: f"other names in {part}: {digest:08x}" for part, digest in digests.items()}
+    return {part: f"{part}: {digest:08x}" for part, digest in digests.items()}
 
 
 def _part(name: str) -> str:
-    return f"part {crc32(name.encode()) % _BUCKETS} of the selected names"
+    return f"{_PART} {crc32(name.encode()) % _PARTS}"

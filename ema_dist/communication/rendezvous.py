@@ -162,7 +162,7 @@ class RendezvousSeries:
         missed = verdict
         while verdict.is_too_late_for(self._rank):
             verdict = self._meet_once(store, report, timeout, advice)
-        if verdict.message and not verdict.is_complete:
+        if verdict.came is not None:
             return replace(verdict, message=f"{verdict.message}. Before rank {self._rank} came, {missed.message}")
         return verdict
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from ema_dist import ShardedEMA
+from ema_dist import HalfLife, Offloaded, ShardedEMA, Stochastic, checkpoint
+from ema_dist.communication.rendezvous import RendezvousError, announce_failure
 from tests.support.layouts import assert_bitwise_equal, evaluate, full_weights, layouts, make_net, make_trained, wrap
 
 
@@ -139,3 +143,135 @@ def test_the_first_forward_may_happen_inside_a_swap(layout: str) -> None:
     with ema.swapped():
         inside = evaluate(model)
     assert torch.equal(evaluate(model), inside)
+
+
+def _fails_with(*words: str) -> AbstractContextManager[pytest.ExceptionInfo[RendezvousError]]:
+    """All ranks raise the error, and it contains the words in this order."""
+    return pytest.raises(RendezvousError, match=".*".join(map(re.escape, words)), check=lambda error: error.all_came)
+
+
+@pytest.mark.world_size(2)
+def test_ranks_that_differ_are_told_what_differs() -> None:
+    """Ranks that name other tracks, have made other calls, or construct with other settings, under DDP."""
+    rank = dist.get_rank()
+    model = DistributedDataParallel(make_net("ddp"))
+    two = ShardedEMA(model, decay={"a": 0.0, "b": 0.9}, timeout=10.0)
+    track = "ab"[rank]
+    with pytest.raises(RendezvousError, match=r"rank 0 made swapped\('a'\), rank 1 made swapped\('b'\)") as caught:
+        two.swapped(track).__enter__()
+    assert not caught.value.all_came
+    with pytest.raises(
+        RendezvousError, match=r"rank 0 made full_state_dict\('a'\), rank 1 made full_state_dict\('b'\)"
+    ):
+        two.full_state_dict(track=track)
+    with pytest.raises(RendezvousError, match=r"rank 0 made .*float16\), rank 1 made .*float32\)"):
+        two.full_state_dict(track="a", dtype=(torch.float16, torch.float32)[rank])
+    ema = ShardedEMA(model, decay=0.5, timeout=10.0)
+    for _ in range(3 - rank):
+        ema.update()
+    with _fails_with("rank 0 has called update() 3 times, rank 1 has called update() twice"), ema.swapped():
+        pass
+    for call in (ema.state_dict, ema.full_state_dict, lambda: checkpoint.save({"ema": ema}, "nowhere", step=0)):
+        with _fails_with("rank 0 has called update() 3 times"):
+            call()
+    ema.load_state_dict(ema.state_dict(for_loading=True) | {"steps": 7, "updates": 7})
+    ema.state_dict()
+    ema.load_state_dict(ema.state_dict() | {"steps": rank})
+    with _fails_with("rank 0 has called load_state_dict() with steps=0 once"):
+        ema.state_dict()
+    settings: dict[str, tuple[Any, Any]] = {
+        "decay": (HalfLife(10), HalfLife(11)),
+        "start": (0, 1),
+        "update_interval": (1, 2),
+        "dtype": (None, torch.float64),
+        "rounding": (Stochastic(0), Stochastic(1)),
+        "replicas": ("shard", "copy"),
+        "buffers": ("average", "copy"),
+        "kernel": ("foreach", "scratch"),
+        "store": (None, Offloaded()),
+        "timeout": (10.0, 11.0),
+    }
+    for name, values in settings.items():
+        with _fails_with(f"rank 0 has {name}=", f"rank 1 has {name}="):
+            ShardedEMA(model, **{"timeout": 10.0, name: values[rank]})
+    with _fails_with("rank 0 has decay['a']=", "rank 1 has not"):
+        ShardedEMA(model, decay=[{"a": 0.5, "b": 0.5}, {"b": 0.5}][rank])
+
+
+@pytest.mark.world_size(3)
+def test_ranks_that_select_other_parameters_are_told_one() -> None:
+    model = DistributedDataParallel(make_net("ddp"))
+    only_one = "blocks.1.out.weight"
+    with _fails_with("ranks 0, 2 have selected blocks.1.out.weight, rank 1 has not"):
+        ShardedEMA(model, select=lambda name, _: dist.get_rank() != 1 or name != only_one)
+    own_error = pytest.raises(ValueError, match="nothing to average")
+    with own_error if dist.get_rank() == 2 else _fails_with("on rank 2: nothing to average"):
+        ShardedEMA(model, select=lambda *_: dist.get_rank() != 2)
+    own_error = pytest.raises(ZeroDivisionError)
+    with own_error if dist.get_rank() == 2 else _fails_with("on rank 2: ", "zero"):
+        ShardedEMA(model, select=lambda *_: bool(1 / (2 - dist.get_rank())))
+    if dist.get_rank() == 0:
+        with pytest.raises(RendezvousError, match=r"ranks 1-2 did not come.*unwrapped module") as caught:
+            ShardedEMA(model, replicas="copy", timeout=0.3)
+        assert not caught.value.all_came
+        ShardedEMA(model.module).update()
+
+
+@pytest.mark.world_size(2)
+def test_a_local_call_on_one_rank_is_told_at_the_next_rendezvous(tmp_path: Path) -> None:
+    """Loading a checkpoint on all ranks makes them agree again."""
+    _, ema = make_trained("fsdp2", timeout=10.0)
+    checkpoint.save({"ema": ema}, tmp_path, step=0)
+    if dist.get_rank() == 1:
+        ema.update()
+        with ema.serving():
+            pass
+    with _fails_with("rank 0 has not, rank 1 has called serving() once"):
+        ema.full_state_dict()
+    with _fails_with("rank 0 has not, rank 1 has called serving() once on 'ema'"):
+        checkpoint.save({"ema": ema}, tmp_path, step=1)
+    checkpoint.load({"ema": ema}, tmp_path)
+    if dist.get_rank() == 1:
+        ema.update()
+    with ema.swapped():
+        pass
+    if dist.get_rank() == 0:
+        ema.update()
+    with _fails_with("rank 0 has called", "swapped(), update() last", "rank 1 has called", "update(), swapped() last"):
+        ema.state_dict()
+
+
+@pytest.mark.world_size(2)
+def test_steps_that_were_skipped_on_one_rank_are_told_when_they_are_read() -> None:
+    """A gradient scaler's ``found_inf`` must be the same everywhere."""
+    _, ema = make_trained("fsdp2", timeout=10.0)
+    ema.update(found_inf=torch.tensor(float(dist.get_rank())))
+    assert ema.full_state_dict() or dist.get_rank() > 0
+    with _fails_with("rank 0 has steps=", "rank 1 has steps="):
+        ema.state_dict()
+
+
+@pytest.mark.world_size(2)
+def test_one_rank_may_evaluate_alone_where_each_has_all_averages(tmp_path: Path) -> None:
+    model = DistributedDataParallel(make_net("ddp"))
+    ema = ShardedEMA(model, replicas="copy", timeout=10.0)
+    if dist.get_rank() == 0:
+        with ema.swapped():
+            pass
+        with ema.serving():
+            pass
+    ema.update()
+    checkpoint.save({"ema": ema}, tmp_path, step=0)
+    ema.load_full_state_dict(ema.full_state_dict())
+
+
+@pytest.mark.world_size(2)
+def test_an_announced_failure_is_the_next_rendezvous_of_the_others() -> None:
+    _, ema = make_trained("ddp", timeout=10.0)
+    if dist.get_rank() == 1:
+        announce_failure([0, 1], "rank 1 lost its weights")
+    else:
+        with pytest.raises(RendezvousError, match="rank 1 lost its weights") as caught:
+            ema.full_state_dict()
+        assert not caught.value.all_came
+    assert ema.full_state_dict() or dist.get_rank() > 0
