@@ -205,7 +205,7 @@ class ModelWithAverages:
         if reason := serving.reason_to_swap:
             if track not in self._warned:
                 self._warned.add(track)
-                warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=4)
+                warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=3)
             return self.enter_swap(track)
         serving.enter()
         self.live.record(call)
