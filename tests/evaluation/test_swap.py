@@ -206,9 +206,9 @@ def test_one_rank_swapping_alone_gets_an_error_naming_the_others() -> None:
     model, ema = make_trained("ddp", timeout=0.5)
     live = full_weights(model)
     if torch.distributed.get_rank() == 0:
-        with pytest.raises(RuntimeError, match=r"0\.5 s.*swapped\(\).*\[1\]"), ema.swapped():
+        with pytest.raises(RuntimeError, match=r"0\.5 s.*swapped\(\).*rank 1"), ema.swapped():
             pass
-        with pytest.raises(RuntimeError, match=r"0\.5 s.*full_state_dict\(\).*\[1\]"):
+        with pytest.raises(RuntimeError, match=r"0\.5 s.*full_state_dict\(\).*rank 1"):
             ema.full_state_dict()
     torch.distributed.barrier()
     with ema.swapped():
@@ -219,7 +219,7 @@ def test_one_rank_swapping_alone_gets_an_error_naming_the_others() -> None:
 @pytest.mark.world_size(3)
 def test_ranks_that_make_different_calls_get_an_error() -> None:
     _, ema = make_trained("ddp-3")
-    with pytest.raises(RuntimeError, match=r"\b0\b.*swapped\(\).*\b1\b.*full_state_dict\(\).*\b2\b.*swapped\(\)"):
+    with pytest.raises(RuntimeError, match=r"\b0, 2 .*swapped\(\).*\b1\b.*full_state_dict\(\)"):
         if torch.distributed.get_rank() == 1:
             ema.full_state_dict()
         else:
