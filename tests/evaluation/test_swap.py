@@ -222,7 +222,7 @@ def test_one_rank_swapping_alone_gets_an_error_naming_the_others() -> None:
 @pytest.mark.world_size(3)
 def test_ranks_that_make_different_calls_get_an_error() -> None:
     _, ema = make_trained("ddp-3")
-    with pytest.raises(RuntimeError, match=r"ranks 0, 2 made swapped\(\), rank 1 made full_state_dict\(\)"):
+    with pytest.raises(RuntimeError, match=r"\b0, 2 .*swapped\(\).*\b1\b.*full_state_dict\(\)"):
         if torch.distributed.get_rank() == 1:
             ema.full_state_dict()
         else:
