@@ -39,7 +39,7 @@ class LiveModel:
         self._select = select or (lambda _, parameter: parameter.requires_grad)
         self.timeout = timeout
         self.layout = Layout(model, replicas)
-        self.layout.require_separate_memory()
+        self.layout.require_writable()
         self.ranks = self.layout.ranks
         """The global ranks that hold the model together, in order; empty when this rank holds it alone."""
         self.selected = [name for name in self.layout.parameters if self._is_selected(name)]
@@ -125,7 +125,7 @@ class LiveModel:
         try:
             if not (only_if_moved and self.layout.is_current()):
                 layout = Layout(self.layout.model, self._replicas)
-                layout.require_separate_memory()
+                layout.require_writable()
                 if changes := self.layout.describe_changes(layout):
                     described = abbreviated(
                         (f"{name} ({then}; {now})" for name, (then, now) in changes.items()), limit=3
