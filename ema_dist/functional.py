@@ -29,7 +29,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     """
     weight = 1 - Constant(smoothing).value
     live_layout, average_layout = Layout(model, "copy"), Layout(ema_model, "copy")
-    average_layout.require_separate_memory()
+    average_layout.require_writable()
     average_shards, live_shards = average_layout.shards_by_name(), live_layout.shards_by_name()
     different = [
         name

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ema_dist import Compensated, Offloaded, ShardedEMA, checkpoint, compute_ema
-from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, wrap
+from tests.support.layouts import IGNORED_WARNINGS, LAYOUTS, assert_bitwise_equal, full_weights, make_net, wrap
 
 
 @contextmanager
@@ -118,23 +120,23 @@ class Training:
                 torch.testing.assert_close(value.double(), expected[name], rtol=self.tolerance, atol=self.tolerance)
 
 
+def nothing(_: Training) -> None:
+    pass
+
+
 def update(training: Training) -> None:
     training.ema.update()
-    training.follow()
 
 
 def attached_step(training: Training) -> None:
     handle = training.ema.attach(training.optimizer)
     training.optimizer.step()
     handle.remove()
-    training.follow()
 
 
 def swapped(training: Training) -> None:
-    live = full_weights(training.model)
     with training.ema.swapped(training.track):
         training.model.eval()(training.batch)
-    assert_bitwise_equal(full_weights(training.model), live)
 
 
 def restored(training: Training) -> None:
@@ -179,8 +181,9 @@ def checked(training: Training) -> None:
 
 def saved_and_loaded(training: Training) -> None:
     state = {"model": training.model, "ema": training.ema, "optim": training.optimizer}
-    checkpoint.save(state, training.root, step=1, block=False)
-    assert checkpoint.load(state, training.root) == 1
+    checkpoint.save(state, training.root, step=1)
+    checkpoint.save(state, training.root, step=2, block=False)
+    assert checkpoint.load(state, training.root) == 2
 
 
 def exported_and_imported(training: Training) -> None:
@@ -190,30 +193,139 @@ def exported_and_imported(training: Training) -> None:
 
 
 CALLS = [
-    *(update, attached_step, swapped, restored, serving, gathered, loaded, loaded_in_full, copied, checked),
+    *(nothing, update, attached_step, swapped, restored, serving, gathered, loaded, loaded_in_full, copied, checked),
     *(saved_and_loaded, exported_and_imported),
 ]
 
 
-@layouts("plain", "ddp", "fsdp1", "fsdp2")
+RUNS = [
+    *product(["plain"], MODES, [list(SETTINGS)]),
+    *product(
+        ["ddp", "fsdp2"],
+        ["inference_mode", "autocast", "bfloat16 by default", "device", "anomaly", "deterministic"],
+        [["float32", "halves of bfloat16", "tracks"]],
+    ),
+    *product(["fsdp1", "tp", "hsdp"], ["inference_mode", "device"], [["float32 of bfloat16"]]),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "mode", "settings"),
+    [
+        pytest.param(
+            *run, id=f"{run[0]}-{run[1]}", marks=(pytest.mark.world_size(LAYOUTS[run[0]].ranks), *IGNORED_WARNINGS)
+        )
+        for run in RUNS
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
 @pytest.mark.filterwarnings(r"ignore:.*serving\(\) swaps:UserWarning")
-@pytest.mark.parametrize("mode", MODES)
-def test_calls_in_a_mode_leave_nothing_behind(layout: str, mode: str, tmp_path: Path) -> None:
+def test_calls_in_a_mode_leave_nothing_behind(layout: str, mode: str, settings: list[str], tmp_path: Path) -> None:
     """After construction and after each call in the mode, the next training step and update outside of it are right."""
     failures: list[str] = []
-    for setting in SETTINGS:
+    for setting in settings:
         training = Training(layout, setting, MODES[mode], tmp_path / setting)
-        for call in (None, *CALLS):
+        for call in CALLS:
             try:
-                if call is not None:
-                    with MODES[mode]():
-                        call(training)
+                live = full_weights(training.model)
+                with MODES[mode]():
+                    call(training)
                 assert torch.is_grad_enabled()
+                if call in (update, attached_step):
+                    training.follow()
+                else:
+                    assert_bitwise_equal(full_weights(training.model), live)
                 training.step()
-                update(training)
+                training.ema.update()
+                training.follow()
                 training.check()
             except Exception as error:  # noqa: BLE001, PERF203  all failures of a mode are shown at once
-                failures.append(f"{setting}, {call and call.__name__}: {str(error)[:300]!r}")
+                failures.append(f"{setting}, {call.__name__}: {str(error)[:300]!r}")
                 break
     assert not failures, "\n".join(failures)
+
+
+def test_a_model_made_in_inference_mode_is_refused_by_name() -> None:
+    """It could not be trained either; reading it is no problem."""
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+    live = nn.Linear(2, 2)
+    for call in (
+        lambda: ShardedEMA(model),
+        lambda: ShardedEMA(live).copy_to(model),
+        lambda: compute_ema(live, model),
+    ):
+        with pytest.raises(ValueError, match=r"'weight'.*inference_mode"):
+            call()
+    compute_ema(model, live, smoothing=0.0)
+    assert torch.equal(live.weight, model.weight)
+
+
+class Counting(nn.Module):
+    """A module that assigns its buffers, two of them one tensor, so that an evaluation makes inference tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        for name in ("total", "same"):
+            self.register_buffer(name, torch.zeros(()))
+        self.same = self.total
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total = self.same = self.total + 1
+        return x * self.weight
+
+
+@pytest.mark.parametrize("call", [update, swapped, serving, gathered, loaded, nothing])
+@pytest.mark.parametrize("inside", [torch.inference_mode, nullcontext])
+def test_buffers_that_an_evaluation_in_inference_mode_made(
+    call: Callable[[Training], None], inside: Callable[[], AbstractContextManager[object]]
+) -> None:
+    """They are replaced by equal ones that can be written to."""
+    training = Training.__new__(Training)
+    training.model, training.track, training.batch = Counting(), "default", torch.ones(2)
+    training.ema = ShardedEMA(training.model, decay=0.5)
+    with torch.inference_mode():
+        training.model(torch.ones(2))
+    assert training.model.total.is_inference()
+    with inside():
+        if call is nothing:
+            training.ema = ShardedEMA(training.model, decay=0.5)
+        call(training)
+    training.ema.update()
+    assert not training.model.total.is_inference()
+    assert training.model.same is training.model.total
+    assert training.model.total == 1
+
+
+@pytest.mark.parametrize("grad_inside", [True, False])
+def test_the_block_runs_in_the_callers_modes(grad_inside: bool) -> None:  # noqa: FBT001
+    ema = ShardedEMA(nn.Linear(2, 2))
+    with torch.inference_mode(), ema.swapped():
+        assert torch.is_inference_mode_enabled()
+    with torch.set_grad_enabled(grad_inside):
+        with ema.swapped():
+            assert torch.is_grad_enabled() == grad_inside
+        with ema.serving():
+            assert not torch.is_grad_enabled()
+        with torch.inference_mode(), ema.serving():
+            assert torch.is_inference_mode_enabled()
+        for _ in ema.gather():
+            assert torch.is_grad_enabled() == grad_inside
+        assert torch.is_grad_enabled() == grad_inside
+    with torch.inference_mode():
+        names = [name for name, _ in ema.gather() if torch.is_inference_mode_enabled()]
+    assert names == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("call", [swapped, serving])
+def test_an_error_on_entering_leaves_the_modes_as_they_were(call: Callable[[Training], None]) -> None:
+    training = Training.__new__(Training)
+    training.model, training.track = Counting(), "default"
+    training.ema = ShardedEMA(training.model)
+    training.model.weight = nn.Parameter(torch.ones(3))
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="weight"):
+            call(training)
+        assert torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()

@@ -167,7 +167,7 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
     Memory: one full tensor on each rank.
     Raises: ValueError when names, shapes or ties differ, before anything changes.
     """
-    target.require_separate_memory()
+    target.require_writable()
     shards_by_name, target_shards_by_name = layout.shards_by_name(), target.shards_by_name()
     names = shards_by_name.keys() | layout.extra_states.keys()
     target_names = target_shards_by_name.keys() | target.extra_states.keys()

@@ -41,7 +41,7 @@ class LiveModel:
         self.timeout = timeout
         self._failure = ""
         self.layout = Layout(model, replicas)
-        self.layout.require_separate_memory()
+        self.layout.require_writable()
         self.ranks = self.layout.ranks
         """The global ranks that hold the model together, in order; empty when this rank holds it alone."""
         self.history = CallHistory()
@@ -163,7 +163,7 @@ class LiveModel:
         try:
             if not (only_if_moved and self.layout.is_current()):
                 layout = Layout(self.layout.model, self._replicas)
-                layout.require_separate_memory()
+                layout.require_writable()
                 if changes := self.layout.describe_changes(layout):
                     described = abbreviated(
                         (f"{name} ({then}; {now})" for name, (then, now) in changes.items()), limit=3

@@ -124,7 +124,7 @@ class ModelEntry(Entry):
 
     def targets(self, contents: Contents) -> dict[str, Tensor]:
         _require_not_active(self.layout.model)
-        self.layout.require_separate_memory()
+        self.layout.require_writable()
         averages = contents.average_names(self.key)
         source = contents.find_model_key(self.key, averages) if averages else self.key
         weight_names = (contents.weight_names(source) if source else {}) | averages

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -103,7 +104,8 @@ def save(
     writer = CheckpointWriter(run_on_first_rank(lambda: create_partial_folder(root, step), group), manifest, keep=keep)
     if block:
         try:
-            dcp.save(state_dict, storage_writer=writer, process_group=group)
+            with torch.device("cpu"):  # DTensor computes offsets in tensors on the default device, perhaps "meta"
+                dcp.save(state_dict, storage_writer=writer, process_group=group)
         except CheckpointException as error:
             raise CheckpointError(f"{step_folder(root, step)} was not saved: {_describe_failures(error)}") from error
     else:

@@ -15,7 +15,7 @@ from ema_dist.sharding.discovery import ReplicaPolicy, find_tensors
 from ema_dist.sharding.fsdp2 import FSDP2Units
 from ema_dist.sharding.memory import distinct_elements, expanded_dims, find_shared_memory, memory_key
 from ema_dist.sharding.mesh_shard import local_tensor
-from ema_dist.sharding.registries import RegistryEntry, resolve_live
+from ema_dist.sharding.registries import RegistryEntry, replace_inference_buffers, resolve_live
 from ema_dist.sharding.shard import Shard
 
 
@@ -32,6 +32,7 @@ class Layout:
 
     def __init__(self, model: nn.Module, replicas: ReplicaPolicy = "shard") -> None:
         self.model = model
+        replace_inference_buffers(model)
         self.fsdp2_units = FSDP2Units(model)
         """The parts of the model that FSDP2 shards."""
         self.reshard()
@@ -99,8 +100,18 @@ class Layout:
         others = other.shards_by_name()
         return [" and ".join(s.names) for s in self.shards if len({others[name].name for name in s.names}) > 1]
 
-    def require_separate_memory(self) -> None:
-        """Raise ValueError if tensors share a part of their memory: averages would overwrite each other there."""
+    def require_writable(self) -> None:
+        """Raise ValueError if averages cannot be written into the model and out of it again.
+
+        Tensors that share a part of their memory would overwrite each other there, and parameters that were made in
+        ``torch.inference_mode()`` cannot be written to outside of it.
+        """
+        for name, shard in self.parameters.items():
+            if shard.owner.is_inference():
+                raise ValueError(
+                    f"{name!r} was made in torch.inference_mode(), and can neither be trained nor swapped: construct "
+                    "the model outside of it"
+                )
         # The pieces of a flat parameter of FSDP1 are disjoint, and other tensors are owned by somebody.
         owned = [shard for shard in self.shards if self.registry_entries[shard.name]]
         if shared := find_shared_memory((shard.name, shard.owner) for shard in owned):
@@ -185,6 +196,8 @@ class Layout:
             )
             if is_same and _storage_key(shard.owner) == _storage_key(shard.local):
                 continue
+            replace_inference_buffers(self.model)
+            buffers = [_current_buffer(entry) for entry in entries]
             owners: dict[int, tuple[str, Tensor]] = {}
             for own_name, buffer in zip(shard.names, buffers, strict=True):
                 if buffer is None or buffer.shape != shard.shape or expanded_dims(buffer) != expanded_dims(shard.owner):

@@ -152,3 +152,18 @@ def _show_substitutes(module: nn.Module, *_: object) -> None:
 def _refuse_loading(*_: object) -> None:
     if _active:  # deepcopy of a module also copies the hook
         raise RuntimeError("load_state_dict() inside serving(): the modules hold averages there; load after the block")
+
+
+def replace_inference_buffers(model: nn.Module) -> None:
+    """Replace persistent buffers that were made in ``torch.inference_mode()`` by equal ones that can be written to.
+
+    A module that assigns its buffers (``self.total = self.total + 1``) makes such a tensor in each evaluation.
+    """
+    replaced: dict[int, tuple[Tensor, Tensor]] = {}  # with the old buffers, as the ids of freed ones are used again
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set or not buffer.is_inference():
+                continue
+            if id(buffer) not in replaced:
+                replaced[id(buffer)] = buffer, buffer.clone()
+            module._buffers[name] = replaced[id(buffer)][1]

@@ -58,8 +58,9 @@ def read_entries(
         differ (all are named); and when an entry is damaged: tensors read before it then have their new values.
     """
     reader = SafeReader(folder, metadata=metadata)
-    plans = _run_collectively(lambda: [_plan(reader, state_dict) for state_dict in state_dicts], group)
-    _run_collectively(lambda: [reader.read_data(plan, planner).wait() for plan, planner in plans], group)
+    with torch.device("cpu"):  # DTensor computes offsets in tensors on the default device, which may be "meta"
+        plans = _run_collectively(lambda: [_plan(reader, state_dict) for state_dict in state_dicts], group)
+        _run_collectively(lambda: [reader.read_data(plan, planner).wait() for plan, planner in plans], group)
     for state_dict, (_, planner) in zip(state_dicts, plans, strict=True):
         state_dict.update(planner.state_dict)
 
