@@ -33,7 +33,7 @@ class ModelTensor:
 def find_tensors(model: nn.Module, replicas: ReplicaPolicy) -> tuple[list[ModelTensor], dict[str, nn.Module]]:
     """All entries of the unwrapped model's ``state_dict()``: its tensors, and modules with an extra state by name."""
     flat_by_module = fsdp1.flat_tensors(model)
-    factory = ShardFactory(split=replicas != "copy")
+    factory = ShardFactory(model, split=replicas != "copy")
     tensors_by_key: dict[object, ModelTensor] = {}
     extra_states = {}
     for parent in named_modules(

@@ -8,7 +8,6 @@ from operator import attrgetter
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,7 +15,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import Placement
 
-from ema_dist.sharding.compat import all_gather
+from ema_dist.sharding.gather_rows import gather_dim
+from ema_dist.sharding.rank_sets import mesh_ranks
 from ema_dist.sharding.shard import Shard
 
 
@@ -70,7 +70,7 @@ class MeshShard(Shard):
 
     @property
     def gather_ranks(self) -> frozenset[int]:
-        return frozenset(self.mesh.mesh.flatten().tolist())
+        return mesh_ranks(self.mesh).as_set
 
     @property
     def gather_group(self) -> ProcessGroup | None:
@@ -85,7 +85,7 @@ class MeshShard(Shard):
     def unwrap(self, value: Tensor) -> Tensor:
         if not isinstance(value, DTensor):
             return self.slice_full(value)
-        same_ranks = value.device_mesh == self.mesh or torch.equal(value.device_mesh.mesh, self.mesh.mesh)
+        same_ranks = value.device_mesh == self.mesh or mesh_ranks(value.device_mesh) == mesh_ranks(self.mesh)
         if value.shape != self.shape or not same_ranks or value.placements != self.placements:
             raise ValueError(
                 f"expected {tuple(self.shape)} placed {self.placements} on {self.mesh}, "
@@ -101,7 +101,7 @@ class MeshShard(Shard):
         for mesh_dim in reversed(range(self.mesh.ndim)):
             placement = self.placements[mesh_dim]
             if isinstance(placement, ShardPlacement):
-                local = _gather_dim(local, placement.dim, lengths[mesh_dim], self.mesh.get_group(mesh_dim))
+                local = gather_dim(local, placement.dim, lengths[mesh_dim], self.mesh.get_group(mesh_dim))
         return local
 
     def slice_full(self, full: Tensor) -> Tensor:
@@ -135,43 +135,16 @@ class MeshShard(Shard):
     @property
     def summary(self) -> str:
         placements_text = ", ".join(str(placement) for placement in self.placements)
-        return f"{placements_text} over a mesh of {' x '.join(map(str, self.mesh.mesh.shape))} ranks"
+        return f"{placements_text} over a mesh of {' x '.join(map(str, mesh_ranks(self.mesh).shape))} ranks"
 
-    def sharding_key(self) -> str:
-        return f"{tuple(self._shape)}, placed {self.placements} over ranks {self.mesh.mesh.tolist()}"
+    def sharding_key(self) -> tuple[object, ...]:
+        # With their types: in some versions of torch a strided placement equals one that is not.
+        typed_placements = tuple((type(placement), placement) for placement in self.placements)
+        return tuple(self._shape), typed_placements, mesh_ranks(self.mesh)
 
-
-MAX_BROADCAST_RANKS = 8
-"""Up to this number, ranks broadcast their chunks in turn: gloo needs a second copy for an all-gather."""
-
-MAX_PADDING_BYTES = 2**20
-"""The padding that the buffer of an all-gather may have, where the last chunks are short or empty."""
-
-
-def _gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Tensor:
-    """Gather ``length`` slices along ``dim``; each rank of ``group`` holds the chunk that ``torch.chunk`` would make.
-
-    Collective: over ``group``. Memory: one tensor of the result's size for the first dimension, two for others.
-    """
-    local = local.movedim(dim, 0).contiguous()
-    shape = local.shape[1:]
-    chunk_size = max(1, -(-length // group.size()))
-    padded = chunk_size * group.size()
-    padding = (padded - length) * shape.numel() * local.element_size()
-    if length <= MAX_BROADCAST_RANKS * chunk_size or padding > MAX_PADDING_BYTES:
-        gathered = local.new_empty((length, *shape))
-        for index, rows in enumerate(gathered.split(chunk_size)):
-            if index == group.rank():
-                rows.copy_(local)
-            dist.broadcast(rows, dist.get_global_rank(group, index), group=group)
-    else:
-        gathered = local.new_empty((padded, *shape))
-        padded_local = local
-        if len(local) < chunk_size:
-            padded_local = local.new_empty((chunk_size, *shape))
-            padded_local[: len(local)] = local
-        all_gather(gathered.view(-1), padded_local.view(-1), group=group)
-    return gathered[:length].movedim(0, dim)
+    @property
+    def sharding_text(self) -> str:
+        return f"{tuple(self._shape)}, placed {self.placements} over ranks {mesh_ranks(self.mesh).text}"
 
 
 _meshes_by_device_type: MutableMapping[DeviceMesh, dict[str, DeviceMesh]] = WeakKeyDictionary()
@@ -213,10 +186,9 @@ quick_local = attrgetter("_local_tensor") if "_local_tensor" in getattr(DTensor,
 
 def split_rows(shard: Shard, mesh: DeviceMesh, placements: Sequence[Placement], stride: tuple[int, ...]) -> MeshShard:
     """The rows of ``shard.local`` that this rank averages; the replicas are the last dimension of ``mesh``."""
-    rows = chunk_rows(shard.local, mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
     return MeshShard(
         shard.names,
-        rows,
+        chunk_of_rows(shard.local, mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)),
         shard.owner,
         mesh=mesh,
         placements=[*placements, ShardPlacement(0)],
@@ -225,7 +197,9 @@ def split_rows(shard: Shard, mesh: DeviceMesh, placements: Sequence[Placement], 
     )
 
 
-def chunk_rows(tensor: Tensor, count: int) -> list[Tensor]:
-    """Split ``tensor`` into ``count`` chunks of rows as ``Shard(0)`` does; the last ones may be smaller or empty."""
-    chunks = list(tensor.chunk(count, 0)) if tensor.shape[0] else []
-    return chunks + [tensor[tensor.shape[0] :]] * (count - len(chunks))
+def chunk_of_rows(tensor: Tensor, count: int, index: int) -> Tensor:
+    """One of ``count`` chunks of rows, as ``Shard(0)`` makes them; the last ones may be smaller or empty."""
+    rows = tensor.shape[0]
+    chunk_size = -(-rows // count)
+    start = min(chunk_size * index, rows)
+    return tensor.narrow(0, start, min(chunk_size, rows - start))

@@ -50,5 +50,9 @@ class PlainShard(Shard):
     def summary(self) -> str:
         return "whole" if self.replica_group is None else f"whole on each of {self.replica_group.size()} ranks"
 
-    def sharding_key(self) -> str:
+    def sharding_key(self) -> tuple[object, ...]:
+        return (tuple(self.shape),)
+
+    @property
+    def sharding_text(self) -> str:
         return f"{tuple(self.shape)}, whole"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from weakref import WeakKeyDictionary
 
-from torch import Tensor
-from torch.distributed import ProcessGroup, get_process_group_ranks
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
@@ -13,15 +14,23 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from ema_dist.sharding.mesh_shard import MeshShard, dtensor_local, permute_mesh, split_rows
 from ema_dist.sharding.names import NamedModule
 from ema_dist.sharding.plain_shard import PlainShard
+from ema_dist.sharding.rank_sets import group_ranks, mesh_ranks
 from ema_dist.sharding.shard import Shard, has_contiguous_rows
+
+_meshes_by_model: MutableMapping[nn.Module, dict[object, DeviceMesh]] = WeakKeyDictionary()
+"""The meshes made for each model: they are the same whenever it is read again, so that shards are compared quickly.
+
+By model, because a mesh holds its process groups: by group, it would keep itself alive.
+"""
 
 
 class ShardFactory:
-    """Makes shards, and one mesh for all shards over the same replicas: a mesh for each would be slow."""
+    """Makes shards of a model, and one mesh for all shards over the same replicas: a mesh for each would be slow."""
 
-    def __init__(self, *, split: bool) -> None:
+    def __init__(self, model: nn.Module, *, split: bool) -> None:
         self._split = split
-        self._meshes: dict[object, DeviceMesh] = {}
+        self._meshes = _meshes_by_model.setdefault(model, {})
+        self._overlaps: dict[object, bool] = {}
 
     def shard_maker(
         self, tensor: Tensor, parent: NamedModule, *, is_buffer: bool
@@ -49,10 +58,7 @@ class ShardFactory:
         self, names: tuple[str, ...], tensor: DTensor, outer_group: ProcessGroup | None, *, split: bool
     ) -> Shard:
         mesh, placements = tensor.device_mesh, tensor.placements
-        if (
-            outer_group is not None
-            and len({*get_process_group_ranks(outer_group)} & {*mesh.mesh.flatten().tolist()}) > 1
-        ):
+        if outer_group is not None and self._overlap(outer_group, mesh):
             outer_group = None  # ranks of one mesh hold different blocks, so they are not replicas of each other
         if partial := [placement for placement in placements if placement.is_partial()]:
             raise ValueError(f"{names[0]!r} is placed {partial}: a sum still to be made is not a weight to average")
@@ -78,6 +84,13 @@ class ShardFactory:
                 shard, permuted_mesh, [placements[dim] for dim in other_dims], tensor.stride()
             )
         return shard
+
+    def _overlap(self, group: ProcessGroup, mesh: DeviceMesh) -> bool:
+        """Whether several ranks of ``group`` are in ``mesh``."""
+        key = group, mesh
+        if key not in self._overlaps:
+            self._overlaps[key] = len(group_ranks(group).as_set & mesh_ranks(mesh).as_set) > 1
+        return self._overlaps[key]
 
     def _permuted_mesh(self, mesh: DeviceMesh, order: list[int]) -> DeviceMesh:
         """The same mesh with its dimensions in another order."""
