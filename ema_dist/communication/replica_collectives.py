@@ -15,7 +15,7 @@ from ema_dist.messages import abbreviated
 from ema_dist.sharding import Shard, all_gather, group_ranks
 
 MAX_PADDING_RATIO = 2
-"""Up to this ratio of sent to needed bytes, a padded all-gather; beyond it an all-reduce, which sends all bytes twice."""
+"""Up to this ratio of sent to needed bytes, a padded all-gather; beyond it an all-reduce, which sends bytes twice."""
 
 MAX_LOCATED = 10
 """Tensors of which a message says on which ranks they differ: it names no more."""

@@ -132,14 +132,13 @@ def _rounds(streams: Iterable[tuple[Tensor, int]], max_bytes: int) -> Iterator[t
 
     Returns: for each round its bytes, aligned, and its pieces.
     """
-    pieces: list[_Piece] = []
-    filled = 0
+    pieces, filled = list[_Piece](), 0
     for tensor, stream_numel in streams:
         itemsize, start = tensor.element_size(), 0
         while start < stream_numel:
             if filled == max_bytes:
                 yield filled, pieces
-                pieces, filled = [], 0
+                pieces, filled = list[_Piece](), 0
             numel = min(stream_numel - start, (max_bytes - filled) // itemsize)
             pieces.append(_Piece(tensor, start, filled // itemsize, numel))
             filled, start = filled + numel * itemsize, start + numel

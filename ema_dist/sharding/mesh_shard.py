@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from math import prod
 from operator import attrgetter
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,11 +14,21 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta  # no public names
 from torch.distributed.tensor.placement_types import Placement
 
 from ema_dist.sharding.gather_rows import gather_dim
 from ema_dist.sharding.rank_sets import mesh_ranks
 from ema_dist.sharding.shard import Shard
+
+
+class _Block(NamedTuple):
+    """The part of a tensor that one rank holds."""
+
+    starts: list[int]
+    sizes: list[int]
+    lengths: list[int]
+    """For each dimension of the mesh, the length that it splits."""
 
 
 class MeshShard(Shard):
@@ -55,13 +66,14 @@ class MeshShard(Shard):
             (dim, placement) for dim, placement in enumerate(self.placements) if not placement.is_replicate()
         ]
         if all(type(placement) is ShardPlacement and placement.dim == 0 for _, placement in sharding_dims):
-            _, starts = self._lengths_and_starts()
+            starts = self._block().starts
             return starts[0] * self.stride[0] if starts else 0
+        ranks = mesh_ranks(self.mesh)
         block_index, sizes = 0, list(self._shape)
         for dim, placement in sharding_dims:
-            block_index = block_index * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
+            block_index = block_index * ranks.shape[dim] + ranks.position[dim]
             sharded_dim: int = placement.dim  # pyrefly: ignore[missing-attribute]  strided placements have it
-            sizes[sharded_dim] = -(-sizes[sharded_dim] // self.mesh.size(dim))
+            sizes[sharded_dim] = -(-sizes[sharded_dim] // ranks.shape[dim])
         return block_index * prod(sizes)
 
     @property
@@ -78,9 +90,11 @@ class MeshShard(Shard):
 
     def wrap(self, local: Tensor) -> DTensor:
         mesh = self.mesh
-        if local.device.type != mesh.device_type:  # from_local() would copy it to the mesh's device
+        if local.device.type != mesh.device_type:  # DTensor would communicate on a device that does not hold it
             mesh = _mesh_for_device_type(mesh, local.device.type)
-        return DTensor.from_local(local, mesh, self.placements, run_check=False, shape=self._shape, stride=self.stride)
+        # The public from_local() takes twice as long for each tensor: it goes through autograd, for a gradient.
+        spec = DTensorSpec(mesh, self.placements, tensor_meta=TensorMeta(self._shape, self.stride, local.dtype))
+        return DTensor(local.view_as(local), spec, requires_grad=False)
 
     def unwrap(self, value: Tensor) -> Tensor:
         if not isinstance(value, DTensor):
@@ -95,9 +109,9 @@ class MeshShard(Shard):
 
     def full(self, local: Tensor) -> Tensor:
         local = local.to(self.communication_device)
-        if any(type(placement) not in (ShardPlacement, Replicate) for placement in self.placements):
-            return self.wrap(local).full_tensor()  # strided placements (FSDP2 over TP): only DTensor knows their order
-        lengths, _ = self._lengths_and_starts()
+        if self._is_strided:
+            return self.wrap(local).full_tensor()
+        lengths = self._block().lengths
         for mesh_dim in reversed(range(self.mesh.ndim)):
             placement = self.placements[mesh_dim]
             if isinstance(placement, ShardPlacement):
@@ -107,10 +121,15 @@ class MeshShard(Shard):
     def slice_full(self, full: Tensor) -> Tensor:
         if full.shape != self.shape:
             raise ValueError(f"expected {tuple(self.shape)}, got {tuple(full.shape)}")
-        replicated = DTensor.from_local(
-            full.to(self.communication_device), self.mesh, [Replicate()] * self.mesh.ndim, run_check=False
-        )
-        return dtensor_local(replicated.redistribute(placements=self.placements))
+        full = full.to(self.communication_device)
+        if self._is_strided:
+            replicated = DTensor.from_local(full, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+            return dtensor_local(replicated.redistribute(placements=self.placements))
+        # Not redistribute(): it makes the chunks of all ranks to return one.
+        block = self._block()
+        for dim, (start, size) in enumerate(zip(block.starts, block.sizes, strict=True)):
+            full = full.narrow(dim, start, size)
+        return full
 
     def local_state(self, state: Tensor) -> Tensor | None:
         if isinstance(state, DTensor):
@@ -118,19 +137,25 @@ class MeshShard(Shard):
             return dtensor_local(state) if has_same_placement and state.shape == self.shape else None
         return state.detach() if state.shape == self.local.shape else None
 
-    def _lengths_and_starts(self) -> tuple[list[int], list[int]]:
-        """The length that each mesh dimension splits, and the start of this rank's block in each tensor dimension."""
+    @property
+    def _is_strided(self) -> bool:
+        """Whether any placement is strided (FSDP2 over TP): only DTensor knows the order of such blocks."""
+        return any(type(placement) not in (ShardPlacement, Replicate) for placement in self.placements)
+
+    def _block(self) -> _Block:
+        """This rank's block, if it `_is_strided` not."""
+        ranks = mesh_ranks(self.mesh)
         sizes, starts = list(self._shape), [0] * len(self._shape)
         lengths: list[int] = []
         for mesh_dim, placement in enumerate(self.placements):
             dim = placement.dim if isinstance(placement, ShardPlacement) else 0
-            lengths.append(sizes[dim])
+            lengths.append(sizes[dim] if sizes else 0)
             if isinstance(placement, ShardPlacement):
-                chunk_size = -(-sizes[dim] // self.mesh.size(mesh_dim))
-                begin = min(chunk_size * self.mesh.get_local_rank(mesh_dim), sizes[dim])
+                chunk_size = -(-sizes[dim] // ranks.shape[mesh_dim])
+                begin = min(chunk_size * ranks.position[mesh_dim], sizes[dim])
                 starts[dim] += begin
                 sizes[dim] = min(chunk_size, sizes[dim] - begin)
-        return lengths, starts
+        return _Block(starts, sizes, lengths)
 
     @property
     def summary(self) -> str:
@@ -169,10 +194,16 @@ def permute_mesh(mesh: DeviceMesh, order: Sequence[int], device_type: str) -> De
     )
 
 
-def dtensor_local(value: DTensor) -> Tensor:
-    """The tensor that ``value`` holds on this rank, not a view of it."""
+def _call_to_local(value: DTensor) -> Tensor:
     with torch.no_grad():  # with autograd, to_local() returns a view that records history
         return value.to_local()
+
+
+# to_local() takes microseconds for each parameter of each call: this private attribute is read instead if it exists.
+dtensor_local: Callable[[DTensor], Tensor] = (
+    attrgetter("_local_tensor") if "_local_tensor" in getattr(DTensor, "__slots__", ()) else _call_to_local
+)
+"""The tensor that a DTensor holds on this rank, not a view of it."""
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -180,15 +211,12 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor.detach()
 
 
-# to_local() takes a microsecond for each parameter at each step: this private attribute is read instead if it exists.
-quick_local = attrgetter("_local_tensor") if "_local_tensor" in getattr(DTensor, "__slots__", ()) else local_tensor
-
-
 def split_rows(shard: Shard, mesh: DeviceMesh, placements: Sequence[Placement], stride: tuple[int, ...]) -> MeshShard:
     """The rows of ``shard.local`` that this rank averages; the replicas are the last dimension of ``mesh``."""
+    ranks = mesh_ranks(mesh)
     return MeshShard(
         shard.names,
-        chunk_of_rows(shard.local, mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)),
+        chunk_of_rows(shard.local, ranks.shape[-1], ranks.position[-1]),
         shard.owner,
         mesh=mesh,
         placements=[*placements, ShardPlacement(0)],

@@ -1,4 +1,4 @@
-"""The ranks of process groups and meshes, read once for each: doing so for each tensor is slow on thousands of ranks."""
+"""The ranks of process groups and meshes, read once for each: reading them for each tensor is slow on many ranks."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ class RankSet:
     def as_set(self) -> frozenset[int]:
         """The ranks without their order; always the same object, whose hash is computed once."""
         return frozenset(self.ranks)
+
+    @cached_property
+    def position(self) -> tuple[int, ...]:
+        """The index of this process in each dimension of the mesh."""
+        index, position = self.ranks.index(dist.get_rank()), list[int]()
+        for size in reversed(self.shape):
+            index, own = divmod(index, size)
+            position.insert(0, own)
+        return tuple(position)
 
     @cached_property
     def text(self) -> str:

@@ -181,6 +181,8 @@ def flat_view(tensor: Tensor) -> Tensor:
 
 def has_contiguous_rows(tensor: Tensor) -> bool:
     """Whether chunks of rows are contiguous in memory: a dense tensor whose first dimension is outermost."""
+    if tensor.dim() and tensor.numel() and tensor.is_contiguous():
+        return True
     order = memory_order(tensor.shape, tensor.stride())
     if not order:
         return False
