@@ -245,7 +245,7 @@ class ShardedEMA:
     def check_replicas(self) -> None:
         """Compare the live weights of replicas (DDP, HSDP), by checksums of their bits.
 
-        Collective: over all ranks that hold the model. Memory: 8 bytes per tensor and replica.
+        Collective: over all ranks that hold the model. Memory: 16 bytes per tensor.
         Raises: RuntimeError with the names of the tensors that differ, and the ranks on which they differ.
         """
         self._model_with_averages.prepare("check_replicas()", collective=True)

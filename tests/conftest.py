@@ -1,4 +1,4 @@
-"""Settings for every test: one thread in each rank, and the markers `world_size` and `gpu`."""
+"""Settings for every test: one thread in each rank, and the markers `world_size`, `gpu` and `slow`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "world_size(size, timeout=60): run the test on `size` ranks, for `timeout` seconds at most"
     )
+    config.addinivalue_line("markers", "slow: takes most of a minute; `-m 'not slow'` leaves it out, and CI runs it")
     config.addinivalue_line("markers", "gpu: needs CUDA, one device for each rank; the ranks communicate through NCCL")
     for text in torch_2_7.WARNINGS:
         config.addinivalue_line("filterwarnings", text)

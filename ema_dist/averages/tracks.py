@@ -230,13 +230,12 @@ class Tracks(Mapping[str, Track]):
                 list(column) for column in zip(*(rows[name] for name in names), strict=True)
             )
             tracks, residuals = stored_columns[: len(self)], stored_columns[len(self) :]
-            tensor_offsets = [
-                TensorOffset(crc32(name.encode()), shards[name].averaged_part.global_offset) for name in names
-            ]
-            stochastic = (
-                StochasticRounding(tensor_offsets, self._seed) if tracks[0][0].dtype == torch.bfloat16 else None
-            )
-            rounding = CompensatedRounding(residuals) if residuals else stochastic
+            rounding = CompensatedRounding(residuals) if residuals else None
+            if not residuals and tracks[0][0].dtype == torch.bfloat16:
+                tensor_offsets = [
+                    TensorOffset(crc32(name.encode()), shards[name].averaged_part.global_offset) for name in names
+                ]
+                rounding = StochasticRounding(tensor_offsets, self._seed)
             kernels.append(
                 make_kernel(
                     tracks, live_values, finite=finite, kernel=self._kernel, rounding=rounding, agree=self._agree

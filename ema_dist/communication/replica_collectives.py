@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -10,26 +9,41 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ema_dist.kernels import checksum, chunks, make_scratch, scratch_views
+from ema_dist.communication.row_exchange import exchange_by_all_gather, exchange_by_all_reduce, part_numel
+from ema_dist.kernels import checksum
 from ema_dist.messages import abbreviated
-from ema_dist.sharding import Shard, all_gather, flat_view
+from ema_dist.sharding import Shard, all_gather, group_ranks
+
+MAX_PADDING_RATIO = 2
+"""Up to this ratio of sent to needed bytes, a padded all-gather; beyond it an all-reduce, which sends bytes twice."""
+
+MAX_LOCATED = 10
+"""Tensors of which a message says on which ranks they differ: it names no more."""
 
 
 def describe_drift(shards: Iterable[Shard]) -> str:
     """Names the tensors that differ between replicas, by checksums of their bits; empty if there are none.
 
-    Collective: over the replicas of each shard; other ranks do not learn of the difference.
-    Memory: 8 bytes per tensor and replica.
+    Collective: over the replicas of each shard; other ranks do not learn of the difference. One all-reduce of 16 bytes
+    for each tensor; only if tensors differ, an all-gather of the checksums of the first of them.
     """
     drifted: list[str] = []
     for group, group_shards in _group_by_replicas(shards):
         checksums = torch.stack([checksum(shard.local).to(shard.communication_device) for shard in group_shards])
-        gathered = checksums.new_empty(group.size(), len(group_shards))
-        all_gather(gathered.view(-1), checksums, group=group)
-        ranks = dist.get_process_group_ranks(group)
-        for shard, column in zip(group_shards, gathered.t().tolist(), strict=True):
-            if different := [rank for rank, value in zip(ranks, column, strict=True) if value != column[0]]:
-                drifted.append(f"{shard.name} on ranks {different}")
+        # The largest complement is that of the smallest checksum: one all-reduce finds both ends.
+        bounds = torch.stack([checksums, ~checksums])
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
+        different = (bounds[0] != ~bounds[1]).nonzero().flatten().tolist()
+        if not different:
+            continue
+        located = checksums[different[:MAX_LOCATED]]
+        gathered = located.new_empty(group.size(), len(located))
+        all_gather(gathered.view(-1), located, group=group)
+        ranks = torch.tensor(group_ranks(group).ranks)
+        for index, is_other in zip(different, (gathered != gathered[0]).t().cpu(), strict=False):
+            others = abbreviated(map(str, ranks[is_other].tolist()), limit=MAX_LOCATED)
+            drifted.append(f"{group_shards[index].name} on ranks [{others}]")
+        drifted += [group_shards[index].name for index in different[MAX_LOCATED:]]
     if not drifted:
         return ""
     return (
@@ -42,35 +56,26 @@ def describe_drift(shards: Iterable[Shard]) -> str:
 def all_gather_parts(shards: Iterable[Shard]) -> None:
     """Fill every replica's ``local`` with the averaged parts of all replicas.
 
-    Collective: over the replicas of each split shard. Memory: one scratch of `ema_dist.kernels`.
+    If it fails, it can be called again: only what other replicas own is written to, or a replica's own rows with the
+    bits that they have.
+
+    The parts of several tensors are sent together, as bytes. Where replicas have ten rows or more, or share the rows
+    evenly, padding adds at most a tenth to an all-gather without any. A tensor with so few rows that padding would more
+    than double the bytes is summed up by an all-reduce instead, which sends each byte twice.
+
+    Collective: over the replicas of each split shard. The number of collectives depends on the bytes of the tensors,
+    not on the number of replicas. Memory: one scratch of `ema_dist.kernels`, and one more on the device that
+    communicates if tensors are on another; and what the backend needs to send it.
     """
     for group, split_shards in _group_by_replicas(shard for shard in shards if shard.is_split):
-        by_dtype: dict[torch.dtype, list[Shard]] = defaultdict(list)
+        batches: dict[tuple[torch.device, torch.device, bool], list[Tensor]] = {}
         for shard in split_shards:
-            by_dtype[shard.local.dtype].append(shard)
-        for same_dtype in by_dtype.values():
-            _broadcast_parts(same_dtype, group)
-
-
-def _broadcast_parts(shards: list[Shard], group: ProcessGroup) -> None:
-    """Each replica in turn sends its parts, in chunks of bounded size; a replica without rows sends nothing."""
-    scratch = make_scratch([shard.local for shard in shards]).to(shards[0].communication_device)
-    for replica, rank in enumerate(dist.get_process_group_ranks(group)):
-        parts = [_replica_part(shard.local, replica, group.size()) for shard in shards]
-        for (pieces,) in chunks(parts, max_bytes=scratch.nbytes):
-            buffers = scratch_views(scratch, pieces)
-            if replica == group.rank():
-                torch._foreach_copy_(buffers, pieces)
-            dist.broadcast(scratch[: sum(piece.numel() for piece in pieces)], rank, group=group)
-            if replica != group.rank():
-                torch._foreach_copy_(pieces, buffers)
-
-
-def _replica_part(local: Tensor, replica: int, count: int) -> Tensor:
-    """The elements of one replica's rows, as a 1-D view."""
-    rows = local.shape[0]
-    part_numel = -(-rows // count) * (local.numel() // max(rows, 1))
-    return flat_view(local)[replica * part_numel : (replica + 1) * part_numel]
+            local, replicas = shard.local, group.size()
+            is_padded = part_numel(local, replicas) * replicas <= MAX_PADDING_RATIO * local.numel()
+            if local.numel():
+                batches.setdefault((local.device, shard.communication_device, is_padded), []).append(local)
+        for (_, device, is_padded), tensors in batches.items():
+            (exchange_by_all_gather if is_padded else exchange_by_all_reduce)(tensors, group, device)
 
 
 def _group_by_replicas(shards: Iterable[Shard]) -> list[tuple[ProcessGroup, list[Shard]]]:

@@ -8,9 +8,11 @@ standard library and each other, and nothing else of `ema_dist`.
 from ema_dist.sharding.compat import all_gather, world_store
 from ema_dist.sharding.cpu_copies import cpu_copy, is_sharded
 from ema_dist.sharding.discovery import ReplicaPolicy
+from ema_dist.sharding.gather_rows import merge_bytes
 from ema_dist.sharding.layout import Layout
 from ema_dist.sharding.mesh_shard import local_tensor
 from ema_dist.sharding.plain_shard import ExpandedShard
+from ema_dist.sharding.rank_sets import group_ranks
 from ema_dist.sharding.shard import Shard, flat_view
 from ema_dist.sharding.substitution import Substitution, replays_cuda_graph, unsupported_reason
 
@@ -23,8 +25,10 @@ __all__ = [
     "all_gather",
     "cpu_copy",
     "flat_view",
+    "group_ranks",
     "is_sharded",
     "local_tensor",
+    "merge_bytes",
     "replays_cuda_graph",
     "unsupported_reason",
     "world_store",

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ema_dist.sharding.fsdp1 import handles, local_shard
-from ema_dist.sharding.mesh_shard import quick_local
+from ema_dist.sharding.mesh_shard import dtensor_local
 from ema_dist.sharding.registries import RegistryEntry, resolve_live
 
 
@@ -61,7 +61,7 @@ class ChangeDetector:
         return bool(self._handles)
 
     def _addresses_of(self, plain: Iterable[Any], dtensors: Iterable[Any]) -> list[int]:
-        tensors = chain(plain, map(quick_local, dtensors), map(local_shard, self._handles))
+        tensors = chain(plain, map(dtensor_local, dtensors), map(local_shard, self._handles))
         return list(map(torch.Tensor.data_ptr, tensors))
 
 

@@ -70,7 +70,7 @@ def find_tensors(
     Parameters and buffers that share all of their memory are one tensor with several names: `memory_key` decides.
     """
     flat_by_module = fsdp1.flat_tensors(model)
-    factory = ShardFactory(split=replicas != "copy")
+    factory = ShardFactory(model, split=replicas != "copy")
     tensors_by_key: dict[object, ModelTensor] = {}
     extra_states = {}
     for parent in named_modules(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -16,10 +17,39 @@ from torch.distributed._shard.sharded_tensor import Shard as Block
 from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 
+from ema_dist.sharding.rank_sets import group_ranks
 from ema_dist.sharding.shard import Shard, flat_view, memory_order
 
 ElementRange = tuple[int, int]
 """The first element and one past the last, counted in the memory order of the full tensor."""
+
+
+@dataclass(frozen=True)
+class FlatRanges:
+    """The range of one tensor's elements that each rank holds: ranks hold equal parts of the flat parameter.
+
+    Args:
+        start: the first element of the tensor in the flat parameter.
+        numel: elements of the tensor.
+        shard_numel: elements of each rank's part.
+    """
+
+    start: int
+    numel: int
+    shard_numel: int
+
+    def of_rank(self, rank: int) -> ElementRange:
+        """The range of one rank, counted from the first element of the tensor."""
+        first = min(max(rank * self.shard_numel - self.start, 0), self.numel)
+        last = min(max((rank + 1) * self.shard_numel - self.start, 0), self.numel)
+        return (first, last) if first < last else (0, 0)
+
+    @property
+    def holders(self) -> range:
+        """The ranks that hold elements."""
+        if not self.numel:
+            return range(0)
+        return range(self.start // self.shard_numel, (self.start + self.numel - 1) // self.shard_numel + 1)
 
 
 class Rectangle(NamedTuple):
@@ -38,7 +68,7 @@ class FlatShard(Shard):
     dimensions are permuted in memory. No communication is needed, and DCP reshards them like any other tensor.
 
     Args:
-        ranges: the range of each rank of ``group``, by group rank.
+        ranges: the ranges of the ranks of ``group``, by group rank.
         stride: the strides of the full tensor, which is dense: FSDP1 flattens no others.
         device: where FSDP1 computes and communicates; ``local`` may be offloaded from it.
     """
@@ -49,7 +79,7 @@ class FlatShard(Shard):
         local: Tensor,
         owner: Tensor,
         *,
-        ranges: Sequence[ElementRange],
+        ranges: FlatRanges,
         shape: torch.Size,
         stride: tuple[int, ...],
         group: ProcessGroup,
@@ -57,7 +87,7 @@ class FlatShard(Shard):
         replica_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(names, local, owner, replica_group=replica_group)
-        self.ranges = tuple(ranges)
+        self.ranges = ranges
         self._shape = shape
         self.stride = stride
         self._group = group
@@ -69,7 +99,7 @@ class FlatShard(Shard):
 
     @property
     def global_offset(self) -> int:
-        return self.ranges[self._group.rank()][0]
+        return self._own_range[0]
 
     @property
     def communication_device(self) -> torch.device:
@@ -77,7 +107,7 @@ class FlatShard(Shard):
 
     @property
     def gather_ranks(self) -> frozenset[int]:
-        return frozenset(dist.get_process_group_ranks(self._group))
+        return group_ranks(self._group).as_set
 
     @property
     def gather_group(self) -> ProcessGroup | None:
@@ -86,11 +116,13 @@ class FlatShard(Shard):
     def wrap(self, local: Tensor) -> Tensor:
         blocks: list[Block] = []
         metadata: list[ShardMetadata] = []
-        for group_rank, element_range in enumerate(self.ranges):
-            placement = f"rank:{dist.get_global_rank(self._group, group_rank)}/{local.device}"
-            for start, offsets, sizes in self._rectangles(element_range):
+        ranks, own_rank = group_ranks(self._group).ranks, self._group.rank()
+        # DCP wants a block of this rank even if it is empty; those of thousands of other ranks are left out.
+        for group_rank in sorted({*self.ranges.holders, own_rank}):
+            placement = f"rank:{ranks[group_rank]}/{local.device}"
+            for start, offsets, sizes in self._rectangles(self.ranges.of_rank(group_rank)):
                 metadata.append(ShardMetadata(offsets, sizes, placement))
-                if group_rank == self._group.rank():
+                if group_rank == own_rank:
                     begin = start - self.global_offset
                     block = self._view_block(local[begin : begin + prod(sizes)], sizes)
                     blocks.append(Block(block, metadata[-1]))
@@ -105,7 +137,7 @@ class FlatShard(Shard):
     def unwrap(self, value: Tensor) -> Tensor:
         if not isinstance(value, ShardedTensor):
             return self.slice_full(value)
-        own_rectangles = self._rectangles(self.ranges[self._group.rank()])
+        own_rectangles = self._rectangles(self._own_range)
         expected = self._shape, [(offsets, sizes) for _, offsets, sizes in own_rectangles]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch deprecates the type that FSDP1 saves
@@ -119,19 +151,19 @@ class FlatShard(Shard):
 
     def full(self, local: Tensor) -> Tensor:
         gathered = torch.empty_strided(self._shape, self.stride, dtype=local.dtype, device=self._device)
-        for group_rank, (start, stop) in enumerate(self.ranges):
-            if start == stop:
-                continue
+        ranks = group_ranks(self._group).ranks
+        for group_rank in self.ranges.holders:
+            start, stop = self.ranges.of_rank(group_rank)
             piece = flat_view(gathered)[start:stop]
             if group_rank == self._group.rank():
                 piece.copy_(local)
-            dist.broadcast(piece, dist.get_global_rank(self._group, group_rank), group=self._group)
+            dist.broadcast(piece, ranks[group_rank], group=self._group)
         return gathered
 
     def slice_full(self, full: Tensor) -> Tensor:
         if full.shape != self._shape:
             raise ValueError(f"expected {tuple(self._shape)}, got {tuple(full.shape)}")
-        start, stop = self.ranges[self._group.rank()]
+        start, stop = self._own_range
         return full.permute(self._memory_order()).reshape(-1)[start:stop]
 
     @property
@@ -139,9 +171,20 @@ class FlatShard(Shard):
         copies = "" if self.replica_group is None else f", on each of {self.replica_group.size()} replicas"
         return f"flat over {self._group.size()} ranks{copies}"
 
-    def sharding_key(self) -> str:
-        ranks = dist.get_process_group_ranks(self._group)
-        return f"{tuple(self._shape)}, strides {self.stride}, flat ranges {self.ranges} over ranks {ranks}"
+    def sharding_key(self) -> tuple[object, ...]:
+        return tuple(self._shape), self.stride, self.ranges, group_ranks(self._group)
+
+    @property
+    def sharding_text(self) -> str:
+        start, stop = self._own_range
+        return (
+            f"{tuple(self._shape)}, strides {self.stride}, elements {start} to {stop} on this rank, "
+            f"flat over ranks {group_ranks(self._group).text}"
+        )
+
+    @property
+    def _own_range(self) -> ElementRange:
+        return self.ranges.of_rank(self._group.rank())
 
     def _memory_order(self) -> list[int]:
         order = memory_order(self._shape, self.stride)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import HandleTrainingState
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-from ema_dist.sharding.flat_shard import ElementRange, FlatShard
+from ema_dist.sharding.flat_shard import FlatRanges, FlatShard
 from ema_dist.sharding.plain_shard import PlainShard
 from ema_dist.sharding.shard import Shard
 
@@ -133,8 +133,8 @@ def _shard_maker(
         return lambda names: with_owner_offset(PlainShard(names, tensor, owner, replica_group=group), start)
 
     shard_numel = flat_param._sharded_size.numel()
-    ranges = [_overlap(start, shape.numel(), rank * shard_numel, shard_numel) for rank in range(group.size())]
-    own_range = ranges[group.rank()]
+    ranges = FlatRanges(start, shape.numel(), shard_numel)
+    own_range = ranges.of_rank(group.rank())
     offset = start + own_range[0] - group.rank() * shard_numel if own_range[0] < own_range[1] else 0
     # Only HYBRID_SHARD sets this private attribute: the ranks that hold the same shard.
     replica_group: ProcessGroup | None = getattr(unit, "_inter_node_pg", None)
@@ -152,10 +152,3 @@ def _shard_maker(
         ),
         offset,
     )
-
-
-def _overlap(start: int, numel: int, shard_start: int, shard_numel: int) -> ElementRange:
-    """The part of the elements ``start .. start + numel`` in one rank's shard, counted from ``start``."""
-    first = min(max(shard_start - start, 0), numel)
-    last = min(max(shard_start + shard_numel - start, 0), numel)
-    return (first, last) if first < last else (0, 0)

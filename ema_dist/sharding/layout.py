@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from ema_dist.sharding.discovery import ReplicaPolicy, find_tensors
 from ema_dist.sharding.fsdp2 import FSDP2Units
 from ema_dist.sharding.memory import distinct_elements, expanded_dims, find_shared_memory, memory_key
 from ema_dist.sharding.mesh_shard import local_tensor
+from ema_dist.sharding.rank_sets import group_ranks
 from ema_dist.sharding.registries import RegistryEntry, replace_inference_buffers, resolve_live
 from ema_dist.sharding.shard import Shard
 
@@ -55,34 +57,33 @@ class Layout:
             model, [entry for name in self.parameters for entry in self.registry_entries[name]]
         )
 
-    @property
+    @cached_property
     def ranks(self) -> list[int]:
         """The global ranks that hold this model together, in order; empty when this rank holds it alone."""
-        rank_sets = {shard.gather_ranks | shard.averaged_part.gather_ranks for shard in self.shards}
-        rank_sets |= {
-            frozenset(dist.get_process_group_ranks(s.replica_group)) for s in self.shards if s.replica_group is not None
-        }
+        # Distinct pairs first: a union of thousands of ranks for each tensor is slow.
+        pairs = {(shard.gather_ranks, shard.averaged_part.gather_ranks) for shard in self.shards}
+        rank_sets = {whole | part for whole, part in pairs}
+        rank_sets |= {group_ranks(s.replica_group).as_set for s in self.shards if s.replica_group is not None}
         union = frozenset[int]().union(*rank_sets)
         # If no group contains all others (DDP over TP, HYBRID_SHARD), ranks that this rank cannot see may be missing.
         return sorted(union) if not union or union in rank_sets else list(range(dist.get_world_size()))
 
-    @property
+    @cached_property
     def group(self) -> ProcessGroup | None:
         """The process group of exactly `ranks`; None for a model that this rank holds alone.
 
         Raises: RuntimeError when the model is spread over ranks that have no group of their own.
         """
-        ranks = self.ranks
-        if not ranks:
+        if not self.ranks:
             return None
         groups = [
             dist.group.WORLD,
             *(g for s in self.shards for g in (s.averaged_part.gather_group, s.gather_group, s.replica_group)),
         ]
-        for group in groups:
-            if group is not None and dist.get_process_group_ranks(group) == ranks:
+        for group in dict.fromkeys(groups):
+            if group is not None and [*group_ranks(group).ranks] == self.ranks:
                 return group
-        raise RuntimeError(f"the model is spread over ranks {ranks}, which have no process group of their own")
+        raise RuntimeError(f"the model is spread over ranks {self.ranks}, which have no process group of their own")
 
     @property
     def summary(self) -> str:
@@ -151,9 +152,13 @@ class Layout:
 
     def describe_changes(self, other: Layout) -> dict[str, tuple[str, str]]:
         """The tensors whose shape, sharding, device or ties differ in ``other``: both descriptions, by name."""
-        here, there = self._descriptions(), other._descriptions()
-        differing = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-        return {name: (here.get(name, "absent"), there.get(name, "absent")) for name in differing}
+        here, there = self.shards_by_name(), other.shards_by_name()
+        differing = sorted(
+            name
+            for name in here.keys() | there.keys()
+            if name not in here or name not in there or _identity(here[name]) != _identity(there[name])
+        )
+        return {name: (_description(name, here.get(name)), _description(name, there.get(name))) for name in differing}
 
     def has_moved(self) -> bool:
         """Whether live weights got other storage than the shards view (``.to()``, ``assign=True``, offloading)."""
@@ -211,13 +216,17 @@ class Layout:
             replaced.append((shard, dict(owners.values())))
         return replaced
 
-    def _descriptions(self) -> dict[str, str]:
-        return {name: _description(name, shard) for name, shard in self.shards_by_name().items()}
+
+def _identity(shard: Shard) -> tuple[object, ...]:
+    """What must not change while there are averages: shape, sharding, device and ties."""
+    return shard.averaged_part.sharding_key(), shard.local.device, {*shard.names}
 
 
-def _description(name: str, shard: Shard) -> str:
+def _description(name: str, shard: Shard | None) -> str:
+    if shard is None:
+        return "absent"
     tied = f", tied to {sorted({*shard.names} - {name})}" if len(shard.names) > 1 else ""
-    return f"{shard.averaged_part.sharding_key()} on {shard.local.device}{tied}"
+    return f"{shard.averaged_part.sharding_text} on {shard.local.device}{tied}"
 
 
 def _current_buffer(entry: RegistryEntry) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ema_dist.sharding.mesh_shard import quick_local
+from ema_dist.sharding.mesh_shard import dtensor_local
 
 MAX_STEPS = 100_000
 """The steps of one exact comparison. Extents so entangled that more are needed count as overlapping."""
@@ -38,7 +38,7 @@ def memory_key(tensor: Tensor) -> Hashable:
     """
     if not _has_addressable_memory(tensor):
         return id(tensor)
-    local = quick_local(tensor) if isinstance(tensor, DTensor) else tensor
+    local = dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor
     placement = (tensor.placements, tensor.shape) if isinstance(tensor, DTensor) else None
     if not local.numel():
         # The identity of a storage has no public name.
@@ -72,7 +72,7 @@ def find_shared_memory(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
         names.append(name)
         if not _has_addressable_memory(tensor):
             continue
-        local = quick_local(tensor) if isinstance(tensor, DTensor) else tensor
+        local = dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor
         if (dims := expanded_dims(local)) and isinstance(tensor, DTensor):
             return f"elements of {name!r} overlap each other (expand made the local tensor of this DTensor)"
         local = distinct_elements(local, dims)

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from math import prod
 from operator import attrgetter
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta  # no public names
 from torch.distributed.tensor.placement_types import Placement
 
-from ema_dist.sharding.compat import all_gather
+from ema_dist.sharding.gather_rows import gather_dim
+from ema_dist.sharding.rank_sets import mesh_ranks
 from ema_dist.sharding.shard import Shard
+
+
+class _Block(NamedTuple):
+    """The part of a tensor that one rank holds."""
+
+    starts: list[int]
+    sizes: list[int]
+    lengths: list[int]
+    """For each dimension of the mesh, the length that it splits."""
 
 
 class MeshShard(Shard):
@@ -55,13 +66,14 @@ class MeshShard(Shard):
             (dim, placement) for dim, placement in enumerate(self.placements) if not placement.is_replicate()
         ]
         if all(type(placement) is ShardPlacement and placement.dim == 0 for _, placement in sharding_dims):
-            _, starts = self._lengths_and_starts()
+            starts = self._block().starts
             return starts[0] * self.stride[0] if starts else 0
+        ranks = mesh_ranks(self.mesh)
         block_index, sizes = 0, list(self._shape)
         for dim, placement in sharding_dims:
-            block_index = block_index * self.mesh.size(dim) + self.mesh.get_local_rank(dim)
+            block_index = block_index * ranks.shape[dim] + ranks.position[dim]
             sharded_dim: int = placement.dim  # pyrefly: ignore[missing-attribute]  strided placements have it
-            sizes[sharded_dim] = -(-sizes[sharded_dim] // self.mesh.size(dim))
+            sizes[sharded_dim] = -(-sizes[sharded_dim] // ranks.shape[dim])
         return block_index * prod(sizes)
 
     @property
@@ -70,7 +82,7 @@ class MeshShard(Shard):
 
     @property
     def gather_ranks(self) -> frozenset[int]:
-        return frozenset(self.mesh.mesh.flatten().tolist())
+        return mesh_ranks(self.mesh).as_set
 
     @property
     def gather_group(self) -> ProcessGroup | None:
@@ -78,14 +90,16 @@ class MeshShard(Shard):
 
     def wrap(self, local: Tensor) -> DTensor:
         mesh = self.mesh
-        if local.device.type != mesh.device_type:  # from_local() would copy it to the mesh's device
+        if local.device.type != mesh.device_type:  # DTensor would communicate on a device that does not hold it
             mesh = _mesh_for_device_type(mesh, local.device.type)
-        return DTensor.from_local(local, mesh, self.placements, run_check=False, shape=self._shape, stride=self.stride)
+        # The public from_local() takes twice as long for each tensor: it goes through autograd, for a gradient.
+        spec = DTensorSpec(mesh, self.placements, tensor_meta=TensorMeta(self._shape, self.stride, local.dtype))
+        return DTensor(local.view_as(local), spec, requires_grad=False)
 
     def unwrap(self, value: Tensor) -> Tensor:
         if not isinstance(value, DTensor):
             return self.slice_full(value)
-        same_ranks = value.device_mesh == self.mesh or torch.equal(value.device_mesh.mesh, self.mesh.mesh)
+        same_ranks = value.device_mesh == self.mesh or mesh_ranks(value.device_mesh) == mesh_ranks(self.mesh)
         if value.shape != self.shape or not same_ranks or value.placements != self.placements:
             raise ValueError(
                 f"expected {tuple(self.shape)} placed {self.placements} on {self.mesh}, "
@@ -95,22 +109,27 @@ class MeshShard(Shard):
 
     def full(self, local: Tensor) -> Tensor:
         local = local.to(self.communication_device)
-        if any(type(placement) not in (ShardPlacement, Replicate) for placement in self.placements):
-            return self.wrap(local).full_tensor()  # strided placements (FSDP2 over TP): only DTensor knows their order
-        lengths, _ = self._lengths_and_starts()
+        if self._is_strided:
+            return self.wrap(local).full_tensor()
+        lengths = self._block().lengths
         for mesh_dim in reversed(range(self.mesh.ndim)):
             placement = self.placements[mesh_dim]
             if isinstance(placement, ShardPlacement):
-                local = _gather_dim(local, placement.dim, lengths[mesh_dim], self.mesh.get_group(mesh_dim))
+                local = gather_dim(local, placement.dim, lengths[mesh_dim], self.mesh.get_group(mesh_dim))
         return local
 
     def slice_full(self, full: Tensor) -> Tensor:
         if full.shape != self.shape:
             raise ValueError(f"expected {tuple(self.shape)}, got {tuple(full.shape)}")
-        replicated = DTensor.from_local(
-            full.to(self.communication_device), self.mesh, [Replicate()] * self.mesh.ndim, run_check=False
-        )
-        return dtensor_local(replicated.redistribute(placements=self.placements))
+        full = full.to(self.communication_device)
+        if self._is_strided:
+            replicated = DTensor.from_local(full, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+            return dtensor_local(replicated.redistribute(placements=self.placements))
+        # Not redistribute(): it makes the chunks of all ranks to return one.
+        block = self._block()
+        for dim, (start, size) in enumerate(zip(block.starts, block.sizes, strict=True)):
+            full = full.narrow(dim, start, size)
+        return full
 
     def local_state(self, state: Tensor) -> Tensor | None:
         if isinstance(state, DTensor):
@@ -118,60 +137,39 @@ class MeshShard(Shard):
             return dtensor_local(state) if has_same_placement and state.shape == self.shape else None
         return state.detach() if state.shape == self.local.shape else None
 
-    def _lengths_and_starts(self) -> tuple[list[int], list[int]]:
-        """The length that each mesh dimension splits, and the start of this rank's block in each tensor dimension."""
+    @property
+    def _is_strided(self) -> bool:
+        """Whether any placement is strided (FSDP2 over TP): only DTensor knows the order of such blocks."""
+        return any(type(placement) not in (ShardPlacement, Replicate) for placement in self.placements)
+
+    def _block(self) -> _Block:
+        """This rank's block, if it `_is_strided` not."""
+        ranks = mesh_ranks(self.mesh)
         sizes, starts = list(self._shape), [0] * len(self._shape)
         lengths: list[int] = []
         for mesh_dim, placement in enumerate(self.placements):
             dim = placement.dim if isinstance(placement, ShardPlacement) else 0
-            lengths.append(sizes[dim])
+            lengths.append(sizes[dim] if sizes else 0)
             if isinstance(placement, ShardPlacement):
-                chunk_size = -(-sizes[dim] // self.mesh.size(mesh_dim))
-                begin = min(chunk_size * self.mesh.get_local_rank(mesh_dim), sizes[dim])
+                chunk_size = -(-sizes[dim] // ranks.shape[mesh_dim])
+                begin = min(chunk_size * ranks.position[mesh_dim], sizes[dim])
                 starts[dim] += begin
                 sizes[dim] = min(chunk_size, sizes[dim] - begin)
-        return lengths, starts
+        return _Block(starts, sizes, lengths)
 
     @property
     def summary(self) -> str:
         placements_text = ", ".join(str(placement) for placement in self.placements)
-        return f"{placements_text} over a mesh of {' x '.join(map(str, self.mesh.mesh.shape))} ranks"
+        return f"{placements_text} over a mesh of {' x '.join(map(str, mesh_ranks(self.mesh).shape))} ranks"
 
-    def sharding_key(self) -> str:
-        return f"{tuple(self._shape)}, placed {self.placements} over ranks {self.mesh.mesh.tolist()}"
+    def sharding_key(self) -> tuple[object, ...]:
+        # With their types: in some versions of torch a strided placement equals one that is not.
+        typed_placements = tuple((type(placement), placement) for placement in self.placements)
+        return tuple(self._shape), typed_placements, mesh_ranks(self.mesh)
 
-
-MAX_BROADCAST_RANKS = 8
-"""Up to this number, ranks broadcast their chunks in turn: gloo needs a second copy for an all-gather."""
-
-MAX_PADDING_BYTES = 2**20
-"""The padding that the buffer of an all-gather may have, where the last chunks are short or empty."""
-
-
-def _gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Tensor:
-    """Gather ``length`` slices along ``dim``; each rank of ``group`` holds the chunk that ``torch.chunk`` would make.
-
-    Collective: over ``group``. Memory: one tensor of the result's size for the first dimension, two for others.
-    """
-    local = local.movedim(dim, 0).contiguous()
-    shape = local.shape[1:]
-    chunk_size = max(1, -(-length // group.size()))
-    padded = chunk_size * group.size()
-    padding = (padded - length) * shape.numel() * local.element_size()
-    if length <= MAX_BROADCAST_RANKS * chunk_size or padding > MAX_PADDING_BYTES:
-        gathered = local.new_empty((length, *shape))
-        for index, rows in enumerate(gathered.split(chunk_size)):
-            if index == group.rank():
-                rows.copy_(local)
-            dist.broadcast(rows, dist.get_global_rank(group, index), group=group)
-    else:
-        gathered = local.new_empty((padded, *shape))
-        padded_local = local
-        if len(local) < chunk_size:
-            padded_local = local.new_empty((chunk_size, *shape))
-            padded_local[: len(local)] = local
-        all_gather(gathered.view(-1), padded_local.view(-1), group=group)
-    return gathered[:length].movedim(0, dim)
+    @property
+    def sharding_text(self) -> str:
+        return f"{tuple(self._shape)}, placed {self.placements} over ranks {mesh_ranks(self.mesh).text}"
 
 
 _meshes_by_device_type: MutableMapping[DeviceMesh, dict[str, DeviceMesh]] = WeakKeyDictionary()
@@ -196,10 +194,16 @@ def permute_mesh(mesh: DeviceMesh, order: Sequence[int], device_type: str) -> De
     )
 
 
-def dtensor_local(value: DTensor) -> Tensor:
-    """The tensor that ``value`` holds on this rank, not a view of it."""
+def _call_to_local(value: DTensor) -> Tensor:
     with torch.no_grad():  # with autograd, to_local() returns a view that records history
         return value.to_local()
+
+
+# to_local() takes microseconds for each parameter of each call: this private attribute is read instead if it exists.
+dtensor_local: Callable[[DTensor], Tensor] = (
+    attrgetter("_local_tensor") if "_local_tensor" in getattr(DTensor, "__slots__", ()) else _call_to_local
+)
+"""The tensor that a DTensor holds on this rank, not a view of it."""
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -207,16 +211,12 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor.detach()
 
 
-# to_local() takes a microsecond for each parameter at each step: this private attribute is read instead if it exists.
-quick_local = attrgetter("_local_tensor") if "_local_tensor" in getattr(DTensor, "__slots__", ()) else local_tensor
-
-
 def split_rows(shard: Shard, mesh: DeviceMesh, placements: Sequence[Placement], stride: tuple[int, ...]) -> MeshShard:
     """The rows of ``shard.local`` that this rank averages; the replicas are the last dimension of ``mesh``."""
-    rows = chunk_rows(shard.local, mesh.size(mesh.ndim - 1))[mesh.get_local_rank(mesh.ndim - 1)]
+    ranks = mesh_ranks(mesh)
     return MeshShard(
         shard.names,
-        rows,
+        chunk_of_rows(shard.local, ranks.shape[-1], ranks.position[-1]),
         shard.owner,
         mesh=mesh,
         placements=[*placements, ShardPlacement(0)],
@@ -225,7 +225,9 @@ def split_rows(shard: Shard, mesh: DeviceMesh, placements: Sequence[Placement], 
     )
 
 
-def chunk_rows(tensor: Tensor, count: int) -> list[Tensor]:
-    """Split ``tensor`` into ``count`` chunks of rows as ``Shard(0)`` does; the last ones may be smaller or empty."""
-    chunks = list(tensor.chunk(count, 0)) if tensor.shape[0] else []
-    return chunks + [tensor[tensor.shape[0] :]] * (count - len(chunks))
+def chunk_of_rows(tensor: Tensor, count: int, index: int) -> Tensor:
+    """One of ``count`` chunks of rows, as ``Shard(0)`` makes them; the last ones may be smaller or empty."""
+    rows = tensor.shape[0]
+    chunk_size = -(-rows // count)
+    start = min(chunk_size * index, rows)
+    return tensor.narrow(0, start, min(chunk_size, rows - start))

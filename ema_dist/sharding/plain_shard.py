@@ -51,7 +51,11 @@ class PlainShard(Shard):
     def summary(self) -> str:
         return "whole" if self.replica_group is None else f"whole on each of {self.replica_group.size()} ranks"
 
-    def sharding_key(self) -> str:
+    def sharding_key(self) -> tuple[object, ...]:
+        return (tuple(self.shape),)
+
+    @property
+    def sharding_text(self) -> str:
         return f"{tuple(self.shape)}, whole"
 
 
@@ -94,5 +98,9 @@ class ExpandedShard(PlainShard):
     def summary(self) -> str:
         return "expanded"
 
-    def sharding_key(self) -> str:
-        return f"{super().sharding_key()}, expanded along dimensions {list(self.dims)}"
+    def sharding_key(self) -> tuple[object, ...]:
+        return *super().sharding_key(), self.dims
+
+    @property
+    def sharding_text(self) -> str:
+        return f"{super().sharding_text}, expanded along dimensions {list(self.dims)}"

@@ -177,11 +177,16 @@ class Shard(ABC):
         """How the tensor is sharded and replicated, in a few words for messages."""
 
     @abstractmethod
-    def sharding_key(self) -> str:
+    def sharding_key(self) -> tuple[object, ...]:
         """The shape of the full tensor and everything that decides which part of it each rank holds.
 
-        A text that is compared for equality. Messages print it only where two keys differ; elsewhere `summary`.
+        Compared for equality, tensor by tensor, so it must not be built from all ranks each time.
         """
+
+    @property
+    @abstractmethod
+    def sharding_text(self) -> str:
+        """The shape and the ranks, for messages about two shards that differ; elsewhere `summary`."""
 
 
 def memory_order(shape: Iterable[int], stride: Iterable[int]) -> list[int] | None:
@@ -204,6 +209,8 @@ def flat_view(tensor: Tensor) -> Tensor:
 
 def has_contiguous_rows(tensor: Tensor) -> bool:
     """Whether chunks of rows are contiguous in memory: a dense tensor whose first dimension is outermost."""
+    if tensor.dim() and tensor.numel() and tensor.is_contiguous():
+        return True
     order = memory_order(tensor.shape, tensor.stride())
     if not order:
         return False

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
-from torch import Tensor
-from torch.distributed import ProcessGroup, get_process_group_ranks
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor.placement_types import Placement
 
 from ema_dist.sharding.mesh_shard import MeshShard, dtensor_local, permute_mesh, split_rows
 from ema_dist.sharding.names import NamedModule
 from ema_dist.sharding.plain_shard import PlainShard
+from ema_dist.sharding.rank_sets import group_ranks, mesh_ranks
 from ema_dist.sharding.shard import Shard, has_contiguous_rows
+
+_meshes_by_model: MutableMapping[nn.Module, dict[object, DeviceMesh]] = WeakKeyDictionary()
+"""The meshes made for each model: they are the same whenever it is read again, so that shards are compared quickly.
+
+By model, because a mesh holds its process groups: by group, it would keep itself alive.
+"""
+
+
+class _Replication(NamedTuple):
+    """How tensors of one mesh and placement are replicated: the same for all of them, and slow to find out for each."""
+
+    group: ProcessGroup | None
+    rows_mesh: DeviceMesh | None = None
+    """The mesh with the replicas as its last dimension, over which rows are split; None where they cannot be."""
+    other_placements: tuple[Placement, ...] = ()
+    """The placements over the other dimensions of `rows_mesh`."""
 
 
 class ShardFactory:
-    """Makes shards, and one mesh for all shards over the same replicas: a mesh for each would be slow."""
+    """Makes shards of a model, and one mesh for all shards over the same replicas: a mesh for each would be slow."""
 
-    def __init__(self, *, split: bool) -> None:
+    def __init__(self, model: nn.Module, *, split: bool) -> None:
         self._split = split
-        self._meshes: dict[object, DeviceMesh] = {}
+        self._meshes = _meshes_by_model.setdefault(model, {})
+        self._replications: dict[object, _Replication] = {}
 
     def shard_maker(
         self, tensor: Tensor, parent: NamedModule, *, is_buffer: bool
@@ -49,16 +70,12 @@ class ShardFactory:
         self, names: tuple[str, ...], tensor: DTensor, outer_group: ProcessGroup | None, *, split: bool
     ) -> Shard:
         mesh, placements = tensor.device_mesh, tensor.placements
-        if (
-            outer_group is not None
-            and len({*get_process_group_ranks(outer_group)} & {*mesh.mesh.flatten().tolist()}) > 1
-        ):
-            outer_group = None  # ranks of one mesh hold different blocks, so they are not replicas of each other
-        if partial := [placement for placement in placements if placement.is_partial()]:
-            raise ValueError(f"{names[0]!r} is placed {partial}: a sum still to be made is not a weight to average")
-        replica_dims = [
-            dim for dim, placement in enumerate(placements) if placement.is_replicate() and mesh.size(dim) > 1
-        ]
+        key = mesh, placements, outer_group
+        replication = self._replications.get(key)
+        if replication is None:
+            if partial := [placement for placement in placements if placement.is_partial()]:
+                raise ValueError(f"{names[0]!r} is placed {partial}: a sum still to be made is not a weight to average")
+            replication = self._replications[key] = self._replication(mesh, placements, outer_group)
         shard = MeshShard(
             names,
             dtensor_local(tensor),
@@ -67,17 +84,34 @@ class ShardFactory:
             placements=placements,
             shape=tensor.shape,
             stride=tensor.stride(),
-            replica_group=mesh.get_group(replica_dims[0]) if replica_dims else outer_group,
+            replica_group=replication.group,
         )
-        # A strided placement (FSDP2 over TP) has its own order of mesh dimensions: such a block is not split further.
-        is_unstrided = all(type(placement) in (ShardPlacement, Replicate) for placement in placements)
-        if replica_dims and split and is_unstrided and has_contiguous_rows(shard.local):
-            other_dims = [dim for dim in range(mesh.ndim) if dim != replica_dims[0]]
-            permuted_mesh = self._permuted_mesh(mesh, [*other_dims, replica_dims[0]])
+        if replication.rows_mesh is not None and split and has_contiguous_rows(shard.local):
             shard.averaged_part = split_rows(
-                shard, permuted_mesh, [placements[dim] for dim in other_dims], tensor.stride()
+                shard, replication.rows_mesh, replication.other_placements, tensor.stride()
             )
         return shard
+
+    def _replication(
+        self, mesh: DeviceMesh, placements: tuple[Placement, ...], outer_group: ProcessGroup | None
+    ) -> _Replication:
+        if outer_group is not None and len(group_ranks(outer_group).as_set & mesh_ranks(mesh).as_set) > 1:
+            outer_group = None  # ranks of one mesh hold different blocks, so they are not replicas of each other
+        replica_dims = [
+            dim for dim, placement in enumerate(placements) if placement.is_replicate() and mesh.size(dim) > 1
+        ]
+        if not replica_dims:
+            return _Replication(outer_group)
+        replica_dim = replica_dims[0]
+        # A strided placement (FSDP2 over TP) has its own order of mesh dimensions: such a block is not split further.
+        if any(type(placement) not in (ShardPlacement, Replicate) for placement in placements):
+            return _Replication(mesh.get_group(replica_dim))
+        other_dims = [dim for dim in range(mesh.ndim) if dim != replica_dim]
+        return _Replication(
+            mesh.get_group(replica_dim),
+            self._permuted_mesh(mesh, [*other_dims, replica_dim]),
+            tuple(placements[dim] for dim in other_dims),
+        )
 
     def _permuted_mesh(self, mesh: DeviceMesh, order: list[int]) -> DeviceMesh:
         """The same mesh with its dimensions in another order."""

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist.sharding.fsdp2 import GatherSubstitution
 from ema_dist.sharding.layout import Layout
-from ema_dist.sharding.mesh_shard import quick_local
+from ema_dist.sharding.mesh_shard import dtensor_local
 from ema_dist.sharding.registries import RegistrySubstitution, Substitute, resolve_live
 from ema_dist.sharding.shard import Shard
 
@@ -208,4 +208,4 @@ _requires_grad = attrgetter("requires_grad")
 
 
 def _address(tensor: Tensor) -> int:
-    return (quick_local(tensor) if isinstance(tensor, DTensor) else tensor).data_ptr()
+    return (dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor).data_ptr()

@@ -67,8 +67,12 @@ def test_tracks_share_one_read_of_the_live_weights() -> None:
 
 
 def test_a_swap_sends_all_shards_to_all_replicas() -> None:
-    checksums = 8 * len(SHAPES) * 2
-    assert swap_network_bytes(SHAPES, Sharding(replicas=2), ElementSizes()) == 4 * ELEMENTS + checksums
+    checksums = 16 * len(SHAPES)
+    padded = 4 * (4 * 3 + 1 * 5 + 4 + 1 * 4)  # the rows of the first replica; the other one has fewer
+    assert swap_network_bytes(SHAPES, Sharding(replicas=2), ElementSizes()) == 2 * (padded + 12) + checksums
+    padded = 4 * (2 * 3 + 2 + 1 * 4)
+    one_row = 4 * 5  # four replicas would pad it to four rows
+    assert swap_network_bytes(SHAPES, Sharding(replicas=4), ElementSizes()) == 4 * padded + one_row + 12 + checksums
     assert swap_network_bytes(SHAPES, Sharding(replicas=2, split=False), ElementSizes()) == 0
     assert swap_network_bytes(SHAPES, Sharding(shards=4), ElementSizes()) == 0
 

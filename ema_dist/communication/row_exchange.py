@@ -1,0 +1,167 @@
+"""Replicas send each other the rows that each of them owns, those of many tensors in one collective.
+
+Rows are owned as ``Shard(0)`` gives them: ``ceil(rows / replicas)`` by each replica, fewer or none by the last ones.
+The rows of a replica are contiguous in memory and follow those of the replica before.
+
+Nothing here loops over replicas: the number of operations depends on the number of tensors and of collectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ema_dist.kernels import max_scratch_bytes
+from ema_dist.sharding import all_gather, merge_bytes
+
+ALIGNMENT = 16
+"""Bytes: a multiple of the size of every dtype, so that bytes can be viewed as any of them."""
+
+
+class _Piece(NamedTuple):
+    """What one collective sends of a tensor; counted in elements of the tensor."""
+
+    tensor: Tensor
+    start: int
+    scratch_start: int
+    numel: int
+
+
+def part_numel(tensor: Tensor, replicas: int) -> int:
+    """Elements of the first replica's rows; no other replica has more."""
+    rows = tensor.shape[0]
+    return -(-rows // replicas) * (tensor.numel() // max(1, rows))
+
+
+def exchange_by_all_gather(tensors: Iterable[Tensor], group: ProcessGroup, device: torch.device) -> None:
+    """Write the rows of all replicas to ``tensors``; shorter parts are padded to the first replica's.
+
+    Args:
+        tensors: dense and not empty, on one device; the first dimension is outermost in memory.
+        device: where ``group`` communicates.
+
+    Collective: over ``group``. Memory: a scratch; a second one if ``device`` is not that of the tensors.
+    """
+    replicas, replica = group.size(), group.rank()
+    parts = [(tensor, part_numel(tensor, replicas)) for tensor in _by_itemsize(tensors)]
+    part_of = {id(tensor): part for tensor, part in parts}
+    max_bytes = max_scratch_bytes(parts[0][0]) // replicas // ALIGNMENT * ALIGNMENT
+    rounds = list(_rounds(parts, max(ALIGNMENT, max_bytes)))
+    scratch = _Scratch(replicas * max(nbytes for nbytes, _ in rounds), parts[0][0].device, device)
+    for row_bytes, pieces in rounds:
+        packed: list[tuple[Tensor, Tensor]] = []
+        received: list[tuple[Tensor, Tensor]] = []
+        for tensor, start, scratch_start, numel in pieces:
+            part, row_numel = part_of[id(tensor)], row_bytes // tensor.element_size()
+            complete, last_numel = divmod(tensor.numel(), part)
+            rows = _strided(tensor, (complete, numel), (part, 1), start)
+            buffers = scratch.view(tensor.dtype, (complete, numel), (row_numel, 1), scratch_start)
+            received.append((rows, buffers))
+            last = complete * part + start, complete * row_numel + scratch_start, min(numel, last_numel - start)
+            if last[2] > 0:
+                received.append(_pair(tensor, scratch, *last))
+            if replica < complete:
+                packed.append((buffers[replica], rows[replica]))
+            elif replica == complete and last[2] > 0:
+                packed.append(_pair(tensor, scratch, *last)[::-1])
+        _copy(packed)
+        own_row = scratch.send(replica * row_bytes, row_bytes)
+        # In place, as FSDP does it: the replica's own row is also its row of the result.
+        all_gather(scratch.sent[: replicas * row_bytes], own_row, group=group)
+        scratch.receive(replicas * row_bytes)
+        _copy(received)
+
+
+def exchange_by_all_reduce(tensors: Iterable[Tensor], group: ProcessGroup, device: torch.device) -> None:
+    """As `exchange_by_all_gather`, without padding: the rows of other replicas are zero in the sum that is made."""
+    replicas, replica = group.size(), group.rank()
+    ordered = _by_itemsize(tensors)
+    rounds = list(_rounds(((tensor, tensor.numel()) for tensor in ordered), max_scratch_bytes(ordered[0])))
+    scratch = _Scratch(max(nbytes for nbytes, _ in rounds), ordered[0].device, device)
+    for nbytes, pieces in rounds:
+        packed: list[tuple[Tensor, Tensor]] = []
+        received: list[tuple[Tensor, Tensor]] = []
+        for tensor, start, scratch_start, numel in pieces:
+            part = part_numel(tensor, replicas)
+            own_begin, own_end = (min(max(edge * part - start, 0), numel) for edge in (replica, replica + 1))
+            for begin, end in ((0, own_begin), (own_begin, own_end), (own_end, numel)):
+                if begin < end:
+                    pair = _pair(tensor, scratch, start + begin, scratch_start + begin, end - begin)
+                    if (begin, end) == (own_begin, own_end):
+                        packed.append(pair[::-1])
+                    else:
+                        received.append(pair)
+        scratch.local[:nbytes].zero_()
+        _copy(packed)
+        merge_bytes(scratch.send(0, nbytes), group)
+        scratch.receive(nbytes)
+        _copy(received)
+
+
+class _Scratch:
+    """Bytes on the device of the tensors, and on the one that communicates; the same ones if the devices are."""
+
+    def __init__(self, nbytes: int, local_device: torch.device, device: torch.device) -> None:
+        self.local = torch.empty(nbytes, dtype=torch.uint8, device=local_device)
+        self.sent = self.local if device.type == local_device.type else torch.empty_like(self.local, device=device)
+        self._by_dtype: dict[torch.dtype, Tensor] = {}
+
+    def view(self, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int], start: int) -> Tensor:
+        """Elements of ``local`` as ``dtype``."""
+        if dtype not in self._by_dtype:
+            self._by_dtype[dtype] = self.local.view(dtype)
+        return self._by_dtype[dtype].as_strided(size, stride, start)
+
+    def send(self, start: int, nbytes: int) -> Tensor:
+        """The bytes of ``sent`` that are as those of ``local`` now."""
+        sent = self.sent[start : start + nbytes]
+        return sent if self.sent is self.local else sent.copy_(self.local[start : start + nbytes])
+
+    def receive(self, nbytes: int) -> None:
+        """Copy the first bytes of ``sent`` to ``local``."""
+        if self.sent is not self.local:
+            self.local[:nbytes].copy_(self.sent[:nbytes])
+
+
+def _rounds(streams: Iterable[tuple[Tensor, int]], max_bytes: int) -> Iterator[tuple[int, list[_Piece]]]:
+    """Divide so many elements of each tensor into rounds of at most ``max_bytes``, which is a multiple of `ALIGNMENT`.
+
+    Returns: for each round its bytes, aligned, and its pieces.
+    """
+    pieces, filled = list[_Piece](), 0
+    for tensor, stream_numel in streams:
+        itemsize, start = tensor.element_size(), 0
+        while start < stream_numel:
+            if filled == max_bytes:
+                yield filled, pieces
+                pieces, filled = list[_Piece](), 0
+            numel = min(stream_numel - start, (max_bytes - filled) // itemsize)
+            pieces.append(_Piece(tensor, start, filled // itemsize, numel))
+            filled, start = filled + numel * itemsize, start + numel
+    yield -(-filled // ALIGNMENT) * ALIGNMENT, pieces
+
+
+def _by_itemsize(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Wider elements first: then each piece starts at a multiple of the size of its elements."""
+    return sorted(tensors, key=Tensor.element_size, reverse=True)
+
+
+def _strided(tensor: Tensor, size: Sequence[int], stride: Sequence[int], start: int) -> Tensor:
+    """Elements of a dense tensor, counted in memory order."""
+    return tensor.as_strided(size, stride, tensor.storage_offset() + start)
+
+
+def _pair(tensor: Tensor, scratch: _Scratch, start: int, scratch_start: int, numel: int) -> tuple[Tensor, Tensor]:
+    """The same contiguous elements in the tensor and in the scratch."""
+    return _strided(tensor, (numel,), (1,), start), scratch.view(tensor.dtype, (numel,), (1,), scratch_start)
+
+
+def _copy(pairs: Sequence[tuple[Tensor, ...]]) -> None:
+    """Copy the second tensor of each pair to the first."""
+    if pairs:
+        targets, sources = ([*column] for column in zip(*pairs, strict=True))
+        torch._foreach_copy_(targets, sources)

@@ -1,0 +1,81 @@
+"""The ranks of process groups and meshes, read once for each: reading them for each tensor is slow on many ranks."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from functools import cached_property
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+MAX_RANKS_IN_TEXT = 16
+
+
+class RankSet:
+    """Global ranks, in the order of a process group or of a mesh of the given shape.
+
+    Tensors on one group or mesh share one object, so that comparing their ranks is a comparison of identities.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        self.ranks = ranks
+        self.shape = shape
+
+    @cached_property
+    def as_set(self) -> frozenset[int]:
+        """The ranks without their order; always the same object, whose hash is computed once."""
+        return frozenset(self.ranks)
+
+    @cached_property
+    def position(self) -> tuple[int, ...]:
+        """The index of this process in each dimension of the mesh."""
+        index, position = self.ranks.index(dist.get_rank()), list[int]()
+        for size in reversed(self.shape):
+            index, own = divmod(index, size)
+            position.insert(0, own)
+        return tuple(position)
+
+    @cached_property
+    def text(self) -> str:
+        """The ranks for messages, shortened where there are many."""
+        if len(self.ranks) <= MAX_RANKS_IN_TEXT:
+            return str([*self.ranks] if len(self.shape) == 1 else _nested(self.ranks, self.shape))
+        return f"{' x '.join(map(str, self.shape))} ranks, {self.ranks[0]} to {self.ranks[-1]}"
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, RankSet) and (self.shape, self.ranks) == (other.shape, other.ranks)
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.as_set))
+
+
+_by_group: MutableMapping[ProcessGroup, RankSet] = WeakKeyDictionary()
+_by_mesh: MutableMapping[DeviceMesh, RankSet] = WeakKeyDictionary()
+
+
+def group_ranks(group: ProcessGroup) -> RankSet:
+    """The global ranks of ``group``, by their ranks in it."""
+    rank_set = _by_group.get(group)
+    if rank_set is None:
+        ranks = tuple(dist.get_process_group_ranks(group))
+        rank_set = _by_group[group] = RankSet(ranks, (len(ranks),))
+    return rank_set
+
+
+def mesh_ranks(mesh: DeviceMesh) -> RankSet:
+    """The global ranks of ``mesh``, in row-major order of its dimensions."""
+    rank_set = _by_mesh.get(mesh)
+    if rank_set is None:
+        rank_set = _by_mesh[mesh] = RankSet(tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape))
+    return rank_set
+
+
+def _nested(ranks: tuple[int, ...], shape: tuple[int, ...]) -> list[object]:
+    if len(shape) == 1:
+        return [*ranks]
+    step = len(ranks) // shape[0]
+    return [_nested(ranks[start : start + step], shape[1:]) for start in range(0, len(ranks), step)]

@@ -1,0 +1,144 @@
+"""One rank's own time in every call, with many ranks that torch's fake process group stands for.
+
+The process believes that it is the first of so many ranks. Collectives return at once and move nothing, and ranks do
+not wait for each other. What is left is what the host of a rank does by itself: Python, and operators on its own
+tensors. The time is that of the processor, so that other processes matter less, and without garbage collections.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from typing import Literal, get_args
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore  # no public name
+
+from ema_dist import ShardedEMA
+from launch.benchmark.cases import SmallTensors
+from launch.benchmark.measure import Record
+
+FakeLayout = Literal["ddp", "fsdp2", "hsdp", "tp", "fsdp2-tp", "fsdp1"]
+LAYOUTS: tuple[FakeLayout, ...] = get_args(FakeLayout)
+INNER_RANKS = 8
+"""Shards of a replica under HSDP, and tensor-parallel ranks beside FSDP2."""
+WAITS = ("averages.live_model.rendezvous",)
+"""Where ranks wait for each other."""
+ALL_GATHERS = (
+    *("communication.replica_collectives.all_gather", "communication.row_exchange.all_gather"),
+    "sharding.gather_rows.all_gather",
+)
+"""The fake ones fill their output rank by rank, which takes milliseconds."""
+
+
+@dataclass(frozen=True)
+class FakeCase:
+    """A model of small matrices, as the first of so many ranks holds it."""
+
+    layout: FakeLayout
+    ranks: int
+    tensors: int = 300
+    repeats: int = 5
+
+    @property
+    def shape(self) -> SmallTensors:
+        return SmallTensors(self.tensors)
+
+
+def measure_apart(case: FakeCase) -> Record:
+    """Median seconds of each call, measured in a process of its own."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure, (case,))
+
+
+def _measure(case: FakeCase) -> Record:
+    torch.set_num_threads(1)
+    with fake_ranks(case.ranks):
+        model, other = build(case), build(case)
+        gc.collect()
+        gc.freeze()
+        # The first round does what is done once: kernels are selected, FSDP2 initializes itself.
+        rounds = [_times(model, other) for _ in range(case.repeats + 1)][1:]
+    seconds = {call: statistics.median(times[call] for times in rounds) for call in rounds[0]}
+    return {"case": asdict(case), "seconds": seconds}
+
+
+def _times(model: nn.Module, other: nn.Module) -> Mapping[str, float]:
+    """Seconds of each call, made once."""
+    times: dict[str, float] = {}
+
+    def timed(call: str, run: Callable[[], object]) -> None:
+        gc.collect()
+        gc.disable()  # as timeit does: a collection takes longer than a call, and may fall into any of them
+        start = time.process_time()
+        run()
+        times[call] = time.process_time() - start
+        gc.enable()
+
+    def timed_block(call: str, block: AbstractContextManager[object]) -> None:
+        timed(f"{call}, in", block.__enter__)
+        timed(f"{call}, out", lambda: block.__exit__(None, None, None))
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made: list[ShardedEMA] = []
+    timed("ShardedEMA(model)", lambda: made.append(ShardedEMA(model)))
+    ema = made.pop()
+    timed("update()", ema.update)
+    timed_block("swapped()", ema.swapped())
+    timed_block("serving()", ema.serving())
+    state, full = ema.state_dict(), dict(ema.gather())
+    timed("state_dict()", ema.state_dict)
+    timed("load_state_dict()", lambda: ema.load_state_dict(state))
+    timed("gather()", lambda: list(ema.gather()))
+    timed("load_full_state_dict()", lambda: ema.load_full_state_dict(full))
+    timed("copy_to()", lambda: ema.copy_to(other))
+    timed("check_replicas()", ema.check_replicas)
+    timed("attach()", lambda: ema.attach(optimizer).remove())
+    return times
+
+
+@contextmanager
+def fake_ranks(ranks: int) -> Iterator[None]:
+    """Inside, this process is the first of so many ranks, which neither communicate nor wait."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        with ExitStack() as stack:
+            for name in (*WAITS, *ALL_GATHERS):
+                stack.enter_context(patch(f"ema_dist.{name}", _do_nothing))
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _do_nothing(*_: object, **__: object) -> None: ...
+
+
+def build(case: FakeCase) -> nn.Module:
+    net = case.shape.build()
+    if case.layout == "ddp":
+        return DistributedDataParallel(net)
+    if case.layout == "fsdp1":
+        return FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
+    if case.layout in ("fsdp2", "tp"):
+        mesh = init_device_mesh("cpu", (case.ranks,))
+        (fully_shard if case.layout == "fsdp2" else _tensor_parallel)(net, mesh=mesh)
+        return net
+    mesh = init_device_mesh("cpu", (case.ranks // INNER_RANKS, INNER_RANKS), mesh_dim_names=("outer", "inner"))
+    if case.layout == "fsdp2-tp":
+        _tensor_parallel(net, mesh=mesh["inner"])
+    fully_shard(net, mesh=mesh if case.layout == "hsdp" else mesh["outer"])
+    return net
+
+
+def _tensor_parallel(net: nn.Sequential, *, mesh: DeviceMesh) -> None:
+    parallelize_module(net, mesh, {name: ColwiseParallel() for name, _ in net.named_children()})
