@@ -54,13 +54,15 @@ def _compare(live: LiveModel, settings: Mapping[str, str], problem: str = "") ->
         advice="construct it on each of them; averages on rank 0 only take the unwrapped module; where some ranks are "
         "slower than that, ShardedEMA(..., timeout=seconds) waits longer",
     )
-    digests = _digest_names(live.selected)
+    tied = [f"{name}, tied to {first}" for name, first in live.layout.ties.items()]
+    selected = [*live.selected, *tied]
+    digests = _digest_names(selected)
     try:
         meet(problem=problem, compared=[settings, digests])
     except RendezvousError as error:
         # Ten thousand ranks cannot all send every name. Digests of parts have told which names to send.
         if parts := [key for key in error.differing if key.startswith(_PART)]:
-            names = [name for name in sorted(live.selected) if _part(name) == min(parts)]
+            names = [name for name in sorted(selected) if _part(name) == min(parts)]
             meet(compared=[{name: f"selected {name}" for name in names[:_NAMES_SENT]}])
         raise
 
