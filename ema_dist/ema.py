@@ -56,9 +56,8 @@ class ShardedEMA:
         store: `Offloaded` to store the averages in CPU memory; None to store them on the device of the live weights.
         timeout: seconds that ranks wait for each other before a collective call fails, and on leaving `swapped`.
 
-    Collective: construction, over the ranks that hold the model: a rendezvous that compares settings and selected
-        parameters; if averages are split among replicas, the weights too. Averages on one rank take the unwrapped
-        module.
+    Collective: construction, over all ranks that hold the model: compares settings and selected parameters, and if
+        averages are split among replicas, the weights. Averages on rank 0 only take the unwrapped module.
     Memory: for each track one average per selected parameter's shard, or 1/R of it if R replicas split it; and the
         memory of ``store``. While kernels are measured, at most 64 MiB for each track and as much for the live weights.
     Raises: ValueError for a setting out of range, a model on the meta device, or when nothing is selected;
@@ -285,8 +284,7 @@ class ShardedEMA:
         The decay given to the constructor stays; a different one in ``state_dict`` causes a warning.
 
         Collective: no.
-        Raises: RuntimeError inside `swapped`; ValueError when format, tracks, names or shapes differ, before anything
-            changes.
+        Raises: RuntimeError inside `swapped`; ValueError before any change when format, tracks, names or shapes differ.
         """
         self._model_with_averages.require_inactive("load_state_dict()")
         self._model_with_averages.prepare("load_state_dict()", collective=False)
@@ -296,8 +294,7 @@ class ShardedEMA:
     def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:
         """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.
 
-        Collective: over all ranks that hold the model, if several hold parts of its averages; each must exhaust the
-            iterator.
+        Collective: over all ranks that hold the model, if several hold parts of its averages; all must exhaust it.
         Memory: one full tensor; on the first rank beyond those it has yielded.
         """
         return iterate_in_normal_mode(

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.precision import Precision
 from ema_dist.averages.tracks import Tracks
-from ema_dist.communication.rendezvous import RendezvousError, rendezvous
+from ema_dist.communication.rendezvous import RendezvousError
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK
 
@@ -47,10 +47,8 @@ def construct_on_all_ranks(live: LiveModel, settings: Mapping[str, str], make_tr
 
 def _compare(live: LiveModel, settings: Mapping[str, str], problem: str = "") -> None:
     meet = partial(
-        rendezvous,
+        live.rendezvous,
         _CALL,
-        live.ranks,
-        timeout=live.timeout,
         advice="construct it on each of them; averages on rank 0 only take the unwrapped module; where some ranks are "
         "slower than that, ShardedEMA(..., timeout=seconds) waits longer",
     )

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ema_dist.communication.call_history import CallHistory
-from ema_dist.communication.rendezvous import RendezvousError, announce_failure, rendezvous, require_process_group
+from ema_dist.communication.rendezvous import (
+    DEFAULT_ADVICE,
+    RendezvousError,
+    announce_failure,
+    rendezvous,
+    require_process_group,
+)
 from ema_dist.communication.replica_collectives import describe_drift
 from ema_dist.messages import abbreviated
 from ema_dist.sharding import Layout, ReplicaPolicy
@@ -107,17 +113,24 @@ class LiveModel:
         if self.ranks and not self.has_replicated_averages:
             self.history.record(call)
 
-    def rendezvous(self, call: str, problem: str = "", *, compared: Sequence[Mapping[str, str]] | None = None) -> None:
+    def rendezvous(
+        self,
+        call: str,
+        problem: str = "",
+        *,
+        compared: Sequence[Mapping[str, str]] | None = None,
+        advice: str = DEFAULT_ADVICE,
+    ) -> None:
         """Return once every rank that holds the model has entered ``call``, none reports a problem, and they agree.
 
         Args:
             compared: what must be equal on all ranks; None for `history`.
+            advice: what to do when ranks do not come.
 
         Collective: over `ranks`. Raises: RendezvousError otherwise.
         """
-        if compared is None:
-            compared = self.history.compared()
-        rendezvous(call, self.ranks, timeout=self.timeout, problem=problem, compared=compared)
+        compared = self.history.compared() if compared is None else compared
+        rendezvous(call, self.ranks, timeout=self.timeout, problem=problem, compared=compared, advice=advice)
 
     def prepare(
         self,

@@ -85,8 +85,10 @@ def judge(reports: Mapping[int, str]) -> Verdict:
         return Verdict("", all_came=True, is_complete=True)
     differences = _first_differences(by_rank)
     call = next(iter(calls))
-    text = f"ranks differ at {call}: {abbreviated(differences.values(), separator='; ')}" if differences else ""
-    return Verdict(text, all_came=True, is_complete=True, differing=[*differences])
+    described = abbreviated(differences.values(), separator="; ")
+    text = f"{call} needs ranks that agree, but {described}. Do the same on all of them; where they have made other "
+    text += "calls before, loading the same checkpoint on all makes them agree again"
+    return Verdict(text if differences else "", all_came=True, is_complete=True, differing=[*differences])
 
 
 def describe_calls(calls: Mapping[str, list[int]]) -> str:

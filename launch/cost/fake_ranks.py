@@ -32,7 +32,7 @@ FakeLayout = Literal["ddp", "fsdp2", "hsdp", "tp", "fsdp2-tp", "fsdp1"]
 LAYOUTS: tuple[FakeLayout, ...] = get_args(FakeLayout)
 INNER_RANKS = 8
 """Shards of a replica under HSDP, and tensor-parallel ranks beside FSDP2."""
-WAITS = ("averages.live_model.rendezvous", "averages.construction.rendezvous")
+WAITS = ("averages.live_model.rendezvous",)
 """Where ranks wait for each other."""
 ALL_GATHERS = (
     *("communication.replica_collectives.all_gather", "communication.row_exchange.all_gather"),
