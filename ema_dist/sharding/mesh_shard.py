@@ -68,10 +68,10 @@ class MeshShard(Shard):
         if all(type(placement) is ShardPlacement and placement.dim == 0 for _, placement in sharding_dims):
             starts = self._block().starts
             return starts[0] * self.stride[0] if starts else 0
-        ranks = mesh_ranks(self.mesh)
+        ranks, coordinate = mesh_ranks(self.mesh), _coordinate(self.mesh)
         block_index, sizes = 0, list(self._shape)
         for dim, placement in sharding_dims:
-            block_index = block_index * ranks.shape[dim] + ranks.position[dim]
+            block_index = block_index * ranks.shape[dim] + coordinate[dim]
             sharded_dim: int = placement.dim  # pyrefly: ignore[missing-attribute]  strided placements have it
             sizes[sharded_dim] = -(-sizes[sharded_dim] // ranks.shape[dim])
         return block_index * prod(sizes)
@@ -144,7 +144,7 @@ class MeshShard(Shard):
 
     def _block(self) -> _Block:
         """This rank's block, if it `_is_strided` not."""
-        ranks = mesh_ranks(self.mesh)
+        ranks, coordinate = mesh_ranks(self.mesh), _coordinate(self.mesh)
         sizes, starts = list(self._shape), [0] * len(self._shape)
         lengths: list[int] = []
         for mesh_dim, placement in enumerate(self.placements):
@@ -152,7 +152,7 @@ class MeshShard(Shard):
             lengths.append(sizes[dim] if sizes else 0)
             if isinstance(placement, ShardPlacement):
                 chunk_size = -(-sizes[dim] // ranks.shape[mesh_dim])
-                begin = min(chunk_size * ranks.position[mesh_dim], sizes[dim])
+                begin = min(chunk_size * coordinate[mesh_dim], sizes[dim])
                 starts[dim] += begin
                 sizes[dim] = min(chunk_size, sizes[dim] - begin)
         return _Block(starts, sizes, lengths)
@@ -213,16 +213,22 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def split_rows(shard: Shard, mesh: DeviceMesh, placements: Sequence[Placement], stride: tuple[int, ...]) -> MeshShard:
     """The rows of ``shard.local`` that this rank averages; the replicas are the last dimension of ``mesh``."""
-    ranks = mesh_ranks(mesh)
     return MeshShard(
         shard.names,
-        chunk_of_rows(shard.local, ranks.shape[-1], ranks.position[-1]),
+        chunk_of_rows(shard.local, mesh_ranks(mesh).shape[-1], _coordinate(mesh)[-1]),
         shard.owner,
         mesh=mesh,
         placements=[*placements, ShardPlacement(0)],
         shape=shard.shape,
         stride=stride,
     )
+
+
+def _coordinate(mesh: DeviceMesh) -> Sequence[int]:
+    """The index of this rank in each dimension of ``mesh``."""
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "a rank holds a part of each DTensor that it has"
+    return coordinate
 
 
 def chunk_of_rows(tensor: Tensor, count: int, index: int) -> Tensor:

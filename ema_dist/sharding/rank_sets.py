@@ -29,15 +29,6 @@ class RankSet:
         return frozenset(self.ranks)
 
     @cached_property
-    def position(self) -> tuple[int, ...]:
-        """The index of this process in each dimension of the mesh."""
-        index, position = self.ranks.index(dist.get_rank()), list[int]()
-        for size in reversed(self.shape):
-            index, own = divmod(index, size)
-            position.insert(0, own)
-        return tuple(position)
-
-    @cached_property
     def text(self) -> str:
         """The ranks for messages, shortened where there are many."""
         if len(self.ranks) <= MAX_RANKS_IN_TEXT:
@@ -68,6 +59,7 @@ def group_ranks(group: ProcessGroup) -> RankSet:
 
 def mesh_ranks(mesh: DeviceMesh) -> RankSet:
     """The global ranks of ``mesh``, in row-major order of its dimensions."""
+    # Equal meshes share them. The coordinate of this process is not kept here: another world may give it another rank.
     rank_set = _by_mesh.get(mesh)
     if rank_set is None:
         rank_set = _by_mesh[mesh] = RankSet(tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape))

@@ -17,7 +17,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -32,13 +33,11 @@ FakeLayout = Literal["ddp", "fsdp2", "hsdp", "tp", "fsdp2-tp", "fsdp1"]
 LAYOUTS: tuple[FakeLayout, ...] = get_args(FakeLayout)
 INNER_RANKS = 8
 """Shards of a replica under HSDP, and tensor-parallel ranks beside FSDP2."""
-WAITS = ("averages.live_model.rendezvous",)
-"""Where ranks wait for each other."""
 ALL_GATHERS = (
-    *("communication.replica_collectives.all_gather", "communication.row_exchange.all_gather"),
+    "communication.replica_collectives.all_gather",
+    "communication.row_exchange.all_gather",
     "sharding.gather_rows.all_gather",
 )
-"""The fake ones fill their output rank by rank, which takes milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +112,17 @@ def fake_ranks(ranks: int) -> Iterator[None]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with ExitStack() as stack:
-            for name in (*WAITS, *ALL_GATHERS):
-                stack.enter_context(patch(f"ema_dist.{name}", _do_nothing))
+            stack.enter_context(patch("ema_dist.averages.live_model.rendezvous"))
+            for name in ALL_GATHERS:
+                stack.enter_context(patch(f"ema_dist.{name}", _issue_only))
             yield
     finally:
         dist.destroy_process_group()
 
 
-def _do_nothing(*_: object, **__: object) -> None: ...
+def _issue_only(_gathered: Tensor, part: Tensor, *, group: ProcessGroup) -> None:
+    """Another collective in place of an all-gather: the fake one fills its result rank by rank, in milliseconds."""
+    dist.all_reduce(part, group=group)
 
 
 def build(case: FakeCase) -> nn.Module:
