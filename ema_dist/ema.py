@@ -25,7 +25,7 @@ from ema_dist.averages.updates import Updates
 from ema_dist.communication.call_history import CallHistory
 from ema_dist.communication.rendezvous import agree_on
 from ema_dist.evaluation.model_with_averages import ModelWithAverages
-from ema_dist.modes import in_normal_mode, iterate_in_normal_mode, public_calls_in_normal_mode
+from ema_dist.modes import in_normal_mode, public_calls_in_normal_mode
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK, HalfLife, as_decays
 from ema_dist.sharding import Layout, ReplicaPolicy
@@ -270,13 +270,8 @@ class ShardedEMA:
             collective=self._live.has_sharded_averages,
             compared=lambda: [] if for_loading else self.call_history.compared(steps=self.steps, updates=self.updates),
         )
-        current: Mapping[str, Mapping[str, Tensor]] = {
-            name: self._model_with_averages.averages_now(track) for name, track in self._tracks.items()
-        }
-        # Inside a swap the averages are in the model's storage, and DCP would load into that.
-        if self._model_with_averages.swap is not None:
-            current = {name: self._tracks[name].without_shared_storage(averages) for name, averages in current.items()}
-        return make_state(self._clock, self._live.layout, self._tracks, current)
+        averages = self._model_with_averages.averages_to_save()
+        return make_state(self._clock, self._live.layout, self._tracks, averages)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a state of `state_dict`: of this layout, resharded by DCP, or with full tensors.
@@ -297,9 +292,7 @@ class ShardedEMA:
         Collective: over all ranks that hold the model, if several hold parts of its averages; all must exhaust it.
         Memory: one full tensor; on the first rank beyond those it has yielded.
         """
-        return iterate_in_normal_mode(
-            self._model_with_averages.gather("gather", self._tracks.resolve(track), dtype=dtype)
-        )
+        return self._model_with_averages.gather("gather", self._tracks.resolve(track), dtype=dtype)
 
     def full_state_dict(
         self, *, dtype: torch.dtype | None = None, track: str | None = None, pipeline: ProcessGroup | None = None

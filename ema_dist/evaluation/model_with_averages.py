@@ -21,6 +21,7 @@ from ema_dist.evaluation.serving import Serving, active_servings
 from ema_dist.evaluation.split_swap import announce_broken_swap, enter_together, leave_together
 from ema_dist.evaluation.swap import Stage, Swap, active_swaps
 from ema_dist.messages import abbreviated
+from ema_dist.modes import iterate_in_normal_mode
 
 
 class ModelWithAverages:
@@ -92,6 +93,13 @@ class ModelWithAverages:
             return track.recombined()
         return track.recombined(self.swap.averages_now(self.live.layout))
 
+    def averages_to_save(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The averages of every track by name; inside a swap copies, as DCP would load into the model's storage."""
+        current = {name: self.averages_now(track) for name, track in self.tracks.items()}
+        if self.swap is None:
+            return current
+        return {name: self.tracks[name].without_shared_storage(averages) for name, averages in current.items()}
+
     def gather(self, call: str, track: Track, *, dtype: torch.dtype | None) -> Iterator[tuple[str, Any]]:
         """See `ShardedEMA.gather`. Prepares at once, and not only when the first entry is read.
 
@@ -100,7 +108,7 @@ class ModelWithAverages:
         """
         self.prepare(self.describe_call(call, track, dtype=dtype), collective=self.live.has_sharded_averages)
         entries = gather(self.live.layout, self.averages_now(track), dtype=dtype, is_destination=self.live.is_first)
-        return self._checked_entries(entries, self.swap, self.tracks.update_calls)
+        return iterate_in_normal_mode(self._checked_entries(entries, self.swap, self.tracks.update_calls))
 
     def _checked_entries(
         self, entries: Iterator[tuple[str, Any]], swap: Swap | None, update_calls: int
