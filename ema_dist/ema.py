@@ -187,8 +187,7 @@ class ShardedEMA:
         Collective: entering and leaving, if averages are split among replicas (the default under DDP, HSDP, and for
             tensor-parallel parameters placed ``Replicate()``). Never with ``replicas="copy"``, so that one rank may
             evaluate alone under DDP.
-        Memory: at most 64 MiB; and for averages of another dtype or device than the live weights, one live shard, on
-            the device of the average.
+        Memory: at most 64 MiB; for averages of another dtype or device, one live shard on the device of the average.
         Raises: RuntimeError when swapped already, when ranks do not come within ``timeout``, when replicas differ, and
             on leaving, when parameters were written to. ValueError for an unknown track, when the model has changed, or
             when a parameter without an average became trainable.
@@ -235,7 +234,7 @@ class ShardedEMA:
         return self._model_with_averages.get_serving(next(iter(self._tracks.values()))).mode
 
     def restore(self) -> None:
-        """Leave `swapped` early, or after ranks could not leave it together; does nothing outside of it.
+        """Leave `swapped` early, or after an interruption, or after ranks could not leave it together.
 
         Collective: as `swapped`. Memory: as `swapped`. Raises: as `swapped` on leaving.
         """
@@ -259,8 +258,7 @@ class ShardedEMA:
         Args:
             for_loading: the state will be overwritten; so ranks that have made different calls are no error.
 
-        Collective: a rendezvous of all ranks that hold the model, if several hold parts of its averages; no tensor is
-            sent.
+        Collective: a rendezvous of all ranks that hold the model, if several hold parts of its averages.
         Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name:
             tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
         Raises: RuntimeError when ranks have made different calls or do not come; ValueError when the model has changed.

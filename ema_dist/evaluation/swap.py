@@ -104,6 +104,7 @@ class Swap:
         if self._is_split:
             self.stage = Stage.FILLING
             all_gather_parts(self.layout.parameters.values())
+        _increment_other_versions(self.layout)
         self._versions = {name: self.layout.parameters[name].version for name in self.track.parameters}
         self.stage = Stage.INSIDE
 
@@ -133,6 +134,7 @@ class Swap:
                 for name, (_, live) in _pairs(layout, self.track).items()
                 if live.data_ptr() != self._pairs[name][1].data_ptr()
             )
+        _increment_other_versions(layout)
         if self.has_filled:
             self.stage = Stage.PARTS_RESTORED
         else:
@@ -198,6 +200,12 @@ class Swap:
 def active_swaps(model: nn.Module) -> list[Swap]:
     """The active swaps of ``model``, of its submodules, and of modules around it."""
     return _active_swaps.overlapping(model)
+
+
+def _increment_other_versions(layout: Layout) -> None:
+    """Let autograd see the writes also through parameters that only share the memory of those written to."""
+    for shard in layout.shards:
+        shard.increment_other_versions()
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
