@@ -18,7 +18,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta  # no
 from torch.distributed.tensor.placement_types import Placement
 
 from ema_dist.sharding.gather_rows import gather_dim
-from ema_dist.sharding.rank_sets import mesh_ranks
+from ema_dist.sharding.rank_sets import mesh_group, mesh_ranks
 from ema_dist.sharding.shard import Shard
 
 
@@ -86,7 +86,7 @@ class MeshShard(Shard):
 
     @property
     def gather_group(self) -> ProcessGroup | None:
-        return self.mesh.get_group() if self.mesh.ndim == 1 else None
+        return mesh_group(self.mesh, 0) if self.mesh.ndim == 1 else None
 
     def wrap(self, local: Tensor) -> DTensor:
         mesh = self.mesh
@@ -115,7 +115,7 @@ class MeshShard(Shard):
         for mesh_dim in reversed(range(self.mesh.ndim)):
             placement = self.placements[mesh_dim]
             if isinstance(placement, ShardPlacement):
-                local = gather_dim(local, placement.dim, lengths[mesh_dim], self.mesh.get_group(mesh_dim))
+                local = gather_dim(local, placement.dim, lengths[mesh_dim], mesh_group(self.mesh, mesh_dim))
         return local
 
     def slice_full(self, full: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from functools import cached_property
-from weakref import WeakKeyDictionary
+from functools import cached_property, partial
+from weakref import WeakKeyDictionary, ref
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -46,6 +46,8 @@ class RankSet:
 
 _by_group: MutableMapping[ProcessGroup, RankSet] = WeakKeyDictionary()
 _by_mesh: MutableMapping[DeviceMesh, RankSet] = WeakKeyDictionary()
+_groups_by_mesh: dict[int, tuple[ref[DeviceMesh], dict[int, ProcessGroup]]] = {}
+"""By the ids of living meshes: equal meshes may have other groups, as after the world was made again."""
 
 
 def group_ranks(group: ProcessGroup) -> RankSet:
@@ -64,6 +66,21 @@ def mesh_ranks(mesh: DeviceMesh) -> RankSet:
     if rank_set is None:
         rank_set = _by_mesh[mesh] = RankSet(tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape))
     return rank_set
+
+
+def mesh_group(mesh: DeviceMesh, dim: int) -> ProcessGroup:
+    """As ``mesh.get_group(dim)``, which in torch 2.7 compares all ranks of all groups whenever it is called."""
+    entry = _groups_by_mesh.get(id(mesh))
+    if entry is None or entry[0]() is not mesh:
+        entry = _groups_by_mesh[id(mesh)] = ref(mesh, partial(_forget_groups, id(mesh))), dict[int, ProcessGroup]()
+    groups = entry[1]
+    if dim not in groups:
+        groups[dim] = mesh.get_group(dim)
+    return groups[dim]
+
+
+def _forget_groups(mesh_id: int, _: object) -> None:
+    _groups_by_mesh.pop(mesh_id, None)
 
 
 def _nested(ranks: tuple[int, ...], shape: tuple[int, ...]) -> list[object]:
