@@ -48,7 +48,9 @@ def memory_key(tensor: Tensor) -> Hashable:
 
 def expanded_dims(tensor: Tensor) -> tuple[int, ...]:
     """The dimensions along which `Tensor.expand` repeats the elements of a plain tensor."""
-    if isinstance(tensor, DTensor) or tensor.layout is not torch.strided or not tensor.numel():
+    if isinstance(tensor, DTensor) or tensor.layout is not torch.strided or 0 not in tensor.stride():
+        return ()
+    if not tensor.numel():
         return ()
     return tuple(dim for dim, step in enumerate(tensor.stride()) if step == 0 and tensor.shape[dim] > 1)
 

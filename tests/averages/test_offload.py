@@ -367,7 +367,7 @@ def test_a_failure_is_raised_when_averages_are_read(monkeypatch: pytest.MonkeyPa
 def test_an_interrupted_call_does_not_mix_updates(
     where: str, max_pending: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No job is forgotten, and no copy is overwritten that is still to be read."""
+    """A job that may be submitted is finished by the next call, once; no copy is overwritten that is still to be read."""
     model, ema, average = one_weight(store=Offloaded(max_pending=max_pending))
     seen: list[float] = []
     run_kernels, submit = offload._run_kernels, Worker.submit  # noqa: SLF001
@@ -390,8 +390,10 @@ def test_an_interrupted_call_does_not_mix_updates(
         patch.setattr(*((HostBuffer, "fill") if where == "copying" else (Worker, "submit")), interrupted)
         with pytest.raises(KeyboardInterrupt):
             ema.update()
+    ema.state_dict()
     expected = [1.0] if where == "copying" else [1.0, 2.0]
-    assert seen == expected, "nothing goes on that nobody knows of"
+    assert seen == expected
+    assert ema.steps == len(expected)
     nn.init.constant_(model.weight, 3.0)
     ema.update()
     ema.state_dict()

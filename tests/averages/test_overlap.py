@@ -138,6 +138,10 @@ def test_every_other_optimizer_waits_too(recorder: Recorder) -> None:
     assert recorder.read() == [WAIT]
 
 
+def evaluate(model: nn.Module) -> None:
+    model(torch.ones(1, 2))
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -145,8 +149,8 @@ def test_every_other_optimizer_waits_too(recorder: Recorder) -> None:
         ShardedEMA.state_dict,
         ShardedEMA.full_state_dict,
         ShardedEMA.check_replicas,
-        lambda ema: ema.swapped().__enter__(),
-        lambda ema: ema.serving().__enter__(),
+        lambda ema: ema.swapped()(evaluate)(ema.model),
+        lambda ema: ema.serving()(evaluate)(ema.model),
     ],
     ids=["update", "state_dict", "full_state_dict", "check_replicas", "swapped", "serving"],
 )
