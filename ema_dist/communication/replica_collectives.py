@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ema_dist.communication.row_exchange import exchange_by_all_gather, exchange_by_all_reduce, part_numel
+from ema_dist.communication.row_exchange import part_numel, prepare_all_gather, prepare_all_reduce
 from ema_dist.kernels import checksum
 from ema_dist.messages import abbreviated
 from ema_dist.sharding import Shard, all_gather, group_ranks
@@ -52,21 +52,27 @@ def describe_drift(shards: Iterable[Shard]) -> str:
     )
 
 
-@torch.no_grad()
 def all_gather_parts(shards: Iterable[Shard]) -> None:
-    """Fill every replica's ``local`` with the averaged parts of all replicas.
+    """Fill every replica's ``local`` with the averaged parts of all replicas; see `prepare_all_gather_parts`."""
+    prepare_all_gather_parts(shards)()
 
-    If it fails, it can be called again: only what other replicas own is written to, or a replica's own rows with the
+
+def prepare_all_gather_parts(shards: Iterable[Shard]) -> Callable[[], None]:
+    """Returns a function that fills every replica's ``local`` with the averaged parts of all replicas.
+
+    Memory is allocated here, so that a rank which lacks it does not leave the others in a collective. If the function
+    fails, it can be called again: only what other replicas own is written to, or a replica's own rows with the
     bits that they have.
 
     The parts of several tensors are sent together, as bytes. Where replicas have ten rows or more, or share the rows
     evenly, padding adds at most a tenth to an all-gather without any. A tensor with so few rows that padding would more
     than double the bytes is summed up by an all-reduce instead, which sends each byte twice.
 
-    Collective: over the replicas of each split shard. The number of collectives depends on the bytes of the tensors,
-    not on the number of replicas. Memory: one scratch of `ema_dist.kernels`, and one more on the device that
+    Collective: the returned function, over the replicas of each split shard. The number of collectives depends on the bytes of the tensors,
+    not on the number of replicas. Memory: one scratch of `ema_dist.kernels` for each way of sending, and one more on the device that
     communicates if tensors are on another; and what the backend needs to send it.
     """
+    collectives: list[Callable[[], None]] = []
     for group, split_shards in _group_by_replicas(shard for shard in shards if shard.is_split):
         batches: dict[tuple[torch.device, torch.device, bool], list[Tensor]] = {}
         for shard in split_shards:
@@ -75,7 +81,14 @@ def all_gather_parts(shards: Iterable[Shard]) -> None:
             if local.numel():
                 batches.setdefault((local.device, shard.communication_device, is_padded), []).append(local)
         for (_, device, is_padded), tensors in batches.items():
-            (exchange_by_all_gather if is_padded else exchange_by_all_reduce)(tensors, group, device)
+            collectives.append((prepare_all_gather if is_padded else prepare_all_reduce)(tensors, group, device))
+
+    @torch.no_grad()
+    def run() -> None:
+        for collective in collectives:
+            collective()
+
+    return run
 
 
 def _group_by_replicas(shards: Iterable[Shard]) -> list[tuple[ProcessGroup, list[Shard]]]:

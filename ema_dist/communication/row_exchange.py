@@ -8,7 +8,7 @@ Nothing here loops over replicas: the number of operations depends on the number
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,14 +37,16 @@ def part_numel(tensor: Tensor, replicas: int) -> int:
     return -(-rows // replicas) * (tensor.numel() // max(1, rows))
 
 
-def exchange_by_all_gather(tensors: Iterable[Tensor], group: ProcessGroup, device: torch.device) -> None:
-    """Write the rows of all replicas to ``tensors``; shorter parts are padded to the first replica's.
+def prepare_all_gather(tensors: Iterable[Tensor], group: ProcessGroup, device: torch.device) -> Callable[[], None]:
+    """Returns a function that writes the rows of all replicas to ``tensors``; parts are padded to the first replica's.
+
+    The scratch is allocated here, and not in the collective call, which no rank may leave alone.
 
     Args:
         tensors: dense and not empty, on one device; the first dimension is outermost in memory.
         device: where ``group`` communicates.
 
-    Collective: over ``group``. Memory: a scratch; a second one if ``device`` is not that of the tensors.
+    Collective: the returned function, over ``group``. Memory: a scratch; a second one if ``device`` is not that of the tensors.
     """
     replicas, replica = group.size(), group.rank()
     parts = [(tensor, part_numel(tensor, replicas)) for tensor in _by_itemsize(tensors)]
@@ -52,54 +54,62 @@ def exchange_by_all_gather(tensors: Iterable[Tensor], group: ProcessGroup, devic
     max_bytes = max_scratch_bytes(parts[0][0]) // replicas // ALIGNMENT * ALIGNMENT
     rounds = list(_rounds(parts, max(ALIGNMENT, max_bytes)))
     scratch = _Scratch(replicas * max(nbytes for nbytes, _ in rounds), parts[0][0].device, device)
-    for row_bytes, pieces in rounds:
-        packed: list[tuple[Tensor, Tensor]] = []
-        received: list[tuple[Tensor, Tensor]] = []
-        for tensor, start, scratch_start, numel in pieces:
-            part, row_numel = part_of[id(tensor)], row_bytes // tensor.element_size()
-            complete, last_numel = divmod(tensor.numel(), part)
-            rows = _strided(tensor, (complete, numel), (part, 1), start)
-            buffers = scratch.view(tensor.dtype, (complete, numel), (row_numel, 1), scratch_start)
-            received.append((rows, buffers))
-            last = complete * part + start, complete * row_numel + scratch_start, min(numel, last_numel - start)
-            if last[2] > 0:
-                received.append(_pair(tensor, scratch, *last))
-            if replica < complete:
-                packed.append((buffers[replica], rows[replica]))
-            elif replica == complete and last[2] > 0:
-                packed.append(_pair(tensor, scratch, *last)[::-1])
-        _copy(packed)
-        own_row = scratch.send(replica * row_bytes, row_bytes)
-        # In place, as FSDP does it: the replica's own row is also its row of the result.
-        all_gather(scratch.sent[: replicas * row_bytes], own_row, group=group)
-        scratch.receive(replicas * row_bytes)
-        _copy(received)
+
+    def run() -> None:
+        for row_bytes, pieces in rounds:
+            packed: list[tuple[Tensor, Tensor]] = []
+            received: list[tuple[Tensor, Tensor]] = []
+            for tensor, start, scratch_start, numel in pieces:
+                part, row_numel = part_of[id(tensor)], row_bytes // tensor.element_size()
+                complete, last_numel = divmod(tensor.numel(), part)
+                rows = _strided(tensor, (complete, numel), (part, 1), start)
+                buffers = scratch.view(tensor.dtype, (complete, numel), (row_numel, 1), scratch_start)
+                received.append((rows, buffers))
+                last = complete * part + start, complete * row_numel + scratch_start, min(numel, last_numel - start)
+                if last[2] > 0:
+                    received.append(_pair(tensor, scratch, *last))
+                if replica < complete:
+                    packed.append((buffers[replica], rows[replica]))
+                elif replica == complete and last[2] > 0:
+                    packed.append(_pair(tensor, scratch, *last)[::-1])
+            _copy(packed)
+            own_row = scratch.send(replica * row_bytes, row_bytes)
+            # In place, as FSDP does it: the replica's own row is also its row of the result.
+            all_gather(scratch.sent[: replicas * row_bytes], own_row, group=group)
+            scratch.receive(replicas * row_bytes)
+            _copy(received)
+
+    return run
 
 
-def exchange_by_all_reduce(tensors: Iterable[Tensor], group: ProcessGroup, device: torch.device) -> None:
-    """As `exchange_by_all_gather`, without padding: the rows of other replicas are zero in the sum that is made."""
+def prepare_all_reduce(tensors: Iterable[Tensor], group: ProcessGroup, device: torch.device) -> Callable[[], None]:
+    """As `prepare_all_gather`, without padding: each replica adds its rows, and zeros elsewhere."""
     replicas, replica = group.size(), group.rank()
     ordered = _by_itemsize(tensors)
     rounds = list(_rounds(((tensor, tensor.numel()) for tensor in ordered), max_scratch_bytes(ordered[0])))
     scratch = _Scratch(max(nbytes for nbytes, _ in rounds), ordered[0].device, device)
-    for nbytes, pieces in rounds:
-        packed: list[tuple[Tensor, Tensor]] = []
-        received: list[tuple[Tensor, Tensor]] = []
-        for tensor, start, scratch_start, numel in pieces:
-            part = part_numel(tensor, replicas)
-            own_begin, own_end = (min(max(edge * part - start, 0), numel) for edge in (replica, replica + 1))
-            for begin, end in ((0, own_begin), (own_begin, own_end), (own_end, numel)):
-                if begin < end:
-                    pair = _pair(tensor, scratch, start + begin, scratch_start + begin, end - begin)
-                    if (begin, end) == (own_begin, own_end):
-                        packed.append(pair[::-1])
-                    else:
-                        received.append(pair)
-        scratch.local[:nbytes].zero_()
-        _copy(packed)
-        merge_bytes(scratch.send(0, nbytes), group)
-        scratch.receive(nbytes)
-        _copy(received)
+
+    def run() -> None:
+        for nbytes, pieces in rounds:
+            packed: list[tuple[Tensor, Tensor]] = []
+            received: list[tuple[Tensor, Tensor]] = []
+            for tensor, start, scratch_start, numel in pieces:
+                part = part_numel(tensor, replicas)
+                own_begin, own_end = (min(max(edge * part - start, 0), numel) for edge in (replica, replica + 1))
+                for begin, end in ((0, own_begin), (own_begin, own_end), (own_end, numel)):
+                    if begin < end:
+                        pair = _pair(tensor, scratch, start + begin, scratch_start + begin, end - begin)
+                        if (begin, end) == (own_begin, own_end):
+                            packed.append(pair[::-1])
+                        else:
+                            received.append(pair)
+            scratch.local[:nbytes].zero_()
+            _copy(packed)
+            merge_bytes(scratch.send(0, nbytes), group)
+            scratch.receive(nbytes)
+            _copy(received)
+
+    return run
 
 
 class _Scratch:

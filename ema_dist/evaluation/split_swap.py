@@ -83,7 +83,7 @@ def leave_together(
             live.rendezvous(call)
         except RendezvousError as failure:
             raise _with_hint(failure) from None
-        _run_fill(live, lambda: swap.fill_back(live.layout))
+        _run_fill(live, swap.fill_back)
     return raised_in_block
 
 

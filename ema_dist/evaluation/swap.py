@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum, auto
 
 import torch
 from torch import Tensor, nn
 
 from ema_dist.averages.track import Track
-from ema_dist.communication.replica_collectives import all_gather_parts
+from ema_dist.communication.replica_collectives import prepare_all_gather_parts
 from ema_dist.evaluation.active import ActiveRegistry
 from ema_dist.kernels import Exchange, group_pairs
 from ema_dist.sharding import Layout, Shard
@@ -71,6 +71,7 @@ class Swap:
             if (average.dtype, average.device) != (live.dtype, live.device)
         }
         self._exchange = self._make_exchange(self._pairs)
+        self._fill: Callable[[], None] | None = None
         self._versions: dict[str, tuple[object, ...]] = {}
         self.written: list[str] = []
         """The parameters that were written to while the model held the averages; known once it is left."""
@@ -95,6 +96,7 @@ class Swap:
             for name, (_, live) in self._pairs.items()
             if name in self._stash
         )
+        self._prepare_fill(self.layout)
 
     def fill(self) -> None:
         """Fill weights that replicas split with the other replicas' averages; the model then holds the averages.
@@ -103,7 +105,7 @@ class Swap:
         """
         if self._is_split:
             self.stage = Stage.FILLING
-            all_gather_parts(self.layout.parameters.values())
+            self._run_fill()
         _increment_other_versions(self.layout)
         self._versions = {name: self.layout.parameters[name].version for name in self.track.parameters}
         self.stage = Stage.INSIDE
@@ -116,6 +118,8 @@ class Swap:
         Args:
             layout: the model as it is now.
         """
+        if self.stage is Stage.PARTS_RESTORED:
+            self._prepare_fill(layout)
         if self.stage in (Stage.PARTS_RESTORED, Stage.DONE):
             return
         if self.stage is Stage.INSIDE:
@@ -137,16 +141,17 @@ class Swap:
         _increment_other_versions(layout)
         if self.has_filled:
             self.stage = Stage.PARTS_RESTORED
+            self._prepare_fill(layout)
         else:
             self._end()
 
-    def fill_back(self, layout: Layout) -> None:
+    def fill_back(self) -> None:
         """Fill weights that replicas split with the other replicas' live weights; ends the swap.
 
         Collective: over the replicas of split weights.
         """
         self.stage = Stage.FILLING_BACK
-        all_gather_parts(layout.parameters.values())
+        self._run_fill()
         self._end()
 
     def averages_now(self, layout: Layout) -> dict[str, Tensor]:
@@ -170,6 +175,15 @@ class Swap:
         for name, (average, _) in _pairs(self.layout, self.track).items():
             shard = self.layout.parameters[name] if name in self.track.parameters else self.layout.buffers[name]
             yield shard, shard.averaged_part.wrap(self._stash.get(name, average))
+
+    def _prepare_fill(self, layout: Layout) -> None:
+        if self._is_split:
+            self._fill = prepare_all_gather_parts(layout.parameters.values())
+
+    def _run_fill(self) -> None:
+        assert self._fill is not None
+        self._fill()
+        self._fill = None
 
     def _end(self) -> None:
         _active_swaps.remove(self)

@@ -128,14 +128,19 @@ def test_an_exception_while_replicas_fill_each_other_is_announced(
     block = ema.swapped()
     if leaving:
         block.__enter__()
-    fill = swap.all_gather_parts
+    prepare_fill = swap.prepare_all_gather_parts
 
-    def fill_and_fail(shards: Iterable[Shard]) -> None:
-        fill(shards)
-        raise Interruption
+    def fill_and_fail(shards: Iterable[Shard]) -> Callable[[], None]:
+        fill = prepare_fill(shards)
+
+        def run() -> None:
+            fill()
+            raise Interruption
+
+        return run
 
     if dist.get_rank() == 0:
-        monkeypatch.setattr(swap, "all_gather_parts", fill_and_fail)
+        monkeypatch.setattr(swap, "prepare_all_gather_parts", fill_and_fail)
         with pytest.raises(Interruption):
             block.__exit__(None, None, None) if leaving else block.__enter__()
     elif leaving:
