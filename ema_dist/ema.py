@@ -266,6 +266,7 @@ class ShardedEMA:
         self._model_with_averages.prepare(
             "state_dict()",
             collective=self._live.has_sharded_averages,
+            for_loading=for_loading,
             compared=lambda: [] if for_loading else self.call_history.compared(steps=self.steps, updates=self.updates),
         )
         averages = self._model_with_averages.averages_to_save()
@@ -280,9 +281,10 @@ class ShardedEMA:
         Raises: RuntimeError inside `swapped`; ValueError before any change when format, tracks, names or shapes differ.
         """
         self._model_with_averages.require_inactive("load_state_dict()")
-        self._model_with_averages.prepare("load_state_dict()", collective=False)
+        self._model_with_averages.prepare("load_state_dict()", collective=False, for_loading=True)
         load_state(state_dict, self._clock, self._live.layout, self._tracks)
-        self.call_history.replace(f"load_state_dict() with steps={self.steps}")
+        self._updates.discard()
+        self.call_history.replace("load_state_dict()", self.steps)
 
     def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:
         """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.

@@ -108,9 +108,9 @@ class LiveModel:
     def record(self, call: str) -> None:
         """Add to `history` a call that ranks make together although it does not communicate.
 
-        Not where each rank holds all averages: there one rank may evaluate alone.
+        Not with ``replicas="copy"``: there one rank, or one replica, may evaluate alone.
         """
-        if self.ranks and not self.has_replicated_averages:
+        if self.ranks and not (self._replicas == "copy" and self.has_replicated_averages):
             self.history.record(call)
 
     def rendezvous(
@@ -130,7 +130,12 @@ class LiveModel:
         Collective: over `ranks`. Raises: RendezvousError otherwise.
         """
         compared = self.history.compared() if compared is None else compared
-        rendezvous(call, self.ranks, timeout=self.timeout, problem=problem, compared=compared, advice=advice)
+        try:
+            rendezvous(call, self.ranks, timeout=self.timeout, problem=problem, compared=compared, advice=advice)
+        except RendezvousError as error:
+            if error.is_final:
+                self._failure = str(error)
+            raise
 
     def prepare(
         self,

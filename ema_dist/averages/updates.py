@@ -1,4 +1,4 @@
-"""Takes the updates: each optimizer step is counted once, after its update, also if an exception interrupted that."""
+"""Updates the averages, and counts each optimizer step once, after its update, even if an exception interrupts it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.tracks import Tracks
+from ema_dist.communication.call_history import Calls
 from ema_dist.kernels import Commits
 from ema_dist.schedules.clock import Clock, ClockStep
 
@@ -29,7 +30,8 @@ class Updates:
 
         Raises: RuntimeError when an earlier update failed on its thread.
         """
-        self._unfinished = _Update(self._clock.next_step(found_inf), overlap=overlap)
+        step, calls = self._clock.next_step(found_inf), self._live.history.calls.after("update()")
+        self._unfinished = _Update(step, calls, overlap=overlap)
         self._run(self._unfinished)
 
     def finish(self) -> None:
@@ -40,15 +42,19 @@ class Updates:
         update = self._unfinished
         if update is None:
             return
-        if not update.commits.has_begun:
+        if not update.commits.has_begun:  # no average has moved: the update has not happened
             self._unfinished = None
             return
         if reason := self._reason_not_to_finish(update):
             raise RuntimeError(
                 f"update() was interrupted and cannot be finished: {reason}. Some averages have moved and others have "
-                "not: construct ShardedEMA again, and load its averages from a checkpoint"
+                "not: load them from a checkpoint (load_state_dict)"
             )
         self._run(update)
+
+    def discard(self) -> None:
+        """Forget an update that cannot be finished, once other averages are loaded."""
+        self._unfinished = None
 
     def _run(self, update: _Update) -> None:
         try:
@@ -57,7 +63,7 @@ class Updates:
                 self._tracks.update_averages(step.weights, step.update_index, update.commits, overlap=update.overlap)
                 update.is_made = True
             self._clock.count(step)
-            self._live.history.record("update()")
+            self._live.history.calls = update.calls
             self._unfinished = None
         except BaseException:
             update.versions = self._versions()
@@ -77,8 +83,10 @@ class Updates:
 
 
 class _Update:
-    def __init__(self, step: ClockStep, *, overlap: bool) -> None:
+    def __init__(self, step: ClockStep, calls: Calls, *, overlap: bool) -> None:
         self.step = step
+        self.calls = calls
+        """The history that includes this update."""
         self.overlap = overlap
         self.commits = Commits()
         self.is_made = False

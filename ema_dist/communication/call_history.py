@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from struct import Struct
+from typing import NamedTuple
 from zlib import crc32
 
 _SHOWN = 4
 _pack = Struct("<d").pack
 
 
+class Calls(NamedTuple):
+    """The calls up to some moment."""
+
+    counts: Mapping[str, int] = {}
+    digest: int = 0
+    latest: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    def after(self, call: str, *arguments: float) -> Calls:
+        """These calls and one more; see `CallHistory.record`."""
+        # Not hash(): those of texts differ between processes.
+        digest = crc32(call.encode(), self.digest)
+        for argument in arguments:
+            digest = crc32(_pack(argument), digest)
+        counts = {**self.counts, call: self.counts.get(call, 0) + 1}
+        return Calls(counts, digest, (*self.latest[1 - _SHOWN :], (call, arguments)))
+
+
 class CallHistory:
-    """Counts calls, and keeps a digest of their order. Recording takes well under a microsecond."""
+    """Counts calls, and keeps a digest of their order. Recording takes about a microsecond."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._digest = 0
-        self._latest: deque[tuple[str, tuple[float, ...]]] = deque(maxlen=_SHOWN)
+        self.calls = Calls()
+        """The calls until now, replaced as a whole, so that an interruption cannot record half a call."""
 
     def record(self, call: str, *arguments: float) -> None:
         """Add a call that succeeded.
@@ -26,26 +42,18 @@ class CallHistory:
             call: as the user writes it, up to its closing parenthesis.
             arguments: numbers that may differ between calls, and must be equal on all ranks.
         """
-        # Not hash(): those of texts differ between processes.
-        self._digest = crc32(call.encode(), self._digest)
-        for argument in arguments:
-            self._digest = crc32(_pack(argument), self._digest)
-        self._counts[call] = self._counts.get(call, 0) + 1
-        self._latest.append((call, arguments))
+        self.calls = self.calls.after(call, *arguments)
 
     def replace(self, call: str, *arguments: float) -> None:
         """Forget all calls but this one, which has set everything that the earlier ones changed."""
-        self._digest = 0
-        self._counts.clear()
-        self._latest.clear()
-        self.record(call, *arguments)
+        self.calls = Calls().after(call, *arguments)
 
     def compared(self, **counts: int) -> Sequence[Mapping[str, str]]:
         """For `rendezvous`: the number of each call, then other ``counts``, then the order of the calls."""
-        latest = [call[:-1] + ", ".join(map(repr, arguments)) + ")" for call, arguments in self._latest]
-        order = f"called {', '.join(latest)} last, in this order (digest of all calls: {self._digest:08x})"
+        latest = [call[:-1] + ", ".join(map(repr, arguments)) + ")" for call, arguments in self.calls.latest]
+        order = f"called {', '.join(latest)} last, in this order (digest of all calls: {self.calls.digest:08x})"
         return [
-            {call: f"called {call} {_times(count)}" for call, count in sorted(self._counts.items())},
+            {call: f"called {call} {_times(count)}" for call, count in sorted(self.calls.counts.items())},
             {name: f"{name}={count}" for name, count in counts.items()},
             {"order": order} if latest else {},
         ]

@@ -41,10 +41,14 @@ class RendezvousError(RuntimeError):
         all_came: whether every rank came to this call and raises this error now, because one of them reported a problem
             or because they differ. False when ranks are absent, gave up, or made different calls.
         differing: the keys of what was compared whose values differ.
+        is_final: whether a rank has announced a failure, so that no later rendezvous can succeed.
     """
 
-    def __init__(self, message: str, *, all_came: bool = False, differing: Sequence[str] = ()) -> None:
+    def __init__(
+        self, message: str, *, all_came: bool = False, differing: Sequence[str] = (), is_final: bool = False
+    ) -> None:
         super().__init__(message)
+        self.is_final = is_final
         self.all_came = all_came
         self.differing = differing
 
@@ -108,7 +112,9 @@ def rendezvous(
             "that hosts it ended (rank 0, or the launcher)?"
         ) from error
     if verdict.message:
-        raise RendezvousError(verdict.message, all_came=verdict.all_came, differing=verdict.differing)
+        raise RendezvousError(
+            verdict.message, all_came=verdict.all_came, differing=verdict.differing, is_final=verdict.is_final
+        )
 
 
 def announce_failure(ranks: list[int], message: str) -> None:
@@ -168,7 +174,7 @@ class RendezvousSeries:
 
     def announce(self, store: Store, message: str) -> None:
         """Write ``message`` as the verdict of the first rendezvous that has none."""
-        text = Verdict(message).encode()
+        text = Verdict(message, is_final=True).encode()
         decided = None
         while decided != text:
             self._entered = self._number

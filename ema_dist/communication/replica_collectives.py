@@ -39,7 +39,7 @@ def describe_drift(shards: Iterable[Shard]) -> str:
         located = checksums[different[:MAX_LOCATED]]
         gathered = located.new_empty(group.size(), len(located))
         all_gather(gathered.view(-1), located, group=group)
-        ranks = torch.tensor(group_ranks(group).ranks)
+        ranks = torch.tensor(group_ranks(group).ranks, device="cpu")
         for index, is_other in zip(different, (gathered != gathered[0]).t().cpu(), strict=False):
             others = abbreviated(map(str, ranks[is_other].tolist()), limit=MAX_LOCATED)
             drifted.append(f"{group_shards[index].name} on ranks [{others}]")

@@ -1,4 +1,4 @@
-"""Defers Python signal handlers while this rank takes part in collectives, which other ranks cannot leave alone."""
+"""Defers Python signal handlers while this rank takes part in collectives that it must not leave while other ranks wait in them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from math import inf
 from types import FrameType
 from typing import Any
 
 Handler = Callable[[int, FrameType | None], Any]
 
-PASSES_WITHIN_SECONDS = 5.0
-"""A second signal within this time of the first one is not deferred: the user insists."""
+SECOND_SIGNAL_SECONDS = 5.0
+"""A second signal of the same number within this time is not deferred, so that a user can still abort."""
 
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
     """Python signal handlers run at the end of the ``with`` block, on the main thread; on others it does nothing.
 
-    Python runs them between two bytecodes of the main thread, where they may raise. A second signal within
-    `PASSES_WITHIN_SECONDS` runs its handler at once.
+    Python runs them between two bytecodes of the main thread, where they may raise. A second signal of the same number
+    within `SECOND_SIGNAL_SECONDS` runs its handler at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -35,13 +36,13 @@ def deferred_signals() -> Iterator[None]:
 
 
 class _Deferral:
-    """One deferral. If an exception keeps `end` from removing its handler, that one calls the original at once."""
+    """One deferral. If an exception keeps `end` from removing its handler, the handler that is left forwards to the original."""
 
     def __init__(self) -> None:
         self._is_active = False
         self._handlers: dict[int, Handler] = {}
         self._deferred: list[int] = []
-        self._last_time = -PASSES_WITHIN_SECONDS
+        self._last_times: dict[int, float] = {}
 
     def begin(self) -> None:
         handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
@@ -61,8 +62,8 @@ class _Deferral:
 
     def _defer(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._is_active and now - self._last_time > PASSES_WITHIN_SECONDS:
-            self._last_time = now
+        if self._is_active and now - self._last_times.get(number, -inf) > SECOND_SIGNAL_SECONDS:
+            self._last_times[number] = now
             self._deferred.append(number)
         else:
             self._handlers[number](number, frame)

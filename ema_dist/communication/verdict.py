@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from ema_dist.messages import abbreviated, describe_ranks
@@ -46,13 +46,15 @@ class Verdict:
         is_complete: whether every rank came, to whichever call.
         came: the ranks that came before a rank gave up, as first and last ranks of runs; None where it does not matter.
         differing: the keys of ``compared`` whose values differ.
+        is_final: whether no later rendezvous of these ranks can succeed.
     """
 
     message: str
     all_came: bool = False
     is_complete: bool = False
     came: Sequence[tuple[int, int]] | None = None
-    differing: Sequence[str] = field(default=())
+    differing: Sequence[str] = ()
+    is_final: bool = False
 
     def encode(self) -> str:
         """One line of text."""

@@ -48,11 +48,13 @@ class ModelWithAverages:
         collective: bool,
         only_if_moved: bool = False,
         compared: Callable[[], Sequence[Mapping[str, str]]] | None = None,
+        for_loading: bool = False,
     ) -> None:
         """Finish pending updates, refresh the layout, and bind the averages to it; see `LiveModel.prepare`.
 
         Args:
             compared: returns what ranks compare, once pending updates are finished.
+            for_loading: whether other averages will be loaded, so that an update need not be finished.
         """
         self._require_unbroken()
         problem = None
@@ -60,6 +62,9 @@ class ModelWithAverages:
             problem = RuntimeError("swapped() was interrupted: call restore() on every rank first")
         try:
             self._updates.finish()
+        except RuntimeError as error:
+            problem = problem or (None if for_loading else error)
+        try:
             self.tracks.drain()
         except RuntimeError as error:  # reported to the other ranks, which would else wait for this one
             problem = problem or error
@@ -136,11 +141,16 @@ class ModelWithAverages:
             )
         call = self.describe_call("swapped", track)
         if self.live.has_split_averages:
-            with deferred_signals():
-                self._prepare_to_enter(call, only_if_moved=False)
-                swap = enter_together(self.live, call, lambda: self._write_parts(track), self._undo_entering)
-                self.live.record(call)
-                return swap
+            try:
+                with deferred_signals():
+                    self._prepare_to_enter(call, only_if_moved=False)
+                    swap = enter_together(self.live, call, lambda: self._write_parts(track), self._undo_entering)
+                    self.live.record(call)
+            except BaseException as error:  # a signal that was deferred until the averages were in the model
+                if self.swap is not None and self.swap.stage is Stage.INSIDE:
+                    self.leave_swap(self.swap, error)
+                raise
+            return swap
         self._prepare_to_enter(call, only_if_moved=False)
         try:
             swap = self._write_parts(track)
@@ -251,16 +261,16 @@ class ModelWithAverages:
         return f"{name}({', '.join(arguments)})"
 
     def require_inactive(self, call: str) -> None:
-        """Raise RuntimeError inside `swapped` or `serving`."""
+        """Raise RuntimeError inside `swapped` or `serving`, also of another ShardedEMA of this model."""
         if self.swap is not None:
             raise RuntimeError(f"{call} inside swapped(): the model holds the averages there; call it after the block")
         if any(serving.is_active for serving in self._servings.values()):
             raise RuntimeError(f"{call} inside serving(): the model reads the averages there; call it after the block")
+        if active_swaps(self.live.layout.model):
+            raise RuntimeError(f"{call}: another ShardedEMA has its averages in this model; leave its swapped() first")
 
     def _prepare_to_enter(self, call: str, *, only_if_moved: bool) -> None:
         self.require_inactive(call)
-        if active_swaps(self.live.layout.model):
-            raise RuntimeError("another ShardedEMA has its averages in this model: leave its swapped() first")
         if active_servings(self.live.layout.model):
             raise RuntimeError("another ShardedEMA serves this model: leave its serving() first")
         self.prepare(call, collective=self.live.has_split_averages, only_if_moved=only_if_moved)

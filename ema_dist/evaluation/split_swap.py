@@ -1,7 +1,7 @@
 """A swap of averages that replicas split: ranks enter and leave it together, and tell each other what went wrong.
 
 Before replicas overwrite each other's weights, they have a rendezvous, at which each reports whether its own parts are
-in place. A rank that cannot go on is known there to all, and none waits for it in a collective.
+in place. There every rank learns whether one cannot continue, and none waits for it in a collective.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from ema_dist.communication.signals import deferred_signals
 from ema_dist.evaluation.swap import Swap
 
 _log = logging.getLogger(__name__)
+
+_ADVICE = (
+    "if it is slower than that, ShardedEMA(..., timeout=seconds) waits longer; if it has ended, its part of the live "
+    'weights is lost with it: restart from a checkpoint, or use replicas="copy", where no rank needs another'
+)
 
 
 def enter_together(live: LiveModel, call: str, write_parts: Callable[[], Swap], undo: Callable[[], None]) -> Swap:
@@ -68,10 +73,11 @@ def leave_together(
         if problem:
             _log_report(live, problem)
         try:
-            live.rendezvous("leaving swapped()", problem)
+            live.rendezvous("leaving swapped()", problem, compared=(), advice=_ADVICE)
         except RendezvousError as failure:
             if not failure.all_came:
-                raise _with_hint(failure) from None
+                hint = "The averages are still in the model; restore() on every rank puts the live weights back"
+                raise _with_hint(failure, hint) from None
             raised_in_block = failure
         call = "restoring the live weights"
         try:
@@ -80,9 +86,10 @@ def leave_together(
             _report(live, call, own_error)
             raise
         try:
-            live.rendezvous(call)
+            live.rendezvous(call, compared=(), advice=_ADVICE)
         except RendezvousError as failure:
-            raise _with_hint(failure) from None
+            hint = "The model may hold live weights in part: call restore() on every rank before you use it"
+            raise _with_hint(failure, hint) from None
         _run_fill(live, swap.fill_back)
     return raised_in_block
 
@@ -108,18 +115,18 @@ def _report(live: LiveModel, call: str, error: BaseException) -> None:
     """Tell the other ranks, which wait in ``call``, that ``error`` keeps this one from going on."""
     _log_report(live, repr(error))
     with suppress(RendezvousError):  # the caller raises ``error``
-        live.rendezvous(call, repr(error))
+        live.rendezvous(call, repr(error), compared=())
 
 
 def _log_report(live: LiveModel, problem: str) -> None:
     _log.error(
-        "rank %d: %s. It tells the other ranks, and waits for them for %g s at most",
+        "rank %d: %s. Waiting at most %g s for the other ranks",
         dist.get_rank(),
         problem,
         live.timeout,
     )
 
 
-def _with_hint(failure: RendezvousError) -> RendezvousError:
-    hint = "The averages are still in the model; restore() on every rank puts the live weights back"
-    return RendezvousError(f"{failure}. {hint}", all_came=failure.all_came)
+def _with_hint(failure: RendezvousError, hint: str) -> RendezvousError:
+    text = str(failure) if failure.is_final else f"{failure}. {hint}"
+    return RendezvousError(text, all_came=failure.all_came, is_final=failure.is_final)

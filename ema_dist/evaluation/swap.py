@@ -106,9 +106,9 @@ class Swap:
         if self._is_split:
             self.stage = Stage.FILLING
             self._run_fill()
+        self.stage = Stage.INSIDE
         _increment_other_versions(self.layout)
         self._versions = {name: self.layout.parameters[name].version for name in self.track.parameters}
-        self.stage = Stage.INSIDE
 
     def restore_parts(self, layout: Layout) -> None:
         """Put this rank's averages and its parts of the live weights back; does nothing if they are back.
@@ -186,8 +186,8 @@ class Swap:
         self._fill = None
 
     def _end(self) -> None:
-        _active_swaps.remove(self)
         self.stage = Stage.DONE
+        _active_swaps.remove(self)
 
     def _was_written(self, name: str, shard: Shard) -> bool:
         swapped_in = self.layout.parameters[name]
@@ -213,7 +213,7 @@ class Swap:
 
 def active_swaps(model: nn.Module) -> list[Swap]:
     """The active swaps of ``model``, of its submodules, and of modules around it."""
-    return _active_swaps.overlapping(model)
+    return [swap for swap in _active_swaps.overlapping(model) if swap.stage is not Stage.DONE]
 
 
 def _increment_other_versions(layout: Layout) -> None:

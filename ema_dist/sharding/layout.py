@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -122,8 +123,9 @@ class Layout:
             )
 
     def shares_modules_with(self, model: nn.Module) -> bool:
-        """Whether ``model`` is this model, or contains it, is contained in it, or shares a module with it."""
-        return not {*map(id, self.model.modules())}.isdisjoint(map(id, model.modules()))
+        """Whether ``model`` is this model, or contains it, is contained in it, or shares a module or parameter with it."""
+        own_ids = {*map(id, self.model.modules()), *map(id, self.model.parameters())}
+        return not own_ids.isdisjoint(map(id, chain(model.modules(), model.parameters())))
 
     def shards_by_name(self) -> dict[str, Shard]:
         """Parameters and buffers under all of their names, including those of tied tensors."""

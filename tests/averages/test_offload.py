@@ -367,7 +367,7 @@ def test_a_failure_is_raised_when_averages_are_read(monkeypatch: pytest.MonkeyPa
 def test_an_interrupted_call_does_not_mix_updates(
     where: str, max_pending: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job that may be submitted is finished by the next call, once; no copy is overwritten that is still to be read."""
+    """The next call finishes a job that may be submitted, once; no copy is overwritten that is still to be read."""
     model, ema, average = one_weight(store=Offloaded(max_pending=max_pending))
     seen: list[float] = []
     run_kernels, submit = offload._run_kernels, Worker.submit  # noqa: SLF001
