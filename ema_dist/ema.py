@@ -57,7 +57,7 @@ class ShardedEMA:
         timeout: seconds that ranks wait for each other before a collective call fails, and on leaving `swapped`.
 
     Collective: construction, over all ranks that hold the model: compares settings and selected parameters, and if
-        averages are split among replicas, the weights. Averages on rank 0 only take the unwrapped module.
+        averages are split among replicas, the weights. Pass the unwrapped module to average on one rank.
     Memory: for each track one average per selected parameter's shard, or 1/R of it if R replicas split it; and the
         memory of ``store``. While kernels are measured, at most 64 MiB for each track and as much for the live weights.
     Raises: ValueError for a setting out of range, a model on the meta device, or when nothing is selected;
@@ -283,8 +283,7 @@ class ShardedEMA:
         self._model_with_averages.require_inactive("load_state_dict()")
         self._model_with_averages.prepare("load_state_dict()", collective=False, for_loading=True)
         load_state(state_dict, self._clock, self._live.layout, self._tracks)
-        self._updates.discard()
-        self.call_history.replace("load_state_dict()", self.steps)
+        self._updates.start_from("load_state_dict()")
 
     def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:
         """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.
@@ -341,8 +340,7 @@ class ShardedEMA:
         self._model_with_averages.require_inactive(call)
         self._model_with_averages.prepare(call, collective=True)
         scatter(self._live.layout, resolved_track, full)
-        resolved_track.refresh_infinite_names()
-        self._tracks.bind_layout(self._live.layout)
+        self._tracks.bind_loaded(self._live.layout)
         self.call_history.record(call)
 
     def copy_to(self, model: nn.Module, *, track: str | None = None) -> None:

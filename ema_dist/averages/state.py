@@ -74,9 +74,7 @@ def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
         for name, value in values.items():
             target.write(name, value)
     clock.set(steps=steps, updates=updates)
-    for target in tracks.values():
-        target.refresh_infinite_names()
-    tracks.bind_layout(layout)
+    tracks.bind_loaded(layout)
 
 
 def _local_tensors(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -122,6 +122,12 @@ class Tracks(Mapping[str, Track]):
             self.bind_buffers(layout)
             self._bound_layout = layout
 
+    def bind_loaded(self, layout: Layout) -> None:
+        """As `bind_layout`, after averages were loaded. Waits for the device."""
+        for track in self.values():
+            track.refresh_infinite_names()
+        self.bind_layout(layout)
+
     def is_bound_to(self, layout: Layout) -> bool:
         """Whether kernels are made for the weights and buffers of ``layout``."""
         return self._bound_layout is layout

@@ -52,9 +52,10 @@ class Updates:
             )
         self._run(update)
 
-    def discard(self) -> None:
-        """Forget an update that cannot be finished, once other averages are loaded."""
+    def start_from(self, call: str) -> None:
+        """Forget earlier calls and an update that cannot be finished, as ``call`` has loaded other averages."""
         self._unfinished = None
+        self._live.history.replace(call, self._clock.steps)
 
     def _run(self, update: _Update) -> None:
         try:

@@ -68,9 +68,9 @@ def prepare_all_gather_parts(shards: Iterable[Shard]) -> Callable[[], None]:
     evenly, padding adds at most a tenth to an all-gather without any. A tensor with so few rows that padding would more
     than double the bytes is summed up by an all-reduce instead, which sends each byte twice.
 
-    Collective: the returned function, over the replicas of each split shard. The number of collectives depends on the bytes of the tensors,
-    not on the number of replicas. Memory: one scratch of `ema_dist.kernels` for each way of sending, and one more on the device that
-    communicates if tensors are on another; and what the backend needs to send it.
+    Collective: the returned function, over the replicas of each split shard. The number of collectives depends on the
+    bytes of the tensors, not on the number of replicas. Memory: one scratch of `ema_dist.kernels` for each way of
+    sending, and one more on the device that communicates if tensors are on another; and what the backend needs to send.
     """
     collectives: list[Callable[[], None]] = []
     for group, split_shards in _group_by_replicas(shard for shard in shards if shard.is_split):

@@ -46,7 +46,8 @@ def prepare_all_gather(tensors: Iterable[Tensor], group: ProcessGroup, device: t
         tensors: dense and not empty, on one device; the first dimension is outermost in memory.
         device: where ``group`` communicates.
 
-    Collective: the returned function, over ``group``. Memory: a scratch; a second one if ``device`` is not that of the tensors.
+    Collective: the returned function, over ``group``.
+    Memory: a scratch; a second one if ``device`` is not that of the tensors.
     """
     replicas, replica = group.size(), group.rank()
     parts = [(tensor, part_numel(tensor, replicas)) for tensor in _by_itemsize(tensors)]

@@ -1,4 +1,4 @@
-"""Defers Python signal handlers while this rank takes part in collectives that it must not leave while other ranks wait in them."""
+"""Defers Python signal handlers while this rank takes part in collectives: other ranks would wait in them for ever."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def deferred_signals() -> Iterator[None]:
 
 
 class _Deferral:
-    """One deferral. If an exception keeps `end` from removing its handler, the handler that is left forwards to the original."""
+    """One deferral. If an exception keeps `end` from removing its handler, that handler forwards to the original."""
 
     def __init__(self) -> None:
         self._is_active = False

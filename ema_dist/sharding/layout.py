@@ -123,7 +123,7 @@ class Layout:
             )
 
     def shares_modules_with(self, model: nn.Module) -> bool:
-        """Whether ``model`` is this model, or contains it, is contained in it, or shares a module or parameter with it."""
+        """Whether ``model`` shares a module or a parameter with this model; one may contain the other."""
         own_ids = {*map(id, self.model.modules()), *map(id, self.model.parameters())}
         return not own_ids.isdisjoint(map(id, chain(model.modules(), model.parameters())))
 
