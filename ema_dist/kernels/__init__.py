@@ -16,13 +16,7 @@ from ema_dist.kernels.kernel import Kernel, UpdateIndex, Weight
 from ema_dist.kernels.lerp import lerp_, lerp_tracks_
 from ema_dist.kernels.lists import chunks, group_by_dtype, group_pairs
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding, TensorOffset
-from ema_dist.kernels.scratch import (
-    CPU_SCRATCH_BYTES,
-    DEVICE_SCRATCH_BYTES,
-    make_scratch,
-    max_scratch_bytes,
-    scratch_views,
-)
+from ema_dist.kernels.scratch import CPU_SCRATCH_BYTES, DEVICE_SCRATCH_BYTES, max_scratch_bytes
 from ema_dist.kernels.selection import KERNELS, Agree, make_kernel
 
 __all__ = [
@@ -48,9 +42,7 @@ __all__ = [
     "lerp_",
     "lerp_tracks_",
     "make_kernel",
-    "make_scratch",
     "max_scratch_bytes",
     "recombine",
-    "scratch_views",
     "split_hi_lo",
 ]

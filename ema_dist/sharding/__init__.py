@@ -13,7 +13,7 @@ from ema_dist.sharding.layout import Layout
 from ema_dist.sharding.mesh_shard import local_tensor
 from ema_dist.sharding.plain_shard import ExpandedShard
 from ema_dist.sharding.rank_sets import group_ranks
-from ema_dist.sharding.shard import Shard, flat_view
+from ema_dist.sharding.shard import Shard
 from ema_dist.sharding.substitution import Substitution, replays_cuda_graph, unsupported_reason
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "Substitution",
     "all_gather",
     "cpu_copy",
-    "flat_view",
     "group_ranks",
     "is_sharded",
     "local_tensor",
