@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSet
-from threading import Lock
 from typing import Generic, Protocol, TypeVar
-from weakref import WeakSet
+from weakref import ref
 
 from torch import nn
 
@@ -22,25 +20,25 @@ S = TypeVar("S", bound=HasLayout)
 
 
 class ActiveRegistry(Generic[S]):
-    """Active swaps or servings, of any number of models; safe to use from several threads."""
+    """Active swaps or servings, of any number of models; safe to use from several threads.
+
+    Without a lock: an exception between two bytecodes might keep it locked. Each change is one operation of a dict.
+    """
 
     def __init__(self) -> None:
         # Weak, so that an average whose swap was never left can still be freed.
-        self._entries: MutableSet[S] = WeakSet()
-        self._lock = Lock()
+        self._entries: dict[int, ref[S]] = {}
 
     def add(self, entry: S) -> None:
         """Record the start of ``entry``."""
-        with self._lock:
-            self._entries.add(entry)
+        entries, key = self._entries, id(entry)
+        entries[key] = ref(entry, lambda _: entries.pop(key, None))
 
     def remove(self, entry: S) -> None:
         """Record the end of ``entry``."""
-        with self._lock:
-            self._entries.discard(entry)
+        self._entries.pop(id(entry), None)
 
     def overlapping(self, model: nn.Module) -> list[S]:
-        """The entries whose model shares modules with ``model``: itself, a submodule, or a module around it."""
-        with self._lock:
-            entries = list(self._entries)
-        return [entry for entry in entries if entry.layout.shares_modules_with(model)]
+        """The entries whose model shares modules or parameters with ``model``, which may contain it."""
+        entries = [reference() for reference in list(self._entries.values())]
+        return [entry for entry in entries if entry is not None and entry.layout.shares_modules_with(model)]

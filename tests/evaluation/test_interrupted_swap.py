@@ -184,6 +184,7 @@ def test_an_exception_at_any_bytecode_of_serving_leaves_no_average_in_the_forwar
     with ema.serving():
         assert not torch.equal(model(inputs), expected)
     _assert_same(_averages(ema), averages, counter.count)
+    torch.set_grad_enabled(True)  # an interrupted `with torch.no_grad()` may leave it off
     model(inputs).sum().backward()
     ema.update()
 
