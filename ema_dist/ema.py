@@ -213,7 +213,7 @@ class ShardedEMA:
 
     @property
     def call_history(self) -> CallHistory:
-        """The calls on this rank that ranks must make alike; they compare them whenever they communicate."""
+        """The calls that every rank must make in the same order; ranks compare them whenever they communicate."""
         return self._live.history
 
     @property
@@ -256,7 +256,7 @@ class ShardedEMA:
         Inside `swapped`, and for `Compensated` averages, they are copies, which `load_state_dict` copies back.
 
         Args:
-            for_loading: the state will be overwritten; so ranks that have made different calls are no error.
+            for_loading: whether the state is only loaded into; ranks that have made different calls are then allowed.
 
         Collective: a rendezvous of all ranks that hold the model, if several hold parts of its averages.
         Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name:

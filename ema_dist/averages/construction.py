@@ -1,4 +1,4 @@
-"""What must be equal on all ranks that construct a `ShardedEMA`: its settings and the parameters it selects."""
+"""Constructs the averages, and compares settings, selected parameters and ties between ranks."""
 
 from __future__ import annotations
 

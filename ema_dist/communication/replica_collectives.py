@@ -15,10 +15,10 @@ from ema_dist.messages import abbreviated
 from ema_dist.sharding import Shard, all_gather, group_ranks
 
 MAX_PADDING_RATIO = 2
-"""Up to this ratio of sent to needed bytes, a padded all-gather; beyond it an all-reduce, which sends bytes twice."""
+"""Tensors for which a padded all-gather would send more than this multiple of their bytes are all-reduced."""
 
 MAX_LOCATED = 10
-"""Tensors of which a message says on which ranks they differ: it names no more."""
+"""The maximum number of tensors whose ranks a message lists."""
 
 
 def describe_drift(shards: Iterable[Shard]) -> str:

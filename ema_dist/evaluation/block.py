@@ -18,7 +18,7 @@ T = TypeVar("T")
 class Block(AbstractContextManager[nn.Module], ContextDecorator, Generic[T]):
     """A ``with`` block, or a decorated function, in which ``model`` computes with averages.
 
-    The code inside runs in the caller's modes. An exception that ended it is raised, with a note if leaving failed too.
+    The code inside runs in the caller's modes. If it raises and leaving fails too, its exception gets a note.
 
     Args:
         model: what ``with ... as`` gives.

@@ -7,7 +7,9 @@ from typing import Any
 
 
 class Commits:
-    """The writes of one update to the averages, in order. Run again after `restart`, each write is made once.
+    """The writes of one update to the averages, in order.
+
+    When the update is run again after `restart`, writes that are made already are skipped.
 
     A kernel may be interrupted between any two bytecodes. So it computes new values in a scratch, where this can be
     repeated, and makes each write to an average by one call through this object.
@@ -31,7 +33,7 @@ class Commits:
         self._position = 0
 
     def begin(self) -> None:
-        """Say that a write may be made from now on, for a kernel that itself makes it once."""
+        """Mark the update as begun, for a kernel that by itself makes each write once."""
         self._has_begun = True
 
     def write(self, function: Callable[..., object], *arguments: Any) -> None:  # noqa: ANN401

@@ -25,7 +25,7 @@ def make_scratch(tensors: list[Tensor]) -> Tensor:
 
 
 def allocate_scratch(nbytes: int, device: torch.device) -> Tensor:
-    """A scratch of ``nbytes`` bytes; of half as many, again and again, while there is no memory for them.
+    """A scratch of ``nbytes`` bytes; if there is no memory for them, of half as many, down to `MIN_SCRATCH_BYTES`.
 
     Raises: RuntimeError when not even `MIN_SCRATCH_BYTES` can be allocated.
     """

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from ema_dist.sharding.mesh_shard import dtensor_local
 
 MAX_STEPS = 100_000
-"""The steps of one exact comparison. Extents so entangled that more are needed count as overlapping."""
+"""The steps of one exact comparison. Extents that need more count as overlapping."""
 
 
 class Extent(NamedTuple):
@@ -66,7 +66,7 @@ def find_shared_memory(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Describes memory that tensors share, though they are not one tensor as by `memory_key`; empty if there is none.
 
     Extents on one device are sorted by address; only those whose address ranges intersect are compared exactly, so that
-    interleaved views (``w[:, :3]`` and ``w[:, 3:]``) are told from overlapping ones.
+    interleaved views (``w[:, :3]`` and ``w[:, 3:]``) are distinguished from overlapping ones.
     """
     names: list[str] = []
     extents_by_device: dict[torch.device, list[tuple[Extent, int]]] = {}

@@ -143,7 +143,7 @@ class MeshShard(Shard):
         return any(type(placement) not in (ShardPlacement, Replicate) for placement in self.placements)
 
     def _block(self) -> _Block:
-        """This rank's block, if it `_is_strided` not."""
+        """This rank's block; requires ``not self._is_strided``."""
         ranks, coordinate = mesh_ranks(self.mesh), _coordinate(self.mesh)
         sizes, starts = list(self._shape), [0] * len(self._shape)
         lengths: list[int] = []

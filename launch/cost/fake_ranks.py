@@ -1,6 +1,6 @@
 """One rank's own time in every call, with many ranks that torch's fake process group stands for.
 
-The process believes that it is the first of so many ranks. Collectives return at once and move nothing, and ranks do
+The process runs as rank 0 of so many. Collectives return at once and move nothing, and ranks do
 not wait for each other. What is left is what the host of a rank does by itself: Python, and operators on its own
 tensors. The time is that of the processor, so that other processes matter less, and without garbage collections.
 """
