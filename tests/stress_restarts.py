@@ -38,9 +38,9 @@ KILL_POINTS = {
     "swapping": [
         ("ema_dist/ema.py", "swapped", True),
         ("ema_dist/evaluation/swap.py", "__init__", True),
-        ("ema_dist/communication/replica_collectives.py", "all_gather_parts", True),
+        ("ema_dist/communication/replica_collectives.py", "prepare_all_gather_parts", True),
         ("launch/recipe/evaluation.py", "evaluate", True),
-        ("ema_dist/evaluation/swap.py", "leave", True),
+        ("ema_dist/evaluation/swap.py", "restore_parts", True),
     ],
     "saving": [
         ("ema_dist/checkpoint/saving.py", "save", True),
