@@ -144,8 +144,8 @@ def _series_of(ranks: list[int]) -> RendezvousSeries:
 class RendezvousSeries:
     """The rendezvous of one set of ranks, numbered. Every rank passes all numbers in order.
 
-    Each number gets one verdict. The first one written stands, whoever writes it: the last rank to come, a rank that
-    gives up, or one that announces a failure. So ranks always agree on which number is next.
+    Each number gets one verdict: the first one that is written. The last rank to come writes it, or a rank that gives
+    up, or one that announces a failure. So ranks always agree on which number is next.
     """
 
     def __init__(self, ranks: list[int], rank: int) -> None:
@@ -228,7 +228,8 @@ class _Rendezvous:
 
     def wait_for_all(self, report: Report, timeout: float, advice: str) -> Verdict:
         """Report, and wait for the verdict; reach it if this rank is the last to come."""
-        self._store.append(self._reports, f"{self._rank} {report.encode()}\n")  # pyrefly: ignore  absent from torch's stubs
+        line = f"{self._rank} {report.encode()}\n"
+        self._store.append(self._reports, line)  # pyrefly: ignore[missing-attribute]  torch's stubs lack it
         if self._store.add(self._came, 1) == len(self._ranks):
             return self.decide(judge(self._read_reports()).encode())
         if self._wait_for_verdict(timeout):

@@ -31,11 +31,6 @@ class Exchange:
         chunk_list = [chunk for left, right in lists for chunk in _split(left, right, max_scratch_bytes(left[0]))]
         self._state = _State(chunk_list, exchanged=len(chunk_list) if is_exchanged else 0)
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether contents are exchanged, of some chunk at least."""
-        return self._state.exchanged > 0 or self._state.open_chunk is not None
-
     def run(self) -> None:
         """Exchange what is not exchanged yet. Raises: RuntimeError when no scratch can be allocated."""
         self._run(forward=True)

@@ -48,7 +48,6 @@ class ForeachKernel:
         commits: Commits | None = None,
     ) -> None:
         """Lerp each track by its weight."""
-        commits = commits or Commits()
         for averages, weight in zip(self._tracks, weights, strict=True):
             if averages:
                 lerp_uniform_(averages, self._values, weight, finite=self._finite, commits=commits)

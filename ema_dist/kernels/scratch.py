@@ -15,15 +15,6 @@ MIN_SCRATCH_BYTES = 4096
 """Smallest scratch that is tried where memory is short."""
 
 
-def make_scratch(tensors: list[Tensor]) -> Tensor:
-    """A flat scratch of the tensors' dtype and device, as large as all of them together or as the limit allows."""
-    first = tensors[0]
-    needed = sum(tensor.numel() for tensor in tensors)
-    return torch.empty(
-        min(needed, max_scratch_bytes(first) // first.element_size()), dtype=first.dtype, device=first.device
-    )
-
-
 def allocate_scratch(nbytes: int, device: torch.device) -> Tensor:
     """A scratch of ``nbytes`` bytes; if there is no memory for them, of half as many, down to `MIN_SCRATCH_BYTES`.
 

@@ -42,7 +42,6 @@ class ScratchKernel:
         commits: Commits | None = None,
     ) -> None:
         """Lerp each track by its weight."""
-        commits = commits or Commits()
         for chunk in self._chunks:
             if chunk.packed is not None:
                 torch.cat(chunk.values, out=chunk.packed)

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ema_dist import Compensated, Offloaded, ShardedEMA
 from ema_dist.kernels import scratch
 from tests.support.interrupter import Interrupter
+from tests.support.layouts import averages_of_tracks
 
 WRITING = ("averages/updates.py", "averages/tracks.py", "averages/offload.py", "kernels/*.py", "schedules/clock.py")
 SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
@@ -35,14 +36,6 @@ def _step(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-
-
-def _averages(ema: ShardedEMA) -> dict[str, Tensor]:
-    return {
-        f"{track} {name}": value
-        for track in ema.tracks
-        for name, value in ema.full_state_dict(track=track, dtype=torch.float64).items()
-    }
 
 
 def test_an_interrupted_update_is_refused_after_weights_were_written_to() -> None:
@@ -76,10 +69,10 @@ def test_the_next_call_finishes_it(setting: str, found_inf: bool, monkeypatch: p
     model, uninterrupted = _make(setting)
     expected = []
     for _ in range(2):
-        expected.append(_averages(uninterrupted))
+        expected.append(averages_of_tracks(uninterrupted))
         _step(model)
         uninterrupted.update(**arguments)
-    expected.append(_averages(uninterrupted))
+    expected.append(averages_of_tracks(uninterrupted))
 
     model, ema = _make(setting)
     _step(model)
@@ -93,7 +86,7 @@ def test_the_next_call_finishes_it(setting: str, found_inf: bool, monkeypatch: p
         ema.update(**arguments)
         _step(model)
         Interrupter(WRITING, point).run(lambda: ema.update(**arguments))  # noqa: B023
-        averages = _averages(ema)
+        averages = averages_of_tracks(ema)
         assert ema.steps in (1, 2)
         wrong = [n for n, value in expected[ema.steps].items() if not torch.equal(averages[n], value)]
         assert wrong == [], f"bytecode {point}"

@@ -18,6 +18,7 @@ from ema_dist.evaluation import swap
 from ema_dist.kernels import scratch
 from ema_dist.sharding import Shard
 from tests.support.interrupter import Interrupter, Interruption
+from tests.support.layouts import averages_of_tracks
 
 WRITING = ("evaluation/swap.py", "evaluation/model_with_averages.py", "kernels/exchange.py")
 """The modules that write to the model or to the journal; what they call has no effect that remains."""
@@ -69,7 +70,7 @@ def test_an_exception_at_any_bytecode_loses_nothing(
             tensor.add_(1)
     ema.update()
     track = ema.tracks[-1]
-    live, averages = _live(model), _averages(ema)
+    live, averages = _live(model), averages_of_tracks(ema)
 
     def swap_in_and_out() -> None:
         with ema.swapped(track):
@@ -84,11 +85,11 @@ def test_an_exception_at_any_bytecode_loses_nothing(
         ema.restore()
         _assert_same(_live(model), live, point)
         if point % 10 == 0:
-            _assert_same(_averages(ema), averages, point)
+            _assert_same(averages_of_tracks(ema), averages, point)
             with ema.swapped(track):
                 pass
             _assert_same(_live(model), live, point)
-    _assert_same(_averages(ema), averages, counter.count)
+    _assert_same(averages_of_tracks(ema), averages, counter.count)
     ema.update()
 
 
@@ -97,7 +98,7 @@ def test_an_exception_while_one_of_two_ranks_writes_its_parts_loses_nothing(monk
     """Where replicas split averages: the other rank is told before it fills its weights from this one."""
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
     model, ema = _make_split()
-    live, averages = _live(model), _averages(ema)
+    live, averages = _live(model), averages_of_tracks(ema)
 
     def swap_in_and_out() -> None:
         with ema.swapped():
@@ -114,7 +115,7 @@ def test_an_exception_while_one_of_two_ranks_writes_its_parts_loses_nothing(monk
             Interrupter(WRITING_PARTS, *([point] if is_interrupted else [])).run(swap_in_and_out)
         ema.restore()
         _assert_same(_live(model), live, point)
-        _assert_same(_averages(ema), averages, point)
+        _assert_same(averages_of_tracks(ema), averages, point)
 
 
 @pytest.mark.world_size(2)
@@ -164,7 +165,7 @@ def test_an_exception_at_any_bytecode_of_serving_leaves_no_average_in_the_forwar
         for parameter in model.parameters():
             parameter.add_(1)
     ema.update()
-    live, averages, inputs = _live(model), _averages(ema), torch.randn(4, 3)
+    live, averages, inputs = _live(model), averages_of_tracks(ema), torch.randn(4, 3)
     model.eval()
     expected = model(inputs).detach()
 
@@ -183,7 +184,7 @@ def test_an_exception_at_any_bytecode_of_serving_leaves_no_average_in_the_forwar
         _assert_same(_live(model), live, point)
     with ema.serving():
         assert not torch.equal(model(inputs), expected)
-    _assert_same(_averages(ema), averages, counter.count)
+    _assert_same(averages_of_tracks(ema), averages, counter.count)
     torch.set_grad_enabled(True)  # an interrupted `with torch.no_grad()` may leave it off
     model(inputs).sum().backward()
     ema.update()
@@ -203,14 +204,6 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: (value.to_local() if hasattr(value, "to_local") else value).detach().clone()
         for name, value in model.state_dict().items()
-    }
-
-
-def _averages(ema: ShardedEMA) -> dict[str, Tensor]:
-    return {
-        f"{track} {name}": value
-        for track in ema.tracks
-        for name, value in ema.full_state_dict(track=track, dtype=torch.float64).items()
     }
 
 

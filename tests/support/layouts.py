@@ -244,6 +244,15 @@ def make_trained(layout: str, net: Net | None = None, **settings: Any) -> tuple[
     return model, ema
 
 
+def averages_of_tracks(ema: ShardedEMA) -> dict[str, Tensor]:
+    """The full averages of every track in float64, under the name of the track and the tensor."""
+    return {
+        f"{track} {name}": value
+        for track in ema.tracks
+        for name, value in ema.full_state_dict(track=track, dtype=torch.float64).items()
+    }
+
+
 def assert_bitwise_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """The same names and bit-identical values, compared in float64."""
     assert actual.keys() == expected.keys()
