@@ -25,6 +25,7 @@ from ema_dist.averages.updates import Updates
 from ema_dist.communication.call_history import CallHistory
 from ema_dist.communication.rendezvous import agree_on
 from ema_dist.evaluation.model_with_averages import ModelWithAverages
+from ema_dist.evaluation.swap import require_live_weights
 from ema_dist.modes import in_normal_mode, public_calls_in_normal_mode
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK, HalfLife, as_decays
@@ -81,12 +82,6 @@ class ShardedEMA:
         timeout: float = 60.0,
     ) -> None:
         precision = Precision(dtype, rounding)
-        if store is not None and not isinstance(store, Offloaded):
-            raise ValueError(f"store is Offloaded(...) or None, got {store!r}")
-        if not isinstance(replicas, ProcessGroup) and replicas not in ("shard", "copy"):
-            raise ValueError(f'replicas is "shard", "copy" or a process group, got {replicas!r}')
-        if buffers not in ("average", "copy"):
-            raise ValueError(f'buffers is "average" or "copy", got {buffers!r}')
         self._clock = Clock(as_decays(decay), start=start, interval=update_interval)
         self._optimizer_hook: OptimizerHook | None = None
         live = LiveModel(model, replicas=replicas, select=select, timeout=timeout)
@@ -95,9 +90,12 @@ class ShardedEMA:
         )
         agree = agree_on if live.has_replicated_averages else None
         make = partial(Tracks, precision=precision, buffers=buffers, kernel=kernel, agree=agree, store=store)
-        tracks = construct_on_all_ranks(
-            live, settings, lambda: make(live.layout, [*self._clock.decays], live.select_parameters())
-        )
+
+        def make_tracks() -> Tracks:
+            require_live_weights(model, "ShardedEMA(model)")
+            return make(live.layout, [*self._clock.decays], live.select_parameters())
+
+        tracks = construct_on_all_ranks(live, settings, make_tracks)
         self._updates = Updates(self._clock, live, tracks)
         self._model_with_averages = ModelWithAverages(live, tracks, self._updates)
 

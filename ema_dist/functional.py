@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ema_dist.evaluation.swap import require_live_weights
 from ema_dist.kernels import group_pairs, lerp_
 from ema_dist.messages import abbreviated
 from ema_dist.modes import in_normal_mode
@@ -24,10 +25,13 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         smoothing: the factor of the old average, in [0, 1] (`ShardedEMA` calls it decay).
 
     Collective: no. Memory: a constant scratch.
-    Raises: ValueError when the models differ in names, shapes, ties or sharding, before anything changes.
+    Raises: ValueError when the models differ in names, shapes, ties or sharding, RuntimeError inside `swapped` of a
+        `ShardedEMA` of either; both before anything changes.
     Source: ``composer.algorithms.ema.compute_ema``, whose half-life is ``-log(2) / log(smoothing)``.
     """
     weight = 1 - Constant(smoothing).value
+    for either in (model, ema_model):
+        require_live_weights(either, "compute_ema()")
     live_layout, average_layout = Layout(model, "copy"), Layout(ema_model, "copy")
     average_layout.require_writable()
     average_shards, live_shards = average_layout.shards_by_name(), live_layout.shards_by_name()

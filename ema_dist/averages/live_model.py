@@ -31,7 +31,7 @@ class LiveModel:
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
         timeout: seconds that ranks wait for each other.
 
-    Raises: as `Layout`.
+    Raises: ValueError for an unknown ``replicas``; else as `Layout`.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class LiveModel:
         select: Callable[[str, Tensor], bool] | None,
         timeout: float,
     ) -> None:
+        if not isinstance(replicas, ProcessGroup) and replicas not in ("shard", "copy"):
+            raise ValueError(f'replicas is "shard", "copy" or a process group, got {replicas!r}')
         self._replicas: ReplicaPolicy = replicas
         self._select = select or _requires_grad
         self.timeout = timeout
@@ -142,7 +144,7 @@ class LiveModel:
         call: str,
         *,
         collective: bool,
-        only_if_moved: bool = False,
+        for_serving: bool = False,
         problem: Exception | None = None,
         compared: Sequence[Mapping[str, str]] | None = None,
     ) -> None:
@@ -151,7 +153,7 @@ class LiveModel:
         Args:
             call: the user's call, for messages.
             collective: whether ``call`` communicates.
-            only_if_moved: read the model again only if something in it has moved.
+            for_serving: as for `refresh`.
             problem: an error found earlier on this rank; it is raised after the rendezvous.
             compared: as for `rendezvous`.
 
@@ -160,7 +162,7 @@ class LiveModel:
         """
         if collective:
             require_process_group(call, self.ranks)
-        change = self.refresh(only_if_moved=only_if_moved)
+        change = self.refresh(for_serving=for_serving)
         problem = problem or change
         if collective:
             # A rank with a problem comes, too: alone, it would leave the others waiting in the collective after this.
@@ -172,16 +174,19 @@ class LiveModel:
         if problem is not None:
             raise problem
 
-    def refresh(self, *, only_if_moved: bool = False) -> ValueError | None:
+    def refresh(self, *, only_if_moved: bool = False, for_serving: bool = False) -> ValueError | None:
         """Read the current storage of the live weights into `layout`. Returns an error if the model cannot be averaged.
 
         Args:
             only_if_moved: read the model again only if something in it has moved.
+            for_serving: as ``only_if_moved``; and let FSDP2 initialize itself now instead of in its next forward pass.
         """
         try:
-            if not (only_if_moved and self.layout.is_current()):
+            is_current = self.layout.is_current(init_fsdp2=for_serving)
+            if not (is_current and (only_if_moved or for_serving)):
                 layout = Layout(self.layout.model, self._replicas)
-                layout.require_writable()
+                if not is_current:
+                    layout.require_writable()
                 if changes := self.layout.describe_changes(layout):
                     described = abbreviated(
                         (f"{name} ({then}; {now})" for name, (then, now) in changes.items()), limit=3
@@ -190,7 +195,9 @@ class LiveModel:
                         f"the model is not the one that ShardedEMA(model) was given (then; now): {described}; "
                         "construct it again after changing or wrapping a model"
                     )
-                self.layout = layout
+                # What views the same storage can stay: averages bound to it, and servings.
+                if not is_current or layout.extra_states != self.layout.extra_states:
+                    self.layout = layout
             if newly_selected := [name for name in self._unselected if self._is_selected(name)]:
                 return ValueError(
                     f"parameters {abbreviated(newly_selected)} became trainable after ShardedEMA(model) and have no "

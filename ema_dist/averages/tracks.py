@@ -50,6 +50,7 @@ class Tracks(Mapping[str, Track]):
         store: offloads the averages; None to store them on the device of the live weights.
 
     Memory: for each track as `Track`; and as the store.
+    Raises: ValueError for an unknown ``buffers`` or ``store``; else as `Track`.
     """
 
     def __init__(
@@ -64,6 +65,10 @@ class Tracks(Mapping[str, Track]):
         agree: Agree | None,
         store: Offloaded | None = None,
     ) -> None:
+        if store is not None and not isinstance(store, Offloaded):
+            raise ValueError(f"store is Offloaded(...) or None, got {store!r}")
+        if buffers not in ("average", "copy"):
+            raise ValueError(f'buffers is "average" or "copy", got {buffers!r}')
         self._seed = precision.rounding.seed if isinstance(precision.rounding, Stochastic) else 0
         self._kernel = kernel
         self._agree = agree

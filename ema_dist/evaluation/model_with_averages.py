@@ -19,7 +19,7 @@ from ema_dist.communication.signals import deferred_signals
 from ema_dist.evaluation.block import Block
 from ema_dist.evaluation.serving import Serving, active_servings
 from ema_dist.evaluation.split_swap import announce_broken_swap, enter_together, leave_together
-from ema_dist.evaluation.swap import Stage, Swap, active_swaps
+from ema_dist.evaluation.swap import Stage, Swap, require_live_weights
 from ema_dist.messages import abbreviated
 from ema_dist.modes import iterate_in_normal_mode
 
@@ -46,7 +46,7 @@ class ModelWithAverages:
         call: str,
         *,
         collective: bool,
-        only_if_moved: bool = False,
+        for_serving: bool = False,
         compared: Callable[[], Sequence[Mapping[str, str]]] | None = None,
         for_loading: bool = False,
     ) -> None:
@@ -72,7 +72,7 @@ class ModelWithAverages:
             self.live.prepare(
                 call,
                 collective=collective,
-                only_if_moved=only_if_moved,
+                for_serving=for_serving,
                 problem=problem,
                 compared=compared() if compared else None,
             )
@@ -143,7 +143,7 @@ class ModelWithAverages:
         if self.live.has_split_averages:
             try:
                 with deferred_signals():
-                    self._prepare_to_enter(call, only_if_moved=False)
+                    self._prepare_to_enter(call)
                     swap = enter_together(self.live, call, lambda: self._write_parts(track), self._undo_entering)
                     self.live.record(call)
             except BaseException as error:  # a signal that was deferred until the averages were in the model
@@ -151,7 +151,7 @@ class ModelWithAverages:
                     self.leave_swap(self.swap, error)
                 raise
             return swap
-        self._prepare_to_enter(call, only_if_moved=False)
+        self._prepare_to_enter(call)
         try:
             swap = self._write_parts(track)
             swap.fill()
@@ -206,7 +206,7 @@ class ModelWithAverages:
 
     def _restore_parts(self, swap: Swap, problems: list[Exception]) -> None:
         self.live.layout.abandon_pass()
-        if problem := self.live.refresh():
+        if problem := self.live.refresh(only_if_moved=True):
             problems.append(problem)
         self.live.layout.wait_for_device()
         swap.restore_parts(self.live.layout)
@@ -218,7 +218,7 @@ class ModelWithAverages:
 
     def _enter_serving(self, track: Track) -> Serving | Swap:
         call = self.describe_call("serving", track)
-        self._prepare_to_enter(call, only_if_moved=True)
+        self._prepare_to_enter(call, for_serving=True)
         serving = self.get_serving(track)
         if reason := serving.reason_to_swap:
             if track not in self._warned:
@@ -266,11 +266,10 @@ class ModelWithAverages:
             raise RuntimeError(f"{call} inside swapped(): the model holds the averages there; call it after the block")
         if any(serving.is_active for serving in self._servings.values()):
             raise RuntimeError(f"{call} inside serving(): the model reads the averages there; call it after the block")
-        if active_swaps(self.live.layout.model):
-            raise RuntimeError(f"{call}: another ShardedEMA has its averages in this model; leave its swapped() first")
+        require_live_weights(self.live.layout.model, call)
 
-    def _prepare_to_enter(self, call: str, *, only_if_moved: bool) -> None:
+    def _prepare_to_enter(self, call: str, *, for_serving: bool = False) -> None:
         self.require_inactive(call)
         if active_servings(self.live.layout.model):
             raise RuntimeError("another ShardedEMA serves this model: leave its serving() first")
-        self.prepare(call, collective=self.live.has_split_averages, only_if_moved=only_if_moved)
+        self.prepare(call, collective=self.live.has_split_averages, for_serving=for_serving)

@@ -216,6 +216,14 @@ def active_swaps(model: nn.Module) -> list[Swap]:
     return [swap for swap in _active_swaps.overlapping(model) if swap.stage is not Stage.DONE]
 
 
+def require_live_weights(model: nn.Module, call: str) -> None:
+    """Raise RuntimeError while averages are in ``model``, in a part of it, or in a module around it."""
+    if active_swaps(model):
+        raise RuntimeError(
+            f"{call}: a ShardedEMA has its averages in this model; leave its swapped() first, or call its restore()"
+        )
+
+
 def _increment_other_versions(layout: Layout) -> None:
     """Let autograd see the writes also through parameters that only share the memory of those written to."""
     for shard in layout.shards:

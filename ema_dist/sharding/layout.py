@@ -166,11 +166,17 @@ class Layout:
         """Whether live weights got other storage than the shards view (``.to()``, ``assign=True``, offloading)."""
         return self._change_detector.has_changed()
 
-    def is_current(self) -> bool:
-        """Whether the layout still describes the model, after dropping gathered weights; always False under FSDP1."""
+    def is_current(self, *, init_fsdp2: bool = False) -> bool:
+        """Whether the layout still describes the model, after dropping gathered weights; always False under FSDP1.
+
+        Args:
+            init_fsdp2: first let FSDP2 run the initialization of its first forward pass, which may move its shards.
+        """
         if self.has_flat_parameters:
             return False
-        self.fsdp2_units.init_and_reshard()
+        if init_fsdp2:
+            self.fsdp2_units.init_and_reshard()
+        self.reshard()
         return not (self.has_moved() or self._change_detector.has_replaced_params() or self._replaced_buffers())
 
     @property

@@ -43,7 +43,10 @@ def memory_key(tensor: Tensor) -> Hashable:
     if not local.numel():
         # The identity of a storage has no public name.
         return (local.untyped_storage()._cdata, placement) if tensor.numel() else id(tensor)
-    return local.device, local.data_ptr(), local.dtype, local.shape, local.stride(), placement
+    strides = local.stride()
+    if 1 in local.shape:  # the stride of such a dimension reaches no element
+        strides = tuple(step for step, size in zip(strides, local.shape, strict=True) if size > 1)
+    return local.device, local.data_ptr(), local.dtype, local.shape, strides, placement
 
 
 def expanded_dims(tensor: Tensor) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ema_dist import ShardedEMA
+from ema_dist import ShardedEMA, compute_ema
 from ema_dist.kernels import DEVICE_SCRATCH_BYTES
 from tests.support.layouts import (
     LAYOUTS,
@@ -193,6 +193,20 @@ def test_update_and_a_second_swap_inside_a_swap_are_refused(layout: str) -> None
             ema.update()
         with pytest.raises(RuntimeError, match=r"already.*restore\(\)"), ema.swapped():
             pass
+
+
+@layouts("plain", "ddp", "fsdp2")
+def test_averages_in_the_model_are_not_taken_for_live_weights(layout: str) -> None:
+    model, ema = make_trained(layout)
+    averaged = make_net(layout)
+    before = full_weights(averaged)
+    inside = pytest.raises(RuntimeError, match=r"\(.*\): .*swapped\(\)")
+    with ema.swapped():
+        for call in (lambda: ShardedEMA(model), lambda: compute_ema(model, averaged)):
+            with inside:
+                call()
+    assert_bitwise_equal(full_weights(averaged), before)
+    ShardedEMA(model)
 
 
 @pytest.mark.world_size(2)

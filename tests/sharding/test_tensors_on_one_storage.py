@@ -306,6 +306,20 @@ def test_partial_overlaps_are_refused_by_both_names(make: Callable[[nn.Module], 
         ShardedEMA(model)
 
 
+def test_identical_extents_may_differ_in_the_stride_of_a_dimension_of_size_1() -> None:
+    model = nn.Module()
+    model.first = nn.Parameter(torch.randn(4, 1, 3))
+    model.second = nn.Parameter(model.first.detach().as_strided((4, 1, 3), (3, 17, 1)))
+    ema = ShardedEMA(model, decay=0.5)
+    expected = model.first.detach() + 0.5
+    with torch.no_grad():
+        model.first.add_(1)
+    ema.update()
+    full = ema.full_state_dict()
+    assert torch.equal(full["first"], expected)
+    assert full["second"] is full["first"]
+
+
 def test_an_overlap_that_comes_later_is_refused_at_the_next_call() -> None:
     model = TwoNames()
     ema = ShardedEMA(model)
