@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ema_dist.averages.side_streams import SideStreams
-from ema_dist.kernels import Commits, HostBuffer, HostCopier, Kernel, UpdateIndex, Weight
+from ema_dist.kernels import HostBuffer, HostCopier, Kernel, UpdateIndex, Weight, WriteLog
 
 _log = logging.getLogger(__name__)
 
@@ -127,15 +127,15 @@ class OffloadKernel:
         return " and ".join(sorted({kernel.name for kernel in self._slots[0].kernels}))
 
     def __call__(
-        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, commits: Commits | None = None
+        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, write_log: WriteLog | None = None
     ) -> None:
         """Copy the live values and submit the update; waits while ``max_pending`` updates are in progress.
 
         Raises: RuntimeError when an earlier update failed; then nothing is copied.
         """
-        commits = commits or Commits()
+        write_log = write_log or WriteLog()
         slot = self._slots[0]
-        if self._last_job is None or self._last_job.commits is not commits:
+        if self._last_job is None or self._last_job.write_log is not write_log:
             self._wait_for(slot)
             self._worker.require_no_failure()
             host_weights = [self._to_host(weight) for weight in weights]
@@ -143,8 +143,8 @@ class OffloadKernel:
             with self._streams.fork():
                 slot.host_buffer.fill(non_blocking=self._streams.devices)
             kernels, events = slot.kernels, self._streams.end_events
-            self._last_job = _Job(commits, partial(_run_kernels, kernels, events, host_weights, host_index))
-        commits.begin()
+            self._last_job = _Job(write_log, partial(_run_kernels, kernels, events, host_weights, host_index))
+        write_log.begin()
         # Repeated after an interrupt, this submits the same job again, which runs once.
         slot.future = self._worker.submit(self._last_job.run)
         self._slots.rotate(-1)
@@ -176,10 +176,10 @@ class _Slot:
 
 
 class _Job:
-    """Runs the kernels of the update that has these ``commits``, once, however often it is submitted."""
+    """Runs the kernels of the update that has this ``write_log``, once, however often it is submitted."""
 
-    def __init__(self, commits: Commits, run_kernels: Callable[[], None]) -> None:
-        self.commits = commits
+    def __init__(self, write_log: WriteLog, run_kernels: Callable[[], None]) -> None:
+        self.write_log = write_log
         self._remaining = iter([run_kernels])
 
     def run(self) -> None:

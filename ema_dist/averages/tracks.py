@@ -18,13 +18,13 @@ from ema_dist.averages.side_streams import SideStreams
 from ema_dist.averages.track import Track
 from ema_dist.kernels import (
     Agree,
-    Commits,
     CompensatedRounding,
     Kernel,
     StochasticRounding,
     TensorOffset,
     UpdateIndex,
     Weight,
+    WriteLog,
     group_by_dtype,
     group_pairs,
     make_kernel,
@@ -156,7 +156,7 @@ class Tracks(Mapping[str, Track]):
         self,
         weights: Mapping[str, float | Tensor],
         update_index: UpdateIndex,
-        commits: Commits,
+        write_log: WriteLog,
         *,
         overlap: bool = False,
     ) -> None:
@@ -165,23 +165,23 @@ class Tracks(Mapping[str, Track]):
         Args:
             weights: the weight of the live values, by track; 0 leaves averages unchanged, and buffers are still copied.
             update_index: the number of this update; stochastic rounding derives its random bits from it.
-            commits: the writes of this update that are made already, if it was interrupted.
+            write_log: the writes of this update that are made already, if it was interrupted.
             overlap: run the update of parameters on a side stream, until `streams` are joined.
 
         Raises: RuntimeError when an earlier update failed on its thread.
         """
         self.update_calls += 1
-        commits.restart()
+        write_log.restart()
         ordered_weights = [weights[name] for name in self]
         is_update_due = any(isinstance(weight, Tensor) or weight for weight in ordered_weights)
         self.streams.join()
         for kernel in [*(self._buffer_kernels if is_update_due else ()), *self._copy_kernels]:
-            kernel(ordered_weights, update_index, commits)
+            kernel(ordered_weights, update_index, write_log)
         self.streams.join()  # before the next forward pass, which may write to buffers
         if is_update_due:
             with self.streams.fork([*ordered_weights, update_index]) if overlap else nullcontext():
                 for kernel in self._parameter_kernels:
-                    kernel(ordered_weights, update_index, commits)
+                    kernel(ordered_weights, update_index, write_log)
         if not overlap:
             self.streams.join()
 
@@ -284,12 +284,12 @@ class CopyKernel:
         self,
         weights: Sequence[Weight],  # noqa: ARG002  as `Kernel`
         update_index: UpdateIndex = 0,  # noqa: ARG002  as `Kernel`
-        commits: Commits | None = None,
+        write_log: WriteLog | None = None,
     ) -> None:
         """Copy the current values."""
-        commits = commits or Commits()
+        write_log = write_log or WriteLog()
         for targets, values in self._lists:
-            commits.write(torch._foreach_copy_, targets, values)
+            write_log.write(torch._foreach_copy_, targets, values)
 
 
 def _is_inexact(dtype: torch.dtype) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.tracks import Tracks
 from ema_dist.communication.call_history import Calls
-from ema_dist.kernels import Commits
+from ema_dist.kernels import WriteLog
 from ema_dist.schedules.clock import Clock, ClockStep
 
 
@@ -42,7 +42,7 @@ class Updates:
         update = self._unfinished
         if update is None:
             return
-        if not update.commits.has_begun:  # no average has moved: the update has not happened
+        if not update.write_log.has_begun:  # no average has moved: the update has not happened
             self._unfinished = None
             return
         if reason := self._reason_not_to_finish(update):
@@ -61,7 +61,7 @@ class Updates:
         try:
             step = update.step
             if not update.is_made:
-                self._tracks.update_averages(step.weights, step.update_index, update.commits, overlap=update.overlap)
+                self._tracks.update_averages(step.weights, step.update_index, update.write_log, overlap=update.overlap)
                 update.is_made = True
             self._clock.count(step)
             self._live.history.calls = update.calls
@@ -73,7 +73,7 @@ class Updates:
     def _reason_not_to_finish(self, update: _Update) -> str:
         if update.is_made:
             return ""
-        if update.commits.is_uncertain:
+        if update.write_log.is_uncertain:
             return "a kernel was interrupted halfway"
         if update.versions is None:
             return "it was interrupted twice"
@@ -89,7 +89,7 @@ class _Update:
         self.calls = calls
         """The history that includes this update."""
         self.overlap = overlap
-        self.commits = Commits()
+        self.write_log = WriteLog()
         self.is_made = False
         """Whether all writes are made, so that the step is to be counted."""
         self.versions: list[object] | None = None

@@ -1,15 +1,14 @@
 """Arithmetic on lists of plain local tensors: lerps, swaps, rounding, checksums and copies to the host.
 
 Code that knows names, modules, ranks, collectives or schedules does not belong here: kernels take tensors and
-numbers. An exchange, and an update that is given `Commits`, can go on after an interruption. Modules here import torch,
-the standard library and each other, and nothing else of `ema_dist`.
+numbers. An exchange, and an update that is given a `WriteLog`, can go on after an interruption. Modules here import
+torch, the standard library and each other, and nothing else of `ema_dist`.
 
 The tensors of one list have the same device and dtype. Lists correspond by position, and corresponding tensors have
 equal shapes.
 """
 
 from ema_dist.kernels.checksums import checksum
-from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.compensated_kernel import recombine, split_hi_lo
 from ema_dist.kernels.exchange import Exchange
 from ema_dist.kernels.host_copy import HostBuffer, HostCopier
@@ -19,13 +18,13 @@ from ema_dist.kernels.lists import chunks, group_by_dtype, group_pairs
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding, TensorOffset
 from ema_dist.kernels.scratch import CPU_SCRATCH_BYTES, DEVICE_SCRATCH_BYTES, max_scratch_bytes
 from ema_dist.kernels.selection import KERNELS, Agree, make_kernel
+from ema_dist.kernels.write_log import WriteLog
 
 __all__ = [
     "CPU_SCRATCH_BYTES",
     "DEVICE_SCRATCH_BYTES",
     "KERNELS",
     "Agree",
-    "Commits",
     "CompensatedRounding",
     "Exchange",
     "HostBuffer",
@@ -36,6 +35,7 @@ __all__ = [
     "TensorOffset",
     "UpdateIndex",
     "Weight",
+    "WriteLog",
     "checksum",
     "chunks",
     "group_by_dtype",

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import UpdateIndex, Weight
 from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks
 from ema_dist.kernels.rounding import CompensatedRounding
 from ema_dist.kernels.scratch import chunk_elements, scratch_views
+from ema_dist.kernels.write_log import WriteLog
 
 
 @torch.no_grad()
@@ -76,10 +76,10 @@ class CompensatedKernel:
         self,
         weights: Sequence[Weight],
         update_index: UpdateIndex = 0,  # noqa: ARG002  as `Kernel`
-        commits: Commits | None = None,
+        write_log: WriteLog | None = None,
     ) -> None:
         """Lerp each track by its weight."""
-        commits = commits or Commits()
+        write_log = write_log or WriteLog()
         for values, wide_values, wide_averages, bits, residual_pieces, tracks in self._chunks:
             torch._foreach_copy_(wide_values, values)
             size = sum(piece.numel() for piece in values)
@@ -90,7 +90,7 @@ class CompensatedKernel:
                 _recombine_(wide, spare)
                 lerp_uniform_(wide_averages, wide_values, weight, finite=self._finite)
                 _split_(wide, spare)
-                commits.write(torch._foreach_copy_, [*highs, *lows], [*residual_pieces, *bits])
+                write_log.write(torch._foreach_copy_, [*highs, *lows], [*residual_pieces, *bits])
 
 
 def _recombine_(high: Tensor, low: Tensor) -> Tensor:

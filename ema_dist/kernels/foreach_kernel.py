@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import UnsupportedKernelError, UpdateIndex, Weight
 from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.rounding import Rounding
+from ema_dist.kernels.write_log import WriteLog
 
 
 class ForeachKernel:
@@ -45,9 +45,9 @@ class ForeachKernel:
         self,
         weights: Sequence[Weight],
         update_index: UpdateIndex = 0,  # noqa: ARG002  as `Kernel`
-        commits: Commits | None = None,
+        write_log: WriteLog | None = None,
     ) -> None:
         """Lerp each track by its weight."""
         for averages, weight in zip(self._tracks, weights, strict=True):
             if averages:
-                lerp_uniform_(averages, self._values, weight, finite=self._finite, commits=commits)
+                lerp_uniform_(averages, self._values, weight, finite=self._finite, write_log=write_log)

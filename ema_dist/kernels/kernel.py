@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ema_dist.kernels.commits import Commits
+from ema_dist.kernels.write_log import WriteLog
 
 Weight = float | Tensor
 """The weight of the live values, in [0, 1]: a number, or a 0-d tensor, which is never copied to the host."""
@@ -25,13 +25,13 @@ class Kernel(Protocol):
         ...
 
     def __call__(
-        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, commits: Commits | None = None
+        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, write_log: WriteLog | None = None
     ) -> None:
         """Lerp each track by its weight; only stochastic rounding reads ``update_index``.
 
         Args:
-            commits: makes every write to an average; if the call is repeated with the same ones, it goes on from where
-                it was interrupted.
+            write_log: makes every write to an average. A call that was interrupted goes on from there if it is repeated
+                with the same log.
         """
         ...
 

@@ -5,30 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import Weight
 from ema_dist.kernels.lists import chunks
 from ema_dist.kernels.scratch import max_scratch_bytes
+from ema_dist.kernels.write_log import WriteLog
 
 
 def lerp_uniform_(
-    averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool, commits: Commits | None = None
+    averages: list[Tensor], values: list[Tensor], weight: Weight, *, finite: bool, write_log: WriteLog | None = None
 ) -> None:
     """Lerp each average towards its value, in place; both lists have one dtype.
 
     Weights of 0 and 1 are exact. If ``weight`` is a number and the tensors are finite, this is one call of torch;
     otherwise averages that would become infinite or NaN take the value instead, as in `lerp_`.
     """
-    commits = commits or Commits()
+    write_log = write_log or WriteLog()
     if not isinstance(weight, Tensor) and weight in (0, 1):
         if weight:
-            commits.write(torch._foreach_copy_, averages, values)
+            write_log.write(torch._foreach_copy_, averages, values)
     elif not isinstance(weight, Tensor) and finite:
-        commits.write(torch._foreach_lerp_, averages, values, weight)
+        write_log.write(torch._foreach_lerp_, averages, values, weight)
     else:
         weight = weight.to(averages[0].device) if isinstance(weight, Tensor) else weight
         for targets, sources in chunks(averages, values, max_bytes=max_scratch_bytes(averages[0]) // 8):
-            commits.write(torch._foreach_copy_, targets, _lerp_nonfinite(targets, sources, weight))
+            write_log.write(torch._foreach_copy_, targets, _lerp_nonfinite(targets, sources, weight))
 
 
 def _lerp_nonfinite(averages: list[Tensor], values: list[Tensor], weight: Weight) -> list[Tensor]:

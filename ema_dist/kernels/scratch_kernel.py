@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import UpdateIndex, Weight
 from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks, is_small
 from ema_dist.kernels.scratch import chunk_elements, scratch_views
+from ema_dist.kernels.write_log import WriteLog
 
 
 class ScratchKernel:
@@ -39,7 +39,7 @@ class ScratchKernel:
         self,
         weights: Sequence[Weight],
         update_index: UpdateIndex = 0,  # noqa: ARG002  as `Kernel`
-        commits: Commits | None = None,
+        write_log: WriteLog | None = None,
     ) -> None:
         """Lerp each track by its weight."""
         for chunk in self._chunks:
@@ -48,7 +48,7 @@ class ScratchKernel:
             for converted, values in chunk.conversions:
                 torch._foreach_copy_(converted, values)
             for averages, sources, weight in zip(chunk.tracks, chunk.sources, weights, strict=True):
-                lerp_uniform_(averages, sources, weight, finite=self._finite, commits=commits)
+                lerp_uniform_(averages, sources, weight, finite=self._finite, write_log=write_log)
 
 
 class _Chunk(NamedTuple):

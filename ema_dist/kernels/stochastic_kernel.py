@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import UpdateIndex, Weight
 from ema_dist.kernels.lerp_equation import lerp_uniform_
 from ema_dist.kernels.lists import flat_chunks
 from ema_dist.kernels.random_bits import hash_int, mix32_, to_int32, track_key
 from ema_dist.kernels.rounding import StochasticRounding, TensorOffset
 from ema_dist.kernels.scratch import chunk_elements, scratch_views
+from ema_dist.kernels.write_log import WriteLog
 
 
 class StochasticKernel:
@@ -44,12 +44,12 @@ class StochasticKernel:
 
     @torch.no_grad()
     def __call__(
-        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, commits: Commits | None = None
+        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, write_log: WriteLog | None = None
     ) -> None:
         """Lerp each track by its weight; ``update_index`` is the number of this update."""
         if not self._chunks:
             return
-        commits = commits or Commits()
+        write_log = write_log or WriteLog()
         device = self._chunks[0].noise.device
         host_keys = [track_key(self._seed, update_index=update_index, track=track) for track in range(len(weights))]
         keys = [key.to(device, non_blocking=True) if isinstance(key, Tensor) else key for key in host_keys]
@@ -59,7 +59,7 @@ class StochasticKernel:
                 torch._foreach_copy_(chunk.wide_pieces, averages)
                 lerp_uniform_(chunk.wide_pieces, chunk.wide_values, weight, finite=self._finite)
                 _round_(chunk, key)
-                commits.write(torch._foreach_copy_, averages, chunk.wide_pieces)
+                write_log.write(torch._foreach_copy_, averages, chunk.wide_pieces)
 
 
 class _Chunk(NamedTuple):

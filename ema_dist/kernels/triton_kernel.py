@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ema_dist.kernels.address_tables import Row, find_dense_rows, make_address_tables
-from ema_dist.kernels.commits import Commits
 from ema_dist.kernels.kernel import UnsupportedKernelError, UpdateIndex, Weight
 from ema_dist.kernels.random_bits import make_noise_tables
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
 from ema_dist.kernels.scratch_kernel_factory import make_subset_kernel
+from ema_dist.kernels.write_log import WriteLog
 
 BLOCK = 4096
 """Elements that one program processes."""
@@ -79,16 +79,16 @@ class TritonKernel:
 
     @torch.no_grad()
     def __call__(
-        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, commits: Commits | None = None
+        self, weights: Sequence[Weight], update_index: UpdateIndex = 0, write_log: WriteLog | None = None
     ) -> None:
         """Lerp each track by its weight."""
         self._weights.write(weights)
         if self._is_stochastic:
             self._update_index.write([update_index])
-        commits = commits or Commits()
-        commits.write_once(self._run)
+        write_log = write_log or WriteLog()
+        write_log.write_once(self._run)
         increment_version(self._outputs)  # autograd does not see writes by address
-        self._strided_kernel(weights, update_index, commits)
+        self._strided_kernel(weights, update_index, write_log)
 
     def _run(self) -> None:
         device = self._weights.tensor.device

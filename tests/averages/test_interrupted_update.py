@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ema_dist import Compensated, Offloaded, ShardedEMA
-from ema_dist.kernels import scratch
+from ema_dist.kernels import c_kernel, scratch
 from tests.support.interrupter import Interrupter
 from tests.support.layouts import averages_of_tracks
 
@@ -20,6 +20,8 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "stochastic": (torch.bfloat16, {"dtype": torch.bfloat16}),
     "hi/lo": (torch.bfloat16, {"dtype": torch.bfloat16, "rounding": Compensated()}),
     "two tracks": (torch.bfloat16, {"decay": {"a": 0.5, "b": 0.25}}),
+    "compiled": (torch.bfloat16, {"kernel": "compiled"}),
+    "compiled, in threads": (torch.bfloat16, {"kernel": "compiled"}),
     "offloaded": (torch.bfloat16, {"store": Offloaded(max_pending=2)}),
 }
 
@@ -65,6 +67,10 @@ def test_an_interrupted_update_is_refused_after_weights_were_written_to() -> Non
 def test_the_next_call_finishes_it(setting: str, found_inf: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
     """At 150 bytecodes from the first to the last; interrupted before its first write, an update has not happened."""
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
+    if "threads" in setting:
+        monkeypatch.setattr(c_kernel, "MIN_THREAD_ELEMENTS", 1)
+        monkeypatch.setattr(c_kernel, "BLOCK", 16)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     arguments = {"found_inf": torch.tensor(0.0)} if found_inf else {}
     model, uninterrupted = _make(setting)
     expected = []

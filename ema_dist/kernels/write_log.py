@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Commits:
+class WriteLog:
     """The writes of one update to the averages, in order.
 
     When the update is run again after `restart`, writes that are made already are skipped.
