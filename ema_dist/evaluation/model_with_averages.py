@@ -145,7 +145,6 @@ class ModelWithAverages:
                 with deferred_signals():
                     self._prepare_to_enter(call)
                     swap = enter_together(self.live, call, lambda: self._write_parts(track), self._undo_entering)
-                    self.live.record(call)
             except BaseException as error:  # a signal that was deferred until the averages were in the model
                 if self.swap is not None and self.swap.stage is Stage.INSIDE:
                     self.leave_swap(self.swap, error)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.communication.rendezvous import RendezvousError
 from ema_dist.communication.signals import deferred_signals
-from ema_dist.evaluation.swap import Swap
+from ema_dist.evaluation.swap import Stage, Swap
 
 _log = logging.getLogger(__name__)
 
@@ -37,20 +37,22 @@ def enter_together(live: LiveModel, call: str, write_parts: Callable[[], Swap], 
     Collective: over the ranks of ``live``.
     Raises: RendezvousError on every rank when replicas differ, or when ``write_parts`` raises on one; all is undone.
     """
-    call = f"{call}, comparing replicas"
+    comparing = f"{call}, comparing replicas"
     drift = live.describe_drift()
     try:
         swap = write_parts()
     except BaseException as error:
         undo()
-        _report(live, call, error)
+        _report(live, comparing, error)
         raise
     try:
-        live.rendezvous(call, drift)
+        live.rendezvous(comparing, drift)
     except BaseException:
         undo()
         raise
-    _run_fill(live, swap.fill)
+    # Before the fill: after it an interruption would leave the call recorded on other ranks only.
+    live.record(call)
+    _run_fill(live, swap, swap.fill)
     return swap
 
 
@@ -90,7 +92,7 @@ def leave_together(
         except RendezvousError as failure:
             hint = "The model may hold live weights in part: call restore() on every rank before you use it"
             raise _with_hint(failure, hint) from None
-        _run_fill(live, swap.fill_back)
+        _run_fill(live, swap, swap.fill_back)
     return raised_in_block
 
 
@@ -103,11 +105,12 @@ def announce_broken_swap(live: LiveModel, reason: str = "an exception") -> None:
     )
 
 
-def _run_fill(live: LiveModel, fill: Callable[[], None]) -> None:
+def _run_fill(live: LiveModel, swap: Swap, fill: Callable[[], None]) -> None:
     try:
         fill()
     except BaseException as error:
-        announce_broken_swap(live, repr(error))
+        if swap.stage not in (Stage.INSIDE, Stage.DONE):  # those come after the last collective
+            announce_broken_swap(live, repr(error))
         raise
 
 

@@ -104,8 +104,7 @@ class Swap:
         Collective: over the replicas of split weights.
         """
         if self._is_split:
-            self.stage = Stage.FILLING
-            self._run_fill()
+            self._run_fill(during=Stage.FILLING, after=Stage.INSIDE)
         self.stage = Stage.INSIDE
         _increment_other_versions(self.layout)
         self._versions = {name: self.layout.parameters[name].version for name in self.track.parameters}
@@ -150,8 +149,7 @@ class Swap:
 
         Collective: over the replicas of split weights.
         """
-        self.stage = Stage.FILLING_BACK
-        self._run_fill()
+        self._run_fill(during=Stage.FILLING_BACK, after=Stage.DONE)
         self._end()
 
     def averages_now(self, layout: Layout) -> dict[str, Tensor]:
@@ -180,10 +178,12 @@ class Swap:
         if self._is_split:
             self._fill = prepare_all_gather_parts(layout.parameters.values())
 
-    def _run_fill(self) -> None:
-        assert self._fill is not None
-        self._fill()
-        self._fill = None
+    def _run_fill(self, *, during: Stage, after: Stage) -> None:
+        fill, self._fill = self._fill, None
+        assert fill is not None
+        self.stage = during
+        fill()
+        self.stage = after
 
     def _end(self) -> None:
         self.stage = Stage.DONE

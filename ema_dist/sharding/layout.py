@@ -174,9 +174,11 @@ class Layout:
         """
         if self.has_flat_parameters:
             return False
+        self.fsdp2_units.clear_optim_events()
         if init_fsdp2:
             self.fsdp2_units.init_and_reshard()
-        self.reshard()
+        else:
+            self.fsdp2_units.reshard()
         return not (self.has_moved() or self._change_detector.has_replaced_params() or self._replaced_buffers())
 
     @property

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from fnmatch import fnmatch
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import ema_dist
 
 
 class Interruption(BaseException):
@@ -17,12 +19,15 @@ class Interrupter:
     """Counts the bytecodes that some modules of the package execute, and raises `Interruption` before some of them.
 
     Args:
-        modules: patterns of the ends of their paths.
+        modules: patterns of their paths in the package.
         points: numbers of the bytecodes, from 1, before which it raises.
     """
 
     def __init__(self, modules: tuple[str, ...], *points: int) -> None:
-        self._modules = modules
+        package = Path(ema_dist.__file__).parent
+        self._files = {str(path) for pattern in modules for path in package.glob(pattern)}
+        if missing := [pattern for pattern in modules if not any(package.glob(pattern))]:
+            raise ValueError(f"expected patterns of modules of ema_dist, got {missing}")
         self._points = points
         self.count = 0
 
@@ -37,7 +42,7 @@ class Interrupter:
             sys.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, _argument: object) -> Any:  # noqa: ANN401  as settrace wants it
-        if not any(fnmatch(frame.f_code.co_filename, f"*/ema_dist/{module}") for module in self._modules):
+        if frame.f_code.co_filename not in self._files:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
