@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -59,10 +60,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_an_exception_at_any_bytecode_loses_nothing(
     wrapper: str, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Entering, leaving and restoring, and again while the first interruption is being handled.
-
-    Each bytecode of a plain model takes a minute; wrapped ones differ in how they are read, so every eighth has to do.
-    """
+    """Entering, leaving and restoring, and again while the first interruption is being handled."""
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
     torch.manual_seed(0)
     model = WRAPPERS[wrapper](_Net(torch.float32 if setting in ("equal dtypes", "two tracks") else torch.bfloat16))
@@ -77,10 +75,11 @@ def test_an_exception_at_any_bytecode_loses_nothing(
     swap_in_and_out = partial(_swap_in_and_out, ema, track)
     counter = Interrupter(WRITING)
     counter.run(swap_in_and_out)
-    for point in range(1, counter.count + 1, 1 if wrapper == "plain" else 8):
-        second = Interrupter(WRITING, point, point + 1 + (point * 7919) % 100)
-        second.run(swap_in_and_out)
-        Interrupter(WRITING, (point * 104729) % 100 + 1).run(ema.restore)
+    random.seed(0)
+    assert counter.count > 1000
+    for point in range(1, counter.count + 1):
+        Interrupter(WRITING, point, point + random.randint(1, 100)).run(swap_in_and_out)
+        Interrupter(WRITING, random.randint(1, 100)).run(ema.restore)
         ema.restore()
         _assert_same(_live(model), live, point)
         if point % 10 == 0:
@@ -182,6 +181,31 @@ def test_an_exception_while_replicas_fill_each_other_is_announced(
             call()
 
 
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("leaving", [False, True])
+def test_a_rank_without_memory_for_filling_loses_nothing(leaving: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    """Its scratch is allocated before ranks overwrite each other's weights, so all can undo what they did, or go on."""
+    model, ema = _make_split(timeout=30.0)
+    live, averages = _live(model), averages_of_tracks(ema)
+    own_error, error_elsewhere = pytest.raises(MemoryError), pytest.raises(RuntimeError, match=r"rank 0\b.*MemoryError")
+    block = ema.swapped()
+    if leaving:
+        block.__enter__()
+    with monkeypatch.context() as patched, own_error if dist.get_rank() == 0 else error_elsewhere:
+        if dist.get_rank() == 0:
+            patched.setattr(swap, "prepare_all_gather_parts", _raise_memory_error)
+        block.__exit__(None, None, None) if leaving else block.__enter__()
+    if leaving:
+        ema.restore()
+    _assert_same(_live(model), live, 0)
+    _assert_same(averages_of_tracks(ema), averages, 0)
+    _swap_in_and_out(ema)
+
+
+def _raise_memory_error(_shards: Iterable[Shard]) -> Callable[[], None]:
+    raise MemoryError
+
+
 @pytest.mark.world_size(1, timeout=600)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_an_exception_at_any_bytecode_of_serving_leaves_no_average_in_the_forward_pass(wrapper: str) -> None:
@@ -203,9 +227,11 @@ def test_an_exception_at_any_bytecode_of_serving_leaves_no_average_in_the_forwar
     serve()
     counter = Interrupter(SERVING)
     counter.run(serve)
+    random.seed(0)
+    assert counter.count > 1000
     for point in range(1, counter.count + 1, counter.count // 200):
-        Interrupter(SERVING, point, point + 1 + (point * 7919) % 100).run(serve)
-        Interrupter(SERVING, (point * 104729) % 100 + 1).run(ema.restore)
+        Interrupter(SERVING, point, point + random.randint(1, 100)).run(serve)
+        Interrupter(SERVING, random.randint(1, 100)).run(ema.restore)
         ema.restore()
         assert torch.equal(model(inputs), expected), f"bytecode {point}"
         _assert_same(_live(model), live, point)

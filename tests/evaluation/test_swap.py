@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import multiprocessing
+import os
 import re
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -213,7 +216,7 @@ def test_averages_in_the_model_are_not_taken_for_live_weights(layout: str) -> No
 def test_one_rank_evaluates_alone_with_copies() -> None:
     """Common under DDP: with whole copies a swap needs nobody else (failure 13)."""
     _, ema = make_trained("ddp", replicas="copy")
-    if torch.distributed.get_rank() == 0:
+    if dist.get_rank() == 0:
         with ema.swapped() as model:
             evaluate(model.module)
 
@@ -222,12 +225,12 @@ def test_one_rank_evaluates_alone_with_copies() -> None:
 def test_one_rank_swapping_alone_gets_an_error_naming_the_others() -> None:
     model, ema = make_trained("ddp", timeout=0.5)
     live = full_weights(model)
-    if torch.distributed.get_rank() == 0:
+    if dist.get_rank() == 0:
         with pytest.raises(RuntimeError, match=r"0\.5 s.*swapped\(\).*rank 1"), ema.swapped():
             pass
         with pytest.raises(RuntimeError, match=r"0\.5 s.*full_state_dict\(\).*rank 1"):
             ema.full_state_dict()
-    torch.distributed.barrier()
+    dist.barrier()
     with ema.swapped():
         pass
     assert_bitwise_equal(full_weights(model), live)
@@ -237,7 +240,7 @@ def test_one_rank_swapping_alone_gets_an_error_naming_the_others() -> None:
 def test_ranks_that_make_different_calls_get_an_error() -> None:
     _, ema = make_trained("ddp-3")
     with pytest.raises(RuntimeError, match=r"\b0, 2 .*swapped\(\).*\b1\b.*full_state_dict\(\)"):
-        if torch.distributed.get_rank() == 1:
+        if dist.get_rank() == 1:
             ema.full_state_dict()
         else:
             with ema.swapped():
@@ -250,7 +253,7 @@ def test_a_rank_that_waits_alone_raises_its_own_error_and_nothing_is_mixed() -> 
     live = full_weights(model)
     with ema.swapped():
         averaged = full_weights(model)
-    if torch.distributed.get_rank() == 0:
+    if dist.get_rank() == 0:
         with pytest.raises(ZeroDivisionError) as caught, ema.swapped():
             raise ZeroDivisionError
         (note,) = caught.value.__notes__
@@ -258,7 +261,7 @@ def test_a_rank_that_waits_alone_raises_its_own_error_and_nothing_is_mixed() -> 
     else:
         with pytest.raises(RuntimeError, match=r"0\.5 s.*swapped\(\).*restore\(\)"), ema.swapped():
             time.sleep(1.5)
-    torch.distributed.barrier()
+    dist.barrier()
     assert_bitwise_equal(full_weights(model), averaged)
     ema.restore()
     assert_bitwise_equal(full_weights(model), live)
@@ -271,7 +274,7 @@ def test_an_error_on_one_rank_restores_all_and_is_named_on_the_others(layout: st
     handler = logging.handlers.BufferingHandler(capacity=100)
     logging.getLogger("ema_dist").addHandler(handler)
     begin = time.monotonic()
-    if torch.distributed.get_rank() == 1:
+    if dist.get_rank() == 1:
         with pytest.raises(ZeroDivisionError) as caught, ema.swapped():
             raise ZeroDivisionError("my own")
         assert not hasattr(caught.value, "__notes__")
@@ -286,10 +289,39 @@ def test_an_error_on_one_rank_restores_all_and_is_named_on_the_others(layout: st
         pass
 
 
+def test_a_rank_that_ends_inside_is_named_with_what_to_do() -> None:
+    """Its part of the live weights ends with it."""
+    context = multiprocessing.get_context("forkserver")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    messages = context.SimpleQueue()
+    ranks = [context.Process(target=_end_rank_1_inside, args=(rank, store.port, messages)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    for call in ("leaving", "restore"):
+        assert re.search(r"rank 1\b.*checkpoint.*replicas=\"copy\"", messages.get()), call
+
+
+def _end_rank_1_inside(rank: int, port: int, messages: multiprocessing.SimpleQueue[str]) -> None:
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    _, ema = make_trained("ddp", timeout=1.0)
+    with pytest.raises(RuntimeError) as leaving, ema.swapped():
+        if rank == 1:
+            os._exit(0)
+    with pytest.raises(RuntimeError) as restoring:
+        ema.restore()
+    for caught in (leaving, restoring):
+        messages.put(str(caught.value))
+    os._exit(0)  # leaving the process group would wait for rank 1
+
+
 @pytest.mark.world_size(2)
 def test_drifted_replicas_are_noticed_before_anything_is_mixed() -> None:
     model, ema = make_trained("ddp")
-    if torch.distributed.get_rank() == 1:
+    if dist.get_rank() == 1:
         model.module.blocks[1].out.weight.data[0, 0] += 1
     live = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"blocks\.1\.out\.weight.*\[1\]"), ema.swapped():
