@@ -45,7 +45,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     if different:
         raise ValueError(f"the models differ in the names, shapes or cuts of {abbreviated(sorted(different))}")
     if tied_only_there := average_layout.ties_missing_in(live_layout):
-        raise ValueError(f"ema_model ties {abbreviated(tied_only_there)}, and model does not")
+        raise ValueError(f"ema_model ties {abbreviated(tied_only_there)}, and model does not: untie them")
     averaged: list[tuple[Tensor, Tensor]] = []
     copied: list[tuple[Tensor, Tensor]] = []
     for name, shard in (average_layout.parameters | average_layout.buffers).items():

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.precision import Precision
 from ema_dist.averages.tracks import Tracks
-from ema_dist.communication.rendezvous import RendezvousError
+from ema_dist.communication.rendezvous import RendezvousError, advice_on_absence
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK
 
@@ -46,23 +46,26 @@ def construct_on_all_ranks(live: LiveModel, settings: Mapping[str, str], make_tr
 
 
 def _compare(live: LiveModel, settings: Mapping[str, str], problem: str = "") -> None:
-    meet = partial(
+    compare = partial(
         live.rendezvous,
         _CALL,
-        advice="construct it on each of them; averages on rank 0 only take the unwrapped module; where some ranks are "
-        "slower than that, ShardedEMA(..., timeout=seconds) waits longer",
+        advice=advice_on_absence("construct it on each of them; averages on rank 0 only take the unwrapped module"),
     )
     tied = [f"{name}, tied to {first}" for name, first in live.layout.ties.items()]
     selected = [*live.selected, *tied]
-    digests = _digest_names(selected)
     try:
-        meet(problem=problem, compared=[settings, digests])
+        compare(problem=problem, compared=[settings, _digest_names(selected)])
     except RendezvousError as error:
-        # Ten thousand ranks cannot all send every name. Digests of parts have told which names to send.
-        if parts := [key for key in error.differing if key.startswith(_PART)]:
-            names = [name for name in sorted(selected) if _part(name) == min(parts)]
-            meet(compared=[{name: f"selected {name}" for name in names[:_NAMES_SENT]}])
-        raise
+        differing_parts = [key for key in error.differing if key.startswith(_PART)]
+        if not differing_parts:
+            raise
+        failure = error
+    else:
+        return
+    # Ten thousand ranks cannot all send every name. Digests of parts have told which names to send.
+    names = [name for name in sorted(selected) if _part(name) == min(differing_parts)]
+    compare(compared=[{name: f"selected {name}" for name in names[:_NAMES_SENT]}])
+    raise failure
 
 
 def describe_settings(clock: Clock, precision: Precision, **others: object) -> dict[str, str]:

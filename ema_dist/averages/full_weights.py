@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from ema_dist.averages.track import Track
 from ema_dist.communication.rendezvous import rendezvous
 from ema_dist.messages import abbreviated, describe_difference
-from ema_dist.sharding import ExpandedShard, Layout, Shard
+from ema_dist.sharding import ExpandedShard, Layout, Shard, has_equal_bits
 
 T = TypeVar("T")
 
@@ -178,7 +178,9 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
     ]:
         raise ValueError(f"the models differ in the shapes of {abbreviated(mismatched)}")
     if tied_only_there := target.ties_missing_in(layout):
-        raise ValueError(f"the given model ties {abbreviated(tied_only_there)}, and the averaged one does not")
+        raise ValueError(
+            f"the given model ties {abbreviated(tied_only_there)}, and the averaged one does not: untie them"
+        )
     _require_expandable(target, layout, averages)
     target.wait_for_device()
     for shard, local in _shards_and_values(layout, averages):
@@ -350,6 +352,4 @@ def _is_identical(left: object, right: object) -> bool:
     """Whether both are the same object or bit-identical tensors, so that NaN equals NaN."""
     if left is right or not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return left is right
-    if (left.shape, left.dtype) != (right.shape, right.dtype):
-        return False
-    return torch.equal(*(tensor.cpu().contiguous().flatten().view(torch.uint8) for tensor in (left, right)))
+    return has_equal_bits(left.cpu(), right.cpu())

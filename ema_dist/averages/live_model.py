@@ -11,7 +11,6 @@ from torch.distributed import ProcessGroup
 
 from ema_dist.communication.call_history import CallHistory
 from ema_dist.communication.rendezvous import (
-    DEFAULT_ADVICE,
     RendezvousError,
     announce_failure,
     rendezvous,
@@ -87,8 +86,9 @@ class LiveModel:
 
         Raises: ValueError when no parameter is selected, or one that has no average.
         """
-        for name in self.layout.parameters:
-            (self.selected if self._is_selected(name) else self._unselected).append(name)
+        self.selected = [name for name in self.layout.parameters if self._is_selected(name)]
+        selected = {*self.selected}
+        self._unselected = [name for name in self.layout.parameters if name not in selected]
         if not self.selected:
             raise ValueError(
                 f"nothing to average: none of the {len(self._unselected)} parameters "
@@ -121,13 +121,13 @@ class LiveModel:
         problem: str = "",
         *,
         compared: Sequence[Mapping[str, str]] | None = None,
-        advice: str = DEFAULT_ADVICE,
+        advice: str = "",
     ) -> None:
         """Return once every rank that holds the model has entered ``call``, none reports a problem, and they agree.
 
         Args:
             compared: what must be equal on all ranks; None for `history`.
-            advice: what to do when ranks do not come.
+            advice: as for `ema_dist.communication.rendezvous.rendezvous`.
 
         Collective: over `ranks`. Raises: RendezvousError otherwise.
         """
@@ -196,7 +196,7 @@ class LiveModel:
                         "construct it again after changing or wrapping a model"
                     )
                 # What views the same storage can stay: averages bound to it, and servings.
-                if not is_current or layout.extra_states != self.layout.extra_states:
+                if not (is_current and self.layout.has_same_objects(layout)):
                     self.layout = layout
             if newly_selected := [name for name in self._unselected if self._is_selected(name)]:
                 return ValueError(

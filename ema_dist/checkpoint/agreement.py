@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.communication.rendezvous import rendezvous
+from ema_dist.communication.rendezvous import advice_on_absence, rendezvous
 
 T = TypeVar("T")
 
@@ -38,10 +38,7 @@ def checkpoint_rendezvous(
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         rendezvous(call, [], timeout=timeout, problem=problem)
         return None
-    advice = (
-        "call it on each of them, not under `if rank == 0:`; where some are slower than that, "
-        f"{call.partition('(')[0]}(..., timeout=seconds) waits longer"
-    )
+    advice = advice_on_absence(takes_timeout=call.partition("(")[0])
     ranks = list(range(dist.get_world_size()))
     rendezvous(call, ranks, timeout=timeout, problem=problem, compared=compared, advice=advice)
     world = dist.group.WORLD

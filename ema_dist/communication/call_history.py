@@ -35,6 +35,10 @@ class CallHistory:
         self.calls = Calls()
         """The calls until now, replaced as a whole, so that an interruption cannot record half a call."""
 
+    def __repr__(self) -> str:
+        calls = (f"{call} {_times(count)}" for call, count in self.calls.counts.items())
+        return f"{type(self).__name__}({', '.join(calls)})"
+
     def record(self, call: str, *arguments: float) -> None:
         """Add a call that succeeded.
 

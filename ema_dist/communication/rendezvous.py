@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed import Store
 
+from ema_dist.communication.outcome import Outcome, Report, compare_reports, describe_calls, ranks_by_value
 from ema_dist.communication.store import rendezvous_store
-from ema_dist.communication.verdict import Report, Verdict, describe_calls, judge, ranks_by_value
 from ema_dist.messages import describe_ranks, runs
 from ema_dist.sharding import world_store
 
@@ -24,13 +24,21 @@ _series: MutableMapping[object, dict[tuple[int, ...], RendezvousSeries]] = WeakK
 _answers: MutableMapping[object, dict[str, str]] = WeakKeyDictionary()
 """The answers that each world has agreed on, by question."""
 
-ELECTED_SECONDS = 10.0
-"""How long ranks that gave up wait for the verdict of the one that gave up first."""
+OUTCOME_SECONDS = 10.0
+"""How long ranks that gave up wait until the first of them has decided; at most ``timeout`` a second time."""
 
-DEFAULT_ADVICE = (
-    "call it on each of them, not under `if rank == 0:`; where some are slower than that, "
-    "ShardedEMA(..., timeout=seconds) waits longer"
-)
+
+CALL_ON_ALL = "call it on each of them, not under `if rank == 0:`"
+
+
+def advice_on_absence(first: str = CALL_ON_ALL, *, takes_timeout: str = "ShardedEMA") -> str:
+    """What to do when ranks do not come.
+
+    Args:
+        first: what to do first.
+        takes_timeout: the function or class that has the parameter ``timeout``.
+    """
+    return f"{first}; where some are slower than that, {takes_timeout}(..., timeout=seconds) waits longer"
 
 
 class RendezvousError(RuntimeError):
@@ -38,18 +46,18 @@ class RendezvousError(RuntimeError):
 
     Args:
         message: what happened and what to do.
-        all_came: whether every rank came to this call and raises this error now, because one of them reported a problem
-            or because they differ. False when ranks are absent, gave up, or made different calls.
+        all_arrived: whether every rank has come to this call and raises this error now, because one of them reported a
+            problem or because they differ. False when ranks are absent, gave up, or made different calls.
         differing: the keys of what was compared whose values differ.
         is_final: whether a rank has announced a failure, so that no later rendezvous can succeed.
     """
 
     def __init__(
-        self, message: str, *, all_came: bool = False, differing: Sequence[str] = (), is_final: bool = False
+        self, message: str, *, all_arrived: bool = False, differing: Sequence[str] = (), is_final: bool = False
     ) -> None:
         super().__init__(message)
         self.is_final = is_final
-        self.all_came = all_came
+        self.all_arrived = all_arrived
         self.differing = differing
 
 
@@ -82,7 +90,7 @@ def rendezvous(
     timeout: float,
     problem: str = "",
     compared: Sequence[Mapping[str, str]] = (),
-    advice: str = DEFAULT_ADVICE,
+    advice: str = "",
 ) -> None:
     """Return once all of ``ranks`` have entered ``call``, none reports a problem, and they agree.
 
@@ -93,7 +101,7 @@ def rendezvous(
         problem: why this rank cannot continue; then every rank raises.
         compared: what must be equal on all ranks, by key; each value completes the sentence "rank 0 has ...". Of
             several mappings, the error describes the first that differs.
-        advice: what to do when ranks do not come.
+        advice: what to do when ranks do not come; empty for `advice_on_absence`.
 
     Collective: over ``ranks``, through the process group's store; no tensor is sent.
     Raises: RendezvousError on every rank that came, when one has a problem or made another call, or when they differ;
@@ -101,19 +109,19 @@ def rendezvous(
     """
     if len(ranks) < 2:
         if problem:
-            raise RendezvousError(problem, all_came=True)
+            raise RendezvousError(problem, all_arrived=True)
         return
     require_process_group(call, ranks)
     try:
-        verdict = _series_of(ranks).meet(rendezvous_store(), Report(call, problem, compared), timeout, advice)
+        outcome = _series_of(ranks).join(rendezvous_store(), Report(call, problem, compared), timeout, advice)
     except RuntimeError as error:
         raise RendezvousError(
-            f"{call} needs {describe_ranks(ranks)} together, and their store cannot be used: {error}. Has the process "
-            "that hosts it ended (rank 0, or the launcher)?"
+            f"{call} needs {describe_ranks(ranks)} together, and their store cannot be used: {error}. The process that "
+            "hosts it (rank 0, or the launcher) has probably ended: start the job again"
         ) from error
-    if verdict.message:
+    if outcome.message:
         raise RendezvousError(
-            verdict.message, all_came=verdict.all_came, differing=verdict.differing, is_final=verdict.is_final
+            outcome.message, all_arrived=outcome.all_arrived, differing=outcome.differing, is_final=outcome.is_final
         )
 
 
@@ -144,7 +152,7 @@ def _series_of(ranks: list[int]) -> RendezvousSeries:
 class RendezvousSeries:
     """The rendezvous of one set of ranks, numbered. Every rank passes all numbers in order.
 
-    Each number gets one verdict: the first one that is written. The last rank to come writes it, or a rank that gives
+    Each number gets one outcome: the first one that is written. The last rank to come writes it, or a rank that gives
     up, or one that announces a failure. So ranks always agree on which number is next.
     """
 
@@ -157,52 +165,52 @@ class RendezvousSeries:
         """The last number that this rank has come to; the current one if an exception ended its wait."""
         self._first_uncleared = 0
 
-    def meet(self, store: Store, report: Report, timeout: float, advice: str = DEFAULT_ADVICE) -> Verdict:
-        """Come to the next rendezvous and wait for its verdict."""
+    def join(self, store: Store, report: Report, timeout: float, advice: str = "") -> Outcome:
+        """Come to the next rendezvous and wait for its outcome."""
         if self._entered == self._number:
-            self._withdraw(store, f"rank {self._rank} was interrupted while it waited")
-        verdict = self._meet_once(store, report, timeout, advice)
-        if not verdict.is_too_late_for(self._rank):
-            return verdict
+            self._cancel(store, f"rank {self._rank} was interrupted while it waited")
+        outcome = self._join_once(store, report, timeout, advice)
+        if not outcome.is_too_late_for(self._rank):
+            return outcome
         # This rank was missing when others gave up, any number of times. They may come again.
-        missed = verdict
-        while verdict.is_too_late_for(self._rank):
-            verdict = self._meet_once(store, report, timeout, advice)
-        if verdict.came is not None:
-            return replace(verdict, message=f"{verdict.message}. Before rank {self._rank} came, {missed.message}")
-        return verdict
+        missed = outcome
+        while outcome.is_too_late_for(self._rank):
+            outcome = self._join_once(store, report, timeout, advice)
+        if outcome.arrived is not None:
+            return replace(outcome, message=f"{outcome.message}. Before rank {self._rank} came, {missed.message}")
+        return outcome
 
     def announce(self, store: Store, message: str) -> None:
-        """Write ``message`` as the verdict of the first rendezvous that has none."""
-        text = Verdict(message, is_final=True).encode()
+        """Write ``message`` as the outcome of the first rendezvous that has none."""
+        text = Outcome(message, is_final=True).encode()
         decided = None
         while decided != text:
             self._entered = self._number
             decided = self._current(store).decide(text).encode()
             self._number += 1
 
-    def _meet_once(self, store: Store, report: Report, timeout: float, advice: str) -> Verdict:
+    def _join_once(self, store: Store, report: Report, timeout: float, advice: str) -> Outcome:
         self._entered = self._number
         current = self._current(store)
         try:
-            verdict = current.wait_for_all(report, timeout, advice)
+            outcome = current.wait_for_all(report, timeout, advice)
         except BaseException as error:
             try:
-                self._withdraw(store, f"rank {self._rank} was interrupted in {report.call} by {error!r}")
-            except RuntimeError as second_error:  # the next `meet` withdraws
+                self._cancel(store, f"rank {self._rank} was interrupted in {report.call} by {error!r}")
+            except RuntimeError as second_error:  # the next `join` cancels it
                 _log.warning("the interrupted rendezvous of %s stays open: %s", report.call, second_error)
             raise
-        self._pass(store, verdict)
-        return verdict
+        self._pass(store, outcome)
+        return outcome
 
-    def _withdraw(self, store: Store, reason: str) -> None:
-        self._pass(store, self._current(store).withdraw(reason))
+    def _cancel(self, store: Store, reason: str) -> None:
+        self._pass(store, self._current(store).cancel(reason))
 
-    def _pass(self, store: Store, verdict: Verdict) -> None:
+    def _pass(self, store: Store, outcome: Outcome) -> None:
         number = self._number
         self._number = number + 1
-        if verdict.is_complete and self._rank == self._ranks[0]:
-            # All ranks have come here, so that none reads an earlier verdict any more. Some may still read this one.
+        if outcome.is_complete and self._rank == self._ranks[0]:
+            # All ranks have come here, so that none reads an earlier outcome any more. Some may still read this one.
             for earlier in range(self._first_uncleared, number):
                 self._at(store, earlier).clear()
             self._first_uncleared = number
@@ -222,66 +230,66 @@ class _Rendezvous:
         self._ranks = ranks
         self._rank = rank
         self._reports = f"{prefix}/reports"
-        self._came = f"{prefix}/came"
+        self._arrived = f"{prefix}/arrived"
         self._gave_up = f"{prefix}/gave-up"
-        self._verdict = f"{prefix}/verdict"
+        self._outcome = f"{prefix}/outcome"
 
-    def wait_for_all(self, report: Report, timeout: float, advice: str) -> Verdict:
-        """Report, and wait for the verdict; reach it if this rank is the last to come."""
+    def wait_for_all(self, report: Report, timeout: float, advice: str) -> Outcome:
+        """Report, and wait for the outcome; the last rank to come decides it."""
         line = f"{self._rank} {report.encode()}\n"
         self._store.append(self._reports, line)  # pyrefly: ignore[missing-attribute]  torch's stubs lack it
-        if self._store.add(self._came, 1) == len(self._ranks):
-            return self.decide(judge(self._read_reports()).encode())
-        if self._wait_for_verdict(timeout):
-            return self._read_verdict()
+        if self._store.add(self._arrived, 1) == len(self._ranks):
+            return self.decide(compare_reports(self._read_reports()).encode())
+        if self._wait_for_outcome(timeout):
+            return self._read_outcome()
         # Of many ranks that give up at the same time, one reads all reports.
-        if self._store.add(self._gave_up, 1) > 1 and self._wait_for_verdict(ELECTED_SECONDS):
-            return self._read_verdict()
-        return self.decide(self._judge_without_absent(report.call, timeout, advice).encode())
+        if self._store.add(self._gave_up, 1) > 1 and self._wait_for_outcome(min(OUTCOME_SECONDS, timeout)):
+            return self._read_outcome()
+        return self.decide(self._outcome_without_absent(report.call, timeout, advice).encode())
 
-    def decide(self, verdict: str) -> Verdict:
-        """Make ``verdict`` the one of this rendezvous, unless it has one. Returns the one that it has."""
-        decided = self._store.compare_set(self._verdict, "", verdict).decode()
+    def decide(self, outcome: str) -> Outcome:
+        """Make ``outcome`` the one of this rendezvous, unless it has one. Returns the one that it has."""
+        decided = self._store.compare_set(self._outcome, "", outcome).decode()
         # Not every TCPStore wakes those who wait for a key when `compare_set` creates it; all do after `set`.
-        self._store.set(self._verdict, decided)
-        return Verdict.decode(decided)
+        self._store.set(self._outcome, decided)
+        return Outcome.decode(decided)
 
-    def withdraw(self, reason: str) -> Verdict:
-        """End this rendezvous for all, unless it has a verdict, as this rank does not wait for it any more."""
-        came = runs(sorted({*self._read_reports(), self._rank})) if self.has_begun() else []
-        return self.decide(Verdict(reason, came=came).encode())
+    def cancel(self, reason: str) -> Outcome:
+        """End this rendezvous for all, unless it has an outcome, as this rank does not wait for it any more."""
+        arrived = runs(sorted({*self._read_reports(), self._rank})) if self.has_begun() else []
+        return self.decide(Outcome(reason, arrived=arrived).encode())
 
     def has_begun(self) -> bool:
         """Whether a rank has come."""
-        return self._store.check([self._came])
+        return self._store.check([self._arrived])
 
     def clear(self) -> None:
         """Delete the keys."""
-        for key in (self._reports, self._came, self._gave_up, self._verdict):
+        for key in (self._reports, self._arrived, self._gave_up, self._outcome):
             self._store.delete_key(key)
 
-    def _judge_without_absent(self, call: str, timeout: float, advice: str) -> Verdict:
+    def _outcome_without_absent(self, call: str, timeout: float, advice: str) -> Outcome:
         reports = self._read_reports()
         if len(reports) == len(self._ranks):
-            return judge(reports)  # the last rank came at this moment, or has ended before it could judge
+            return compare_reports(reports)  # the last rank came at this moment, or has ended before it could compare
         calls = ranks_by_value({rank: Report.decode(text).call for rank, text in reports.items()})
         absent = describe_ranks({*self._ranks} - reports.keys())
         others = f" ({describe_calls(calls)})" if len(calls) > 1 else ""
-        return Verdict(
+        return Outcome(
             f"rank {self._rank} waited {timeout:g} s in {call}: {absent} did not come{others}. It needs "
-            f"{describe_ranks(self._ranks)} together: {advice}",
-            came=runs(sorted(reports)),
+            f"{describe_ranks(self._ranks)} together: {advice or advice_on_absence()}",
+            arrived=runs(sorted(reports)),
         )
 
-    def _wait_for_verdict(self, seconds: float) -> bool:
+    def _wait_for_outcome(self, seconds: float) -> bool:
         try:
-            self._store.wait([self._verdict], timedelta(seconds=seconds))
+            self._store.wait([self._outcome], timedelta(seconds=seconds))
         except RuntimeError:  # DistStoreError from some stores, its parent from others
             return False
         return True
 
-    def _read_verdict(self) -> Verdict:
-        return Verdict.decode(self._store.get(self._verdict).decode())
+    def _read_outcome(self) -> Outcome:
+        return Outcome.decode(self._store.get(self._outcome).decode())
 
     def _read_reports(self) -> dict[int, str]:
         lines = self._store.get(self._reports).decode().splitlines()

@@ -77,7 +77,7 @@ def leave_together(
         try:
             live.rendezvous("leaving swapped()", problem, compared=(), advice=_ADVICE)
         except RendezvousError as failure:
-            if not failure.all_came:
+            if not failure.all_arrived:
                 hint = "The averages are still in the model; restore() on every rank puts the live weights back"
                 raise _with_hint(failure, hint) from None
             raised_in_block = failure
@@ -132,4 +132,4 @@ def _log_report(live: LiveModel, problem: str) -> None:
 
 def _with_hint(failure: RendezvousError, hint: str) -> RendezvousError:
     text = str(failure) if failure.is_final else f"{failure}. {hint}"
-    return RendezvousError(text, all_came=failure.all_came, is_final=failure.is_final)
+    return RendezvousError(text, all_arrived=failure.all_arrived, is_final=failure.is_final)

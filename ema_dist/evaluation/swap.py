@@ -12,7 +12,7 @@ from ema_dist.averages.track import Track
 from ema_dist.communication.replica_collectives import prepare_all_gather_parts
 from ema_dist.evaluation.active import ActiveRegistry
 from ema_dist.kernels import Exchange, group_pairs
-from ema_dist.sharding import Layout, Shard
+from ema_dist.sharding import Layout, Shard, has_equal_bits
 
 _active_swaps: ActiveRegistry[Swap] = ActiveRegistry()
 
@@ -194,9 +194,7 @@ class Swap:
         if shard.local.numel() and shard.local.data_ptr() == swapped_in.local.data_ptr():
             return shard.version != self._versions[name]
         # The first forward pass of FSDP2 moves uneven shards to other storage: compare values instead of versions.
-        return shard.local.dtype != swapped_in.local.dtype or not torch.equal(
-            _as_bytes(shard.local), _as_bytes(swapped_in.local)
-        )
+        return not has_equal_bits(shard.local, swapped_in.local)
 
     def _make_exchange(self, pairs: dict[str, tuple[Tensor, Tensor]], *, is_exchanged: bool = False) -> Exchange:
         exchanged_pairs = (pair for name, pair in pairs.items() if name not in self._stash)
@@ -228,11 +226,6 @@ def _increment_other_versions(layout: Layout) -> None:
     """Let autograd see the writes also through parameters that only share the memory of those written to."""
     for shard in layout.shards:
         shard.increment_other_versions()
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, which compare equal also for NaN."""
-    return tensor.flatten().view(torch.uint8)
 
 
 def _pairs(layout: Layout, track: Track) -> dict[str, tuple[Tensor, Tensor]]:

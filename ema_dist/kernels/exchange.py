@@ -11,7 +11,7 @@ from torch import Tensor
 from ema_dist.kernels.lists import chunks
 from ema_dist.kernels.scratch import allocate_scratch, max_scratch_bytes, scratch_views
 
-Lists = tuple[list[Tensor], list[Tensor]]
+TensorLists = tuple[list[Tensor], list[Tensor]]
 
 
 class Exchange:
@@ -27,7 +27,7 @@ class Exchange:
         smaller one if there is no memory for that.
     """
 
-    def __init__(self, lists: Sequence[Lists], *, is_exchanged: bool = False) -> None:
+    def __init__(self, lists: Sequence[TensorLists], *, is_exchanged: bool = False) -> None:
         chunk_list = [chunk for left, right in lists for chunk in _split(left, right, max_scratch_bytes(left[0]))]
         self._state = _State(chunk_list, exchanged=len(chunk_list) if is_exchanged else 0)
 
@@ -95,7 +95,7 @@ class _OpenChunk(NamedTuple):
 class _State(NamedTuple):
     """How far the exchange is. It is immutable and replaced as a whole, so that an exception finds it complete."""
 
-    chunk_list: list[Lists]
+    chunk_list: list[TensorLists]
     exchanged: int
     """The number of chunks, from the first one, whose contents are exchanged."""
     open_chunk: _OpenChunk | None = None
@@ -107,5 +107,5 @@ class _State(NamedTuple):
         return self.exchanged - 1 if self.exchanged else None
 
 
-def _split(left: list[Tensor], right: list[Tensor], max_bytes: int) -> Sequence[Lists]:
+def _split(left: list[Tensor], right: list[Tensor], max_bytes: int) -> Sequence[TensorLists]:
     return [(ours, theirs) for ours, theirs in chunks(left, right, max_bytes=max_bytes)]

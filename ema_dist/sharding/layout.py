@@ -116,11 +116,8 @@ class Layout:
                 )
         # The pieces of a flat parameter of FSDP1 are disjoint, and other tensors are owned by somebody.
         owned = [shard for shard in self.shards if self.registry_entries[shard.name]]
-        if shared := find_shared_memory((shard.name, shard.owner) for shard in owned):
-            raise ValueError(
-                f"{shared}, and would overwrite each other's averages: give each its own memory "
-                "(module.x = nn.Parameter(x.detach().clone())), or register one tensor under both names"
-            )
+        if problem := find_shared_memory((shard.name, shard.owner) for shard in owned):
+            raise ValueError(problem)
 
     def shares_modules_with(self, model: nn.Module) -> bool:
         """Whether ``model`` shares a module or a parameter with this model; one may contain the other."""
@@ -174,12 +171,17 @@ class Layout:
         """
         if self.has_flat_parameters:
             return False
-        self.fsdp2_units.clear_optim_events()
         if init_fsdp2:
             self.fsdp2_units.init_and_reshard()
         else:
-            self.fsdp2_units.reshard()
+            self.reshard()
         return not (self.has_moved() or self._change_detector.has_replaced_params() or self._replaced_buffers())
+
+    def has_same_objects(self, other: Layout) -> bool:
+        """Whether ``other``, of the same storage, was read from the same parameters, buffers and extra states."""
+        return self.extra_states == other.extra_states and all(
+            ours.owner is theirs.owner for ours, theirs in zip(self.shards, other.shards, strict=True)
+        )
 
     @property
     def has_flat_parameters(self) -> bool:
@@ -218,11 +220,15 @@ class Layout:
                 if buffer is None or buffer.shape != shard.shape or expanded_dims(buffer) != expanded_dims(shard.owner):
                     now = None if buffer is None else _describe_shape(buffer)
                     raise ValueError(
-                        f"buffer {own_name!r} had the shape {_describe_shape(shard.owner)} and now has {now}"
+                        f"buffer {own_name!r} had the shape {_describe_shape(shard.owner)} and now has {now}: "
+                        "construct ShardedEMA again after such a change"
                     )
                 owners.setdefault(id(buffer), (own_name, buffer))
             if len({memory_key(buffer) for _, buffer in owners.values()}) > 1:
-                raise ValueError(f"the buffers {[*shard.names]} were one tensor, and a module has replaced one of them")
+                raise ValueError(
+                    f"the buffers {[*shard.names]} were one tensor, and a module has replaced one of them: let all be "
+                    "one tensor again, or construct ShardedEMA again"
+                )
             replaced.append((shard, dict(owners.values())))
         return replaced
 

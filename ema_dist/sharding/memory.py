@@ -65,8 +65,17 @@ def distinct_elements(tensor: Tensor, dims: Iterable[int]) -> Tensor:
     return tensor
 
 
+def has_equal_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether both tensors, of one device, have the same shape, dtype and bits, so that NaN equals NaN."""
+    return (left.shape, left.dtype) == (right.shape, right.dtype) and torch.equal(
+        *(tensor.contiguous().flatten().view(torch.uint8) for tensor in (left, right))
+    )
+
+
 def find_shared_memory(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Describes memory that tensors share, though they are not one tensor as by `memory_key`; empty if there is none.
+    """Describes memory that tensors share, though they are not one tensor as by `memory_key`, and what to do about it.
+
+    Empty if there is none.
 
     Extents on one device are sorted by address; only those whose address ranges intersect are compared exactly, so that
     interleaved views (``w[:, :3]`` and ``w[:, 3:]``) are distinguished from overlapping ones.
@@ -79,21 +88,30 @@ def find_shared_memory(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
             continue
         local = dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor
         if (dims := expanded_dims(local)) and isinstance(tensor, DTensor):
-            return f"elements of {name!r} overlap each other (expand made the local tensor of this DTensor)"
+            return _overlapping_elements(name, "expand made the local tensor of this DTensor")
         local = distinct_elements(local, dims)
         if not local.numel():
             continue
         extent = _extent(local)
         if overlaps_itself(extent):
-            return (
-                f"elements of {name!r} overlap each other (as_strided or unfold made it, with strides {local.stride()})"
-            )
+            return _overlapping_elements(name, f"as_strided or unfold made it, with strides {local.stride()}")
         extents_by_device.setdefault(local.device, []).append((extent, index))
     for extents in extents_by_device.values():
         for pair in _overlapping_pairs(extents):
             first, second = sorted(pair)
-            return f"{names[first]!r} and {names[second]!r} share a part of their memory"
+            return (
+                f"{names[first]!r} and {names[second]!r} share a part of their memory, and would overwrite each other's"
+                " averages: give each its own memory (module.x = nn.Parameter(x.detach().clone())), or register one "
+                "tensor under both names"
+            )
     return ""
+
+
+def _overlapping_elements(name: str, reason: str) -> str:
+    return (
+        f"elements of {name!r} share memory with each other ({reason}), and would overwrite each other's averages: "
+        "store it without overlaps (module.x = nn.Parameter(x.detach().clone()))"
+    )
 
 
 def overlaps(left: Extent, right: Extent) -> bool:

@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed._shard.sharded_tensor import ShardedTensor  # no public name
 from torch.distributed.tensor import DTensor
 
-from ema_dist.sharding.memory import distinct_elements
+from ema_dist.sharding.memory import distinct_elements, has_equal_bits
 from ema_dist.sharding.shard import Shard
 
 
@@ -86,8 +86,7 @@ class ExpandedShard(PlainShard):
     def slice_full(self, full: Tensor) -> Tensor:
         distinct = distinct_elements(super().slice_full(full), self.dims)
         expanded = distinct.expand(self._shape)
-        # Compared as bytes, so that NaN equals NaN.
-        if not torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (expanded, full))):
+        if not has_equal_bits(expanded, full):
             raise ValueError(f"expected equal values along the expanded dimensions {list(self.dims)}, got others")
         return distinct
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch.distributed as dist
 
 from ema_dist.communication.call_history import CallHistory
+from ema_dist.communication.outcome import Report
 from ema_dist.communication.rendezvous import RendezvousSeries
-from ema_dist.communication.verdict import Report
 
 PROCESSES = 8
 ROUNDS = 7
@@ -70,27 +70,27 @@ def run_ranks(port: int, size: int, mine: range, barrier: Barrier) -> Result:
         series = [RendezvousSeries(everyone, rank) for rank in mine]
         report = Report("swapped()", compared=_example_history().compared(steps=1000, updates=1000))
 
-        def meet(seconds: float, came: int) -> float:
+        def join(seconds: float, ranks_that_come: int) -> float:
             barrier.wait()
             start = time.perf_counter()
             futures = [
-                pool.submit(ranks.meet, store, report, seconds)  # pyrefly: ignore  it passes for a store
+                pool.submit(ranks.join, store, report, seconds)  # pyrefly: ignore  it passes for a store
                 for rank, ranks, store in zip(mine, series, stores, strict=True)
-                if rank < came
+                if rank < ranks_that_come
             ]
             failed = [future.result().message for future in futures if future.result().message]
-            assert bool(failed) == (came < size), failed[:1]
+            assert bool(failed) == (ranks_that_come < size), failed[:1]
             return time.perf_counter() - start
 
         def count() -> list[int]:
             return [store.requests.total() for store in stores]
 
-        seconds = [meet(TIMEOUT_SECONDS, size) for _ in range(ROUNDS - 1)]
+        seconds = [join(TIMEOUT_SECONDS, size) for _ in range(ROUNDS - 1)]
         before = count()
-        seconds.append(meet(TIMEOUT_SECONDS, size))
+        seconds.append(join(TIMEOUT_SECONDS, size))
         requests = [now - then for now, then in zip(count(), before, strict=True)]
         before = count()
-        missing_seconds = meet(MISSING_TIMEOUT_SECONDS, size - 1) - MISSING_TIMEOUT_SECONDS
+        missing_seconds = join(MISSING_TIMEOUT_SECONDS, size - 1) - MISSING_TIMEOUT_SECONDS
         return Result(seconds, requests, missing_seconds, sum(count()) - sum(before))
 
 

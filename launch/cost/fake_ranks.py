@@ -56,7 +56,7 @@ class FakeCase:
         return SmallTensors(self.tensors)
 
 
-def measure_apart(case: FakeCase) -> Record:
+def measure_in_subprocess(case: FakeCase) -> Record:
     """Median seconds of each call, measured in a process of its own."""
     forkserver.set_forkserver_preload([__name__])
     # Python 3.11 does not tell the server where this script looks for modules, and it skips those it does not find.

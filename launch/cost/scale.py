@@ -13,7 +13,7 @@ from itertools import groupby
 from launch.benchmark.measure import Record
 from launch.benchmark.page import Environment, Page, Table, Target, ms, target_table
 from launch.benchmark.run import argument_parser, make_console, parse
-from launch.cost.fake_ranks import LAYOUTS, FakeCase, measure_apart
+from launch.cost.fake_ranks import LAYOUTS, FakeCase, measure_in_subprocess
 
 RANKS = (16, 1024, 8192)
 TARGET_LAYOUTS = ("ddp", "fsdp2", "hsdp", "tp")
@@ -44,7 +44,7 @@ def main() -> None:
     records: list[Record] = []
     for case in [*cases, *large_cases]:
         with console.status(str(case)):
-            records.append(measure_apart(case))
+            records.append(measure_in_subprocess(case))
     page = scale_page(environment, records[: len(cases)], records[len(cases) :])
     for table in page.tables:
         console.print(table.for_terminal())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from ema_dist.communication.call_history import CallHistory
-from ema_dist.communication.verdict import Report, judge
+from ema_dist.communication.outcome import Report, compare_reports
 
 
 def history(calls: Sequence[tuple[str, float]]) -> CallHistory:
@@ -17,9 +17,9 @@ def history(calls: Sequence[tuple[str, float]]) -> CallHistory:
     return made
 
 
-def verdict(*histories: CallHistory) -> str:
+def outcome(*histories: CallHistory) -> str:
     reports = {rank: Report("save()", compared=each.compared()) for rank, each in enumerate(histories)}
-    return judge({rank: report.encode() for rank, report in reports.items()}).message
+    return compare_reports({rank: report.encode() for rank, report in reports.items()}).message
 
 
 UPDATES = [("update()", 0.5), ("update()", 0.25)]
@@ -36,17 +36,17 @@ UPDATES = [("update()", 0.5), ("update()", 0.25)]
     ],
 )
 def test_other_calls_are_described(calls: Sequence[tuple[str, float]], words: list[str]) -> None:
-    message = verdict(history(UPDATES), history(calls))
+    message = outcome(history(UPDATES), history(calls))
     assert all(word in message for word in words), message
     assert "order" not in message or len(calls) == len(UPDATES)
-    assert not verdict(history(calls), history(calls))
+    assert not outcome(history(calls), history(calls))
 
 
 def test_an_order_that_is_no_longer_shown_still_differs() -> None:
     """Only the latest calls are kept."""
     calls = [("update()",), ("swapped()",)]
     updates = [("update()",)] * 100
-    assert verdict(history([*calls, *updates]), history([*calls[::-1], *updates]))
+    assert outcome(history([*calls, *updates]), history([*calls[::-1], *updates]))
 
 
 def test_what_replaces_the_history_is_all_that_counts() -> None:
@@ -54,4 +54,4 @@ def test_what_replaces_the_history_is_all_that_counts() -> None:
     for each in (here, there):
         each.replace("load_state_dict()")
         each.record("update()")
-    assert not verdict(here, there)
+    assert not outcome(here, there)

@@ -13,9 +13,9 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import Store
 
+from ema_dist.communication.outcome import Outcome, Report, compare_reports
 from ema_dist.communication.rendezvous import RendezvousSeries, announce_failure, rendezvous
 from ema_dist.communication.store import rendezvous_store
-from ema_dist.communication.verdict import Report, Verdict, judge
 from ema_dist.messages import describe_ranks
 from ema_dist.sharding import world_store
 
@@ -45,12 +45,12 @@ class Ranks:
         ranks = [*range(size)]
         self.series = [RendezvousSeries(ranks, rank) for rank in ranks]
 
-    def meet(self, rank: int, call: str = "call()", timeout: float = 10.0, **report: Any) -> Verdict:  # noqa: ANN401
+    def join(self, rank: int, call: str = "call()", timeout: float = 10.0, **report: Any) -> Outcome:  # noqa: ANN401
         store: Any = self.stores[rank]
-        return self.series[rank].meet(store, Report(call, **report), timeout)
+        return self.series[rank].join(store, Report(call, **report), timeout)
 
-    def all_meet(self) -> list[Verdict]:
-        return self.run(self.meet)
+    def all_join(self) -> list[Outcome]:
+        return self.run(self.join)
 
     def run(self, body: Callable[[int], Any], ranks: list[int] | None = None) -> list[Any]:
         with ThreadPoolExecutor(len(self.series)) as pool:
@@ -78,31 +78,31 @@ def test_ranks_that_give_up_or_come_late_agree_on_what_is_next(kind: str, tmp_pa
         outcomes = []
         for _ in range(10):
             time.sleep(delays.choice([0, 0, 0, 0.02, 0.05]))
-            outcomes.append(ranks.meet(rank, timeout=0.04).message)
-        while ranks.meet(rank, "end()").message:
+            outcomes.append(ranks.join(rank, timeout=0.04).message)
+        while ranks.join(rank, "end()").message:
             pass  # others are still at call()
         return outcomes
 
     outcomes = ranks.run(run)
     assert len({each.count("") for each in outcomes}) == 1, outcomes
-    assert {verdict.message for verdict in ranks.all_meet()} == {""}
+    assert {outcome.message for outcome in ranks.all_join()} == {""}
 
 
 @pytest.mark.parametrize("kind", STORES)
 def test_one_rank_alone_can_give_up_any_number_of_times(kind: str, tmp_path: Path) -> None:
     ranks = Ranks(kind, 3, tmp_path)
     for _ in range(3):
-        verdict = ranks.meet(1, timeout=0.02)
-        assert not verdict.all_came
-        assert "rank 1 waited 0.02 s in call(): ranks 0, 2 did not come" in verdict.message
-    assert {verdict.message for verdict in ranks.all_meet()} == {""}
-    assert ranks.meet(0, timeout=0.02).message
+        outcome = ranks.join(1, timeout=0.02)
+        assert not outcome.all_arrived
+        assert "rank 1 waited 0.02 s in call(): ranks 0, 2 did not come" in outcome.message
+    assert {outcome.message for outcome in ranks.all_join()} == {""}
+    assert ranks.join(0, timeout=0.02).message
 
 
 def test_a_late_rank_learns_why_nobody_is_there(tmp_path: Path) -> None:
     ranks = Ranks("memory", 2, tmp_path)
-    ranks.meet(0, "swapped()", timeout=0.02)
-    message = ranks.meet(1, "save()", timeout=0.03).message
+    ranks.join(0, "swapped()", timeout=0.02)
+    message = ranks.join(1, "save()", timeout=0.03).message
     assert "rank 1 waited 0.03 s in save()" in message
     assert "rank 0 waited 0.02 s in swapped()" in message
 
@@ -110,10 +110,10 @@ def test_a_late_rank_learns_why_nobody_is_there(tmp_path: Path) -> None:
 def test_all_waiting_ranks_learn_from_the_first_that_gives_up(tmp_path: Path) -> None:
     ranks = Ranks("tcp", 4, tmp_path)
     start = time.monotonic()
-    verdicts = ranks.run(lambda rank: ranks.meet(rank, timeout=0.1 if rank == 2 else 30), ranks=[0, 2, 3])
+    outcomes = ranks.run(lambda rank: ranks.join(rank, timeout=0.1 if rank == 2 else 30), ranks=[0, 2, 3])
     assert time.monotonic() - start < 15
-    assert len({verdict.message for verdict in verdicts}) == 1
-    assert "rank 2 waited 0.1 s in call(): rank 1 did not come" in verdicts[0].message
+    assert len({outcome.message for outcome in outcomes}) == 1
+    assert "rank 2 waited 0.1 s in call(): rank 1 did not come" in outcomes[0].message
 
 
 def test_requests_per_rank_do_not_grow_with_the_ranks(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_requests_per_rank_do_not_grow_with_the_ranks(tmp_path: Path) -> None:
     for size in (2, 32):
         ranks = Ranks("memory", size, tmp_path)
         for _ in range(3):
-            ranks.all_meet()
+            ranks.all_join()
         most[size] = max(len(store.requests) for store in ranks.stores)
     assert max(most.values()) <= 3 * 9
 
@@ -129,32 +129,32 @@ def test_requests_per_rank_do_not_grow_with_the_ranks(tmp_path: Path) -> None:
 def test_requests_in_total_when_a_rank_is_missing(tmp_path: Path) -> None:
     """A few for each rank, and not one for each pair."""
     ranks = Ranks("memory", 32, tmp_path)
-    verdicts = ranks.run(lambda rank: ranks.meet(rank, timeout=0.5), ranks=[*range(31)])
-    assert all("rank 31 did not come" in verdict.message for verdict in verdicts)
+    outcomes = ranks.run(lambda rank: ranks.join(rank, timeout=0.5), ranks=[*range(31)])
+    assert all("rank 31 did not come" in outcome.message for outcome in outcomes)
     assert sum(len(store.requests) for store in ranks.stores) <= 8 * 32
 
 
 def test_keys_do_not_pile_up(tmp_path: Path) -> None:
     ranks = Ranks("memory", 2, tmp_path)
     for _ in range(5):
-        ranks.meet(1, timeout=0.01)
-        ranks.all_meet()
+        ranks.join(1, timeout=0.01)
+        ranks.all_join()
     store: Any = ranks.stores[0]
     assert store.num_keys() <= 3
 
 
 @pytest.mark.parametrize("requests", [["append"], ["add"], ["wait"], ["wait", "compare_set"], ["wait", "set"]])
 def test_a_rank_that_is_interrupted_no_longer_counts(requests: list[str], tmp_path: Path) -> None:
-    """Also when a second interrupt, or an error of the store, hits while it withdraws."""
+    """Also when a second interrupt, or an error of the store, hits while it cancels it."""
     ranks = Ranks("memory", 2, tmp_path)
     store = ranks.stores[0]
     for request, error in zip(requests, [KeyboardInterrupt, RuntimeError], strict=False):
         store.fail_once[request] = error()
     with pytest.raises(KeyboardInterrupt):
-        ranks.meet(0)
+        ranks.join(0)
     assert not store.fail_once
-    ranks.meet(1, timeout=0.02)
-    assert {verdict.message for verdict in ranks.all_meet()} == {""}
+    ranks.join(1, timeout=0.02)
+    assert {outcome.message for outcome in ranks.all_join()} == {""}
 
 
 def test_those_who_wait_learn_of_an_interrupted_rank_at_once(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_those_who_wait_learn_of_an_interrupted_rank_at_once(tmp_path: Path) -> 
             time.sleep(0.2)
             ranks.stores[0].fail_once["wait"] = KeyboardInterrupt("^C")
         try:
-            return ranks.meet(rank).message
+            return ranks.join(rank).message
         except KeyboardInterrupt:
             return ""
 
@@ -178,20 +178,20 @@ def test_those_who_wait_learn_of_an_interrupted_rank_at_once(tmp_path: Path) -> 
 def test_a_failure_is_announced_to_the_next_rendezvous(tmp_path: Path) -> None:
     """At once, whatever has happened to earlier ones, and only once."""
     ranks = Ranks("tcp", 3, tmp_path)
-    ranks.all_meet()
-    ranks.meet(1, timeout=0.02)
+    ranks.all_join()
+    ranks.join(1, timeout=0.02)
     store: Any = ranks.stores[2]
     ranks.series[2].announce(store, "rank 2 lost it")
-    verdicts = ranks.run(ranks.meet, ranks=[0, 1])
-    assert {(verdict.message, verdict.all_came) for verdict in verdicts} == {("rank 2 lost it", False)}
-    assert {verdict.message for verdict in ranks.all_meet()} == {""}
+    outcomes = ranks.run(ranks.join, ranks=[0, 1])
+    assert {(outcome.message, outcome.all_arrived) for outcome in outcomes} == {("rank 2 lost it", False)}
+    assert {outcome.message for outcome in ranks.all_join()} == {""}
 
 
 @pytest.mark.parametrize(
-    ("reports", "all_came", "words"),
+    ("reports", "all_arrived", "words"),
     [
         ([Report("a()"), Report("b()"), Report("a()")], False, ["ranks 0, 2 made a()", "rank 1 made b()"]),
-        ([Report("a()"), Report("a()", "no"), Report("a()", "no")], True, ["on ranks 1-2: no"]),
+        ([Report("a()"), Report("a()", "no"), Report("a()", "no")], True, ["a()", "ranks 1-2", "no"]),
         (
             [Report("a()", compared=[{"x": "x=1", "y": "y=1"}, {"z": f"z={rank}"}]) for rank in (0, 1)]
             + [Report("a()", compared=[{"x": "x=2", "y": "y=1"}])],
@@ -201,12 +201,12 @@ def test_a_failure_is_announced_to_the_next_rendezvous(tmp_path: Path) -> None:
         ([Report("a()", compared=[{}, {"z": "z=0"}]), Report("a()")], True, ["rank 0 has z=0", "rank 1 has not"]),
     ],
 )
-def test_what_differs_is_described(reports: list[Report], *, all_came: bool, words: list[str]) -> None:
-    verdict = judge({rank: report.encode() for rank, report in enumerate(reports)})
-    assert verdict.all_came == all_came
-    assert all(word in verdict.message for word in words)
-    assert "z=1" not in verdict.message
-    assert "y=1" not in verdict.message
+def test_what_differs_is_described(reports: list[Report], *, all_arrived: bool, words: list[str]) -> None:
+    outcome = compare_reports({rank: report.encode() for rank, report in enumerate(reports)})
+    assert outcome.all_arrived == all_arrived
+    assert all(word in outcome.message for word in words)
+    assert "z=1" not in outcome.message
+    assert "y=1" not in outcome.message
 
 
 def test_many_ranks_are_abbreviated() -> None:
@@ -214,7 +214,7 @@ def test_many_ranks_are_abbreviated() -> None:
     assert describe_ranks({0, *range(2, 10_000)}) == "ranks 0, 2-9999"
     assert len(describe_ranks(range(0, 10_000, 2))) < 100
     reports = {rank: Report("a()", f"problem {rank}", [{"x": f"x={rank}"}]).encode() for rank in range(10_000)}
-    assert len(judge(reports).message) < 1000
+    assert len(compare_reports(reports).message) < 1000
 
 
 @pytest.mark.world_size(1)

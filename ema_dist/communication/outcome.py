@@ -1,4 +1,4 @@
-"""What ranks report at a rendezvous, and the verdict that one of them reaches for all."""
+"""What ranks report at a rendezvous, and how it ends: one of them compares the reports for all."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Outcome:
     """How a rendezvous ended: the same on every rank.
 
     Args:
         message: why no rank may continue; empty if all may.
-        all_came: whether every rank came, and to the same call.
+        all_arrived: whether every rank came, and to the same call.
         is_complete: whether every rank came, to whichever call.
-        came: the ranks that came before a rank gave up, as first and last ranks of runs; None where it does not matter.
+        arrived: the ranks that had come when one gave up, as first and last ranks of runs; None if no rank gave up.
         differing: the keys of ``compared`` whose values differ.
         is_final: whether no later rendezvous of these ranks can succeed.
     """
 
     message: str
-    all_came: bool = False
+    all_arrived: bool = False
     is_complete: bool = False
-    came: Sequence[tuple[int, int]] | None = None
+    arrived: Sequence[tuple[int, int]] | None = None
     differing: Sequence[str] = ()
     is_final: bool = False
 
@@ -61,36 +61,37 @@ class Verdict:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def decode(text: str) -> Verdict:
-        """The verdict that `encode` made ``text`` from."""
-        return Verdict(**json.loads(text))
+    def decode(text: str) -> Outcome:
+        """The outcome that `encode` made ``text`` from."""
+        return Outcome(**json.loads(text))
 
     def is_too_late_for(self, rank: int) -> bool:
         """Whether others had given up by the time that ``rank`` came."""
-        return self.came is not None and not any(first <= rank <= last for first, last in self.came)
+        return self.arrived is not None and not any(first <= rank <= last for first, last in self.arrived)
 
 
-def judge(reports: Mapping[int, str]) -> Verdict:
-    """The verdict on the reports of all ranks, encoded."""
+def compare_reports(reports: Mapping[int, str]) -> Outcome:
+    """How a rendezvous to which every rank has come ends. Each report is encoded."""
     # Of ten thousand ranks nearly all report the same: parse each text once.
     parsed = {text: Report.decode(text) for text in set(reports.values())}
     by_rank = {rank: parsed[text] for rank, text in reports.items()}
     calls = ranks_by_value({rank: report.call for rank, report in by_rank.items()})
     if len(calls) > 1:
-        return Verdict(f"all ranks must make the same call: {describe_calls(calls)}", is_complete=True)
+        return Outcome(f"all ranks must make the same call: {describe_calls(calls)}", is_complete=True)
     problems = ranks_by_value({rank: report.problem for rank, report in by_rank.items() if report.problem})
     if problems:
-        described = [f"on {describe_ranks(ranks)}: {problem}" for problem, ranks in problems.items()]
-        text = abbreviated(described, separator="; ")
-        return Verdict(text, all_came=True, is_complete=True)
+        described = abbreviated(
+            (f"{describe_ranks(ranks)} reported: {problem}" for problem, ranks in problems.items()), separator="; "
+        )
+        return Outcome(f"{next(iter(calls))}: {described}", all_arrived=True, is_complete=True)
     if len(parsed) == 1:
-        return Verdict("", all_came=True, is_complete=True)
+        return Outcome("", all_arrived=True, is_complete=True)
     differences = _first_differences(by_rank)
     call = next(iter(calls))
     described = abbreviated(differences.values(), separator="; ")
     text = f"{call} needs ranks that agree, but {described}. Do the same on all of them; where they have made other "
     text += "calls before, loading the same checkpoint on all makes them agree again"
-    return Verdict(text if differences else "", all_came=True, is_complete=True, differing=[*differences])
+    return Outcome(text if differences else "", all_arrived=True, is_complete=True, differing=[*differences])
 
 
 def describe_calls(calls: Mapping[str, list[int]]) -> str:
@@ -118,9 +119,10 @@ def _first_differences(reports: Mapping[int, Report]) -> dict[str, str]:
         for key in keys:
             by_value = ranks_by_value({rank: mapping.get(key, "not") for rank, mapping in entries.items()})
             if len(by_value) > 1:
+                positive_first = sorted(by_value.items(), key=lambda item: item[0] == "not")
                 differences[key] = abbreviated(
                     f"{describe_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}"
-                    for value, ranks in by_value.items()
+                    for value, ranks in positive_first
                 )
         if differences:
             return differences
