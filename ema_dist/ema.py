@@ -129,8 +129,8 @@ class ShardedEMA:
 
         Collective: no.
         Memory: nothing where dtypes are equal, else a constant scratch.
-        Raises: RuntimeError inside `swapped`, or when an earlier update failed with ``store=Offloaded()``; ValueError
-            when the model has changed.
+        Raises: RuntimeError inside `swapped` or `serving`, and when an earlier update failed with ``store=Offloaded()``
+            or was interrupted and cannot be finished; ValueError when the model has changed.
         """
         self._update(found_inf, overlap=False)
 
@@ -186,8 +186,9 @@ class ShardedEMA:
             tensor-parallel parameters placed ``Replicate()``). Never with ``replicas="copy"``, so that one rank may
             evaluate alone under DDP.
         Memory: at most 64 MiB; for averages of another dtype or device, one live shard on the device of the average.
-        Raises: RuntimeError when swapped already, when ranks do not come within ``timeout``, when replicas differ, and
-            on leaving, when parameters were written to. ValueError for an unknown track, when the model has changed, or
+        Raises: RuntimeError when averages are in the model already, when ranks do not come within ``timeout`` or have
+            made different calls, when replicas differ, and on leaving, when parameters were written to or the block of
+            another rank raised. ValueError for an unknown track, when the model has changed, or
             when a parameter without an average became trainable.
         """
         return self._model_with_averages.swapped(self._tracks.resolve(track))

@@ -15,7 +15,7 @@ from ema_dist.modes import normal_mode
 T = TypeVar("T")
 
 
-class Block(AbstractContextManager[nn.Module], ContextDecorator, Generic[T]):
+class EvaluationBlock(AbstractContextManager[nn.Module], ContextDecorator, Generic[T]):
     """A ``with`` block, or a decorated function, in which ``model`` computes with averages.
 
     The code inside runs in the caller's modes. If it raises and leaving fails too, its exception gets a note.

@@ -16,10 +16,10 @@ from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
 from ema_dist.averages.updates import Updates
 from ema_dist.communication.signals import deferred_signals
-from ema_dist.evaluation.block import Block
+from ema_dist.evaluation.block import EvaluationBlock
 from ema_dist.evaluation.serving import Serving, active_servings
 from ema_dist.evaluation.split_swap import announce_broken_swap, enter_together, leave_together
-from ema_dist.evaluation.swap import Stage, Swap, require_live_weights
+from ema_dist.evaluation.swap import Swap, SwapStage, require_live_weights
 from ema_dist.messages import abbreviated
 from ema_dist.modes import iterate_in_normal_mode
 
@@ -39,7 +39,7 @@ class ModelWithAverages:
     @property
     def swap(self) -> Swap | None:
         """The active swap; None while the model holds its live weights."""
-        return None if self._swap is None or self._swap.stage is Stage.DONE else self._swap
+        return None if self._swap is None or self._swap.stage is SwapStage.DONE else self._swap
 
     def prepare(
         self,
@@ -58,7 +58,7 @@ class ModelWithAverages:
         """
         self._require_unbroken()
         problem = None
-        if self.swap is not None and self.swap.stage is not Stage.INSIDE:
+        if self.swap is not None and self.swap.stage is not SwapStage.INSIDE:
             problem = RuntimeError("swapped() was interrupted: call restore() on every rank first")
         try:
             self._updates.finish()
@@ -125,9 +125,11 @@ class ModelWithAverages:
                 raise RuntimeError("update() was called while gather() was under way; exhaust it before that")
             yield entry
 
-    def swapped(self, track: Track) -> Block[Swap]:
+    def swapped(self, track: Track) -> EvaluationBlock[Swap]:
         """See `ShardedEMA.swapped`."""
-        return Block(self.live.layout.model, partial(self.enter_swap, track), self.leave_swap, with_gradients=True)
+        return EvaluationBlock(
+            self.live.layout.model, partial(self.enter_swap, track), self.leave_swap, with_gradients=True
+        )
 
     def enter_swap(self, track: Track) -> Swap:
         """Put the averages of ``track`` into the model.
@@ -146,7 +148,7 @@ class ModelWithAverages:
                     self._prepare_to_enter(call)
                     swap = enter_together(self.live, call, lambda: self._write_parts(track), self._undo_entering)
             except BaseException as error:  # a signal that was deferred until the averages were in the model
-                if self.swap is not None and self.swap.stage is Stage.INSIDE:
+                if self.swap is not None and self.swap.stage is SwapStage.INSIDE:
                     self.leave_swap(self.swap, error)
                 raise
             return swap
@@ -210,10 +212,10 @@ class ModelWithAverages:
         self.live.layout.wait_for_device()
         swap.restore_parts(self.live.layout)
 
-    def serving(self, track: Track) -> Block[Serving | Swap]:
+    def serving(self, track: Track) -> EvaluationBlock[Serving | Swap]:
         """See `ShardedEMA.serving`."""
         model = self.live.layout.model
-        return Block(model, partial(self._enter_serving, track), self._leave_serving, with_gradients=False)
+        return EvaluationBlock(model, partial(self._enter_serving, track), self._leave_serving, with_gradients=False)
 
     def _enter_serving(self, track: Track) -> Serving | Swap:
         call = self.describe_call("serving", track)

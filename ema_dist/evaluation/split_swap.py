@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.communication.rendezvous import RendezvousError
 from ema_dist.communication.signals import deferred_signals
-from ema_dist.evaluation.swap import Stage, Swap
+from ema_dist.evaluation.swap import Swap, SwapStage
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _run_fill(live: LiveModel, swap: Swap, fill: Callable[[], None]) -> None:
     try:
         fill()
     except BaseException as error:
-        if swap.stage not in (Stage.INSIDE, Stage.DONE):  # those come after the last collective
+        if swap.stage not in (SwapStage.INSIDE, SwapStage.DONE):  # those come after the last collective
             announce_broken_swap(live, repr(error))
         raise
 

@@ -17,7 +17,7 @@ from ema_dist.sharding import Layout, Shard, has_equal_bits
 _active_swaps: ActiveRegistry[Swap] = ActiveRegistry()
 
 
-class Stage(Enum):
+class SwapStage(Enum):
     """What a swap was doing last. It changes before the first write of a stage, or after the last one."""
 
     NEW = auto()
@@ -61,7 +61,7 @@ class Swap:
     def __init__(self, layout: Layout, track: Track) -> None:
         self.layout = layout
         self.track = track
-        self.stage = Stage.NEW
+        self.stage = SwapStage.NEW
         self._is_split = any(shard.is_split for shard in layout.shards)
         self._pairs = _pairs(layout, track)
         """The averages and live parts that change places: those of entering, or those of leaving once it has begun."""
@@ -79,16 +79,16 @@ class Swap:
     @property
     def is_broken(self) -> bool:
         """Whether an exception ended the exchange of weights between replicas. Meaningful outside of these calls."""
-        return self.stage in (Stage.FILLING, Stage.FILLING_BACK)
+        return self.stage in (SwapStage.FILLING, SwapStage.FILLING_BACK)
 
     @property
     def has_filled(self) -> bool:
         """Whether other replicas' weights are overwritten here, so that leaving needs these replicas."""
-        return self._is_split and self.stage not in (Stage.NEW, Stage.ENTERING, Stage.DONE)
+        return self._is_split and self.stage not in (SwapStage.NEW, SwapStage.ENTERING, SwapStage.DONE)
 
     def write_parts(self) -> None:
         """Write this rank's parts of the averages into the model."""
-        self.stage = Stage.ENTERING
+        self.stage = SwapStage.ENTERING
         _active_swaps.add(self)
         self._exchange.run()
         _copy_pairs(
@@ -104,8 +104,8 @@ class Swap:
         Collective: over the replicas of split weights.
         """
         if self._is_split:
-            self._run_fill(during=Stage.FILLING, after=Stage.INSIDE)
-        self.stage = Stage.INSIDE
+            self._run_fill(during=SwapStage.FILLING, after=SwapStage.INSIDE)
+        self.stage = SwapStage.INSIDE
         _increment_other_versions(self.layout)
         self._versions = {name: self.layout.parameters[name].version for name in self.track.parameters}
 
@@ -117,18 +117,18 @@ class Swap:
         Args:
             layout: the model as it is now.
         """
-        if self.stage is Stage.PARTS_RESTORED:
+        if self.stage is SwapStage.PARTS_RESTORED:
             self._prepare_fill(layout)
-        if self.stage in (Stage.PARTS_RESTORED, Stage.DONE):
+        if self.stage in (SwapStage.PARTS_RESTORED, SwapStage.DONE):
             return
-        if self.stage is Stage.INSIDE:
+        if self.stage is SwapStage.INSIDE:
             self.written = [name for name in self._versions if self._was_written(name, layout.parameters[name])]
             pairs = _pairs(layout, self.track)
             self._keep_written_buffers(pairs)
             self._exchange = self._make_exchange(pairs, is_exchanged=True)
             self._pairs = pairs
-            self.stage = Stage.LEAVING
-        if self.stage is not Stage.NEW:
+            self.stage = SwapStage.LEAVING
+        if self.stage is not SwapStage.NEW:
             self._exchange.run_back()
             _copy_pairs((self._pairs[name][1], stashed) for name, stashed in self._stash.items())
             # An interrupted swap goes back in the storage in which it began; the model may have moved since.
@@ -139,7 +139,7 @@ class Swap:
             )
         _increment_other_versions(layout)
         if self.has_filled:
-            self.stage = Stage.PARTS_RESTORED
+            self.stage = SwapStage.PARTS_RESTORED
             self._prepare_fill(layout)
         else:
             self._end()
@@ -149,7 +149,7 @@ class Swap:
 
         Collective: over the replicas of split weights.
         """
-        self._run_fill(during=Stage.FILLING_BACK, after=Stage.DONE)
+        self._run_fill(during=SwapStage.FILLING_BACK, after=SwapStage.DONE)
         self._end()
 
     def averages_now(self, layout: Layout) -> dict[str, Tensor]:
@@ -165,7 +165,7 @@ class Swap:
         The value shares storage with this rank's part of the live tensor: the average's storage, or the stash.
         Raises: RuntimeError when the model was moved or cast since the swap, or when the swap was interrupted.
         """
-        if self.stage is not Stage.INSIDE:
+        if self.stage is not SwapStage.INSIDE:
             raise RuntimeError("swapped() was interrupted: call restore() on every rank before saving")
         self.layout.refresh_buffers()
         if self.layout.has_moved():
@@ -178,7 +178,7 @@ class Swap:
         if self._is_split:
             self._fill = prepare_all_gather_parts(layout.parameters.values())
 
-    def _run_fill(self, *, during: Stage, after: Stage) -> None:
+    def _run_fill(self, *, during: SwapStage, after: SwapStage) -> None:
         fill, self._fill = self._fill, None
         assert fill is not None
         self.stage = during
@@ -186,7 +186,7 @@ class Swap:
         self.stage = after
 
     def _end(self) -> None:
-        self.stage = Stage.DONE
+        self.stage = SwapStage.DONE
         _active_swaps.remove(self)
 
     def _was_written(self, name: str, shard: Shard) -> bool:
@@ -211,7 +211,7 @@ class Swap:
 
 def active_swaps(model: nn.Module) -> list[Swap]:
     """The active swaps of ``model``, of its submodules, and of modules around it."""
-    return [swap for swap in _active_swaps.overlapping(model) if swap.stage is not Stage.DONE]
+    return [swap for swap in _active_swaps.overlapping(model) if swap.stage is not SwapStage.DONE]
 
 
 def require_live_weights(model: nn.Module, call: str) -> None:

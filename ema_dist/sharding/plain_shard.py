@@ -1,4 +1,4 @@
-"""Tensors that this rank holds in full: those of a plain model, of DDP, and buffers."""
+"""Tensors that this rank holds in full: those of a plain model and of DDP, buffers, and expanded tensors."""
 
 from __future__ import annotations
 

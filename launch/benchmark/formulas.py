@@ -89,11 +89,12 @@ def update_bytes(elements: int, element_sizes: ElementSizes) -> int:
 
 
 def swap_network_bytes(shapes: Sequence[Shape], sharding: Sharding, element_sizes: ElementSizes, rank: int = 0) -> int:
-    """What passes a rank's network when averages go into the model; their leaving takes the same less the checksums.
+    """Payload of the collectives in which averages go into the model; their leaving takes the same less the checksums.
 
     Each replica sends its part of every tensor to the others, so all parts pass each rank, its own on the way out.
     Parts are padded to that of the first replica. Where this would more than double the bytes, tensors are sent as
-    they are, by an all-reduce. First the replicas compare 16 bytes for each tensor.
+    they are, by an all-reduce; its payload counts once, although a ring sends each byte of it twice. First the replicas
+    compare 16 bytes for each tensor.
     """
     if not sharding.split or sharding.replicas == 1:
         return 0
