@@ -205,7 +205,7 @@ class Swap:
         for name in self._stash.keys() & self.track.buffers.keys():
             average, live = pairs[name]
             # Only if written: copying the cast value back would round the average at each swap.
-            if not torch.equal(average.to(live), live):
+            if not has_equal_bits(average.to(live), live):
                 average.copy_(live)
 
 

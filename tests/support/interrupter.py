@@ -28,17 +28,22 @@ class Interrupter:
         self._files = {str(path) for pattern in modules for path in package.glob(pattern)}
         if missing := [pattern for pattern in modules if not any(package.glob(pattern))]:
             raise ValueError(f"expected patterns of modules of ema_dist, got {missing}")
-        self._points = points
+        self._points = {*points}
         self.count = 0
+        self.raised = 0
+        """How often it has raised."""
 
     def run(self, call: Callable[[], object]) -> None:
         """Run ``call``, and catch the exception with which it is interrupted."""
+        if len(self._points) > 1:
+            sys.setprofile(self._trace_again)
         sys.settrace(self._trace)
         try:
             call()
         except Interruption:
             pass
         finally:
+            sys.setprofile(None)
             sys.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, _argument: object) -> Any:  # noqa: ANN401  as settrace wants it
@@ -48,5 +53,16 @@ class Interrupter:
         if event == "opcode":
             self.count += 1
             if self.count in self._points:
+                self.raised += 1
                 raise Interruption
         return self._trace
+
+    def _trace_again(self, frame: FrameType, _event: str, _argument: object) -> None:
+        # Python ends the tracing of all frames when a trace function raises.
+        if sys.gettrace() is None and self.raised < len(self._points):
+            outer: FrameType | None = frame
+            while outer is not None:
+                if outer.f_code.co_filename in self._files:
+                    outer.f_trace, outer.f_trace_opcodes = self._trace, True
+                outer = outer.f_back
+            sys.settrace(self._trace)
