@@ -62,7 +62,7 @@ class ShardedEMA:
     Memory: for each track one average per selected parameter's shard, or 1/R of it if R replicas split it; and the
         memory of ``store``. While kernels are measured, at most 64 MiB for each track and as much for the live weights.
     Raises: ValueError for a setting out of range, a model on the meta device, or when nothing is selected;
-        RuntimeError when ranks differ in a setting, in what they select or in the weights of replicas, or do not come.
+        RuntimeError when ranks differ in a setting, in what they select or in the weights of replicas, or are absent.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class ShardedEMA:
             tensor-parallel parameters placed ``Replicate()``). Never with ``replicas="copy"``, so that one rank may
             evaluate alone under DDP.
         Memory: at most 64 MiB; for averages of another dtype or device, one live shard on the device of the average.
-        Raises: RuntimeError when averages are in the model already, when ranks do not come within ``timeout`` or have
+        Raises: RuntimeError when averages are in the model already, when ranks do not arrive within ``timeout`` or have
             made different calls, when replicas differ, and on leaving, when parameters were written to or the block of
             another rank raised. ValueError for an unknown track, when the model has changed, or
             when a parameter without an average became trainable.
@@ -205,7 +205,7 @@ class ShardedEMA:
 
         Collective: entering, if averages are split among replicas; leaving, only with `swapped`.
         Memory: the buffers; and if `serving_mode` says so, a copy of this rank's live shards, in full on each replica.
-        Raises: RuntimeError inside `swapped` or `serving`, when ranks do not come within ``timeout``, and on leaving,
+        Raises: RuntimeError inside `swapped` or `serving`, when ranks do not arrive within ``timeout``, and on leaving,
             when parameters were written to. ValueError as `swapped`.
         """
         return self._model_with_averages.serving(self._tracks.resolve(track))
@@ -260,7 +260,7 @@ class ShardedEMA:
         Collective: a rendezvous of all ranks that hold the model, if several hold parts of its averages.
         Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name:
             tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
-        Raises: RuntimeError when ranks have made different calls or do not come; ValueError when the model has changed.
+        Raises: RuntimeError when ranks have made different calls or are absent; ValueError when the model has changed.
         """
         self._model_with_averages.prepare(
             "state_dict()",
@@ -309,7 +309,7 @@ class ShardedEMA:
         Collective: over all ranks that hold the model, if several hold parts of its averages; over ``pipeline``.
         Memory: the result and one more full tensor on the first rank, one full tensor elsewhere.
         Shape: full tensors, contiguous, on the CPU; tied names share one tensor.
-        Raises: RuntimeError when ranks do not come within ``timeout``; ValueError when the model has changed, or when
+        Raises: RuntimeError when ranks do not arrive within ``timeout``; ValueError when the model has changed, or when
             stages hold different tensors under one name.
         """
         entries = self._model_with_averages.gather("full_state_dict", self._tracks.resolve(track), dtype=dtype)

@@ -43,7 +43,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         or not average_shards[name].is_sharded_like(live_shards[name])
     ]
     if different:
-        raise ValueError(f"the models differ in the names, shapes or cuts of {abbreviated(sorted(different))}")
+        raise ValueError(f"the models differ in the names, shapes or sharding of {abbreviated(sorted(different))}")
     if tied_only_there := average_layout.ties_missing_in(live_layout):
         raise ValueError(f"ema_model ties {abbreviated(tied_only_there)}, and model does not: untie them")
     averaged: list[tuple[Tensor, Tensor]] = []

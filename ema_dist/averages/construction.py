@@ -62,7 +62,8 @@ def _compare(live: LiveModel, settings: Mapping[str, str], problem: str = "") ->
         failure = error
     else:
         return
-    # Ten thousand ranks cannot all send every name. Digests of parts have told which names to send.
+    # Outside of except, so that the error of this comparison does not show the one before, of digests. Ten thousand
+    # ranks cannot all send every name: they send those of one part that differs.
     names = [name for name in sorted(selected) if _part(name) == min(differing_parts)]
     compare(compared=[{name: f"selected {name}" for name in names[:_NAMES_SENT]}])
     raise failure

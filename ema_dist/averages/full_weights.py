@@ -69,7 +69,7 @@ def gather_pipeline(
         timeout: seconds that the stages wait for each other.
 
     Collective: over ``pipeline``. Memory: one full tensor beyond those yielded.
-    Raises: ValueError when two ranks of ``pipeline`` hold the same stage; RuntimeError when ranks do not come.
+    Raises: ValueError when two ranks of ``pipeline`` hold the same stage; RuntimeError when ranks do not arrive.
     """
     ranks = dist.get_process_group_ranks(pipeline)
     if len({*ranks} & {*layout.ranks}) > 1:

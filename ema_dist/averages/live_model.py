@@ -108,10 +108,7 @@ class LiveModel:
         return self.selected
 
     def record(self, call: str) -> None:
-        """Add to `history` a call that ranks make together although it does not communicate.
-
-        Not with ``replicas="copy"``: there one rank, or one replica, may evaluate alone.
-        """
+        """Add a swap or serving to `history`; not with ``replicas="copy"``, where one rank may evaluate alone."""
         if self.ranks and not (self._replicas == "copy" and self.has_replicated_averages):
             self.history.record(call)
 
@@ -158,14 +155,14 @@ class LiveModel:
             compared: as for `rendezvous`.
 
         Collective: over `ranks`, if ``collective``.
-        Raises: ValueError when the model has changed; RuntimeError when another rank has a problem or does not come.
+        Raises: ValueError when the model has changed; RuntimeError when another rank has a problem or does not arrive.
         """
         if collective:
             require_process_group(call, self.ranks)
         change = self.refresh(for_serving=for_serving)
         problem = problem or change
         if collective:
-            # A rank with a problem comes, too: alone, it would leave the others waiting in the collective after this.
+            # A rank with a problem arrives, too: alone, it would leave the others waiting in the collective after this.
             try:
                 self.rendezvous(call, str(problem or ""), compared=compared)
             except RendezvousError:
@@ -189,13 +186,15 @@ class LiveModel:
                     layout.require_writable()
                 if changes := self.layout.describe_changes(layout):
                     described = abbreviated(
-                        (f"{name} ({then}; {now})" for name, (then, now) in changes.items()), limit=3
+                        (f"{name} was {then}, and is now {now}" for name, (then, now) in changes.items()),
+                        limit=3,
+                        separator="; ",
                     )
                     return ValueError(
-                        f"the model is not the one that ShardedEMA(model) was given (then; now): {described}; "
-                        "construct it again after changing or wrapping a model"
+                        f"the model changed after ShardedEMA(model) was constructed: {described}. Change and wrap a "
+                        "model first, then construct ShardedEMA"
                     )
-                # What views the same storage can stay: averages bound to it, and servings.
+                # A layout of the same objects stays, so that averages and servings need not be bound again.
                 if not (is_current and self.layout.has_same_objects(layout)):
                     self.layout = layout
             if newly_selected := [name for name in self._unselected if self._is_selected(name)]:
@@ -204,7 +203,9 @@ class LiveModel:
                     "average; construct it after unfreezing, or leave them out with select="
                 )
         except Exception as error:  # noqa: BLE001  `prepare` reports any error to the other ranks
-            return ValueError(f"the model cannot be read: {error!r}").with_traceback(error.__traceback__)
+            return ValueError(
+                f"the model cannot be read: {error!r}; undo its last change, or construct ShardedEMA again"
+            ).with_traceback(error.__traceback__)
         return None
 
     def describe_drift(self) -> str:
@@ -222,7 +223,7 @@ class LiveModel:
         self.rendezvous(f"{call}, comparing replicas", problem=self.describe_drift())
 
     def announce_failure(self, message: str) -> None:
-        """Make every later call that needs other ranks raise, here and, as far as they can be told, on these ranks.
+        """Make every later call that needs other ranks raise, here and, through the store, on the other `ranks`.
 
         Collective: no.
         """

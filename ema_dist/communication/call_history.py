@@ -29,7 +29,7 @@ class Calls(NamedTuple):
 
 
 class CallHistory:
-    """Counts calls, and keeps a digest of their order. Recording takes about a microsecond."""
+    """Counts calls, and keeps a digest of their order."""
 
     def __init__(self) -> None:
         self.calls = Calls()

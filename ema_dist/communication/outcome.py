@@ -42,17 +42,18 @@ class Outcome:
 
     Args:
         message: why no rank may continue; empty if all may.
-        all_arrived: whether every rank came, and to the same call.
-        is_complete: whether every rank came, to whichever call.
-        arrived: the ranks that had come when one gave up, as first and last ranks of runs; None if no rank gave up.
+        same_call: whether every rank arrived and made the same call, so that all raise together.
+        all_arrived: whether every rank arrived, at whichever call.
+        arrived_runs: the ranks that had arrived when one gave up or was interrupted, as first and last ranks of runs;
+            None if none did.
         differing: the keys of ``compared`` whose values differ.
         is_final: whether no later rendezvous of these ranks can succeed.
     """
 
     message: str
+    same_call: bool = False
     all_arrived: bool = False
-    is_complete: bool = False
-    arrived: Sequence[tuple[int, int]] | None = None
+    arrived_runs: Sequence[tuple[int, int]] | None = None
     differing: Sequence[str] = ()
     is_final: bool = False
 
@@ -66,32 +67,34 @@ class Outcome:
         return Outcome(**json.loads(text))
 
     def is_too_late_for(self, rank: int) -> bool:
-        """Whether others had given up by the time that ``rank`` came."""
-        return self.arrived is not None and not any(first <= rank <= last for first, last in self.arrived)
+        """Whether others had given up by the time that ``rank`` arrived."""
+        return self.arrived_runs is not None and not any(first <= rank <= last for first, last in self.arrived_runs)
 
 
 def compare_reports(reports: Mapping[int, str]) -> Outcome:
-    """How a rendezvous to which every rank has come ends. Each report is encoded."""
+    """The outcome of a rendezvous at which every rank arrived, from the encoded reports by rank."""
     # Of ten thousand ranks nearly all report the same: parse each text once.
     parsed = {text: Report.decode(text) for text in set(reports.values())}
     by_rank = {rank: parsed[text] for rank, text in reports.items()}
     calls = ranks_by_value({rank: report.call for rank, report in by_rank.items()})
     if len(calls) > 1:
-        return Outcome(f"all ranks must make the same call: {describe_calls(calls)}", is_complete=True)
+        return Outcome(f"all ranks must make the same call: {describe_calls(calls)}", all_arrived=True)
     problems = ranks_by_value({rank: report.problem for rank, report in by_rank.items() if report.problem})
     if problems:
         described = abbreviated(
             (f"{describe_ranks(ranks)} reported: {problem}" for problem, ranks in problems.items()), separator="; "
         )
-        return Outcome(f"{next(iter(calls))}: {described}", all_arrived=True, is_complete=True)
+        return Outcome(f"{next(iter(calls))}: {described}", same_call=True, all_arrived=True)
     if len(parsed) == 1:
-        return Outcome("", all_arrived=True, is_complete=True)
+        return Outcome("", same_call=True, all_arrived=True)
     differences = _first_differences(by_rank)
     call = next(iter(calls))
     described = abbreviated(differences.values(), separator="; ")
-    text = f"{call} needs ranks that agree, but {described}. Do the same on all of them; where they have made other "
-    text += "calls before, loading the same checkpoint on all makes them agree again"
-    return Outcome(text if differences else "", all_arrived=True, is_complete=True, differing=[*differences])
+    text = (
+        f"{call}: ranks disagree: {described}. Make the same calls with the same settings on every rank; after "
+        "other calls, ranks agree again once all have loaded the same checkpoint"
+    )
+    return Outcome(text if differences else "", same_call=True, all_arrived=True, differing=[*differences])
 
 
 def describe_calls(calls: Mapping[str, list[int]]) -> str:
@@ -109,16 +112,17 @@ def ranks_by_value(values: Mapping[int, K]) -> dict[K, list[int]]:
 
 def _first_differences(reports: Mapping[int, Report]) -> dict[str, str]:
     """The differences in the first of the mappings compared that differs at all, described by key."""
-    stages = max(len(report.compared) for report in reports.values())
-    for stage in range(stages):
+    for position in range(max(len(report.compared) for report in reports.values())):
         entries = {
-            rank: report.compared[stage] if stage < len(report.compared) else {} for rank, report in reports.items()
+            rank: report.compared[position] if position < len(report.compared) else {}
+            for rank, report in reports.items()
         }
         keys = dict.fromkeys(key for mapping in _distinct(entries.values()) for key in mapping)
         differences = {}
         for key in keys:
             by_value = ranks_by_value({rank: mapping.get(key, "not") for rank, mapping in entries.items()})
             if len(by_value) > 1:
+                # "rank 1 has called x, rank 0 has not" reads better than the reverse.
                 positive_first = sorted(by_value.items(), key=lambda item: item[0] == "not")
                 differences[key] = abbreviated(
                     f"{describe_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}"

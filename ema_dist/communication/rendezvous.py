@@ -25,20 +25,20 @@ _answers: MutableMapping[object, dict[str, str]] = WeakKeyDictionary()
 """The answers that each world has agreed on, by question."""
 
 OUTCOME_SECONDS = 10.0
-"""How long ranks that gave up wait until the first of them has decided; at most ``timeout`` a second time."""
+"""After ``timeout``, ranks wait so long, or ``timeout`` if it is less, for the outcome of the first one to give up."""
 
 
-CALL_ON_ALL = "call it on each of them, not under `if rank == 0:`"
+CALL_ON_ALL = "call it on every rank, not under `if rank == 0:`"
 
 
 def advice_on_absence(first: str = CALL_ON_ALL, *, takes_timeout: str = "ShardedEMA") -> str:
-    """What to do when ranks do not come.
+    """What to do when ranks do not arrive.
 
     Args:
         first: what to do first.
         takes_timeout: the function or class that has the parameter ``timeout``.
     """
-    return f"{first}; where some are slower than that, {takes_timeout}(..., timeout=seconds) waits longer"
+    return f"{first}; if some ranks need longer, pass a larger {takes_timeout}(..., timeout=seconds)"
 
 
 class RendezvousError(RuntimeError):
@@ -46,18 +46,18 @@ class RendezvousError(RuntimeError):
 
     Args:
         message: what happened and what to do.
-        all_arrived: whether every rank has come to this call and raises this error now, because one of them reported a
+        same_call: whether every rank has arrived at this call and raises this error now, because one of them reported a
             problem or because they differ. False when ranks are absent, gave up, or made different calls.
         differing: the keys of what was compared whose values differ.
         is_final: whether a rank has announced a failure, so that no later rendezvous can succeed.
     """
 
     def __init__(
-        self, message: str, *, all_arrived: bool = False, differing: Sequence[str] = (), is_final: bool = False
+        self, message: str, *, same_call: bool = False, differing: Sequence[str] = (), is_final: bool = False
     ) -> None:
         super().__init__(message)
         self.is_final = is_final
-        self.all_arrived = all_arrived
+        self.same_call = same_call
         self.differing = differing
 
 
@@ -101,15 +101,15 @@ def rendezvous(
         problem: why this rank cannot continue; then every rank raises.
         compared: what must be equal on all ranks, by key; each value completes the sentence "rank 0 has ...". Of
             several mappings, the error describes the first that differs.
-        advice: what to do when ranks do not come; empty for `advice_on_absence`.
+        advice: what to do when ranks do not arrive; empty for `advice_on_absence`.
 
     Collective: over ``ranks``, through the process group's store; no tensor is sent.
-    Raises: RendezvousError on every rank that came, when one has a problem or made another call, or when they differ;
-        after ``timeout``, with the names of the ranks that did not come; and without a process group.
+    Raises: RendezvousError on every rank that arrived, when one has a problem or made another call, or when ranks
+        differ; after ``timeout``, with the names of the ranks that did not arrive; and without a process group.
     """
     if len(ranks) < 2:
         if problem:
-            raise RendezvousError(problem, all_arrived=True)
+            raise RendezvousError(problem, same_call=True)
         return
     require_process_group(call, ranks)
     try:
@@ -121,7 +121,7 @@ def rendezvous(
         ) from error
     if outcome.message:
         raise RendezvousError(
-            outcome.message, all_arrived=outcome.all_arrived, differing=outcome.differing, is_final=outcome.is_final
+            outcome.message, same_call=outcome.same_call, differing=outcome.differing, is_final=outcome.is_final
         )
 
 
@@ -152,7 +152,7 @@ def _series_of(ranks: list[int]) -> RendezvousSeries:
 class RendezvousSeries:
     """The rendezvous of one set of ranks, numbered. Every rank passes all numbers in order.
 
-    Each number gets one outcome: the first one that is written. The last rank to come writes it, or a rank that gives
+    Each number gets one outcome: the first one that is written. The last rank to arrive writes it, or a rank that gives
     up, or one that announces a failure. So ranks always agree on which number is next.
     """
 
@@ -162,7 +162,7 @@ class RendezvousSeries:
         self._prefix = f"ema_dist/{hash(tuple(ranks))}"
         self._number = 0
         self._entered = -1
-        """The last number that this rank has come to; the current one if an exception ended its wait."""
+        """The last number that this rank has arrived at; the current one if an exception ended its wait."""
         self._first_uncleared = 0
 
     def join(self, store: Store, report: Report, timeout: float, advice: str = "") -> Outcome:
@@ -172,12 +172,12 @@ class RendezvousSeries:
         outcome = self._join_once(store, report, timeout, advice)
         if not outcome.is_too_late_for(self._rank):
             return outcome
-        # This rank was missing when others gave up, any number of times. They may come again.
+        # This rank was missing when others gave up, any number of times. They may arrive again.
         missed = outcome
         while outcome.is_too_late_for(self._rank):
             outcome = self._join_once(store, report, timeout, advice)
-        if outcome.arrived is not None:
-            return replace(outcome, message=f"{outcome.message}. Before rank {self._rank} came, {missed.message}")
+        if outcome.arrived_runs is not None:
+            return replace(outcome, message=f"{outcome.message}. Before rank {self._rank} arrived, {missed.message}")
         return outcome
 
     def announce(self, store: Store, message: str) -> None:
@@ -209,8 +209,8 @@ class RendezvousSeries:
     def _pass(self, store: Store, outcome: Outcome) -> None:
         number = self._number
         self._number = number + 1
-        if outcome.is_complete and self._rank == self._ranks[0]:
-            # All ranks have come here, so that none reads an earlier outcome any more. Some may still read this one.
+        if outcome.all_arrived and self._rank == self._ranks[0]:
+            # All ranks have arrived here, so that none reads an earlier outcome any more. Some may still read this one.
             for earlier in range(self._first_uncleared, number):
                 self._at(store, earlier).clear()
             self._first_uncleared = number
@@ -235,7 +235,7 @@ class _Rendezvous:
         self._outcome = f"{prefix}/outcome"
 
     def wait_for_all(self, report: Report, timeout: float, advice: str) -> Outcome:
-        """Report, and wait for the outcome; the last rank to come decides it."""
+        """Report, and wait for the outcome; the last rank to arrive decides it."""
         line = f"{self._rank} {report.encode()}\n"
         self._store.append(self._reports, line)  # pyrefly: ignore[missing-attribute]  torch's stubs lack it
         if self._store.add(self._arrived, 1) == len(self._ranks):
@@ -255,12 +255,12 @@ class _Rendezvous:
         return Outcome.decode(decided)
 
     def cancel(self, reason: str) -> Outcome:
-        """End this rendezvous for all, unless it has an outcome, as this rank does not wait for it any more."""
-        arrived = runs(sorted({*self._read_reports(), self._rank})) if self.has_begun() else []
-        return self.decide(Outcome(reason, arrived=arrived).encode())
+        """End this rendezvous for all ranks, since this one no longer waits; does nothing if it has an outcome."""
+        arrived_runs = runs(sorted({*self._read_reports(), self._rank})) if self.has_begun() else []
+        return self.decide(Outcome(reason, arrived_runs=arrived_runs).encode())
 
     def has_begun(self) -> bool:
-        """Whether a rank has come."""
+        """Whether a rank has arrived."""
         return self._store.check([self._arrived])
 
     def clear(self) -> None:
@@ -271,14 +271,14 @@ class _Rendezvous:
     def _outcome_without_absent(self, call: str, timeout: float, advice: str) -> Outcome:
         reports = self._read_reports()
         if len(reports) == len(self._ranks):
-            return compare_reports(reports)  # the last rank came at this moment, or has ended before it could compare
+            return compare_reports(reports)  # the last rank arrived just now, or has ended before it could compare
         calls = ranks_by_value({rank: Report.decode(text).call for rank, text in reports.items()})
         absent = describe_ranks({*self._ranks} - reports.keys())
         others = f" ({describe_calls(calls)})" if len(calls) > 1 else ""
         return Outcome(
-            f"rank {self._rank} waited {timeout:g} s in {call}: {absent} did not come{others}. It needs "
-            f"{describe_ranks(self._ranks)} together: {advice or advice_on_absence()}",
-            arrived=runs(sorted(reports)),
+            f"rank {self._rank} waited {timeout:g} s in {call}: {absent} did not arrive{others}. "
+            f"{describe_ranks(self._ranks).capitalize()} must make this call together: {advice or advice_on_absence()}",
+            arrived_runs=runs(sorted(reports)),
         )
 
     def _wait_for_outcome(self, seconds: float) -> bool:

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from ema_dist.communication.row_exchange import part_numel, prepare_all_gather, prepare_all_reduce
 from ema_dist.kernels import checksum
-from ema_dist.messages import abbreviated
+from ema_dist.messages import abbreviated, describe_ranks
 from ema_dist.sharding import Shard, all_gather, group_ranks
 
 MAX_PADDING_RATIO = 2
@@ -40,9 +40,9 @@ def describe_drift(shards: Iterable[Shard]) -> str:
         gathered = located.new_empty(group.size(), len(located))
         all_gather(gathered.view(-1), located, group=group)
         ranks = torch.tensor(group_ranks(group).ranks, device="cpu")
-        for index, is_other in zip(different, (gathered != gathered[0]).t().cpu(), strict=False):
-            others = abbreviated(map(str, ranks[is_other].tolist()), limit=MAX_LOCATED)
-            drifted.append(f"{group_shards[index].name} on ranks [{others}]")
+        differs = (gathered != gathered[0]).t().cpu()
+        for index, is_other in zip(different[:MAX_LOCATED], differs, strict=True):
+            drifted.append(f"{group_shards[index].name} on {describe_ranks(ranks[is_other].tolist())}")
         drifted += [group_shards[index].name for index in different[MAX_LOCATED:]]
     if not drifted:
         return ""
@@ -64,13 +64,14 @@ def prepare_all_gather_parts(shards: Iterable[Shard]) -> Callable[[], None]:
     fails, it can be called again: only what other replicas own is written to, or a replica's own rows with the
     bits that they have.
 
-    The parts of several tensors are sent together, as bytes. Where replicas have ten rows or more, or share the rows
-    evenly, padding adds at most a tenth to an all-gather without any. A tensor with so few rows that padding would more
-    than double the bytes is summed up by an all-reduce instead, which sends each byte twice.
+    The parts of several tensors are sent together, as bytes. Padding adds at most a tenth where each replica has ten
+    rows or more, and nothing where rows divide evenly. A tensor that padding would more than double is all-reduced
+    instead, which sends each byte twice.
 
     Collective: the returned function, over the replicas of each split shard. The number of collectives depends on the
-    bytes of the tensors, not on the number of replicas. Memory: one scratch of `ema_dist.kernels` for each way of
-    sending, and one more on the device that communicates if tensors are on another; and what the backend needs to send.
+    bytes of the tensors, not on the number of replicas. Memory: one scratch of `ema_dist.kernels` for each group
+    of replicas, device of tensors and way of sending, as much on the device that communicates if that is another, and
+    what the backend needs.
     """
     collectives: list[Callable[[], None]] = []
     for group, split_shards in _group_by_replicas(shard for shard in shards if shard.is_split):

@@ -74,10 +74,10 @@ def prepare_all_gather(tensors: Iterable[Tensor], group: ProcessGroup, device: t
                 elif replica == complete and last[2] > 0:
                     packed.append(_pair(tensor, scratch, *last)[::-1])
             _copy(packed)
-            own_row = scratch.send(replica * row_bytes, row_bytes)
+            own_row = scratch.stage(replica * row_bytes, row_bytes)
             # In place, as FSDP does it: the replica's own row is also its row of the result.
-            all_gather(scratch.sent[: replicas * row_bytes], own_row, group=group)
-            scratch.receive(replicas * row_bytes)
+            all_gather(scratch.staged[: replicas * row_bytes], own_row, group=group)
+            scratch.unstage(replicas * row_bytes)
             _copy(received)
 
     return run
@@ -106,19 +106,19 @@ def prepare_all_reduce(tensors: Iterable[Tensor], group: ProcessGroup, device: t
                             received.append(pair)
             scratch.local[:nbytes].zero_()
             _copy(packed)
-            merge_bytes(scratch.send(0, nbytes), group)
-            scratch.receive(nbytes)
+            merge_bytes(scratch.stage(0, nbytes), group)
+            scratch.unstage(nbytes)
             _copy(received)
 
     return run
 
 
 class _Scratch:
-    """Bytes on the device of the tensors, and on the one that communicates; the same ones if the devices are."""
+    """Bytes on the device of the tensors, and if another device communicates, as many on that; else the same ones."""
 
     def __init__(self, nbytes: int, local_device: torch.device, device: torch.device) -> None:
         self.local = torch.empty(nbytes, dtype=torch.uint8, device=local_device)
-        self.sent = self.local if device.type == local_device.type else torch.empty_like(self.local, device=device)
+        self.staged = self.local if device.type == local_device.type else torch.empty_like(self.local, device=device)
         self._by_dtype: dict[torch.dtype, Tensor] = {}
 
     def view(self, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int], start: int) -> Tensor:
@@ -127,30 +127,32 @@ class _Scratch:
             self._by_dtype[dtype] = self.local.view(dtype)
         return self._by_dtype[dtype].as_strided(size, stride, start)
 
-    def send(self, start: int, nbytes: int) -> Tensor:
-        """The bytes of ``sent`` that are as those of ``local`` now."""
-        sent = self.sent[start : start + nbytes]
-        return sent if self.sent is self.local else sent.copy_(self.local[start : start + nbytes])
+    def stage(self, start: int, nbytes: int) -> Tensor:
+        """Copy bytes of ``local`` to the device that communicates, and return them there."""
+        staged = self.staged[start : start + nbytes]
+        return staged if self.staged is self.local else staged.copy_(self.local[start : start + nbytes])
 
-    def receive(self, nbytes: int) -> None:
-        """Copy the first bytes of ``sent`` to ``local``."""
-        if self.sent is not self.local:
-            self.local[:nbytes].copy_(self.sent[:nbytes])
+    def unstage(self, nbytes: int) -> None:
+        """Copy the first bytes back to ``local``."""
+        if self.staged is not self.local:
+            self.local[:nbytes].copy_(self.staged[:nbytes])
 
 
-def _rounds(streams: Iterable[tuple[Tensor, int]], max_bytes: int) -> Iterator[tuple[int, list[_Piece]]]:
-    """Divide so many elements of each tensor into rounds of at most ``max_bytes``, which is a multiple of `ALIGNMENT`.
+def _rounds(tensors_and_counts: Iterable[tuple[Tensor, int]], max_bytes: int) -> Iterator[tuple[int, list[_Piece]]]:
+    """Divide the first elements of each tensor, as many as its count, into rounds of at most ``max_bytes``.
+
+    ``max_bytes`` is a multiple of `ALIGNMENT`.
 
     Returns: for each round its bytes, aligned, and its pieces.
     """
     pieces, filled = list[_Piece](), 0
-    for tensor, stream_numel in streams:
+    for tensor, count in tensors_and_counts:
         itemsize, start = tensor.element_size(), 0
-        while start < stream_numel:
+        while start < count:
             if filled == max_bytes:
                 yield filled, pieces
                 pieces, filled = list[_Piece](), 0
-            numel = min(stream_numel - start, (max_bytes - filled) // itemsize)
+            numel = min(count - start, (max_bytes - filled) // itemsize)
             pieces.append(_Piece(tensor, start, filled // itemsize, numel))
             filled, start = filled + numel * itemsize, start + numel
     yield -(-filled // ALIGNMENT) * ALIGNMENT, pieces

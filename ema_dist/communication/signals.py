@@ -1,4 +1,4 @@
-"""Defers Python signal handlers while this rank takes part in collectives: other ranks would wait in them for ever."""
+"""Defers Python signal handlers during a split swap: one that raises would leave other ranks in a collective."""
 
 from __future__ import annotations
 

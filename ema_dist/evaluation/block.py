@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ContextDecorator, nullcontext
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -13,6 +14,16 @@ from ema_dist.messages import add_note
 from ema_dist.modes import normal_mode
 
 T = TypeVar("T")
+
+
+def leave_after(error: BaseException | None, leave: Callable[[BaseException | None], None]) -> None:
+    """Call ``leave(error)``. If that raises after an ``error``, the error gets a note instead."""
+    try:
+        leave(error)
+    except Exception as failure:
+        if error is None:
+            raise
+        add_note(error, f"Leaving the block failed, too: {failure}")
 
 
 class EvaluationBlock(AbstractContextManager[nn.Module], ContextDecorator, Generic[T]):
@@ -53,9 +64,4 @@ class EvaluationBlock(AbstractContextManager[nn.Module], ContextDecorator, Gener
         if entered is None:
             return
         with normal_mode():
-            try:
-                self._leave(entered, error)
-            except Exception as failure:
-                if error is None:
-                    raise
-                add_note(error, f"Leaving the block failed, too: {failure}")
+            leave_after(error, partial(self._leave, entered))

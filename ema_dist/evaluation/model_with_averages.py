@@ -16,11 +16,11 @@ from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
 from ema_dist.averages.updates import Updates
 from ema_dist.communication.signals import deferred_signals
-from ema_dist.evaluation.block import EvaluationBlock
+from ema_dist.evaluation.block import EvaluationBlock, leave_after
 from ema_dist.evaluation.serving import Serving, active_servings
 from ema_dist.evaluation.split_swap import announce_broken_swap, enter_together, leave_together
 from ema_dist.evaluation.swap import Swap, SwapStage, require_live_weights
-from ema_dist.messages import abbreviated
+from ema_dist.messages import abbreviated, add_note
 from ema_dist.modes import iterate_in_normal_mode
 
 
@@ -134,7 +134,8 @@ class ModelWithAverages:
     def enter_swap(self, track: Track) -> Swap:
         """Put the averages of ``track`` into the model.
 
-        Raises: as `ShardedEMA.swapped`; the live weights are back, unless a second exception interrupts that.
+        Raises: as `ShardedEMA.swapped`; the live weights are back, unless a second exception interrupts that, or one
+            interrupts the filling of replicas.
         """
         if self.swap is not None:
             raise RuntimeError(
@@ -147,9 +148,9 @@ class ModelWithAverages:
                 with deferred_signals():
                     self._prepare_to_enter(call)
                     swap = enter_together(self.live, call, lambda: self._write_parts(track), self._undo_entering)
-            except BaseException as error:  # a signal that was deferred until the averages were in the model
+            except BaseException as error:  # perhaps of a signal that was deferred until the averages were in the model
                 if self.swap is not None and self.swap.stage is SwapStage.INSIDE:
-                    self.leave_swap(self.swap, error)
+                    leave_after(error, partial(self.leave_swap, self.swap))
                 raise
             return swap
         self._prepare_to_enter(call)
@@ -163,9 +164,9 @@ class ModelWithAverages:
         return swap
 
     def leave_swap(self, swap: Swap, error: BaseException | None = None) -> None:
-        """Put the live weights back, whatever has happened to the model, and raise any error only after that.
+        """Put the live weights back; does nothing if ``swap`` has ended.
 
-        Does nothing if ``swap`` has ended.
+        Errors of this rank's model are raised after that; a broken swap, and ranks that do not arrive, before.
 
         Args:
             error: the exception that ended the block.
@@ -193,7 +194,10 @@ class ModelWithAverages:
         if raised_in_block and not error:
             problems.append(raised_in_block)
         if problems:
-            raise problems[0]
+            first, *others = problems
+            for other in others:
+                add_note(first, f"Also: {other}")
+            raise first
 
     def _write_parts(self, track: Track) -> Swap:
         swap = self._swap = Swap(self.live.layout, track)
@@ -272,5 +276,5 @@ class ModelWithAverages:
     def _prepare_to_enter(self, call: str, *, for_serving: bool = False) -> None:
         self.require_inactive(call)
         if active_servings(self.live.layout.model):
-            raise RuntimeError("another ShardedEMA serves this model: leave its serving() first")
+            raise RuntimeError(f"{call}: another ShardedEMA serves this model; leave its serving() first")
         self.prepare(call, collective=self.live.has_split_averages, for_serving=for_serving)

@@ -20,8 +20,9 @@ from ema_dist.evaluation.swap import Swap, SwapStage
 _log = logging.getLogger(__name__)
 
 _ADVICE = (
-    "if it is slower than that, ShardedEMA(..., timeout=seconds) waits longer; if it has ended, its part of the live "
-    'weights is lost with it: restart from a checkpoint, or use replicas="copy", where no rank needs another'
+    "if a rank is only slow, call restore() on every rank, and next time pass a larger "
+    "ShardedEMA(..., timeout=seconds); if it has ended, its part of the live weights is lost: restart from a "
+    'checkpoint (replicas="copy" avoids this, as no rank needs another)'
 )
 
 
@@ -29,7 +30,7 @@ def enter_together(live: LiveModel, call: str, write_parts: Callable[[], Swap], 
     """Write this rank's parts of the averages, compare the replicas, and fill the model from all replicas' parts.
 
     Args:
-        live: its replicas have come together.
+        live: its replicas have all arrived.
         call: the user's call, for messages.
         write_parts: returns the swap after `Swap.write_parts`.
         undo: puts this rank's parts back, also if ``write_parts`` raised.
@@ -52,7 +53,7 @@ def enter_together(live: LiveModel, call: str, write_parts: Callable[[], Swap], 
         raise
     # Before the fill: after it an interruption would leave the call recorded on other ranks only.
     live.record(call)
-    _run_fill(live, swap, swap.fill)
+    _fill_or_announce(live, swap, swap.fill)
     return swap
 
 
@@ -67,7 +68,7 @@ def leave_together(
 
     Collective: over the ranks of ``live``.
     Returns: the error that names the ranks whose blocks raised.
-    Raises: RendezvousError when ranks do not come, or when ``restore_parts`` raises on one; ranks can try again.
+    Raises: RendezvousError when ranks do not arrive, or when ``restore_parts`` raises on one; ranks can try again.
     """
     problem = "" if error is None else f"{error!r} ended the block of swapped()"
     raised_in_block = None
@@ -77,8 +78,8 @@ def leave_together(
         try:
             live.rendezvous("leaving swapped()", problem, compared=(), advice=_ADVICE)
         except RendezvousError as failure:
-            if not failure.all_arrived:
-                hint = "The averages are still in the model; restore() on every rank puts the live weights back"
+            if not failure.same_call:
+                hint = "The model still holds the averages; restore() has not run"
                 raise _with_hint(failure, hint) from None
             raised_in_block = failure
         call = "restoring the live weights"
@@ -92,7 +93,7 @@ def leave_together(
         except RendezvousError as failure:
             hint = "The model may hold live weights in part: call restore() on every rank before you use it"
             raise _with_hint(failure, hint) from None
-        _run_fill(live, swap, swap.fill_back)
+        _fill_or_announce(live, swap, swap.fill_back)
     return raised_in_block
 
 
@@ -105,7 +106,7 @@ def announce_broken_swap(live: LiveModel, reason: str = "an exception") -> None:
     )
 
 
-def _run_fill(live: LiveModel, swap: Swap, fill: Callable[[], None]) -> None:
+def _fill_or_announce(live: LiveModel, swap: Swap, fill: Callable[[], None]) -> None:
     try:
         fill()
     except BaseException as error:
@@ -132,4 +133,4 @@ def _log_report(live: LiveModel, problem: str) -> None:
 
 def _with_hint(failure: RendezvousError, hint: str) -> RendezvousError:
     text = str(failure) if failure.is_final else f"{failure}. {hint}"
-    return RendezvousError(text, all_arrived=failure.all_arrived, is_final=failure.is_final)
+    return RendezvousError(text, same_call=failure.same_call, is_final=failure.is_final)

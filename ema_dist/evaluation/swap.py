@@ -18,7 +18,7 @@ _active_swaps: ActiveRegistry[Swap] = ActiveRegistry()
 
 
 class SwapStage(Enum):
-    """What a swap was doing last. It changes before the first write of a stage, or after the last one."""
+    """How far a swap has got. A writing stage is set before its first write, a finished one after the last write."""
 
     NEW = auto()
     """Nothing is written."""
@@ -54,8 +54,8 @@ class Swap:
         layout: the live weights.
         track: the averages.
 
-    Memory: while it writes, one scratch of `ema_dist.kernels`; from construction on, for averages of another dtype or
-        device, the live part beside them.
+    Memory: while it writes, one scratch of `ema_dist.kernels`, then those of `prepare_all_gather_parts`; from
+        construction on, for averages of another dtype or device, the live part beside them.
     """
 
     def __init__(self, layout: Layout, track: Track) -> None:
@@ -78,7 +78,7 @@ class Swap:
 
     @property
     def is_broken(self) -> bool:
-        """Whether an exception ended the exchange of weights between replicas. Meaningful outside of these calls."""
+        """Whether an exception interrupted `fill` or `fill_back`; meaningful only while neither runs."""
         return self.stage in (SwapStage.FILLING, SwapStage.FILLING_BACK)
 
     @property
@@ -105,7 +105,8 @@ class Swap:
         """
         if self._is_split:
             self._run_fill(during=SwapStage.FILLING, after=SwapStage.INSIDE)
-        self.stage = SwapStage.INSIDE
+        else:
+            self.stage = SwapStage.INSIDE
         _increment_other_versions(self.layout)
         self._versions = {name: self.layout.parameters[name].version for name in self.track.parameters}
 

@@ -30,7 +30,7 @@ class Kernel(Protocol):
         """Lerp each track by its weight; only stochastic rounding reads ``update_index``.
 
         Args:
-            write_log: makes every write to an average. A call that was interrupted goes on from there if it is repeated
+            write_log: records the writes to averages. A call that was interrupted goes on from there if it is repeated
                 with the same log.
         """
         ...

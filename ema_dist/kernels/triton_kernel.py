@@ -86,7 +86,7 @@ class TritonKernel:
         if self._is_stochastic:
             self._update_index.write([update_index])
         write_log = write_log or WriteLog()
-        write_log.write_once(self._run)
+        write_log.write_interruptible(self._run)
         increment_version(self._outputs)  # autograd does not see writes by address
         self._strided_kernel(weights, update_index, write_log)
 

@@ -21,7 +21,7 @@ class WriteLog:
         self._position = 0
         self._has_begun = False
         self.is_uncertain = False
-        """Whether an exception interrupted `write_once`: the write may be made, in part or not at all."""
+        """Whether an exception interrupted `write_interruptible`: the write may be made, in part or not at all."""
 
     @property
     def has_begun(self) -> bool:
@@ -33,7 +33,7 @@ class WriteLog:
         self._position = 0
 
     def begin(self) -> None:
-        """Mark the update as begun, for a kernel that by itself makes each write once."""
+        """Mark the update as begun; for kernels that keep a record of their own of which writes are made."""
         self._has_begun = True
 
     def write(self, function: Callable[..., object], *arguments: Any) -> None:  # noqa: ANN401
@@ -44,7 +44,7 @@ class WriteLog:
             self._results.extend(map(function, *([argument] for argument in arguments)))
         self._position = position + 1
 
-    def write_once(self, function: Callable[[], object]) -> None:
+    def write_interruptible(self, function: Callable[[], object]) -> None:
         """As `write`, for a function in Python, which an exception may interrupt halfway."""
         position = self._position
         if position == len(self._results):

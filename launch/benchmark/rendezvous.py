@@ -49,9 +49,9 @@ class Result:
     """One process's part of a measurement.
 
     Args:
-        seconds: of each rendezvous to which all ranks came, until the last thread has left it.
+        seconds: of each rendezvous to which all ranks arrived, until the last thread has left it.
         requests: of each rank, in one of them.
-        missing_seconds: of the rendezvous to which one rank did not come.
+        missing_seconds: of the rendezvous to which one rank did not arrive.
         missing_requests: of all ranks together, in that one.
     """
 
@@ -70,16 +70,16 @@ def run_ranks(port: int, size: int, mine: range, barrier: Barrier) -> Result:
         series = [RendezvousSeries(everyone, rank) for rank in mine]
         report = Report("swapped()", compared=_example_history().compared(steps=1000, updates=1000))
 
-        def join(seconds: float, ranks_that_come: int) -> float:
+        def join(seconds: float, arriving_ranks: int) -> float:
             barrier.wait()
             start = time.perf_counter()
             futures = [
                 pool.submit(ranks.join, store, report, seconds)  # pyrefly: ignore  it passes for a store
                 for rank, ranks, store in zip(mine, series, stores, strict=True)
-                if rank < ranks_that_come
+                if rank < arriving_ranks
             ]
             failed = [future.result().message for future in futures if future.result().message]
-            assert bool(failed) == (ranks_that_come < size), failed[:1]
+            assert bool(failed) == (arriving_ranks < size), failed[:1]
             return time.perf_counter() - start
 
         def count() -> list[int]:
@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 256, 1024, 4096])
     print(
-        "| ranks | all come: time | requests of a rank, median | most | one is missing: requests, all | per rank |",
+        "| ranks | all arrive: time | requests of a rank, median | most | one is missing: requests, all | per rank |",
         end="",
     )
     print(" time after the timeout |\n|---:|---:|---:|---:|---:|---:|---:|")

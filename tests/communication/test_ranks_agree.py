@@ -31,9 +31,9 @@ def test_replica_drift_is_reported_on_all_ranks(layout: str) -> None:
     last = dist.get_world_size() - 1
     if dist.get_rank() == last:
         dict(model.named_parameters())[next(n for n, p in model.named_parameters() if "out.weight" in n)].data.mul_(2)
-    with pytest.raises(RuntimeError, match=rf"out\.weight.*\[{last}\]"), ema.swapped():
+    with pytest.raises(RuntimeError, match=rf"out\.weight on rank {last}\b"), ema.swapped():
         pass
-    with pytest.raises(RuntimeError, match=rf"out\.weight.*\[{last}\]"):
+    with pytest.raises(RuntimeError, match=rf"out\.weight on rank {last}\b"):
         ShardedEMA(model, timeout=5.0)
     assert ema.full_state_dict() or dist.get_rank() > 0
 
@@ -147,7 +147,7 @@ def test_the_first_forward_may_happen_inside_a_swap(layout: str) -> None:
 
 def _fails_with(*words: str) -> AbstractContextManager[pytest.ExceptionInfo[RendezvousError]]:
     """All ranks raise the error, and it contains the words in this order."""
-    return pytest.raises(RendezvousError, match=".*".join(map(re.escape, words)), check=lambda error: error.all_arrived)
+    return pytest.raises(RendezvousError, match=".*".join(map(re.escape, words)), check=lambda error: error.same_call)
 
 
 @pytest.mark.world_size(2)
@@ -159,7 +159,7 @@ def test_ranks_that_differ_are_told_what_differs() -> None:
     track = "ab"[rank]
     with pytest.raises(RendezvousError, match=r"rank 0 made swapped\('a'\), rank 1 made swapped\('b'\)") as caught:
         two.swapped(track).__enter__()
-    assert not caught.value.all_arrived
+    assert not caught.value.same_call
     with pytest.raises(
         RendezvousError, match=r"rank 0 made full_state_dict\('a'\), rank 1 made full_state_dict\('b'\)"
     ):
@@ -211,9 +211,9 @@ def test_ranks_that_select_other_parameters_are_told_one() -> None:
     with own_error if dist.get_rank() == 2 else _fails_with("rank 2", "zero"):
         ShardedEMA(model, select=lambda *_: bool(1 / (2 - dist.get_rank())))
     if dist.get_rank() == 0:
-        with pytest.raises(RendezvousError, match=r"ranks 1-2 did not come.*unwrapped module") as caught:
+        with pytest.raises(RendezvousError, match=r"ranks 1-2 did not arrive.*unwrapped module") as caught:
             ShardedEMA(model, replicas="copy", timeout=0.3)
-        assert not caught.value.all_arrived
+        assert not caught.value.same_call
         ShardedEMA(model.module).update()
 
 
@@ -273,6 +273,6 @@ def test_an_announced_failure_is_the_next_rendezvous_of_the_others() -> None:
     else:
         with pytest.raises(RendezvousError, match="rank 1 lost its weights") as caught:
             ema.full_state_dict()
-        assert not caught.value.all_arrived
+        assert not caught.value.same_call
         with pytest.raises(RuntimeError, match="rank 1 lost its weights"):
             ema.state_dict()

@@ -1,4 +1,4 @@
-"""The protocol in the store, by ranks that are threads: who came, who gave up, and what comes next."""
+"""The protocol in the store, by ranks that are threads: who arrived, who gave up, and what comes next."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def test_one_rank_alone_can_give_up_any_number_of_times(kind: str, tmp_path: Pat
     ranks = Ranks(kind, 3, tmp_path)
     for _ in range(3):
         outcome = ranks.join(1, timeout=0.02)
-        assert not outcome.all_arrived
-        assert "rank 1 waited 0.02 s in call(): ranks 0, 2 did not come" in outcome.message
+        assert not outcome.same_call
+        assert "rank 1 waited 0.02 s in call(): ranks 0, 2 did not arrive" in outcome.message
     assert {outcome.message for outcome in ranks.all_join()} == {""}
     assert ranks.join(0, timeout=0.02).message
 
@@ -113,7 +113,7 @@ def test_all_waiting_ranks_learn_from_the_first_that_gives_up(tmp_path: Path) ->
     outcomes = ranks.run(lambda rank: ranks.join(rank, timeout=0.1 if rank == 2 else 30), ranks=[0, 2, 3])
     assert time.monotonic() - start < 15
     assert len({outcome.message for outcome in outcomes}) == 1
-    assert "rank 2 waited 0.1 s in call(): rank 1 did not come" in outcomes[0].message
+    assert "rank 2 waited 0.1 s in call(): rank 1 did not arrive" in outcomes[0].message
 
 
 def test_requests_per_rank_do_not_grow_with_the_ranks(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_requests_in_total_when_a_rank_is_missing(tmp_path: Path) -> None:
     """A few for each rank, and not one for each pair."""
     ranks = Ranks("memory", 32, tmp_path)
     outcomes = ranks.run(lambda rank: ranks.join(rank, timeout=0.5), ranks=[*range(31)])
-    assert all("rank 31 did not come" in outcome.message for outcome in outcomes)
+    assert all("rank 31 did not arrive" in outcome.message for outcome in outcomes)
     assert sum(len(store.requests) for store in ranks.stores) <= 8 * 32
 
 
@@ -183,12 +183,12 @@ def test_a_failure_is_announced_to_the_next_rendezvous(tmp_path: Path) -> None:
     store: Any = ranks.stores[2]
     ranks.series[2].announce(store, "rank 2 lost it")
     outcomes = ranks.run(ranks.join, ranks=[0, 1])
-    assert {(outcome.message, outcome.all_arrived) for outcome in outcomes} == {("rank 2 lost it", False)}
+    assert {(outcome.message, outcome.same_call) for outcome in outcomes} == {("rank 2 lost it", False)}
     assert {outcome.message for outcome in ranks.all_join()} == {""}
 
 
 @pytest.mark.parametrize(
-    ("reports", "all_arrived", "words"),
+    ("reports", "same_call", "words"),
     [
         ([Report("a()"), Report("b()"), Report("a()")], False, ["ranks 0, 2 made a()", "rank 1 made b()"]),
         ([Report("a()"), Report("a()", "no"), Report("a()", "no")], True, ["a()", "ranks 1-2", "no"]),
@@ -201,9 +201,9 @@ def test_a_failure_is_announced_to_the_next_rendezvous(tmp_path: Path) -> None:
         ([Report("a()", compared=[{}, {"z": "z=0"}]), Report("a()")], True, ["rank 0 has z=0", "rank 1 has not"]),
     ],
 )
-def test_what_differs_is_described(reports: list[Report], *, all_arrived: bool, words: list[str]) -> None:
+def test_what_differs_is_described(reports: list[Report], *, same_call: bool, words: list[str]) -> None:
     outcome = compare_reports({rank: report.encode() for rank, report in enumerate(reports)})
-    assert outcome.all_arrived == all_arrived
+    assert outcome.same_call == same_call
     assert all(word in outcome.message for word in words)
     assert "z=1" not in outcome.message
     assert "y=1" not in outcome.message
