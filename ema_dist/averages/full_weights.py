@@ -37,7 +37,7 @@ def gather(
     """
     for shard, local in _shards_and_values(layout, averages):
         full = shard.full(local)
-        value = _to_cpu(full, local, dtype or shard.owner.dtype) if is_destination else None
+        value = to_cpu(full, local, dtype or shard.owner.dtype) if is_destination else None
         del full
         for name in shard.names:
             yield name, value
@@ -144,7 +144,7 @@ def scatter(layout: Layout, track: Track, full: Mapping[str, Any]) -> None:
     """
     stored = track.tensors
     shards = {shard.name: shard.averaged_part for shard in layout.shards if shard.name in stored}
-    first_rank = _FirstRank(layout)
+    first_rank = FirstRank(layout, hint="; the averages are new in part only, so load them again")
     mismatch, specs = first_rank.broadcast_result(lambda: _find_mismatches(layout, shards, full))
     if mismatch:
         raise ValueError(f"these full tensors belong to another model: {mismatch}")
@@ -219,17 +219,22 @@ def _shards_and_values(layout: Layout, averages: Mapping[str, Tensor]) -> Iterat
         yield (shard, shard.local) if average is None else (shard.averaged_part, average)
 
 
-def _to_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
+def to_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
     """``full`` as a contiguous CPU tensor that shares no storage with ``local``."""
     target_dtype = dtype if full.is_floating_point() else full.dtype
     shares_storage = full.untyped_storage().data_ptr() == local.untyped_storage().data_ptr()
     return full.to("cpu", target_dtype, copy=shares_storage).contiguous()
 
 
-class _FirstRank:
-    """Broadcasts from the layout's first rank. An error there is raised on every rank, which would else wait for it."""
+class FirstRank:
+    """Broadcasts from the layout's first rank. An error there is raised on every rank, which would else wait for it.
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        hint: ends the message of an error in `broadcast_tensor`.
+    """
+
+    def __init__(self, layout: Layout, *, hint: str = "") -> None:
+        self._hint = hint
         self._group = layout.group
         self._source = layout.ranks[0] if layout.ranks else 0
         self._is_source = self._group is None or dist.get_rank() == self._source
@@ -264,7 +269,7 @@ class _FirstRank:
         values: list[Tensor] = []
         self.broadcast_result(
             lambda: values.append(_require_spec(read(), spec).to(device).contiguous()),
-            hint="; the averages are new in part only, so load them again",
+            hint=self._hint,
         )
         value = values.pop() if values else self._receive_buffer(spec, device)
         if self._group is not None:

@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -22,25 +23,56 @@ from ema_dist.sharding import Layout, Shard
 STATE_FORMAT = 1
 
 
+class ShardedState(dict[str, Any]):
+    """A state with this rank's parts of tensors, for `torch.distributed.checkpoint` alone.
+
+    Pickling raises TypeError: the file would hold the parts of one rank, and other ranks would load them as theirs.
+    A deep copy consists of plain dictionaries, since DCP stages its background saves by pickling deep copies.
+    """
+
+    def __copy__(self) -> ShardedState:
+        return ShardedState(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return {key: deepcopy(value, memo) for key, value in self.items()}
+
+    def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "ShardedEMA.state_dict() holds only this rank's part of the averages, so torch.save and pickle would lose "
+            "the others: save ShardedEMA.consolidated_state_dict() instead, or use ema_dist.checkpoint.save or "
+            "torch.distributed.checkpoint"
+        )
+
+
 def make_state(
-    clock: Clock, layout: Layout, tracks: Tracks, current: Mapping[str, Mapping[str, Tensor]]
+    clock: Clock,
+    layout: Layout,
+    tracks: Tracks,
+    *,
+    convert: Callable[[Shard, str, str], Any],
+    make_dict: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """The state to save; its tensors share storage with ``current``.
+    """The state to save.
 
     Args:
-        current: the averages by track and name, as local tensors.
+        convert: makes the value of a tensor from its averaged part, the name of the track and its own name; called in
+            the same order on every rank.
+        make_dict: makes the dictionary of each level.
     """
-    track_states = {
-        track: {
-            "decay": clock.decays[track].state(),
-            "averages": {
-                name: layout.parameters[name].averaged_part.wrap(current[track][name]) for name in averages.parameters
-            },
-            "buffers": {name: layout.buffers[name].wrap(current[track][name]) for name in averages.buffers},
-        }
-        for track, averages in tracks.items()
-    }
-    return {"format": STATE_FORMAT, "steps": clock.steps, "updates": clock.updates, "tracks": track_states}
+    track_states: dict[str, Any] = {}
+    for track, averages in tracks.items():
+        parameters = {name: convert(layout.parameters[name].averaged_part, track, name) for name in averages.parameters}
+        buffers = {name: convert(layout.buffers[name], track, name) for name in averages.buffers}
+        track_states[track] = make_dict(
+            {
+                "decay": clock.decays[track].state(),
+                "averages": make_dict(parameters),
+                "buffers": make_dict(buffers),
+            }
+        )
+    return make_dict(
+        {"format": STATE_FORMAT, "steps": clock.steps, "updates": clock.updates, "tracks": make_dict(track_states)}
+    )
 
 
 @torch.no_grad()
@@ -49,6 +81,11 @@ def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
 
     Raises: ValueError when its format, tracks, names or shapes differ, before anything changes.
     """
+    if not state:
+        raise ValueError(
+            "expected a state of ShardedEMA, got an empty one: pass the same consolidated state on every rank, or call "
+            "load_consolidated_state_dict(), which reads that of the first rank"
+        )
     try:
         version, steps, updates = state["format"], int(state["steps"]), int(state["updates"])
         saved = {name: (entry["decay"], entry["averages"], entry["buffers"]) for name, entry in state["tracks"].items()}

@@ -105,6 +105,9 @@ class MeshShard(Shard):
                 f"expected {tuple(self.shape)} placed {self.placements} on {self.mesh}, "
                 f"got {tuple(value.shape)} placed {value.placements} on {value.device_mesh}"
             )
+        # An unpickled mesh keeps the coordinate of the rank that wrote it.
+        if (coordinate := value.device_mesh.get_coordinate()) != self.mesh.get_coordinate():
+            raise ValueError(f"expected this rank's part, got the part at {coordinate} of {value.device_mesh}")
         return dtensor_local(value)
 
     def full(self, local: Tensor) -> Tensor:

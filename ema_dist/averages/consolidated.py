@@ -1,0 +1,77 @@
+"""The whole state in one dictionary of full tensors on the first rank, for files that one rank writes and reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ema_dist.averages.full_weights import FirstRank, to_cpu
+from ema_dist.averages.state import make_state
+from ema_dist.averages.tracks import Tracks
+from ema_dist.schedules.clock import Clock
+from ema_dist.sharding import Layout, Shard
+
+
+@torch.no_grad()
+def gather_state(
+    clock: Clock,
+    layout: Layout,
+    tracks: Tracks,
+    averages: Mapping[str, Mapping[str, Tensor]],
+    *,
+    is_destination: bool,
+) -> dict[str, Any]:
+    """The state with full averages as they are stored, on the CPU; empty unless this rank ``is_destination``.
+
+    Args:
+        averages: this rank's averages, by track and name.
+
+    Collective: over the layout's ranks. Memory: the result, and one full tensor.
+    """
+
+    def gather(shard: Shard, track: str, name: str) -> Tensor | None:
+        local = averages[track][name]
+        full = shard.full(local)
+        return to_cpu(full, local, local.dtype) if is_destination else None
+
+    state = make_state(clock, layout, tracks, convert=gather)
+    return state if is_destination else {}
+
+
+@torch.no_grad()
+def scatter_state(layout: Layout, state: object) -> dict[str, Any]:
+    """The state that the first rank passes, with this rank's part of each tensor; `load_state` takes it.
+
+    Collective: over the layout's ranks. Memory: the result, and one full tensor.
+    Raises: RuntimeError on every rank when the first rank's state cannot be read.
+    """
+    first_rank = FirstRank(layout)
+    shards = {shard.name: shard.averaged_part for shard in layout.shards}
+    specs = first_rank.broadcast_result(lambda: _map_tensors(state, lambda _, tensor: tensor.to("meta")))
+
+    def scatter(path: tuple[str, ...], spec: Tensor) -> Tensor:
+        shard = shards.get(path[-1])
+        if shard is None or spec.shape != shard.shape:
+            return spec  # `load_state` reports all that do not fit
+        full = first_rank.broadcast_tensor(lambda: _value_at(state, path), spec, shard.communication_device)
+        return shard.wrap(shard.slice_full(full).clone())
+
+    return _map_tensors(specs, scatter)
+
+
+def _map_tensors(
+    value: object, function: Callable[[tuple[str, ...], Tensor], Tensor], path: tuple[str, ...] = ()
+) -> Any:  # noqa: ANN401
+    """``value`` with the results of ``function`` in place of its tensors, which get their paths."""
+    if isinstance(value, Mapping):
+        return {key: _map_tensors(item, function, (*path, key)) for key, item in value.items()}
+    return function(path, value) if isinstance(value, Tensor) else value
+
+
+def _value_at(state: Any, path: tuple[str, ...]) -> Any:  # noqa: ANN401
+    for key in path:
+        state = state[key]
+    return state

@@ -1,0 +1,205 @@
+"""The calls by which averages leave a `ShardedEMA` and enter it: states, full tensors, other models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ema_dist.averages.consolidated import gather_state, scatter_state
+from ema_dist.averages.full_weights import collect, copy_into, full_shapes, gather_pipeline, scatter
+from ema_dist.averages.live_model import LiveModel
+from ema_dist.averages.state import ShardedState, load_state, make_state
+from ema_dist.averages.tracks import Tracks
+from ema_dist.averages.updates import Updates
+from ema_dist.communication.call_history import CallHistory
+from ema_dist.evaluation.model_with_averages import ModelWithAverages
+from ema_dist.modes import public_calls_in_normal_mode
+from ema_dist.schedules.clock import Clock
+from ema_dist.sharding import Layout
+
+
+@public_calls_in_normal_mode
+class States:
+    """The part of `ShardedEMA` that saves, loads, gathers and scatters."""
+
+    _clock: Clock
+    _updates: Updates
+    _model_with_averages: ModelWithAverages
+
+    @property
+    def _live(self) -> LiveModel:
+        return self._model_with_averages.live
+
+    @property
+    def _tracks(self) -> Tracks:
+        return self._model_with_averages.tracks
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps seen, without those that a gradient scaler skipped. May wait for the device."""
+        return self._clock.steps
+
+    @property
+    def updates(self) -> int:
+        """Averages taken, not counting the steps until ``start``. May wait for the device."""
+        return self._clock.updates
+
+    @property
+    def call_history(self) -> CallHistory:
+        """The calls that every rank must make in the same order; ranks compare them whenever they communicate."""
+        return self._live.history
+
+    def state_dict(self, *, for_loading: bool = False) -> dict[str, Any]:
+        """The averages and counts as `torch.distributed.checkpoint` (DCP) saves and reshards them.
+
+        The tensors share storage with the averages, so that DCP loads into them; DCP compares only names before that.
+        Inside `swapped`, and for `Compensated` averages, they are copies, which `load_state_dict` copies back.
+
+        Args:
+            for_loading: whether the state is only loaded into; ranks that have made different calls are then allowed.
+
+        Collective: a rendezvous of all ranks that hold the model, if several hold parts of its averages.
+        Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name:
+            tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
+        Raises: RuntimeError when ranks have made different calls or are absent; ValueError when the model has changed.
+            TypeError when the state is pickled, if several ranks hold parts of it: see `consolidated_state_dict`.
+        """
+        self._model_with_averages.prepare(
+            "state_dict()",
+            collective=self._live.has_sharded_averages,
+            for_loading=for_loading,
+            compared=lambda: [] if for_loading else self.call_history.compared(steps=self.steps, updates=self.updates),
+        )
+        averages = self._model_with_averages.averages_to_save()
+        return make_state(
+            self._clock,
+            self._live.layout,
+            self._tracks,
+            convert=lambda shard, track, name: shard.wrap(averages[track][name]),
+            make_dict=ShardedState if self._live.has_sharded_averages else dict,
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a state of `state_dict`: of this layout, resharded by DCP, or with full tensors.
+
+        The decay given to the constructor stays; a different one in ``state_dict`` causes a warning.
+
+        Collective: no.
+        Raises: RuntimeError inside `swapped`; ValueError before any change when format, tracks, names or shapes differ.
+        """
+        self._model_with_averages.require_inactive("load_state_dict()")
+        self._model_with_averages.prepare("load_state_dict()", collective=False, for_loading=True)
+        self._load_state(state_dict, "load_state_dict()")
+
+    def consolidated_state_dict(self) -> dict[str, Any]:
+        """The state with full averages on the first rank, which ``torch.save`` may write; ``{}`` elsewhere.
+
+        Collective: over all ranks that hold the model, if several hold parts of its averages.
+        Memory: the result, and one full tensor. Shape: as `state_dict`; full tensors as they are stored, on the CPU.
+        Raises: as `state_dict`.
+        """
+        counts = {"steps": self.steps, "updates": self.updates}
+        self._model_with_averages.prepare(
+            "consolidated_state_dict()",
+            collective=self._live.has_sharded_averages,
+            compared=lambda: self.call_history.compared(**counts),
+        )
+        averages = {name: self._model_with_averages.averages_now(track) for name, track in self._tracks.items()}
+        return gather_state(self._clock, self._live.layout, self._tracks, averages, is_destination=self._live.is_first)
+
+    def load_consolidated_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the `consolidated_state_dict` that the first rank passes; that of other ranks is ignored.
+
+        Where every rank has read the file, `load_state_dict` takes the same state without communication.
+
+        Collective: over all ranks that hold the model. Memory: one full tensor, and a copy of this rank's averages.
+        Raises: as `load_state_dict`, on every rank.
+        """
+        self._model_with_averages.require_inactive("load_consolidated_state_dict()")
+        self._model_with_averages.prepare(
+            "load_consolidated_state_dict()", collective=True, for_loading=True, compared=list
+        )
+        self._load_state(scatter_state(self._live.layout, state), "load_consolidated_state_dict()")
+
+    def _load_state(self, state: Mapping[str, Any], call: str) -> None:
+        load_state(state, self._clock, self._live.layout, self._tracks)
+        self._updates.start_from(call)
+
+    def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:
+        """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.
+
+        Collective: over all ranks that hold the model, if several hold parts of its averages; all must exhaust it.
+        Memory: one full tensor; on the first rank beyond those it has yielded.
+        """
+        return self._model_with_averages.gather("gather", self._tracks.resolve(track), dtype=dtype)
+
+    def full_state_dict(
+        self, *, dtype: torch.dtype | None = None, track: str | None = None, pipeline: ProcessGroup | None = None
+    ) -> dict[str, Any]:
+        """The averaged model on the first rank, ``{}`` elsewhere; ``load_state_dict(..., strict=True)`` accepts it.
+
+        It contains frozen parameters, tied names, buffers and extra states, too. If each rank holds an unwrapped model
+        of its own, each rank gets its own dictionary. With pipeline parallelism and without ``pipeline``, the first
+        rank of each stage gets the modules of that stage.
+
+        Args:
+            dtype: dtype of floating tensors; None for the dtype of each live tensor.
+            track: the track to gather; None for the only one, or the one called ``default``.
+            pipeline: a process group with one rank of each pipeline stage; its first rank gets the entries of all.
+
+        Collective: over all ranks that hold the model, if several hold parts of its averages; over ``pipeline``.
+        Memory: the result and one more full tensor on the first rank, one full tensor elsewhere.
+        Shape: full tensors, contiguous, on the CPU; tied names share one tensor.
+        Raises: RuntimeError when ranks do not arrive within ``timeout``; ValueError when the model has changed, or when
+            stages hold different tensors under one name.
+        """
+        entries = self._model_with_averages.gather("full_state_dict", self._tracks.resolve(track), dtype=dtype)
+        if pipeline is not None:
+            entries = gather_pipeline(entries, self._live.layout, pipeline, timeout=self._live.timeout)
+        return collect(entries, is_destination=self._live.is_first)
+
+    def full_shapes(self, *, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
+        """The entries of `full_state_dict` as tensors on the meta device; None for extra states that are not tensors.
+
+        Collective: no.
+        """
+        return full_shapes(self._live.layout, dtype=dtype)
+
+    def load_full_state_dict(self, full: Mapping[str, Any], *, track: str | None = None) -> None:
+        """Scatters full averages from the first rank to all ranks; the inverse of `full_state_dict`.
+
+        Live weights, frozen parameters and step counts do not change. ``full`` is ignored on other ranks. Values are
+        read twice, one at a time, so ``full`` may be a mapping that reads tensors from files on access.
+
+        Collective: over all ranks that hold the model. Memory: one full tensor on each rank.
+        Raises: RuntimeError inside `swapped`, and on every rank when a value cannot be read; ValueError on every rank
+            when names, shapes or kinds of dtype differ, before anything changes.
+        """
+        resolved_track = self._tracks.resolve(track)
+        call = self._model_with_averages.describe_call("load_full_state_dict", resolved_track)
+        self._model_with_averages.require_inactive(call)
+        self._model_with_averages.prepare(call, collective=True)
+        scatter(self._live.layout, resolved_track, full)
+        self._tracks.bind_loaded(self._live.layout)
+        self.call_history.record(call)
+
+    def copy_to(self, model: nn.Module, *, track: str | None = None) -> None:
+        """Overwrite the weights of ``model`` with the averages, and the rest of its state with that of the live model.
+
+        Args:
+            model: the one given at construction, one wrapped the same way, or an unwrapped one on every rank.
+            track: the track to copy; None for the only one, or the one called ``default``.
+
+        Collective: over all ranks that hold the model, if several hold parts of its averages.
+        Memory: one full tensor on each rank.
+        Raises: RuntimeError inside `swapped`; ValueError when names or shapes differ, before anything changes.
+        """
+        resolved_track = self._tracks.resolve(track)
+        call = self._model_with_averages.describe_call("copy_to", resolved_track)
+        self._model_with_averages.require_inactive(call)
+        self._model_with_averages.prepare(call, collective=self._live.has_sharded_averages)
+        copy_into(Layout(model, "copy"), self._live.layout, resolved_track.recombined())
