@@ -10,9 +10,10 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ema_dist.averages.construction import construct_on_all_ranks, describe_settings
+from ema_dist.averages.construction import construct_on_all_ranks, describe_settings, problems_reported
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.offload import Offloaded
 from ema_dist.averages.optimizer_hook import OptimizerHook
@@ -86,10 +87,13 @@ class ShardedEMA(States):
         store: Offloaded | None = None,
         timeout: float = 60.0,
     ) -> None:
-        precision = Precision(dtype, rounding)
-        self._clock = Clock(as_decays(decay), start=start, interval=update_interval)
         self._optimizer_hook: OptimizerHook | None = None
         live = LiveModel(model, replicas=replicas, select=select, timeout=timeout)
+        with problems_reported(live):
+            if not isinstance(replicas, ProcessGroup) and replicas not in ("shard", "copy"):
+                raise ValueError(f'replicas is "shard", "copy" or a process group, got {replicas!r}')
+            precision = Precision(dtype, rounding)
+            self._clock = Clock(as_decays(decay), start=start, interval=update_interval)
         settings = describe_settings(
             self._clock, precision, replicas=replicas, buffers=buffers, kernel=kernel, store=store, timeout=timeout
         )

@@ -45,6 +45,7 @@ ROWS = {
     "sharding": 1,
     "messages": 0,
     "modes": 0,
+    "signals": 0,
 }
 
 WRAPPERS = {"DTensor", "FullyShardedDataParallel", "DistributedDataParallel", "_orig_mod", "_fsdp_wrapped_module"}

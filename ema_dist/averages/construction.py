@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from zlib import crc32
 
@@ -22,6 +22,20 @@ _PARTS = 64
 _NAMES_SENT = 200
 
 
+@contextmanager
+def problems_reported(live: LiveModel) -> Iterator[None]:
+    """An exception in the ``with`` block of one rank becomes an error on all, which would else wait for this one.
+
+    Collective: over the ranks that hold the model, if the block raises.
+    """
+    try:
+        yield
+    except Exception as error:
+        with suppress(RendezvousError):
+            live.rendezvous(_CALL, problem=str(error) or repr(error), compared=())
+        raise
+
+
 def construct_on_all_ranks(live: LiveModel, settings: Mapping[str, str], make_tracks: Callable[[], Tracks]) -> Tracks:
     """Make the averages, and compare settings and selected parameters between ranks. An error on one is one on all.
 
@@ -32,20 +46,15 @@ def construct_on_all_ranks(live: LiveModel, settings: Mapping[str, str], make_tr
     Collective: over the ranks that hold the model; compares the weights of replicas that split averages.
     Raises: as ``make_tracks``; RendezvousError when ranks differ, and when another rank has a problem or is absent.
     """
-    try:
+    with problems_reported(live):
         tracks = make_tracks()
-    except Exception as error:
-        # The other ranks would wait for this one.
-        with suppress(RendezvousError):
-            _compare(live, settings, problem=str(error) or repr(error))
-        raise
     _compare(live, settings)
     if live.has_split_averages:
         live.check_replicas(_CALL)
     return tracks
 
 
-def _compare(live: LiveModel, settings: Mapping[str, str], problem: str = "") -> None:
+def _compare(live: LiveModel, settings: Mapping[str, str]) -> None:
     compare = partial(
         live.rendezvous,
         _CALL,
@@ -54,7 +63,7 @@ def _compare(live: LiveModel, settings: Mapping[str, str], problem: str = "") ->
     tied = [f"{name}, tied to {first}" for name, first in live.layout.ties.items()]
     selected = [*live.selected, *tied]
     try:
-        compare(problem=problem, compared=[settings, _digest_names(selected)])
+        compare(compared=[settings, _digest_names(selected)])
     except RendezvousError as error:
         differing_parts = [key for key in error.differing if key.startswith(_PART)]
         if not differing_parts:

@@ -30,7 +30,7 @@ class LiveModel:
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
         timeout: seconds that ranks wait for each other.
 
-    Raises: ValueError for an unknown ``replicas``; else as `Layout`.
+    Raises: as `Layout`.
     """
 
     def __init__(
@@ -41,8 +41,6 @@ class LiveModel:
         select: Callable[[str, Tensor], bool] | None,
         timeout: float,
     ) -> None:
-        if not isinstance(replicas, ProcessGroup) and replicas not in ("shard", "copy"):
-            raise ValueError(f'replicas is "shard", "copy" or a process group, got {replicas!r}')
         self._replicas: ReplicaPolicy = replicas
         self._select = select or _requires_grad
         self.timeout = timeout
@@ -181,9 +179,7 @@ class LiveModel:
         try:
             is_current = self.layout.is_current(init_fsdp2=for_serving)
             if not (is_current and (only_if_moved or for_serving)):
-                layout = Layout(self.layout.model, self._replicas)
-                if not is_current:
-                    layout.require_writable()
+                layout = self.layout.reread()
                 if changes := self.layout.describe_changes(layout):
                     described = abbreviated(
                         (f"{name} was {then}, and is now {now}" for name, (then, now) in changes.items()),
@@ -194,8 +190,9 @@ class LiveModel:
                         f"the model changed after ShardedEMA(model) was constructed: {described}. Change and wrap a "
                         "model first, then construct ShardedEMA"
                     )
-                # A layout of the same objects stays, so that averages and servings need not be bound again.
-                if not (is_current and self.layout.has_same_objects(layout)):
+                # A layout of the same memory stays, so that averages and servings need not be bound again.
+                if not (is_current and self.layout.is_same_reading(layout)):
+                    layout.require_writable()
                     self.layout = layout
             if newly_selected := [name for name in self._unselected if self._is_selected(name)]:
                 return ValueError(

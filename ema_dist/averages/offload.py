@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ema_dist.averages.side_streams import SideStreams
 from ema_dist.kernels import HostBuffer, HostCopier, Kernel, UpdateIndex, Weight, WriteLog
+from ema_dist.signals import deferred_signals
 
 _log = logging.getLogger(__name__)
 
@@ -57,12 +58,14 @@ class Worker:
     def submit(self, job: Callable[..., None], *arguments: object) -> Future[None]:
         """Run ``job`` after all earlier ones. Raises: RuntimeError in a forked process, which has no such thread."""
         self._require_same_process()
-        return self._pool.submit(self._run_job, job, *arguments)
+        with deferred_signals():  # an interrupted thread pool may stay locked
+            return self._pool.submit(self._run_job, job, *arguments)
 
     def wait(self, job: Future[None] | None = None) -> None:
         """Wait for ``job``, or for all submitted jobs if None. Raises: RuntimeError in a forked process."""
         self._require_same_process()
-        (job or self._pool.submit(lambda: None)).result()
+        with deferred_signals():
+            (job or self._pool.submit(lambda: None)).result()
 
     def require_no_failure(self) -> None:
         """Raise RuntimeError if any job has failed, also earlier: its averages may be partly written."""

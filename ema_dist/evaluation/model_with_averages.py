@@ -15,13 +15,13 @@ from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
 from ema_dist.averages.updates import Updates
-from ema_dist.communication.signals import deferred_signals
 from ema_dist.evaluation.block import EvaluationBlock, leave_after
 from ema_dist.evaluation.serving import Serving, active_servings
 from ema_dist.evaluation.split_swap import announce_broken_swap, enter_together, leave_together
 from ema_dist.evaluation.swap import Swap, SwapStage, require_live_weights
 from ema_dist.messages import abbreviated, add_note
 from ema_dist.modes import iterate_in_normal_mode
+from ema_dist.signals import deferred_signals
 
 
 class ModelWithAverages:
@@ -212,6 +212,11 @@ class ModelWithAverages:
     def _restore_parts(self, swap: Swap, problems: list[Exception]) -> None:
         self.live.layout.abandon_pass()
         if problem := self.live.refresh(only_if_moved=True):
+            if self.live.layout.has_moved_parameters():
+                raise RuntimeError(
+                    f"{problem}. The live weights are not back, since parameters have other storage as well: undo the "
+                    "change, then call restore() on every rank"
+                )
             problems.append(problem)
         self.live.layout.wait_for_device()
         swap.restore_parts(self.live.layout)

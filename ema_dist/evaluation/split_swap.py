@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.communication.rendezvous import RendezvousError
-from ema_dist.communication.signals import deferred_signals
 from ema_dist.evaluation.swap import Swap, SwapStage
+from ema_dist.signals import deferred_signals
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +51,13 @@ def enter_together(live: LiveModel, call: str, write_parts: Callable[[], Swap], 
     except BaseException:
         undo()
         raise
-    # Before the fill: after it an interruption would leave the call recorded on other ranks only.
-    live.record(call)
-    _fill_or_announce(live, swap, swap.fill)
+
+    def record_and_fill() -> None:
+        # After the fill, an interruption would leave the call recorded on other ranks only.
+        live.record(call)
+        swap.fill()
+
+    _fill_or_announce(live, swap, record_and_fill)
     return swap
 
 

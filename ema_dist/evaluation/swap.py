@@ -168,11 +168,11 @@ class Swap:
         """
         if self.stage is not SwapStage.INSIDE:
             raise RuntimeError("swapped() was interrupted: call restore() on every rank before saving")
-        self.layout.refresh_buffers()
         if self.layout.has_moved():
             raise RuntimeError("the model was moved or cast inside swapped(); leave the block before saving")
-        for name, (average, _) in _pairs(self.layout, self.track).items():
-            shard = self.layout.parameters[name] if name in self.track.parameters else self.layout.buffers[name]
+        layout = self.layout.reread()  # modules may have replaced buffers
+        for name, (average, _) in _pairs(layout, self.track).items():
+            shard = layout.parameters[name] if name in self.track.parameters else layout.buffers[name]
             yield shard, shard.averaged_part.wrap(self._stash.get(name, average))
 
     def _prepare_fill(self, layout: Layout) -> None:

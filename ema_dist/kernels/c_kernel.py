@@ -6,13 +6,12 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from ema_dist.kernels.random_bits import make_noise_tables
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
 from ema_dist.kernels.scratch_kernel_factory import make_subset_kernel
 from ema_dist.kernels.write_log import WriteLog
+from ema_dist.signals import deferred_signals
 
 BLOCK = 2**15
 """Elements that all tracks process before the next block: few enough for the L2 cache, enough for prefetching."""
@@ -97,7 +97,6 @@ class CompiledKernel:
             self._noise = make_noise_tables(rounding.subset(dense_indices), tracks=len(tracks), device=values[0].device)
         self._weights = torch.zeros(len(tracks), dtype=torch.float64, device="cpu")
         self._settings = (len(self._rows), len(tracks), finite, BLOCK)
-        self._threaded_update: _ThreadedUpdate | None = None
 
     @torch.no_grad()
     def __call__(
@@ -117,15 +116,10 @@ class CompiledKernel:
             if len(self._block_ranges) == 1:
                 write_log.write(kernel, *self._block_ranges[0])
             else:
-                self._run_in_threads(kernel, write_log)
+                with deferred_signals():  # an interrupted thread pool may stay locked
+                    write_log.write_interruptible(partial(_run_in_threads, kernel, self._block_ranges))
             increment_version(self._outputs)  # autograd does not see writes by address
         self._strided_kernel(weights, update_index, write_log)
-
-    def _run_in_threads(self, kernel: Callable[[int, int], None], write_log: WriteLog) -> None:
-        if self._threaded_update is None or self._threaded_update.write_log is not write_log:
-            self._threaded_update = _ThreadedUpdate(write_log, self._block_ranges)
-        write_log.begin()
-        self._threaded_update.run(kernel)
 
     def _set_tables(self) -> None:
         """Store the addresses of the tensors."""
@@ -168,27 +162,13 @@ def _block_ranges(tables: AddressTables, threads: int) -> list[tuple[int, int]]:
     return [*pairwise([0, *(torch.searchsorted(elements, torch.tensor(ends, device="cpu")) + 1).tolist()])]
 
 
-class _ThreadedUpdate:
-    """The update that has this ``write_log``: each range of blocks is processed once, however often it is run.
-
-    All ranges are processed by other threads. Signal handlers, which may raise, run in the main thread only.
-    """
-
-    def __init__(self, write_log: WriteLog, block_ranges: list[tuple[int, int]]) -> None:
-        self.write_log = write_log
-        self._remaining = [(Lock(), iter([block_range])) for block_range in block_ranges]
-
-    def run(self, kernel: Callable[[int, int], None]) -> None:
-        """Process what remains, and wait for what an interrupted run has submitted."""
-        tasks = [partial(self._process, kernel, *remaining) for remaining in self._remaining]
-        for future in [_submit(task, threads=len(tasks)) for task in tasks]:
-            future.result()
-
-    @staticmethod
-    def _process(kernel: Callable[[int, int], None], lock: Lock, remaining: Iterator[tuple[int, int]]) -> None:
-        with lock:
-            for block_range in remaining:
-                kernel(*block_range)
+def _run_in_threads(kernel: Callable[[int, int], None], block_ranges: list[tuple[int, int]]) -> None:
+    """Process all ranges concurrently, the first one in this thread."""
+    first, *others = block_ranges
+    futures = [_submit(partial(kernel, *block_range), threads=len(others)) for block_range in others]
+    kernel(*first)
+    for future in futures:
+        future.result()
 
 
 def _submit(task: Callable[[], None], *, threads: int) -> Future[None]:

@@ -35,6 +35,7 @@ class Layout:
 
     def __init__(self, model: nn.Module, replicas: ReplicaPolicy = "shard") -> None:
         self.model = model
+        self._replicas: ReplicaPolicy = replicas
         replace_inference_buffers(model)
         self.fsdp2_units = FSDP2Units(model)
         """The parts of the model that FSDP2 shards."""
@@ -177,10 +178,27 @@ class Layout:
             self.reshard()
         return not (self.has_moved() or self._change_detector.has_replaced_params() or self._replaced_buffers())
 
-    def has_same_objects(self, other: Layout) -> bool:
-        """Whether ``other``, of the same storage, was read from the same parameters, buffers and extra states."""
+    def reread(self) -> Layout:
+        """The model as it is now, read in the same way. Raises: as the constructor."""
+        return Layout(self.model, self._replicas)
+
+    def is_same_reading(self, other: Layout) -> bool:
+        """Whether ``other``, with the same names, was read from the same objects, which view the same memory."""
         return self.extra_states == other.extra_states and all(
-            ours.owner is theirs.owner for ours, theirs in zip(self.shards, other.shards, strict=True)
+            ours.owner is theirs.owner and _view_key(ours.local) == _view_key(theirs.local)
+            for ours, theirs in zip(self.shards, other.shards, strict=True)
+        )
+
+    def has_moved_parameters(self) -> bool:
+        """Whether a registered parameter has other storage than its shard views; those of FSDP1 are left out."""
+        current = (
+            (entry.registry.get(entry.name), shard)
+            for name, shard in self.parameters.items()
+            for entry in self.registry_entries[name]
+        )
+        return any(
+            isinstance(value, Tensor) and local_tensor(resolve_live(value)).data_ptr() != shard.local.data_ptr()
+            for value, shard in current
         )
 
     @property
@@ -253,6 +271,10 @@ def _current_buffer(entry: RegistryEntry) -> Tensor | None:
 def _describe_shape(buffer: Tensor) -> str:
     dims = expanded_dims(buffer)
     return f"{tuple(buffer.shape)}{f', expanded along dimensions {[*dims]}' if dims else ''}"
+
+
+def _view_key(local: Tensor) -> tuple[object, ...]:
+    return local.data_ptr(), local.dtype, local.shape, local.stride()
 
 
 def _storage_key(tensor: Tensor) -> tuple[object, ...]:

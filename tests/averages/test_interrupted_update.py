@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from torch import nn
 
 from ema_dist import Compensated, Offloaded, ShardedEMA
 from ema_dist.kernels import c_kernel, scratch
-from tests.support.interrupter import Interrupter
+from tests.support.interrupter import Interrupter, Interruption
 from tests.support.layouts import averages_of_tracks
 
 WRITING = ("averages/updates.py", "averages/tracks.py", "averages/offload.py", "kernels/*.py", "schedules/clock.py")
@@ -21,7 +24,6 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "hi/lo": (torch.bfloat16, {"dtype": torch.bfloat16, "rounding": Compensated()}),
     "two tracks": (torch.bfloat16, {"decay": {"a": 0.5, "b": 0.25}}),
     "compiled": (torch.bfloat16, {"kernel": "compiled"}),
-    "compiled, in threads": (torch.bfloat16, {"kernel": "compiled"}),
     "offloaded": (torch.bfloat16, {"store": Offloaded(max_pending=2)}),
 }
 
@@ -62,15 +64,41 @@ def test_an_interrupted_update_is_refused_after_weights_were_written_to() -> Non
     assert refused > 5
 
 
+def test_a_signal_waits_for_the_threads_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handler, which raises, runs once all have written."""
+    monkeypatch.setattr(c_kernel, "MIN_THREAD_ELEMENTS", 1)
+    monkeypatch.setattr(c_kernel, "BLOCK", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    model, ema = _make("compiled")
+    averages = averages_of_tracks(ema)
+    _step(model)
+    submit = c_kernel._submit  # noqa: SLF001  where the main thread is between two threads
+
+    def submit_and_interrupt(task: Callable[[], None], *, threads: int) -> Future[None]:
+        monkeypatch.setattr(c_kernel, "_submit", submit)  # a second signal would not be deferred
+        signal.raise_signal(signal.SIGUSR1)
+        return submit(task, threads=threads)
+
+    def raise_interruption(*_: object) -> None:
+        raise Interruption
+
+    monkeypatch.setattr(c_kernel, "_submit", submit_and_interrupt)
+    handler = signal.signal(signal.SIGUSR1, raise_interruption)
+    with pytest.raises(Interruption):
+        ema.update()
+    signal.signal(signal.SIGUSR1, handler)
+    assert ema.steps == 0
+    updated = averages_of_tracks(ema)
+    assert ema.steps == 1
+    for name in ("default weight", "default bias"):
+        assert torch.equal(updated[name], averages[name] + 0.5)
+
+
 @pytest.mark.parametrize("found_inf", [False, True], ids=["host", "scaler"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_next_call_finishes_it(setting: str, found_inf: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
     """At 150 bytecodes from the first to the last; interrupted before its first write, an update has not happened."""
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
-    if "threads" in setting:
-        monkeypatch.setattr(c_kernel, "MIN_THREAD_ELEMENTS", 1)
-        monkeypatch.setattr(c_kernel, "BLOCK", 16)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     arguments = {"found_inf": torch.tensor(0.0)} if found_inf else {}
     model, uninterrupted = _make(setting)
     expected = []

@@ -198,6 +198,19 @@ def test_ranks_that_differ_are_told_what_differs() -> None:
         ShardedEMA(model, decay=[{"a": 0.5, "b": 0.5}, {"b": 0.5}][rank])
 
 
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize(
+    "setting",
+    [{"replicas": "?"}, {"decay": 2.0}, {"dtype": torch.int32}, {"buffers": "?"}, {"store": "?"}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_wrong_setting_on_one_rank_is_reported_on_all(setting: dict[str, Any]) -> None:
+    model = DistributedDataParallel(make_net("ddp"))
+    is_wrong = dist.get_rank() == 0
+    with pytest.raises(ValueError) if is_wrong else _fails_with("rank 0", str(*setting.values())):  # noqa: PT011
+        ShardedEMA(model, timeout=10.0, **(setting if is_wrong else {}))
+
+
 @pytest.mark.world_size(3)
 def test_ranks_that_select_other_parameters_are_told_one() -> None:
     model = DistributedDataParallel(make_net("ddp"))

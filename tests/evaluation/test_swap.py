@@ -7,7 +7,9 @@ import logging.handlers
 import multiprocessing
 import os
 import re
+import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ema_dist import ShardedEMA, compute_ema
+from ema_dist import ShardedEMA, checkpoint, compute_ema
+from ema_dist.evaluation.swap import Swap
 from ema_dist.kernels import DEVICE_SCRATCH_BYTES
 from tests.support.layouts import (
     LAYOUTS,
@@ -150,6 +153,73 @@ def test_live_comes_back_also_when_the_model_was_changed_inside(layout: str) -> 
         assert torch.equal(changed.weight.double(), expected)
 
 
+@pytest.mark.parametrize("change", ["buffer", "parameter"])
+def test_weights_that_moved_are_not_given_up_when_the_model_was_changed_too(change: str) -> None:
+    """They come back once the change is undone."""
+    model = nn.BatchNorm1d(3)
+    ema = ShardedEMA(model, decay=0.5)
+    model.weight.data.add_(1)
+    ema.update()
+    live, mean = full_weights(model), model.running_mean
+    block = ema.swapped()
+    block.__enter__()
+    model.weight.data = model.weight.data.clone()
+    if change == "buffer":
+        model.running_mean = torch.zeros(5)
+    else:
+        model.extra = nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match=r"(running_mean|extra).*restore\(\)"):
+        block.__exit__(None, None, None)
+    model.running_mean = mean
+    if change == "parameter":
+        del model.extra
+    ema.restore()
+    assert_bitwise_equal(full_weights(model), live)
+    ema.update()
+
+
+def test_weights_with_other_strides_or_dtype_at_the_same_address_are_noticed() -> None:
+    model = nn.Linear(3, 3, bias=False)
+    ema = ShardedEMA(model, decay=0.5)
+    average = model.weight.detach().clone()
+    model.weight.data = model.weight.data.t()
+    with ema.swapped():
+        assert torch.equal(model.weight, average)
+    ema.update()
+    torch.testing.assert_close(ema.full_state_dict()["weight"], (average + average.t()) / 2)
+
+
+class CountingNet(nn.Module):
+    """Replaces its buffer in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("count", torch.zeros(2))
+
+    def forward(self) -> Tensor:
+        self.count = self.count + 1
+        return self.weight * self.count
+
+
+def test_buffers_that_modules_replace_inside_are_followed_after_a_save(tmp_path: Path) -> None:
+    model = CountingNet()
+    ema = ShardedEMA(model, decay=0.5)
+    with ema.serving():
+        pass
+    with ema.swapped():
+        model()
+        checkpoint.save({"model": model}, tmp_path, step=1)
+    assert torch.equal(model.count, torch.zeros(2))
+    assert torch.equal(ema.full_state_dict()["count"], torch.ones(2))
+    model.count.fill_(10)
+    ema.update()
+    assert torch.equal(ema.full_state_dict()["count"], torch.full((2,), 5.5))
+    with ema.serving():
+        pass
+    assert torch.equal(model.count, torch.full((2,), 10.0))
+
+
 @layouts("plain", "ddp", "fsdp2")
 def test_casting_or_replacing_weights_inside_is_an_error(layout: str) -> None:
     """The averages were among them, and have been rounded or lost."""
@@ -263,6 +333,31 @@ def test_a_rank_that_waits_alone_raises_its_own_error_and_nothing_is_mixed() -> 
             time.sleep(1.5)
     dist.barrier()
     assert_bitwise_equal(full_weights(model), averaged)
+    ema.restore()
+    assert_bitwise_equal(full_weights(model), live)
+
+
+@pytest.mark.world_size(2)
+def test_a_signal_while_entering_is_raised_though_the_others_do_not_leave_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ema = make_trained("ddp", timeout=0.5)
+    live = full_weights(model)
+    fill = Swap.fill
+
+    def fill_and_interrupt(swap: Swap) -> None:
+        fill(swap)
+        signal.raise_signal(signal.SIGINT)
+
+    if dist.get_rank() == 0:
+        monkeypatch.setattr(Swap, "fill", fill_and_interrupt)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            ema.swapped().__enter__()
+        assert re.search(r"rank 1.*restore\(\)", *caught.value.__notes__)
+    else:
+        with pytest.raises(RuntimeError, match=r"rank 0.*restore\(\)"), ema.swapped():
+            time.sleep(1.5)
+    dist.barrier()
     ema.restore()
     assert_bitwise_equal(full_weights(model), live)
 

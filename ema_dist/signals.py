@@ -1,4 +1,4 @@
-"""Defers Python signal handlers during a split swap: one that raises would leave other ranks in a collective."""
+"""Defers Python signal handlers where one that raises would leave other ranks in a collective, or a lock held."""
 
 from __future__ import annotations
 
