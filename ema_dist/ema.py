@@ -152,7 +152,8 @@ class ShardedEMA(States):
 
         Collective: no.
         Raises: RuntimeError when an optimizer is attached already: with several, attach the one that steps last.
-            ValueError when this one steps none of the averaged parameters.
+            TypeError when it is no torch Optimizer. ValueError when it steps none of the averaged parameters, runs no
+            hooks, or averages by itself (schedule-free).
         """
         if self._optimizer_hook is not None and self._optimizer_hook.is_active:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")

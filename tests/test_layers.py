@@ -25,6 +25,7 @@ ROWS = {
     "checkpoint.stored_checkpoint": 13,
     "checkpoint.saving": 12,
     "checkpoint.optimizer_entry": 11,
+    "checkpoint.optimizer_wrappers": 10,
     "checkpoint.writer": 11,
     "checkpoint.entries": 10,
     "checkpoint.manifest": 10,

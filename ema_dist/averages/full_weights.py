@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from ema_dist.averages.track import Track
 from ema_dist.communication.rendezvous import rendezvous
 from ema_dist.messages import abbreviated, describe_difference
-from ema_dist.sharding import ExpandedShard, Layout, Shard, has_equal_bits
+from ema_dist.sharding import ExpandedShard, Layout, Shard, has_equal_bits, subclass_name
 
 T = TypeVar("T")
 
@@ -221,6 +221,8 @@ def _shards_and_values(layout: Layout, averages: Mapping[str, Tensor]) -> Iterat
 
 def to_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
     """``full`` as a contiguous CPU tensor that shares no storage with ``local``."""
+    if subclass_name(full):  # a frozen quantized weight: it has neither a dtype to cast to nor one storage
+        return full.detach().clone().to("cpu")
     target_dtype = dtype if full.is_floating_point() else full.dtype
     shares_storage = full.untyped_storage().data_ptr() == local.untyped_storage().data_ptr()
     return full.to("cpu", target_dtype, copy=shares_storage).contiguous()

@@ -11,6 +11,7 @@ from weakref import finalize
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from ema_dist.sharding import local_tensor
 
@@ -32,9 +33,9 @@ class OptimizerHook:
         before_steps: Callable[[], None] | None = None,
     ) -> None:
         self._update = update
+        self._handles: list[RemovableHandle] = [_register(optimizer, self._after_step)]
         self._step_codes = _step_codes(optimizer)
         self._before_steps = before_steps
-        self._handles = [optimizer.register_step_post_hook(self._after_step)]
         if before_steps:
             # A global hook: with several optimizers, the others write to the same weights before this one steps.
             pre_hook = register_optimizer_step_pre_hook(lambda *_: before_steps())
@@ -55,6 +56,26 @@ class OptimizerHook:
         if not (is_inner_step or _is_dummy_step(optimizer, kwargs)):
             # GradScaler sets this attribute during the step of a (fused) optimizer that skips on the device.
             self._update(getattr(optimizer, "found_inf", None))
+
+
+def _register(optimizer: object, hook: Callable[..., None]) -> RemovableHandle:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}: attach the optimizer inside it, or "
+            "call update() after its steps"
+        )
+    if hasattr(optimizer, "train_mode") or any("train_mode" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} averages by itself (schedule-free), and its parameters are not its averages "
+            "while it trains: call update() between its eval() and train() instead"
+        )
+    try:
+        return optimizer.register_step_post_hook(hook)
+    except AttributeError:
+        raise ValueError(
+            f"{type(optimizer).__name__} does not call Optimizer.__init__(), so that torch runs no hooks after its "
+            "steps: attach the optimizer inside it, or call update() after its steps"
+        ) from None
 
 
 def _step_codes(optimizer: Optimizer) -> set[CodeType]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ema_dist.checkpoint.dcp.contents import Contents
-from ema_dist.checkpoint.values import KeyPath, flatten, pack_value, unflatten, unpack_value
+from ema_dist.checkpoint.values import KeyPath, flatten, pack_value, require_plain_tensor, unflatten, unpack_value
 from ema_dist.ema import ShardedEMA
 from ema_dist.evaluation.serving import active_servings
 from ema_dist.evaluation.swap import active_swaps
@@ -115,6 +115,7 @@ class ModelEntry(Entry):
         }
         weights: dict[str, Any] = {}
         for shard in self.layout.shards:
+            require_plain_tensor(shard.local, f"{self.key}.{shard.name}")
             storage = _storage_key(shard)
             weights |= dict.fromkeys(
                 shard.names, swapped_out[storage] if storage in swapped_out else shard.wrap(shard.local)

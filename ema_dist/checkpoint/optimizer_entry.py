@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from ema_dist.checkpoint.dcp.contents import Contents
 from ema_dist.checkpoint.entries import Entry, RebuiltValue, Target
-from ema_dist.checkpoint.values import KeyPath, flatten, pack_value
+from ema_dist.checkpoint.optimizer_wrappers import saved_optimizer
+from ema_dist.checkpoint.values import KeyPath, flatten, pack_value, require_plain_tensor
 from ema_dist.sharding import Layout, Shard
 
 
@@ -32,12 +33,13 @@ class OptimizerEntry(Entry):
     Args:
         layouts: of the models whose parameters the optimizer steps.
 
-    Raises: ValueError when it steps a parameter that is in none of the models, or several parameters of one name.
+    Raises: ValueError when it steps a parameter that is in none of the models, or several parameters of one name; and
+        as `saved_optimizer`.
     """
 
     def __init__(self, key: str, optimizer: Optimizer, layouts: Iterable[Layout]) -> None:
         super().__init__(key)
-        self._optimizer = optimizer
+        self._optimizer = saved_optimizer(optimizer)
         shards_by_owner: dict[int, list[OwnedShard]] = {}
         for layout in sorted(
             layouts, key=lambda layout: len(layout.parameters)
@@ -112,7 +114,9 @@ class OptimizerEntry(Entry):
                 self._optimizer.state[parameter].update(moments)
 
     def _wrap_state(self, shard: Shard, key: str, value: Any) -> Any:
-        part = shard.local_state(value) if isinstance(value, Tensor) else None
+        part = None
+        if isinstance(value, Tensor):
+            part = shard.local_state(require_plain_tensor(value, f"{self.key}.state.{shard.name}.{key}"))
         if part is not None:
             return shard.wrap(part)
         tensors = [leaf for leaf in flatten(value).values() if isinstance(leaf, Tensor)]

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ema_dist.sharding import is_sharded
+from ema_dist.sharding import is_sharded, subclass_name
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 """Where a value lies in nested dictionaries (str) and lists (int)."""
@@ -36,9 +36,21 @@ def pack_value(value: object, name: str) -> Any:
         return _require_storable((PACKED_MARKER, list(value.items())), name)
     if isinstance(value, list):
         return [pack_value(item, f"{name}.{index}") for index, item in enumerate(value)]
-    if isinstance(value, Tensor) or type(value) in PLAIN_TYPES:
+    if isinstance(value, Tensor):
+        return require_plain_tensor(value, name)
+    if type(value) in PLAIN_TYPES:
         return value
     return _require_storable(value, name)
+
+
+def require_plain_tensor(tensor: Tensor, name: str) -> Tensor:
+    """Return ``tensor``. Raises: ValueError for a subclass (quantized, float8): it could not be loaded again safely."""
+    if subclass := subclass_name(tensor):
+        raise ValueError(
+            f"{name!r} is a {subclass}, a tensor subclass, which a checkpoint cannot hold: use plain tensors, or leave "
+            "this entry out"
+        )
+    return tensor
 
 
 def unpack_value(value: Any) -> Any:

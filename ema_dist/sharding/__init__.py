@@ -6,7 +6,7 @@ standard library and each other, and nothing else of `ema_dist`.
 """
 
 from ema_dist.sharding.compat import all_gather, world_store
-from ema_dist.sharding.cpu_copies import cpu_copy, is_sharded
+from ema_dist.sharding.cpu_copies import cpu_copy, is_sharded, subclass_name
 from ema_dist.sharding.discovery import ReplicaPolicy
 from ema_dist.sharding.gather_rows import merge_bytes
 from ema_dist.sharding.layout import Layout
@@ -31,6 +31,7 @@ __all__ = [
     "local_tensor",
     "merge_bytes",
     "replays_cuda_graph",
+    "subclass_name",
     "unsupported_reason",
     "world_store",
 ]

@@ -1,4 +1,4 @@
-"""Copies of wrapped tensors that later writes to the originals do not change."""
+"""What a tensor is wrapped in, and copies on the CPU that later writes to the originals do not change."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard as Block  # FSDP1's own checkpoint format has no public name
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
+from ema_dist.sharding.mesh_shard import dtensor_local
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:
@@ -29,3 +32,9 @@ def cpu_copy(tensor: Tensor) -> Tensor:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ``tensor`` is this rank's part of a tensor that is distributed over ranks."""
     return isinstance(tensor, (DTensor, ShardedTensor))
+
+
+def subclass_name(tensor: Tensor) -> str:
+    """The type of this rank's part of ``tensor`` if it is a tensor subclass (quantized, float8); else empty."""
+    local = dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor
+    return "" if type(local) in (Tensor, Parameter, ShardedTensor) else type(local).__name__

@@ -1,0 +1,70 @@
+"""Finds the optimizer whose ``state`` and ``param_groups`` are all that a checkpoint must hold, or refuses by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ema_dist.checkpoint.values import flatten
+
+
+def saved_optimizer(optimizer: Optimizer) -> Optimizer:
+    """``optimizer``, or the one inside it that holds all of its state.
+
+    Raises: ValueError when its ``state_dict()`` holds anything else, or raises: a checkpoint would lack moments.
+    """
+    name = type(optimizer).__name__
+    inner = _inner_optimizers(optimizer)
+    try:
+        state_dict = optimizer.state_dict()
+    except Exception as error:
+        raise ValueError(f"{name}.state_dict() raises {error!r}: {_advice(optimizer, inner)}") from error
+    if len(inner) > 1:
+        raise ValueError(f"{name} holds several optimizers: {_advice(optimizer, inner)}")
+    for attribute, candidate in inner.items():
+        if not _holds_all_of(candidate, state_dict):
+            raise ValueError(f"{name} keeps state beside that of its {attribute!r}: {_advice(optimizer, inner)}")
+        return saved_optimizer(candidate)
+    if not _holds_all_of(optimizer, state_dict):
+        raise ValueError(
+            f"{name}.state_dict() holds other values than its state and param_groups, which alone are saved by the "
+            "names of parameters: use an optimizer without a state_dict() of its own"
+        )
+    return optimizer
+
+
+def _inner_optimizers(optimizer: Optimizer) -> dict[str, Optimizer]:
+    """The optimizers in its attributes, and in lists, tuples and mappings there, by the expressions that give them."""
+    found: dict[str, Optimizer] = {}
+    for name, value in vars(optimizer).items():
+        items: Iterable[tuple[str, Any]] = [(name, value)]
+        if isinstance(value, Mapping):
+            items = [(f"{name}[{key!r}]", item) for key, item in value.items() if isinstance(item, Optimizer)]
+        elif isinstance(value, (list, tuple)):
+            items = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
+        found |= {text: item for text, item in items if isinstance(item, Optimizer) and item is not optimizer}
+    return found
+
+
+def _holds_all_of(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> bool:
+    """Whether the tensors in ``state_dict`` are those of ``optimizer.state``."""
+    own_tensors = {id(leaf) for values in optimizer.state.values() for leaf in _tensors(values)}
+    return state_dict.keys() == {"state", "param_groups"} and own_tensors == {*map(id, _tensors(state_dict["state"]))}
+
+
+def _tensors(state: object) -> list[Tensor]:
+    return [leaf for leaf in flatten(state).values() if isinstance(leaf, Tensor)]
+
+
+def _advice(optimizer: Optimizer, inner: Mapping[str, Optimizer]) -> str:
+    if inner and _parameter_ids(optimizer) == set().union(*map(_parameter_ids, inner.values())):
+        entries = ", ".join(f'"optim{index or ""}": optimizer.{text}' for index, text in enumerate(inner))
+        return f"save what is inside, {{{entries}}}"
+    return "use an optimizer that holds the state of all its parameters on every rank; fully_shard shards states, too"
+
+
+def _parameter_ids(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
