@@ -50,8 +50,9 @@ def full_shapes(layout: Layout, *, dtype: torch.dtype | None) -> dict[str, Tenso
     shapes: dict[str, Tensor | None] = {}
     for shard in layout.shards:
         target_dtype = dtype if dtype and shard.owner.is_floating_point() else shard.owner.dtype
+        shape = torch.empty(shard.shape, dtype=target_dtype, device="meta")
         for name in shard.names:
-            shapes[name] = torch.empty(shard.shape, dtype=target_dtype, device="meta")
+            shapes[name] = shard.local.to("meta") if subclass_name(shard.local) else shape
     for name, module in layout.extra_states.items():
         state = module.get_extra_state()
         shapes[name] = state.to("meta") if isinstance(state, Tensor) else None

@@ -35,7 +35,7 @@ class Serving:
     def __init__(self, layout: Layout, track: Track) -> None:
         self.layout = layout
         self._track = track
-        self._unsupported_reason = unsupported_reason(layout)
+        self._unsupported_reason = unsupported_reason(layout, track.parameters)
         self._modules = list(layout.model.modules())
         pairs = {name: (layout.parameters[name], average) for name, average in track.parameters.items()}
         self._copied_shards = {

@@ -156,17 +156,16 @@ class Substitution:
         return list(map(_address if self._has_dtensors else torch.Tensor.data_ptr, self._substitutes.values()))
 
 
-def unsupported_reason(layout: Layout) -> str:
-    """Why `Substitution` does not support this model; empty if it does."""
+def unsupported_reason(layout: Layout, names: Iterable[str]) -> str:
+    """Why `Substitution` cannot replace the parameters ``names`` of this model; empty if it can."""
     if layout.has_flat_parameters:
         return "FSDP1 computes with views of its flat parameters"
     if layout.fsdp2_units.missing_attributes:
         return f"FSDP2 in torch {torch.__version__} lacks {layout.fsdp2_units.missing_attributes}"
     if layout.fsdp2_units.has_gather_transforms:
         return "shards of FSDP2 transform themselves before they are gathered"
-    not_gathered = [
-        shard.owner for shard in layout.parameters.values() if layout.fsdp2_units.padded_numel(shard.owner) is None
-    ]
+    owners = [layout.parameters[name].owner for name in names]
+    not_gathered = [owner for owner in owners if layout.fsdp2_units.padded_numel(owner) is None]
     if types := sorted({type(owner).__name__ for owner in not_gathered if type(owner) not in (nn.Parameter, DTensor)}):
         return f"parameters are of types of their own, {types}"
     if any(isinstance(module, torch.jit.ScriptModule) for module in layout.model.modules()):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ema_dist.checkpoint.dcp.archive import byte_view
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.values import require_loadable
+from ema_dist.sharding import subclass_name
 
 FileFormat = Literal["safetensors", "torch"]
 
@@ -124,7 +125,9 @@ def _header_dtype(dtype: torch.dtype) -> str:
 
 
 def unsupported_reason(name: str, value: Tensor) -> str:
-    """Why a safetensors file cannot hold this tensor (its dtype or its name); empty if it can."""
+    """Why a safetensors file cannot hold this tensor (its type, dtype or name); empty if it can."""
+    if subclass := subclass_name(value):
+        return subclass
     try:
         TensorSpec(dtype=dtype_name(value), shape=[0], data_ptr=0, data_len=0)
         name.encode()
