@@ -1,4 +1,4 @@
-"""A DCP writer that hashes the bytes it writes, and gives the checkpoint its name when every rank has written."""
+"""A DCP writer that hashes what it writes, and names the checkpoint once all ranks have written and it can be read."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ema_dist.checkpoint.dcp.reader import read_plain_values
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import FileRecord, Manifest
 from ema_dist.checkpoint.step_folders import commit
@@ -69,6 +70,7 @@ class CheckpointWriter(FileSystemWriter):
                 f"other ranks wrote {missing}, which are not in {self._partial} as the first rank sees it: "
                 "save into a file system that all ranks share"
             )
+        read_plain_values(self._partial)
         # The manifest must be on disk before the folder gets the name that promises it.
         replace(self._manifest, files=files).write(self._partial)
         commit(self._partial, keep=self._keep)

@@ -65,6 +65,18 @@ def read_entries(
         state_dict.update(planner.state_dict)
 
 
+def read_plain_values(folder: Path) -> dict[str, Any]:
+    """All entries of a checkpoint that are not tensors, by DCP name.
+
+    Collective: no. Raises: CheckpointError when one of them cannot be read.
+    """
+    metadata = read_metadata(folder)
+    stored = metadata.state_dict_metadata
+    values: dict[str, Any] = {n: None for n, entry in stored.items() if isinstance(entry, BytesStorageMetadata)}
+    read_entries(folder, values, metadata=metadata)
+    return values
+
+
 class SafeReader(FileSystemReader):
     """Reads a folder that DCP wrote; nothing in the folder can make it run code or open a file elsewhere.
 
