@@ -29,6 +29,7 @@ def gather(
     ema: ShardedEMA,
     folder: str | os.PathLike[str],
     *,
+    track: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     file_format: FileFormat = "safetensors",
@@ -38,6 +39,7 @@ def gather(
 
     Args:
         folder: where rank 0 writes; ignored on other ranks. An earlier export in it stays until this one is complete.
+        track: the track to write; None for the only one, or the one called ``default``.
         dtype: of floating-point tensors; None for the dtype of each live tensor.
         max_shard_size: bytes of tensors in a file, as a number or like ``"5GB"``; a larger tensor gets its own file.
         file_format: ``"safetensors"``, or ``"torch"`` for files by ``torch.save``, which hold non-tensors too.
@@ -48,17 +50,19 @@ def gather(
     Collective: over all ranks of the process group, whatever the layout.
     Memory: one file and one full tensor on rank 0, one full tensor elsewhere.
     Raises: CheckpointError on every rank when rank 0 cannot write, or when the pending background save has failed;
-        RuntimeError when a rank does not arrive in time; ValueError for a dtype that the format cannot hold, and when
-        ranks hold different models, as pipeline stages do: unite those by ``full_state_dict(pipeline=...)``.
+        RuntimeError when a rank does not arrive in time; ValueError for an unknown track, for a dtype that the format
+        cannot hold, and when ranks hold different models, as pipeline stages do: unite those by
+        ``full_state_dict(pipeline=...)``.
     """
     wait()
     texts = {
+        "track": f"track={track!r}",
         "dtype": f"dtype={dtype}",
         "max_shard_size": f"max_shard_size={max_shard_size!r}",
         "file_format": f"file_format={file_format!r}",
     }
     group = checkpoint_rendezvous("checkpoint.gather(ema, folder)", timeout=timeout, compared=[texts])
-    entries = ema.gather(dtype=dtype)
+    entries = ema.gather(dtype=dtype, track=track)
     planned = ema.full_shapes(dtype=dtype)
     if different := describe_rank_differences([*planned], group):
         raise ValueError(
@@ -75,19 +79,20 @@ def gather(
 
 
 @in_normal_mode
-def scatter(ema: ShardedEMA, folder: str | os.PathLike[str]) -> None:
+def scatter(ema: ShardedEMA, folder: str | os.PathLike[str], *, track: str | None = None) -> None:
     """Scatter averages from files of full tensors, such as `gather` writes, to the shards of all ranks.
 
     Live weights, frozen parameters and step counts do not change.
 
     Args:
         folder: a folder, a file or an index, on rank 0; ignored on other ranks.
+        track: the track to replace; None for the only one, or the one called ``default``.
 
     Collective: over all ranks that hold the model. Memory: one full tensor on each rank.
     Raises: as ``ema.load_full_state_dict``: RuntimeError on every rank when the files cannot be read, caused by a
         CheckpointError on rank 0.
     """
-    ema.load_full_state_dict(WeightReader(folder))
+    ema.load_full_state_dict(WeightReader(folder), track=track)
 
 
 def _make_on_first_rank(make: Callable[[], WeightWriter], group: ProcessGroup | None) -> WeightWriter | None:

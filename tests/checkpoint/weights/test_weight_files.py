@@ -202,6 +202,20 @@ def test_averages_scatter_into_another_layout_and_world(tmp_path: Path, source: 
         harness.run(harness.RemoteTest(__name__, function.__name__, arguments, filters), harness.World(ranks))
 
 
+@pytest.mark.world_size(2)
+def test_each_track_is_written_and_read_by_its_name(tmp_path: Path) -> None:
+    _, ema = make_trained("fsdp2", decay={"short": 0.1, "long": 0.9})
+    full = {track: ema.full_state_dict(track=track) for track in ("short", "long")}
+    for track, expected in full.items():
+        if gather(ema, tmp_path / track, track=track):
+            assert_same(dict(WeightReader(tmp_path / track)), expected)
+    scatter(ema, tmp_path / "short", track="long")
+    assert_same(ema.full_state_dict(track="long"), full["short"])
+    for call in (gather, scatter):
+        with pytest.raises(ValueError, match=r"\['short', 'long'\].*'middle'"):
+            call(ema, tmp_path / "short", track="middle")
+
+
 OLD_TENSORS = {name: torch.full((4,), 1.0) for name in ("a", "b", "c")}
 NEW_TENSORS = {name: torch.full((4,), 2.0) for name in ("a", "b", "c", "d")}
 
