@@ -18,8 +18,9 @@ from ema_dist.checkpoint.agreement import (
 )
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.saving import wait
-from ema_dist.checkpoint.weights.files import WeightReader, WeightWriter
+from ema_dist.checkpoint.weights.files import WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
+from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.ema import ShardedEMA
 from ema_dist.modes import in_normal_mode
 
@@ -31,8 +32,10 @@ def gather(
     *,
     track: str | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = "5GiB",
     file_format: FileFormat = "safetensors",
+    name: str | None = None,
+    force: bool = False,
     timeout: float = 60.0,
 ) -> list[Path]:
     """Write the averaged model, all entries of ``ema.full_state_dict()``, to files that other libraries load.
@@ -41,8 +44,11 @@ def gather(
         folder: where rank 0 writes; ignored on other ranks. An earlier export in it stays until this one is complete.
         track: the track to write; None for the only one, or the one called ``default``.
         dtype: of floating-point tensors; None for the dtype of each live tensor.
-        max_shard_size: bytes of tensors in a file, as a number or like ``"5GB"``; a larger tensor gets its own file.
+        max_shard_size: bytes of tensors in a file, as a number or like ``"5GiB"``; a larger tensor gets its own file.
         file_format: ``"safetensors"``, or ``"torch"`` for files by ``torch.save``, which hold non-tensors too.
+        name: of the file, and the beginning of the names of several and their index, such as
+            ``"diffusion_pytorch_model.safetensors"``; None for ``model.safetensors`` or ``pytorch_model.bin``.
+        force: whether to overwrite weights that ema_dist did not write; its own are replaced in any case.
         timeout: seconds that ranks wait for each other at the start.
 
     Returns: the files, and last their index if there are several; an empty list on other ranks.
@@ -60,6 +66,8 @@ def gather(
         "dtype": f"dtype={dtype}",
         "max_shard_size": f"max_shard_size={max_shard_size!r}",
         "file_format": f"file_format={file_format!r}",
+        "name": f"name={name!r}",
+        "force": f"force={force}",
     }
     group = checkpoint_rendezvous("checkpoint.gather(ema, folder)", timeout=timeout, compared=[texts])
     entries = ema.gather(dtype=dtype, track=track)
@@ -69,9 +77,18 @@ def gather(
             f"ranks hold different models: {different}; unite pipeline stages by ema.full_state_dict(pipeline=...), "
             "and write that"
         )
-    writer = _make_on_first_rank(
-        lambda: WeightWriter(folder, planned=planned, max_shard_size=max_shard_size, file_format=file_format), group
-    )
+
+    def make_writer() -> WeightWriter:
+        return WeightWriter(
+            folder,
+            planned=planned,
+            max_shard_size=max_shard_size,
+            file_format=file_format,
+            name=name,
+            force=force,
+        )
+
+    writer = _make_on_first_rank(make_writer, group)
     if writer is None:
         _exhaust(entries)
     paths = run_on_first_rank(lambda: _write(writer, entries) if writer else [], group)

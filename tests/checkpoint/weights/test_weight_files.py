@@ -27,8 +27,9 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.gathering import gather, scatter
 from ema_dist.checkpoint.loading import latest
 from ema_dist.checkpoint.saving import save
-from ema_dist.checkpoint.weights.files import WeightReader, WeightWriter
+from ema_dist.checkpoint.weights.files import WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
+from ema_dist.checkpoint.weights.reader import WeightReader
 from tests.support import harness
 from tests.support.layouts import (
     IGNORED_WARNINGS,
