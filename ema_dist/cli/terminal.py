@@ -119,7 +119,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], object]]:
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
-        _SpeedColumn(),
+        SpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
@@ -127,7 +127,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], object]]:
         yield lambda size: bar.advance(task, size)
 
 
-class _SpeedColumn(ProgressColumn):
+class SpeedColumn(ProgressColumn):
     """Bytes per second in binary units; rich's own column has decimal ones."""
 
     def render(self, task: Task) -> Text:
