@@ -30,6 +30,7 @@ from ema_dist.checkpoint.weights.formats import (
     is_own_file,
     unsupported_reason,
 )
+from ema_dist.communication.signals import deferred_signals
 from ema_dist.messages import abbreviated
 
 PARTIAL_FOLDER = ".export-incomplete"
@@ -240,6 +241,10 @@ class WeightWriter:
             index = {"metadata": {**self._split.metadata, **WRITER_MARK}, "weight_map": self._split.tensor_to_filename}
             (self._partial_folder / self._format.index_file).write_text(json.dumps(index, indent=2) + "\n")
             fsync(self._partial_folder / self._format.index_file)
+        with deferred_signals():  # Ctrl-C must not end this between old and new files
+            self._replace_files()
+
+    def _replace_files(self) -> None:
         *shards, entry_file = self.paths
         # Old names first, the entry file before the others: readers must never find a mixture. A single new file
         # replaces a single old one atomically. Each fsync keeps the disk from reordering the steps.

@@ -159,7 +159,7 @@ def unsupported_reason(name: str, value: Tensor) -> str:
 
 def _open_safetensors(path: Path) -> OpenedFile:
     file = safe_open(path, framework="pt")
-    return OpenedFile(list(file.keys()), file.get_tensor, file.metadata() or {})
+    return OpenedFile(file.offset_keys(), file.get_tensor, file.metadata() or {})
 
 
 class TorchFileWriter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,29 @@ def test_a_failed_export_keeps_weights_by_others_and_leaves_no_folder(tmp_path: 
     (tmp_path / "empty").mkdir()
     write_interrupted(tmp_path / "empty" / "export")
     assert [*(tmp_path / "empty").iterdir()] == []
+
+
+def test_ctrl_c_does_not_end_an_export_between_old_and_new_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, OTHERS, max_shard_size=4)
+    unlink = Path.unlink
+
+    def unlink_interrupted(path: Path) -> None:
+        unlink(path)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", unlink_interrupted)
+        write(tmp_path, TENSORS, max_shard_size=16)
+    assert_bitwise_equal(dict(WeightReader(tmp_path)), TENSORS)
+    assert len([*tmp_path.iterdir()]) == 4
+
+
+def test_a_file_is_read_in_the_order_in_which_it_was_written(tmp_path: Path) -> None:
+    tensors = {name: torch.ones(2) for name in ("layers.10.weight", "embed.weight", "layers.2.weight")}
+    write(tmp_path, tensors)
+    assert [*WeightReader(tmp_path)] == [*tensors]
 
 
 def test_configuration_is_copied_unless_it_replaces_another_one(tmp_path: Path) -> None:

@@ -391,7 +391,7 @@ def test_extra_states_are_left_out_with_a_warning_or_kept(tmp_path: Path) -> Non
     ema = ShardedEMA(model)
     with pytest.warns(UserWarning, match=r"\b0\._extra_state\b(?!, ).*file_format=\"torch\""):
         gather(ema, tmp_path / "safetensors")
-    assert list(WeightReader(tmp_path / "safetensors")) == ["0.bias", "0.weight"]
+    assert list(WeightReader(tmp_path / "safetensors")) == ["0.weight", "0.bias"]
     gather(ema, tmp_path / "torch", file_format="torch")
     files = WeightReader(tmp_path / "torch")
     assert files["0._extra_state"] == {"count": 3}
