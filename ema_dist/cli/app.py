@@ -88,8 +88,8 @@ def export(  # noqa: PLR0913  one parameter for each option
         str | None,
         typer.Option(
             metavar="FILE",
-            help="The name of the file, from which those of several and their index are made, such as "
-            "diffusion_pytorch_model.safetensors; model.safetensors or pytorch_model.bin otherwise.",
+            help="The name of the file, from which those of several and their index are made; "
+            "model.safetensors or pytorch_model.bin otherwise.",
             show_default=False,
         ),
     ] = None,
@@ -113,6 +113,8 @@ def export(  # noqa: PLR0913  one parameter for each option
 
     One process, by stream: at most one output file and one tensor are in memory. Nothing is written unless all is well,
     the checksums of the checkpoint's files included; an earlier export of the same format in OUT is replaced then.
+
+    transformers loads OUT with --config, diffusers with --config and --name diffusion_pytorch_model.safetensors.
 
     The keys of --json: checkpoint, files (sizes in bytes by path), notes.
     """
