@@ -18,8 +18,9 @@ from ema_dist.checkpoint.agreement import (
 )
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.saving import wait
-from ema_dist.checkpoint.weights.files import WeightReader, WeightWriter
+from ema_dist.checkpoint.weights.files import WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
+from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.ema import ShardedEMA
 from ema_dist.modes import in_normal_mode
 
@@ -29,18 +30,25 @@ def gather(
     ema: ShardedEMA,
     folder: str | os.PathLike[str],
     *,
+    track: str | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = "5GiB",
     file_format: FileFormat = "safetensors",
+    name: str | None = None,
+    force: bool = False,
     timeout: float = 60.0,
 ) -> list[Path]:
     """Write the averaged model, all entries of ``ema.full_state_dict()``, to files that other libraries load.
 
     Args:
         folder: where rank 0 writes; ignored on other ranks. An earlier export in it stays until this one is complete.
+        track: the track to write; None for the only one, or the one called ``default``.
         dtype: of floating-point tensors; None for the dtype of each live tensor.
-        max_shard_size: bytes of tensors in a file, as a number or like ``"5GB"``; a larger tensor gets its own file.
+        max_shard_size: bytes of tensors in a file, as a number or like ``"5GiB"``; a larger tensor gets its own file.
         file_format: ``"safetensors"``, or ``"torch"`` for files by ``torch.save``, which hold non-tensors too.
+        name: of the file, and the beginning of the names of several and their index, such as
+            ``"diffusion_pytorch_model.safetensors"``; None for ``model.safetensors`` or ``pytorch_model.bin``.
+        force: whether to overwrite weights that ema_dist did not write; its own are replaced in any case.
         timeout: seconds that ranks wait for each other at the start.
 
     Returns: the files, and last their index if there are several; an empty list on other ranks.
@@ -48,26 +56,39 @@ def gather(
     Collective: over all ranks of the process group, whatever the layout.
     Memory: one file and one full tensor on rank 0, one full tensor elsewhere.
     Raises: CheckpointError on every rank when rank 0 cannot write, or when the pending background save has failed;
-        RuntimeError when a rank does not arrive in time; ValueError for a dtype that the format cannot hold, and when
-        ranks hold different models, as pipeline stages do: unite those by ``full_state_dict(pipeline=...)``.
+        RuntimeError when a rank does not arrive in time; ValueError for an unknown track, for a dtype that the format
+        cannot hold, and when ranks hold different models, as pipeline stages do: unite those by
+        ``full_state_dict(pipeline=...)``.
     """
     wait()
     texts = {
+        "track": f"track={track!r}",
         "dtype": f"dtype={dtype}",
         "max_shard_size": f"max_shard_size={max_shard_size!r}",
         "file_format": f"file_format={file_format!r}",
+        "name": f"name={name!r}",
+        "force": f"force={force}",
     }
     group = checkpoint_rendezvous("checkpoint.gather(ema, folder)", timeout=timeout, compared=[texts])
-    entries = ema.gather(dtype=dtype)
+    entries = ema.gather(dtype=dtype, track=track)
     planned = ema.full_shapes(dtype=dtype)
     if different := describe_rank_differences([*planned], group):
         raise ValueError(
             f"ranks hold different models: {different}; unite pipeline stages by ema.full_state_dict(pipeline=...), "
             "and write that"
         )
-    writer = _make_on_first_rank(
-        lambda: WeightWriter(folder, planned=planned, max_shard_size=max_shard_size, file_format=file_format), group
-    )
+
+    def make_writer() -> WeightWriter:
+        return WeightWriter(
+            folder,
+            planned=planned,
+            max_shard_size=max_shard_size,
+            file_format=file_format,
+            name=name,
+            force=force,
+        )
+
+    writer = _make_on_first_rank(make_writer, group)
     if writer is None:
         _exhaust(entries)
     paths = run_on_first_rank(lambda: _write(writer, entries) if writer else [], group)
@@ -75,19 +96,20 @@ def gather(
 
 
 @in_normal_mode
-def scatter(ema: ShardedEMA, folder: str | os.PathLike[str]) -> None:
+def scatter(ema: ShardedEMA, folder: str | os.PathLike[str], *, track: str | None = None) -> None:
     """Scatter averages from files of full tensors, such as `gather` writes, to the shards of all ranks.
 
     Live weights, frozen parameters and step counts do not change.
 
     Args:
         folder: a folder, a file or an index, on rank 0; ignored on other ranks.
+        track: the track to replace; None for the only one, or the one called ``default``.
 
     Collective: over all ranks that hold the model. Memory: one full tensor on each rank.
     Raises: as ``ema.load_full_state_dict``: RuntimeError on every rank when the files cannot be read, caused by a
         CheckpointError on rank 0.
     """
-    ema.load_full_state_dict(WeightReader(folder))
+    ema.load_full_state_dict(WeightReader(folder), track=track)
 
 
 def _make_on_first_rank(make: Callable[[], WeightWriter], group: ProcessGroup | None) -> WeightWriter | None:

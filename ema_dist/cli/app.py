@@ -6,6 +6,7 @@ shell completion must not wait for torch.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from ema_dist.cli.options import (
     DtypeOption,
     EntryOption,
     FormatChoice,
+    JsonOption,
     ShardSizeOption,
     StepOption,
     TrackOption,
@@ -34,13 +36,29 @@ app = typer.Typer(
 )
 
 
+def _print_version(is_asked: bool) -> None:  # noqa: FBT001  typer calls it
+    if is_asked:
+        typer.echo(f"ema-dist {version('ema-dist')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 @report_errors(exit_code=1)
 def inspect(
     checkpoint: CheckpointArgument,
     *,
     step: StepOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what is in a checkpoint: step, layouts, tracks, decays, tensors, and how far averages are from live weights.
 
@@ -58,50 +76,78 @@ def inspect(
 
 @app.command()
 @report_errors(exit_code=1)
-def export(
+def export(  # noqa: PLR0913  one parameter for each option
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write into.", show_default=False)],
     *,
     weights: WeightsOption = WeightsChoice.EMA,
     dtype: DtypeOption = None,
-    max_shard_size: ShardSizeOption = "5GB",
+    max_shard_size: ShardSizeOption = "5GiB",
     format: Annotated[FormatChoice, typer.Option(help="What files to write.")] = FormatChoice.SAFETENSORS,  # noqa: A002
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="The name of the file, from which those of several and their index are made; "
+            "model.safetensors or pytorch_model.bin otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Copy configuration and tokenizer (json, txt, model, jinja, ...) from there, for from_pretrained.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite weights that ema_dist did not write, and other configuration.")
+    ] = False,
     step: StepOption = None,
     track: TrackOption = None,
     entry: EntryOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the averaged (or live) weights of a checkpoint into files in the Hugging Face layout.
 
     One process, by stream: at most one output file and one tensor are in memory. Nothing is written unless all is well,
     the checksums of the checkpoint's files included; an earlier export of the same format in OUT is replaced then.
+
+    transformers loads OUT with --config, diffusers with --config and --name diffusion_pytorch_model.safetensors.
+
+    The keys of --json: checkpoint, files (sizes in bytes by path), notes.
     """
+    from ema_dist.cli.export import Destination  # noqa: PLC0415
     from ema_dist.cli.export import export as run  # noqa: PLC0415
 
     run(
         checkpoint,
-        out,
+        Destination(out, max_shard_size, format.value, name=name, config=config, force=force),
         weights_kind=weights.value,
         dtype=dtype,
-        max_shard_size=max_shard_size,
-        file_format=format.value,
         step=step,
         track=track,
         entry=entry,
+        as_json=as_json,
     )
 
 
 @app.command()
 @report_errors(exit_code=1)
-def verify(checkpoint: CheckpointArgument, *, step: StepOption = None) -> None:
+def verify(checkpoint: CheckpointArgument, *, step: StepOption = None, as_json: JsonOption = False) -> None:
     """Read all of a checkpoint and tell what is wrong with it: exit code 0 for nothing, 1 with a list on stdout.
 
     Checked are sizes and checksums of its files (a folder that plain dcp.save wrote has no list of these), its
     metadata, whether every value can be read and is finite, and whether the averages fit the model. Infinities outside
-    of weights and optimizers are noted only: masks kept as buffers hold them.
+    of weights and optimizers are noted only: masks kept as buffers hold them. If a file is damaged, the entries in the
+    files are not checked.
+
+    The keys of --json: path, problems, notes, tensors, bytes.
     """
     from ema_dist.cli.verify import verify as run  # noqa: PLC0415
 
-    if not run(checkpoint, step=step):
+    if not run(checkpoint, step=step, as_json=as_json):
         raise typer.Exit(1)
 
 
@@ -121,10 +167,23 @@ def diff(
     step_b: Annotated[int | None, typer.Option(help="Of B, if that is one.", show_default=False)] = None,
     track: TrackOption = None,
     entry: EntryOption = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Tensors count as equal up to this largest distance, whatever their dtypes; otherwise only if "
+            "bit-identical and of one dtype.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show how far the weights of B are from those of A, tensor by tensor, and what only one of them has.
 
     Relative to A: the largest distance is max |b - a| / mean |a|, the mean one is mean |b - a| / mean |a|.
+
+    The keys of --json: equal, only_in_a, only_in_b, shapes and dtypes (by tensor, those that differ: A's and B's),
+    tensors (by name: is_equal, largest, mean, norm, differs). Numbers that are not finite are strings.
 
     Exit codes are those of diff(1): 0 when all is equal, 1 when something differs, 2 when they cannot be compared.
     """
@@ -132,5 +191,6 @@ def diff(
     from ema_dist.cli.diff import open_weights  # noqa: PLC0415
 
     weights_a = open_weights(a, weights.value, step=step, track=track, entry=entry)
-    if not run(weights_a, open_weights(b, (weights_b or weights).value, step=step_b, track=track, entry=entry)):
+    other = open_weights(b, (weights_b or weights).value, step=step_b, track=track, entry=entry)
+    if not run(weights_a, other, rtol=rtol, as_json=as_json):
         raise typer.Exit(1)

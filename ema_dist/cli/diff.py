@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from ema_dist.checkpoint.dcp.metadata import METADATA_FILE
-from ema_dist.checkpoint.step_folders import complete_steps, locate
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightsKind
-from ema_dist.checkpoint.weights.files import WeightReader
+from ema_dist.checkpoint.weights.reader import WeightReader
+from ema_dist.cli.checkpoint_folder import find_checkpoint, has_checkpoint
 from ema_dist.cli.distance import Distance, distance
-from ema_dist.cli.terminal import progress, stdout_console
+from ema_dist.cli.terminal import print_json, print_table, progress, stdout_console
 
 MetaTensors: TypeAlias = dict[str, Tensor]
 """Tensors on the meta device, by name."""
@@ -38,11 +37,11 @@ def open_weights(
 
     Raises: CheckpointError when there are no such weights.
     """
-    if not (path / METADATA_FILE).exists() and not complete_steps(path) and path.exists() and step is None:
+    if step is None and path.exists() and not has_checkpoint(path):
         files = WeightReader(path)
         meta_tensors = {name: tensor for name, tensor in files.meta_tensors.items() if tensor is not None}
         return TensorSource(meta_tensors, lambda names: (files[name] for name in names))
-    stored = StoredCheckpoint(locate(path, step))
+    stored = StoredCheckpoint(find_checkpoint(path, step))
     weights = stored.weights(weights_kind, track=track, entry=entry)
     meta_tensors = {name: tensor for name, tensor in stored.meta_tensors(weights).items() if tensor is not None}
 
@@ -52,37 +51,46 @@ def open_weights(
     return TensorSource(meta_tensors, read)
 
 
-def diff(a: TensorSource, b: TensorSource) -> bool:
-    """Prints how far the weights of ``b`` are from those of ``a``, and returns whether all are equal."""
-    mismatches = _mismatches(a.meta_tensors, b.meta_tensors)
-    for line in mismatches:
-        stdout_console().print(line, markup=False, soft_wrap=True)
-    comparable = [
-        name
-        for name, tensor in a.meta_tensors.items()
-        if name in b.meta_tensors and b.meta_tensors[name].shape == tensor.shape
-    ]
+def diff(a: TensorSource, b: TensorSource, *, rtol: float | None = None, as_json: bool = False) -> bool:
+    """Prints how far the weights of ``b`` are from those of ``a``, and returns whether all are equal.
+
+    Args:
+        rtol: the largest distance at which tensors count as equal, then whatever their dtypes; None: they must be
+            bit-identical or both NaN, and of one dtype.
+    """
+    left, right = a.meta_tensors, b.meta_tensors
+    only_in_a = [name for name in left if name not in right]
+    only_in_b = [name for name in right if name not in left]
+    shapes = _differing(left, right, lambda tensor: list(tensor.shape))
+    dtypes = _differing(left, right, lambda tensor: str(tensor.dtype).removeprefix("torch."))
+    comparable = [name for name in left if name in right and name not in shapes]
     distances = dict(_distances(a, b, comparable))
-    _print_distances(distances)
-    return not mismatches and all(result.is_equal for result in distances.values())
+    differing = {
+        name: result
+        for name, result in distances.items()
+        if not result.is_equal and (rtol is None or not result.largest <= rtol)
+    }
+    is_equal = not (only_in_a or only_in_b or shapes or differing or (dtypes and rtol is None))
+    if as_json:
+        tensors = {name: {**asdict(result), "differs": name in differing} for name, result in distances.items()}
+        print_json(
+            {"equal": is_equal, "only_in_a": only_in_a, "only_in_b": only_in_b, "shapes": shapes, "dtypes": dtypes}
+            | {"tensors": tensors}
+        )
+        return is_equal
+    lines = [f"only in A: {name}" for name in only_in_a] + [f"only in B: {name}" for name in only_in_b]
+    for what, values in {"shapes": shapes, "dtypes": dtypes}.items():
+        lines += [f"{what} differ: {name}: {in_a} in A, {in_b} in B" for name, (in_a, in_b) in values.items()]
+    for line in lines:
+        stdout_console().print(line, markup=False, soft_wrap=True)
+    _print_distances(differing, num_compared=len(distances), rtol=rtol)
+    return is_equal
 
 
-def _mismatches(a: MetaTensors, b: MetaTensors) -> list[str]:
-    """One line for each name that only one side has, and for each shape or dtype that differs."""
-    lines = [f"only in A: {name}" for name in a if name not in b]
-    lines += [f"only in B: {name}" for name in b if name not in a]
-    for name in a:
-        if name in b:
-            for attribute in ("shape", "dtype"):
-                left, right = getattr(a[name], attribute), getattr(b[name], attribute)
-                if left != right:
-                    values = f"{_format_value(left)} in A, {_format_value(right)} in B"
-                    lines.append(f"{attribute}s differ: {name}: {values}")
-    return lines
-
-
-def _format_value(value: object) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+def _differing(a: MetaTensors, b: MetaTensors, attribute: Callable[[Tensor], Any]) -> dict[str, list[Any]]:
+    """The values of an attribute in A and in B, by the names of tensors in which these differ."""
+    values = {name: [attribute(a[name]), attribute(b[name])] for name in a if name in b}
+    return {name: [in_a, in_b] for name, (in_a, in_b) in values.items() if in_a != in_b}
 
 
 def _distances(a: TensorSource, b: TensorSource, names: list[str]) -> Iterator[tuple[str, Distance]]:
@@ -92,15 +100,16 @@ def _distances(a: TensorSource, b: TensorSource, names: list[str]) -> Iterator[t
             advance(left.nbytes)
 
 
-def _print_distances(distances: dict[str, Distance]) -> None:
-    differing = {name: result for name, result in distances.items() if not result.is_equal}
-    num_equal = len(distances) - len(differing)
+def _print_distances(differing: dict[str, Distance], *, num_compared: int, rtol: float | None) -> None:
     if differing:
         table = Table(box=SIMPLE_HEAD)
-        table.add_column("tensor", overflow="fold")
+        table.add_column("tensor")
         table.add_column("largest", justify="right")
         table.add_column("mean", justify="right")
         for name, result in differing.items():
             table.add_row(escape(name), f"{result.largest:.3g}", f"{result.mean:.3g}")
-        stdout_console().print(table)
-    stdout_console().print(f"{num_equal} of {len(distances)} tensors compared are equal")
+        print_table(table)
+    within = "" if rtol is None else f" within {rtol:g} of the mean absolute value in A"
+    stdout_console().print(
+        f"{num_compared - len(differing)} of {num_compared} tensors compared are equal{within}", soft_wrap=True
+    )

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from ema_dist.checkpoint.dcp.checkpoint_index import CheckpointIndex, TrackNames, dotted_name
-from ema_dist.checkpoint.step_folders import locate
 from ema_dist.checkpoint.stored_checkpoint import StoredAverages, StoredCheckpoint, StoredDecay
 from ema_dist.checkpoint.values import KeyPath
+from ema_dist.cli.checkpoint_folder import find_checkpoint
 from ema_dist.cli.distance import distance
-from ema_dist.cli.terminal import format_bytes, progress, stdout_console
+from ema_dist.cli.terminal import format_bytes, print_json, print_table, progress, stdout_console
 
 BAR_COLUMNS = 10
 """The width of the bar for the largest distance."""
@@ -27,10 +25,10 @@ BAR_COLUMNS = 10
 
 def inspect(checkpoint: Path, *, step: int | None = None, as_json: bool = False) -> None:
     """Prints what is in a checkpoint, as tables or as one JSON object."""
-    stored = StoredCheckpoint(locate(checkpoint, step))
+    stored = StoredCheckpoint(find_checkpoint(checkpoint, step))
     summary = _summarize(stored)
     if as_json:
-        typer.echo(json.dumps(_replace_non_finite(summary), indent=1, allow_nan=False))
+        print_json(summary)
         return
     _print_header(summary)
     _print_entries(summary)
@@ -42,7 +40,7 @@ def inspect(checkpoint: Path, *, step: int | None = None, as_json: bool = False)
             title = f"averages {_entry_label(entry)}, track {name}{model_note}"
             _print_tensors(title, stored.index, live, averages=track["averages"], distances=track["distances"])
     shown_models = {averages["model"] for averages in summary["averages"].values()}
-    for entry in models.keys() - shown_models:
+    for entry in [entry for entry in models if entry not in shown_models]:
         _print_tensors(f"model {_entry_label(entry)}", stored.index, models[entry], averages={}, distances={})
 
 
@@ -147,11 +145,11 @@ def _header_rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _print_entries(summary: Mapping[str, Any]) -> None:
     table = Table(box=SIMPLE_HEAD)
-    table.add_column("entry", overflow="fold")
-    table.add_column("kind", overflow="fold")
+    table.add_column("entry")
+    table.add_column("kind")
     for header in ("tensors", "pieces", "size"):
-        table.add_column(header, justify="right", overflow="fold")
-    table.add_column("dtypes", overflow="fold")
+        table.add_column(header, justify="right")
+    table.add_column("dtypes")
     for name, entry in summary["entries"].items():
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in entry["dtypes"].items())
         table.add_row(
@@ -166,7 +164,7 @@ def _print_entries(summary: Mapping[str, Any]) -> None:
     table.add_section()
     pieces = sum(tensor["pieces"] for tensor in summary["tensors"].values())
     table.add_row("total", "", str(len(summary["tensors"])), str(pieces), format_bytes(total), "")
-    stdout_console().print(table)
+    print_table(table)
 
 
 def _print_tensors(
@@ -178,15 +176,16 @@ def _print_tensors(
     distances: Mapping[str, float],
 ) -> None:
     """Prints one row for each tensor of a model and of its averages; either may be empty."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column("tensor", overflow="fold")
-    table.add_column("shape", justify="right", overflow="fold")
-    table.add_column("dtype", overflow="fold")
-    table.add_column("size", justify="right", overflow="fold")
+    stdout_console().print(f"[bold italic]{escape(title)}[/]", soft_wrap=True)
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("tensor")
+    table.add_column("shape", justify="right")
+    table.add_column("dtype")
+    table.add_column("size", justify="right")
     if averages:
-        table.add_column("average", overflow="fold")
+        table.add_column("average")
     if distances:
-        table.add_column("distance", justify="right", overflow="fold")
+        table.add_column("distance", justify="right")
         table.add_column("", width=BAR_COLUMNS)
     largest = max((value for value in distances.values() if math.isfinite(value)), default=0.0)
     for name in {**live, **averages}:
@@ -203,7 +202,7 @@ def _print_tensors(
             value = distances.get(name)
             row += ["", ""] if value is None else [f"{value:.3g}", _bar(value, largest)]
         table.add_row(*row)
-    stdout_console().print(table)
+    print_table(table)
 
 
 def _bar(value: float, largest: float) -> str:
@@ -218,15 +217,3 @@ def _entry_label(entry: str) -> str:
 
 def _dtype_name(index: CheckpointIndex, name: str) -> str:
     return str(index.dtype(name)).removeprefix("torch.")
-
-
-def _replace_non_finite(summary: Any) -> Any:  # noqa: ANN401  JSON
-    """Returns a copy in which text replaces the numbers that JSON cannot represent."""
-    match summary:
-        case dict():
-            return {key: _replace_non_finite(value) for key, value in summary.items()}
-        case list():
-            return [_replace_non_finite(value) for value in summary]
-        case float() if not math.isfinite(summary):
-            return str(summary)
-    return summary

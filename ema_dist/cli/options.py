@@ -51,7 +51,7 @@ def parse_dtype(text: str) -> str:
 
 
 def check_shard_size(context: typer.Context, text: str) -> str:
-    """Returns the same text, a number of bytes or a size like ``"5GB"``.
+    """Returns the same text, a number of bytes or a size like ``"5GiB"``.
 
     Raises: typer.BadParameter when it is not a size.
     """
@@ -69,11 +69,12 @@ CheckpointArgument = Annotated[
     Path,
     typer.Argument(
         metavar="CKPT",
-        help="A root of checkpoints (the newest complete step is taken), the folder of one step, or any folder that "
-        "dcp.save wrote.",
+        help="A root of checkpoints by any program (the newest complete step is taken: step-6, checkpoint-12/ema), "
+        "the folder of one step, or any folder that dcp.save wrote.",
         show_default=False,
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 StepOption = Annotated[
     int | None, typer.Option(help="This step of a root, not the newest complete one.", show_default=False)
 ]
@@ -99,5 +100,5 @@ DtypeOption = Annotated[
 ]
 ShardSizeOption = Annotated[
     str,
-    typer.Option(callback=check_shard_size, metavar="SIZE", help="Of the tensors in one file: bytes, or as in 500MB."),
+    typer.Option(callback=check_shard_size, metavar="SIZE", help="Of the tensors in one file: bytes, or as in 500MiB."),
 ]

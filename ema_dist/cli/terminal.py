@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, NoReturn, ParamSpec
+from typing import IO, Any, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.measure import Measurement
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 P = ParamSpec("P")
@@ -28,6 +33,15 @@ class _EscapingConsole(Console):
         printable = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
         return super().render_str(printable, **settings)
 
+    def print(self, *objects: Any, **settings: Any) -> None:  # noqa: ANN401  as in rich
+        try:
+            super().print(*objects, **settings)
+        except BrokenPipeError:  # rich before 13.8 does not call `on_broken_pipe`
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        _discard_output(self.file)  # rich's own ends the process with exit code 1
+
 
 def stdout_console() -> Console:
     """The console for results."""
@@ -35,6 +49,22 @@ def stdout_console() -> Console:
     if not console.is_terminal:
         console.width = max(PIPE_COLUMNS, console.width)
     return console
+
+
+def print_table(table: Table) -> None:
+    """Prints a table of results. It is wider than the terminal rather than that a name is broken."""
+    console = stdout_console()
+    width = Measurement.get(console, console.options.update(max_width=sys.maxsize), table).maximum
+    console.width = max(console.width, width)
+    console.print(table, crop=False)
+
+
+def print_json(summary: Any) -> None:  # noqa: ANN401  JSON
+    """Prints one JSON object, in which text replaces the numbers that JSON cannot represent."""
+    try:
+        typer.echo(json.dumps(_replace_non_finite(summary), indent=1, allow_nan=False))
+    except BrokenPipeError:
+        _discard_output(sys.stdout)
 
 
 def print_stderr(message: str) -> None:
@@ -59,19 +89,17 @@ def report_errors(*, exit_code: int) -> Callable[[Callable[P, None]], Callable[P
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
             # Here, because help and completion must not import torch, which this does. Before `_plain_warnings`, which
             # would show warnings that imports cause and Python hides.
-            from ema_dist.checkpoint.errors import CheckpointError  # noqa: PLC0415
-
             try:
-                with _plain_warnings():
-                    command(*args, **kwargs)
-            except BrokenPipeError:
-                sys.stderr.close()  # else Python complains at exit that it cannot flush
-                raise typer.Exit(exit_code) from None
-            except OSError as error:
-                prefix = f"{error.filename}: " if error.filename else ""
-                fail(f"{prefix}{error.strerror or error}", exit_code)
-            except (CheckpointError, ValueError) as error:
-                fail(str(error), exit_code)
+                from ema_dist.checkpoint.errors import CheckpointError  # noqa: PLC0415
+
+                try:
+                    with _plain_warnings():
+                        command(*args, **kwargs)
+                except OSError as error:
+                    prefix = f"{error.filename}: " if error.filename else ""
+                    fail(f"{prefix}{error.strerror or error}", exit_code)
+                except (CheckpointError, ValueError) as error:
+                    fail(str(error), exit_code)
             except KeyboardInterrupt:
                 fail("interrupted", 130)
 
@@ -91,12 +119,20 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], object]]:
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        SpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda size: bar.advance(task, size)
+
+
+class SpeedColumn(ProgressColumn):
+    """Bytes per second in binary units; rich's own column has decimal ones."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{format_bytes(int(speed))}/s", style="progress.data.speed")
 
 
 def format_bytes(size: int) -> str:
@@ -111,6 +147,25 @@ def format_bytes(size: int) -> str:
 
 def _stderr_console() -> Console:
     return _EscapingConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _discard_output(file: IO[str]) -> None:
+    """Lets what is printed from now on disappear: the reader of the pipe, such as head, has what it wants.
+
+    The command goes on, and ends with the exit code that it would have ended with.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def _replace_non_finite(summary: Any) -> Any:  # noqa: ANN401  JSON
+    match summary:
+        case dict():
+            return {key: _replace_non_finite(value) for key, value in summary.items()}
+        case list():
+            return [_replace_non_finite(value) for value in summary]
+        case float() if not math.isfinite(summary):
+            return str(summary)
+    return summary
 
 
 @contextmanager

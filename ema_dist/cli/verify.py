@@ -12,26 +12,34 @@ from torch import Tensor
 from ema_dist.checkpoint.dcp.checkpoint_index import dotted_name
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import read_manifest, verify_files
-from ema_dist.checkpoint.step_folders import locate
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 from ema_dist.checkpoint.values import KeyPath
 from ema_dist.checkpoint.weights.casts import upcast_float8
-from ema_dist.cli.terminal import format_bytes, print_stderr, progress, stdout_console
+from ema_dist.cli.checkpoint_folder import find_checkpoint
+from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, progress, stdout_console
 from ema_dist.messages import abbreviated
 
 
-def verify(checkpoint: Path, *, step: int | None = None) -> bool:
+def verify(checkpoint: Path, *, step: int | None = None, as_json: bool = False) -> bool:
     """Reads all of a checkpoint, prints what is wrong with it, and returns whether nothing is."""
-    folder = locate(checkpoint, step)
+    folder = find_checkpoint(checkpoint, step)
     report = Report()
     with report.collecting_errors():
         _check_files(folder, report)
-    with report.collecting_errors():
-        stored = StoredCheckpoint(folder)
-        _check_averages(stored, report)
-        _check_values(stored, report)
-        tensors = stored.index.tensors
-        summary = f"{len(tensors)} tensors, {format_bytes(sum(map(stored.index.nbytes, tensors)))}"
+    num_tensors, num_bytes = 0, 0
+    if report.problems:
+        # Most of what would be found now are consequences of a damaged file, which is reported already.
+        report.notes.append("the entries are not checked, because files are damaged")
+    else:
+        with report.collecting_errors():
+            stored = StoredCheckpoint(folder)
+            _check_averages(stored, report)
+            _check_values(stored, report)
+            num_tensors, num_bytes = len(stored.index.tensors), sum(map(stored.index.nbytes, stored.index.tensors))
+    if as_json:
+        summary = {"path": str(folder), "tensors": num_tensors, "bytes": num_bytes}
+        print_json(summary | {"problems": report.problems, "notes": report.notes})
+        return not report.problems
     for note in report.notes:
         print_stderr(f"note: {note}")
     for problem in report.problems:
@@ -39,7 +47,8 @@ def verify(checkpoint: Path, *, step: int | None = None) -> bool:
     if count := len(report.problems):
         print_stderr(f"{folder}: {count} {'problem' if count == 1 else 'problems'}")
         return False
-    stdout_console().print(f"{folder}: all is well ({summary})", markup=False, soft_wrap=True)
+    contents = f"{num_tensors} tensors, {format_bytes(num_bytes)}"
+    stdout_console().print(f"{folder}: all is well ({contents})", markup=False, soft_wrap=True)
     return True
 
 

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ema_dist import ShardedEMA, checkpoint
 from ema_dist.checkpoint.gathering import gather
-from ema_dist.checkpoint.weights.files import WeightReader
-from ema_dist.cli.export import export
+from ema_dist.checkpoint.weights.reader import WeightReader
+from ema_dist.cli.export import Destination, export
 from launch.benchmark.cases import DECAY, Case, local, nbytes, scale_weights
 from launch.benchmark.measure import FileMethod, Record, is_first, measure_files
 
@@ -125,7 +125,7 @@ def export_costs(device: torch.device, *, case: Case, saved: Case, repeats: int,
 
     def run_export(out: Path, size: int) -> None:
         with redirect_stdout(io.StringIO()):
-            export(folder / "ours", out, max_shard_size=f"{size // 1000 + 1}KB")
+            export(folder / "ours", Destination(out, max_shard_size=f"{size // 1000 + 1}KB"))
 
     outs = [folder / f"export{index}" for index in range(4)]
     methods = {

@@ -42,13 +42,15 @@ class CheckpointIndex:
     @cached_property
     def key_paths(self) -> dict[str, KeyPath]:
         """The path of each DCP name in the dictionary that was saved."""
-        return {name: self.metadata.planner_data[name] for name in self.metadata.state_dict_metadata}
+        # DCP keeps the order of the dictionary here only; entries have the order of the ranks that wrote them.
+        stored = self.metadata.state_dict_metadata
+        return {name: path for name, path in self.metadata.planner_data.items() if name in stored}
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Every tensor by its DCP name."""
-        stored = self.metadata.state_dict_metadata
-        return {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+        entries = {name: self.metadata.state_dict_metadata[name] for name in self.key_paths}
+        return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
     @cached_property
     def averages(self) -> dict[KeyPath, dict[str, TrackNames]]:

@@ -43,7 +43,8 @@ def read_metadata(folder: Path) -> Metadata:
 
     The chunks of each tensor cover it exactly once. Each has a `StoredItem` in `storage_data`, in a file that lies in
     the folder and is long enough. `planner_data` maps every name to its path, a tuple of str and int; the path is
-    ``(name,)`` if DCP did not flatten. `storage_meta` (where and when the checkpoint was written) is left out.
+    ``(name,)`` if DCP did not flatten; names are in the order of the dictionary that was saved. `storage_meta` (where
+    and when the checkpoint was written) is left out.
 
     Memory: proportional to the file's size.
     Raises: CheckpointError when there is no `.metadata`, when it is damaged or holds anything that DCP does not write,
@@ -173,8 +174,10 @@ def _require_items(name: str, entry: EntryMetadata, items: Mapping[MetadataIndex
 
 
 def _parse_key_paths(value: object, entries: Mapping[str, EntryMetadata]) -> dict[str, tuple[str | int, ...]]:
-    paths: dict[str, tuple[str | int, ...]] = {name: (name,) for name in entries}
     stored = {} if value is None else require_type(dict, value, "planner_data")
+    # In the order of planner_data, which is that of the dictionary that was saved.
+    names = dict.fromkeys([name for name in stored if name in entries]) | dict.fromkeys(entries)
+    paths: dict[str, tuple[str | int, ...]] = {name: (name,) for name in names}
     for name, path in stored.items():
         require_type(str, name, "name in planner_data")
         for part in require_type(tuple, path, "path", name):

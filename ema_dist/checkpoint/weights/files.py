@@ -1,54 +1,57 @@
-"""Full tensors in files that other libraries read, in the Hugging Face layout; written and read one at a time."""
+"""Writes full tensors one at a time into files that other libraries read, in the Hugging Face layout."""
 
 from __future__ import annotations
 
 import fcntl
+import filecmp
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
-import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.step_folders import fsync
 from ema_dist.checkpoint.weights.formats import (
     FORMATS,
-    INDEX_SUFFIX,
+    WRITER_MARK,
     FileFormat,
     FileWriter,
-    OpenedFile,
-    detect_format,
     dtype_name,
+    is_own_file,
     unsupported_reason,
 )
+from ema_dist.communication.signals import deferred_signals
 from ema_dist.messages import abbreviated
 
 PARTIAL_FOLDER = ".export-incomplete"
 """The folder inside the export's folder in which its files are written."""
 
-UNIT_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNIT_BYTES = {"": 1, "B": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for unit, base in (("IB", 1024), ("B", 1000))
+}
 
 
 def size_in_bytes(size: int | str) -> int:
-    """Convert a number of bytes, or a text like ``"5GB"``, to a number of bytes.
+    """Convert a number of bytes, or a text like ``"5GiB"``, to a number of bytes.
 
     Raises: ValueError for anything else, and for sizes that are not positive.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     unit = UNIT_BYTES.get(match[2].upper()) if match else None
     if match is None or unit is None or (nbytes := int(float(match[1]) * unit)) < 1:
-        raise ValueError(f'max_shard_size is a positive number of bytes or a text like "5GB", got {size!r}')
+        raise ValueError(f'max_shard_size is a positive number of bytes or a text like "5GiB", got {size!r}')
     return nbytes
 
 
@@ -66,13 +69,17 @@ class WeightWriter:
         folder: created if it does not exist.
         planned: every entry's shape and dtype, on the meta device, in the order of `add`; None for values that are not
             tensors.
-        max_shard_size: bytes of tensors in a file, as a number or like ``"5GB"``; a larger tensor gets its own file.
+        max_shard_size: bytes of tensors in a file, as a number or like ``"5GiB"``; a larger tensor gets its own file.
         file_format: ``"torch"`` writes ``pytorch_model.bin`` by ``torch.save``, and keeps values that are not tensors.
+        name: of the file, if one is enough, and the beginning of the names of several and their index; None for
+            ``model.safetensors`` or ``pytorch_model.bin``.
+        copied: files to copy into ``folder`` together with the weights.
+        force: whether to overwrite files that this package did not write. What it wrote, it replaces in any case.
 
     Memory: nothing beside the tensor that is written; the tensors of one file with ``"torch"``.
-    Raises: ValueError for a dtype that the format cannot hold or an invalid size, before anything is written; on
-        entering, FileExistsError when the folder holds weights in the other format, or folders with the names of files
-        to write; BlockingIOError when another export into it is going on.
+    Raises: ValueError for a dtype that the format cannot hold or an invalid size or name, before anything is written;
+        on entering, FileExistsError when the folder holds weights in the other format, folders with the names of files
+        to write, or, without ``force``, files by others; BlockingIOError when another export into it is going on.
     """
 
     def __init__(
@@ -80,13 +87,18 @@ class WeightWriter:
         folder: str | os.PathLike[str],
         *,
         planned: Mapping[str, Tensor | None],
-        max_shard_size: int | str = "5GB",
+        max_shard_size: int | str = "5GiB",
         file_format: FileFormat = "safetensors",
+        name: str | None = None,
+        copied: Sequence[Path] = (),
+        force: bool = False,
     ) -> None:
         if file_format not in FORMATS:
             raise ValueError(f"file_format is one of {[*FORMATS]}, got {file_format!r}")
         self.folder = Path(folder)
-        self._format = FORMATS[file_format]
+        self._format = FORMATS[file_format].named(name or FORMATS[file_format].single_file)
+        self._copied = {self.folder / path.name: path for path in copied}
+        self._force = force
         self._skipped = {
             name for name, value in planned.items() if value is None and not self._format.keeps_non_tensors
         }
@@ -103,7 +115,7 @@ class WeightWriter:
         self._split = split_state_dict_into_shards_factory(
             self._planned,
             get_storage_size=lambda value: 0 if value is None else value.nbytes,
-            filename_pattern=self._format.stem + "{suffix}" + self._format.suffix,
+            filename_pattern=_escape_braces(self._format.stem) + "{suffix}" + self._format.suffix,
             max_shard_size=size_in_bytes(max_shard_size),
         )
         self._open_writers: dict[str, FileWriter] = {}
@@ -119,10 +131,15 @@ class WeightWriter:
         names = [*self._split.filename_to_tensors, *[self._format.index_file] * self._split.is_sharded]
         return [self.folder / name for name in names]
 
+    @property
+    def copied_paths(self) -> list[Path]:
+        """The files that are copied into the folder beside the weights."""
+        return list(self._copied)
+
     def __enter__(self) -> WeightWriter:
         """Make the folder in which the files are written."""
         with ExitStack() as exit_stack:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            exit_stack.enter_context(_made_folder(self.folder))
             exit_stack.enter_context(_folder_lock(self.folder))
             self._require_no_conflict()
             if self._skipped:
@@ -133,22 +150,44 @@ class WeightWriter:
                 )
             if self._partial_folder.exists():
                 shutil.rmtree(self._partial_folder)
+            exit_stack.callback(shutil.rmtree, self._partial_folder, ignore_errors=True)  # if not, the next export does
             self._partial_folder.mkdir()
+            for target, source in self._copied.items():
+                shutil.copyfile(source, self._partial_folder / target.name)
+                fsync(self._partial_folder / target.name)
             self._exit_stack = exit_stack.pop_all()
         return self
 
     def _require_no_conflict(self) -> None:
-        other_formats = [file_format for file_format in FORMATS.values() if file_format is not self._format]
+        is_default_name = self._format.single_file in {file_format.single_file for file_format in FORMATS.values()}
+        other_formats = [
+            file_format if is_default_name else replace(file_format, stem=self._format.stem)
+            for file_format in FORMATS.values()
+            if file_format.open is not self._format.open
+        ]
         if other_files := [path.name for file_format in other_formats for path in file_format.files(self.folder)]:
             raise FileExistsError(
                 f"{self.folder} holds weights in another format, which readers could take for the new ones: "
                 f"{', '.join(sorted(other_files))}; remove them, or choose another folder"
             )
-        replaced = {*self.paths, *self._format.files(self.folder)}
+        weights = {*self.paths, *self._format.files(self.folder)}
+        replaced = {*weights, *self._copied}
         if folders := [path.name for path in sorted(replaced) if path.is_dir() and not path.is_symlink()]:
             raise FileExistsError(
                 f"{self.folder} holds folders that are called as files of this export: {folders}; remove them, or "
                 "choose another folder"
+            )
+        foreign = {path for path in weights if os.path.lexists(path) and not is_own_file(path)}
+        foreign |= {
+            path
+            for path, source in self._copied.items()
+            if os.path.lexists(path) and not (path.is_file() and filecmp.cmp(path, source, shallow=False))
+        }
+        if foreign and not self._force:
+            raise FileExistsError(
+                f"{self.folder} holds files that ema_dist did not write, or other configuration than is to be copied: "
+                f"{abbreviated(sorted(path.name for path in foreign))}; choose another folder or name, or overwrite "
+                "them with force=True (--force)"
             )
 
     def __exit__(
@@ -162,7 +201,6 @@ class WeightWriter:
             finally:
                 self._open_writers.clear()
                 self._sync_executor.shutdown()
-                shutil.rmtree(self._partial_folder, ignore_errors=True)  # the next export removes what is left
 
     def add(self, name: str, value: Any) -> None:
         """Take the next entry, and finish its file if it is complete; until then the tensor must not change.
@@ -200,9 +238,13 @@ class WeightWriter:
         for future in self._sync_futures:
             future.result()
         if self._split.is_sharded:
-            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+            index = {"metadata": {**self._split.metadata, **WRITER_MARK}, "weight_map": self._split.tensor_to_filename}
             (self._partial_folder / self._format.index_file).write_text(json.dumps(index, indent=2) + "\n")
             fsync(self._partial_folder / self._format.index_file)
+        with deferred_signals():  # Ctrl-C must not end this between old and new files
+            self._replace_files()
+
+    def _replace_files(self) -> None:
         *shards, entry_file = self.paths
         # Old names first, the entry file before the others: readers must never find a mixture. A single new file
         # replaces a single old one atomically. Each fsync keeps the disk from reordering the steps.
@@ -210,74 +252,24 @@ class WeightWriter:
             if path != entry_file or shards:
                 path.unlink()
         fsync(self.folder)
-        for path in shards:
+        for path in [*shards, *self._copied]:
             (self._partial_folder / path.name).replace(path)
         fsync(self.folder)
         (self._partial_folder / entry_file.name).replace(entry_file)
         fsync(self.folder)
 
 
-class WeightReader(Mapping[str, Any]):
-    """Full tensors by name from weight files; each is read on access, and nothing in a file is run.
-
-    Args:
-        path: a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file with tensors by name, an index, or a folder with
-            one index or one ``model.safetensors`` or ``pytorch_model.bin``.
-
-    Memory: one tensor, and the mapped pages of one file, which the system reclaims when it needs them.
-    Raises: CheckpointError on access, not on construction, when a file is missing or damaged, holds other tensors than
-        its index says, would run code, or lies outside of the index's folder.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._source = path
-        self._last_opened: tuple[Path, OpenedFile] | None = None
-
-    @cached_property
-    def path(self) -> Path:
-        """The path given, a file or a folder."""
-        return Path(self._source)
-
-    @cached_property
-    def meta_tensors(self) -> dict[str, Tensor | None]:
-        """Every entry's shape and dtype, on the meta device, in file order; None for values that are not tensors."""
-        return {name: value.to("meta") if isinstance(value, Tensor) else None for name, value in self.items()}
-
-    def __getitem__(self, name: str) -> Any:
-        path = self._files[name]
-        with _wrap_errors(path):
-            return _require_dense(path, name, self._open(path).read(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._files
-
-    @cached_property
-    def _files(self) -> dict[str, Path]:
-        """The file of each name."""
-        with _wrap_errors(self.path):
-            entry_file = _find_entry_file(self.path)
-        if not entry_file.name.endswith(INDEX_SUFFIX):
-            return dict.fromkeys(self._open(entry_file).names, entry_file)
-        with _wrap_errors(entry_file):
-            names_by_file = _read_index(entry_file)
-        for path, names in names_by_file.items():
-            if differing := names ^ set(self._open(path).names):
-                raise CheckpointError(f"{path} and {entry_file.name} differ in {abbreviated(sorted(differing))}")
-        return {name: path for path in names_by_file for name in self._open(path).names}
-
-    def _open(self, path: Path) -> OpenedFile:
-        """Open a file, unless it is the one opened last."""
-        if self._last_opened is None or self._last_opened[0] != path:
-            self._last_opened = None
-            with _wrap_errors(path):
-                self._last_opened = path, detect_format(path).open(path)
-        return self._last_opened[1]
+@contextmanager
+def _made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder that does not exist yet, with its parents; those of them that are empty at the end are removed."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):  # of the first that is not empty
+            for path in made:
+                path.rmdir()
 
 
 @contextmanager
@@ -299,75 +291,6 @@ def _folder_lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _find_entry_file(path: Path) -> Path:
-    """The file with which reading begins: an index, or a single file of weights."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or folder")
-    if not path.is_dir():
-        return path
-    singles = [path / file_format.single_file for file_format in FORMATS.values()]
-    indices = [
-        index
-        for file_format in FORMATS.values()
-        for index in sorted(path.glob("*" + file_format.suffix + INDEX_SUFFIX))
-    ]
-    candidates = indices + [single_file for single_file in singles if single_file.exists()]
-    if len(candidates) == 1:
-        return candidates[0]
-    if candidates:
-        raise CheckpointError(
-            f"{path} holds several models: name one of {[entry_file.name for entry_file in candidates]}"
-        )
-    shard_names = [shard.name for file_format in FORMATS.values() for shard in file_format.files(path)]
-    raise CheckpointError(
-        f"{path} holds no weights: expected an index or one of {[single_file.name for single_file in singles]}"
-        + (
-            f", found {shard_names} without their index: an export that was interrupted, do it again"
-            if shard_names
-            else ""
-        )
-    )
-
-
-def _read_index(entry_file: Path) -> dict[Path, set[str]]:
-    """The names in each file, according to an index.
-
-    Raises: CheckpointError when a file does not lie beside the index, or is not of the index's format.
-    """
-    weight_map = json.loads(entry_file.read_bytes())["weight_map"]
-    names: dict[Path, set[str]] = {}
-    for name, file in weight_map.items():
-        names.setdefault(entry_file.parent / file, set()).add(name)
-    suffix = Path(entry_file.name.removesuffix(INDEX_SUFFIX)).suffix
-    for path in names:
-        if (
-            path.resolve().parent != entry_file.parent.resolve()
-            or path.parent != entry_file.parent
-            or "\\" in path.name
-        ):
-            raise CheckpointError(f"{entry_file} names {str(path)!r}, which leads outside of its folder")
-        if path.suffix != suffix or not path.is_file():
-            raise CheckpointError(f"{entry_file} names {path.name!r}, which is no {suffix} file beside it")
-    return names
-
-
-@contextmanager
-def _wrap_errors(path: Path) -> Iterator[None]:
-    """Turn every exception into a CheckpointError that names the file: parsers raise all kinds of errors."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
-
-
-def _require_dense(path: Path, name: str, value: Any) -> Any:
-    if isinstance(value, Tensor) and (value.layout is not torch.strided or value.device.type != "cpu"):
-        raise CheckpointError(f"{path}: expected {name!r} to be a dense tensor, found {value.layout} on {value.device}")
-    return value
-
-
 def _dtype_and_shape(value: Any) -> tuple[str, tuple[int, ...]] | str:
     return (dtype_name(value), tuple(value.shape)) if isinstance(value, Tensor) else "no tensor"
 
@@ -375,3 +298,8 @@ def _dtype_and_shape(value: Any) -> tuple[str, tuple[int, ...]] | str:
 def _to_plain_cpu(tensor: Tensor) -> Tensor:
     """The tensor on the CPU, with its conjugate and negative bits resolved."""
     return tensor.detach().cpu().resolve_conj().resolve_neg()
+
+
+def _escape_braces(text: str) -> str:
+    """The text as a part of a format string that stands for itself."""
+    return text.replace("{", "{{").replace("}", "}}")

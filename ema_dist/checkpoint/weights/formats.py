@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,13 +26,20 @@ INDEX_SUFFIX = ".index.json"
 METADATA_KEY = "__metadata__"
 """The key of the entry in a safetensors header that is not a tensor."""
 
+WRITER_MARK = {"written_by": "ema_dist"}
+"""What this package writes into the metadata of its files and indices, so that a later export may replace them."""
+
+SHARD_NUMBERS = r"-\d{5,}-of-\d{5,}"
+"""What stands between stem and suffix in the name of one of several files, as a regular expression."""
+
 
 @dataclass(frozen=True)
 class OpenedFile:
-    """The names in one file, and a function that reads the value of a name."""
+    """The names in one file, a function that reads the value of a name, and what the file says about itself."""
 
     names: list[str]
     read: Callable[[str], Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class FileWriter(Protocol):
@@ -68,9 +76,23 @@ class FormatSpec:
         """The name of the index, in an export of several files: it maps each tensor to its file."""
         return self.single_file + INDEX_SUFFIX
 
+    def named(self, name: str) -> FormatSpec:
+        """The same format, with ``name`` for the file of an export that consists of one file.
+
+        Raises: ValueError when it is not the plain name of such a file.
+        """
+        stem, suffix = Path(name).stem, Path(name).suffix
+        is_plain = name == Path(name).name and "\\" not in name and "\0" not in name
+        if not is_plain or suffix not in self.suffixes or re.search(SHARD_NUMBERS + "$", stem):
+            raise ValueError(
+                f"expected the name of one file that ends in {' or '.join(self.suffixes)}, such as "
+                f"{self.single_file}, got {name!r}"
+            )
+        return replace(self, stem=stem, suffix=suffix)
+
     def files(self, folder: Path) -> list[Path]:
         """The files of an export in this format in a folder; the index or the single file comes first."""
-        shard = re.compile(re.escape(self.stem) + r"-\d{5,}-of-\d{5,}" + re.escape(self.suffix))
+        shard = re.compile(re.escape(self.stem) + SHARD_NUMBERS + re.escape(self.suffix))
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
         entry_files = [path for path in paths if path.name in (self.index_file, self.single_file)]
         return entry_files + [path for path in paths if shard.fullmatch(path.name)]
@@ -84,7 +106,7 @@ class SafetensorsFileWriter:
 
     def __init__(self, path: Path, planned: Mapping[str, Tensor]) -> None:
         self._offsets: dict[str, int] = {}
-        header: dict[str, Any] = {METADATA_KEY: {"format": "pt"}}
+        header: dict[str, Any] = {METADATA_KEY: {"format": "pt", **WRITER_MARK}}
         end = 0
         # The widest dtype first aligns every tensor to its item size, as readers that map the file into memory need.
         for name, tensor in sorted(planned.items(), key=lambda item: -item[1].itemsize):
@@ -140,7 +162,7 @@ def unsupported_reason(name: str, value: Tensor) -> str:
 
 def _open_safetensors(path: Path) -> OpenedFile:
     file = safe_open(path, framework="pt")
-    return OpenedFile(list(file.keys()), file.get_tensor)
+    return OpenedFile(file.offset_keys(), file.get_tensor, file.metadata() or {})
 
 
 class TorchFileWriter:
@@ -151,7 +173,9 @@ class TorchFileWriter:
 
     def __init__(self, path: Path, _planned: Mapping[str, Any]) -> None:
         self._path = path
-        self._entries: dict[str, Any] = {}
+        # torch pickles the attributes of an OrderedDict too; those of a module's state_dict() are in `_metadata`.
+        self._entries: OrderedDict[str, Any] = OrderedDict()
+        self._entries.__dict__["metadata"] = WRITER_MARK
 
     def add(self, name: str, value: Any) -> None:
         """Collect an entry, which must not change until `close`."""
@@ -181,7 +205,8 @@ def _open_torch(path: Path) -> OpenedFile:
     entries = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
         raise CheckpointError(f"{path} holds a {type(entries).__name__}, expected a dictionary of tensors by name")
-    return OpenedFile(list(entries), entries.__getitem__)
+    metadata = getattr(entries, "metadata", {})
+    return OpenedFile(list(entries), entries.__getitem__, metadata if isinstance(metadata, Mapping) else {})
 
 
 FORMATS: dict[FileFormat, FormatSpec] = {
@@ -202,6 +227,18 @@ FORMATS: dict[FileFormat, FormatSpec] = {
         keeps_non_tensors=True,
     ),
 }
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether a file of weights, or an index, says that this package wrote it; False if it cannot be read."""
+    try:
+        if path.name.endswith(INDEX_SUFFIX):
+            metadata = json.loads(path.read_bytes())["metadata"]
+        else:
+            metadata = detect_format(path).open(path).metadata
+        return WRITER_MARK.items() <= metadata.items()
+    except Exception:  # noqa: BLE001  parsers raise all kinds of errors
+        return False
 
 
 def detect_format(path: Path) -> FormatSpec:

@@ -27,8 +27,9 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.gathering import gather, scatter
 from ema_dist.checkpoint.loading import latest
 from ema_dist.checkpoint.saving import save
-from ema_dist.checkpoint.weights.files import WeightReader, WeightWriter
+from ema_dist.checkpoint.weights.files import WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
+from ema_dist.checkpoint.weights.reader import WeightReader
 from tests.support import harness
 from tests.support.layouts import (
     IGNORED_WARNINGS,
@@ -200,6 +201,20 @@ def test_averages_scatter_into_another_layout_and_world(tmp_path: Path, source: 
     for function, layout, ranks in ((gather_from, source, 2), (scatter_into, target, size)):
         arguments = pickle.dumps({"layout": layout, "folder": tmp_path / source})
         harness.run(harness.RemoteTest(__name__, function.__name__, arguments, filters), harness.World(ranks))
+
+
+@pytest.mark.world_size(2)
+def test_each_track_is_written_and_read_by_its_name(tmp_path: Path) -> None:
+    _, ema = make_trained("fsdp2", decay={"short": 0.1, "long": 0.9})
+    full = {track: ema.full_state_dict(track=track) for track in ("short", "long")}
+    for track, expected in full.items():
+        if gather(ema, tmp_path / track, track=track):
+            assert_same(dict(WeightReader(tmp_path / track)), expected)
+    scatter(ema, tmp_path / "short", track="long")
+    assert_same(ema.full_state_dict(track="long"), full["short"])
+    for call in (gather, scatter):
+        with pytest.raises(ValueError, match=r"\['short', 'long'\].*'middle'"):
+            call(ema, tmp_path / "short", track="middle")
 
 
 OLD_TENSORS = {name: torch.full((4,), 1.0) for name in ("a", "b", "c")}
@@ -376,7 +391,7 @@ def test_extra_states_are_left_out_with_a_warning_or_kept(tmp_path: Path) -> Non
     ema = ShardedEMA(model)
     with pytest.warns(UserWarning, match=r"\b0\._extra_state\b(?!, ).*file_format=\"torch\""):
         gather(ema, tmp_path / "safetensors")
-    assert list(WeightReader(tmp_path / "safetensors")) == ["0.bias", "0.weight"]
+    assert list(WeightReader(tmp_path / "safetensors")) == ["0.weight", "0.bias"]
     gather(ema, tmp_path / "torch", file_format="torch")
     files = WeightReader(tmp_path / "torch")
     assert files["0._extra_state"] == {"count": 3}

@@ -1,0 +1,80 @@
+"""Finds the checkpoint that a path stands for: a folder that DCP wrote, or one of the steps in a root."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ema_dist.checkpoint.dcp.metadata import METADATA_FILE
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.step_folders import complete_steps, locate
+from ema_dist.checkpoint.weights.formats import FORMATS
+
+# What follows a dot in a name of `ema_dist.checkpoint` marks a folder that is unfinished, superseded or removed.
+STEP_NAME = re.compile(r"(?!step-\d{10}(?:\.|$)).*?(\d+)(?:\.ckpt)?")
+"""The name of a step folder by any program: it ends with the number of the step."""
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
+    """Return ``path`` if DCP wrote it, else the newest complete step, or ``step``, in that root.
+
+    A step is a folder whose name ends with its number, such as step-6 or checkpoint-12, and that DCP wrote, or in which
+    DCP wrote one folder.
+
+    Raises: CheckpointError when there is no such checkpoint, or when several could be meant.
+    """
+    steps: dict[int, list[Path]] = {} if _is_checkpoint(path) else find_steps(path)
+    if not steps:
+        nested = _checkpoints_in(path)
+        if step is not None or not nested:
+            _refuse_weights(path)
+            return locate(path, step)
+        return _only_one(path, nested)
+    chosen = max(steps) if step is None else step
+    if chosen not in steps:
+        raise CheckpointError(f"expected step {chosen} in {path}, found the complete steps {sorted(steps)}")
+    return _only_one(path, steps[chosen])
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether `find_checkpoint` finds something there, be it one checkpoint or several."""
+    return bool(_checkpoints_in(path) or find_steps(path))
+
+
+def find_steps(root: Path) -> dict[int, list[Path]]:
+    """The folders of each complete step in a root of checkpoints."""
+    steps = {step: [folder] for step, folder in complete_steps(root).items()}
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        match = STEP_NAME.fullmatch(path.name)
+        if match and (folders := _checkpoints_in(path)):
+            steps.setdefault(int(match[1]), []).extend(folders)
+    return steps
+
+
+def _checkpoints_in(path: Path) -> list[Path]:
+    """The path itself if DCP wrote it, else the folders in it that DCP wrote."""
+    if _is_checkpoint(path) or not path.is_dir():
+        return [path] if _is_checkpoint(path) else []
+    return [folder for folder in sorted(path.iterdir()) if _is_checkpoint(folder)]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / METADATA_FILE).exists()
+
+
+def _only_one(path: Path, folders: list[Path]) -> Path:
+    if len(folders) > 1:
+        names = ", ".join(str(folder.relative_to(path)) for folder in folders)
+        raise CheckpointError(f"several checkpoints in {path} could be meant: give the path of one of {names}")
+    return folders[0]
+
+
+def _refuse_weights(path: Path) -> None:
+    """Raises: CheckpointError when the path is a file of full weights, or a folder that holds such files."""
+    suffixes = {suffix for file_format in FORMATS.values() for suffix in file_format.suffixes}
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    if names := [file.name for file in files if file.suffix in suffixes and file.is_file()]:
+        raise CheckpointError(
+            f"{path} holds full weights ({names[0]}{', ...' if len(names) > 1 else ''}), expected a checkpoint; "
+            "ema-dist diff compares full weights with each other and with checkpoints"
+        )
