@@ -1,5 +1,6 @@
 """scikit-learn's bundled handwritten digits, all on the device, in an order that depends only on seed and epoch."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
+
+from .script import UsageError
 
 TRAIN_IMAGES = 1297
 SPLIT_SEED = 0
@@ -51,15 +54,22 @@ class Batches:
 
     def __post_init__(self) -> None:
         if not 0 < self.batch_size <= len(self.images):
-            raise ValueError(f"a batch of {self.batch_size} images cannot be drawn from {len(self.images)}")
+            raise UsageError(f"expected a batch of 1 to {len(self.images)} images, got {self.batch_size}")
         if self.batch_size % self.data_world_size:
-            raise ValueError(
+            raise UsageError(
                 f"a batch of {self.batch_size} images does not divide over {self.data_world_size} data-parallel ranks: "
                 f"pass --batch-size with a multiple of {self.data_world_size}"
             )
 
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
+
+    def settings(self) -> dict[str, int | str]:
+        """Everything that the images of a step depend on, by name: a run can only be resumed with the same."""
+        images = hashlib.sha256()
+        for tensor in (self.images.pixels, self.images.labels):
+            images.update(tensor.cpu().numpy().tobytes())
+        return {"--batch-size": self.batch_size, "--seed": self.seed, "data set (SHA-256)": images.hexdigest()[:16]}
 
     def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields this rank's (pixels, labels) for every step of one epoch; an incomplete last batch is dropped.

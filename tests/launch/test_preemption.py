@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import train
 from ema_dist import ShardedEMA
 from ema_dist.evaluation.swap import active_swaps
+from recipe import metrics
 from recipe.checkpoints import Checkpoints
 from recipe.preemption import Preempted, PreemptionHandler
 from tests.support.injected_signals import read_metrics
@@ -85,7 +86,7 @@ def run(directory: Path, *options: str, stop: int = 0) -> SeenWeights:
     sys.argv = ["train.py", *SHORT, *folders, *options]
     RecordingCheckpoints.seen, StopAtBatch.stop_batch = SeenWeights(), stop
     train.Checkpoints, train.PreemptionHandler = RecordingCheckpoints, StopAtBatch
-    train.write_curves = lambda _rows, _path: None  # slower than the training
+    metrics.write_curves = lambda _rows, _path: None  # slower than the training
     try:
         train.train(train.parse_arguments(), torch.device("cpu"))
     except Preempted:
