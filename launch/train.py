@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from recipe.checkpoints import Checkpoints, TrainingProgress
-from recipe.data import Batches, load_images
+from recipe.data import Batches, data_settings, load_images
 from recipe.evaluation import evaluate
 from recipe.folders import claim_output_dir, new_run_id
 from recipe.metrics import HEADING, EpochMetrics, progress_bar, write_metrics
@@ -52,7 +52,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     checkpoints = Checkpoints(
         args.checkpoint_dir,
         {"model": model, "optim": optimizer, "ema": ema, "progress": progress},
-        settings={**batches.settings(), "--learning-rate": args.learning_rate},
+        settings={**data_settings(training, args.batch_size, args.seed), "--learning-rate": args.learning_rate},
     )
     save_interval = args.checkpoint_every or len(batches)
 

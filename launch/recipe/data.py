@@ -58,18 +58,11 @@ class Batches:
         if self.batch_size % self.data_world_size:
             raise UsageError(
                 f"a batch of {self.batch_size} images does not divide over {self.data_world_size} data-parallel ranks: "
-                f"pass --batch-size with a multiple of {self.data_world_size}"
+                f"pass a multiple of {self.data_world_size}"
             )
 
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
-
-    def settings(self) -> dict[str, int | str]:
-        """Everything that the images of a step depend on, by name: a run can only be resumed with the same."""
-        images = hashlib.sha256()
-        for tensor in (self.images.pixels, self.images.labels):
-            images.update(tensor.cpu().numpy().tobytes())
-        return {"--batch-size": self.batch_size, "--seed": self.seed, "data set (SHA-256)": images.hexdigest()[:16]}
 
     def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields this rank's (pixels, labels) for every step of one epoch; an incomplete last batch is dropped.
@@ -86,6 +79,14 @@ class Batches:
             start = step * self.batch_size + self.data_rank
             indices = order[start : (step + 1) * self.batch_size : self.data_world_size]
             yield shift_images(self.images.pixels[indices], shifts[indices]), self.images.labels[indices]
+
+
+def data_settings(images: Images, batch_size: int, seed: int) -> dict[str, int | str]:
+    """What the images of a step depend on, by name: a run can only be resumed with the same."""
+    digest = hashlib.sha256()
+    for tensor in (images.pixels, images.labels):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return {"--batch-size": batch_size, "--seed": seed, "data set (SHA-256)": digest.hexdigest()[:16]}
 
 
 def shift_images(pixels: Tensor, shifts: Tensor) -> Tensor:

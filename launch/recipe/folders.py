@@ -32,13 +32,12 @@ def claim_output_dir(folder: Path, run_id: str) -> None:
             problem = f"{folder} holds results of another run ({', '.join(results)})"
         else:
             file.write_text(run_id)
-    _raise_on_all_ranks(problem and f"{problem}; pass another --output-dir")
+    _raise_on_all_ranks(problem)
 
 
 def require_checkpoint_dir(folder: Path) -> None:
     """Create `folder`. Collective: every rank. Raises: UsageError on every rank if any rank cannot write to it."""
-    problem = _write_problem(folder)
-    _raise_on_all_ranks(problem and f"{problem}; pass another --checkpoint-dir")
+    _raise_on_all_ranks(_write_problem(folder))
 
 
 def _write_problem(folder: Path) -> str | None:
@@ -54,4 +53,4 @@ def _raise_on_all_ranks(problem: str | None) -> None:
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for found in filter(None, problems):
-        raise UsageError(found)
+        raise UsageError(f"{found}; pass another folder")

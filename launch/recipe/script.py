@@ -47,18 +47,24 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         record(main, _UsageErrorHandler())()
     except SystemExit as exit_request:
         exit_code = exit_request.code
+    except KeyboardInterrupt:
+        exit_code = 130
+        _print_line("interrupted")  # where no `PreemptionHandler` has replaced Python's own handler
     except UsageError as error:
         exit_code = 2
+        _print_line(f"error: {error}")
         if not _is_first_local_rank():
-            # torchrun ends all ranks when one has failed. This rank waits for that, so that the first rank can print.
-            time.sleep(30)
-        else:
-            sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+            time.sleep(30)  # torchrun ends all ranks when one has failed: not before the first one has printed
     # Everything is written and the process group destroyed. But gloo's threads sometimes abort the interpreter while it
     # exits (torch 2.13: "terminate called without an active exception"), and torchrun would report a failed run.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
+
+
+def _print_line(text: str) -> None:
+    if _is_first_local_rank():
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {text}\n")
 
 
 class _UsageErrorHandler(ErrorHandler):
