@@ -9,8 +9,6 @@ no second model, and no weight is copied. Source: Tarvainen and Valpola, "Mean t
 """
 
 import argparse
-import os
-import sys
 
 import torch
 import torch.distributed as dist
@@ -21,7 +19,9 @@ from ema_dist import HalfLife, ShardedEMA
 from recipe.data import Batches, Images, load_images
 from recipe.evaluation import evaluate
 from recipe.model import VisionTransformer
-from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, process_group, wrap
+from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, describe_run, process_group, wrap
+from recipe.preemption import Preempted, PreemptionHandler
+from recipe.script import OptionParser, positive_int, run_script
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
 
 def distill(args: argparse.Namespace, device: torch.device) -> None:
     """The recipe: each step takes all labelled and some unlabelled images; each epoch scores student and teacher."""
+    preemption = PreemptionHandler()
     torch.manual_seed(args.seed)
     training, test = load_images(device)
     labelled = Images(training.pixels[: args.labels], training.labels[: args.labels])
@@ -42,13 +43,17 @@ def distill(args: argparse.Namespace, device: torch.device) -> None:
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     # Each replica keeps complete averages, because the teacher predicts at each step: nothing is gathered for it.
     ema = ShardedEMA(model, decay=HalfLife(args.half_life), replicas="copy")
-    print_rank_0(f"teaching from {ema.serving_mode}")
+    print_rank_0(describe_run(args.parallel, device, ema, args.half_life))
+    print_rank_0(f"results are only printed; teaching from {ema.serving_mode}")
     torch.manual_seed(args.seed + dist.get_rank())  # each rank draws its own noise
 
     steps = args.epochs * len(batches)
     for epoch in range(1, args.epochs + 1):
         model.train()
         for pixels, _ in batches.epoch(epoch):
+            if preemption.should_stop():
+                print_rank_0(f"stopped by a signal at step {ema.steps}, nothing saved: this script writes no files")
+                raise Preempted(1)
             labelled_pixels, labels = next(labelled_batches.epoch(ema.steps))
             noisy_pixels = pixels + args.noise * torch.randn_like(pixels)
             optimizer.zero_grad()
@@ -83,25 +88,20 @@ def print_rank_0(text: str) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = parser.add_argument
-    option("--parallel", choices=WRAPPERS, default=default_parallel(), help="default: ddp on several ranks, else plain")
-    option("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    option("--labels", type=int, default=48, metavar="IMAGES", help="training images that have a label")
-    option("--consistency", type=float, default=20.0, metavar="WEIGHT", help="of agreeing with the teacher")
-    option("--noise", type=float, default=0.3, help="added to what the student sees")
-    option("--half-life", type=float, default=20, metavar="STEPS", help="of the average, in optimizer steps")
-    option("--epochs", type=int, default=20)
-    option("--batch-size", type=int, default=96, help="unlabelled images in a step, over all ranks together")
-    option("--learning-rate", type=float, default=2e-3)
-    option("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.epochs < 1:
-        parser.error("--epochs must be at least 1")
-    return args
+    parser = OptionParser(__doc__)
+    option = parser.option
+    option("--parallel", "ddp is the default on several ranks", choices=WRAPPERS, default=default_parallel())
+    option("--device", "auto takes a GPU if there is one", choices=["auto", "cpu", "cuda"], default="auto")
+    option("--labels", "training images that have a label", type=positive_int, default=48, metavar="IMAGES")
+    option("--consistency", "of agreeing with the teacher", type=float, default=20.0, metavar="WEIGHT")
+    option("--noise", "added to what the student sees", type=float, default=0.3)
+    option("--half-life", "of the average, in optimizer steps", type=float, default=20.0, metavar="STEPS")
+    option("--epochs", "of training", type=positive_int, default=20)
+    option("--batch-size", "unlabelled images in a step, over all ranks together", type=positive_int, default=96)
+    option("--learning-rate", "of AdamW", type=float, default=2e-3)
+    option("--seed", "of the first weights, the noise and the order of images", type=int, default=0)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)  # as in train.py: gloo's threads sometimes abort an interpreter that ends
+    run_script(main)

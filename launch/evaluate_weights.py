@@ -3,7 +3,6 @@
 python launch/evaluate_weights.py runs/digits/model.safetensors
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -12,12 +11,15 @@ from safetensors.torch import load_file
 from recipe.data import load_images
 from recipe.evaluation import evaluate
 from recipe.model import VisionTransformer
+from recipe.script import OptionParser, run_script
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Evaluate weights that train.py exported.")
-    parser.add_argument("weights", type=Path, help="the model.safetensors of a run")
+    parser = OptionParser("Evaluate weights that train.py exported.")
+    parser.option("weights", "the model.safetensors of a run", type=Path)
     weights = parser.parse_args().weights
+    if not weights.is_file():
+        parser.error(f"expected a safetensors file, and {weights} is not a file")
     model = VisionTransformer()
     model.load_state_dict(load_file(weights), strict=True)
     _, test = load_images(torch.device("cpu"))
@@ -25,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -5,15 +5,12 @@
     python launch/train.py                                               # one process
     torchrun --nproc-per-node 2 --max-restarts 3 launch/train.py --checkpoint-dir runs/checkpoints --resume
 
-The last command continues from its newest checkpoint after SIGTERM or a crash: docs/resuming.md. For several nodes, see
-slurm.sbatch.
+The last command continues from its newest checkpoint after SIGTERM, Ctrl-C or a crash: docs/resuming.md. For several
+nodes, see slurm.sbatch.
 """
 
 import argparse
 import math
-import os
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,18 +21,20 @@ from torch.optim.lr_scheduler import LinearLR
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from recipe.checkpoints import Checkpoints, TrainingProgress
-from recipe.data import Batches, load_images
+from recipe.data import Batches, data_settings, load_images
 from recipe.evaluation import evaluate
-from recipe.metrics import HEADING, EpochMetrics, progress_bar, write_csv, write_curves
+from recipe.folders import claim_output_dir, new_run_id
+from recipe.metrics import HEADING, EpochMetrics, progress_bar, write_metrics
 from recipe.model import VisionTransformer
-from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, process_group, wrap
+from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, describe_run, process_group, wrap
 from recipe.preemption import Preempted, PreemptionHandler
+from recipe.script import OptionParser, positive_int, run_script
 from recipe.stopwatch import stopwatch
 
 
 def main() -> None:
     args = parse_arguments()
-    with process_group(args.device) as device, suppress(Preempted):
+    with process_group(args.device) as device:
         train(args, device)
 
 
@@ -49,21 +48,30 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     lr_scheduler = LinearLR(optimizer, start_factor=0.1, total_iters=len(batches))
     ema = ShardedEMA(model, decay=HalfLife(args.half_life))
-    progress = TrainingProgress(lr_scheduler)
+    progress = TrainingProgress(new_run_id(), lr_scheduler)
     checkpoints = Checkpoints(
-        args.checkpoint_dir, {"model": model, "optim": optimizer, "ema": ema, "progress": progress}
+        args.checkpoint_dir,
+        {"model": model, "optim": optimizer, "ema": ema, "progress": progress},
+        settings={**data_settings(training, args.batch_size, args.seed), "--learning-rate": args.learning_rate},
     )
     save_interval = args.checkpoint_every or len(batches)
 
     def stop_if_preempted() -> None:
         if preemption.should_stop():
             checkpoints.save(ema.steps, block=True)  # inside swapped() too: the same is saved
-            bar.console.print(f"told to stop: stopped at step {ema.steps}")
-            raise Preempted
+            saved = f"saved in {args.checkpoint_dir}" if args.checkpoint_dir else "nothing saved: no --checkpoint-dir"
+            bar.console.print(f"stopped by a signal at step {ema.steps}, {saved}")
+            raise Preempted(0 if args.checkpoint_dir else 1)
 
     step_time, update_time = stopwatch(device), stopwatch(device)
     with progress_bar(dist.get_rank()) as bar:
+        bar.console.print(
+            describe_run(args.parallel, device, ema, args.half_life),
+            f"results in {args.output_dir}; checkpoints in {args.checkpoint_dir or 'no folder'}",
+            sep="\n",
+        )
         bar.console.print(checkpoints.resume(is_requested=args.resume))
+        claim_output_dir(args.output_dir, progress.run_id)
         task = bar.add_task("steps", total=args.epochs * len(batches), completed=ema.steps)
         bar.console.print(HEADING)
         for epoch in range(len(progress.rows) + 1, args.epochs + 1):
@@ -93,42 +101,31 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 checkpoints.save(ema.steps, block=not args.async_checkpoints)
     checkpoint.wait()
 
-    if dist.get_rank() == 0:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        write_csv(progress.rows, args.output_dir / "metrics.csv")
-        write_curves(progress.rows, args.output_dir / "curves.png")
+    write_metrics(progress.rows, args.output_dir)
     if checkpoint.gather(ema, args.output_dir):
         print(f"averaged model: test {progress.rows[-1].average}; in {args.output_dir}")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = parser.add_argument
-    option("--parallel", choices=WRAPPERS, default=default_parallel(), help="default: ddp on several ranks, else plain")
-    option("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    option("--half-life", type=float, default=60, metavar="STEPS", help="of the average, in optimizer steps")
-    option("--epochs", type=int, default=24)
-    option("--batch-size", type=int, default=48, help="images in a step, over all ranks together")
-    option("--learning-rate", type=float, default=2e-3)
-    option("--seed", type=int, default=0)
-    option("--checkpoint-dir", type=Path, help="write checkpoints here")
-    option("--checkpoint-every", type=int, metavar="STEPS", help="default: every epoch")
-    option("--async-checkpoints", action="store_true", help="write them in the background")
-    option("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
-    option("--output-dir", type=Path, default=Path("runs/digits"), help="for metrics, curves and the averaged model")
+    parser = OptionParser(__doc__)
+    option = parser.option
+    option("--parallel", "ddp is the default on several ranks", choices=WRAPPERS, default=default_parallel())
+    option("--device", "auto takes a GPU if there is one", choices=["auto", "cpu", "cuda"], default="auto")
+    option("--half-life", "of the average, in optimizer steps", type=float, default=60.0, metavar="STEPS")
+    option("--epochs", "of training, those before --resume included", type=positive_int, default=24)
+    option("--batch-size", "images in a step, over all ranks together", type=positive_int, default=48)
+    option("--learning-rate", "of AdamW, after one epoch of warm-up", type=float, default=2e-3)
+    option("--seed", "of the first weights and the order of images", type=int, default=0)
+    option("--checkpoint-dir", "write checkpoints here, the newest three; else none", type=Path)
+    option("--checkpoint-every", "how often; without it, every epoch", type=positive_int, metavar="STEPS")
+    option("--async-checkpoints", "write them in the background", action="store_true")
+    option("--resume", "continue from the newest checkpoint, if there is one", action="store_true")
+    option("--output-dir", "for metrics, curves and the averaged model", type=Path, default=Path("runs/digits"))
     args = parser.parse_args()
-    if args.epochs < 1:
-        parser.error("--epochs must be at least 1")
-    if args.checkpoint_every is not None and args.checkpoint_every < 1:
-        parser.error("--checkpoint-every must be at least 1")
     if (args.resume or args.checkpoint_every or args.async_checkpoints) and not args.checkpoint_dir:
         parser.error("--resume, --checkpoint-every and --async-checkpoints need --checkpoint-dir")
     return args
 
 
 if __name__ == "__main__":
-    main()
-    # Everything is written and the process group destroyed. But gloo's threads sometimes abort the interpreter while it
-    # exits (torch 2.13: "terminate called without an active exception"), and torchrun would report a failed run.
-    sys.stdout.flush()
-    os._exit(0)
+    run_script(main)

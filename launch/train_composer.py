@@ -27,9 +27,13 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from ema_dist.composer import EMA
-from recipe.data import Images, load_images, shift_images
+from recipe.checkpoints import require_same_settings
+from recipe.data import Images, data_settings, load_images, shift_images
 from recipe.evaluation import Scores
+from recipe.folders import require_checkpoint_dir
 from recipe.model import Block, VisionTransformer
+from recipe.parallelism import require_gpu
+from recipe.script import OptionParser, UsageError, positive_int, run_script
 
 AVERAGE_LABEL, LIVE_LABEL = "eval", "eval-live"
 LATEST_CHECKPOINT = "latest-rank0.pt"  # as Composer calls it, monolithic or sharded
@@ -52,10 +56,22 @@ class LiveEvaluation(Callback):
 
     def eval_after_all(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         live, average = scores(state, LIVE_LABEL), scores(state, AVERAGE_LABEL)
-        if dist.get_global_rank() == 0:
-            epoch, batch = state.timestamp.epoch.value, state.timestamp.batch.value
-            line_break = "\n" if sys.stderr.isatty() else ""  # Composer leaves the cursor on its line
-            print(f"{line_break}epoch {epoch}, batch {batch}: live {live}; average {average}", flush=True)
+        epoch, batch = state.timestamp.epoch.value, state.timestamp.batch.value
+        line_break = "\n" if sys.stderr.isatty() else ""  # Composer leaves the cursor on its line
+        print_rank_0(f"{line_break}epoch {epoch}, batch {batch}: live {live}; average {average}")
+
+
+class SettingsCheck(Callback):
+    """Saves settings in each checkpoint, and refuses to resume with different ones."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.settings)  # Composer loads sharded checkpoints into what this returns
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        require_same_settings(self.settings, state, "the checkpoint")
 
 
 def scores(state: State, label: str) -> Scores:
@@ -68,21 +84,30 @@ def main() -> None:
     args = parse_arguments()
     os.environ.setdefault("NODE_RANK", os.environ.get("GROUP_RANK", "0"))  # Composer needs it; torchrun sets GROUP_RANK
     os.environ["FSDP_VERSION"] = "2" if args.parallel == "fsdp2" else "1"
+    if args.device == "gpu":
+        require_gpu()
     dist.initialize_dist(args.device)
     train(args)
 
 
 def train(args: argparse.Namespace) -> None:
     """The recipe: data, model, optimizer and average, in a Trainer."""
+    if args.save_folder:
+        require_checkpoint_dir(args.save_folder)
     training, test = load_images(torch.device("cpu"))
     torch.manual_seed(args.seed)
     model = ComposerClassifier(VisionTransformer(), num_classes=10, loss_fn=F.cross_entropy)
     model.module.fsdp_wrap_fn = is_block
     ema = EMA(half_life=f"{args.half_life}ba")
+    settings = {**data_settings(training, args.batch_size, args.seed), "--learning-rate": args.learning_rate}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print_rank_0(f"layout {args.parallel}, {dist.get_world_size()} rank(s), device {args.device}")
+    print_rank_0(f"{parameters:,} parameters; half-life of the average {args.half_life} batches")
+    print_rank_0(f"checkpoints in {args.save_folder or 'no folder'}")
     trainer = Trainer(
         model=model,
         algorithms=[ema],
-        callbacks=[LiveEvaluation(ema)],
+        callbacks=[LiveEvaluation(ema), SettingsCheck(settings)],
         train_dataloader=training_batches(training, args),
         eval_dataloader=[
             Evaluator(label=label, dataloader=test_batches(test)) for label in (AVERAGE_LABEL, LIVE_LABEL)
@@ -103,11 +128,15 @@ def train(args: argparse.Namespace) -> None:
         # so there is always one, without a terminal it writes to the null device.
         console_stream=sys.stderr if sys.stderr.isatty() else Path(os.devnull).open("w"),  # noqa: SIM115
     )
-    if dist.get_global_rank() == 0:
-        print(f"starting at batch {trainer.state.timestamp.batch.value}", flush=True)
+    print_rank_0(f"starting at batch {trainer.state.timestamp.batch.value}")
     if trainer.state.timestamp.epoch.value < args.epochs:  # else Composer raises
         trainer.fit()
     trainer.close()
+
+
+def print_rank_0(text: str) -> None:
+    if dist.get_global_rank() == 0:
+        print(text, flush=True)
 
 
 def is_block(module: nn.Module) -> bool:
@@ -118,7 +147,7 @@ def training_batches(images: Images, args: argparse.Namespace) -> DataSpec:
     """This rank's part of each batch; shuffled anew in each epoch, each image randomly shifted."""
     ranks = dist.get_world_size()
     if args.batch_size % ranks:
-        raise ValueError(f"a batch of {args.batch_size} images does not divide over {ranks} ranks: see --batch-size")
+        raise UsageError(f"a batch of {args.batch_size} images does not divide over {ranks} ranks: pass a multiple")
     data = TensorDataset(images.pixels, images.labels)
     sampler = dist.get_sampler(data, shuffle=True, drop_last=True, seed=args.seed)
     loader = DataLoader(data, batch_size=args.batch_size // ranks, sampler=sampler, drop_last=True)
@@ -138,17 +167,18 @@ def test_batches(images: Images) -> DataLoader[Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = parser.add_argument
-    option("--parallel", choices=PARALLELISM_CONFIGS, default="ddp")
-    option("--device", choices=["cpu", "gpu"], default="gpu" if torch.cuda.is_available() else "cpu")
-    option("--half-life", type=int, default=60, metavar="BATCHES", help="of the average")
-    option("--epochs", type=int, default=24)
-    option("--batch-size", type=int, default=48, help="images in a batch, over all ranks together")
-    option("--learning-rate", type=float, default=2e-3)
-    option("--seed", type=int, default=0)
-    option("--save-folder", type=Path, help="write a checkpoint here after each epoch")
-    option("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
+    parser = OptionParser(__doc__)
+    option = parser.option
+    option("--parallel", "how the model is sharded", choices=PARALLELISM_CONFIGS, default="ddp")
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    option("--device", "the default is gpu if there is one", choices=["cpu", "gpu"], default=device)
+    option("--half-life", "of the average", type=positive_int, default=60, metavar="BATCHES")
+    option("--epochs", "of training, those before --resume included", type=positive_int, default=24)
+    option("--batch-size", "images in a batch, over all ranks together", type=positive_int, default=48)
+    option("--learning-rate", "of AdamW, after one epoch of warm-up", type=float, default=2e-3)
+    option("--seed", "of the first weights and the order of images", type=int, default=0)
+    option("--save-folder", "write a checkpoint here after each epoch; else none", type=Path)
+    option("--resume", "continue from the newest checkpoint, if there is one", action="store_true")
     args = parser.parse_args()
     if args.resume and not args.save_folder:
         parser.error("--resume needs --save-folder")
@@ -160,4 +190,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

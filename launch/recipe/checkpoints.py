@@ -1,6 +1,6 @@
 """Checkpoints of a training run: saving, and resuming from the newest one."""
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,49 +10,73 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ema_dist import checkpoint
 
+from .folders import require_checkpoint_dir
 from .metrics import EpochMetrics
+from .script import UsageError
 
 
 @dataclass
 class TrainingProgress:
-    """The learning rate schedule and the metrics of finished epochs: a DCP `Stateful`."""
+    """The run's identifier, its learning rate schedule and the metrics of finished epochs: a DCP `Stateful`."""
 
+    run_id: str
     lr_scheduler: LRScheduler
     rows: list[EpochMetrics] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"schedule": self.lr_scheduler.state_dict(), "rows": [asdict(row) for row in self.rows]}
+        rows = [asdict(row) for row in self.rows]
+        return {"run_id": self.run_id, "schedule": self.lr_scheduler.state_dict(), "rows": rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.run_id = state_dict["run_id"]
         self.lr_scheduler.load_state_dict(state_dict["schedule"])
         self.rows = [EpochMetrics(**row) for row in state_dict["rows"]]
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Checkpoints of `state` in the folder `root`; without a folder, nothing is saved or loaded."""
+    """Checkpoints of `state` in the folder `root`; without a folder, nothing is saved or loaded.
+
+    `settings` are saved too, and a run with different ones cannot resume.
+    """
 
     root: Path | None
     state: MutableMapping[str, Any]
+    settings: Mapping[str, Any]
 
     def resume(self, *, is_requested: bool) -> str:
         """Load the newest intact checkpoint, if there is one; returns a message that says where the run starts.
 
-        Collective: every rank. Raises: ValueError if there is a checkpoint and `is_requested` is false.
+        Collective: every rank. Raises: UsageError if `root` cannot be written, if there is a checkpoint and
+        `is_requested` is false, or if the checkpoint has other settings.
         """
+        if self.root:
+            require_checkpoint_dir(self.root)
         newest_step = checkpoint.latest(self.root) if self.root else None
         if self.root is None or newest_step is None:
             return "starting from the beginning" + (f": no checkpoint in {self.root}" if is_requested else "")
         if not is_requested:
-            raise ValueError(
+            raise UsageError(
                 f"step {newest_step} in {self.root} is from an earlier run: pass --resume to continue it or another "
                 "--checkpoint-dir"
             )
-        return f"continuing from step {checkpoint.load(self.state, self.root)} in {self.root}"
+        contents: dict[str, Any] = {**self.state, "settings": {}}
+        step = checkpoint.load(contents, self.root)
+        require_same_settings(self.settings, contents["settings"], f"step {step} in {self.root}")
+        return f"continuing from step {step} in {self.root}"
 
     def save(self, step: int, *, block: bool) -> None:
         """Save, in the background unless `block`. Collective: every rank. A failure of the previous save is ignored."""
         if self.root:
             with suppress(checkpoint.CheckpointError):  # logged when it failed; this save is the next attempt
                 checkpoint.wait()
-            checkpoint.save(self.state, self.root, step=step, block=block)
+            checkpoint.save({**self.state, "settings": dict(self.settings)}, self.root, step=step, block=block)
+
+
+def require_same_settings(expected: Mapping[str, Any], found: Mapping[str, Any], checkpoint_name: str) -> None:
+    """Raise a UsageError that names the settings that differ from those saved in a checkpoint."""
+    if different := [name for name, value in expected.items() if found.get(name) != value]:
+        differences = "; ".join(f"{name} {found.get(name)}, and this run has {expected[name]}" for name in different)
+        raise UsageError(
+            f"{checkpoint_name} was saved with {differences}: pass the same options, or another folder to start anew"
+        )

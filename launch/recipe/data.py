@@ -1,5 +1,6 @@
 """scikit-learn's bundled handwritten digits, all on the device, in an order that depends only on seed and epoch."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
+
+from .script import UsageError
 
 TRAIN_IMAGES = 1297
 SPLIT_SEED = 0
@@ -51,11 +54,11 @@ class Batches:
 
     def __post_init__(self) -> None:
         if not 0 < self.batch_size <= len(self.images):
-            raise ValueError(f"a batch of {self.batch_size} images cannot be drawn from {len(self.images)}")
+            raise UsageError(f"expected a batch of 1 to {len(self.images)} images, got {self.batch_size}")
         if self.batch_size % self.data_world_size:
-            raise ValueError(
+            raise UsageError(
                 f"a batch of {self.batch_size} images does not divide over {self.data_world_size} data-parallel ranks: "
-                f"pass --batch-size with a multiple of {self.data_world_size}"
+                f"pass a multiple of {self.data_world_size}"
             )
 
     def __len__(self) -> int:
@@ -76,6 +79,14 @@ class Batches:
             start = step * self.batch_size + self.data_rank
             indices = order[start : (step + 1) * self.batch_size : self.data_world_size]
             yield shift_images(self.images.pixels[indices], shifts[indices]), self.images.labels[indices]
+
+
+def data_settings(images: Images, batch_size: int, seed: int) -> dict[str, int | str]:
+    """What the images of a step depend on, by name: a run can only be resumed with the same."""
+    digest = hashlib.sha256()
+    for tensor in (images.pixels, images.labels):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return {"--batch-size": batch_size, "--seed": seed, "data set (SHA-256)": digest.hexdigest()[:16]}
 
 
 def shift_images(pixels: Tensor, shifts: Tensor) -> Tensor:

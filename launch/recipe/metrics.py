@@ -5,20 +5,22 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .evaluation import Scores
+from .folders import CURVES, METRICS
 
-HEADING = " epoch   step | live loss  accuracy | average loss  accuracy | update()"
+HEADING = " epoch   step | live loss  accuracy | average loss  accuracy | update(), % of step time"
 LIVE_COLOR, AVERAGE_COLOR = "#b0572c", "#1f5fa8"
 
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """Test scores of live and averaged weights after an epoch, and the share of `update()` in the time of a step."""
+    """Test scores of live and averaged weights after an epoch, and the share of `update()` in the time of its steps."""
 
     epoch: int
     step: int
@@ -26,12 +28,12 @@ class EpochMetrics:
     live_accuracy: float
     average_loss: float
     average_accuracy: float
-    update_share: float
+    update_share_of_step_time: float
 
     def __str__(self) -> str:
         return (
             f"{self.epoch:6} {self.step:6} | {self.live_loss:9.4f} {self.live_accuracy:9.2%} "
-            f"| {self.average_loss:12.4f} {self.average_accuracy:9.2%} | {self.update_share:8.1%}"
+            f"| {self.average_loss:12.4f} {self.average_accuracy:9.2%} | {self.update_share_of_step_time:23.1%}"
         )
 
     @property
@@ -45,6 +47,13 @@ def progress_bar(rank: int) -> Progress:
     console = Console(force_terminal=is_terminal, quiet=rank != 0, highlight=False, soft_wrap=True)
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn()
     return Progress(*columns, console=console, transient=True, disable=rank != 0 or not is_terminal)
+
+
+def write_metrics(rows: list[EpochMetrics], folder: Path) -> None:
+    """Write `rows` to the first rank's `folder`: as CSV and as curves."""
+    if dist.get_rank() == 0:
+        write_csv(rows, folder / METRICS)
+        write_curves(rows, folder / CURVES)
 
 
 def write_csv(rows: list[EpochMetrics], path: Path) -> None:

@@ -13,7 +13,11 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from ema_dist import ShardedEMA
+
 from .model import Block, VisionTransformer
+from .preemption import Preempted
+from .script import UsageError
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # checkpoint plans are exchanged over gloo on both
 
@@ -25,6 +29,7 @@ def process_group(device_type: str) -> Iterator[torch.device]:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device_type)
     if device_type == "cuda":
+        require_gpu()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
@@ -33,8 +38,26 @@ def process_group(device_type: str) -> Iterator[torch.device]:
         dist.init_process_group(BACKENDS[device_type], store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(BACKENDS[device_type], store=dist.HashStore(), rank=0, world_size=1)
-    yield device
-    # Only on success: a rank that failed must not wait for its peers, which torchrun terminates.
+    try:
+        yield device
+    except Preempted:
+        _leave_process_group(device)
+        raise
+    _leave_process_group(device)  # not after an error: a rank that failed must not wait for its peers
+
+
+def require_gpu() -> None:
+    """Raise a UsageError, on all ranks of this machine, if it has fewer GPUs than ranks."""
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > gpus:
+        fewer_ranks = f" or --nproc-per-node {gpus}" if gpus else ""
+        raise UsageError(
+            f"each rank needs a GPU of its own; ranks on this machine: {ranks}, GPUs: {gpus}; "
+            f"pass --device cpu{fewer_ranks}"
+        )
+
+
+def _leave_process_group(device: torch.device) -> None:
     dist.barrier()
     if device.type == "cuda":  # torch 2.7 may wait forever for gloo's threads, and the process ends anyway
         dist.destroy_process_group()
@@ -54,6 +77,14 @@ def wrap(model: VisionTransformer, parallel: str, device: torch.device) -> nn.Mo
     return WRAPPERS[parallel](model.to(device))
 
 
+def describe_run(parallel: str, device: torch.device, ema: ShardedEMA, half_life: float) -> str:
+    """The line that a script prints before it trains."""
+    ranks = dist.get_world_size()
+    parameters = sum(shape.numel() for shape in ema.full_shapes().values() if shape is not None)
+    layout = f"layout {parallel}, {ranks} rank{'s' * (ranks > 1)}, device {device.type}"
+    return f"{layout}; {parameters:,} parameters; half-life of the average {half_life:g} steps"
+
+
 def data_rank_and_size(parallel: str) -> tuple[int, int]:
     """This rank's part of each batch, and the number of parts; tensor parallelism gives all ranks the whole."""
     if parallel == "tp":
@@ -68,7 +99,7 @@ def default_parallel() -> str:
 
 def _plain(model: VisionTransformer) -> nn.Module:
     if dist.get_world_size() > 1:
-        raise ValueError(f"--parallel plain trains on one process, not on {dist.get_world_size()}: pass --parallel ddp")
+        raise UsageError(f"--parallel plain trains on one process, not on {dist.get_world_size()}: pass --parallel ddp")
     return model
 
 
@@ -100,7 +131,7 @@ def _hsdp(model: VisionTransformer) -> nn.Module:
     ranks = dist.get_world_size()
     replicas = max(2, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
     if ranks < 4 or ranks % replicas:
-        raise ValueError(f"--parallel hsdp needs 4, 6, 8, ... ranks, not {ranks}: pass --parallel fsdp2")
+        raise UsageError(f"--parallel hsdp needs 4, 6, 8, ... ranks, not {ranks}: pass --parallel fsdp2")
     return _fully_shard(model, _mesh(model, replicate=replicas, shard=ranks // replicas))
 
 
@@ -118,7 +149,7 @@ def _fully_shard(model: VisionTransformer, mesh: DeviceMesh) -> nn.Module:
 def _tp(model: VisionTransformer) -> nn.Module:
     ranks = dist.get_world_size()
     if model.heads % ranks:
-        raise ValueError(f"--parallel tp shares {model.heads} attention heads out evenly, not over {ranks} ranks")
+        raise UsageError(f"--parallel tp shares {model.heads} attention heads out evenly, not over {ranks} ranks")
     plan: dict[str, ParallelStyle] = {
         "blocks.*.attention.query": ColwiseParallel(),
         "blocks.*.attention.key": ColwiseParallel(),

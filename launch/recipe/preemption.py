@@ -9,15 +9,18 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class Preempted(BaseException):
-    """Raised on every rank when the ranks have agreed to stop; no `Exception`, so that no error handler catches it."""
+class Preempted(SystemExit):
+    """Raised on every rank, with the exit code, when the ranks have agreed to stop.
+
+    It is not an `Exception`, so that no error handler catches it.
+    """
 
 
 class PreemptionHandler:
-    """Tells whether any rank has received SIGTERM (from torchrun or a scheduler) or SIGUSR1.
+    """Tells whether any rank has received SIGTERM (from torchrun or a scheduler), SIGINT (Ctrl-C) or SIGUSR1.
 
     When a rank dies, torchrun sends SIGTERM to the others. They cannot agree with a dead rank, so they exit at once,
     even inside a collective, and torchrun can restart all ranks without waiting for them.

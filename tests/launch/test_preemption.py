@@ -1,10 +1,13 @@
-"""launch/train.py stopped by a signal on one rank, and resumed on the same or another number of ranks."""
+"""launch/train.py stopped by a signal on one rank, and resumed on the same or another number of ranks, or refused."""
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -17,11 +20,14 @@ from torch import Tensor, nn
 import train
 from ema_dist import ShardedEMA
 from ema_dist.evaluation.swap import active_swaps
+from recipe import metrics
 from recipe.checkpoints import Checkpoints
+from recipe.data import Images, load_images
 from recipe.preemption import Preempted, PreemptionHandler
+from recipe.script import UsageError
 from tests.support.injected_signals import read_metrics
 
-SHORT = ("--device", "cpu", "--epochs", "2", "--batch-size", "600", "--half-life", "2", "--checkpoint-every", "1")
+SHORT = ("--device", "cpu", "--epochs", "2", "--batch-size", "600", "--half-life", "2")
 STEPS, TEST_BATCHES = 2, 5  # in an epoch, with the options above
 
 # The batch, of training or evaluation, before which a rank is signalled.
@@ -68,30 +74,32 @@ class StopAtBatch(PreemptionHandler):
     """Signals the last rank before its batch number `stop_batch`."""
 
     stop_batch = 0
+    stop_signal = signal.SIGTERM
 
     def should_stop(self) -> bool:
         self.stop_batch -= 1
         if self.stop_batch == 0 and dist.get_rank() == dist.get_world_size() - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.stop_signal)
         return super().should_stop()
 
 
-def run(directory: Path, *options: str, stop: int = 0) -> SeenWeights:
+def run(directory: Path, *options: str, stop: int = 0, checkpoints: bool = True) -> SeenWeights:
     """Trains two epochs in this process group, or until the batch number `stop`.
 
     The patches stay: each rank is a process of this test only.
     """
-    folders = ("--output-dir", str(directory), "--checkpoint-dir", str(directory / "checkpoints"))
-    sys.argv = ["train.py", *SHORT, *folders, *options]
+    sys.argv = ["train.py", *SHORT, "--output-dir", str(directory), *options]
+    if checkpoints:
+        sys.argv += ["--checkpoint-dir", str(directory / "checkpoints"), "--checkpoint-every", "1"]
     RecordingCheckpoints.seen, StopAtBatch.stop_batch = SeenWeights(), stop
     train.Checkpoints, train.PreemptionHandler = RecordingCheckpoints, StopAtBatch
-    train.write_curves = lambda _rows, _path: None  # slower than the training
+    metrics.write_curves = lambda _rows, _path: None  # slower than the training
+    exit_code = None
     try:
         train.train(train.parse_arguments(), torch.device("cpu"))
-    except Preempted:
-        assert stop, "stopped without a signal"
-    else:
-        assert not stop, "not stopped by the signal"
+    except Preempted as stopped:
+        exit_code = stopped.code
+    assert exit_code == ((0 if checkpoints else 1) if stop else None)
     dist.barrier()
     return RecordingCheckpoints.seen
 
@@ -100,6 +108,16 @@ def assert_same(actual: dict[int, list[Tensor]], expected: dict[int, list[Tensor
     for step, weights in actual.items():
         for weight, other in zip(weights, expected[step], strict=True):
             torch.testing.assert_close(weight, other, rtol=0, atol=0)
+
+
+def continue_on(ranks: int, rank: int, folder: Path) -> bool:
+    """Replaces the default group by one of the first `ranks` ranks; returns whether this rank is one of them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank < ranks:
+        store = dist.FileStore(str(folder / f"{ranks} ranks"), ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    return rank < ranks
 
 
 @pytest.mark.world_size(2, timeout=120)
@@ -129,13 +147,59 @@ def test_a_run_stopped_on_four_ranks_resumes_on_three_and_on_two(tmp_path: Path)
     rank = dist.get_rank()
     saved = run(tmp_path, "--parallel", "hsdp", stop=SECOND_EPOCH).saved
     for ranks, step, stop in ((3, STEPS + 1, 2), (2, STEPS + 2, 0)):
-        dist.destroy_process_group()
-        if rank >= ranks:
+        if not continue_on(ranks, rank, tmp_path):
             return
-        store = dist.FileStore(str(tmp_path / f"{ranks} ranks"), ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
         resumed = run(tmp_path, "--parallel", "fsdp2", "--resume", stop=stop)
         assert [*resumed.resumed] == [step]
         assert_same(resumed.resumed, saved)
         saved = resumed.saved
     assert [row["step"] for row in read_metrics(tmp_path)] == [str(STEPS), str(2 * STEPS)]
+
+
+@pytest.mark.world_size(2, timeout=120)
+def test_a_run_stopped_on_one_rank_takes_the_remaining_steps_on_two(tmp_path: Path) -> None:
+    """The batch is the same on any number of ranks, so the number of steps is too."""
+    rank, saved = dist.get_rank(), {}
+    if continue_on(1, rank, tmp_path):
+        saved = run(tmp_path, stop=SECOND_EPOCH).saved
+    continue_on(2, rank, tmp_path)
+    resumed = run(tmp_path, "--parallel", "ddp", "--resume")
+    assert [*resumed.resumed] == [STEPS + 1]
+    assert [*resumed.saved] == [2 * STEPS]
+    if rank == 0:
+        assert_same(resumed.resumed, saved)
+        assert [row["step"] for row in read_metrics(tmp_path)] == [str(STEPS), str(2 * STEPS)]
+
+
+@pytest.mark.world_size(2, timeout=120)
+def test_other_settings_than_the_checkpoints_are_refused_on_resuming(tmp_path: Path) -> None:
+    """With another batch size, a resumed run once took its steps on empty batches."""
+    run(tmp_path, "--parallel", "ddp", stop=2)
+    different = [
+        ("--batch-size", "600", "400"),
+        ("--seed", "0", "7"),
+        ("--learning-rate", "0.002", "0.1"),
+    ]
+    for option, saved, passed in different:
+        with pytest.raises(UsageError, match=rf"step 1 .*{option} {saved}\b.*\b{passed}\b"):
+            run(tmp_path, "--parallel", "ddp", "--resume", option, passed)
+
+    train.load_images = images_with_another_label
+    with pytest.raises(UsageError, match=r"step 1 .*data set"):
+        run(tmp_path, "--parallel", "ddp", "--resume")
+
+
+def images_with_another_label(device: torch.device) -> tuple[Images, Images]:
+    training, test = load_images(device)
+    training.labels[5] = (training.labels[5] + 1) % 10
+    return training, test
+
+
+@pytest.mark.world_size(2, timeout=120)
+def test_ctrl_c_on_one_rank_without_a_checkpoint_folder_says_that_nothing_is_saved(tmp_path: Path) -> None:
+    StopAtBatch.stop_signal = signal.SIGINT
+    with redirect_stdout(io.StringIO()) as output:
+        run(tmp_path, "--parallel", "ddp", stop=2, checkpoints=False)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["run-id.txt"]
+    if dist.get_rank() == 0:
+        assert re.search(r"step 1, nothing saved.*--checkpoint-dir", output.getvalue())

@@ -117,5 +117,5 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_new_ones(finished: tup
     directory, _ = finished
     command = (sys.executable, *train_command(directory))
     again = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert re.search(r"\bstep 54\b.*--resume", again.stderr)

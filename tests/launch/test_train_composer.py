@@ -118,17 +118,25 @@ def test_an_earlier_run_is_not_continued_unasked(finished: tuple[Path, str]) -> 
     assert re.search(rf"error: .*{re.escape(str(finished[0]))}.*--resume", completed.stdout)
 
 
+def test_other_settings_than_the_checkpoints_are_refused_on_resuming(finished: tuple[Path, str]) -> None:
+    completed = run(sys.executable, *train_command(finished[0], "--resume", "--batch-size", "96"))
+    assert completed.returncode == 2
+    assert re.search(r"^train_composer\.py: error: .*--batch-size 48\b.*\b96\b", completed.stdout, re.MULTILINE)
+    assert "Traceback" not in completed.stdout
+
+
 def test_fsdp2_resumes_on_one_process_whose_progress_bar_has_both_metrics(tmp_path: Path) -> None:
-    output = output_of(*TWO_RANKS, *train_command(tmp_path, "--parallel", "fsdp2", "--epochs", "1"))
+    options = ("--parallel", "fsdp2", "--epochs")
+    output = output_of(*TWO_RANKS, *train_command(tmp_path, *options, "1"))
     ((*_, live, average),) = evaluations(output)
     for scores, entry in ((live, "state.ema_dist.live"), (average, "state.model")):
         choice = ("--weights", "live", "--entry", entry)
         output_of(sys.executable, "-m", "ema_dist.cli", "export", tmp_path / "ep1-ba27", tmp_path / entry, *choice)
         assert scores in evaluation_of(tmp_path, load_file(tmp_path / entry / "model.safetensors"))
 
-    resumed = terminal_output_of(
-        sys.executable, *train_command(tmp_path, "--parallel", "fsdp2", "--epochs", "2", "--resume")
-    )
+    refused = run(sys.executable, *train_command(tmp_path, *options, "2", "--resume", "--seed", "3"))
+    assert re.search(r"error: .*--seed 0\b.*\b3\b", refused.stdout), "a sharded checkpoint holds the settings too"
+    resumed = terminal_output_of(sys.executable, *train_command(tmp_path, *options, "2", "--resume"))
     assert "starting at batch 27" in resumed
     assert [row[:2] for row in evaluations(resumed)] == [("2", "54")]
     assert re.search(r"train +Epoch +1:.*27/27.*loss/train/total=", resumed)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[0:1] = [str(ROOT / "launch"), str(ROOT)]
 
 import train  # noqa: E402
+from recipe.script import run_script  # noqa: E402
 from tests.support.injected_signals import InjectedSignal  # noqa: E402
 
 
@@ -49,10 +50,7 @@ def main() -> None:
         if (injected.attempt, injected.rank) == (attempt, rank):
             threading.setprofile(profiler(injected))
             sys.setprofile(profiler(injected))
-    train.main()
-    sys.setprofile(None)
-    sys.stdout.flush()
-    os._exit(0)  # as train.py ends
+    run_script(train.main)
 
 
 if __name__ == "__main__":

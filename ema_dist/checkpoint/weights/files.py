@@ -30,8 +30,8 @@ from ema_dist.checkpoint.weights.formats import (
     is_own_file,
     unsupported_reason,
 )
-from ema_dist.communication.signals import deferred_signals
 from ema_dist.messages import abbreviated
+from ema_dist.signals import deferred_signals
 
 PARTIAL_FOLDER = ".export-incomplete"
 """The folder inside the export's folder in which its files are written."""

@@ -1,0 +1,56 @@
+"""Folders that a run writes to, checked before its first step."""
+
+import tempfile
+import uuid
+from pathlib import Path
+
+import torch.distributed as dist
+
+from .script import UsageError
+
+METRICS, CURVES, RUN_ID = "metrics.csv", "curves.png", "run-id.txt"
+RESULTS = (METRICS, CURVES, "model.safetensors")
+
+
+def new_run_id() -> str:
+    """A random identifier, the same on all ranks; checkpoints keep it for the resumed run. Collective: every rank."""
+    run_id = [uuid.uuid4().hex]
+    dist.broadcast_object_list(run_id)
+    return run_id[0]
+
+
+def claim_output_dir(folder: Path, run_id: str) -> None:
+    """Write `run_id` to `folder`, where the first rank will write its results.
+
+    Collective: every rank. Raises: UsageError on every rank if that fails or `folder` holds results of another run.
+    """
+    problem = None
+    if dist.get_rank() == 0 and not (problem := _write_problem(folder)):
+        file = folder / RUN_ID
+        results = [name for name in RESULTS if (folder / name).exists()]
+        if results and not (file.exists() and file.read_text() == run_id):
+            problem = f"{folder} holds results of another run ({', '.join(results)})"
+        else:
+            file.write_text(run_id)
+    _raise_on_all_ranks(problem)
+
+
+def require_checkpoint_dir(folder: Path) -> None:
+    """Create `folder`. Collective: every rank. Raises: UsageError on every rank if any rank cannot write to it."""
+    _raise_on_all_ranks(_write_problem(folder))
+
+
+def _write_problem(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"cannot write to {folder}: {error.strerror}"
+
+
+def _raise_on_all_ranks(problem: str | None) -> None:
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in filter(None, problems):
+        raise UsageError(f"{found}; pass another folder")

@@ -1,0 +1,82 @@
+"""How a script begins and ends: its options, mistakes of the user as one line, and the exit code."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
+
+
+class UsageError(ValueError):
+    """A mistake that the user can correct: `run_script` prints its message as one line, without a traceback."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Shows defaults in `--help`, and raises a UsageError where argparse prints its usage on every rank."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def option(self, name: str, meaning: str, **settings: Any) -> None:  # noqa: ANN401  as `add_argument` takes
+        """Add an option; its help is `meaning`, and the default if there is one."""
+        if "default" in settings:
+            meaning += " (default: %(default)s)"
+        self.add_argument(name, help=meaning, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help lists the options")
+
+
+def positive_int(text: str) -> int:
+    """The type of options that count something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Runs `main` and ends the process; under torchrun, the report of a failed run has the exception of `main`."""
+    exit_code: Any = 0
+    try:
+        record(main, _UsageErrorHandler())()
+    except SystemExit as exit_request:
+        exit_code = exit_request.code
+    except KeyboardInterrupt:
+        exit_code = 130
+        _print_line("interrupted")  # where no `PreemptionHandler` has replaced Python's own handler
+    except UsageError as error:
+        exit_code = 2
+        _print_line(f"error: {error}")
+        if not _is_first_local_rank():
+            time.sleep(30)  # torchrun ends all ranks when one has failed: not before the first one has printed
+    # Everything is written and the process group destroyed. But gloo's threads sometimes abort the interpreter while it
+    # exits (torch 2.13: "terminate called without an active exception"), and torchrun would report a failed run.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _print_line(text: str) -> None:
+    if _is_first_local_rank():
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {text}\n")
+
+
+class _UsageErrorHandler(ErrorHandler):
+    """Gives torchrun the message of a UsageError, and of other exceptions the traceback too."""
+
+    def record_exception(self, e: BaseException) -> None:
+        if not isinstance(e, UsageError):
+            super().record_exception(e)
+        elif file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            message = {"message": f"error: {e}", "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": message}))
+
+
+def _is_first_local_rank() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
