@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ema_dist.averages.construction import construct_on_all_ranks, describe_settings, problems_reported
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.offload import Offloaded
-from ema_dist.averages.optimizer_hook import OptimizerHook
+from ema_dist.averages.optimizer_hook import OptimizerHook, require_countable
 from ema_dist.averages.precision import Compensated, Precision, Stochastic
 from ema_dist.averages.tracks import BufferPolicy, Tracks
 from ema_dist.averages.updates import Updates
@@ -157,6 +157,7 @@ class ShardedEMA(States):
         """
         if self._optimizer_hook is not None and self._optimizer_hook.is_active:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
+        require_countable(optimizer)
         self._model_with_averages.prepare("attach()", collective=False)
         stepped_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         averaged = (self._live.layout.parameters[name] for name in self._live.selected)

@@ -11,7 +11,6 @@ from weakref import finalize
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from ema_dist.sharding import local_tensor
 
@@ -33,7 +32,7 @@ class OptimizerHook:
         before_steps: Callable[[], None] | None = None,
     ) -> None:
         self._update = update
-        self._handles: list[RemovableHandle] = [_register(optimizer, self._after_step)]
+        self._handles = [optimizer.register_step_post_hook(self._after_step)]
         self._step_codes = _step_codes(optimizer)
         self._before_steps = before_steps
         if before_steps:
@@ -58,7 +57,8 @@ class OptimizerHook:
             self._update(getattr(optimizer, "found_inf", None))
 
 
-def _register(optimizer: object, hook: Callable[..., None]) -> RemovableHandle:
+def require_countable(optimizer: object) -> None:
+    """Raise TypeError or ValueError if its steps cannot be counted, or if it averages by itself."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}: attach the optimizer inside it, or "
@@ -70,7 +70,7 @@ def _register(optimizer: object, hook: Callable[..., None]) -> RemovableHandle:
             "while it trains: call update() between its eval() and train() instead"
         )
     try:
-        return optimizer.register_step_post_hook(hook)
+        optimizer.register_step_post_hook(lambda *_: None).remove()
     except AttributeError:
         raise ValueError(
             f"{type(optimizer).__name__} does not call Optimizer.__init__(), so that torch runs no hooks after its "

@@ -1,0 +1,118 @@
+"""Files that one rank writes hold all averages; the state of one rank cannot be written, and loads on no other."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from ema_dist import Compensated, ShardedEMA
+from tests.support.layouts import assert_bitwise_equal, averages_of_tracks, layouts, make_net, make_trained, wrap
+
+SHARDED = ("ddp-3", "fsdp1", "fsdp2", "fsdp2-3", "hsdp", "fsdp2-tp")
+
+
+@layouts("plain", *SHARDED)
+def test_the_consolidated_state_loads_on_the_first_rank_or_on_all(layout: str, tmp_path: Path) -> None:
+    _, ema = make_trained(layout, decay={"a": 0.5, "b": 0.9})
+    expected, path = averages_of_tracks(ema), tmp_path / "ema.pt"
+    state = ema.consolidated_state_dict()
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    assert bool(state) == is_first
+    if is_first:
+        torch.save(state, path)
+    with ema.swapped("a"):
+        inside = ema.consolidated_state_dict()
+    if is_first:
+        for track, entry in state["tracks"].items():
+            assert_bitwise_equal(inside["tracks"][track]["averages"], entry["averages"])
+
+    def make() -> ShardedEMA:
+        return ShardedEMA(wrap(layout, make_net(layout)), decay={"a": 0.5, "b": 0.9})
+
+    from_first, from_all = make(), make()
+    from_first.load_consolidated_state_dict(torch.load(path) if is_first else {})
+    if dist.is_initialized():
+        dist.barrier()
+    from_all.load_state_dict(torch.load(path))
+    for loaded in (from_first, from_all):
+        assert (loaded.steps, loaded.updates) == (ema.steps, ema.updates)
+        assert_bitwise_equal(averages_of_tracks(loaded), expected)
+        loaded.update()
+
+
+@pytest.mark.world_size(2)
+def test_compensated_averages_are_consolidated_as_float32() -> None:
+    _, ema = make_trained("fsdp2", dtype=torch.bfloat16, rounding=Compensated())
+    state = ema.consolidated_state_dict()
+    for average in state["tracks"]["default"]["averages"].values() if state else ():
+        assert average.dtype == torch.float32
+    before = averages_of_tracks(ema)
+    ema.load_consolidated_state_dict(state)
+    assert_bitwise_equal(averages_of_tracks(ema), before)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("state", [{}, {"format": 1}, None, "names", "shape"], ids=str)
+def test_a_consolidated_state_that_does_not_fit_changes_nothing(state: Any) -> None:  # noqa: ANN401
+    _, ema = make_trained("fsdp2")
+    before = averages_of_tracks(ema)
+    good = ema.consolidated_state_dict()
+    if good and isinstance(state, str):
+        averages = good["tracks"]["default"]["averages"]
+        name = next(iter(averages))
+        averages["other" if state == "names" else name] = averages.pop(name)[:1]
+        state = good
+    with pytest.raises(ValueError, match="state"):
+        ema.load_consolidated_state_dict(state)
+    assert_bitwise_equal(averages_of_tracks(ema), before)
+
+
+@layouts(*SHARDED)
+def test_a_sharded_state_is_not_pickled(layout: str, tmp_path: Path) -> None:
+    """DCP goes on reading and writing it, also in the background."""
+    _, ema = make_trained(layout)
+    state = ema.state_dict()
+    for part in (state, state["tracks"], state["tracks"]["default"], state["tracks"]["default"]["averages"]):
+        for write in (pickle.dumps, lambda value: torch.save(value, io.BytesIO())):
+            with pytest.raises(TypeError, match="consolidated_state_dict"):
+                write(part)
+    assert type(copy.copy(state)) is type(state)
+    dcp.save({"ema": state}, checkpoint_id=tmp_path / "saved")
+    dcp.async_save({"ema": state}, checkpoint_id=tmp_path / "saved in the background").result()
+    expected = averages_of_tracks(ema)
+    for folder in tmp_path.iterdir():
+        other = ShardedEMA(wrap(layout, make_net(layout)), decay=0.8)
+        loaded = {"ema": other.state_dict()}
+        dcp.load(loaded, checkpoint_id=folder)
+        other.load_state_dict(loaded["ema"])
+        assert_bitwise_equal(averages_of_tracks(other), expected)
+
+
+def test_the_state_of_one_rank_alone_is_pickled() -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model)
+    ema.load_state_dict(pickle.loads(pickle.dumps(ema.state_dict())))
+
+
+@layouts("ddp-3", "fsdp2-3", "hsdp")
+def test_the_part_of_another_rank_is_refused(layout: str) -> None:
+    _, ema = make_trained(layout)
+    before = averages_of_tracks(ema)
+    buffer = io.BytesIO()
+    torch.save(copy.deepcopy(ema.state_dict()), buffer)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, buffer.getvalue())
+    other = torch.load(io.BytesIO(parts[dist.get_rank() - 1]), weights_only=False)
+    with pytest.raises(ValueError, match="part"):
+        ema.load_state_dict(other)
+    dist.barrier()
+    assert_bitwise_equal(averages_of_tracks(ema), before)
