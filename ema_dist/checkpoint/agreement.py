@@ -17,18 +17,25 @@ from ema_dist.communication.rendezvous import advice_on_absence, rendezvous
 T = TypeVar("T")
 
 _groups: MutableMapping[object, ProcessGroup] = WeakKeyDictionary()
-"""The group for checkpoints, by world group."""
+"""The group for checkpoints in the background, and where the default group does not communicate on the CPU."""
 
 
 def checkpoint_rendezvous(
-    call: str, *, timeout: float, problem: str = "", compared: Sequence[Mapping[str, str]] = ()
+    call: str,
+    *,
+    timeout: float,
+    problem: str = "",
+    compared: Sequence[Mapping[str, str]] = (),
+    in_background: bool = False,
 ) -> ProcessGroup | None:
     """Wait until all ranks have reached ``call``; return the group for checkpoints, None without a process group.
 
-    The group is separate and uses gloo: a save in the background must not interleave with the collectives of training.
+    That is the default group if it communicates on the CPU. Else, and for the background, it is a group of its own,
+    made once: two threads cannot share one.
 
     Args:
         compared: as for `rendezvous`.
+        in_background: whether another thread will communicate over the group.
 
     Collective: over the default process group.
     Raises: RendezvousError when a rank does not arrive in time or arrives with a problem, and when ranks differ.
@@ -42,6 +49,9 @@ def checkpoint_rendezvous(
     ranks = list(range(dist.get_world_size()))
     rendezvous(call, ranks, timeout=timeout, problem=problem, compared=compared, advice=advice)
     world = dist.group.WORLD
+    assert isinstance(world, ProcessGroup), "there is a process group"
+    if not in_background and "cpu:" in dist.get_backend_config(world):  # for instance "cuda:nccl,cpu:gloo"
+        return world
     if world not in _groups:
         group = dist.new_group(backend="gloo")
         assert isinstance(group, ProcessGroup), "every rank of the world is in it"

@@ -94,7 +94,7 @@ def save(
         except Exception as error:  # noqa: BLE001  every error must reach the other ranks
             problem = str(error)
     call = f"checkpoint.save(step={step})"
-    group = checkpoint_rendezvous(call, timeout=timeout, problem=problem, compared=compared)
+    group = checkpoint_rendezvous(call, timeout=timeout, problem=problem, compared=compared, in_background=not block)
     label = "the names of what is saved (pipeline stages: save them by torch.distributed.checkpoint)"
     require_same_names(label, _saved_names(entries), group)
     state_dict, problems = _collect_state(entries, copy_to_cpu=not block)
