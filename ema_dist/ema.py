@@ -21,7 +21,7 @@ from ema_dist.averages.precision import Compensated, Precision, Stochastic
 from ema_dist.averages.tracks import BufferPolicy, Tracks
 from ema_dist.averages.updates import Updates
 from ema_dist.communication.rendezvous import agree_on
-from ema_dist.ema_states import States
+from ema_dist.ema_states import StateMethods
 from ema_dist.evaluation.model_with_averages import ModelWithAverages
 from ema_dist.evaluation.swap import require_live_weights
 from ema_dist.modes import in_normal_mode, public_calls_in_normal_mode
@@ -39,7 +39,7 @@ def _renamed(old: str, new: str) -> property:
 
 
 @public_calls_in_normal_mode
-class ShardedEMA(States):
+class ShardedEMA(StateMethods):
     """The exponential moving average (EMA) of a model's weights, kept as shards beside the live ones on every rank.
 
     The layout is read from the model: plain, DDP, FSDP1, FSDP2 (``fully_shard``), HSDP or tensor parallel, compiled or
@@ -142,8 +142,8 @@ class ShardedEMA(States):
     def attach(self, optimizer: Optimizer, *, overlap: bool = False) -> OptimizerHook:
         """Update after each real step of ``optimizer``, until ``remove()`` of the returned handle.
 
-        Not counted are steps that a gradient scaler makes a fused optimizer skip on the device, and the dummy steps by
-        which ``torch.distributed.checkpoint`` initializes the state of an optimizer.
+        It does not count steps that a gradient scaler makes a fused optimizer skip on the device, and the dummy steps
+        by which ``torch.distributed.checkpoint`` initializes the state of an optimizer.
 
         Args:
             overlap: run the update on a side stream of the GPU, concurrent with the next forward and backward pass. The
@@ -246,8 +246,8 @@ class ShardedEMA(States):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a ShardedEMA follows one model where it is, and cannot be copied or pickled: take its state_dict() or "
-            "full_state_dict(), and construct another one for another model"
+            "a ShardedEMA cannot be copied or pickled, because it refers to one live model: pickle its "
+            "consolidated_state_dict(), or construct another ShardedEMA for another model"
         )
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The calls by which averages leave a `ShardedEMA` and enter it: states, full tensors, other models."""
+"""The methods of `ShardedEMA` that save, load, gather and copy averages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ema_dist.sharding import Layout
 
 
 @public_calls_in_normal_mode
-class States:
+class StateMethods:
     """The part of `ShardedEMA` that saves, loads, gathers and scatters."""
 
     _clock: Clock
@@ -57,7 +57,8 @@ class States:
         """The averages and counts as `torch.distributed.checkpoint` (DCP) saves and reshards them.
 
         The tensors share storage with the averages, so that DCP loads into them; DCP compares only names before that.
-        Inside `swapped`, and for `Compensated` averages, they are copies, which `load_state_dict` copies back.
+        Inside `swapped`, and for `Compensated` averages, they are copies, which `load_state_dict` copies back. If
+        several ranks hold parts of the averages, the state cannot be pickled: see `consolidated_state_dict`.
 
         Args:
             for_loading: whether the state is only loaded into; ranks that have made different calls are then allowed.
@@ -66,7 +67,6 @@ class States:
         Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name:
             tensor}, "buffers": {name: tensor}}}}``, under first canonical names.
         Raises: RuntimeError when ranks have made different calls or are absent; ValueError when the model has changed.
-            TypeError when the state is pickled, if several ranks hold parts of it: see `consolidated_state_dict`.
         """
         self._model_with_averages.prepare(
             "state_dict()",
@@ -84,16 +84,18 @@ class States:
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a state of `state_dict`: of this layout, resharded by DCP, or with full tensors.
+        """Load a state of `state_dict`, of the same sharding or resharded by DCP, or of `consolidated_state_dict`.
 
         The decay given to the constructor stays; a different one in ``state_dict`` causes a warning.
 
         Collective: no.
-        Raises: RuntimeError inside `swapped`; ValueError before any change when format, tracks, names or shapes differ.
+        Raises: RuntimeError inside `swapped`; ValueError before any change when format, tracks, names or shapes differ,
+            or when the state is the part of another rank.
         """
         self._model_with_averages.require_inactive("load_state_dict()")
         self._model_with_averages.prepare("load_state_dict()", collective=False, for_loading=True)
-        self._load_state(state_dict, "load_state_dict()")
+        hint = "consolidated_state_dict() returns {} on all ranks but the first"
+        self._load_state(state_dict, "load_state_dict()", empty_hint=hint)
 
     def consolidated_state_dict(self) -> dict[str, Any]:
         """The state with full averages on the first rank, which ``torch.save`` may write; ``{}`` elsewhere.
@@ -117,16 +119,18 @@ class States:
         Where every rank has read the file, `load_state_dict` takes the same state without communication.
 
         Collective: over all ranks that hold the model. Memory: one full tensor, and a copy of this rank's averages.
-        Raises: as `load_state_dict`, on every rank.
+        Raises: as `load_state_dict`, on every rank; RuntimeError when ranks do not arrive, or it cannot be read.
         """
         self._model_with_averages.require_inactive("load_consolidated_state_dict()")
         self._model_with_averages.prepare(
             "load_consolidated_state_dict()", collective=True, for_loading=True, compared=list
         )
-        self._load_state(scatter_state(self._live.layout, state), "load_consolidated_state_dict()")
+        hint = "pass what consolidated_state_dict() returned on the first rank"
+        scattered = scatter_state(self._live.layout, state)
+        self._load_state(scattered, "load_consolidated_state_dict()", empty_hint=hint)
 
-    def _load_state(self, state: Mapping[str, Any], call: str) -> None:
-        load_state(state, self._clock, self._live.layout, self._tracks)
+    def _load_state(self, state: Mapping[str, Any], call: str, *, empty_hint: str) -> None:
+        load_state(state, self._clock, self._live.layout, self._tracks, empty_hint=empty_hint)
         self._updates.start_from(call)
 
     def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from recipe.evaluation import evaluate
 from recipe.model import VisionTransformer
 from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, describe_run, process_group, wrap
 from recipe.preemption import Preempted, PreemptionHandler
-from recipe.script import OptionParser, positive_int, run_script
+from recipe.script import OptionParser, positive_int, print_rank_0, run_script
 
 
 def main() -> None:
@@ -39,11 +39,12 @@ def distill(args: argparse.Namespace, device: torch.device) -> None:
     rank_and_size = data_rank_and_size(args.parallel)
     labelled_batches = Batches(labelled, args.labels, args.seed, *rank_and_size)  # one step an epoch
     batches = Batches(training, args.batch_size, args.seed, *rank_and_size)  # the labels are not used
-    model = wrap(VisionTransformer(), args.parallel, device)
+    net = VisionTransformer()
+    print_rank_0(describe_run(args.parallel, device.type, net, args.half_life))
+    model = wrap(net, args.parallel, device)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     # Each replica keeps complete averages, because the teacher predicts at each step: nothing is gathered for it.
     ema = ShardedEMA(model, decay=HalfLife(args.half_life), replicas="copy")
-    print_rank_0(describe_run(args.parallel, device, ema, args.half_life))
     print_rank_0(f"results are only printed; teaching from {ema.serving_mode}")
     torch.manual_seed(args.seed + dist.get_rank())  # each rank draws its own noise
 
@@ -80,11 +81,6 @@ def distill(args: argparse.Namespace, device: torch.device) -> None:
 def consistency_ramp(progress: float) -> float:
     """Weight of the consistency loss: small while the teacher knows little, 1 after a third of the training."""
     return min(1.0, 3 * progress) ** 2
-
-
-def print_rank_0(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -20,15 +20,15 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
-from recipe.checkpoints import Checkpoints, TrainingProgress
-from recipe.data import Batches, data_settings, load_images
+from recipe.checkpoints import Checkpoints, TrainingProgress, saved_settings
+from recipe.data import Batches, load_images
 from recipe.evaluation import evaluate
-from recipe.folders import claim_output_dir, new_run_id
+from recipe.folders import claim_output_dir, describe_checkpoint_dir, new_run_id
 from recipe.metrics import HEADING, EpochMetrics, progress_bar, write_metrics
 from recipe.model import VisionTransformer
 from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, describe_run, process_group, wrap
 from recipe.preemption import Preempted, PreemptionHandler
-from recipe.script import OptionParser, positive_int, run_script
+from recipe.script import OptionParser, positive_int, print_rank_0, run_script
 from recipe.stopwatch import stopwatch
 
 
@@ -44,7 +44,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(args.seed)
     training, test = load_images(device)
     batches = Batches(training, args.batch_size, args.seed, *data_rank_and_size(args.parallel))
-    model = wrap(VisionTransformer(), args.parallel, device)
+    net = VisionTransformer()
+    print_rank_0(
+        describe_run(args.parallel, device.type, net, args.half_life),
+        f"results in {args.output_dir}; {describe_checkpoint_dir(args.checkpoint_dir)}",
+    )
+    model = wrap(net, args.parallel, device)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     lr_scheduler = LinearLR(optimizer, start_factor=0.1, total_iters=len(batches))
     ema = ShardedEMA(model, decay=HalfLife(args.half_life))
@@ -52,7 +57,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     checkpoints = Checkpoints(
         args.checkpoint_dir,
         {"model": model, "optim": optimizer, "ema": ema, "progress": progress},
-        settings={**data_settings(training, args.batch_size, args.seed), "--learning-rate": args.learning_rate},
+        settings=saved_settings(training, args),
     )
     save_interval = args.checkpoint_every or len(batches)
 
@@ -65,13 +70,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     step_time, update_time = stopwatch(device), stopwatch(device)
     with progress_bar(dist.get_rank()) as bar:
-        bar.console.print(
-            describe_run(args.parallel, device, ema, args.half_life),
-            f"results in {args.output_dir}; checkpoints in {args.checkpoint_dir or 'no folder'}",
-            sep="\n",
-        )
         bar.console.print(checkpoints.resume(is_requested=args.resume))
-        claim_output_dir(args.output_dir, progress.run_id)
+        # After resume(), which loads the run's identifier: by it the run recognizes its own results.
+        claim_output_dir(args.output_dir, progress.run_id, option="--output-dir")
         task = bar.add_task("steps", total=args.epochs * len(batches), completed=ema.steps)
         bar.console.print(HEADING)
         for epoch in range(len(progress.rows) + 1, args.epochs + 1):
@@ -86,17 +87,17 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                     with update_time:
                         ema.update()
                 bar.advance(task)
-                is_epoch_end = ema.steps % len(batches) == 0
-                if ema.steps % save_interval == 0 and not is_epoch_end:  # else saved below, with the scores
+                # The end of an epoch is saved below, with the scores.
+                if ema.steps % save_interval == 0 and ema.steps % len(batches):
                     checkpoints.save(ema.steps, block=not args.async_checkpoints)
 
             live = evaluate(model, test, before_batch=stop_if_preempted)
             with ema.swapped():
                 average = evaluate(model, test, before_batch=stop_if_preempted)
             # A run that resumed at the end of this epoch has taken no step of it: the share of time is then NaN.
-            row = EpochMetrics(epoch, ema.steps, *live, *average, update_time.read() / (step_time.read() or math.nan))
-            progress.rows.append(row)
-            bar.console.print(str(row))
+            update_share = update_time.read() / (step_time.read() or math.nan)
+            progress.rows.append(EpochMetrics(epoch, ema.steps, *live, *average, update_share))
+            bar.console.print(str(progress.rows[-1]))
             if ema.steps % save_interval == 0 or epoch == args.epochs:
                 checkpoints.save(ema.steps, block=not args.async_checkpoints)
     checkpoint.wait()
@@ -109,18 +110,23 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = OptionParser(__doc__)
     option = parser.option
-    option("--parallel", "ddp is the default on several ranks", choices=WRAPPERS, default=default_parallel())
+    option(
+        "--parallel",
+        "how the model is distributed; ddp if there are several ranks",
+        choices=WRAPPERS,
+        default=default_parallel(),
+    )
     option("--device", "auto takes a GPU if there is one", choices=["auto", "cpu", "cuda"], default="auto")
-    option("--half-life", "of the average, in optimizer steps", type=float, default=60.0, metavar="STEPS")
-    option("--epochs", "of training, those before --resume included", type=positive_int, default=24)
+    option("--half-life", "half-life of the average, in optimizer steps", type=float, default=60.0, metavar="STEPS")
+    option("--epochs", "total epochs, including those before --resume", type=positive_int, default=24)
     option("--batch-size", "images in a step, over all ranks together", type=positive_int, default=48)
-    option("--learning-rate", "of AdamW, after one epoch of warm-up", type=float, default=2e-3)
-    option("--seed", "of the first weights and the order of images", type=int, default=0)
-    option("--checkpoint-dir", "write checkpoints here, the newest three; else none", type=Path)
-    option("--checkpoint-every", "how often; without it, every epoch", type=positive_int, metavar="STEPS")
-    option("--async-checkpoints", "write them in the background", action="store_true")
+    option("--learning-rate", "peak learning rate of AdamW, reached after one epoch", type=float, default=2e-3)
+    option("--seed", "seed of the initial weights and of the order of images", type=int, default=0)
+    option("--checkpoint-dir", "folder for checkpoints, of which the newest three are kept", type=Path)
+    option("--checkpoint-every", "steps between checkpoints; else one per epoch", type=positive_int, metavar="STEPS")
+    option("--async-checkpoints", "write checkpoints in the background", action="store_true")
     option("--resume", "continue from the newest checkpoint, if there is one", action="store_true")
-    option("--output-dir", "for metrics, curves and the averaged model", type=Path, default=Path("runs/digits"))
+    option("--output-dir", "folder for metrics, curves and the averaged model", type=Path, default=Path("runs/digits"))
     args = parser.parse_args()
     if (args.resume or args.checkpoint_every or args.async_checkpoints) and not args.checkpoint_dir:
         parser.error("--resume, --checkpoint-every and --async-checkpoints need --checkpoint-dir")

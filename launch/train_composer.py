@@ -27,13 +27,13 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
 from ema_dist.composer import EMA
-from recipe.checkpoints import require_same_settings
-from recipe.data import Images, data_settings, load_images, shift_images
+from recipe.checkpoints import require_same_settings, saved_settings
+from recipe.data import Images, load_images, shift_images
 from recipe.evaluation import Scores
-from recipe.folders import require_checkpoint_dir
+from recipe.folders import describe_checkpoint_dir, require_checkpoint_dir
 from recipe.model import Block, VisionTransformer
-from recipe.parallelism import require_gpu
-from recipe.script import OptionParser, UsageError, positive_int, run_script
+from recipe.parallelism import describe_run, require_gpu
+from recipe.script import OptionParser, UsageError, positive_int, print_rank_0, run_script
 
 AVERAGE_LABEL, LIVE_LABEL = "eval", "eval-live"
 LATEST_CHECKPOINT = "latest-rank0.pt"  # as Composer calls it, monolithic or sharded
@@ -93,21 +93,18 @@ def main() -> None:
 def train(args: argparse.Namespace) -> None:
     """The recipe: data, model, optimizer and average, in a Trainer."""
     if args.save_folder:
-        require_checkpoint_dir(args.save_folder)
+        require_checkpoint_dir(args.save_folder, option="--save-folder")
     training, test = load_images(torch.device("cpu"))
     torch.manual_seed(args.seed)
     model = ComposerClassifier(VisionTransformer(), num_classes=10, loss_fn=F.cross_entropy)
     model.module.fsdp_wrap_fn = is_block
     ema = EMA(half_life=f"{args.half_life}ba")
-    settings = {**data_settings(training, args.batch_size, args.seed), "--learning-rate": args.learning_rate}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print_rank_0(f"layout {args.parallel}, {dist.get_world_size()} rank(s), device {args.device}")
-    print_rank_0(f"{parameters:,} parameters; half-life of the average {args.half_life} batches")
-    print_rank_0(f"checkpoints in {args.save_folder or 'no folder'}")
+    print_rank_0(describe_run(args.parallel, args.device, model, args.half_life))
+    print_rank_0(describe_checkpoint_dir(args.save_folder))
     trainer = Trainer(
         model=model,
         algorithms=[ema],
-        callbacks=[LiveEvaluation(ema), SettingsCheck(settings)],
+        callbacks=[LiveEvaluation(ema), SettingsCheck(saved_settings(training, args))],
         train_dataloader=training_batches(training, args),
         eval_dataloader=[
             Evaluator(label=label, dataloader=test_batches(test)) for label in (AVERAGE_LABEL, LIVE_LABEL)
@@ -132,11 +129,6 @@ def train(args: argparse.Namespace) -> None:
     if trainer.state.timestamp.epoch.value < args.epochs:  # else Composer raises
         trainer.fit()
     trainer.close()
-
-
-def print_rank_0(text: str) -> None:
-    if dist.get_global_rank() == 0:
-        print(text, flush=True)
 
 
 def is_block(module: nn.Module) -> bool:

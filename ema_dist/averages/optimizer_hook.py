@@ -59,22 +59,23 @@ class OptimizerHook:
 
 def require_countable(optimizer: object) -> None:
     """Raise TypeError or ValueError if its steps cannot be counted, or if it averages by itself."""
+    groups = getattr(optimizer, "param_groups", ())
+    if hasattr(optimizer, "train_mode") or any("train_mode" in group for group in groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} is schedule-free: it keeps an average of its own, which the parameters hold "
+            "only after its eval(). Call its eval(), ema.update() and its train() instead of attach()"
+        )
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}: attach the optimizer inside it, or "
-            "call update() after its steps"
-        )
-    if hasattr(optimizer, "train_mode") or any("train_mode" in group for group in optimizer.param_groups):
-        raise ValueError(
-            f"{type(optimizer).__name__} averages by itself (schedule-free), and its parameters are not its averages "
-            "while it trains: call update() between its eval() and train() instead"
+            f"cannot attach to {type(optimizer).__name__}, which is not a torch.optim.Optimizer: call ema.update() "
+            "after each of its steps"
         )
     try:
         optimizer.register_step_post_hook(lambda *_: None).remove()
     except AttributeError:
         raise ValueError(
             f"{type(optimizer).__name__} does not call Optimizer.__init__(), so that torch runs no hooks after its "
-            "steps: attach the optimizer inside it, or call update() after its steps"
+            "steps: call ema.update() after each of them"
         ) from None
 
 

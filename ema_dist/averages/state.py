@@ -76,16 +76,16 @@ def make_state(
 
 
 @torch.no_grad()
-def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: Tracks) -> None:
+def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: Tracks, *, empty_hint: str) -> None:
     """Load a state; warns if a decay differs from the clock's, which stays.
+
+    Args:
+        empty_hint: ends the error for an empty state.
 
     Raises: ValueError when its format, tracks, names or shapes differ, before anything changes.
     """
     if not state:
-        raise ValueError(
-            "expected a state of ShardedEMA, got an empty one: pass the same consolidated state on every rank, or call "
-            "load_consolidated_state_dict(), which reads that of the first rank"
-        )
+        raise ValueError(f"expected a state of ShardedEMA, got an empty one: {empty_hint}")
     try:
         version, steps, updates = state["format"], int(state["steps"]), int(state["updates"])
         saved = {name: (entry["decay"], entry["averages"], entry["buffers"]) for name, entry in state["tracks"].items()}
@@ -106,7 +106,7 @@ def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
         for track, (decay, *_) in saved.items()
         if decay != current_decays[track]
     ]:
-        warnings.warn("; ".join(changed), stacklevel=4)
+        warnings.warn("; ".join(changed), stacklevel=6)
     for target, values in loaded:
         for name, value in values.items():
             target.write(name, value)
@@ -127,7 +127,7 @@ def _local_tensors(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, T
             mismatches.append(f"{name} ({error})")
     if mismatches:
         raise ValueError(
-            f"these {kind} are cut or shaped differently: {abbreviated(mismatches)}; load the state through "
-            "torch.distributed.checkpoint"
+            f"these {kind} have other shapes or are sharded differently: {abbreviated(mismatches)}. For another "
+            "sharding, load through torch.distributed.checkpoint, or load a consolidated_state_dict()"
         )
     return values

@@ -39,7 +39,7 @@ class OptimizerEntry(Entry):
 
     def __init__(self, key: str, optimizer: Optimizer, layouts: Iterable[Layout]) -> None:
         super().__init__(key)
-        self._optimizer = saved_optimizer(optimizer)
+        self._optimizer = saved_optimizer(optimizer, key)
         shards_by_owner: dict[int, list[OwnedShard]] = {}
         for layout in sorted(
             layouts, key=lambda layout: len(layout.parameters)

@@ -11,8 +11,11 @@ from torch.optim import Optimizer
 from ema_dist.checkpoint.values import flatten
 
 
-def saved_optimizer(optimizer: Optimizer) -> Optimizer:
+def saved_optimizer(optimizer: Optimizer, key: str) -> Optimizer:
     """``optimizer``, or the one inside it that holds all of its state.
+
+    Args:
+        key: of the optimizer in what is saved, for messages.
 
     Raises: ValueError when its ``state_dict()`` holds anything else, or raises: a checkpoint would lack moments.
     """
@@ -21,13 +24,17 @@ def saved_optimizer(optimizer: Optimizer) -> Optimizer:
     try:
         state_dict = optimizer.state_dict()
     except Exception as error:
-        raise ValueError(f"{name}.state_dict() raises {error!r}: {_advice(optimizer, inner)}") from error
+        raise ValueError(f"{name}.state_dict() raises {error!r}: {_advice(optimizer, inner, key)}") from error
     if len(inner) > 1:
-        raise ValueError(f"{name} holds several optimizers: {_advice(optimizer, inner)}")
-    for attribute, candidate in inner.items():
+        raise ValueError(f"{name} holds several optimizers: {_advice(optimizer, inner, key)}")
+    if inner:
+        ((attribute, candidate),) = inner.items()
         if not _holds_all_of(candidate, state_dict):
-            raise ValueError(f"{name} keeps state beside that of its {attribute!r}: {_advice(optimizer, inner)}")
-        return saved_optimizer(candidate)
+            raise ValueError(
+                f"{name} keeps state beside that of its {attribute!r}: {_advice(optimizer, inner, key)}; the state of "
+                f"{name} itself is then not saved"
+            )
+        return saved_optimizer(candidate, key)
     if not _holds_all_of(optimizer, state_dict):
         raise ValueError(
             f"{name}.state_dict() holds other values than its state and param_groups, which alone are saved by the "
@@ -50,7 +57,7 @@ def _inner_optimizers(optimizer: Optimizer) -> dict[str, Optimizer]:
 
 
 def _holds_all_of(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> bool:
-    """Whether the tensors in ``state_dict`` are those of ``optimizer.state``."""
+    """Whether ``state_dict`` has the standard keys, and its tensors are those of ``optimizer.state``."""
     own_tensors = {id(leaf) for values in optimizer.state.values() for leaf in _tensors(values)}
     return state_dict.keys() == {"state", "param_groups"} and own_tensors == {*map(id, _tensors(state_dict["state"]))}
 
@@ -59,11 +66,14 @@ def _tensors(state: object) -> list[Tensor]:
     return [leaf for leaf in flatten(state).values() if isinstance(leaf, Tensor)]
 
 
-def _advice(optimizer: Optimizer, inner: Mapping[str, Optimizer]) -> str:
+def _advice(optimizer: Optimizer, inner: Mapping[str, Optimizer], key: str) -> str:
     if inner and _parameter_ids(optimizer) == set().union(*map(_parameter_ids, inner.values())):
-        entries = ", ".join(f'"optim{index or ""}": optimizer.{text}' for index, text in enumerate(inner))
+        entries = ", ".join(f'"{key}{index or ""}": optimizer.{text}' for index, text in enumerate(inner))
         return f"save what is inside, {{{entries}}}"
-    return "use an optimizer that holds the state of all its parameters on every rank; fully_shard shards states, too"
+    return (
+        "use an optimizer that holds the state of all its parameters on every rank, or shard the model with "
+        "fully_shard(), which shards the optimizer's state"
+    )
 
 
 def _parameter_ids(optimizer: Optimizer) -> set[int]:

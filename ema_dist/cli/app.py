@@ -65,9 +65,9 @@ def inspect(
     The distance of an average is |average - live| / |live|, in Euclidean norms.
 
     The keys of --json: path, step and saved (null after plain dcp.save; else world_size, torch, layouts by entry),
-    entries (by name: kind, tensors, pieces, bytes), averages (by entry: model, steps, updates, tracks by name: decay,
-    averages and distances by tensor), tensors (by name: shape, dtype, bytes, pieces). Numbers that are not finite are
-    strings.
+    entries (by name: kind, tensors, dtypes, pieces, bytes), averages (by entry: model, steps, updates, tracks by name:
+    decay as in state_dict(), averages and distances by tensor), tensors (by name: shape, dtype, bytes, pieces). Numbers
+    that are not finite are strings.
     """
     from ema_dist.cli.inspect import inspect as run  # noqa: PLC0415
 
@@ -88,8 +88,8 @@ def export(  # noqa: PLR0913  one parameter for each option
         str | None,
         typer.Option(
             metavar="FILE",
-            help="The name of the file, from which those of several and their index are made; "
-            "model.safetensors or pytorch_model.bin otherwise.",
+            help="The name of the file; if there are several, they and their index are named after it. By default "
+            "model.safetensors or pytorch_model.bin.",
             show_default=False,
         ),
     ] = None,
@@ -111,8 +111,8 @@ def export(  # noqa: PLR0913  one parameter for each option
 ) -> None:
     """Write the averaged (or live) weights of a checkpoint into files in the Hugging Face layout.
 
-    One process, by stream: at most one output file and one tensor are in memory. Nothing is written unless all is well,
-    the checksums of the checkpoint's files included; an earlier export of the same format in OUT is replaced then.
+    Tensors are streamed: memory holds at most one output file and one tensor. The files get their names only after all
+    checksums of the checkpoint have been verified; until then an earlier export in OUT stays.
 
     transformers loads OUT with --config, diffusers with --config and --name diffusion_pytorch_model.safetensors.
 
@@ -136,9 +136,9 @@ def export(  # noqa: PLR0913  one parameter for each option
 @app.command()
 @report_errors(exit_code=1)
 def verify(checkpoint: CheckpointArgument, *, step: StepOption = None, as_json: JsonOption = False) -> None:
-    """Read all of a checkpoint and tell what is wrong with it: exit code 0 for nothing, 1 with a list on stdout.
+    """Read all of a checkpoint and list its problems. The exit code is 0 if there are none, else 1.
 
-    Checked are sizes and checksums of its files (a folder that plain dcp.save wrote has no list of these), its
+    Checks the sizes and checksums of its files (a folder that plain dcp.save wrote has no list of these), its
     metadata, whether every value can be read and is finite, and whether the averages fit the model. Infinities outside
     of weights and optimizers are noted only: masks kept as buffers hold them. If a file is damaged, the entries in the
     files are not checked.
@@ -159,20 +159,22 @@ def diff(
     *,
     weights: WeightsOption = WeightsChoice.EMA,
     weights_b: Annotated[
-        WeightsChoice | None, typer.Option(help="The same for B; as for A otherwise.", show_default=False)
+        WeightsChoice | None, typer.Option(help="Weights to take from B; by default as from A.", show_default=False)
     ] = None,
     step: Annotated[
-        int | None, typer.Option(help="Of A, if that is a root of checkpoints.", show_default=False)
+        int | None, typer.Option(help="The step to read from A, if A is a folder of steps.", show_default=False)
     ] = None,
-    step_b: Annotated[int | None, typer.Option(help="Of B, if that is one.", show_default=False)] = None,
+    step_b: Annotated[
+        int | None, typer.Option(help="The step to read from B, if B is a folder of steps.", show_default=False)
+    ] = None,
     track: TrackOption = None,
     entry: EntryOption = None,
     rtol: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Tensors count as equal up to this largest distance, whatever their dtypes; otherwise only if "
-            "bit-identical and of one dtype.",
+            help="Take tensors as equal if max |b - a| <= RTOL * mean |a|, whatever their dtypes (not elementwise, as "
+            "torch.allclose does). Without it, they must be bit-identical and of one dtype.",
             show_default=False,
         ),
     ] = None,

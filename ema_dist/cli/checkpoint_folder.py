@@ -11,7 +11,7 @@ from ema_dist.checkpoint.step_folders import complete_steps, locate
 from ema_dist.checkpoint.weights.formats import FORMATS
 
 # What follows a dot in a name of `ema_dist.checkpoint` marks a folder that is unfinished, superseded or removed.
-STEP_NAME = re.compile(r"(?!step-\d{10}(?:\.|$)).*?(\d+)(?:\.ckpt)?")
+ANY_STEP_NAME = re.compile(r"(?!step-\d{10}(?:\.|$)).*?(\d+)(?:\.ckpt)?")
 """The name of a step folder by any program: it ends with the number of the step."""
 
 
@@ -45,7 +45,7 @@ def find_steps(root: Path) -> dict[int, list[Path]]:
     """The folders of each complete step in a root of checkpoints."""
     steps = {step: [folder] for step, folder in complete_steps(root).items()}
     for path in sorted(root.iterdir()) if root.is_dir() else ():
-        match = STEP_NAME.fullmatch(path.name)
+        match = ANY_STEP_NAME.fullmatch(path.name)
         if match and (folders := _checkpoints_in(path)):
             steps.setdefault(int(match[1]), []).extend(folders)
     return steps

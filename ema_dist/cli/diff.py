@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightsKind
 from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.cli.checkpoint_folder import find_checkpoint, has_checkpoint
@@ -33,12 +35,19 @@ class TensorSource:
 def open_weights(
     path: Path, weights_kind: WeightsKind, *, step: int | None, track: str | None, entry: str | None
 ) -> TensorSource:
-    """Opens the weights in a checkpoint, or those in an export, where the other arguments do not matter.
+    """Opens the weights in a checkpoint, or those in an export.
 
-    Raises: CheckpointError when there are no such weights.
+    Args:
+        step: applies to checkpoints only, as ``weights_kind``, ``track`` and ``entry`` do.
+
+    Raises: CheckpointError when there are no such weights, or an export is asked for a step.
     """
-    if step is None and path.exists() and not has_checkpoint(path):
+    if path.exists() and not has_checkpoint(path):
         files = WeightReader(path)
+        if step is not None:
+            raise CheckpointError(f"{path} is an export, which has no steps: leave out --step")
+        if track is not None or entry is not None:
+            typer.echo(f"note: --track and --entry have no effect on {path}, which is an export", err=True)
         meta_tensors = {name: tensor for name, tensor in files.meta_tensors.items() if tensor is not None}
         return TensorSource(meta_tensors, lambda names: (files[name] for name in names))
     stored = StoredCheckpoint(find_checkpoint(path, step))

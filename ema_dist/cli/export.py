@@ -115,9 +115,11 @@ def _caveats(stored: StoredCheckpoint, selection: WeightSelection) -> Iterator[s
     if selection.is_model_missing:
         model_names = ", ".join(repr(dotted_name(key_path)) for key_path in stored.index.models)
         with_names = f" with the names of these averages (it holds {model_names})" if model_names else ""
-        yield (f"{stored.folder} holds no live model{with_names}: the averages are exported, and nothing that has none")
+        yield (f"{stored.folder} holds no live model{with_names}: only tensors that have an average are exported")
     if selection.averages and selection.averages.is_stale:
-        yield (f"the averages saw {selection.averages.steps} steps, and no average was taken yet")
+        yield (
+            f"{selection.averages.steps} steps were counted and no average was taken: these are copies of live weights"
+        )
     if trained := [name for name in selection.without_average if name in stored.index.optimized_names]:
         yield (
             f"{len(trained)} tensors that an optimizer in the checkpoint trains have no average and are exported with "

@@ -76,12 +76,12 @@ CheckpointArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 StepOption = Annotated[
-    int | None, typer.Option(help="This step of a root, not the newest complete one.", show_default=False)
+    int | None, typer.Option(help="The step to read; by default the newest complete one.", show_default=False)
 ]
 EntryOption = Annotated[
     str | None,
     typer.Option(
-        help="The entry of the model or of its averages, dotted where it lies deep, if there are several.",
+        help="The entry of the model or of its averages, if there are several; a nested one with dots (state.model).",
         show_default=False,
     ),
 ]
@@ -94,11 +94,11 @@ DtypeOption = Annotated[
     typer.Option(
         parser=parse_dtype,
         metavar="DTYPE",
-        help="Of floating tensors, such as bfloat16; that of each live one otherwise.",
+        help="The dtype of floating tensors, such as bfloat16; by default that of each live weight.",
         show_default=False,
     ),
 ]
 ShardSizeOption = Annotated[
     str,
-    typer.Option(callback=check_shard_size, metavar="SIZE", help="Of the tensors in one file: bytes, or as in 500MiB."),
+    typer.Option(callback=check_shard_size, metavar="SIZE", help="The maximum size of a file, such as 500MiB."),
 ]

@@ -52,7 +52,7 @@ def stdout_console() -> Console:
 
 
 def print_table(table: Table) -> None:
-    """Prints a table of results. It is wider than the terminal rather than that a name is broken."""
+    """Prints a table of results. Rows may be wider than the terminal, so that names are not wrapped."""
     console = stdout_console()
     width = Measurement.get(console, console.options.update(max_width=sys.maxsize), table).maximum
     console.width = max(console.width, width)
@@ -150,7 +150,7 @@ def _stderr_console() -> Console:
 
 
 def _discard_output(file: IO[str]) -> None:
-    """Lets what is printed from now on disappear: the reader of the pipe, such as head, has what it wants.
+    """Discards further output: the reader, such as head, has closed the pipe.
 
     The command goes on, and ends with the exit code that it would have ended with.
     """

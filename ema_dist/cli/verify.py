@@ -79,7 +79,7 @@ def _check_files(folder: Path, report: Report) -> None:
     leftovers = [path.name for path in folder.parent.glob("step-*.*") if path.is_dir()]
     if leftovers:
         report.notes.append(
-            f"{folder.parent} also holds what is no complete checkpoint: {abbreviated(sorted(leftovers))}"
+            f"{folder.parent} also holds incomplete or superseded checkpoints: {abbreviated(sorted(leftovers))}"
         )
 
 
@@ -91,8 +91,8 @@ def _check_averages(stored: StoredCheckpoint, report: Report) -> None:
             tracks = averages.tracks
             if averages.is_stale:
                 report.notes.append(
-                    f"the averages in {dotted_name(key_path)!r} saw {averages.steps} steps, "
-                    "and no average was taken yet"
+                    f"{averages.steps} steps were counted for the averages in {dotted_name(key_path)!r}, and no "
+                    "average was taken: they are copies of live weights"
                 )
             models = {model: stored.index.models[model] for model in stored.matching_models(key_path)}
             if not models:

@@ -1,5 +1,6 @@
 """Checkpoints of a training run: saving, and resuming from the newest one."""
 
+import argparse
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ema_dist import checkpoint
 
+from .data import Images
 from .folders import require_checkpoint_dir
 from .metrics import EpochMetrics
 from .script import UsageError
@@ -51,7 +53,7 @@ class Checkpoints:
         `is_requested` is false, or if the checkpoint has other settings.
         """
         if self.root:
-            require_checkpoint_dir(self.root)
+            require_checkpoint_dir(self.root, option="--checkpoint-dir")
         newest_step = checkpoint.latest(self.root) if self.root else None
         if self.root is None or newest_step is None:
             return "starting from the beginning" + (f": no checkpoint in {self.root}" if is_requested else "")
@@ -73,10 +75,21 @@ class Checkpoints:
             checkpoint.save({**self.state, "settings": dict(self.settings)}, self.root, step=step, block=block)
 
 
+def saved_settings(training: Images, args: argparse.Namespace) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that saved, by option."""
+    return {
+        "--batch-size": args.batch_size,
+        "--seed": args.seed,
+        "--learning-rate": args.learning_rate,
+        "data set (SHA-256)": training.sha256(),
+    }
+
+
 def require_same_settings(expected: Mapping[str, Any], found: Mapping[str, Any], checkpoint_name: str) -> None:
     """Raise a UsageError that names the settings that differ from those saved in a checkpoint."""
     if different := [name for name, value in expected.items() if found.get(name) != value]:
         differences = "; ".join(f"{name} {found.get(name)}, and this run has {expected[name]}" for name in different)
         raise UsageError(
-            f"{checkpoint_name} was saved with {differences}: pass the same options, or another folder to start anew"
+            f"{checkpoint_name} was saved with {differences}: resume with the same options and data, or start anew in "
+            "another folder"
         )

@@ -25,6 +25,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def sha256(self) -> str:
+        """The first digits of a digest of pixels and labels, for checkpoints."""
+        data = (tensor.cpu().numpy().tobytes() for tensor in (self.pixels, self.labels))
+        return hashlib.sha256(b"".join(data)).hexdigest()[:16]
+
 
 def load_images(device: torch.device) -> tuple[Images, Images]:
     """1297 training and 500 test images: the same split in every run."""
@@ -54,7 +59,7 @@ class Batches:
 
     def __post_init__(self) -> None:
         if not 0 < self.batch_size <= len(self.images):
-            raise UsageError(f"expected a batch of 1 to {len(self.images)} images, got {self.batch_size}")
+            raise UsageError(f"--batch-size: expected 1 to {len(self.images)} images, got {self.batch_size}")
         if self.batch_size % self.data_world_size:
             raise UsageError(
                 f"a batch of {self.batch_size} images does not divide over {self.data_world_size} data-parallel ranks: "
@@ -79,14 +84,6 @@ class Batches:
             start = step * self.batch_size + self.data_rank
             indices = order[start : (step + 1) * self.batch_size : self.data_world_size]
             yield shift_images(self.images.pixels[indices], shifts[indices]), self.images.labels[indices]
-
-
-def data_settings(images: Images, batch_size: int, seed: int) -> dict[str, int | str]:
-    """What the images of a step depend on, by name: a run can only be resumed with the same."""
-    digest = hashlib.sha256()
-    for tensor in (images.pixels, images.labels):
-        digest.update(tensor.cpu().numpy().tobytes())
-    return {"--batch-size": batch_size, "--seed": seed, "data set (SHA-256)": digest.hexdigest()[:16]}
 
 
 def shift_images(pixels: Tensor, shifts: Tensor) -> Tensor:

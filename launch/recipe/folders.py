@@ -19,28 +19,35 @@ def new_run_id() -> str:
     return run_id[0]
 
 
-def claim_output_dir(folder: Path, run_id: str) -> None:
+def claim_output_dir(folder: Path, run_id: str, *, option: str) -> None:
     """Write `run_id` to `folder`, where the first rank will write its results.
 
-    Collective: every rank. Raises: UsageError on every rank if that fails or `folder` holds results of another run.
+    Collective: every rank. Raises: UsageError on every rank if that fails or `folder` holds results of another run;
+    it names the `option` that sets the folder.
     """
     problem = None
-    if dist.get_rank() == 0 and not (problem := _write_problem(folder)):
+    if dist.get_rank() == 0 and not (problem := _create(folder)):
         file = folder / RUN_ID
         results = [name for name in RESULTS if (folder / name).exists()]
         if results and not (file.exists() and file.read_text() == run_id):
             problem = f"{folder} holds results of another run ({', '.join(results)})"
         else:
             file.write_text(run_id)
-    _raise_on_all_ranks(problem)
+    _raise_on_all_ranks(problem, option)
 
 
-def require_checkpoint_dir(folder: Path) -> None:
+def require_checkpoint_dir(folder: Path, *, option: str) -> None:
     """Create `folder`. Collective: every rank. Raises: UsageError on every rank if any rank cannot write to it."""
-    _raise_on_all_ranks(_write_problem(folder))
+    _raise_on_all_ranks(_create(folder), option)
 
 
-def _write_problem(folder: Path) -> str | None:
+def describe_checkpoint_dir(folder: Path | None) -> str:
+    """For the line that a script prints before it trains."""
+    return f"checkpoints in {folder}" if folder else "no checkpoints"
+
+
+def _create(folder: Path) -> str | None:
+    """Create the folder, and return why it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -49,8 +56,8 @@ def _write_problem(folder: Path) -> str | None:
         return f"cannot write to {folder}: {error.strerror}"
 
 
-def _raise_on_all_ranks(problem: str | None) -> None:
+def _raise_on_all_ranks(problem: str | None, option: str) -> None:
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    for found in filter(None, problems):
-        raise UsageError(f"{found}; pass another folder")
+    if found := next(filter(None, problems), None):
+        raise UsageError(f"{found}; pass another {option}")

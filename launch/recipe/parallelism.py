@@ -13,8 +13,6 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from ema_dist import ShardedEMA
-
 from .model import Block, VisionTransformer
 from .preemption import Preempted
 from .script import UsageError
@@ -59,7 +57,7 @@ def require_gpu() -> None:
 
 def _leave_process_group(device: torch.device) -> None:
     dist.barrier()
-    if device.type == "cuda":  # torch 2.7 may wait forever for gloo's threads, and the process ends anyway
+    if device.type == "cuda":  # on a CPU, destroying a gloo group may wait forever (torch 2.7)
         dist.destroy_process_group()
 
 
@@ -77,11 +75,10 @@ def wrap(model: VisionTransformer, parallel: str, device: torch.device) -> nn.Mo
     return WRAPPERS[parallel](model.to(device))
 
 
-def describe_run(parallel: str, device: torch.device, ema: ShardedEMA, half_life: float) -> str:
-    """The line that a script prints before it trains."""
-    ranks = dist.get_world_size()
-    parameters = sum(shape.numel() for shape in ema.full_shapes().values() if shape is not None)
-    layout = f"layout {parallel}, {ranks} rank{'s' * (ranks > 1)}, device {device.type}"
+def describe_run(parallel: str, device: str, model: nn.Module, half_life: float) -> str:
+    """The line that a script prints before it trains; `model` is not wrapped yet."""
+    ranks, parameters = dist.get_world_size(), sum(parameter.numel() for parameter in model.parameters())
+    layout = f"layout {parallel}, {ranks} rank{'s' * (ranks > 1)}, device {device}"
     return f"{layout}; {parameters:,} parameters; half-life of the average {half_life:g} steps"
 
 

@@ -40,13 +40,21 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def print_rank_0(*lines: str) -> None:
+    """Print on the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", flush=True)
+
+
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Runs `main` and ends the process; under torchrun, the report of a failed run has the exception of `main`."""
-    exit_code: Any = 0
+    exit_code = 0
     try:
         record(main, _UsageErrorHandler())()
     except SystemExit as exit_request:
-        exit_code = exit_request.code
+        if isinstance(exit_request.code, str):
+            _print_line(exit_request.code)
+        exit_code = exit_request.code if isinstance(exit_request.code, int) else bool(exit_request.code)
     except KeyboardInterrupt:
         exit_code = 130
         _print_line("interrupted")  # where no `PreemptionHandler` has replaced Python's own handler
@@ -54,9 +62,9 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         exit_code = 2
         _print_line(f"error: {error}")
         if not _is_first_local_rank():
-            time.sleep(30)  # torchrun ends all ranks when one has failed: not before the first one has printed
-    # Everything is written and the process group destroyed. But gloo's threads sometimes abort the interpreter while it
-    # exits (torch 2.13: "terminate called without an active exception"), and torchrun would report a failed run.
+            time.sleep(30)  # torchrun kills all ranks once one exits: wait until the first rank has printed
+    # Without the interpreter's own shutdown, which gloo's threads sometimes abort (torch 2.13: "terminate called
+    # without an active exception"): torchrun would report a failed run.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -66,20 +66,20 @@ def test_a_folder_that_cannot_be_written_is_refused_on_every_rank(tmp_path: Path
         (tmp_path / "file").touch()
     dist.barrier()
     with pytest.raises(UsageError, match=re.escape(f"{tmp_path}/file/results")):
-        claim_output_dir(tmp_path / "file/results", new_run_id())
+        claim_output_dir(tmp_path / "file/results", new_run_id(), option="--output-dir")
     one_rank_only = tmp_path / ("file/checkpoints" if rank == 1 else "checkpoints")
     with pytest.raises(UsageError, match=re.escape(f"{tmp_path}/file/checkpoints")):
-        require_checkpoint_dir(one_rank_only)
+        require_checkpoint_dir(one_rank_only, option="--checkpoint-dir")
 
 
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("result", RESULTS)
 def test_results_of_another_run_are_not_replaced(result: str, tmp_path: Path) -> None:
     stopped, finished = new_run_id(), new_run_id()
-    claim_output_dir(tmp_path, stopped)  # a run that left no results does not keep the folder
-    claim_output_dir(tmp_path, finished)
+    claim_output_dir(tmp_path, stopped, option="--output-dir")  # a run that left no results does not keep the folder
+    claim_output_dir(tmp_path, finished, option="--output-dir")
     if dist.get_rank() == 0:
         (tmp_path / result).touch()
-    claim_output_dir(tmp_path, finished)
+    claim_output_dir(tmp_path, finished, option="--output-dir")
     with pytest.raises(UsageError, match=re.escape(result)):
-        claim_output_dir(tmp_path, new_run_id())
+        claim_output_dir(tmp_path, new_run_id(), option="--output-dir")

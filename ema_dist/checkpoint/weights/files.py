@@ -71,10 +71,10 @@ class WeightWriter:
             tensors.
         max_shard_size: bytes of tensors in a file, as a number or like ``"5GiB"``; a larger tensor gets its own file.
         file_format: ``"torch"`` writes ``pytorch_model.bin`` by ``torch.save``, and keeps values that are not tensors.
-        name: of the file, if one is enough, and the beginning of the names of several and their index; None for
+        name: the file name; if there are several files, they and their index are named after it. None for
             ``model.safetensors`` or ``pytorch_model.bin``.
         copied: files to copy into ``folder`` together with the weights.
-        force: whether to overwrite files that this package did not write. What it wrote, it replaces in any case.
+        force: whether to overwrite files that this package did not write. Its own files are always replaced.
 
     Memory: nothing beside the tensor that is written; the tensors of one file with ``"torch"``.
     Raises: ValueError for a dtype that the format cannot hold or an invalid size or name, before anything is written;
@@ -174,7 +174,7 @@ class WeightWriter:
         replaced = {*weights, *self._copied}
         if folders := [path.name for path in sorted(replaced) if path.is_dir() and not path.is_symlink()]:
             raise FileExistsError(
-                f"{self.folder} holds folders that are called as files of this export: {folders}; remove them, or "
+                f"{self.folder} holds folders with the names of files to be written: {folders}; remove them, or "
                 "choose another folder"
             )
         foreign = {path for path in weights if os.path.lexists(path) and not is_own_file(path)}
@@ -234,7 +234,7 @@ class WeightWriter:
 
     def _publish(self) -> None:
         if self._missing:
-            raise ValueError(f"these tensors were planned for {self.folder} and did not come: {[*self._missing]}")
+            raise ValueError(f"these tensors were planned for {self.folder} and never added: {[*self._missing]}")
         for future in self._sync_futures:
             future.result()
         if self._split.is_sharded:

@@ -30,7 +30,7 @@ WRITER_MARK = {"written_by": "ema_dist"}
 """What this package writes into the metadata of its files and indices, so that a later export may replace them."""
 
 SHARD_NUMBERS = r"-\d{5,}-of-\d{5,}"
-"""What stands between stem and suffix in the name of one of several files, as a regular expression."""
+"""Matches the part ``-00001-of-00003`` in the name of one of several files."""
 
 
 @dataclass(frozen=True)
