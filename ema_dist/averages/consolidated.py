@@ -12,7 +12,7 @@ from ema_dist.averages.full_weights import FirstRank, to_cpu
 from ema_dist.averages.state import make_state
 from ema_dist.averages.tracks import Tracks
 from ema_dist.schedules.clock import Clock
-from ema_dist.sharding import Layout, Shard
+from ema_dist.sharding import Layout, Shard, is_sharded, subclass_name
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def scatter_state(layout: Layout, state: object) -> dict[str, Any]:
     """
     first_rank = FirstRank(layout)
     shards = {shard.name: shard.averaged_part for shard in layout.shards}
-    specs = first_rank.broadcast_result(lambda: _map_tensors(state, lambda _, tensor: tensor.to("meta")))
+    specs = first_rank.broadcast_result(lambda: _map_tensors(state, _spec))
 
     def scatter(path: tuple[str, ...], spec: Tensor) -> Tensor:
         shard = shards.get(path[-1])
@@ -60,6 +60,12 @@ def scatter_state(layout: Layout, state: object) -> dict[str, Any]:
         return shard.wrap(shard.slice_full(full).clone())
 
     return _map_tensors(specs, scatter)
+
+
+def _spec(path: tuple[str, ...], tensor: Tensor) -> Tensor:
+    if is_sharded(tensor) or subclass_name(tensor):
+        raise ValueError(f"expected full tensors, as consolidated_state_dict() returns, got a part of {path[-1]!r}")
+    return tensor.to("meta")
 
 
 def _map_tensors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from operator import getitem
@@ -36,6 +37,7 @@ def gather(
     Memory: one full tensor beyond those yielded.
     """
     for shard, local in _shards_and_values(layout, averages):
+        _require_whole(shard, local)
         full = shard.full(local)
         value = to_cpu(full, local, dtype or shard.owner.dtype) if is_destination else None
         del full
@@ -45,12 +47,21 @@ def gather(
         yield name, module.get_extra_state() if is_destination else None
 
 
+def _require_whole(shard: Shard, local: Tensor) -> None:
+    if shard.gather_ranks and (subclass := subclass_name(local)):
+        raise ValueError(
+            f"{shard.name!r} is a {subclass}, a tensor subclass, of which this rank holds a part that cannot be "
+            "gathered: leave it whole on every rank, or replace it by a plain tensor"
+        )
+
+
 def full_shapes(layout: Layout, *, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
     """The entries of `gather` as tensors on the meta device; None for extra states that are not tensors."""
     shapes: dict[str, Tensor | None] = {}
     for shard in layout.shards:
         target_dtype = dtype if dtype and shard.owner.is_floating_point() else shard.owner.dtype
         shape = torch.empty(shard.shape, dtype=target_dtype, device="meta")
+        _require_whole(shard, shard.local)
         for name in shard.names:
             shapes[name] = shard.local.to("meta") if subclass_name(shard.local) else shape
     for name, module in layout.extra_states.items():
@@ -253,7 +264,9 @@ class FirstRank:
         cause = None
         if self._is_source:
             try:
-                message[0] = call()
+                result = call()
+                pickle.dumps(result)  # an error in the broadcast would leave the other ranks waiting
+                message[0] = result
             except Exception as error:  # noqa: BLE001
                 cause = error
                 message[1] = f"the full tensors cannot be read: {error!r}{hint}"
@@ -319,9 +332,9 @@ def _find_mismatches(
             if getattr(spec, "shape", None) != shards[canonical].shape
         ],
         "kinds of dtype (expected, got)": [
-            f"{canonical} ({_dtype_kind(shards[canonical].owner.dtype)}, {_dtype_kind(spec.dtype)})"
+            f"{canonical} ({dtype_kind(shards[canonical].owner.dtype)}, {dtype_kind(spec.dtype)})"
             for canonical, (_, spec) in specs.items()
-            if isinstance(spec, Tensor) and _dtype_kind(spec.dtype) != _dtype_kind(shards[canonical].owner.dtype)
+            if isinstance(spec, Tensor) and dtype_kind(spec.dtype) != dtype_kind(shards[canonical].owner.dtype)
         ],
     }
     return "; ".join(f"{kind}: {abbreviated(sorted(names))}" for kind, names in mismatches.items() if names), specs
@@ -342,7 +355,7 @@ def _spec_of(value: object) -> Tensor | str:
     return type(value).__name__
 
 
-def _dtype_kind(dtype: torch.dtype) -> str:
+def dtype_kind(dtype: torch.dtype) -> str:
     """The kind of a dtype: a cast within a kind rounds at most, a cast between kinds may drop information."""
     if dtype.is_floating_point or dtype.is_complex:
         return "floating" if dtype.is_floating_point else "complex"

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, SupportsIndex
 import torch
 from torch import Tensor
 
+from ema_dist.averages.full_weights import dtype_kind
 from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
 from ema_dist.messages import abbreviated, describe_difference
@@ -123,6 +124,9 @@ def _local_tensors(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, T
     for name, shard in shards.items():
         try:
             values[name] = shard.unwrap(saved[name])
+            kinds = dtype_kind(shard.owner.dtype), dtype_kind(values[name].dtype)
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"expected {kinds[0]}, got {kinds[1]}")  # noqa: TRY301  reported with the others
         except ValueError as error:  # noqa: PERF203  one message names all mismatches
             mismatches.append(f"{name} ({error})")
     if mismatches:

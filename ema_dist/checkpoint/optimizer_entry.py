@@ -108,10 +108,23 @@ class OptimizerEntry(Entry):
             {**group, "params": [numbers[id(p)] for p in current["params"]]}
             for group, current in zip(restored["param_groups"], self._optimizer.param_groups, strict=True)
         ]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._load_in_place({"state": state, "param_groups": groups})
         for parameter in self._parameters():  # load_state_dict casts moments to the parameter's dtype
             if moments := self._moments[id(parameter)]:
                 self._optimizer.state[parameter].update(moments)
+
+    def _load_in_place(self, state_dict: dict[str, Any]) -> None:
+        """Load into the group and state dictionaries that there are: wrappers and schedules may refer to them."""
+        optimizer = self._optimizer
+        state, groups = optimizer.state, optimizer.param_groups
+        optimizer.load_state_dict(state_dict)
+        for group, loaded in zip(groups, optimizer.param_groups, strict=True):
+            group.clear()
+            group.update(loaded)
+        loaded_state = dict(optimizer.state)
+        state.clear()
+        state.update(loaded_state)
+        optimizer.state, optimizer.param_groups = state, groups
 
     def _wrap_state(self, shard: Shard, key: str, value: Any) -> Any:
         part = None

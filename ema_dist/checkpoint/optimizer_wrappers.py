@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ema_dist.checkpoint.values import flatten
+from ema_dist.sharding import has_equal_bits
 
 
 def saved_optimizer(optimizer: Optimizer, key: str) -> Optimizer:
@@ -38,13 +38,16 @@ def saved_optimizer(optimizer: Optimizer, key: str) -> Optimizer:
     if not _holds_all_of(optimizer, state_dict):
         raise ValueError(
             f"{name}.state_dict() holds other values than its state and param_groups, which alone are saved by the "
-            "names of parameters: use an optimizer without a state_dict() of its own"
+            "names of parameters: use an optimizer without a state_dict() of its own, and without hooks that change it"
         )
     return optimizer
 
 
 def _inner_optimizers(optimizer: Optimizer) -> dict[str, Optimizer]:
-    """The optimizers in its attributes, and in lists, tuples and mappings there, by the expressions that give them."""
+    """The optimizers of its parameters in its attributes, and in lists, tuples and mappings there.
+
+    By the expressions that give them.
+    """
     found: dict[str, Optimizer] = {}
     for name, value in vars(optimizer).items():
         items: Iterable[tuple[str, Any]] = [(name, value)]
@@ -53,17 +56,23 @@ def _inner_optimizers(optimizer: Optimizer) -> dict[str, Optimizer]:
         elif isinstance(value, (list, tuple)):
             items = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
         found |= {text: item for text, item in items if isinstance(item, Optimizer) and item is not optimizer}
-    return found
+    own_ids = _parameter_ids(optimizer)
+    return {text: inner for text, inner in found.items() if _parameter_ids(inner) <= own_ids}
 
 
 def _holds_all_of(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> bool:
-    """Whether ``state_dict`` has the standard keys, and its tensors are those of ``optimizer.state``."""
-    own_tensors = {id(leaf) for values in optimizer.state.values() for leaf in _tensors(values)}
-    return state_dict.keys() == {"state", "param_groups"} and own_tensors == {*map(id, _tensors(state_dict["state"]))}
+    """Whether ``state_dict`` has the standard keys, and holds what torch saves of ``optimizer``."""
+    return state_dict.keys() == {"state", "param_groups"} and _is_same(state_dict, Optimizer.state_dict(optimizer))
 
 
-def _tensors(state: object) -> list[Tensor]:
-    return [leaf for leaf in flatten(state).values() if isinstance(leaf, Tensor)]
+def _is_same(left: object, right: object) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left is right or has_equal_bits(left, right)
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(_is_same(value, right[key]) for key, value in left.items())
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(left) == len(right) and all(map(_is_same, left, right))
+    return left is right or bool(left == right)
 
 
 def _advice(optimizer: Optimizer, inner: Mapping[str, Optimizer], key: str) -> str:

@@ -9,10 +9,13 @@ from ema_dist.checkpoint.dcp.metadata import METADATA_FILE
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.step_folders import complete_steps, locate
 from ema_dist.checkpoint.weights.formats import FORMATS
+from ema_dist.messages import abbreviated
 
-# What follows a dot in a name of `ema_dist.checkpoint` marks a folder that is unfinished, superseded or removed.
-ANY_STEP_NAME = re.compile(r"(?!step-\d{10}(?:\.|$)).*?(\d+)(?:\.ckpt)?")
-"""The name of a step folder by any program: it ends with the number of the step."""
+ANY_STEP_NAME = re.compile(r"(?!step-\d{10,}$)(.*?)(?<![.\d])(\d+)(?:\.ckpt)?")
+"""The name of a step folder by another program: it ends with the number of the step, no decimals."""
+
+INCOMPLETE_NAME = re.compile(r"step-\d{10,}\..*")
+"""The name of a folder of `ema_dist.checkpoint` that is unfinished, superseded or removed."""
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
@@ -42,12 +45,22 @@ def has_checkpoint(path: Path) -> bool:
 
 
 def find_steps(root: Path) -> dict[int, list[Path]]:
-    """The folders of each complete step in a root of checkpoints."""
+    """The folders of each complete step in a root of checkpoints.
+
+    Raises: CheckpointError when names differ in more than their last number, so that these may count different things.
+    """
     steps = {step: [folder] for step, folder in complete_steps(root).items()}
+    texts: dict[str, str] = {}
     for path in sorted(root.iterdir()) if root.is_dir() else ():
-        match = ANY_STEP_NAME.fullmatch(path.name)
+        match = None if INCOMPLETE_NAME.fullmatch(path.name) else ANY_STEP_NAME.fullmatch(path.name)
         if match and (folders := _checkpoints_in(path)):
-            steps.setdefault(int(match[1]), []).extend(folders)
+            steps.setdefault(int(match[2]), []).extend(folders)
+            texts.setdefault(re.sub(r"\d+", "#", match[1]), path.name)
+    if len(texts) > 1:
+        raise CheckpointError(
+            f"the last numbers of {abbreviated(texts.values())} in {root} may count different things: give the path of "
+            "one of them"
+        )
     return steps
 
 
@@ -55,7 +68,11 @@ def _checkpoints_in(path: Path) -> list[Path]:
     """The path itself if DCP wrote it, else the folders in it that DCP wrote."""
     if _is_checkpoint(path) or not path.is_dir():
         return [path] if _is_checkpoint(path) else []
-    return [folder for folder in sorted(path.iterdir()) if _is_checkpoint(folder)]
+    return [
+        folder
+        for folder in sorted(path.iterdir())
+        if _is_checkpoint(folder) and not INCOMPLETE_NAME.fullmatch(folder.name)
+    ]
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -117,9 +117,7 @@ def _caveats(stored: StoredCheckpoint, selection: WeightSelection) -> Iterator[s
         with_names = f" with the names of these averages (it holds {model_names})" if model_names else ""
         yield (f"{stored.folder} holds no live model{with_names}: only tensors that have an average are exported")
     if selection.averages and selection.averages.is_stale:
-        yield (
-            f"{selection.averages.steps} steps were counted and no average was taken: these are copies of live weights"
-        )
+        yield (f"the averages are copies of live weights: none was taken in {selection.averages.steps} steps")
     if trained := [name for name in selection.without_average if name in stored.index.optimized_names]:
         yield (
             f"{len(trained)} tensors that an optimizer in the checkpoint trains have no average and are exported with "

@@ -91,8 +91,8 @@ def _check_averages(stored: StoredCheckpoint, report: Report) -> None:
             tracks = averages.tracks
             if averages.is_stale:
                 report.notes.append(
-                    f"{averages.steps} steps were counted for the averages in {dotted_name(key_path)!r}, and no "
-                    "average was taken: they are copies of live weights"
+                    f"the averages in {dotted_name(key_path)!r} are copies of live weights: none was taken in "
+                    f"{averages.steps} steps"
                 )
             models = {model: stored.index.models[model] for model in stored.matching_models(key_path)}
             if not models:

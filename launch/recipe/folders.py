@@ -9,7 +9,8 @@ import torch.distributed as dist
 from .script import UsageError
 
 METRICS, CURVES, RUN_ID = "metrics.csv", "curves.png", "run-id.txt"
-RESULTS = (METRICS, CURVES, "model.safetensors")
+RESULTS = (METRICS, CURVES, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json")
+"""Patterns of the files that a run writes, or that would keep it from writing its own."""
 
 
 def new_run_id() -> str:
@@ -28,7 +29,7 @@ def claim_output_dir(folder: Path, run_id: str, *, option: str) -> None:
     problem = None
     if dist.get_rank() == 0 and not (problem := _create(folder)):
         file = folder / RUN_ID
-        results = [name for name in RESULTS if (folder / name).exists()]
+        results = [path.name for pattern in RESULTS for path in folder.glob(pattern)]
         if results and not (file.exists() and file.read_text() == run_id):
             problem = f"{folder} holds results of another run ({', '.join(results)})"
         else:

@@ -61,17 +61,41 @@ def test_compensated_averages_are_consolidated_as_float32() -> None:
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("state", [{}, {"format": 1}, None, "names", "shape"], ids=str)
-def test_a_consolidated_state_that_does_not_fit_changes_nothing(state: Any) -> None:  # noqa: ANN401
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("empty", "consolidated_state_dict"),
+        ("incomplete", "format"),
+        ("name", r"blocks\.0\.out\.weight.*other"),
+        ("shape", r"blocks\.0\.out\.weight .*\(1, "),
+        ("dtype", r"blocks\.0\.out\.weight .*floating.*integer"),
+        ("sharded", "full tensors"),
+        ("not picklable", "pickle"),
+    ],
+)
+def test_a_consolidated_state_that_does_not_fit_changes_nothing(change: str, words: str) -> None:
+    """An error on every rank, though only the first one has the state."""
     _, ema = make_trained("fsdp2")
     before = averages_of_tracks(ema)
-    good = ema.consolidated_state_dict()
-    if good and isinstance(state, str):
-        averages = good["tracks"]["default"]["averages"]
-        name = next(iter(averages))
-        averages["other" if state == "names" else name] = averages.pop(name)[:1]
-        state = good
-    with pytest.raises(ValueError, match="state"):
+    sharded, state = ema.state_dict(), ema.consolidated_state_dict()
+    if state:
+        averages, name = state["tracks"]["default"]["averages"], "blocks.0.out.weight"
+        match change:
+            case "empty":
+                state = {}
+            case "incomplete":
+                state = {"tracks": state["tracks"]}
+            case "name":
+                averages["other"] = averages.pop(name)
+            case "shape":
+                averages[name] = averages[name][:1]
+            case "dtype":
+                averages[name] = averages[name].long()
+            case "sharded":
+                state = sharded
+            case _:
+                state["more"] = lambda: None
+    with pytest.raises((ValueError, RuntimeError), match=words):
         ema.load_consolidated_state_dict(state)
     assert_bitwise_equal(averages_of_tracks(ema), before)
 
@@ -99,8 +123,9 @@ def test_a_sharded_state_is_not_pickled(layout: str, tmp_path: Path) -> None:
 
 def test_the_state_of_one_rank_alone_is_pickled() -> None:
     model = nn.Linear(2, 2)
-    ema = ShardedEMA(model)
-    ema.load_state_dict(pickle.loads(pickle.dumps(ema.state_dict())))
+    ema, other = ShardedEMA(model), ShardedEMA(nn.Linear(2, 2))
+    other.load_state_dict(pickle.loads(pickle.dumps(ema.state_dict())))
+    assert_bitwise_equal(averages_of_tracks(other), averages_of_tracks(ema))
 
 
 @layouts("ddp-3", "fsdp2-3", "hsdp")
@@ -112,7 +137,8 @@ def test_the_part_of_another_rank_is_refused(layout: str) -> None:
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, buffer.getvalue())
     other = torch.load(io.BytesIO(parts[dist.get_rank() - 1]), weights_only=False)
-    with pytest.raises(ValueError, match="part"):
+    coordinate = (dist.get_rank() - 1) % dist.get_world_size()
+    with pytest.raises(ValueError, match="weight .*the part at" if layout == "hsdp" else rf"part at .*\({coordinate},"):
         ema.load_state_dict(other)
     dist.barrier()
     assert_bitwise_equal(averages_of_tracks(ema), before)

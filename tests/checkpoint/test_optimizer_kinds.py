@@ -96,14 +96,45 @@ def test_it_resumes_exactly(make: Callable[[Any], Optimizer], tmp_path: Path) ->
     assert torch.equal(model.weight, resumed.weight)
 
 
+def test_schedules_of_a_wrapper_go_on_after_loading(tmp_path: Path) -> None:
+    """They write to the group dictionaries of the optimizer inside."""
+    model = nn.Linear(3, 3)
+    optimizer = Delegating(Adam(model.parameters(), lr=1.0))
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    _train(model, optimizer, range(1))
+    checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
+    checkpoint.load({"model": model, "optim": optimizer}, tmp_path)
+    schedule.step()
+    assert [group["lr"] for group in optimizer.inner.param_groups] == [0.5]
+    assert optimizer.state is optimizer.inner.state
+
+
+def test_another_optimizer_in_an_attribute_is_not_taken_for_it(tmp_path: Path) -> None:
+    models = nn.Linear(3, 3), nn.Linear(3, 3)
+    first, second = (Adam(model.parameters(), lr=0.05) for model in models)
+    first.peer = second  # pyrefly: ignore[missing-attribute]
+    _train(models[0], first, range(2))
+    checkpoint.save({"model": models[0], "optim": first}, tmp_path, step=1)
+    assert checkpoint.load({"model": models[0], "optim": first}, tmp_path) == 1
+
+
+class Counting(Delegating):
+    """Has a number beside the state of the optimizer inside."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state_dict = self.inner.state_dict()
+        return {**state_dict, "param_groups": [{**group, "count": 7} for group in state_dict["param_groups"]]}
+
+
 @pytest.mark.parametrize(
     ("make", "advice"),
     [
         (Perturbing, "optimizer.inner}"),
         (Several, r"optimizer\.inner\[0\].*optimizer\.inner\[1\]"),
         (lambda parameters: WithoutInit(Adam(parameters)), "optimizer.inner}"),
+        (lambda parameters: Counting(Adam(parameters)), "optimizer.inner}"),
     ],
-    ids=["perturbing", "several", "without init"],
+    ids=["perturbing", "several", "without init", "counting"],
 )
 def test_it_is_refused_before_anything_is_written(
     make: Callable[[Any], Optimizer], advice: str, tmp_path: Path

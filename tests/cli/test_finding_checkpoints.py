@@ -71,7 +71,7 @@ def test_several_candidates_are_named(other: str, saved: Path, tmp_path: Path) -
         shutil.copytree(saved, root / name)
     result = run("inspect", root)
     assert result.exit_code == 1
-    assert re.search(rf"\bcheckpoint-12/ema\b.*\b{other}\b|\b{other}\b.*\bcheckpoint-12/ema\b", result.stderr)
+    assert re.search(rf"\bcheckpoint-12\b.*\b{other}\b|\b{other}\b.*\bcheckpoint-12\b", result.stderr)
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
