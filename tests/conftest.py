@@ -8,6 +8,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch loads: the ranks of a test s
 
 import dataclasses
 import pickle
+import signal
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -70,3 +72,11 @@ def _world(item: pytest.Item) -> harness.World:
 
 def _marked_warning_filters(item: pytest.Item) -> list[str]:
     return [text for marker in item.iter_markers("filterwarnings") for text in marker.args]
+
+
+@pytest.fixture
+def sigint_interrupts() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, although a process that a shell started in the background ignores it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)

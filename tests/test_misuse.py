@@ -68,7 +68,7 @@ def test_a_message_names_the_first_of_many() -> None:
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_copy_is_refused_and_says_what_to_do(copied: Callable[[ShardedEMA], object], store: Offloaded | None) -> None:
     ema = ShardedEMA(nn.Linear(1, 1), store=store)
-    with pytest.raises(TypeError, match=r"ShardedEMA.*\bstate_dict\(\)"):
+    with pytest.raises(TypeError, match=r"ShardedEMA.*\bconsolidated_state_dict\(\)"):
         copied(ema)
 
 

@@ -179,6 +179,7 @@ def test_a_reader_that_has_enough_is_no_error(arguments: list[str], code: int, t
     assert (result.returncode, result.stderr or "") == (code, "")
 
 
+@pytest.mark.usefixtures("sigint_interrupts")
 def test_ctrl_c_ends_an_export_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> NoReturn:
         signal.raise_signal(signal.SIGINT)

@@ -350,6 +350,7 @@ def test_a_signal_while_entering_is_raised_though_the_others_do_not_leave_in_tim
         signal.raise_signal(signal.SIGINT)
 
     if dist.get_rank() == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
         monkeypatch.setattr(Swap, "fill", fill_and_interrupt)
         with pytest.raises(KeyboardInterrupt) as caught:
             ema.swapped().__enter__()

@@ -149,6 +149,7 @@ def test_a_failed_export_keeps_weights_by_others_and_leaves_no_folder(tmp_path: 
     assert [*(tmp_path / "empty").iterdir()] == []
 
 
+@pytest.mark.usefixtures("sigint_interrupts")
 def test_ctrl_c_does_not_end_an_export_between_old_and_new_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
