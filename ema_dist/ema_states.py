@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class StateMethods:
             "state_dict()",
             collective=self._live.has_sharded_averages,
             for_loading=for_loading,
-            compared=lambda: [] if for_loading else self.call_history.compared(steps=self.steps, updates=self.updates),
+            compared=list if for_loading else self._compared_calls,
         )
         averages = self._model_with_averages.averages_to_save()
         return make_state(
@@ -104,11 +104,8 @@ class StateMethods:
         Memory: the result, and one full tensor. Shape: as `state_dict`; full tensors as they are stored, on the CPU.
         Raises: as `state_dict`.
         """
-        counts = {"steps": self.steps, "updates": self.updates}
         self._model_with_averages.prepare(
-            "consolidated_state_dict()",
-            collective=self._live.has_sharded_averages,
-            compared=lambda: self.call_history.compared(**counts),
+            "consolidated_state_dict()", collective=self._live.has_sharded_averages, compared=self._compared_calls
         )
         averages = {name: self._model_with_averages.averages_now(track) for name, track in self._tracks.items()}
         return gather_state(self._clock, self._live.layout, self._tracks, averages, is_destination=self._live.is_first)
@@ -128,6 +125,9 @@ class StateMethods:
         hint = "pass what consolidated_state_dict() returned on the first rank"
         scattered = scatter_state(self._live.layout, state)
         self._load_state(scattered, "load_consolidated_state_dict()", empty_hint=hint)
+
+    def _compared_calls(self) -> Sequence[Mapping[str, str]]:
+        return self.call_history.compared(steps=self.steps, updates=self.updates)
 
     def _load_state(self, state: Mapping[str, Any], call: str, *, empty_hint: str) -> None:
         load_state(state, self._clock, self._live.layout, self._tracks, empty_hint=empty_hint)

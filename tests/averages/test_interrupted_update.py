@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ema_dist import Compensated, Offloaded, ShardedEMA
 from ema_dist.kernels import c_kernel, scratch
+from ema_dist.schedules.clock import Clock
 from tests.support.interrupter import Interrupter, Interruption
-from tests.support.layouts import averages_of_tracks
+from tests.support.layouts import averages_of_tracks, make_trained
 
 WRITING = ("averages/updates.py", "averages/tracks.py", "averages/offload.py", "kernels/*.py", "schedules/clock.py")
 SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
@@ -62,6 +64,30 @@ def test_an_interrupted_update_is_refused_after_weights_were_written_to() -> Non
         else:
             assert ema.steps in (0, 1)
     assert refused > 5
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("call", [ShardedEMA.state_dict, ShardedEMA.consolidated_state_dict], ids=lambda f: f.__name__)
+def test_ranks_compare_counts_after_it_is_finished(
+    call: Callable[[ShardedEMA], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank is interrupted between its last write and the count of the step."""
+    model, ema = make_trained("fsdp2")
+    steps = ema.steps
+    _step(model)
+
+    def interrupt(*_: object) -> None:
+        raise Interruption
+
+    if dist.get_rank() == 0:
+        with monkeypatch.context() as patched, pytest.raises(Interruption):
+            patched.setattr(Clock, "count", interrupt)
+            ema.update()
+        assert ema.steps == steps
+    else:
+        ema.update()
+    call(ema)
+    assert ema.steps == steps + 1
 
 
 def test_a_signal_waits_for_the_threads_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
