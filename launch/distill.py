@@ -86,16 +86,21 @@ def consistency_ramp(progress: float) -> float:
 def parse_arguments() -> argparse.Namespace:
     parser = OptionParser(__doc__)
     option = parser.option
-    option("--parallel", "ddp is the default on several ranks", choices=WRAPPERS, default=default_parallel())
+    option(
+        "--parallel",
+        "how the model is distributed; ddp if there are several ranks",
+        choices=WRAPPERS,
+        default=default_parallel(),
+    )
     option("--device", "auto takes a GPU if there is one", choices=["auto", "cpu", "cuda"], default="auto")
     option("--labels", "training images that have a label", type=positive_int, default=48, metavar="IMAGES")
-    option("--consistency", "of agreeing with the teacher", type=float, default=20.0, metavar="WEIGHT")
-    option("--noise", "added to what the student sees", type=float, default=0.3)
-    option("--half-life", "of the average, in optimizer steps", type=float, default=20.0, metavar="STEPS")
-    option("--epochs", "of training", type=positive_int, default=20)
+    option("--consistency", "weight of agreeing with the teacher", type=float, default=20.0, metavar="WEIGHT")
+    option("--noise", "noise added to the images that the student sees", type=float, default=0.3)
+    option("--half-life", "half-life of the average, in optimizer steps", type=float, default=20.0, metavar="STEPS")
+    option("--epochs", "total epochs", type=positive_int, default=20)
     option("--batch-size", "unlabelled images in a step, over all ranks together", type=positive_int, default=96)
-    option("--learning-rate", "of AdamW", type=float, default=2e-3)
-    option("--seed", "of the first weights, the noise and the order of images", type=int, default=0)
+    option("--learning-rate", "learning rate of AdamW", type=float, default=2e-3)
+    option("--seed", "seed of the initial weights, the noise and the order of images", type=int, default=0)
     return parser.parse_args()
 
 

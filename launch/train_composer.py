@@ -164,12 +164,12 @@ def parse_arguments() -> argparse.Namespace:
     option("--parallel", "how the model is sharded", choices=PARALLELISM_CONFIGS, default="ddp")
     device = "gpu" if torch.cuda.is_available() else "cpu"
     option("--device", "the default is gpu if there is one", choices=["cpu", "gpu"], default=device)
-    option("--half-life", "of the average", type=positive_int, default=60, metavar="BATCHES")
-    option("--epochs", "of training, those before --resume included", type=positive_int, default=24)
+    option("--half-life", "half-life of the average, in batches", type=positive_int, default=60, metavar="BATCHES")
+    option("--epochs", "total epochs, including those before --resume", type=positive_int, default=24)
     option("--batch-size", "images in a batch, over all ranks together", type=positive_int, default=48)
-    option("--learning-rate", "of AdamW, after one epoch of warm-up", type=float, default=2e-3)
-    option("--seed", "of the first weights and the order of images", type=int, default=0)
-    option("--save-folder", "write a checkpoint here after each epoch; else none", type=Path)
+    option("--learning-rate", "peak learning rate of AdamW, reached after one epoch", type=float, default=2e-3)
+    option("--seed", "seed of the initial weights and of the order of images", type=int, default=0)
+    option("--save-folder", "folder for checkpoints, one after each epoch", type=Path)
     option("--resume", "continue from the newest checkpoint, if there is one", action="store_true")
     args = parser.parse_args()
     if args.resume and not args.save_folder:

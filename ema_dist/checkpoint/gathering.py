@@ -46,8 +46,8 @@ def gather(
         dtype: of floating-point tensors; None for the dtype of each live tensor.
         max_shard_size: bytes of tensors in a file, as a number or like ``"5GiB"``; a larger tensor gets its own file.
         file_format: ``"safetensors"``, or ``"torch"`` for files by ``torch.save``, which hold non-tensors too.
-        name: of the file, and the beginning of the names of several and their index, such as
-            ``"diffusion_pytorch_model.safetensors"``; None for ``model.safetensors`` or ``pytorch_model.bin``.
+        name: the file name, such as ``"diffusion_pytorch_model.safetensors"``; if there are several files, they and
+            their index are named after it. None for ``model.safetensors`` or ``pytorch_model.bin``.
         force: whether to overwrite weights that ema_dist did not write; its own are replaced in any case.
         timeout: seconds that ranks wait for each other at the start.
 

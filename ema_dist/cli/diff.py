@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -18,7 +17,7 @@ from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightsKind
 from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.cli.checkpoint_folder import find_checkpoint, has_checkpoint
 from ema_dist.cli.distance import Distance, distance
-from ema_dist.cli.terminal import print_json, print_table, progress, stdout_console
+from ema_dist.cli.terminal import print_json, print_stderr, print_table, progress, stdout_console
 
 MetaTensors: TypeAlias = dict[str, Tensor]
 """Tensors on the meta device, by name."""
@@ -47,7 +46,7 @@ def open_weights(
         if step is not None:
             raise CheckpointError(f"{path} is an export, which has no steps: leave out --step")
         if track is not None or entry is not None:
-            typer.echo(f"note: --track and --entry have no effect on {path}, which is an export", err=True)
+            print_stderr(f"--track and --entry have no effect on {path}, which is an export")
         meta_tensors = {name: tensor for name, tensor in files.meta_tensors.items() if tensor is not None}
         return TensorSource(meta_tensors, lambda names: (files[name] for name in names))
     stored = StoredCheckpoint(find_checkpoint(path, step))

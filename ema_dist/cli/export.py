@@ -29,7 +29,7 @@ class Destination:
     max_shard_size: int | str = "5GiB"
     file_format: FileFormat = "safetensors"
     name: str | None = None
-    """The name of the file, from which those of several and their index are made; None for that of the format."""
+    """The file name; if there are several files, they and their index are named after it. None for the format's."""
     config: Path | None = None
     """A folder from which configuration and tokenizer are copied into `folder`."""
     force: bool = False
