@@ -26,7 +26,7 @@ def checked_number(
 
     Raises: TypeError for anything but a number, ValueError out of range or for NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, int | float | Real):
         raise TypeError(f"{name} is {expected}, got {value!r}")
     number = value if isinstance(value, int) else float(value)
     is_excluded = (open_below and number == lowest) or (open_above and number == highest)

@@ -156,7 +156,7 @@ class Clock:
     def _after(self, now: Reading, elapsed: float, is_real_step: Truth) -> tuple[Reading, dict[str, Number]]:
         """The clock after one more step, and the weight of the live values at it, by track."""
         # The same lines serve numbers and tensors: of the latter, no value is ever looked at.
-        steps = where(is_real_step, now.steps + 1, now.steps)
+        steps = now.steps + is_real_step
         time = where(is_real_step, now.time + elapsed, now.time)
         is_following: Truth = False
         is_due: Truth = is_real_step
@@ -180,7 +180,7 @@ class Clock:
             time,
             where(is_following, steps, now.start_step),
             where(is_following, time, now.start_time),
-            where(is_following | is_due, time, now.last_update),
+            where(is_due if is_following is False else is_due | is_following, time, now.last_update),
             masses,
             last_decays,
         )
@@ -190,7 +190,7 @@ class Clock:
         arguments = {
             "time": time - now.start_time,
             "elapsed": time - now.last_update,
-            "step": as_number(steps - 1 - now.start_step),
+            "step": as_number(steps - (now.start_step + 1)),
         }
         decays = {track: schedule.decay(**arguments) for track, schedule in self.schedules.items()}
         if isinstance(time, Tensor):
