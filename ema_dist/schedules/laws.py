@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ema_dist.schedules.arithmetic import Number
@@ -107,7 +107,8 @@ class Constant(_Law):
     value: float
 
     def __post_init__(self) -> None:
-        _set(self, value=checked_number("decay", self.value, "a number in [0, 1] or a law: HalfLife(steps)", highest=1))
+        hint = "; for a half-life use HalfLife(steps)"
+        _set(self, value=checked_number("decay", self.value, "a number in [0, 1] or a law", highest=1, hint=hint))
 
     def __repr__(self) -> str:
         return repr(self.value)
@@ -117,7 +118,7 @@ class Constant(_Law):
         return self.value
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, init=False)
 class Power(_Law):
     """The average weighs past values by a power of their time: its width is a fraction of the time trained.
 
@@ -130,24 +131,21 @@ class Power(_Law):
     Raises: TypeError for no number, or unless exactly one is given; ValueError out of range.
     """
 
-    _: KW_ONLY
-    gamma: float | None = None
-    sigma_rel: float | None = None
+    gamma: float | None
+    sigma_rel: float | None
     exponent: float = field(init=False, compare=False)
     """The exponent, whichever of the two was given."""
 
-    def __post_init__(self) -> None:
-        if (self.gamma is None) == (self.sigma_rel is None):
-            raise TypeError(f"expected either gamma or sigma_rel, got gamma={self.gamma}, sigma_rel={self.sigma_rel}")
-        if self.gamma is not None:
-            exponent = checked_number("gamma", self.gamma, "a finite exponent, 0 or more", open_above=True)
-            _set(self, gamma=exponent)
+    def __init__(self, *, gamma: float | None = None, sigma_rel: float | None = None) -> None:
+        if (gamma is None) == (sigma_rel is None):
+            raise TypeError(f"expected either gamma or sigma_rel, got gamma={gamma!r}, sigma_rel={sigma_rel!r}")
+        if gamma is not None:
+            gamma = exponent = checked_number("gamma", gamma, "a finite exponent, 0 or more", open_above=True)
         else:
             expected = f"a width above 0 and up to 12 ** -0.5 = {LARGEST_SIGMA_REL:.5f}"
-            width = checked_number("sigma_rel", self.sigma_rel, expected, highest=LARGEST_SIGMA_REL, open_below=True)
-            exponent = gamma_from_sigma_rel(width)
-            _set(self, sigma_rel=width)
-        _set(self, exponent=exponent)
+            sigma_rel = checked_number("sigma_rel", sigma_rel, expected, highest=LARGEST_SIGMA_REL, open_below=True)
+            exponent = gamma_from_sigma_rel(sigma_rel)
+        _set(self, gamma=gamma, sigma_rel=sigma_rel, exponent=exponent)
 
     def decay(self, *, time: Number, elapsed: Number, step: Number) -> Number:  # noqa: ARG002  as `Schedule`
         """See `Schedule.decay`."""
