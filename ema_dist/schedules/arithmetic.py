@@ -39,6 +39,11 @@ def exponential(value: Number) -> Number:
     return value.exp() if isinstance(value, Tensor) else math.exp(value)
 
 
+def power_of_two(exponent: Number) -> Number:
+    """Two to the power of ``exponent``."""
+    return exponent.exp2() if isinstance(exponent, Tensor) else 2.0**exponent
+
+
 def as_number(count: Number) -> Number:
     """A count as laws take it: integer tensors become float64, because a division would give the default dtype."""
     return count.double() if isinstance(count, Tensor) else count
@@ -48,8 +53,13 @@ def where(condition: Truth, if_true: Number, if_false: Number) -> Number:
     """``if_true`` or ``if_false``; a NaN or infinity in the other one has no effect."""
     if not isinstance(condition, Tensor):
         return if_true if condition else if_false
-    if not (isinstance(if_true, Tensor) or isinstance(if_false, Tensor)):
-        # Of two numbers torch.where would make a tensor of the default dtype, which may be bfloat16.
+    # Not torch.where of a number: it copies the number to the device and waits for that; and of two numbers it makes a
+    # tensor of the default dtype, which may be bfloat16.
+    if not isinstance(if_true, Tensor):
+        if isinstance(if_false, Tensor):
+            return if_false.masked_fill(condition, if_true)
         dtype = torch.float64 if isinstance(if_true, float) else torch.int64
         if_true = torch.full_like(condition, if_true, dtype=dtype)
+    if not isinstance(if_false, Tensor):
+        return if_true.masked_fill(condition.logical_not(), if_false)
     return torch.where(condition, if_true, if_false)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from ema_dist.schedules.arithmetic import Number, cosine, exponential, maximum, minimum
+from ema_dist.schedules.arithmetic import Number, cosine, exponential, maximum, minimum, power_of_two
 
 LARGEST_SIGMA_REL = 12**-0.5
 """The relative width of a uniform average."""
@@ -19,7 +19,7 @@ def half_life_decay(*, elapsed: Number, half_life: Number) -> Number:
 
     Source: Composer's EMA, ``smoothing = exp(-log(2) / half_life)``, here ``2 ** (-elapsed / half_life)``.
     """
-    return 2.0 ** (-elapsed / half_life)
+    return power_of_two(-elapsed / half_life)
 
 
 def ramped_half_life(*, time: Number, half_life: float, ramp: float) -> Number:

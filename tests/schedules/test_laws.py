@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema_dist import Cosine, ExponentialWarmup, HalfLife, InverseGamma, Power, Schedule, Uniform, Warmup
 from ema_dist.schedules.clock import Clock
@@ -74,15 +75,30 @@ def test_the_host_knows_a_lower_bound_of_the_initial_mass(start: int, interval: 
             assert clock.assumed_initial_mass(name) <= clock.initial_mass(name) + 1e-15
 
 
+class Operators(TorchDispatchMode):
+    """Records the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> object:  # noqa: ANN401
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
 def test_the_host_never_waits_for_the_device() -> None:
-    """A meta tensor has no value that could be read."""
-    clock = Clock(as_schedules(LAWS), start=3, interval=2)
-    for _ in range(5):
-        step = clock.next_step(1000, torch.zeros((), device="meta"))
-        clock.count(step)
-        assert {(weight.dtype, weight.device.type) for weight in step.weights.values()} == {(torch.float64, "meta")}
-        assert step.update_index.dtype == torch.int64
-        assert all(0 <= clock.assumed_initial_mass(name) <= 1 for name in LAWS)
+    """A meta tensor has no value that could be read; numbers are not copied to the device either, which would wait."""
+    clock = Clock(as_schedules(LAWS), start=3000, interval=2)
+    with Operators() as operators:
+        for _ in range(8):
+            step = clock.next_step(1000, torch.zeros((), device="meta"))
+            clock.count(step)
+    assert {(weight.dtype, weight.device.type) for weight in step.weights.values()} == {(torch.float64, "meta")}
+    assert step.update_index.dtype == torch.int64
+    assert all(0 <= clock.assumed_initial_mass(name) <= 1 for name in LAWS)
+    assert "aten::where.self" in operators.names
+    assert operators.names.isdisjoint({"aten::scalar_tensor", "aten::_local_scalar_dense", "aten::copy_"})
 
 
 def test_tensors_are_float64_whatever_the_default_dtype() -> None:
