@@ -193,3 +193,8 @@ def test_a_ramp_is_a_power_in_the_limit() -> None:
     ramp, power = HalfLife(ramp=0.05), Power(gamma=math.log(2) / 0.05 - 1)
     arguments = {"time": 1e6, "elapsed": 1.0, "step": 0}
     assert 1 - ramp.decay(**arguments) == pytest.approx(1 - power.decay(**arguments), rel=1e-4)
+
+
+def test_the_old_name_of_a_half_life_warns() -> None:
+    with pytest.warns(DeprecationWarning, match=r"HalfLife\.value"):
+        assert HalfLife(60).steps == 60

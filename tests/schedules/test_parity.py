@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from ema_dist import InverseGamma, Schedule, ShardedEMA, Uniform, Warmup
 
 STEPS = 40
-REASON = "the extra `benchmark` has it"
+REASON = "needs the package it compares with: tox -e peers"
 
 
 def require_equal_averages(
@@ -60,7 +60,7 @@ def timm_class() -> Any:  # noqa: ANN401
     """Without timm's package, which imports torchvision: that does not load beside every build of torch."""
     spec = find_spec("timm")
     if spec is None or spec.origin is None:
-        pytest.skip(f"no timm: {REASON}")
+        pytest.skip(REASON)
     return run_path(str(Path(spec.origin).with_name("utils") / "model_ema.py"))["ModelEmaV3"]
 
 
