@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ema_dist.averages.initial_weights import InitialWeightsWarning
     from ema_dist.averages.offload import Offloaded
     from ema_dist.averages.precision import Compensated, Stochastic
     from ema_dist.ema import ShardedEMA
@@ -28,6 +29,7 @@ __all__ = [
     "Cosine",
     "ExponentialWarmup",
     "HalfLife",
+    "InitialWeightsWarning",
     "InverseGamma",
     "Offloaded",
     "Power",
@@ -47,6 +49,7 @@ _DEFINING_MODULES = {
     "Cosine": "ema_dist.schedules.laws",
     "ExponentialWarmup": "ema_dist.schedules.laws",
     "HalfLife": "ema_dist.schedules.laws",
+    "InitialWeightsWarning": "ema_dist.averages.initial_weights",
     "InverseGamma": "ema_dist.schedules.laws",
     "Offloaded": "ema_dist.averages.offload",
     "Power": "ema_dist.schedules.laws",

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ema_dist.averages.construction import construct_on_all_ranks, describe_settings, problems_reported
+from ema_dist.averages.construction import (
+    construct_on_all_ranks,
+    describe_settings,
+    problems_reported,
+    warn_of_unlikely_decays,
+)
+from ema_dist.averages.initial_weights import InitialWeights
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.offload import Offloaded
-from ema_dist.averages.optimizer_hook import OptimizerHook, require_countable
+from ema_dist.averages.optimizer_hook import OptimizerHook, unwrap_optimizer
 from ema_dist.averages.precision import Compensated, Precision, Stochastic
 from ema_dist.averages.tracks import BufferPolicy, Tracks
 from ema_dist.averages.updates import Updates
@@ -98,6 +104,8 @@ class ShardedEMA(StateMethods):
                 raise ValueError(f'replicas is "shard", "copy" or a process group, got {replicas!r}')
             precision = Precision(dtype, rounding)
             self._clock = Clock(as_schedules(decay), start=start, interval=update_interval)
+            if live.is_first:
+                warn_of_unlikely_decays(self._clock.schedules)
         settings = describe_settings(
             self._clock, precision, replicas=replicas, buffers=buffers, kernel=kernel, store=store, timeout=timeout
         )
@@ -110,7 +118,7 @@ class ShardedEMA(StateMethods):
 
         tracks = construct_on_all_ranks(live, settings, make_tracks)
         self._updates = Updates(self._clock, live, tracks)
-        self._model_with_averages = ModelWithAverages(live, tracks, self._updates)
+        self._model_with_averages = ModelWithAverages(live, tracks, self._updates, InitialWeights(self._clock, live))
 
     @property
     def model(self) -> nn.Module:
@@ -134,10 +142,15 @@ class ShardedEMA(StateMethods):
 
         Collective: no.
         Memory: nothing where dtypes are equal, else a constant scratch.
-        Raises: RuntimeError inside `swapped` or `serving`, and when an earlier update failed with ``store=Offloaded()``
-            or was interrupted and cannot be finished; ValueError when the model has changed, or ``elapsed`` is not
-            positive and finite.
+        Raises: RuntimeError inside `swapped` or `serving`, while an optimizer is attached, and when an earlier update
+            failed with ``store=Offloaded()`` or was interrupted and cannot be finished; ValueError when the model has
+            changed, or ``elapsed`` is not positive and finite.
         """
+        if self._is_attached:
+            raise RuntimeError(
+                "expected no call of update() while an optimizer is attached, which makes it after each of its steps: "
+                "the step would count twice. Remove this call, or call remove() of the handle that attach() returned"
+            )
         self._update(found_inf, elapsed=elapsed, overlap=False)
 
     @in_normal_mode
@@ -152,9 +165,10 @@ class ShardedEMA(StateMethods):
         """Update after each real step of ``optimizer``, until ``remove()`` of the returned handle.
 
         It does not count steps that a gradient scaler makes a fused optimizer skip on the device, and the dummy steps
-        by which ``torch.distributed.checkpoint`` initializes the state of an optimizer.
+        by which ``torch.distributed.checkpoint`` initializes the state of an optimizer. Meanwhile `update` is an error.
 
         Args:
+            optimizer: a torch optimizer, or one wrapped by accelerate, Lightning or Fabric.
             elapsed: returns the time since the last step, as for `update`; None for one step. It is called at each step
                 of the optimizer, also a skipped one, whose time does not count.
             overlap: run the update on a side stream of the GPU, concurrent with the next forward and backward pass. The
@@ -166,9 +180,9 @@ class ShardedEMA(StateMethods):
             TypeError when it is no torch Optimizer, or ``elapsed`` no function. ValueError when it steps none of the
             averaged parameters, runs no hooks, or averages by itself (schedule-free).
         """
-        if self._optimizer_hook is not None and self._optimizer_hook.is_active:
+        if self._is_attached:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
-        require_countable(optimizer)
+        optimizer = unwrap_optimizer(optimizer)
         if elapsed is not None and not callable(elapsed):
             raise TypeError(f"elapsed is a function that returns the time since the last step, got {elapsed!r}")
         self._model_with_averages.prepare("attach()", collective=False)
@@ -184,7 +198,12 @@ class ShardedEMA(StateMethods):
             lambda found_inf: self._update(found_inf, elapsed=elapsed() if elapsed else 1, overlap=overlap),
             before_steps=self._tracks.streams.join if overlap else None,
         )
+        self._model_with_averages.initial_weights.watch(self._optimizer_hook)
         return self._optimizer_hook
+
+    @property
+    def _is_attached(self) -> bool:
+        return self._optimizer_hook is not None and self._optimizer_hook.is_active
 
     def swapped(self, track: str | None = None) -> AbstractContextManager[nn.Module]:
         """Inside the ``with`` block the model holds its averages; after it the live weights are back, bit-identical.

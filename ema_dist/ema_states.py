@@ -91,7 +91,7 @@ class StateMethods:
         self._live.layout.wait_for_device()
         self._tracks.copy_live(self._live.layout)
         self._clock.reset()
-        self._updates.start_from("reset()")
+        self._model_with_averages.start_from("reset()")
 
     @property
     def call_history(self) -> CallHistory:
@@ -178,7 +178,7 @@ class StateMethods:
         load_state(
             state, self._clock, self._live.layout, self._tracks, empty_hint=empty_hint, warns=self._live.is_first
         )
-        self._updates.start_from(call)
+        self._model_with_averages.start_from(call)
 
     def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:
         """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.
@@ -236,6 +236,7 @@ class StateMethods:
         self._model_with_averages.prepare(call, collective=True)
         scatter(self._live.layout, resolved_track, full)
         self._tracks.bind_loaded(self._live.layout)
+        self._model_with_averages.initial_weights.begin()
         self.call_history.record(call)
 
     def copy_to(self, model: nn.Module, *, track: str | None = None) -> None:
@@ -252,5 +253,5 @@ class StateMethods:
         resolved_track = self._tracks.resolve(track)
         call = self._model_with_averages.describe_call("copy_to", resolved_track)
         self._model_with_averages.require_inactive(call)
-        self._model_with_averages.prepare(call, collective=self._live.has_sharded_averages)
+        self._model_with_averages.prepare(call, collective=self._live.has_sharded_averages, used_track=resolved_track)
         copy_into(Layout(model, "copy"), self._live.layout, resolved_track.recombined())

@@ -1,9 +1,11 @@
-"""Helpers that word error messages."""
+"""Helpers that word error messages, and warn."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
+from inspect import currentframe
 
 
 def abbreviated(names: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
@@ -22,6 +24,14 @@ def describe_difference(left: str, left_names: AbstractSet[str], right: str, rig
 def add_note(error: BaseException, note: str) -> None:
     """Add ``note`` to the traceback of ``error``; Python 3.10 keeps notes without printing them."""
     error.__notes__ = [*getattr(error, "__notes__", ()), note]
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the program that called into `ema_dist`, however deep the calls are in between."""
+    level, frame = 1, currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def describe_ranks(ranks: Iterable[int]) -> str:

@@ -13,8 +13,11 @@ from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.precision import Precision
 from ema_dist.averages.tracks import Tracks
 from ema_dist.communication.rendezvous import RendezvousError, advice_on_absence
+from ema_dist.messages import warn_caller
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK, DecayRecord
+from ema_dist.schedules.laws import Constant
+from ema_dist.schedules.schedule import Schedule
 
 _CALL = "ShardedEMA(model)"
 _PART = "selected names, part"
@@ -34,6 +37,18 @@ def problems_reported(live: LiveModel) -> Iterator[None]:
         with suppress(RendezvousError):
             live.rendezvous(_CALL, problem=str(error) or repr(error), compared=())
         raise
+
+
+def warn_of_unlikely_decays(schedules: Mapping[str, Schedule]) -> None:
+    """Warn about numbers that are the weight of the live values more likely than the factor of the old average."""
+    for law in schedules.values():
+        if isinstance(law, Constant) and (law.value < 0.5 or law.value == 1):
+            effect = "never changes" if law.value == 1 else f"keeps {law.value:.0%} of its value at each update"
+            warn_caller(
+                f"decay={law!r} means an average that {effect}: decay is the factor of the old average, as 0.999, and "
+                "not the weight of the live one. If you mean it, pass HalfLife(0) for no averaging, HalfLife(steps) or "
+                "HalfLife(math.inf) for no update"
+            )
 
 
 def construct_on_all_ranks(live: LiveModel, settings: Mapping[str, str], make_tracks: Callable[[], Tracks]) -> Tracks:

@@ -18,7 +18,7 @@ from ema_dist.communication.rendezvous import (
 )
 from ema_dist.communication.replica_collectives import describe_drift
 from ema_dist.messages import abbreviated
-from ema_dist.sharding import Layout, ReplicaPolicy
+from ema_dist.sharding import LaterDDP, Layout, ReplicaPolicy
 
 
 class LiveModel:
@@ -41,6 +41,10 @@ class LiveModel:
         select: Callable[[str, Tensor], bool] | None,
         timeout: float,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected the model, a torch.nn.Module, got a {type(model).__name__}: ShardedEMA(model)")
+        if select is not None and not callable(select):
+            raise TypeError(f"select is a function (name, parameter) -> bool, or None, got {select!r}")
         self._replicas: ReplicaPolicy = replicas
         self._select = select or _requires_grad
         self.timeout = timeout
@@ -49,6 +53,7 @@ class LiveModel:
         self.layout.require_writable()
         self.ranks = self.layout.ranks
         """The global ranks that hold the model together, in order; empty when this rank holds it alone."""
+        self._later_ddp = None if self.ranks else LaterDDP(model)
         self.history = CallHistory()
         """The calls that have changed the averages; ranks compare theirs at every rendezvous."""
         self.selected: list[str] = []
@@ -141,6 +146,7 @@ class LiveModel:
         collective: bool,
         for_serving: bool = False,
         problem: Exception | None = None,
+        check: Callable[[], Exception | None] | None = None,
         compared: Sequence[Mapping[str, str]] | None = None,
     ) -> None:
         """Refresh the layout; if ``collective``, also run the rendezvous: a problem on one rank fails on all.
@@ -150,6 +156,7 @@ class LiveModel:
             collective: whether ``call`` communicates.
             for_serving: as for `refresh`.
             problem: an error found earlier on this rank; it is raised after the rendezvous.
+            check: returns another one, if there is none; called once the layout is refreshed.
             compared: as for `rendezvous`.
 
         Collective: over `ranks`, if ``collective``.
@@ -158,7 +165,7 @@ class LiveModel:
         if collective:
             require_process_group(call, self.ranks)
         change = self.refresh(for_serving=for_serving)
-        problem = problem or change
+        problem = problem or change or (check() if check else None)
         if collective:
             # A rank with a problem arrives, too: alone, it would leave the others waiting in the collective after this.
             try:
@@ -204,6 +211,15 @@ class LiveModel:
                 f"the model cannot be read: {error!r}; undo its last change, or construct ShardedEMA again"
             ).with_traceback(error.__traceback__)
         return None
+
+    def require_not_wrapped_since(self, call: str) -> None:
+        """Raise ValueError after DDP has wrapped the model that was not wrapped at construction."""
+        if self._later_ddp is not None and self._later_ddp.has_wrapped:
+            raise ValueError(
+                f"{call}: expected the model wrapped in DistributedDataParallel, got the module in it: DDP wrapped it "
+                "after ShardedEMA(...), and broadcast the weights of rank 0, which averages on other ranks did not "
+                "begin with. Wrap the model first, then construct ShardedEMA(wrapped_model)"
+            )
 
     def describe_drift(self) -> str:
         """Name the live weights that differ between replicas, by checksums; empty if there are none.

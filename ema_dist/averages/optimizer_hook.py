@@ -32,6 +32,9 @@ class OptimizerHook:
         before_steps: Callable[[], None] | None = None,
     ) -> None:
         self._update = update
+        self.optimizer_name = type(optimizer).__name__
+        self.has_run = False
+        """Whether the optimizer has stepped, be it only to initialize itself."""
         self._handles = [optimizer.register_step_post_hook(self._after_step)]
         self._step_codes = _step_codes(optimizer)
         self._before_steps = before_steps
@@ -51,32 +54,63 @@ class OptimizerHook:
         self.is_active = False
 
     def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.has_run = True
         is_inner_step = len(self._step_codes) > 1 and _is_inside_step(optimizer, self._step_codes)
         if not (is_inner_step or _is_dummy_step(optimizer, kwargs)):
             # GradScaler sets this attribute during the step of a (fused) optimizer that skips on the device.
             self._update(getattr(optimizer, "found_inf", None))
 
 
-def require_countable(optimizer: object) -> None:
-    """Raise TypeError or ValueError if its steps cannot be counted, or if it averages by itself."""
+_WRAPPERS = {
+    ("accelerate", "AcceleratedOptimizer"): "optimizer",
+    ("lightning", "_FabricOptimizer"): "optimizer",
+    ("lightning_fabric", "_FabricOptimizer"): "optimizer",
+    ("lightning", "LightningOptimizer"): "optimizer",
+    ("pytorch_lightning", "LightningOptimizer"): "optimizer",
+}
+"""The attribute that holds the wrapped optimizer, by the package and the name of the class.
+
+By class, since learning-rate schedulers have such an attribute too.
+"""
+
+
+def unwrap_optimizer(optimizer: object) -> Optimizer:
+    """The optimizer whose hooks torch runs, inside of the wrappers of accelerate, Fabric and Lightning.
+
+    Raises: TypeError or ValueError, which names what to attach, if its steps cannot be counted, or if it averages by
+        itself.
+    """
+    while attribute := _wrapping_attribute(optimizer):
+        optimizer = getattr(optimizer, attribute)
     groups = getattr(optimizer, "param_groups", ())
+    name = type(optimizer).__name__
     if hasattr(optimizer, "train_mode") or any("train_mode" in group for group in groups):
         raise ValueError(
-            f"{type(optimizer).__name__} is schedule-free: it keeps an average of its own, which the parameters hold "
+            f"{name} is schedule-free: it keeps an average of its own, which the parameters hold "
             "only after its eval(). Call its eval(), ema.update() and its train() instead of attach()"
         )
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"cannot attach to {type(optimizer).__name__}, which is not a torch.optim.Optimizer: call ema.update() "
-            "after each of its steps"
-        )
+        raise TypeError(f"expected a torch.optim.Optimizer, got a {name}: {_advice(optimizer)}")
     try:
         optimizer.register_step_post_hook(lambda *_: None).remove()
     except AttributeError:
         raise ValueError(
-            f"{type(optimizer).__name__} does not call Optimizer.__init__(), so that torch runs no hooks after its "
-            "steps: call ema.update() after each of them"
+            f"expected an optimizer that calls Optimizer.__init__(), else torch runs no hooks after its steps, got a "
+            f"{name}: {_advice(optimizer)}"
         ) from None
+    return optimizer
+
+
+def _wrapping_attribute(optimizer: object) -> str | None:
+    classes = ((cls.__module__.split(".")[0], cls.__qualname__) for cls in type(optimizer).__mro__)
+    return next((_WRAPPERS[cls] for cls in classes if cls in _WRAPPERS), None)
+
+
+def _advice(holder: object) -> str:
+    held = [(name, value) for name, value in getattr(holder, "__dict__", {}).items() if isinstance(value, Optimizer)]
+    if held:
+        return f"attach the {type(held[0][1]).__name__} in its attribute {held[0][0]!r}"
+    return "call ema.update() after each of its steps"
 
 
 def _step_codes(optimizer: Optimizer) -> set[CodeType]:

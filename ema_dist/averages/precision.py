@@ -45,7 +45,8 @@ class Precision:
         dtype: None for float32 where the live dtype is narrower, else the live dtype.
         rounding: how bfloat16 averages are rounded.
 
-    Raises: ValueError when dtype and rounding do not fit. Warns about a dtype in which averages may stop moving.
+    Raises: TypeError for no dtype; ValueError when dtype and rounding do not fit. Warns about a dtype in which averages
+        may stop moving.
     """
 
     dtype: torch.dtype | None = None
@@ -58,6 +59,8 @@ class Precision:
             raise ValueError(f"rounding=Compensated() is for dtype=torch.bfloat16, got dtype={self.dtype}")
         if self.dtype is None:
             return
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"dtype is a torch.dtype, such as torch.bfloat16, or None, got {self.dtype!r}")
         if not self.dtype.is_floating_point or self.dtype.itemsize < torch.bfloat16.itemsize:
             raise ValueError(f"averages are floating-point, of 16 bits or more, got dtype={self.dtype}")
         if self.dtype == torch.float16:

@@ -26,7 +26,7 @@ from ema_dist.checkpoint.dcp.reader import read_entries
 from ema_dist.checkpoint.entries import Entry
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import Manifest, files_to_verify, read_manifest, verify_files
-from ema_dist.checkpoint.saving import make_entries, wait
+from ema_dist.checkpoint.saving import make_entries, require_mapping, wait
 from ema_dist.checkpoint.step_folders import complete_steps, locate
 from ema_dist.modes import in_normal_mode
 
@@ -65,6 +65,7 @@ def load(
         RuntimeError on every rank, before anything changes, when names or shapes differ from those of ``state``, inside
         `ShardedEMA.swapped`, or when a rank does not arrive in time.
     """
+    require_mapping(state, "checkpoint.load")
     wait()
     root = Path(root).absolute()
     call = f"checkpoint.load({'' if step is None else f'step={step}'})"

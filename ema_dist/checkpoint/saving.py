@@ -82,6 +82,7 @@ def save(
         pending background save has failed, ranks hold different models, or a rank does not arrive in time;
         `CheckpointError`, which is a RuntimeError, when writing fails.
     """
+    require_mapping(state, "checkpoint.save")
     step = _checked_step(step, keep)
     root = Path(root).absolute()
     entries: dict[str, Entry] = {}
@@ -123,6 +124,13 @@ def wait() -> None:
     """
     if problem := _wait_for_pending():
         raise CheckpointError(problem)
+
+
+def require_mapping(state: object, call: str) -> None:
+    """Raise TypeError unless ``state`` is a dictionary."""
+    if not isinstance(state, Mapping):
+        name = type(state).__name__
+        raise TypeError(f"expected a dictionary of what is saved, got a {name}: {call}({{'model': model}}, root)")
 
 
 def make_entries(state: MutableMapping[str, Any]) -> dict[str, Entry]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ema_dist.averages.full_weights import gather
+from ema_dist.averages.initial_weights import InitialWeights
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
@@ -27,10 +28,11 @@ from ema_dist.signals import deferred_signals
 class ModelWithAverages:
     """The ``live`` model and the averages of ``tracks``; at most one swap or serving is active at a time."""
 
-    def __init__(self, live: LiveModel, tracks: Tracks, updates: Updates) -> None:
+    def __init__(self, live: LiveModel, tracks: Tracks, updates: Updates, initial_weights: InitialWeights) -> None:
         self.live = live
         self.tracks = tracks
         self._updates = updates
+        self.initial_weights = initial_weights
         self._swap: Swap | None = None
         self._servings: dict[Track, Serving] = {}
         self._warned: set[Track] = set()
@@ -49,12 +51,14 @@ class ModelWithAverages:
         for_serving: bool = False,
         compared: Callable[[], Sequence[Mapping[str, str]]] | None = None,
         for_loading: bool = False,
+        used_track: Track | None = None,
     ) -> None:
         """Finish pending updates, refresh the layout, and bind the averages to it; see `LiveModel.prepare`.
 
         Args:
             compared: returns what ranks compare, once pending updates are finished.
             for_loading: whether other averages will be loaded, so that an update need not be finished.
+            used_track: the averages that ``call`` uses as the model's weights, to warn if they are the initial ones.
         """
         self._require_unbroken()
         problem = None
@@ -74,6 +78,7 @@ class ModelWithAverages:
                 collective=collective,
                 for_serving=for_serving,
                 problem=problem,
+                check=None if for_loading else partial(self._check_initial_weights, call, used_track),
                 compared=compared() if compared else None,
             )
         finally:
@@ -86,11 +91,26 @@ class ModelWithAverages:
         Raises: ValueError when the model has changed.
         """
         self._updates.finish()
+        self.live.require_not_wrapped_since("update()")
         if self.live.layout.has_moved() or not self.tracks.is_bound_to(self.live.layout):
             self.prepare("update()", collective=False)
         elif self.live.layout.refresh_buffers():
             self._servings.clear()  # a cached serving would put the old buffers back on leaving
             self.tracks.bind_buffers(self.live.layout)
+
+    def start_from(self, call: str) -> None:
+        """Note that ``call`` has loaded other averages, and the clock."""
+        self._updates.start_from(call)
+        self.initial_weights.begin()
+
+    def _check_initial_weights(self, call: str, used_track: Track | None) -> Warning | None:
+        warning = self.initial_weights.check_hook()
+        if used_track is None or warning is not None:
+            return warning
+        name = self._name_of(used_track)
+        return self.initial_weights.check(
+            call.partition("(")[0], name, track_label=f" {name!r}" if len(self.tracks) > 1 else ""
+        )
 
     def averages_now(self, track: Track) -> Mapping[str, Tensor]:
         """The averages by name, also while they are in the model; those with residuals as float32."""
@@ -111,7 +131,11 @@ class ModelWithAverages:
         Args:
             call: the name of the user's call, for messages.
         """
-        self.prepare(self.describe_call(call, track, dtype=dtype), collective=self.live.has_sharded_averages)
+        self.prepare(
+            self.describe_call(call, track, dtype=dtype),
+            collective=self.live.has_sharded_averages,
+            used_track=track,
+        )
         entries = gather(self.live.layout, self.averages_now(track), dtype=dtype, is_destination=self.live.is_first)
         return iterate_in_normal_mode(self._checked_entries(entries, self.swap, self.tracks.update_calls))
 
@@ -131,8 +155,11 @@ class ModelWithAverages:
             self.live.layout.model, partial(self.enter_swap, track), self.leave_swap, with_gradients=True
         )
 
-    def enter_swap(self, track: Track) -> Swap:
+    def enter_swap(self, track: Track, *, is_checked: bool = False) -> Swap:
         """Put the averages of ``track`` into the model.
+
+        Args:
+            is_checked: whether a warning about initial weights was due earlier in the same call.
 
         Raises: as `ShardedEMA.swapped`; the live weights are back, unless a second exception interrupts that, or one
             interrupts the filling of replicas.
@@ -143,17 +170,18 @@ class ModelWithAverages:
                 "or call restore() on every rank if they could not leave it together"
             )
         call = self.describe_call("swapped", track)
+        used_track = None if is_checked else track
         if self.live.has_split_averages:
             try:
                 with deferred_signals():
-                    self._prepare_to_enter(call)
+                    self._prepare_to_enter(call, used_track)
                     swap = enter_together(self.live, call, lambda: self._write_parts(track), self._undo_entering)
             except BaseException as error:  # perhaps of a signal that was deferred until the averages were in the model
                 if self.swap is not None and self.swap.stage is SwapStage.INSIDE:
                     leave_after(error, partial(self.leave_swap, self.swap))
                 raise
             return swap
-        self._prepare_to_enter(call)
+        self._prepare_to_enter(call, used_track)
         try:
             swap = self._write_parts(track)
             swap.fill()
@@ -183,6 +211,7 @@ class ModelWithAverages:
         else:
             raised_in_block = None
             restore_parts()
+        self._resume_noticing_writes()
         if swap.written:
             problems.append(
                 RuntimeError(
@@ -202,12 +231,18 @@ class ModelWithAverages:
     def _write_parts(self, track: Track) -> Swap:
         swap = self._swap = Swap(self.live.layout, track)
         self.live.layout.wait_for_device()
+        self.initial_weights.writes.pause()
         swap.write_parts()
         return swap
 
     def _undo_entering(self) -> None:
         if self._swap is not None:
             self._swap.restore_parts(self.live.layout)
+            self._resume_noticing_writes()
+
+    def _resume_noticing_writes(self) -> None:
+        if self.swap is None:
+            self.initial_weights.writes.resume()
 
     def _restore_parts(self, swap: Swap, problems: list[Exception]) -> None:
         self.live.layout.abandon_pass()
@@ -228,13 +263,13 @@ class ModelWithAverages:
 
     def _enter_serving(self, track: Track) -> Serving | Swap:
         call = self.describe_call("serving", track)
-        self._prepare_to_enter(call, for_serving=True)
+        self._prepare_to_enter(call, track, for_serving=True)
         serving = self.get_serving(track)
         if reason := serving.reason_to_swap:
             if track not in self._warned:
                 self._warned.add(track)
                 warnings.warn(f"serving() swaps the averages into the model: {reason}", stacklevel=3)
-            return self.enter_swap(track)
+            return self.enter_swap(track, is_checked=True)
         serving.enter()
         self.live.record(call)
         return serving
@@ -266,9 +301,12 @@ class ModelWithAverages:
 
     def describe_call(self, name: str, track: Track, *, dtype: torch.dtype | None = None) -> str:
         """The call with the arguments that must be equal on all ranks; the track only where there are several."""
-        names = [name for name, candidate in self.tracks.items() if candidate is track and len(self.tracks) > 1]
-        arguments = [*map(repr, names), *([f"dtype={dtype}"] if dtype else ())]
+        names = [repr(self._name_of(track))] if len(self.tracks) > 1 else []
+        arguments = [*names, *([f"dtype={dtype}"] if dtype else ())]
         return f"{name}({', '.join(arguments)})"
+
+    def _name_of(self, track: Track) -> str:
+        return next(name for name, candidate in self.tracks.items() if candidate is track)
 
     def require_inactive(self, call: str) -> None:
         """Raise RuntimeError inside `swapped` or `serving`, also of another ShardedEMA of this model."""
@@ -278,8 +316,9 @@ class ModelWithAverages:
             raise RuntimeError(f"{call} inside serving(): the model reads the averages there; call it after the block")
         require_live_weights(self.live.layout.model, call)
 
-    def _prepare_to_enter(self, call: str, *, for_serving: bool = False) -> None:
+    def _prepare_to_enter(self, call: str, used_track: Track | None, *, for_serving: bool = False) -> None:
+        self.live.require_not_wrapped_since(call)
         self.require_inactive(call)
         if active_servings(self.live.layout.model):
             raise RuntimeError(f"{call}: another ShardedEMA serves this model; leave its serving() first")
-        self.prepare(call, collective=self.live.has_split_averages, for_serving=for_serving)
+        self.prepare(call, collective=self.live.has_split_averages, for_serving=for_serving, used_track=used_track)

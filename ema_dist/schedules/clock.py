@@ -103,6 +103,17 @@ class Clock:
         """
         return float(self._readings.assumed.initial_masses[track])
 
+    @property
+    def assumed_updates(self) -> int:
+        """As `updates`, if no step was skipped on the device; never waits."""
+        return int(self._readings.assumed.updates)
+
+    @property
+    def assumes_following(self) -> bool:
+        """Whether averages just follow the live weights until `start`, if no step was skipped; never waits."""
+        assumed = self._readings.assumed
+        return bool(0 < assumed.time <= self.start)
+
     def last_decay(self, track: str) -> float:
         """The factor of the old average at the last update, 0 where it just followed; waits as `initial_mass`."""
         return float(self._readings.exact.last_decays[track])

@@ -9,6 +9,7 @@ from ema_dist.sharding.compat import all_gather, world_store
 from ema_dist.sharding.cpu_copies import cpu_copy, is_sharded, subclass_name
 from ema_dist.sharding.discovery import ReplicaPolicy
 from ema_dist.sharding.gather_rows import merge_bytes
+from ema_dist.sharding.later_ddp import LaterDDP
 from ema_dist.sharding.layout import Layout
 from ema_dist.sharding.memory import has_equal_bits
 from ema_dist.sharding.mesh_shard import local_tensor
@@ -19,6 +20,7 @@ from ema_dist.sharding.substitution import Substitution, replays_cuda_graph, uns
 
 __all__ = [
     "ExpandedShard",
+    "LaterDDP",
     "Layout",
     "ReplicaPolicy",
     "Shard",

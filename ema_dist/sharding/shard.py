@@ -62,9 +62,13 @@ class Shard(ABC):
     @property
     def version(self) -> tuple[object, ...]:
         """Changes when the parameter is written to in place, is cast, or gets other storage."""
+        return *self.owner_versions.values(), self.local.data_ptr(), self.local.dtype
+
+    @property
+    def owner_versions(self) -> dict[int, int]:
+        """The version of each owner by its id: changes when the parameter is written to in place, or replaced."""
         # Autograd's version counter has no public name.
-        versions = (owner._version for owner in (self.owner, *self.other_owners.values()))
-        return *versions, self.local.data_ptr(), self.local.dtype
+        return {id(owner): owner._version for owner in (self.owner, *self.other_owners.values())}
 
     def increment_other_versions(self) -> None:
         """Tell autograd that `other_owners` were written to, after a write through ``local``.
