@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ema_dist.averages.consolidated import gather_state, scatter_state
+from ema_dist.averages.distance import relative_distance
 from ema_dist.averages.full_weights import collect, copy_into, full_shapes, gather_pipeline, scatter
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.state import ShardedState, load_state, make_state
@@ -77,6 +78,26 @@ class StateMethods:
             metrics[f"ema/{track}/decay"] = self._clock.last_decay(track)
             metrics[f"ema/{track}/initial_mass"] = self._clock.initial_mass(track)
         return metrics
+
+    def distance(self, track: str | None = None) -> float:
+        """``|average - live| / |live|`` in the Euclidean norm over the averaged parameters, in float64.
+
+        Of a run that works it is small, and shrinks with the learning rate. Buffers are left out.
+
+        Args:
+            track: the track; None for the only one, or the one called ``default``.
+
+        Collective: one all-reduce over all ranks that hold the model, if several hold parts of its averages. Waits for
+            the device. Memory: a few copies in float64 of this rank's part of one parameter.
+        Raises: RuntimeError inside `swapped` or `serving`, and when ranks do not arrive; ValueError for an unknown
+            track, or when the model has changed.
+        """
+        resolved_track = self._tracks.resolve(track)
+        call = self._model_with_averages.describe_call("distance", resolved_track)
+        self._model_with_averages.require_inactive(call)
+        self._model_with_averages.prepare(call, collective=self._live.has_sharded_averages)
+        averages = resolved_track.recombined(resolved_track.parameters)
+        return relative_distance(self._live.layout, averages, is_collective=self._live.has_sharded_averages)
 
     def reset(self) -> None:
         """Begin anew from the live weights: averages := live weights, steps, updates and time := 0, initial mass := 1.

@@ -13,7 +13,17 @@ import torch.distributed as dist
 from torch import nn
 
 from ema_dist import Offloaded, ShardedEMA, compute_ema
-from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, make_trained, wrap
+from tests.support.layouts import (
+    YOUNG_AVERAGES,
+    assert_bitwise_equal,
+    full_weights,
+    layouts,
+    make_net,
+    make_trained,
+    wrap,
+)
+
+pytestmark = YOUNG_AVERAGES
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class InitialWeights:
         else:
             law = self._clock.schedules[track]
             message = (
-                f"{call}: {mass:.0%} of the average{track_label} still is the weights at which averaging began, after "
+                f"{call}: {mass:.1%} of the average{track_label} still is the weights at which averaging began, after "
                 f"{updates} update{'s' * (updates != 1)} by {law!r}. Train for longer, or take a law that forgets them "
                 "soon, such as HalfLife(1000, ramp=0.05)"
             )

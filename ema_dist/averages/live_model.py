@@ -216,7 +216,7 @@ class LiveModel:
         """Raise ValueError after DDP has wrapped the model that was not wrapped at construction."""
         if self._later_ddp is not None and self._later_ddp.has_wrapped:
             raise ValueError(
-                f"{call}: expected the model wrapped in DistributedDataParallel, got the module in it: DDP wrapped it "
+                f"{call}: expected the model wrapped in DDP, got the module in it: DDP wrapped it "
                 "after ShardedEMA(...), and broadcast the weights of rank 0, which averages on other ranks did not "
                 "begin with. Wrap the model first, then construct ShardedEMA(wrapped_model)"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import finalize, ref
+from weakref import WeakMethod, finalize
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -24,11 +24,11 @@ class LiveWrites:
         self._unwritten: dict[str, list[object]] = {}
         """The marks since which no write was noticed, with the versions of then."""
         self._is_paused = False
-        self_ref = ref(self)  # torch references the hook globally
+        note_step = WeakMethod(self._note_step)  # torch references the hook globally
 
         def after_step(optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401  as torch calls it
-            if (writes := self_ref()) is not None and writes._unwritten:  # noqa: SLF001  itself
-                writes._note_step(optimizer)  # noqa: SLF001
+            if (note := note_step()) is not None:
+                note(optimizer)
 
         finalize(self, register_optimizer_step_post_hook(after_step).remove)
 
@@ -59,7 +59,9 @@ class LiveWrites:
 
     def _note_step(self, optimizer: Optimizer) -> None:
         # torch.distributed.checkpoint takes a step with learning rates of zero to initialize an optimizer.
-        if all(isinstance(rate := group.get("lr"), int | float) and rate == 0 for group in optimizer.param_groups):
+        if not self._unwritten or all(
+            isinstance(rate := group.get("lr"), int | float) and rate == 0 for group in optimizer.param_groups
+        ):
             return
         owner_ids = {id(owner) for name in self._live.selected for owner in self._shard(name).owners.values()}
         if any(id(parameter) in owner_ids for group in optimizer.param_groups for parameter in group["params"]):

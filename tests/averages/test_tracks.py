@@ -15,8 +15,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from tests.support.cli_runs import load_exported, run_ok
-from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, train_step, wrap
+from tests.support.layouts import (
+    YOUNG_AVERAGES,
+    assert_bitwise_equal,
+    full_weights,
+    layouts,
+    make_net,
+    train_step,
+    wrap,
+)
 from tests.support.reshard_cases import run_in_world
+
+pytestmark = YOUNG_AVERAGES
+
 
 DECAYS: dict[str, Any] = {"short": HalfLife(1), "long": HalfLife(20)}
 

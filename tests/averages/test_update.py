@@ -17,6 +17,7 @@ from ema_dist import ShardedEMA
 from ema_dist.kernels import CPU_SCRATCH_BYTES
 from tests.support.layouts import (
     STORAGE_LAYOUTS,
+    YOUNG_AVERAGES,
     Net,
     assert_bitwise_equal,
     full_weights,
@@ -27,6 +28,8 @@ from tests.support.layouts import (
     train_step,
     wrap,
 )
+
+pytestmark = YOUNG_AVERAGES
 
 
 class Ops(TorchDispatchMode):
