@@ -14,8 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ema_dist import Compensated, Offloaded, ShardedEMA, checkpoint, compute_ema
-from tests.support.layouts import IGNORED_WARNINGS, LAYOUTS, assert_bitwise_equal, full_weights, make_net, wrap
+from ema_dist import Compensated, HalfLife, Offloaded, ShardedEMA, checkpoint, compute_ema
+from tests.support.layouts import (
+    IGNORED_WARNINGS,
+    LAYOUTS,
+    YOUNG_AVERAGES,
+    assert_bitwise_equal,
+    full_weights,
+    make_net,
+    wrap,
+)
+
+pytestmark = YOUNG_AVERAGES
 
 
 @contextmanager
@@ -75,7 +85,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "halves of bfloat16": {"dtype": torch.bfloat16, "rounding": Compensated()},
     "stochastic": {"dtype": torch.bfloat16},
     "offloaded": {"store": Offloaded()},
-    "tracks": {"decay": {"a": 0.5, "b": 0.25}},
+    "tracks": {"decay": {"a": 0.5, "b": HalfLife(0.5)}},
     "whole copies": {"replicas": "copy"},
 }
 

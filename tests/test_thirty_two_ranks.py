@@ -13,7 +13,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA, checkpoint
-from tests.support.layouts import assert_bitwise_equal, full_weights
+from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, full_weights
+
+pytestmark = YOUNG_AVERAGES
+
 
 RANKS = 32
 DECAY = 0.75

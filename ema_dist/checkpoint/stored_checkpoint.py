@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ema_dist.averages.initial_weights import LARGEST_SHARE
 from ema_dist.averages.state import STATE_FORMAT
 from ema_dist.checkpoint.dcp.checkpoint_index import CheckpointIndex, TrackNames, dotted_name
 from ema_dist.checkpoint.dcp.metadata import read_metadata
@@ -75,10 +76,18 @@ class StoredAverages:
         """Averages taken."""
         return int(self.clock.updates)
 
-    @property
-    def is_stale(self) -> bool:
-        """Whether no average was taken in any step: the averages are still a copy of live weights."""
-        return self.steps > 0 and self.updates == 0
+    def describe_initial_weights(self, track: str) -> str:
+        """How much of a track still are the weights at which averaging began; empty for a tenth or less."""
+        mass = self.clock.initial_masses[track]
+        if mass <= LARGEST_SHARE:
+            return ""
+        if not self.updates:
+            steps = f"{self.steps} step{'s' * (self.steps != 1)}"
+            return f"the averages of track {track!r} are copies of live weights: none was taken in {steps}"
+        return (
+            f"{mass:.1%} of the averages of track {track!r} still are the weights at which averaging began: "
+            f"{self.updates} update{'s' * (self.updates != 1)} by {self.decays[track].record.describe()}"
+        )
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,8 @@ class WeightSelection:
     """Extra states of modules, by name: the DCP names of their parts."""
     averages: StoredAverages | None = None
     """The state that the averages are from; None for live weights."""
+    track: str = ""
+    """The name of their track there."""
     is_model_missing: bool = False
     """Whether the checkpoint holds averages, but not the live model they belong to."""
 
@@ -149,12 +160,13 @@ class StoredCheckpoint:
                 extra_states=states,
             )
         averages = self.averages[key_path]
-        selected = self._select_track(averages, track)
+        track_name = self._select_track(averages, track)
+        selected = averages.tracks[track_name]
         if model is None:
             sources = {
                 name: self._source_and_dtype(dcp_name, dcp_name, dtype) for name, dcp_name in selected.all.items()
             }
-            return WeightSelection(sources, averages=averages, is_model_missing=True)
+            return WeightSelection(sources, averages=averages, track=track_name, is_model_missing=True)
         if mismatches := self.mismatches(selected, tensors):
             raise CheckpointError(
                 f"{self.folder}: the averages in {dotted_name(key_path)!r} and the model in {dotted_name(model)!r} "
@@ -168,6 +180,7 @@ class StoredCheckpoint:
             guessed_ties={} if self.manifest else ties,
             extra_states=states,
             averages=averages,
+            track=track_name,
         )
 
     def matching_models(self, averages: KeyPath) -> list[KeyPath]:
@@ -309,14 +322,14 @@ class StoredCheckpoint:
         stored_dtype = self.index.dtype(source)
         return source, (dtype or self.index.dtype(live)) if stored_dtype.is_floating_point else stored_dtype
 
-    def _select_track(self, averages: StoredAverages, track: str | None) -> TrackNames:
+    def _select_track(self, averages: StoredAverages, track: str | None) -> str:
         tracks = averages.tracks
         name = track or (next(iter(tracks)) if len(tracks) == 1 else "default")
         if name not in tracks:
             raise CheckpointError(
                 f"{self.folder}: expected a track {name!r}, found {sorted(tracks)}; choose one of these"
             )
-        return tracks[name]
+        return name
 
     def _select_entries(self, weights_kind: WeightsKind, entry: str | None) -> tuple[KeyPath | None, KeyPath | None]:
         """The paths of the averages and of the model to select from; None for either if there is none."""

@@ -116,8 +116,8 @@ def _caveats(stored: StoredCheckpoint, selection: WeightSelection) -> Iterator[s
         model_names = ", ".join(repr(dotted_name(key_path)) for key_path in stored.index.models)
         with_names = f" with the names of these averages (it holds {model_names})" if model_names else ""
         yield (f"{stored.folder} holds no live model{with_names}: only tensors that have an average are exported")
-    if selection.averages and selection.averages.is_stale:
-        yield (f"the averages are copies of live weights: none was taken in {selection.averages.steps} steps")
+    if selection.averages and (note := selection.averages.describe_initial_weights(selection.track)):
+        yield note
     if trained := [name for name in selection.without_average if name in stored.index.optimized_names]:
         yield (
             f"{len(trained)} tensors that an optimizer in the checkpoint trains have no average and are exported with "

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from ema_dist.averages.initial_weights import LARGEST_SHARE
 from ema_dist.checkpoint.dcp.checkpoint_index import CheckpointIndex, TrackNames, dotted_name
 from ema_dist.checkpoint.stored_checkpoint import StoredAverages, StoredCheckpoint, StoredDecay
 from ema_dist.checkpoint.values import KeyPath
@@ -156,6 +157,9 @@ def _header_rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             counts += f", time {averages['time']:,.12g}" if averages["time"] != averages["steps"] else ""
             decay_per_unit = f"decay {decay['decay']:.9g} per {decay['per']}"
             yield "averages", f"{_entry_label(entry)}, track {name}: {half_life} ({decay_per_unit}), {counts}"
+            if track["initial_mass"] > LARGEST_SHARE:
+                share = f"{track['initial_mass']:.1%}"
+                yield "note", f"{share} of track {name} still is the weights at which averaging began"
 
 
 def _print_entries(summary: Mapping[str, Any]) -> None:

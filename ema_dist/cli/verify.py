@@ -89,11 +89,11 @@ def _check_averages(stored: StoredCheckpoint, report: Report) -> None:
         with report.collecting_errors():
             averages = stored.averages[key_path]
             tracks = averages.tracks
-            if averages.is_stale:
-                report.notes.append(
-                    f"the averages in {dotted_name(key_path)!r} are copies of live weights: none was taken in "
-                    f"{averages.steps} steps"
-                )
+            report.notes += [
+                f"{note}, in {dotted_name(key_path)!r}"
+                for note in map(averages.describe_initial_weights, tracks)
+                if note
+            ]
             models = {model: stored.index.models[model] for model in stored.matching_models(key_path)}
             if not models:
                 report.notes.append(f"{stored.folder} holds no model for the averages in {dotted_name(key_path)!r}")

@@ -20,7 +20,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ema_dist import ShardedEMA
 from ema_dist.kernels import chunks
 from ema_dist.sharding import Layout
-from tests.support.layouts import assert_bitwise_equal
+from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal
+
+pytestmark = YOUNG_AVERAGES
+
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 

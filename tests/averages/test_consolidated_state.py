@@ -15,7 +15,18 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from ema_dist import Compensated, ShardedEMA
-from tests.support.layouts import assert_bitwise_equal, averages_of_tracks, layouts, make_net, make_trained, wrap
+from tests.support.layouts import (
+    YOUNG_AVERAGES,
+    assert_bitwise_equal,
+    averages_of_tracks,
+    layouts,
+    make_net,
+    make_trained,
+    wrap,
+)
+
+pytestmark = YOUNG_AVERAGES
+
 
 SHARDED = ("ddp-3", "fsdp1", "fsdp2", "fsdp2-3", "hsdp", "fsdp2-tp")
 

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ema_dist import ShardedEMA, compute_ema
 from tests.support.layouts import (
+    YOUNG_AVERAGES,
     assert_bitwise_equal,
     evaluate,
     full_weights,
@@ -23,6 +24,8 @@ from tests.support.layouts import (
     peak_resident_memory,
     wrap,
 )
+
+pytestmark = YOUNG_AVERAGES
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp", "ddp-compiled", "fsdp2-checkpointed")

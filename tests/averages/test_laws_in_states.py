@@ -18,8 +18,11 @@ from torch import nn
 from ema_dist import HalfLife, Power, ShardedEMA, Uniform, checkpoint
 from tests.schedules.laws import FORMULAS, LAWS
 from tests.support.cli_runs import run_ok
-from tests.support.layouts import IGNORED_WARNINGS, averages_of_tracks, make_net, wrap
+from tests.support.layouts import IGNORED_WARNINGS, YOUNG_AVERAGES, averages_of_tracks, make_net, wrap
 from tests.support.reshard_cases import run_in_world
+
+pytestmark = YOUNG_AVERAGES
+
 
 FORMAT_1 = Path(__file__).with_name("format_1")
 """A folder that the version before laws and clocks wrote by plain ``dcp.save``.

@@ -263,7 +263,7 @@ def one_weight(**settings: Any) -> tuple[nn.Linear, ShardedEMA, Tensor]:  # noqa
     """A model of one weight that is 0, its averages at decay 0, and the average itself, which nobody waits for."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    ema = ShardedEMA(model, **{"decay": 0.0, "store": Offloaded()} | settings)
+    ema = ShardedEMA(model, **{"decay": HalfLife(0), "store": Offloaded()} | settings)
     return model, ema, ema.state_dict()["tracks"]["default"]["averages"]["weight"]
 
 
@@ -460,6 +460,9 @@ import torch
 from torch import nn
 from ema_dist import Offloaded, ShardedEMA
 from ema_dist.averages import offload
+
+pytestmark = YOUNG_AVERAGES
+
 model = nn.Linear(2, 2)
 ema = ShardedEMA(model, store=Offloaded())
 moves = offload._run_kernels

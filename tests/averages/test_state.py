@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ema_dist import HalfLife, ShardedEMA
 from tests.support.layouts import (
     IGNORED_WARNINGS,
+    YOUNG_AVERAGES,
     assert_bitwise_equal,
     full_weights,
     layouts,
@@ -25,6 +26,8 @@ from tests.support.layouts import (
     wrap,
 )
 from tests.support.reshard_cases import reshard_cases, run_in_world
+
+pytestmark = YOUNG_AVERAGES
 
 
 @reshard_cases

@@ -21,6 +21,7 @@ from ema_dist.checkpoint.dcp.reader import read_entries
 from ema_dist.sharding import local_tensor
 from tests.support.layouts import (
     STORAGE_LAYOUTS,
+    YOUNG_AVERAGES,
     Net,
     assert_bitwise_equal,
     full_weights,
@@ -30,6 +31,9 @@ from tests.support.layouts import (
     wrap,
 )
 from tests.support.reshard_cases import reshard_cases, run_in_world
+
+pytestmark = YOUNG_AVERAGES
+
 
 Run = tuple[nn.Module, Optimizer, ShardedEMA]
 

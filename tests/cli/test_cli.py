@@ -221,6 +221,7 @@ def test_the_newest_step_is_the_default(tmp_path: Path) -> None:
     assert "[1, 2]" in result.stderr
 
 
+@pytest.mark.filterwarnings("ignore:decay=[01]:UserWarning")
 @pytest.mark.parametrize(
     ("decay", "expected"),
     [
@@ -477,6 +478,9 @@ import ema_dist.checkpoint  # older versions of torch write a file while they ar
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
 from ema_dist.cli import main
+
+pytestmark = YOUNG_AVERAGES
+
 main()
 """
 

@@ -8,6 +8,9 @@ import pytest
 
 from ema_dist.communication.call_history import CallHistory
 from ema_dist.communication.outcome import Report, compare_reports
+from tests.support.layouts import YOUNG_AVERAGES
+
+pytestmark = YOUNG_AVERAGES
 
 
 def history(calls: Sequence[tuple[str, float]]) -> CallHistory:

@@ -21,7 +21,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import HalfLife, Offloaded, ShardedEMA, Stochastic, checkpoint
 from ema_dist.communication.rendezvous import RendezvousError, announce_failure
-from tests.support.layouts import assert_bitwise_equal, evaluate, full_weights, layouts, make_net, make_trained, wrap
+from tests.support.layouts import (
+    YOUNG_AVERAGES,
+    assert_bitwise_equal,
+    evaluate,
+    full_weights,
+    layouts,
+    make_net,
+    make_trained,
+    wrap,
+)
+
+pytestmark = YOUNG_AVERAGES
 
 
 @layouts("ddp", "ddp-3", "hsdp")
@@ -155,7 +166,7 @@ def test_ranks_that_differ_are_told_what_differs() -> None:
     """Ranks that name other tracks, have made other calls, or construct with other settings, under DDP."""
     rank = dist.get_rank()
     model = DistributedDataParallel(make_net("ddp"))
-    two = ShardedEMA(model, decay={"a": 0.0, "b": 0.9}, timeout=10.0)
+    two = ShardedEMA(model, decay={"a": HalfLife(0), "b": 0.9}, timeout=10.0)
     track = "ab"[rank]
     with pytest.raises(RendezvousError, match=r"rank 0 made swapped\('a'\), rank 1 made swapped\('b'\)") as caught:
         two.swapped(track).__enter__()

@@ -18,6 +18,10 @@ from ema_dist.communication.rendezvous import RendezvousSeries, announce_failure
 from ema_dist.communication.store import rendezvous_store
 from ema_dist.messages import describe_ranks
 from ema_dist.sharding import world_store
+from tests.support.layouts import YOUNG_AVERAGES
+
+pytestmark = YOUNG_AVERAGES
+
 
 STORES = ["tcp", "tcp without libuv", "file", "memory"]
 

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ema_dist import Compensated, ShardedEMA
+from ema_dist import Compensated, HalfLife, ShardedEMA
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.evaluation import swap
 from ema_dist.kernels import scratch
 from ema_dist.sharding import Shard, has_equal_bits
 from tests.support.interrupter import Interrupter, Interruption
-from tests.support.layouts import averages_of_tracks
+from tests.support.layouts import YOUNG_AVERAGES, averages_of_tracks
+
+pytestmark = YOUNG_AVERAGES
+
 
 WRITING = ("evaluation/swap.py", "evaluation/model_with_averages.py", "kernels/exchange.py")
 """The modules whose bytecodes are interrupted."""
@@ -50,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "equal dtypes": {},
     "different dtypes": {},
     "hi/lo": {"dtype": torch.bfloat16, "rounding": Compensated()},
-    "two tracks": {"decay": {"a": 0.5, "b": 0.25}},
+    "two tracks": {"decay": {"a": 0.5, "b": HalfLife(0.5)}},
 }
 
 

@@ -21,6 +21,7 @@ from ema_dist import ShardedEMA, checkpoint
 from ema_dist.evaluation.serving import CAST_COPY, DIRECT, GATHERED_COPY
 from ema_dist.sharding import fsdp2
 from tests.support.layouts import (
+    YOUNG_AVERAGES,
     assert_bitwise_equal,
     evaluate,
     full_weights,
@@ -31,6 +32,9 @@ from tests.support.layouts import (
     train_step,
     wrap,
 )
+
+pytestmark = YOUNG_AVERAGES
+
 
 SERVED = (
     *("plain", "ddp", "ddp-3", "fsdp2", "fsdp2-1", "fsdp2-3", "fsdp2-4", "fsdp2-root", "fsdp2-keep", "hsdp", "tp"),

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ema_dist import ShardedEMA
-from tests.support.layouts import assert_bitwise_equal, evaluate, full_weights, layouts, make_trained
+from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, evaluate, full_weights, layouts, make_trained
+
+pytestmark = YOUNG_AVERAGES
 
 
 class Codebook(nn.Module):

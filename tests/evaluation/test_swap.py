@@ -22,6 +22,7 @@ from ema_dist.evaluation.swap import Swap
 from ema_dist.kernels import DEVICE_SCRATCH_BYTES
 from tests.support.layouts import (
     LAYOUTS,
+    YOUNG_AVERAGES,
     Net,
     assert_bitwise_equal,
     evaluate,
@@ -32,6 +33,8 @@ from tests.support.layouts import (
     peak_resident_memory,
     wrap,
 )
+
+pytestmark = YOUNG_AVERAGES
 
 
 def unwrapped_output(layout: str, weights: dict[str, Tensor]) -> Tensor:

@@ -16,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ema_dist import ShardedEMA
 from ema_dist.kernels import DEVICE_SCRATCH_BYTES
 from tests.schedules.laws import LAWS
-from tests.support.layouts import assert_bitwise_equal, full_weights
+from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, full_weights
+
+pytestmark = YOUNG_AVERAGES
 
 
 def make_model(layout: str, dtype: torch.dtype = torch.float32) -> nn.Module:

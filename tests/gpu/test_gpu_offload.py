@@ -14,7 +14,10 @@ from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy, FullyShardedDat
 
 from ema_dist import Offloaded, ShardedEMA, checkpoint, compute_ema
 from tests.gpu.test_gpu import LAYOUTS, make_model, no_host_sync
-from tests.support.layouts import assert_bitwise_equal, full_weights
+from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, full_weights
+
+pytestmark = YOUNG_AVERAGES
+
 
 STAGING_BYTES = 64 * 2**20
 

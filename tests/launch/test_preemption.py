@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import train
-from ema_dist import ShardedEMA
+from ema_dist import HalfLife, ShardedEMA
 from ema_dist.evaluation.swap import active_swaps
 from recipe import metrics
 from recipe.checkpoints import Checkpoints
@@ -26,6 +26,10 @@ from recipe.data import Images, load_images
 from recipe.preemption import Preempted, PreemptionHandler
 from recipe.script import UsageError
 from tests.support.injected_signals import read_metrics
+from tests.support.layouts import YOUNG_AVERAGES
+
+pytestmark = YOUNG_AVERAGES
+
 
 SHORT = ("--device", "cpu", "--epochs", "2", "--batch-size", "600", "--half-life", "2")
 STEPS, TEST_BATCHES = 2, 5  # in an epoch, with the options above
@@ -65,7 +69,7 @@ class RecordingCheckpoints(Checkpoints):
         return self.state["model"]
 
     def weights(self) -> list[Tensor]:
-        live = ShardedEMA(self.model, decay=0.0).full_state_dict()  # nothing averaged yet: these are the live weights
+        live = ShardedEMA(self.model, decay=HalfLife(0)).full_state_dict()  # the live weights
         averages = self.state["ema"].full_state_dict()
         return [*live.values(), *averages.values()]
 

@@ -11,6 +11,9 @@ from torch import nn
 from ema_dist import HalfLife, Power, ShardedEMA, Uniform
 from ema_dist.schedules.clock import Clock
 from tests.schedules.laws import FORMULAS, LAWS, expected_updates
+from tests.support.layouts import YOUNG_AVERAGES
+
+pytestmark = YOUNG_AVERAGES
 
 
 @pytest.mark.parametrize(

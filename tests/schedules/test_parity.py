@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from ema_dist import InverseGamma, Schedule, ShardedEMA, Uniform, Warmup
+from tests.support.layouts import YOUNG_AVERAGES
+
+pytestmark = YOUNG_AVERAGES
+
 
 STEPS = 40
 REASON = "needs the package it compares with: tox -e peers"

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ema_dist import ShardedEMA
 from tests.support.layouts import (
+    YOUNG_AVERAGES,
     assert_bitwise_equal,
     full_weights,
     layouts,
@@ -16,6 +17,8 @@ from tests.support.layouts import (
     make_trained,
     wrap,
 )
+
+pytestmark = YOUNG_AVERAGES
 
 
 def test_buffers_that_are_replaced_are_followed() -> None:

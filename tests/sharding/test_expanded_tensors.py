@@ -14,6 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA, checkpoint
+from tests.support.layouts import YOUNG_AVERAGES
+
+pytestmark = YOUNG_AVERAGES
 
 
 class Expanded(nn.Module):

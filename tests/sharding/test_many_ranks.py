@@ -11,6 +11,9 @@ import pytest
 
 from ema_dist import ShardedEMA
 from launch.cost.fake_ranks import FakeCase, FakeLayout, build, fake_ranks
+from tests.support.layouts import YOUNG_AVERAGES
+
+pytestmark = YOUNG_AVERAGES
 
 
 def _count_calls(run: Callable[[], object]) -> int:

@@ -13,7 +13,10 @@ from torch.distributed.fsdp import FSDPModule
 from ema_dist import ShardedEMA, checkpoint, compute_ema
 from ema_dist.sharding import Layout
 from ema_dist.sharding.plain_shard import PlainShard
-from tests.support.layouts import make_net, wrap
+from tests.support.layouts import YOUNG_AVERAGES, make_net, wrap
+
+pytestmark = YOUNG_AVERAGES
+
 
 DEVICE = torch.device("cuda", 3)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from typer.testing import CliRunner, Result
 
-from ema_dist import ShardedEMA, checkpoint
+from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.cli.app import app
 from tests.support.layouts import make_trained
 
@@ -50,7 +50,7 @@ def make_dcp_checkpoint(folder: Path, **settings: Any) -> tuple[Path, ShardedEMA
 
 def make_checkpoint(root: Path, step: int = 3, **entries: Any) -> tuple[Path, nn.Module, ShardedEMA]:  # noqa: ANN401
     """Saves a trained model, averages and `entries` with `ema_dist.checkpoint`; returns root, model and averages."""
-    model, ema = make_trained("plain")
+    model, ema = make_trained("plain", decay=HalfLife(0.75))  # after three steps, the commands have nothing to note
     checkpoint.save({"model": model, "ema": ema, **entries}, root, step=step)
     return root, model, ema
 

@@ -33,12 +33,16 @@ from ema_dist.checkpoint.weights.reader import WeightReader
 from tests.support import harness
 from tests.support.layouts import (
     IGNORED_WARNINGS,
+    YOUNG_AVERAGES,
     assert_bitwise_equal,
     layouts,
     make_net,
     make_trained,
     peak_resident_memory,
 )
+
+pytestmark = YOUNG_AVERAGES
+
 
 # Before 1.0, huggingface_hub misses in each of several files what the others hold.
 READS_SHARDS_STRICTLY = int(huggingface_hub.__version__.split(".")[0]) >= 1
