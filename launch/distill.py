@@ -40,7 +40,7 @@ def distill(args: argparse.Namespace, device: torch.device) -> None:
     labelled_batches = Batches(labelled, args.labels, args.seed, *rank_and_size)  # one step an epoch
     batches = Batches(training, args.batch_size, args.seed, *rank_and_size)  # the labels are not used
     net = VisionTransformer()
-    law = HalfLife(args.half_life)
+    law = HalfLife(args.half_life, ramp=0.1)  # the teacher forgets the first weights at once
     print_rank_0(describe_run(args.parallel, device.type, net, law))
     model = wrap(net, args.parallel, device)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ema_dist import Offloaded, ShardedEMA, compute_ema
+from ema_dist import HalfLife, Offloaded, ShardedEMA, checkpoint, compute_ema
 from tests.support.layouts import (
     YOUNG_AVERAGES,
     assert_bitwise_equal,
@@ -44,6 +46,45 @@ pytestmark = YOUNG_AVERAGES
 def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ShardedEMA(nn.Linear(2, 2), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "bfloat16"}, r"dtype is a torch\.dtype.*torch\.bfloat16.*'bfloat16'"),
+        ({"start": "100ba"}, r"start is a time.*'100ba'"),
+        ({"update_interval": 1.5}, r"update_interval is an integer.*\b1\.5\b"),
+        ({"select": ["weight"]}, r"select is a function.*\['weight'\]"),
+        ({"decay": "0.999"}, r"decay is a number.*'0\.999'"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ShardedEMA(nn.Linear(2, 2), **settings)
+
+
+@pytest.mark.parametrize("value", ["1000ba", True])
+def test_a_half_life_that_is_no_number_is_refused(value: Any) -> None:  # noqa: ANN401
+    with pytest.raises(TypeError, match=rf"half-life is a time.*{value!r}"):
+        HalfLife(value)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"expected the model.*torch\.nn\.Module.*\bgenerator\b"):
+        ShardedEMA(nn.Linear(2, 2).parameters())
+
+
+@pytest.mark.parametrize("decay", [0.001, 0, 1, 1.0, {"a": 0.999, "b": 0.1}])
+def test_a_decay_that_looks_like_the_weight_of_the_live_values_warns(decay: Any) -> None:  # noqa: ANN401
+    with pytest.warns(UserWarning, match=r"decay=.*factor of the old average.*HalfLife") as caught:
+        ShardedEMA(nn.Linear(2, 2), decay=decay)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_module_is_not_what_a_checkpoint_holds(tmp_path: Path) -> None:
+    for call in (partial(checkpoint.save, step=1), checkpoint.load):
+        with pytest.raises(TypeError, match=r"expected a dictionary.*\bLinear\b.*\{'model': model\}"):
+            call(nn.Linear(2, 2), tmp_path)
 
 
 def test_selecting_an_integer_parameter_is_refused() -> None:

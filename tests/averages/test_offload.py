@@ -33,6 +33,7 @@ from ema_dist.sharding.mesh_shard import MeshShard
 from tests.support.layouts import (
     IGNORED_WARNINGS,
     STORAGE_LAYOUTS,
+    YOUNG_AVERAGES,
     assert_bitwise_equal,
     evaluate,
     full_weights,
@@ -44,6 +45,8 @@ from tests.support.layouts import (
     wrap,
 )
 from tests.support.reshard_cases import run_in_world
+
+pytestmark = YOUNG_AVERAGES
 
 few_layouts = layouts("plain", "ddp-3", "fsdp1", "hsdp")
 some_layouts = layouts("plain", "ddp-3", "fsdp1", "fsdp2-3", "hsdp", "tp", "fsdp2-tp")
@@ -460,9 +463,6 @@ import torch
 from torch import nn
 from ema_dist import Offloaded, ShardedEMA
 from ema_dist.averages import offload
-
-pytestmark = YOUNG_AVERAGES
-
 model = nn.Linear(2, 2)
 ema = ShardedEMA(model, store=Offloaded())
 moves = offload._run_kernels

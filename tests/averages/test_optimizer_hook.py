@@ -28,6 +28,8 @@ def test_attach_counts_real_steps_only(layout: str) -> None:
     assert ema.steps == 1
     with pytest.raises(RuntimeError, match=r"optimizer.*remove\(\).*update\(\)"):
         ema.attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"update\(\) while an optimizer is attached.*twice.*remove\(\)"):
+        ema.update()
     handle.remove()
     train_step(model, optimizer, 1)
     assert ema.steps == 1
@@ -113,6 +115,76 @@ def test_an_optimizer_that_steps_by_another_ones_step_counts_once(inner: int) ->
         optimizer.step()
     assert ema.updates == 2
     assert ema.full_state_dict()["weight"].item() == 0.5 * (0.5 * 2) + 0.5 * 4
+
+
+class AcceleratedOptimizer(torch.optim.Optimizer):
+    """As accelerate's: it has the type of an optimizer, and no hooks."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self.optimizer, name)
+
+    def step(self, closure: Any = None) -> None:  # noqa: ANN401
+        self.optimizer.step(closure)
+
+
+class _FabricOptimizer:
+    """As Fabric's: its type and attributes are made from those of the optimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.__dict__ = {name: value for name, value in vars(optimizer).items() if name != "step"}
+        self.__class__ = type(f"Fabric{type(optimizer).__name__}", (type(self), type(optimizer)), {})
+        self._optimizer = optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
+
+    def step(self, closure: Any = None) -> None:  # noqa: ANN401
+        self._optimizer.step(closure)
+
+
+class LightningOptimizer(_FabricOptimizer):
+    """As Lightning's."""
+
+
+AcceleratedOptimizer.__module__ = "accelerate.optimizer"
+_FabricOptimizer.__module__ = "lightning_fabric.wrappers"
+LightningOptimizer.__module__ = "pytorch_lightning.core.optimizer"
+
+
+@pytest.mark.parametrize("wrapper", [AcceleratedOptimizer, _FabricOptimizer, LightningOptimizer])
+def test_the_optimizer_in_a_known_wrapper_is_attached(wrapper: Any) -> None:  # noqa: ANN401
+    model = nn.Linear(2, 2)
+    wrapped = wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    ema = ShardedEMA(model)
+    ema.attach(wrapped)
+    model(torch.ones(1, 2)).sum().backward()
+    wrapped.step()
+    assert ema.steps == 1
+
+
+class WithoutInit(torch.optim.Optimizer):
+    """A wrapper that nobody knows, and that never called ``Optimizer.__init__``."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        self.param_groups = inner.param_groups
+
+
+def test_what_is_no_optimizer_is_refused_with_what_to_attach() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = ShardedEMA(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer.*StepLR.*\bSGD\b.*'optimizer'"):
+        ema.attach(scheduler)
+    with pytest.raises(ValueError, match=r"Optimizer\.__init__\(\).*WithoutInit.*\bSGD\b.*'inner'"):
+        ema.attach(WithoutInit(optimizer))
+    with pytest.raises(TypeError, match=r"expected.*\bLinear\b.*update\(\)"):
+        ema.attach(model)
 
 
 def test_attaching_the_optimizer_of_another_model_is_refused() -> None:

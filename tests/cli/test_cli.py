@@ -20,7 +20,9 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from tests.support.cli_runs import load_exported, make_checkpoint, make_dcp_checkpoint, run, run_ok, save_with_dcp
-from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, make_trained
+from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, full_weights, layouts, make_net, make_trained
+
+pytestmark = YOUNG_AVERAGES
 
 SOURCES: dict[str, Callable[[Path], tuple[Path, ShardedEMA]]] = {
     "ours": lambda path: make_checkpoint(path / "root")[::2],
@@ -478,9 +480,6 @@ import ema_dist.checkpoint  # older versions of torch write a file while they ar
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
 from ema_dist.cli import main
-
-pytestmark = YOUNG_AVERAGES
-
 main()
 """
 
