@@ -49,7 +49,7 @@ def draw() -> Figure:
     titles = (
         "weight of the live value at each step",
         "share that still is the initial weights",
-        f"share of each step in the average after {STEPS:,}",
+        f"share of each step, at step {STEPS:,}",
     )
     shown = [*range(10), *range(10, 100, 10), *range(100, STEPS, 30), STEPS - 1]
     steps = [index + 1 for index in shown]
@@ -62,7 +62,8 @@ def draw() -> Figure:
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(xscale="log", yscale="log", ylim=(1e-4, 1.3))
-    panels[2].set(ylim=(0, 0.0125), title=f"share of each step in the average after {STEPS:,}")
+    panels[0].minorticks_off()
+    panels[2].set_ylim(0, 0.0125)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False
     )

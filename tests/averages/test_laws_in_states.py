@@ -274,3 +274,22 @@ def test_a_checkpoint_without_averages_starts_the_clock_anew(tmp_path: Path) -> 
     with pytest.warns(UserWarning, match="no averages"):
         checkpoint.load({"model": model, "ema": ema}, tmp_path)
     assert ema.metrics() == ShardedEMA(model, decay={"a": HalfLife(2), "b": Uniform()}).metrics()
+
+
+def test_a_later_start_follows_again() -> None:
+    """Averaging begins anew there, whatever the state says."""
+    model = nn.Linear(1, 1, bias=False)
+    ema = ShardedEMA(model, decay=LAWS)
+    for _ in range(5):
+        ema.update()
+    later = ShardedEMA(model, decay=LAWS, start=6)
+    later.load_state_dict(ema.state_dict())
+    later.update()
+    assert {later.initial_mass(name) for name in LAWS} == {1.0}
+    for t in (1, 2):
+        before = {name: value_of(later, name) for name in LAWS}
+        nn.init.constant_(model.weight, float(t))
+        later.update()
+        for name, formula in FORMULAS.items():
+            expected = before[name] + formula.weight(t, 1, t - 1) * (t - before[name])
+            assert value_of(later, name) == pytest.approx(expected, rel=1e-5)
