@@ -25,7 +25,7 @@ from recipe.checkpoints import Checkpoints, TrainingProgress, saved_settings
 from recipe.data import Batches, load_images
 from recipe.evaluation import evaluate
 from recipe.folders import claim_output_dir, describe_checkpoint_dir, new_run_id
-from recipe.metrics import HEADING, EpochMetrics, progress_bar, write_metrics
+from recipe.metrics import HEADING, EpochMetrics, TensorBoard, progress_bar, write_metrics
 from recipe.model import VisionTransformer
 from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, describe_run, process_group, wrap
 from recipe.preemption import Preempted, PreemptionHandler
@@ -36,10 +36,10 @@ from recipe.stopwatch import stopwatch
 def main() -> None:
     args = parse_arguments()
     with process_group(args.device) as device:
-        train(args, device)
+        train(args, device, TensorBoard(args.output_dir if args.tensorboard else None))
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
+def train(args: argparse.Namespace, device: torch.device, tensorboard: TensorBoard) -> None:
     """The recipe: data, model, optimizer, average; then epochs of training and evaluation, with checkpoints."""
     preemption = PreemptionHandler()
     torch.manual_seed(args.seed)
@@ -96,8 +96,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             with ema.swapped():
                 average = evaluate(model, test, before_batch=stop_if_preempted)
             # A run that resumed at the end of this epoch has taken no step of it: the share of time is then NaN.
-            update_share = update_time.read() / (step_time.read() or math.nan)
-            progress.rows.append(EpochMetrics(epoch, ema.steps, *live, *average, update_share))
+            progress.rows.append(
+                EpochMetrics(
+                    *(epoch, ema.steps, *live, *average),
+                    average_distance=ema.distance(),
+                    update_share_of_step_time=update_time.read() / (step_time.read() or math.nan),
+                )
+            )
+            tensorboard.add(progress.rows[-1], ema.metrics())
             bar.console.print(str(progress.rows[-1]))
             if ema.steps % save_interval == 0 or epoch == args.epochs:
                 checkpoints.save(ema.steps, block=not args.async_checkpoints)
@@ -129,6 +135,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--async-checkpoints", "write checkpoints in the background", action="store_true")
     option("--resume", "continue from the newest checkpoint, if there is one", action="store_true")
     option("--output-dir", "folder for metrics, curves and the averaged model", type=Path, default=Path("runs/digits"))
+    option("--tensorboard", "write scores and ema.metrics() into --output-dir, for TensorBoard", action="store_true")
     args = parser.parse_args()
     if (args.resume or args.checkpoint_every or args.async_checkpoints) and not args.checkpoint_dir:
         parser.error("--resume, --checkpoint-every and --async-checkpoints need --checkpoint-dir")

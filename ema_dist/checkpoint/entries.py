@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,11 +154,16 @@ class ModelEntry(Entry):
 
 
 class EMAEntry(Entry):
-    """A `ShardedEMA`. From a checkpoint without averages for it, it starts from the live weights stored there."""
+    """A `ShardedEMA`. From a checkpoint without averages for it, it starts from the live weights stored there.
 
-    def __init__(self, key: str, ema: ShardedEMA) -> None:
+    Args:
+        models: the other entries; if one is of its model, that takes over these live weights first.
+    """
+
+    def __init__(self, key: str, ema: ShardedEMA, models: Iterable[ModelEntry]) -> None:
         super().__init__(key)
         self.ema = ema
+        self._is_model_loaded = any(self.belongs_to(model) for model in models)
         self._state: dict[KeyPath, Any] = {}
 
     def belongs_to(self, model: ModelEntry) -> bool:
@@ -185,9 +190,10 @@ class EMAEntry(Entry):
                 )
             weight_names = contents.weight_names(model)
             first_track = self.ema.tracks[0]
-            return self._checked_targets(
+            targets = self._checked_targets(
                 {path: weight_names[str(path[-1])] for path in tensors if _track_name(path) == first_track}, contents
             )
+            return {} if self._is_model_loaded else targets
         average_paths = {path for path, name in stored.items() if name in contents.tensors}
         if (found_tracks := sorted({*map(_track_name, average_paths)})) != sorted(self.ema.tracks):
             raise ValueError(f"expected averages of the tracks {self.ema.tracks}, found {found_tracks}")
@@ -206,6 +212,14 @@ class EMAEntry(Entry):
 
     def finish_load(self, contents: Contents) -> None:
         stored = contents.entry_names(self.key)
+        if not stored:
+            warnings.warn(
+                f"the checkpoint has no averages under {self.key!r}: they start from its live weights, at step 0",
+                stacklevel=4,
+            )
+        if not stored and self._is_model_loaded:
+            self.ema.reset()
+            return
         if stored:
             loaded = {
                 path: contents.plain_values[name] for path, name in stored.items() if name not in contents.tensors
@@ -215,10 +229,6 @@ class EMAEntry(Entry):
             tensors = [path for path, value in self._state.items() if isinstance(value, Tensor)]
             loaded = {path: self._state[(path[0], first_track, *path[2:])] for path in tensors}
             loaded |= {("steps",): 0, ("updates",): 0}
-            warnings.warn(
-                f"the checkpoint has no averages under {self.key!r}: they start from its live weights, at step 0",
-                stacklevel=4,
-            )
         self.ema.load_state_dict(unflatten(self._state | loaded))
 
 

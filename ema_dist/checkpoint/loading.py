@@ -23,7 +23,7 @@ from ema_dist.checkpoint.agreement import (
 from ema_dist.checkpoint.dcp.contents import Contents
 from ema_dist.checkpoint.dcp.metadata import read_metadata
 from ema_dist.checkpoint.dcp.reader import read_entries
-from ema_dist.checkpoint.entries import Entry
+from ema_dist.checkpoint.entries import EMAEntry, Entry
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import Manifest, files_to_verify, read_manifest, verify_files
 from ema_dist.checkpoint.saving import make_entries, require_mapping, wait
@@ -91,7 +91,8 @@ def load(
     # No rank reads into its targets before every rank has found that its entries fit.
     checkpoint_rendezvous(f"{call} of {checkpoint.folder}", timeout=timeout, problem="; ".join(problems))
     read_entries(checkpoint.folder, *map(dict, targets.values()), metadata=checkpoint.metadata, group=group)
-    for key, entry in entries.items():
+    # Averages last: where none are stored, they start from the live weights.
+    for key, entry in sorted(entries.items(), key=lambda item: isinstance(item[1], EMAEntry)):
         try:
             entry.finish_load(contents)
         except Exception as error:  # noqa: BLE001, PERF203  every error must reach the other ranks

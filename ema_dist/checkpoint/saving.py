@@ -146,7 +146,7 @@ def make_entries(state: MutableMapping[str, Any]) -> dict[str, Entry]:
             case Optimizer():
                 entries[key] = OptimizerEntry(key, value, [model.layout for model in models.values()])
             case ShardedEMA():
-                entries[key] = EMAEntry(key, value)
+                entries[key] = EMAEntry(key, value, models.values())
             case _:
                 entries[key] = OtherEntry(key, state)
     return entries

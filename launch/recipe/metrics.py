@@ -2,8 +2,10 @@
 
 import csv
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from matplotlib.figure import Figure
@@ -13,14 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .evaluation import Scores
 from .folders import CURVES, METRICS
+from .script import UsageError
 
-HEADING = " epoch   step | live loss  accuracy | average loss  accuracy | update(), % of step time"
+HEADING = " epoch   step | live loss  accuracy | average loss  accuracy  distance | update(), % of step time"
 LIVE_COLOR, AVERAGE_COLOR = "#b0572c", "#1f5fa8"
 
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """Test scores of live and averaged weights after an epoch, and the share of `update()` in the time of its steps."""
+    """Test scores of live and averaged weights after an epoch, and what averaging did and took."""
 
     epoch: int
     step: int
@@ -28,13 +31,26 @@ class EpochMetrics:
     live_accuracy: float
     average_loss: float
     average_accuracy: float
+    average_distance: float
+    """Of the averaged weights from the live ones, over the norm of these."""
     update_share_of_step_time: float
 
     def __str__(self) -> str:
         return (
             f"{self.epoch:6} {self.step:6} | {self.live_loss:9.4f} {self.live_accuracy:9.2%} "
-            f"| {self.average_loss:12.4f} {self.average_accuracy:9.2%} | {self.update_share_of_step_time:23.1%}"
+            f"| {self.average_loss:12.4f} {self.average_accuracy:9.2%} "
+            f"{self.average_distance:9.4f} | {self.update_share_of_step_time:23.1%}"
         )
+
+    def scalars(self) -> dict[str, float]:
+        """The scores by tags for TensorBoard."""
+        return {
+            "test/live loss": self.live_loss,
+            "test/average loss": self.average_loss,
+            "test/live accuracy": self.live_accuracy,
+            "test/average accuracy": self.average_accuracy,
+            "ema/distance": self.average_distance,
+        }
 
     @property
     def average(self) -> Scores:
@@ -47,6 +63,30 @@ def progress_bar(rank: int) -> Progress:
     console = Console(force_terminal=is_terminal, quiet=rank != 0, highlight=False, soft_wrap=True)
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn()
     return Progress(*columns, console=console, transient=True, disable=rank != 0 or not is_terminal)
+
+
+class TensorBoard:
+    """Scalars for TensorBoard in the first rank's `folder`; without a folder, nothing is written."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._writer: Any = None
+        if folder is None:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  an extra
+        except ImportError as error:
+            raise UsageError(
+                f'--tensorboard needs tensorboard: pip install -c constraints.txt ".[tensorboard]" ({error})'
+            ) from error
+        if dist.get_rank() == 0:
+            self._writer = SummaryWriter(str(folder))
+
+    def add(self, row: EpochMetrics, others: Mapping[str, float]) -> None:
+        """Write the numbers of an epoch, and others, which are known by their tags."""
+        if self._writer is not None:
+            for tag, value in (row.scalars() | others).items():
+                self._writer.add_scalar(tag, value, row.step)
+            self._writer.flush()
 
 
 def write_metrics(rows: list[EpochMetrics], folder: Path) -> None:

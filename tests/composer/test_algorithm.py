@@ -33,6 +33,9 @@ from tests.support.composer_runs import (
     on_ranks,
     reference_average,
 )
+from tests.support.layouts import YOUNG_AVERAGES
+
+pytestmark = YOUNG_AVERAGES
 
 
 def averages(ema: EMA) -> dict[str, Tensor]:
