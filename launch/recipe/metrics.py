@@ -84,7 +84,7 @@ class TensorBoard:
     def add(self, row: EpochMetrics, others: Mapping[str, float]) -> None:
         """Write the numbers of an epoch, and others, which are known by their tags."""
         if self._writer is not None:
-            for tag, value in (row.scalars() | others).items():
+            for tag, value in {**row.scalars(), **others}.items():
                 self._writer.add_scalar(tag, value, row.step)
             self._writer.flush()
 
