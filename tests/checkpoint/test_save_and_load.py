@@ -227,12 +227,18 @@ def test_a_checkpoint_from_before_the_averages_starts_them_from_its_live_weights
     checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=2)
     run = make_run(layout, make_net(layout, seed=1))
     train(run, 0)
+    run[2].update(elapsed=7)
     with pytest.warns(UserWarning, match=r"'ema'.*live weights.*step 0"):
         checkpoint.load(state_of(run), tmp_path)
     averages = run[2].full_state_dict()
     if averages:
         assert_bitwise_equal(averages, tensors_under("model.", read_all(tmp_path / "step-0000000002")))
-    assert (run[2].steps, run[2].updates) == (0, 0)
+    assert (run[2].steps, run[2].updates, run[2].time, run[2].initial_mass()) == (0, 0, 0.0, 1.0)
+    alone = make_run(layout, make_net(layout, seed=2))[2]
+    with pytest.warns(UserWarning, match=r"'ema'.*live weights.*step 0"):
+        checkpoint.load({"ema": alone}, tmp_path)
+    fulls = (alone.full_state_dict(), averages)
+    assert_bitwise_equal(*({name: value for name, value in f.items() if "frozen" not in name} for f in fulls))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -26,7 +26,7 @@ pytestmark = YOUNG_AVERAGES
 
 def average_after_one_step(model: nn.Module, **settings: Any) -> ShardedEMA:  # noqa: ANN401
     """Averages that differ from the live weights: one step and one update after their start."""
-    ema = ShardedEMA(model, decay=0.5, **settings)
+    ema = ShardedEMA(model, **{"decay": 0.5} | settings)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
@@ -95,6 +95,17 @@ def test_averages_that_never_started_are_reported(tmp_path: Path) -> None:
     assert re.search(r"averages.*\b1 step", run("export", tmp_path / "root", tmp_path / "out").stderr)
     assert re.search(r"averages.*\b1 step.*'ema'", run("verify", tmp_path / "root").stderr)
     assert run("export", make_checkpoint(tmp_path / "moving")[0], tmp_path / "moving").stderr == ""
+
+
+def test_averages_that_still_are_the_initial_weights_are_reported(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    ema = average_after_one_step(model, decay=HalfLife(10))
+    checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=1)
+    told = r"93\.3%.*averages.*'default'.*\b1 update\b.*HalfLife\(10\)"
+    assert re.search(told, run("export", tmp_path / "root", tmp_path / "out").stderr)
+    assert re.search(f"{told}.*'ema'", run("verify", tmp_path / "root").stderr)
+    assert re.search(r"note .*93\.3%.*\bdefault\b", run_ok("inspect", tmp_path / "root"))
+    assert not re.search("%", run("export", tmp_path / "root", tmp_path / "live", "--weights", "live").stderr)
 
 
 def test_averages_of_a_different_model_are_reported(tmp_path: Path) -> None:
