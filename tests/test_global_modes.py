@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ema_dist import Compensated, HalfLife, Offloaded, ShardedEMA, checkpoint, compute_ema
+from ema_dist import Compensated, Offloaded, ShardedEMA, checkpoint, compute_ema
 from tests.support.layouts import (
     IGNORED_WARNINGS,
     LAYOUTS,
@@ -85,7 +85,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "halves of bfloat16": {"dtype": torch.bfloat16, "rounding": Compensated()},
     "stochastic": {"dtype": torch.bfloat16},
     "offloaded": {"store": Offloaded()},
-    "tracks": {"decay": {"a": 0.5, "b": HalfLife(0.5)}},
+    "tracks": {"decay": {"a": 0.5, "b": 0.75}},
     "whole copies": {"replicas": "copy"},
 }
 
