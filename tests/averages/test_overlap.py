@@ -147,14 +147,14 @@ def evaluate(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        ShardedEMA.update,
+        ShardedEMA.reset,
         ShardedEMA.state_dict,
         ShardedEMA.full_state_dict,
         ShardedEMA.check_replicas,
         lambda ema: ema.swapped()(evaluate)(ema.model),
         lambda ema: ema.serving()(evaluate)(ema.model),
     ],
-    ids=["update", "state_dict", "full_state_dict", "check_replicas", "swapped", "serving"],
+    ids=["reset", "state_dict", "full_state_dict", "check_replicas", "swapped", "serving"],
 )
 def test_every_other_call_waits(call: Callable[[ShardedEMA], object], recorder: Recorder) -> None:
     model = nn.Linear(2, 2)
@@ -170,8 +170,8 @@ def test_an_update_in_order_uses_no_side_stream(recorder: Recorder) -> None:
     model = nn.Linear(2, 2)
     ema = ShardedEMA(model)
     optimizer, step = step_of(recorder, model)
-    ema.attach(optimizer)
     ema.update()
+    ema.attach(optimizer)
     assert step() == ["weights are written"]
 
 
