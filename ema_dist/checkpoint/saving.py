@@ -30,6 +30,7 @@ from ema_dist.checkpoint.entries import EMAEntry, Entry, ModelEntry, OtherEntry
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import Manifest
 from ema_dist.checkpoint.optimizer_entry import OptimizerEntry
+from ema_dist.checkpoint.planner import SavePlanner
 from ema_dist.checkpoint.step_folders import create_partial_folder, step_folder
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.ema import ShardedEMA
@@ -98,18 +99,21 @@ def save(
     label = "the names of what is saved (pipeline stages: save them by torch.distributed.checkpoint)"
     require_same_names(label, _saved_names(entries), group)
     state_dict, problems = _collect_state(entries, copy_to_cpu=not block)
+    planner, planning_problems = _plan(state_dict, group) if not problems else (None, [])
+    problems += planning_problems
     if problems := gather_problems([prefix_rank(problem, group) for problem in problems], group):
         raise RuntimeError(f"step {step} is not saved: {'; '.join(problems)}")
+    assert planner is not None, "there was no problem on any rank"
+    planner.reuse_last_plan()
     manifest = _make_manifest(step, entries, group)
     writer = CheckpointWriter(run_on_first_rank(lambda: create_partial_folder(root, step), group), manifest, keep=keep)
     if block:
         try:
-            with torch.device("cpu"):  # DTensor computes offsets in tensors on the default device, perhaps "meta"
-                dcp.save(state_dict, storage_writer=writer, process_group=group)
+            dcp.save(state_dict, storage_writer=writer, planner=planner, process_group=group)
         except CheckpointException as error:
             raise CheckpointError(f"{step_folder(root, step)} was not saved: {_describe_failures(error)}") from error
     else:
-        future = dcp.async_save(state_dict, storage_writer=writer, process_group=group)
+        future = dcp.async_save(state_dict, storage_writer=writer, planner=planner, process_group=group)
         assert isinstance(future, Future), "the writer has staged by the time it returns"
         future.add_done_callback(_log_failure)
         _pending_saves.append(PendingSave(step_folder(root, step), future))
@@ -181,6 +185,15 @@ def _collect_state(entries: Mapping[str, Entry], *, copy_to_cpu: bool) -> tuple[
     # Averages last: in this order, DCP assigns each tensor that several ranks hold to the rank with the fewest bytes so
     # far, and counts a sharded tensor at its full size. Averages sharded over replicas would make rank 0 look busiest.
     return dict(sorted(state_dict.items(), key=lambda item: isinstance(entries[item[0]], EMAEntry))), problems
+
+
+def _plan(state_dict: dict[str, Any], group: ProcessGroup | None) -> tuple[SavePlanner | None, list[str]]:
+    """The planner of a save; None and the problem if DCP cannot plan it."""
+    try:
+        with torch.device("cpu"):  # DTensor computes offsets in tensors on the default device, perhaps "meta"
+            return SavePlanner(state_dict, group), []
+    except Exception as error:  # noqa: BLE001  every error must reach the other ranks
+        return None, [f"DCP cannot plan it: {error!r}"]
 
 
 def _copy_to_cpu(value: Any, memo: dict[int, Tensor]) -> Any:
