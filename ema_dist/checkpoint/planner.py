@@ -42,7 +42,8 @@ class SavePlanner(DefaultSavePlanner):
     """Plans to save ``state_dict`` as torch does, or reuses the plan of the last save over ``group``.
 
     torch gathers the plans of all ranks on the first one, which merges, validates and scatters them. That takes longer
-    with every rank and tensor, and gives the same result for every save of a run.
+    with every rank and tensor, and gives the same result for every save of a run. At the end, torch sends the metadata
+    of the whole checkpoint to every rank, which takes longer still: here it stays on the first one, in `global_metadata`.
 
     Between the constructor and ``dcp.save``, every rank calls `reuse_last_plan`.
 
@@ -55,7 +56,7 @@ class SavePlanner(DefaultSavePlanner):
         super().__init__()
         self._group = group
         self._reused: _FinishedPlan | None = None
-        self._metadata: Metadata | None = None
+        self.global_metadata: Metadata | None = None
         super().set_up_planner(state_dict, is_coordinator=group is None or group.rank() == 0)
         self._requested = super().create_local_plan()
 
@@ -88,19 +89,18 @@ class SavePlanner(DefaultSavePlanner):
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         plans = all_plans
         if self._reused:
-            self._metadata = self._reused.metadata
+            self.global_metadata = self._reused.metadata
         else:
-            plans, self._metadata = super().create_global_plan(all_plans)
+            plans, self.global_metadata = super().create_global_plan(all_plans)
             number = next(_plan_numbers)
             plans = [replace(plan, planner_data=number) for plan in plans]
-        assert self._metadata is not None, "the first rank made the plan that is reused"
-        return plans, replace(self._metadata)  # a copy: the writer adds to it what this save wrote
+        return plans, Metadata({})  # torch sends to all ranks what is returned here
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         if self._reused:
             new_plan = replace(self._reused.assigned, storage_data=new_plan.storage_data)
         elif self._group is not None:
-            _last_plans[self._group] = _FinishedPlan(self._requested, new_plan, new_plan.planner_data, self._metadata)
+            _last_plans[self._group] = _FinishedPlan(self._requested, new_plan, new_plan.planner_data, self.global_metadata)
         return super().finish_plan(new_plan)
 
 

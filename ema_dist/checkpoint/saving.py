@@ -106,7 +106,8 @@ def save(
     assert planner is not None, "there was no problem on any rank"
     planner.reuse_last_plan()
     manifest = _make_manifest(step, entries, group)
-    writer = CheckpointWriter(run_on_first_rank(lambda: create_partial_folder(root, step), group), manifest, keep=keep)
+    partial_folder = run_on_first_rank(lambda: create_partial_folder(root, step), group)
+    writer = CheckpointWriter(partial_folder, manifest, planner, keep=keep)
     if block:
         try:
             dcp.save(state_dict, storage_writer=writer, planner=planner, process_group=group)
