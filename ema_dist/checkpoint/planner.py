@@ -43,7 +43,8 @@ class SavePlanner(DefaultSavePlanner):
 
     torch gathers the plans of all ranks on the first one, which merges, validates and scatters them. That takes longer
     with every rank and tensor, and gives the same result for every save of a run. At the end, torch sends the metadata
-    of the whole checkpoint to every rank, which takes longer still: here it stays on the first one, in `global_metadata`.
+    of the whole checkpoint to every rank, which takes longer still: here it stays on the first one, as
+    `global_metadata`.
 
     Between the constructor and ``dcp.save``, every rank calls `reuse_last_plan`.
 
@@ -100,7 +101,9 @@ class SavePlanner(DefaultSavePlanner):
         if self._reused:
             new_plan = replace(self._reused.assigned, storage_data=new_plan.storage_data)
         elif self._group is not None:
-            _last_plans[self._group] = _FinishedPlan(self._requested, new_plan, new_plan.planner_data, self.global_metadata)
+            _last_plans[self._group] = _FinishedPlan(
+                self._requested, new_plan, new_plan.planner_data, self.global_metadata
+            )
         return super().finish_plan(new_plan)
 
 

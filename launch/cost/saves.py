@@ -1,7 +1,7 @@
 """Measures what a checkpoint takes on 64 real ranks whose tensors are tiny, so that planning and agreement count.
 
-    python -m launch.cost.saves --output-dir docs     # a minute or two; writes the lower half of docs/saves.md
-    python -m launch.cost.saves --quick               # on 4 ranks: whether it works at all
+python -m launch.cost.saves --output-dir docs     # some minutes; writes the lower half of docs/saves.md
+python -m launch.cost.saves --quick               # on 4 ranks: whether it works at all
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
         environment,
         [],
         {"saves": [record]},
-        notes=[f"{ranks} ranks in processes of their own share {environment.threads} threads; the slowest rank counts."],
+        notes=[f"{ranks} ranks, a process each, share this machine; the slowest rank counts."],
         targets=[],
         tables=[
             Table.by_method(
