@@ -18,7 +18,7 @@ from ema_dist.communication.rendezvous import (
 )
 from ema_dist.communication.replica_collectives import describe_drift
 from ema_dist.messages import abbreviated
-from ema_dist.sharding import Layout, ReplicaPolicy
+from ema_dist.sharding import Layout, ReplicaPolicy, is_wrapper_subclass
 
 
 class LiveModel:
@@ -102,6 +102,16 @@ class LiveModel:
         ]:
             raise ValueError(
                 f"select picked {abbreviated(unsupported)}, which are not floating-point and have no average"
+            )
+        if subclasses := {
+            name: type(local).__name__
+            for name in self.selected
+            if is_wrapper_subclass(local := self.layout.parameters[name].local)
+        }:
+            raise ValueError(
+                f"{abbreviated(subclasses)} are trained as the tensor subclass {min(subclasses.values())}, which has "
+                "no average: train plain tensors (with torchao's float8, enable_fsdp_float8_all_gather=False), or "
+                "leave them out by select="
             )
         return self.selected
 

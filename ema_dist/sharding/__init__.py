@@ -10,7 +10,7 @@ from ema_dist.sharding.cpu_copies import cpu_copy, is_sharded, subclass_name
 from ema_dist.sharding.discovery import ReplicaPolicy
 from ema_dist.sharding.gather_rows import merge_bytes
 from ema_dist.sharding.layout import Layout
-from ema_dist.sharding.memory import has_equal_bits
+from ema_dist.sharding.memory import has_equal_bits, is_wrapper_subclass
 from ema_dist.sharding.mesh_shard import local_tensor
 from ema_dist.sharding.plain_shard import ExpandedShard
 from ema_dist.sharding.rank_sets import group_ranks
@@ -28,6 +28,7 @@ __all__ = [
     "group_ranks",
     "has_equal_bits",
     "is_sharded",
+    "is_wrapper_subclass",
     "local_tensor",
     "merge_bytes",
     "replays_cuda_graph",

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper_subclass  # no public name
 
 from ema_dist.sharding.mesh_shard import dtensor_local
 
@@ -36,9 +37,9 @@ def memory_key(tensor: Tensor) -> Hashable:
     Tensors without elements are never one, since their addresses are all 0. An exception is a DTensor of which only
     this rank has no elements: the storage object decides there, so that all ranks come to the same result.
     """
-    if not _has_addressable_memory(tensor):
-        return id(tensor)
     local = dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor
+    if not _has_addressable_memory(local):
+        return id(tensor)
     placement = (tensor.placements, tensor.shape) if isinstance(tensor, DTensor) else None
     if not local.numel():
         # The identity of a storage has no public name.
@@ -84,9 +85,9 @@ def find_shared_memory(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     extents_by_device: dict[torch.device, list[tuple[Extent, int]]] = {}
     for index, (name, tensor) in enumerate(named_tensors):
         names.append(name)
-        if not _has_addressable_memory(tensor):
-            continue
         local = dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor
+        if not _has_addressable_memory(local):
+            continue
         if (dims := expanded_dims(local)) and isinstance(tensor, DTensor):
             return _overlapping_elements(name, "expand made the local tensor of this DTensor")
         local = distinct_elements(local, dims)
@@ -150,10 +151,12 @@ def overlaps_itself(extent: Extent) -> bool:
 
 
 def _has_addressable_memory(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is strided and has storage: sparse and meta tensors, and some subclasses, do not."""
+    """Whether ``tensor`` is strided and has storage: sparse and meta tensors, and wrapper subclasses, do not."""
+    if is_wrapper_subclass(tensor):  # the address of many is 0, as if they were one tensor
+        return False
     try:
         return tensor.layout is torch.strided and not tensor.is_meta and tensor.data_ptr() >= 0
-    except (RuntimeError, ValueError):  # wrapper subclasses and uninitialized parameters raise
+    except (RuntimeError, ValueError):  # other wrapper subclasses and uninitialized parameters raise
         return False
 
 
