@@ -14,7 +14,7 @@ from ema_dist.checkpoint.agreement import (
     checkpoint_rendezvous,
     describe_rank_differences,
     gather_problems,
-    run_on_first_rank,
+    run_on_all_ranks,
 )
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.saving import wait
@@ -55,10 +55,10 @@ def gather(
 
     Collective: over all ranks of the process group, whatever the layout.
     Memory: one file and one full tensor on rank 0, one full tensor elsewhere.
-    Raises: CheckpointError on every rank when rank 0 cannot write, or when the pending background save has failed;
-        RuntimeError when a rank does not arrive in time; ValueError for an unknown track, for a dtype that the format
-        cannot hold, and when ranks hold different models, as pipeline stages do: unite those by
-        ``full_state_dict(pipeline=...)``.
+    Raises: CheckpointError on every rank when rank 0 cannot write, a module raises instead of giving its extra state,
+        or the pending background save has failed; RuntimeError when a rank does not arrive in time; ValueError for an
+        unknown track, for a dtype that the format cannot hold, and when ranks hold different models, as pipeline stages
+        do: unite those by ``full_state_dict(pipeline=...)``.
     """
     wait()
     texts = {
@@ -71,7 +71,7 @@ def gather(
     }
     group = checkpoint_rendezvous("checkpoint.gather(ema, folder)", timeout=timeout, compared=[texts])
     entries = ema.gather(dtype=dtype, track=track)
-    planned = ema.full_shapes(dtype=dtype)
+    planned = run_on_all_ranks(lambda: ema.full_shapes(dtype=dtype), group)
     if different := describe_rank_differences([*planned], group):
         raise ValueError(
             f"ranks hold different models: {different}; unite pipeline stages by ema.full_state_dict(pipeline=...), "
@@ -89,10 +89,7 @@ def gather(
         )
 
     writer = _make_on_first_rank(make_writer, group)
-    if writer is None:
-        _exhaust(entries)
-    paths = run_on_first_rank(lambda: _write(writer, entries) if writer else [], group)
-    return paths if writer else []
+    return run_on_all_ranks(lambda: _write(writer, entries) if writer else _exhaust(entries), group)
 
 
 @in_normal_mode
@@ -139,7 +136,8 @@ def _write(writer: WeightWriter, entries: Iterator[tuple[str, Any]]) -> list[Pat
     return writer.paths
 
 
-def _exhaust(entries: Iterator[tuple[str, Any]]) -> None:
-    """Iterate to the end: the other ranks wait in a collective call for each entry."""
+def _exhaust(entries: Iterator[tuple[str, Any]]) -> list[Path]:
+    """Iterate to the end, and return no files: the other ranks wait in a collective call for each entry."""
     for _ in entries:
         pass
+    return []

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import DefaultSavePlanner, Metadata, SavePlan
 from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import WriteItemType
 
 _plan_numbers = count(1)
 
@@ -92,7 +93,7 @@ class SavePlanner(DefaultSavePlanner):
         if self._reused:
             self.global_metadata = self._reused.metadata
         else:
-            plans, self.global_metadata = super().create_global_plan(all_plans)
+            plans, self.global_metadata = super().create_global_plan(_leave_plain_values_to_first(all_plans))
             number = next(_plan_numbers)
             plans = [replace(plan, planner_data=number) for plan in plans]
         return plans, Metadata({})  # torch sends to all ranks what is returned here
@@ -105,6 +106,13 @@ class SavePlanner(DefaultSavePlanner):
                 self._requested, new_plan, new_plan.planner_data, self.global_metadata
             )
         return super().finish_plan(new_plan)
+
+
+def _leave_plain_values_to_first(plans: list[SavePlan]) -> list[SavePlan]:
+    """The plans without the values beside tensors that the first rank has as well: torch would choose any rank's."""
+    first, *others = plans
+    plain = {item.index for item in first.items if item.type == WriteItemType.BYTE_IO}
+    return [first, *(replace(plan, items=[it for it in plan.items if it.index not in plain]) for plan in others)]
 
 
 def _is_same_request(left: SavePlan, right: SavePlan) -> bool:

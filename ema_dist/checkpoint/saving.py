@@ -66,8 +66,8 @@ def save(
 
     Modules are saved with their live weights, also inside `ShardedEMA.swapped`, under the names of the unwrapped
     module's ``state_dict()``. Optimizers are saved by the names of their parameters, so ``state`` must also hold the
-    modules that they step. Values that are not sharded (plain ones, and those that other ``Stateful`` objects return)
-    are saved from one rank only.
+    modules that they step. Tensors that are not sharded are saved from one rank, other values (plain ones, and those
+    that other ``Stateful`` objects return) from rank 0.
 
     Args:
         state: modules, optimizers, `ShardedEMA`, other ``Stateful`` objects and plain values.

@@ -132,3 +132,11 @@ def test_what_cannot_be_planned_is_refused_on_every_rank(tmp_path: Path, monkeyp
     with pytest.raises(RuntimeError, match=r"rank 1: .*ZeroDivisionError"):
         checkpoint.save({"x": torch.ones(2)}, tmp_path, step=1)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.world_size(4)
+def test_plain_values_are_those_of_the_first_rank(tmp_path: Path) -> None:
+    state: dict[str, Any] = {f"rank {index}": dist.get_rank() for index in range(8)} | {"large": torch.ones(1000)}
+    checkpoint.save(state | {"mine": {f"of {dist.get_rank()}": 1}}, tmp_path, step=1)
+    checkpoint.load(state, tmp_path)
+    assert {state[f"rank {index}"] for index in range(8)} == {0}

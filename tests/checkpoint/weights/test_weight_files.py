@@ -688,3 +688,25 @@ def test_gathering_waits_for_a_save_in_the_background(tmp_path: Path) -> None:
         save({"model": model, "ema": ema}, tmp_path / "saved", step=step, block=False)
         gather(ema, tmp_path / "gathered")
     assert latest(tmp_path / "saved") == 4
+
+
+class StateElsewhere(nn.Linear):
+    """A module whose extra state one rank cannot give."""
+
+    def __init__(self, failing_rank: int) -> None:
+        super().__init__(3, 3)
+        self.failing_rank = failing_rank
+
+    def get_extra_state(self) -> object:
+        if dist.get_rank() == self.failing_rank:
+            raise LookupError("no state here")
+        return torch.ones(2)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_extra_state_that_one_rank_cannot_give_is_an_error_on_all(rank: int, tmp_path: Path) -> None:
+    ema = ShardedEMA(fully_shard(StateElsewhere(rank)))
+    with pytest.raises(CheckpointError, match=rf"rank {rank}: .*no state here"):
+        gather(ema, tmp_path)
+    assert not [*tmp_path.iterdir()]
