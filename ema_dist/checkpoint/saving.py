@@ -30,6 +30,7 @@ from ema_dist.checkpoint.entries import EMAEntry, Entry, ModelEntry, OtherEntry
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import Manifest
 from ema_dist.checkpoint.optimizer_entry import OptimizerEntry
+from ema_dist.checkpoint.optimizer_wrappers import require_torch_optimizer
 from ema_dist.checkpoint.step_folders import create_partial_folder, step_folder
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.ema import ShardedEMA
@@ -140,6 +141,7 @@ def make_entries(state: MutableMapping[str, Any]) -> dict[str, Entry]:
             case ShardedEMA():
                 entries[key] = EMAEntry(key, value)
             case _:
+                require_torch_optimizer(value, key)
                 entries[key] = OtherEntry(key, state)
     return entries
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
 from ema_dist.kernels import DEVICE_SCRATCH_BYTES
+from ema_dist.sharding import local_tensor
 from tests.support.layouts import assert_bitwise_equal, full_weights
 
 
@@ -49,6 +51,18 @@ LAYOUTS = [
         for ranks in (1, 2)
     ],
 ]
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+def test_deep_copies_of_sharded_states_are_on_the_cpu() -> None:
+    """DCP's `DefaultStager` takes them as they are, and sends them to the process that writes."""
+    ema = ShardedEMA(make_model("fsdp2"), decay=0.75)
+    copied, live = copy.deepcopy(ema.state_dict()), ema.state_dict()
+    for name, average in live["tracks"]["default"]["averages"].items():
+        staged = copied["tracks"]["default"]["averages"][name]
+        assert (staged.device.type, average.device.type) == ("cpu", "cuda")
+        assert torch.equal(local_tensor(staged), local_tensor(average).cpu())
 
 
 @pytest.mark.gpu
