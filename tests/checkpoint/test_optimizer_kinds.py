@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 
@@ -265,6 +266,26 @@ def test_it_is_refused_before_anything_is_written(kind: str, tmp_path: Path) -> 
     optimizer = make([*model.parameters()])
     train(model, optimizer, range(2))
     with pytest.raises(RuntimeError, match=words):
+        checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
+    assert not [*tmp_path.iterdir()]
+
+
+class Factored(SGD):
+    """Has moments of rows."""
+
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["rows"] = local_tensor(parameter).detach().flatten(1).sum(dim=1)
+
+
+@pytest.mark.world_size(2)
+def test_factored_moments_of_sharded_parameters_are_refused(tmp_path: Path) -> None:
+    model = fully_shard(nn.Linear(3, 3, bias=False))
+    optimizer = Factored(model.parameters())
+    train(model, optimizer, range(1))
+    with pytest.raises(RuntimeError, match=r"'rows' of 'weight'"):
         checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
     assert not [*tmp_path.iterdir()]
 
