@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
 from ema_dist import ShardedEMA, checkpoint
@@ -65,8 +66,8 @@ def quantized(kind: str) -> nn.Module:
     return model
 
 
-def dequantized(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.dequantize() if name == "0.weight" else value for name, value in weights.items()}
+def plain(value: Tensor) -> Tensor:
+    return value if type(value) is Tensor else value.dequantize()
 
 
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
@@ -81,6 +82,7 @@ def test_frozen_quantized_weights_are_handed_out_as_they_are(kind: str, tmp_path
         expected = model(X)
     full = ema.full_state_dict()
     assert type(full["0.weight"]) is type(model[0].weight.data)
+    assert torch.equal(plain(full["0.weight"]), plain(model[0].weight.data))
     fresh.load_state_dict(full, strict=True)
     assert torch.equal(fresh(X), expected)
     with ema.serving():
@@ -96,6 +98,29 @@ def test_frozen_quantized_weights_are_handed_out_as_they_are(kind: str, tmp_path
     with pytest.raises(ValueError, match=r"0\.weight.*file_format"):
         checkpoint.gather(ema, tmp_path / "safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {"step-0000000000"}
+
+
+@pytest.mark.world_size(2)
+def test_frozen_quantized_weights_beside_sharded_ones_are_handed_out(tmp_path: Path) -> None:
+    """Takes more than five seconds: each rank imports torchao."""
+    model = quantized("Int8WeightOnlyConfig")
+    fully_shard(model, ignored_params={model[0].weight})  # which torchao cannot shard
+    ema = ShardedEMA(model, decay=0.5)
+    with torch.no_grad():
+        for parameter in model[1].parameters():
+            parameter.add_(1.0)
+    ema.update()
+    with ema.swapped():
+        expected = model(X)
+    with ema.serving():
+        assert torch.equal(model(X), expected)
+    full = ema.full_state_dict()
+    checkpoint.gather(ema, tmp_path / "weights", file_format="torch")
+    other = ShardedEMA(model, decay=0.5)
+    checkpoint.scatter(other, tmp_path / "weights")
+    for name, value in other.full_state_dict().items():
+        assert type(value) is type(full[name])
+        assert torch.equal(plain(value), plain(full[name]))
 
 
 class Quantized(Tensor):
