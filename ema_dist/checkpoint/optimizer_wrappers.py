@@ -108,7 +108,9 @@ def _holds_all_of(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> bool:
 def _numbers_parameters(state_dict: Mapping[str, Any]) -> bool:
     """Whether ``state_dict`` refers to parameters by numbers, as `torch.optim.Optimizer.state_dict` does."""
     groups = state_dict.get("param_groups")
-    return isinstance(groups, list) and any(isinstance(number, int) for group in groups for number in group["params"])
+    return isinstance(groups, list) and any(
+        isinstance(number, int) for group in groups for number in group.get("params", ())
+    )
 
 
 def _is_same(left: object, right: object) -> bool:
