@@ -34,6 +34,7 @@ from ema_dist.checkpoint.optimizer_wrappers import require_torch_optimizer
 from ema_dist.checkpoint.step_folders import create_partial_folder, step_folder
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.ema import ShardedEMA
+from ema_dist.messages import abbreviated
 from ema_dist.modes import in_normal_mode
 from ema_dist.sharding import cpu_copy
 
@@ -99,7 +100,8 @@ def save(
     label = "the names of what is saved (pipeline stages: save them by torch.distributed.checkpoint)"
     require_same_names(label, _saved_names(entries), group)
     state_dict, problems = _collect_state(entries, copy_to_cpu=not block)
-    if problems := gather_problems([prefix_rank(problem, group) for problem in problems], group):
+    problems = gather_problems([prefix_rank(problem, group) for problem in problems], group)
+    if problems := problems or gather_problems(_describe_different_numbers(entries, group), group):
         raise RuntimeError(f"step {step} is not saved: {'; '.join(problems)}")
     manifest = _make_manifest(step, entries, group)
     writer = CheckpointWriter(run_on_first_rank(lambda: create_partial_folder(root, step), group), manifest, keep=keep)
@@ -183,6 +185,28 @@ def _collect_state(entries: Mapping[str, Entry], *, copy_to_cpu: bool) -> tuple[
     # Averages last: in this order, DCP assigns each tensor that several ranks hold to the rank with the fewest bytes so
     # far, and counts a sharded tensor at its full size. Averages sharded over replicas would make rank 0 look busiest.
     return dict(sorted(state_dict.items(), key=lambda item: isinstance(entries[item[0]], EMAEntry))), problems
+
+
+def _describe_different_numbers(entries: Mapping[str, Entry], group: ProcessGroup | None) -> list[str]:
+    """Describe the numbers in the states of optimizers that differ from those on the first rank.
+
+    An optimizer may compute them from its part of a parameter (norms), and the checkpoint holds those of one rank.
+
+    Collective: over ``group``.
+    """
+    optimizers = [entry for entry in entries.values() if isinstance(entry, OptimizerEntry)]
+    if group is None or not optimizers:
+        return []
+    numbers = {name: text for entry in optimizers for name, text in entry.numbers.items()}
+    on_first = run_on_first_rank(lambda: numbers, group)
+    # A rank without rows of a parameter may have no state of it.
+    if not (names := [name for name, text in numbers.items() if on_first.get(name, text) != text]):
+        return []
+    problem = (
+        f"ranks 0 and {group.rank()} hold different numbers under {abbreviated(names)}, and a checkpoint holds one of "
+        "them: use an optimizer that computes the same numbers on all ranks that share a parameter"
+    )
+    return [problem]
 
 
 def _copy_to_cpu(value: Any, memo: dict[int, Tensor]) -> Any:

@@ -290,6 +290,27 @@ def test_factored_moments_of_sharded_parameters_are_refused(tmp_path: Path) -> N
     assert not [*tmp_path.iterdir()]
 
 
+class Normed(SGD):
+    """Keeps the norm of the part of a parameter that a rank holds."""
+
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["norm"] = local_tensor(parameter).detach().norm()
+
+
+@layouts("fsdp1", "fsdp2")
+def test_numbers_that_differ_between_ranks_are_refused(layout: str, tmp_path: Path) -> None:
+    """A resumed run would continue with those of one rank."""
+    model = wrap(layout, make_net(layout))
+    optimizer = Normed(model.parameters(), lr=0.1)
+    train_step(model, optimizer, 0)
+    with pytest.raises(RuntimeError, match=r"optim\.state\.\S+\.norm"):
+        checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.world_size(2)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_states_that_only_one_rank_holds_are_refused(tmp_path: Path) -> None:
