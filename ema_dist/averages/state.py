@@ -19,7 +19,7 @@ from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.schedules.clock import Clock
-from ema_dist.sharding import Layout, Shard
+from ema_dist.sharding import Layout, Shard, cpu_copy
 
 STATE_FORMAT = 1
 
@@ -28,13 +28,17 @@ class ShardedState(dict[str, Any]):
     """A state with this rank's parts of tensors, for `torch.distributed.checkpoint` alone.
 
     Pickling raises TypeError: the file would hold the parts of one rank, and other ranks would load them as theirs.
-    A deep copy consists of plain dictionaries, since DCP stages its background saves by pickling deep copies.
+    A deep copy consists of plain dictionaries with tensors on the CPU. DCP's ``DefaultStager`` moves plain dictionaries
+    to the CPU itself, but takes a deep copy of any other type as it is, and may pickle it for a process that writes it.
     """
 
     def __copy__(self) -> ShardedState:
         return ShardedState(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        for value in self.values():
+            if isinstance(value, Tensor) and id(value) not in memo:
+                memo[id(value)] = cpu_copy(value)
         return {key: deepcopy(value, memo) for key, value in self.items()}
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:

@@ -14,7 +14,7 @@ from ema_dist.checkpoint.dcp.contents import Contents
 from ema_dist.checkpoint.entries import Entry, RebuiltValue, Target
 from ema_dist.checkpoint.optimizer_wrappers import saved_optimizer
 from ema_dist.checkpoint.values import KeyPath, flatten, pack_value, require_plain_tensor
-from ema_dist.sharding import Layout, Shard
+from ema_dist.sharding import Layout, Shard, is_sharded
 
 
 class OwnedShard(NamedTuple):
@@ -60,6 +60,8 @@ class OptimizerEntry(Entry):
             raise ValueError(
                 f"it steps several models with parameters called {duplicates}: give each an optimizer of its own"
             )
+        self.numbers: dict[str, str] = {}
+        """Numbers in the states of sharded parameters, by name and as text, once `state_to_save` has been called."""
         self._moments: dict[int, dict[str, Tensor]] = {owner: {} for owner in self._shards}
         self._targets: list[Target] = []
         self._other_state: RebuiltValue | None = None
@@ -138,7 +140,13 @@ class OptimizerEntry(Entry):
                 f"{key!r} of {shard.name!r} is not cut as the parameter is, and other ranks hold other parts: only "
                 "states of the parameter's own shape and scalars can be saved; get_optimizer_state_dict may know how"
             )
-        return pack_value(value, f"{self.key}.state.{shard.name}.{key}")
+        name = f"{self.key}.state.{shard.name}.{key}"
+        if shard.gather_ranks:
+            if isinstance(value, Tensor) and not is_sharded(value):
+                self.numbers[name] = repr(value.item())
+            elif isinstance(value, (bool, int, float)):
+                self.numbers[name] = repr(value)
+        return pack_value(value, name)
 
     def _local_moment(self, owned: OwnedShard, key: str, dtype: torch.dtype) -> Tensor:
         """This rank's shard of a moment, which all shards of one owner (in FSDP1, a flat parameter) share."""

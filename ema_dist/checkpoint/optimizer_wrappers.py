@@ -36,14 +36,45 @@ def saved_optimizer(optimizer: Optimizer, key: str) -> Optimizer:
             )
         return saved_optimizer(candidate, key)
     if not _holds_all_of(optimizer, state_dict):
+        if type(optimizer).state_dict is Optimizer.state_dict:
+            cause, advice = f"hooks of {name} (register_state_dict_post_hook) change its state_dict()", "remove them"
+        else:
+            cause, advice = f"{name} has a state_dict() of its own", "use an optimizer without one"
         raise ValueError(
-            f"{name}.state_dict() holds other values than its state and param_groups, which alone are saved by the "
-            "names of parameters: use an optimizer without a state_dict() of its own, and without hooks that change it"
+            f"{cause}: it returns other values than its state and param_groups, which alone are saved by the names of "
+            f"parameters; {advice}"
+        )
+    parameter_ids = _parameter_ids(optimizer)
+    if others := [value for value in optimizer.state if id(value) not in parameter_ids]:
+        kinds = sorted({type(value).__name__ if isinstance(value, Tensor) else repr(value) for value in others})
+        raise ValueError(
+            f"{name}.state has entries that belong to none of its parameters, under {', '.join(kinds)}, so that they "
+            "have no name in a checkpoint: use an optimizer that keeps such values in its param_groups"
         )
     return optimizer
 
 
-def _inner_optimizers(optimizer: Optimizer) -> dict[str, Optimizer]:
+def require_torch_optimizer(value: Any, key: str) -> None:
+    """Refuse a wrapper of optimizers that is no `torch.optim.Optimizer`, if its ``state_dict()`` numbers parameters.
+
+    Raises: ValueError that says what to save instead.
+    """
+    if not all(hasattr(value, name) for name in ("param_groups", "step", "state_dict")):
+        return
+    inner = _inner_optimizers(value)
+    if not inner or not _numbers_parameters(value.state_dict()):
+        return
+    name = type(value).__name__
+    message = f"{name} is not a torch.optim.Optimizer: {_advice(value, inner, key)}"
+    if hasattr(value, "train_mode"):
+        message += (
+            f". {name} does not save whether the parameters hold its average: call its eval() before saving, and its "
+            "train() only after loading"
+        )
+    raise ValueError(message)
+
+
+def _inner_optimizers(optimizer: Any) -> dict[str, Optimizer]:
     """The optimizers of its parameters in its attributes, and in lists, tuples and mappings there.
 
     By the expressions that give them.
@@ -61,8 +92,25 @@ def _inner_optimizers(optimizer: Optimizer) -> dict[str, Optimizer]:
 
 
 def _holds_all_of(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> bool:
-    """Whether ``state_dict`` has the standard keys, and holds what torch saves of ``optimizer``."""
-    return state_dict.keys() == {"state", "param_groups"} and _is_same(state_dict, Optimizer.state_dict(optimizer))
+    """Whether ``state_dict`` is what torch makes of the state and groups of ``optimizer``, without its hooks."""
+    numbers: dict[int, int] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            numbers.setdefault(id(parameter), len(numbers))
+    groups = [{**group, "params": [numbers[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    state = {
+        numbers.get(id(key), id(key)) if isinstance(key, Tensor) else key: value
+        for key, value in optimizer.state.items()
+    }
+    return _is_same(state_dict, {"state": state, "param_groups": groups})
+
+
+def _numbers_parameters(state_dict: Mapping[str, Any]) -> bool:
+    """Whether ``state_dict`` refers to parameters by numbers, as `torch.optim.Optimizer.state_dict` does."""
+    groups = state_dict.get("param_groups")
+    return isinstance(groups, list) and any(
+        isinstance(number, int) for group in groups for number in group.get("params", ())
+    )
 
 
 def _is_same(left: object, right: object) -> bool:
@@ -75,7 +123,7 @@ def _is_same(left: object, right: object) -> bool:
     return left is right or bool(left == right)
 
 
-def _advice(optimizer: Optimizer, inner: Mapping[str, Optimizer], key: str) -> str:
+def _advice(optimizer: Any, inner: Mapping[str, Optimizer], key: str) -> str:
     if inner and _parameter_ids(optimizer) == set().union(*map(_parameter_ids, inner.values())):
         entries = ", ".join(f'"{key}{index or ""}": optimizer.{text}' for index, text in enumerate(inner))
         return f"save what is inside, {{{entries}}}"
@@ -85,5 +133,5 @@ def _advice(optimizer: Optimizer, inner: Mapping[str, Optimizer], key: str) -> s
     )
 
 
-def _parameter_ids(optimizer: Optimizer) -> set[int]:
+def _parameter_ids(optimizer: Any) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -30,10 +30,12 @@ from ema_dist.checkpoint.entries import EMAEntry, Entry, ModelEntry, OtherEntry
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import Manifest
 from ema_dist.checkpoint.optimizer_entry import OptimizerEntry
+from ema_dist.checkpoint.optimizer_wrappers import require_torch_optimizer
 from ema_dist.checkpoint.planner import SavePlanner
 from ema_dist.checkpoint.step_folders import create_partial_folder, step_folder
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.ema import ShardedEMA
+from ema_dist.messages import abbreviated
 from ema_dist.modes import in_normal_mode
 from ema_dist.sharding import cpu_copy
 
@@ -101,7 +103,8 @@ def save(
     state_dict, problems = _collect_state(entries, copy_to_cpu=not block)
     planner, planning_problems = _plan(state_dict, group) if not problems else (None, [])
     problems += planning_problems
-    if problems := gather_problems([prefix_rank(problem, group) for problem in problems], group):
+    problems = gather_problems([prefix_rank(problem, group) for problem in problems], group)
+    if problems := problems or gather_problems(_describe_different_numbers(entries, group), group):
         raise RuntimeError(f"step {step} is not saved: {'; '.join(problems)}")
     assert planner is not None, "there was no problem on any rank"
     planner.reuse_last_plan()
@@ -145,6 +148,7 @@ def make_entries(state: MutableMapping[str, Any]) -> dict[str, Entry]:
             case ShardedEMA():
                 entries[key] = EMAEntry(key, value)
             case _:
+                require_torch_optimizer(value, key)
                 entries[key] = OtherEntry(key, state)
     return entries
 
@@ -195,6 +199,28 @@ def _plan(state_dict: dict[str, Any], group: ProcessGroup | None) -> tuple[SaveP
             return SavePlanner(state_dict, group), []
     except Exception as error:  # noqa: BLE001  every error must reach the other ranks
         return None, [f"DCP cannot plan it: {error!r}"]
+
+
+def _describe_different_numbers(entries: Mapping[str, Entry], group: ProcessGroup | None) -> list[str]:
+    """Describe the numbers in the states of optimizers that differ from those on the first rank.
+
+    An optimizer may compute them from its part of a parameter (norms), and the checkpoint holds those of one rank.
+
+    Collective: over ``group``.
+    """
+    numbers: dict[str, str] = {}
+    for entry in entries.values():
+        if isinstance(entry, OptimizerEntry):
+            numbers |= entry.numbers
+    on_first = run_on_first_rank(lambda: numbers, group)
+    # A rank without rows of a parameter may have no state of it.
+    if not (names := [name for name, text in numbers.items() if on_first.get(name, text) != text]):
+        return []
+    problem = (
+        f"other numbers than on rank 0 under {abbreviated(names)}, and a checkpoint holds one of them: use an optimizer "
+        "that computes the same numbers on all ranks that share a parameter"
+    )
+    return [prefix_rank(problem, group)]
 
 
 def _copy_to_cpu(value: Any, memo: dict[int, Tensor]) -> Any:

@@ -107,7 +107,8 @@ class MeshShard(Shard):
             )
         # An unpickled mesh keeps the coordinate of the rank that wrote it.
         if (coordinate := value.device_mesh.get_coordinate()) != self.mesh.get_coordinate():
-            raise ValueError(f"expected this rank's part, got the part at {coordinate} of {value.device_mesh}")
+            position = tuple(coordinate or ())  # torch 2.7 has a list
+            raise ValueError(f"expected this rank's part, got the part at {position} of {value.device_mesh}")
         return dtensor_local(value)
 
     def full(self, local: Tensor) -> Tensor:

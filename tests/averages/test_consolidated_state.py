@@ -110,6 +110,9 @@ def test_a_sharded_state_is_not_pickled(layout: str, tmp_path: Path) -> None:
             with pytest.raises(TypeError, match="consolidated_state_dict"):
                 write(part)
     assert type(copy.copy(state)) is type(state)
+    copied = copy.deepcopy(state)
+    for part in (copied, copied["tracks"], copied["tracks"]["default"]["averages"]):
+        assert type(part) is dict  # which DCP's stagers pickle
     dcp.save({"ema": state}, checkpoint_id=tmp_path / "saved")
     dcp.async_save({"ema": state}, checkpoint_id=tmp_path / "saved in the background").result()
     expected = averages_of_tracks(ema)

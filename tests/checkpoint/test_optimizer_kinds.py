@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from ema_dist import ShardedEMA, checkpoint
+from ema_dist.sharding import local_tensor
+from tests.support.layouts import layouts, make_net, train_step, wrap
 
 
 class Delegating(Optimizer):
@@ -67,13 +75,62 @@ class WithoutInit(Optimizer):
         self.inner.step()
 
 
-class ScheduleFree(Adam):
-    """Averages by itself."""
+class CountingGlobally(Adam):
+    """Keeps a number that belongs to no parameter."""
 
-    train_mode = True
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
+        super().step()
+        self.state["total"] = {"steps": 1}
 
 
-def _train(model: nn.Module, optimizer: Any, steps: range) -> None:  # noqa: ANN401
+def with_hook(change: dict[str, Any]) -> Callable[[Any], Optimizer]:
+    def make(parameters: Sequence[Tensor]) -> Optimizer:
+        optimizer = Adam(parameters)
+        optimizer.register_state_dict_post_hook(lambda _, state_dict: {**state_dict, **change})
+        return optimizer
+
+    return make
+
+
+@pytest.fixture
+def _bare_timm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let `timm.optim` be imported without `timm`, which imports torchvision: that does not load beside every torch.
+
+    What an optimizer compiles runs eagerly: compiling takes longer than the tests.
+    """
+    package = find_spec("timm")
+    for name, folder in (("timm", ""), ("timm.optim", "optim")) if package and package.origin else ():
+        module = ModuleType(name)
+        module.__path__ = [str(Path(package.origin).parent / folder)]
+        monkeypatch.setitem(sys.modules, name, module)
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+def timm(file: str, name: str) -> Callable[..., Optimizer]:
+    """Makes an optimizer of timm; skips the test without timm."""
+
+    def make(*arguments: Any, **settings: Any) -> Optimizer:  # noqa: ANN401
+        if "timm" not in sys.modules:
+            pytest.skip("timm is not installed")
+        return getattr(import_module(f"timm.optim.{file}"), name)(*arguments, **settings)
+
+    return make
+
+
+def schedule_free(name: str, **settings: Any) -> Callable[[Any], Any]:  # noqa: ANN401
+    """Makes an optimizer of schedulefree that is in its training mode."""
+
+    def make(arguments: Any) -> Any:  # noqa: ANN401
+        optimizer = getattr(pytest.importorskip("schedulefree"), name)(arguments, **settings)
+        optimizer.train()
+        return optimizer
+
+    return make
+
+
+def train(model: nn.Module, optimizer: Any, steps: range) -> None:  # noqa: ANN401
     for step in steps:
         for parameter in model.parameters():
             parameter.grad = None
@@ -81,19 +138,77 @@ def _train(model: nn.Module, optimizer: Any, steps: range) -> None:  # noqa: ANN
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    "make", [lambda p: Adam(p, lr=0.05), lambda p: Delegating(Adam(p, lr=0.05))], ids=["plain", "delegating"]
-)
-def test_it_resumes_exactly(make: Callable[[Any], Optimizer], tmp_path: Path) -> None:
-    torch.manual_seed(0)
+RESUMED = {
+    "torch.optim.Adam": lambda p: Adam(p, lr=0.05),
+    "wrapper": lambda p: Delegating(Adam(p, lr=0.05)),
+    "timm.Lookahead": lambda p: timm("lookahead", "Lookahead")(Adam(p, lr=0.05), k=3),
+    "timm.Adafactor": timm("adafactor", "Adafactor"),  # moments of rows and columns
+    "timm.AdafactorBigVision": timm("adafactor_bv", "AdafactorBigVision"),
+    "timm.Adopt": timm("adopt", "Adopt"),
+    "timm.Lion": timm("lion", "Lion"),
+    "timm.Muon": timm("muon", "Muon"),
+    "timm.NvNovoGrad": timm("nvnovograd", "NvNovoGrad"),  # one number for each parameter
+    "schedulefree.AdamWScheduleFree": schedule_free("AdamWScheduleFree", lr=0.05),
+    "schedulefree.SGDScheduleFree": schedule_free("SGDScheduleFree", lr=0.05),
+}
+
+
+@pytest.mark.usefixtures("_bare_timm")
+@pytest.mark.parametrize("kind", RESUMED)
+def test_it_resumes_exactly(kind: str, tmp_path: Path) -> None:
     model, resumed = nn.Linear(3, 3), nn.Linear(3, 3)
-    optimizer, other = make([*model.parameters()]), make([*resumed.parameters()])
-    _train(model, optimizer, range(3))
-    checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=3)
+    optimizer, other = RESUMED[kind]([*model.parameters()]), RESUMED[kind]([*resumed.parameters()])
+    train(model, optimizer, range(4))
+    checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=4)
     checkpoint.load({"model": resumed, "optim": other}, tmp_path)
     for each, stepping in ((model, optimizer), (resumed, other)):
-        _train(each, stepping, range(3, 6))
+        train(each, stepping, range(4, 8))
     assert torch.equal(model.weight, resumed.weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "inside"),
+    [
+        (schedule_free("AdamWScheduleFree", lr=0.05), lambda optimizer: optimizer),
+        (lambda p: schedule_free("ScheduleFreeWrapper")(SGD(p, lr=0.05)), lambda optimizer: optimizer.base),
+    ],
+    ids=["optimizer", "wrapper"],
+)
+def test_schedule_free_optimizers_resume_after_an_evaluation(
+    make: Callable[[Any], Any], inside: Callable[[Any], Optimizer], tmp_path: Path
+) -> None:
+    """The advice for `ScheduleFreeWrapper` holds."""
+    model, resumed = nn.Linear(3, 3), nn.Linear(3, 3)
+    optimizer, other = make([*model.parameters()]), make([*resumed.parameters()])
+    train(model, optimizer, range(4))
+    optimizer.eval()
+    checkpoint.save({"model": model, "optim": inside(optimizer)}, tmp_path, step=4)
+    other.eval()
+    checkpoint.load({"model": resumed, "optim": inside(other)}, tmp_path)
+    for each, stepping in ((model, optimizer), (resumed, other)):
+        stepping.train()
+        train(each, stepping, range(4, 8))
+    assert torch.equal(model.weight, resumed.weight)
+
+
+@layouts("ddp", "fsdp2")
+def test_prepared_optimizers_of_accelerate_resume_exactly(layout: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")  # asked for, though the process group exists
+    accelerator = accelerate.Accelerator(cpu=True)
+
+    def make(seed: int) -> tuple[nn.Module, Optimizer]:
+        model = wrap(layout, make_net(layout, seed=seed))
+        return model, accelerator.prepare_optimizer(Adam(model.parameters(), lr=0.05))
+
+    runs = (model, optimizer), (resumed, other) = make(0), make(1)
+    train_step(model, optimizer, 0)
+    checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
+    checkpoint.load({"model": resumed, "optim": other}, tmp_path)
+    for run in runs:
+        train_step(*run, 1)
+    for value, expected in zip(resumed.parameters(), model.parameters(), strict=True):
+        assert torch.equal(local_tensor(value), local_tensor(expected))
 
 
 def test_schedules_of_a_wrapper_go_on_after_loading(tmp_path: Path) -> None:
@@ -101,7 +216,7 @@ def test_schedules_of_a_wrapper_go_on_after_loading(tmp_path: Path) -> None:
     model = nn.Linear(3, 3)
     optimizer = Delegating(Adam(model.parameters(), lr=1.0))
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
-    _train(model, optimizer, range(1))
+    train(model, optimizer, range(1))
     checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
     checkpoint.load({"model": model, "optim": optimizer}, tmp_path)
     schedule.step()
@@ -113,7 +228,7 @@ def test_another_optimizer_in_an_attribute_is_not_taken_for_it(tmp_path: Path) -
     models = nn.Linear(3, 3), nn.Linear(3, 3)
     first, second = (Adam(model.parameters(), lr=0.05) for model in models)
     first.peer = second  # pyrefly: ignore[missing-attribute]
-    _train(models[0], first, range(2))
+    train(models[0], first, range(2))
     checkpoint.save({"model": models[0], "optim": first}, tmp_path, step=1)
     assert checkpoint.load({"model": models[0], "optim": first}, tmp_path) == 1
 
@@ -126,23 +241,72 @@ class Counting(Delegating):
         return {**state_dict, "param_groups": [{**group, "count": 7} for group in state_dict["param_groups"]]}
 
 
-@pytest.mark.parametrize(
-    ("make", "advice"),
-    [
-        (Perturbing, "optimizer.inner}"),
-        (Several, r"optimizer\.inner\[0\].*optimizer\.inner\[1\]"),
-        (lambda parameters: WithoutInit(Adam(parameters)), "optimizer.inner}"),
-        (lambda parameters: Counting(Adam(parameters)), "optimizer.inner}"),
-    ],
-    ids=["perturbing", "several", "without init", "counting"],
-)
-def test_it_is_refused_before_anything_is_written(
-    make: Callable[[Any], Optimizer], advice: str, tmp_path: Path
-) -> None:
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "sharpness-aware": (Perturbing, r"Perturbing.*optimizer.inner}"),
+    "several": (Several, r"Several.*optimizer\.inner\[0\].*optimizer\.inner\[1\]"),
+    "without init": (lambda p: WithoutInit(Adam(p)), r"WithoutInit.*optimizer\.inner}"),
+    "counting": (lambda p: Counting(Adam(p)), r"Counting.*optimizer\.inner}"),
+    "counting globally": (CountingGlobally, r"CountingGlobally.*'total'"),
+    "hook adds": (with_hook({"more": 1}), "register_state_dict_post_hook"),
+    "hook changes": (with_hook({"state": {}}), "register_state_dict_post_hook"),
+    "timm.Kron": (timm("kron", "Kron"), r"Kron has a state_dict\(\) of its own"),
+    "schedulefree.ScheduleFreeWrapper": (
+        lambda p: schedule_free("ScheduleFreeWrapper")(SGD(p)),
+        r"ScheduleFreeWrapper.*optimizer\.base}.*eval\(\)",
+    ),
+}
+
+
+@pytest.mark.usefixtures("_bare_timm")
+@pytest.mark.filterwarnings("ignore:.*opt_einsum:UserWarning")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_it_is_refused_before_anything_is_written(kind: str, tmp_path: Path) -> None:
+    make, words = REFUSED[kind]
     model = nn.Linear(3, 3)
     optimizer = make([*model.parameters()])
-    _train(model, optimizer, range(2))
-    with pytest.raises(RuntimeError, match=rf"{type(optimizer).__name__}.*{advice}"):
+    train(model, optimizer, range(2))
+    with pytest.raises(RuntimeError, match=words):
+        checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
+    assert not [*tmp_path.iterdir()]
+
+
+class Factored(SGD):
+    """Has moments of rows."""
+
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["rows"] = local_tensor(parameter).detach().flatten(1).sum(dim=1)
+
+
+@pytest.mark.world_size(2)
+def test_factored_moments_of_sharded_parameters_are_refused(tmp_path: Path) -> None:
+    model = fully_shard(nn.Linear(3, 3, bias=False))
+    optimizer = Factored(model.parameters())
+    train(model, optimizer, range(1))
+    with pytest.raises(RuntimeError, match=r"'rows' of 'weight'"):
+        checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
+    assert not [*tmp_path.iterdir()]
+
+
+class Normed(SGD):
+    """Keeps the norm of the part of a parameter that a rank holds."""
+
+    def step(self) -> None:  # pyrefly: ignore[bad-override]
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["norm"] = local_tensor(parameter).detach().norm()
+
+
+@layouts("fsdp1", "fsdp2")
+def test_numbers_that_differ_between_ranks_are_refused(layout: str, tmp_path: Path) -> None:
+    """A resumed run would continue with those of one rank."""
+    model = wrap(layout, make_net(layout))
+    optimizer = Normed(model.parameters(), lr=0.1)
+    train_step(model, optimizer, 0)
+    with pytest.raises(RuntimeError, match=r"optim\.state\.\S+\.norm"):
         checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
     assert not [*tmp_path.iterdir()]
 
@@ -154,30 +318,9 @@ def test_states_that_only_one_rank_holds_are_refused(tmp_path: Path) -> None:
 
     model = DistributedDataParallel(nn.Linear(3, 3))
     optimizer = ZeroRedundancyOptimizer(model.parameters(), Adam, lr=0.1)
-    _train(model, optimizer, range(2))
+    train(model, optimizer, range(2))
     with pytest.raises(RuntimeError, match=r"ZeroRedundancyOptimizer.*fully_shard"):
         checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
-
-
-class Quantized(Tensor):
-    """Stands for moments and weights that a library stores in types of its own."""
-
-
-@pytest.mark.parametrize("part", ["moment", "weight"])
-def test_tensor_subclasses_are_refused_by_name(part: str, tmp_path: Path) -> None:
-    model = nn.Linear(3, 3)
-    optimizer = Adam(model.parameters())
-    checkpoint.save({"model": model}, tmp_path, step=0)
-    _train(model, optimizer, range(1))
-    if part == "moment":
-        moments = optimizer.state[model.weight]
-        moments["exp_avg"] = moments["exp_avg"].as_subclass(Quantized)
-    else:
-        model.register_buffer("scale", torch.ones(1).as_subclass(Quantized))
-    name = "optim.state.weight.exp_avg" if part == "moment" else "model.scale"
-    with pytest.raises(RuntimeError, match=f"{name}.*Quantized"):
-        checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
-    assert checkpoint.latest(tmp_path) == 0
 
 
 def test_what_cannot_be_read_back_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,10 +338,11 @@ def test_what_cannot_be_read_back_gets_no_name(tmp_path: Path, monkeypatch: pyte
     ("make", "error"),
     [
         (lambda parameters: WithoutInit(Adam(parameters)), ValueError),
-        (ScheduleFree, ValueError),
+        (schedule_free("AdamWScheduleFree"), ValueError),
+        (lambda parameters: schedule_free("ScheduleFreeWrapper")(SGD(parameters)), ValueError),
         (lambda _: object(), TypeError),
     ],
-    ids=["without init", "schedule-free", "object"],
+    ids=["without init", "schedule-free", "schedule-free wrapper", "object"],
 )
 def test_attaching_refuses_what_it_cannot_count(make: Callable[[Any], Any], error: type[Exception]) -> None:
     model = nn.Linear(3, 3)
