@@ -217,8 +217,8 @@ def _describe_different_numbers(entries: Mapping[str, Entry], group: ProcessGrou
     if not (names := [name for name, text in numbers.items() if on_first.get(name, text) != text]):
         return []
     problem = (
-        f"other numbers than on rank 0 under {abbreviated(names)}, and a checkpoint holds one of them: use an optimizer "
-        "that computes the same numbers on all ranks that share a parameter"
+        f"other numbers than on rank 0 under {abbreviated(names)}, and a checkpoint holds one of them: use an "
+        "optimizer that computes the same numbers on all ranks that share a parameter"
     )
     return [prefix_rank(problem, group)]
 
