@@ -20,7 +20,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
-from recipe.checkpoints import Checkpoints, TrainingProgress, saved_settings
+from recipe.checkpoints import Checkpoints, TrainingProgress, checkpoint_errors_in_one_line, saved_settings
 from recipe.data import Batches, load_images
 from recipe.evaluation import evaluate
 from recipe.folders import claim_output_dir, describe_checkpoint_dir, new_run_id
@@ -34,7 +34,7 @@ from recipe.stopwatch import stopwatch
 
 def main() -> None:
     args = parse_arguments()
-    with process_group(args.device) as device:
+    with checkpoint_errors_in_one_line(), process_group(args.device) as device:
         train(args, device)
 
 

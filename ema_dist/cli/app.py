@@ -102,7 +102,7 @@ def export(  # noqa: PLR0913  one parameter for each option
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Overwrite weights that ema_dist did not write, and other configuration.")
+        bool, typer.Option("--force", help="Overwrite weights that ema_dist did not write, and edited configuration.")
     ] = False,
     step: StepOption = None,
     track: TrackOption = None,

@@ -38,8 +38,13 @@ def claim_output_dir(folder: Path, run_id: str, *, option: str) -> None:
 
 
 def require_checkpoint_dir(folder: Path, *, option: str) -> None:
-    """Create `folder`. Collective: every rank. Raises: UsageError on every rank if any rank cannot write to it."""
+    """Create `folder`.
+
+    Collective: every rank. Raises: UsageError on every rank if any rank cannot write to it, or if it is one checkpoint.
+    """
     _raise_on_all_ranks(_create(folder), option)
+    is_one_checkpoint = (folder / ".metadata").exists()
+    _raise_on_all_ranks(f"{folder} is one checkpoint, not a folder of several" * is_one_checkpoint, option)
 
 
 def describe_checkpoint_dir(folder: Path | None) -> str:

@@ -40,6 +40,23 @@ def test_weights_by_others_are_kept_without_force(tmp_path: Path) -> None:
     assert_bitwise_equal(load_file(tmp_path / name), ema.full_state_dict())
 
 
+def test_edited_configuration_is_refused_as_such(tmp_path: Path) -> None:
+    root, *_ = make_checkpoint(tmp_path / "root")
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "net"}')
+    for _ in range(2):
+        run_ok("export", root, out, "--config", source)
+    (out / "config.json").write_text('{"model_type": "net", "use_cache": false}')
+    result = run("export", root, out, "--config", source)
+    assert result.exit_code == 1
+    assert re.search(r"configuration.*config\.json.*'use_cache'.*--config.*--force", result.stderr)
+    assert "weights" not in result.stderr
+    run_ok("export", root, out)
+    run_ok("export", root, out, "--config", source, "--force")
+    assert json.loads((out / "config.json").read_text()) == {"model_type": "net"}
+
+
 def test_a_folder_without_configuration_is_refused(tmp_path: Path) -> None:
     root, *_ = make_checkpoint(tmp_path / "root")
     result = run("export", root, tmp_path / "out", "--config", tmp_path / "nowhere")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import train
-from ema_dist import ShardedEMA
+from ema_dist import ShardedEMA, checkpoint
 from ema_dist.evaluation.swap import active_swaps
 from recipe import metrics
 from recipe.checkpoints import Checkpoints
@@ -187,6 +187,24 @@ def test_other_settings_than_the_checkpoints_are_refused_on_resuming(tmp_path: P
     train.load_images = images_with_another_label
     with pytest.raises(UsageError, match=r"step 1 .*data set"):
         run(tmp_path, "--parallel", "ddp", "--resume")
+
+
+@pytest.mark.world_size(2, timeout=120)
+def test_a_checkpoint_that_does_not_record_its_settings_is_refused_by_their_names(tmp_path: Path) -> None:
+    """As an older version of the script wrote it, or another program; the reason is not the first missing entry."""
+    checkpoint.save({"model": nn.Linear(2, 2)}, tmp_path / "checkpoints", step=1)
+    with pytest.raises(UsageError, match=r"not record.*--batch-size.*--seed.*data set.*\bolder version\b"):
+        run(tmp_path, "--parallel", "ddp", "--resume")
+    settings = {"--batch-size": 400, "--seed": 0, "--learning-rate": 0.002, "data set (SHA-256)": ""}
+    for seed, message in ((7, r"step 1 .*--batch-size 400\b.*\b600\b"), (None, r"not record.*--seed,")):
+        settings["--seed"] = seed
+        saved = {name: value for name, value in settings.items() if value is not None}
+        checkpoint.save({"settings": saved}, tmp_path / "checkpoints", step=1)
+        with pytest.raises(UsageError, match=message):
+            run(tmp_path, "--parallel", "ddp", "--resume")
+    one_checkpoint = str(tmp_path / "checkpoints/step-0000000001")
+    with pytest.raises(UsageError, match=r"step-0000000001 is one checkpoint"):
+        run(tmp_path, "--parallel", "ddp", "--resume", "--checkpoint-dir", one_checkpoint, checkpoints=False)
 
 
 def images_with_another_label(device: torch.device) -> tuple[Images, Images]:

@@ -125,6 +125,21 @@ def test_other_settings_than_the_checkpoints_are_refused_on_resuming(finished: t
     assert "Traceback" not in completed.stdout
 
 
+def test_a_checkpoint_that_cannot_be_resumed_is_one_line(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Damaged; or by an older version of the script, which Composer would continue with any settings."""
+    file = tmp_path / "ep1-ba27-rank0.pt"
+    (tmp_path / "latest-rank0.pt").symlink_to(file.name)
+    contents = torch.load(finished[0] / file.name, weights_only=False)
+    del contents["state"]["callbacks"]["SettingsCheck"]
+    torch.save(contents, file)
+    for message in (r"does not record.*--batch-size.*--seed", r"cannot resume .*latest-rank0\.pt.*damaged"):
+        refused = run(sys.executable, *train_command(tmp_path, "--resume"))
+        assert refused.returncode != 0
+        assert re.search(rf"^train_composer\.py: error: .*{message}", refused.stdout, re.MULTILINE)
+        assert "Traceback" not in refused.stdout
+        file.write_bytes(file.read_bytes()[:-500])
+
+
 def test_fsdp2_resumes_on_one_process_whose_progress_bar_has_both_metrics(tmp_path: Path) -> None:
     options = ("--parallel", "fsdp2", "--epochs")
     output = output_of(*TWO_RANKS, *train_command(tmp_path, *options, "1"))

@@ -46,6 +46,11 @@ def test_help_shows_the_defaults(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         text = " ".join(capsys.readouterr().out.split())
         assert [f"(default: {value})" in text for value in defaults] == [True] * len(defaults)
         assert "None" not in text
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with pytest.raises(SystemExit):
+            script.parse_arguments()
+        monkeypatch.delenv("LOCAL_RANK")
+        assert capsys.readouterr().out == "", "torchrun shows the output of all ranks"
 
 
 @pytest.mark.parametrize(("ranks", "gpus"), [(1, 0), (2, 1)])
