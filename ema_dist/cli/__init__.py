@@ -25,4 +25,11 @@ def main() -> None:
         )
     from ema_dist.cli.app import app  # noqa: PLC0415  it imports rich and typer
 
-    app(prog_name="ema-dist")  # also under `python -m`: shell completion is derived from this name
+    try:
+        app(prog_name="ema-dist")  # also under `python -m`: shell completion is derived from this name
+    except SystemExit as exit_:
+        # A reader that has seen enough (`| head`) is no failure, though typer's help ends with code 1 then. An error
+        # message that is not read to its end still is one.
+        cause = exit_.__context__
+        if not isinstance(cause, BrokenPipeError) or cause.__context__ is not None:
+            raise
