@@ -14,6 +14,7 @@ from ema_dist.checkpoint.dcp.contents import Contents
 from ema_dist.checkpoint.entries import Entry, RebuiltValue, Target
 from ema_dist.checkpoint.optimizer_wrappers import saved_optimizer
 from ema_dist.checkpoint.values import KeyPath, flatten, pack_value, require_plain_tensor
+from ema_dist.messages import describe_difference
 from ema_dist.sharding import Layout, Shard, is_sharded
 
 
@@ -166,9 +167,11 @@ class OptimizerEntry(Entry):
             path[1]: name for path, name in stored.items() if path[0] == "param_groups" and path[2:] == ("params",)
         }
         saved = [contents.plain_values[names_by_group[index]] for index in sorted(names_by_group, key=int)]
-        # Sorted, because a flat parameter holds its tensors in an order of its own.
-        if [*map(sorted, expected)] != [*map(sorted, saved)]:
-            raise ValueError(f"its parameter groups are others: expected {expected}, the checkpoint has {saved}")
+        if len(expected) != len(saved):
+            raise ValueError(f"it has {len(expected)} parameter groups, and the checkpoint has {len(saved)}")
+        for index, (names, saved_names) in enumerate(zip(expected, saved, strict=True)):
+            if different := describe_difference("the optimizer", {*names}, "the checkpoint", {*saved_names}):
+                raise ValueError(f"its parameter group {index} has other parameters: {different}")
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
         for group in self._optimizer.param_groups:

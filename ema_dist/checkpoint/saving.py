@@ -259,8 +259,13 @@ def _describe_failures(error: CheckpointException) -> str:
     """The failures of all ranks, which DCP has collected, by reason."""
     ranks_by_reason: dict[str, list[int]] = {}
     for rank, (failure, _) in error.failures.items():
-        ranks_by_reason.setdefault(f"{type(failure).__name__}: {failure}", []).append(rank)
+        ranks_by_reason.setdefault(f"{type(failure).__name__}: {failure}{_explain(failure)}", []).append(rank)
     return "; ".join(f"on ranks {ranks}: {reason}" for reason, ranks in ranks_by_reason.items())
+
+
+def _explain(failure: BaseException) -> str:
+    # torch does not pass on why a write into a tensor's file has failed.
+    return " (a file could not be written: is the disk full?)" if "inline_container" in str(failure) else ""
 
 
 def _wait_for_pending() -> str:
