@@ -12,14 +12,30 @@ if TYPE_CHECKING:
     from ema_dist.averages.precision import Compensated, Stochastic
     from ema_dist.ema import ShardedEMA
     from ema_dist.functional import compute_ema
-    from ema_dist.schedules.decay import HalfLife
+    from ema_dist.schedules.laws import (
+        Cosine,
+        ExponentialWarmup,
+        HalfLife,
+        InverseGamma,
+        Power,
+        Uniform,
+        Warmup,
+    )
+    from ema_dist.schedules.schedule import Schedule
 
 __all__ = [
     "Compensated",
+    "Cosine",
+    "ExponentialWarmup",
     "HalfLife",
+    "InverseGamma",
     "Offloaded",
+    "Power",
+    "Schedule",
     "ShardedEMA",
     "Stochastic",
+    "Uniform",
+    "Warmup",
     "compute_ema",
 ]
 __version__ = "0.1.0"
@@ -28,10 +44,17 @@ __version__ = "0.1.0"
 # completion of `ema-dist` import this package too, and importing torch takes longer than both.
 _DEFINING_MODULES = {
     "Compensated": "ema_dist.averages.precision",
-    "HalfLife": "ema_dist.schedules.decay",
+    "Cosine": "ema_dist.schedules.laws",
+    "ExponentialWarmup": "ema_dist.schedules.laws",
+    "HalfLife": "ema_dist.schedules.laws",
+    "InverseGamma": "ema_dist.schedules.laws",
     "Offloaded": "ema_dist.averages.offload",
+    "Power": "ema_dist.schedules.laws",
+    "Schedule": "ema_dist.schedules.schedule",
     "ShardedEMA": "ema_dist.ema",
     "Stochastic": "ema_dist.averages.precision",
+    "Uniform": "ema_dist.schedules.laws",
+    "Warmup": "ema_dist.schedules.laws",
     "compute_ema": "ema_dist.functional",
 }
 

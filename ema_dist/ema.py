@@ -26,7 +26,9 @@ from ema_dist.evaluation.model_with_averages import ModelWithAverages
 from ema_dist.evaluation.swap import require_live_weights
 from ema_dist.modes import in_normal_mode, public_calls_in_normal_mode
 from ema_dist.schedules.clock import Clock
-from ema_dist.schedules.decay import DEFAULT_TRACK, HalfLife, as_decays
+from ema_dist.schedules.decay import DEFAULT_TRACK, as_schedules
+from ema_dist.schedules.laws import HalfLife
+from ema_dist.schedules.schedule import Schedule
 from ema_dist.sharding import ReplicaPolicy
 
 
@@ -47,10 +49,12 @@ class ShardedEMA(StateMethods):
 
     Args:
         model: the model to average.
-        decay: `HalfLife` in optimizer steps, or the factor of the old average at each update, in [0, 1]; or a mapping
+        decay: an averaging law: `HalfLife`, `Power`, `Uniform`, `InverseGamma`, `Warmup`, `ExponentialWarmup`,
+            `Cosine` or another `Schedule`; or the factor of the old average at each update, in [0, 1]; or a mapping
             from names to these, for several averages of one model, called tracks.
-        start: until this optimizer step the average equals the live weights.
-        update_interval: average every k-th optimizer step; a `HalfLife` accounts for it, a factor does not.
+        start: until this time the average equals the live weights: an optimizer step, or what ``update(elapsed=)``
+            counts. Laws count from there.
+        update_interval: average every k-th optimizer step, from step 0; laws in time account for it, a factor does not.
         dtype: dtype of the averages. None: float32 for weights narrower than float32, else the dtype of the weight.
         rounding: rounding of bfloat16 averages (``dtype=torch.bfloat16``): `Stochastic` or `Compensated`.
         replicas: ``"shard"`` splits the averages of replicated weights (DDP, HSDP) among the replicas, ``"copy"``
@@ -75,8 +79,8 @@ class ShardedEMA(StateMethods):
         self,
         model: nn.Module,
         *,
-        decay: HalfLife | float | Mapping[str, HalfLife | float] = HalfLife(1000),  # noqa: B008 - frozen
-        start: int = 0,
+        decay: Schedule | float | Mapping[str, Schedule | float] = HalfLife(1000),  # noqa: B008 - frozen
+        start: float = 0,
         update_interval: int = 1,
         dtype: torch.dtype | None = None,
         rounding: Stochastic | Compensated = Stochastic(),  # noqa: B008 - frozen
@@ -93,7 +97,7 @@ class ShardedEMA(StateMethods):
             if not isinstance(replicas, ProcessGroup) and replicas not in ("shard", "copy"):
                 raise ValueError(f'replicas is "shard", "copy" or a process group, got {replicas!r}')
             precision = Precision(dtype, rounding)
-            self._clock = Clock(as_decays(decay), start=start, interval=update_interval)
+            self._clock = Clock(as_schedules(decay), start=start, interval=update_interval)
         settings = describe_settings(
             self._clock, precision, replicas=replicas, buffers=buffers, kernel=kernel, store=store, timeout=timeout
         )
@@ -102,7 +106,7 @@ class ShardedEMA(StateMethods):
 
         def make_tracks() -> Tracks:
             require_live_weights(model, "ShardedEMA(model)")
-            return make(live.layout, [*self._clock.decays], live.select_parameters())
+            return make(live.layout, [*self._clock.schedules], live.select_parameters())
 
         tracks = construct_on_all_ranks(live, settings, make_tracks)
         self._updates = Updates(self._clock, live, tracks)
@@ -118,46 +122,55 @@ class ShardedEMA(StateMethods):
         """The names of the averages; ``["default"]`` for a single one."""
         return [*self._tracks]
 
-    def update(self, *, found_inf: Tensor | None = None) -> None:
+    def update(self, *, elapsed: float = 1, found_inf: Tensor | None = None) -> None:
         """Update the averages from the live weights; call it after each optimizer step. Never waits for the device.
 
         With ``store=Offloaded()`` it waits for earlier updates when too many are pending.
 
         Args:
+            elapsed: the time since the last step, in the unit of the laws and of ``start``: steps, samples or tokens.
+                Equal on all ranks.
             found_inf: a gradient scaler's tensor, on its device: if not zero, the step was skipped and is not counted.
 
         Collective: no.
         Memory: nothing where dtypes are equal, else a constant scratch.
         Raises: RuntimeError inside `swapped` or `serving`, and when an earlier update failed with ``store=Offloaded()``
-            or was interrupted and cannot be finished; ValueError when the model has changed.
+            or was interrupted and cannot be finished; ValueError when the model has changed, or ``elapsed`` is not
+            positive and finite.
         """
-        self._update(found_inf, overlap=False)
+        self._update(found_inf, elapsed=elapsed, overlap=False)
 
     @in_normal_mode
-    def _update(self, found_inf: Tensor | None, *, overlap: bool) -> None:
+    def _update(self, found_inf: Tensor | None, *, elapsed: float, overlap: bool) -> None:
         self._model_with_averages.require_inactive("update()")
         self._model_with_averages.prepare_update()
-        self._updates.update(found_inf, overlap=overlap)
+        self._updates.update(found_inf, elapsed=elapsed, overlap=overlap)
 
-    def attach(self, optimizer: Optimizer, *, overlap: bool = False) -> OptimizerHook:
+    def attach(
+        self, optimizer: Optimizer, *, elapsed: Callable[[], float] | None = None, overlap: bool = False
+    ) -> OptimizerHook:
         """Update after each real step of ``optimizer``, until ``remove()`` of the returned handle.
 
         It does not count steps that a gradient scaler makes a fused optimizer skip on the device, and the dummy steps
         by which ``torch.distributed.checkpoint`` initializes the state of an optimizer.
 
         Args:
+            elapsed: returns the time since the last step, as for `update`; None for one step. It is called at each step
+                of the optimizer, also a skipped one, whose time does not count.
             overlap: run the update on a side stream of the GPU, concurrent with the next forward and backward pass. The
                 next step of any optimizer and every call of this object wait for it; other code must not write to
                 parameters before that. No effect on a CPU.
 
         Collective: no.
         Raises: RuntimeError when an optimizer is attached already: with several, attach the one that steps last.
-            TypeError when it is no torch Optimizer. ValueError when it steps none of the averaged parameters, runs no
-            hooks, or averages by itself (schedule-free).
+            TypeError when it is no torch Optimizer, or ``elapsed`` no function. ValueError when it steps none of the
+            averaged parameters, runs no hooks, or averages by itself (schedule-free).
         """
         if self._optimizer_hook is not None and self._optimizer_hook.is_active:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
         require_countable(optimizer)
+        if elapsed is not None and not callable(elapsed):
+            raise TypeError(f"elapsed is a function that returns the time since the last step, got {elapsed!r}")
         self._model_with_averages.prepare("attach()", collective=False)
         stepped_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         averaged = (self._live.layout.parameters[name] for name in self._live.selected)
@@ -168,7 +181,7 @@ class ShardedEMA(StateMethods):
             )
         self._optimizer_hook = OptimizerHook(
             optimizer,
-            lambda found_inf: self._update(found_inf, overlap=overlap),
+            lambda found_inf: self._update(found_inf, elapsed=elapsed() if elapsed else 1, overlap=overlap),
             before_steps=self._tracks.streams.join if overlap else None,
         )
         return self._optimizer_hook
@@ -253,10 +266,10 @@ class ShardedEMA(StateMethods):
     def __repr__(self) -> str:
         parameters = next(iter(self._tracks.values())).parameters
         numel = sum(average.numel() for average in parameters.values())
-        decays = self._clock.decays
+        laws = self._clock.schedules
         return (
             f"{type(self).__name__}({len(parameters)} parameters, {numel:,} elements on this rank, "
-            f"{decays[DEFAULT_TRACK] if [*decays] == [DEFAULT_TRACK] else decays}, start={self._clock.start}, "
+            f"{laws[DEFAULT_TRACK] if [*laws] == [DEFAULT_TRACK] else laws}, start={self._clock.start}, "
             f"update_interval={self._clock.interval}, update_kernel={self.update_kernel}, "
             f"serving_mode={self.serving_mode}{f', {self._tracks.store}' if self._tracks.store else ''})"
         )

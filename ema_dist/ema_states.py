@@ -49,6 +49,51 @@ class StateMethods:
         return self._clock.updates
 
     @property
+    def time(self) -> float:
+        """What has elapsed: optimizer steps, or the samples or tokens of ``elapsed``. May wait for the device."""
+        return self._clock.time
+
+    def initial_mass(self, track: str | None = None) -> float:
+        """The share of an average, in [0, 1], that still is the weights at which averaging began.
+
+        It is the product of all decays since then: 1 while averages follow the live weights until ``start``.
+
+        Args:
+            track: the track; None for the only one, or the one called ``default``.
+
+        Collective: no. May wait for the device. Raises: ValueError for an unknown track.
+        """
+        return self._clock.initial_mass(self._tracks.resolve_name(track))
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers to log: ``ema/steps``, ``ema/time``; and ``ema/<track>/decay``, ``ema/<track>/initial_mass`` of each.
+
+        The decay is that of the last update; 0 while averages follow the live weights.
+
+        Collective: no. May wait for the device.
+        """
+        metrics = {"ema/steps": self.steps, "ema/time": self.time}
+        for track in self._tracks:
+            metrics[f"ema/{track}/decay"] = self._clock.last_decay(track)
+            metrics[f"ema/{track}/initial_mass"] = self._clock.initial_mass(track)
+        return metrics
+
+    def reset(self) -> None:
+        """Begin anew from the live weights: averages := live weights, steps, updates and time := 0, initial mass := 1.
+
+        For weights that were loaded into the model after construction.
+
+        Collective: no; each rank that holds the model must call it. Memory: one cast tensor where dtypes differ.
+        Raises: RuntimeError inside `swapped` or `serving`; ValueError when the model has changed.
+        """
+        self._model_with_averages.require_inactive("reset()")
+        self._model_with_averages.prepare("reset()", collective=False, for_loading=True)
+        self._live.layout.wait_for_device()
+        self._tracks.copy_live(self._live.layout)
+        self._clock.reset()
+        self._updates.start_from("reset()")
+
+    @property
     def call_history(self) -> CallHistory:
         """The calls that every rank must make in the same order; ranks compare them whenever they communicate."""
         return self._live.history
@@ -86,7 +131,7 @@ class StateMethods:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state of `state_dict`, of the same sharding or resharded by DCP, or of `consolidated_state_dict`.
 
-        The decay given to the constructor stays; a different one in ``state_dict`` causes a warning.
+        The law given to the constructor stays; a different one in ``state_dict`` causes a warning on the first rank.
 
         Collective: no.
         Raises: RuntimeError inside `swapped`; ValueError before any change when format, tracks, names or shapes differ,
@@ -127,10 +172,12 @@ class StateMethods:
         self._load_state(scattered, "load_consolidated_state_dict()", empty_hint=hint)
 
     def _compared_calls(self) -> Sequence[Mapping[str, str]]:
-        return self.call_history.compared(steps=self.steps, updates=self.updates)
+        return self.call_history.compared(steps=self.steps, updates=self.updates, time=self.time)
 
     def _load_state(self, state: Mapping[str, Any], call: str, *, empty_hint: str) -> None:
-        load_state(state, self._clock, self._live.layout, self._tracks, empty_hint=empty_hint)
+        load_state(
+            state, self._clock, self._live.layout, self._tracks, empty_hint=empty_hint, warns=self._live.is_first
+        )
         self._updates.start_from(call)
 
     def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:

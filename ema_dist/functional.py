@@ -8,7 +8,7 @@ from ema_dist.evaluation.swap import require_live_weights
 from ema_dist.kernels import group_pairs, lerp_
 from ema_dist.messages import abbreviated
 from ema_dist.modes import in_normal_mode
-from ema_dist.schedules.decay import Constant
+from ema_dist.schedules.laws import Constant
 from ema_dist.sharding import Layout
 
 

@@ -40,11 +40,12 @@ def distill(args: argparse.Namespace, device: torch.device) -> None:
     labelled_batches = Batches(labelled, args.labels, args.seed, *rank_and_size)  # one step an epoch
     batches = Batches(training, args.batch_size, args.seed, *rank_and_size)  # the labels are not used
     net = VisionTransformer()
-    print_rank_0(describe_run(args.parallel, device.type, net, args.half_life))
+    law = HalfLife(args.half_life)
+    print_rank_0(describe_run(args.parallel, device.type, net, law))
     model = wrap(net, args.parallel, device)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     # Each replica keeps complete averages, because the teacher predicts at each step: nothing is gathered for it.
-    ema = ShardedEMA(model, decay=HalfLife(args.half_life), replicas="copy")
+    ema = ShardedEMA(model, decay=law, replicas="copy")
     print_rank_0(f"results are only printed; teaching from {ema.serving_mode}")
     torch.manual_seed(args.seed + dist.get_rank())  # each rank draws its own noise
 

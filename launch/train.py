@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
-from ema_dist import HalfLife, ShardedEMA, checkpoint
+from ema_dist import ShardedEMA, checkpoint
+from recipe.averaging_laws import DEFAULT_LAW, LAWS
 from recipe.checkpoints import Checkpoints, TrainingProgress, checkpoint_errors_in_one_line, saved_settings
 from recipe.data import Batches, load_images
 from recipe.evaluation import evaluate
@@ -46,13 +47,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     batches = Batches(training, args.batch_size, args.seed, *data_rank_and_size(args.parallel))
     net = VisionTransformer()
     print_rank_0(
-        describe_run(args.parallel, device.type, net, args.half_life),
+        describe_run(args.parallel, device.type, net, f"{args.schedule}, half-life {args.half_life:g} steps"),
         f"results in {args.output_dir}; {describe_checkpoint_dir(args.checkpoint_dir)}",
     )
     model = wrap(net, args.parallel, device)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     lr_scheduler = LinearLR(optimizer, start_factor=0.1, total_iters=len(batches))
-    ema = ShardedEMA(model, decay=HalfLife(args.half_life))
+    ema = ShardedEMA(model, decay=LAWS[args.schedule](args.half_life, args.epochs * len(batches)))
     progress = TrainingProgress(new_run_id(), lr_scheduler)
     checkpoints = Checkpoints(
         args.checkpoint_dir,
@@ -117,6 +118,7 @@ def parse_arguments() -> argparse.Namespace:
         default=default_parallel(),
     )
     option("--device", "auto takes a GPU if there is one", choices=["auto", "cpu", "cuda"], default="auto")
+    option("--schedule", "averaging law; ramped is a half-life with a warm-up", choices=LAWS, default=DEFAULT_LAW)
     option("--half-life", "half-life of the average, in optimizer steps", type=float, default=60.0, metavar="STEPS")
     option("--epochs", "total epochs, including those before --resume", type=positive_int, default=24)
     option("--batch-size", "images in a step, over all ranks together", type=positive_int, default=48)

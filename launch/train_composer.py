@@ -127,7 +127,7 @@ def train(args: argparse.Namespace) -> None:
     model = ComposerClassifier(VisionTransformer(), num_classes=10, loss_fn=F.cross_entropy)
     model.module.fsdp_wrap_fn = is_block
     ema = EMA(half_life=f"{args.half_life}ba")
-    print_rank_0(describe_run(args.parallel, args.device, model, args.half_life))
+    print_rank_0(describe_run(args.parallel, args.device, model, ema))
     print_rank_0(describe_checkpoint_dir(args.save_folder))
     settings_check = SettingsCheck(saved_settings(training, args))
     with resume_errors_in_one_line(args.save_folder) if args.resume else nullcontext():

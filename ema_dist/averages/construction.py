@@ -14,7 +14,7 @@ from ema_dist.averages.precision import Precision
 from ema_dist.averages.tracks import Tracks
 from ema_dist.communication.rendezvous import RendezvousError, advice_on_absence
 from ema_dist.schedules.clock import Clock
-from ema_dist.schedules.decay import DEFAULT_TRACK
+from ema_dist.schedules.decay import DEFAULT_TRACK, DecayRecord
 
 _CALL = "ShardedEMA(model)"
 _PART = "selected names, part"
@@ -81,17 +81,18 @@ def _compare(live: LiveModel, settings: Mapping[str, str]) -> None:
 def describe_settings(clock: Clock, precision: Precision, **others: object) -> dict[str, str]:
     """Settings for `construct_on_all_ranks`: texts that are equal where the settings of ranks fit together."""
     decays = {
-        "decay" if track == DEFAULT_TRACK else f"decay[{track!r}]": decay for track, decay in clock.decays.items()
+        "decay" if track == DEFAULT_TRACK else f"decay[{track!r}]": DecayRecord.of_law(law).describe()
+        for track, law in clock.schedules.items()
     }
     settings = {
-        **decays,
         "start": clock.start,
         "update_interval": clock.interval,
         "dtype": precision.dtype,
         "rounding": precision.rounding,
         **others,
     }
-    return {name: f"{name}={_describe(value)}" for name, value in settings.items()}
+    texts = decays | {name: _describe(value) for name, value in settings.items()}
+    return {name: f"{name}={text}" for name, text in texts.items()}
 
 
 def _describe(setting: object) -> str:

@@ -1,7 +1,8 @@
 """The state that checkpoints hold: its format is fixed, and all of it is checked before any of it is loaded.
 
-``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name: tensor},
-"buffers": {name: tensor}}}}``; the names of tensors are first canonical names.
+``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {"kind": str, "value": str}, "averages":
+{name: tensor}, "buffers": {name: tensor}}}}``; the names of tensors are first canonical names, and
+`ema_dist.schedules.decay` says what the value of a decay holds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.schedules.clock import Clock
+from ema_dist.schedules.decay import DecayRecord, describe_changed_laws, read_clock, record_decays
 from ema_dist.sharding import Layout, Shard, cpu_copy
 
 STATE_FORMAT = 1
@@ -65,12 +67,13 @@ def make_state(
         make_dict: makes the dictionary of each level.
     """
     track_states: dict[str, Any] = {}
+    decays = record_decays(clock)
     for track, averages in tracks.items():
         parameters = {name: convert(layout.parameters[name].averaged_part, track, name) for name in averages.parameters}
         buffers = {name: convert(layout.buffers[name], track, name) for name in averages.buffers}
         track_states[track] = make_dict(
             {
-                "decay": clock.decays[track].state(),
+                "decay": decays[track].state(),
                 "averages": make_dict(parameters),
                 "buffers": make_dict(buffers),
             }
@@ -81,11 +84,14 @@ def make_state(
 
 
 @torch.no_grad()
-def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: Tracks, *, empty_hint: str) -> None:
-    """Load a state; warns if a decay differs from the clock's, which stays.
+def load_state(
+    state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: Tracks, *, empty_hint: str, warns: bool
+) -> None:
+    """Load a state; the laws of ``clock`` stay.
 
     Args:
         empty_hint: ends the error for an empty state.
+        warns: whether a law that differs causes a warning.
 
     Raises: ValueError when its format, tracks, names or shapes differ, before anything changes.
     """
@@ -93,29 +99,29 @@ def load_state(state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: T
         raise ValueError(f"expected a state of ShardedEMA, got an empty one: {empty_hint}")
     try:
         version, steps, updates = state["format"], int(state["steps"]), int(state["updates"])
-        saved = {name: (entry["decay"], entry["averages"], entry["buffers"]) for name, entry in state["tracks"].items()}
+        saved = {name: (entry["averages"], entry["buffers"]) for name, entry in state["tracks"].items()}
+        decays = {name: (entry["decay"]["kind"], entry["decay"]["value"]) for name, entry in state["tracks"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"expected a state of ShardedEMA, a part of it is missing: {error}") from None
     if version != STATE_FORMAT:
         raise ValueError(f"expected a state of ShardedEMA with format {STATE_FORMAT}, got format {version!r}")
     if saved.keys() != tracks.keys():
         raise ValueError(f"expected a state with the tracks {[*tracks]}, got one with {[*saved]}")
+    records = {track: DecayRecord.parse(kind, value) for track, (kind, value) in decays.items()}
+    reading = read_clock(records, steps=steps, updates=updates)
     loaded: list[tuple[Track, dict[str, Tensor]]] = []
-    for track, (_, averages, buffers) in saved.items():
+    for track, (averages, buffers) in saved.items():
         parts = {name: layout.parameters[name].averaged_part for name in tracks[track].parameters}
         values = _local_tensors("averages", parts, averages) | _local_tensors("buffers", layout.buffers, buffers)
         loaded.append((tracks[track], values))
-    current_decays = {track: clock.decays[track].state() for track in tracks}
-    if changed := [
-        f"the averages {track!r} were taken with {decay} and go on with {current_decays[track]}"
-        for track, (decay, *_) in saved.items()
-        if decay != current_decays[track]
-    ]:
-        warnings.warn("; ".join(changed), stacklevel=6)
+    if warns and (changed := describe_changed_laws(records, clock.schedules)):
+        warnings.warn(
+            f"the averages were taken by another law, and go on by the one of this ShardedEMA: {changed}", stacklevel=6
+        )
     for target, values in loaded:
         for name, value in values.items():
             target.write(name, value)
-    clock.set(steps=steps, updates=updates)
+    clock.set(reading)
     tracks.bind_loaded(layout)
 
 

@@ -110,10 +110,21 @@ class Tracks(Mapping[str, Track]):
 
         Raises: ValueError for an unknown track.
         """
+        return self[self.resolve_name(track)]
+
+    def resolve_name(self, track: str | None) -> str:
+        """The name of the track that `resolve` returns."""
         chosen = track or (next(iter(self)) if len(self) == 1 else DEFAULT_TRACK)
         if chosen not in self:
             raise ValueError(f"expected one of the tracks {[*self]}, got {track!r}")
-        return self[chosen]
+        return chosen
+
+    def copy_live(self, layout: Layout) -> None:
+        """Overwrite all averages with the live weights and buffers. Waits for the device."""
+        for track in self.values():
+            for name, (average, value) in (track.parameter_pairs(layout) | track.buffer_pairs(layout)).items():
+                track.write(name, value.to(average.device))  # cast there: it takes memory
+        self.bind_loaded(layout)
 
     def bind_layout(self, layout: Layout) -> None:
         """Make kernels for the weights of ``layout``, for later updates. Raises: as `drain`, once they are made."""

@@ -21,16 +21,18 @@ class Updates:
         self._unfinished: _Update | None = None
         """An update that has begun and is not counted."""
 
-    def update(self, found_inf: Tensor | None, *, overlap: bool) -> None:
+    def update(self, found_inf: Tensor | None, *, elapsed: float, overlap: bool) -> None:
         """Take one update, and count the step.
 
         Args:
+            elapsed: as for `Clock.next_step`.
             found_inf: as for `Clock.next_step`.
             overlap: as for `Tracks.update_averages`.
 
-        Raises: RuntimeError when an earlier update failed on its thread.
+        Raises: RuntimeError when an earlier update failed on its thread; as `Clock.next_step`.
         """
-        step, calls = self._clock.next_step(found_inf), self._live.history.calls.after("update()")
+        step = self._clock.next_step(elapsed, found_inf)
+        calls = self._live.history.calls.after("update()", *([elapsed] if elapsed != 1 else ()))
         self._unfinished = _Update(step, calls, overlap=overlap)
         self._run(self._unfinished)
 

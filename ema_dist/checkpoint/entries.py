@@ -167,7 +167,7 @@ class EMAEntry(Entry):
 
     def compared(self) -> Sequence[Mapping[str, str]]:
         """What ranks compare before they save."""
-        return self.ema.call_history.compared(steps=self.ema.steps, updates=self.ema.updates)
+        return self.ema.call_history.compared(steps=self.ema.steps, updates=self.ema.updates, time=self.ema.time)
 
     def state_to_save(self) -> dict[str, Any]:
         return self.ema.state_dict()

@@ -21,7 +21,10 @@ from ema_dist.checkpoint.values import KeyPath, unflatten, unpack_value
 from ema_dist.checkpoint.weights.casts import cast
 from ema_dist.kernels import checksum
 from ema_dist.messages import abbreviated
-from ema_dist.schedules.decay import Constant, Decay, HalfLife, decay_from_half_life, half_life_from_decay
+from ema_dist.schedules.clock import Reading
+from ema_dist.schedules.decay import DecayRecord, read_clock
+from ema_dist.schedules.equations import decay_from_half_life, half_life_from_decay
+from ema_dist.schedules.laws import Constant, HalfLife
 
 WeightsKind = Literal["ema", "live"]
 
@@ -31,24 +34,26 @@ BATCH_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class StoredDecay:
-    """The decay of one track as a checkpoint records it, without the interval at which averages were taken."""
+    """The law of one track as a checkpoint records it, without the interval at which averages were taken."""
 
-    decay: Decay
+    record: DecayRecord
+    unit: Literal["step", "unit of time", "update"]
+    """The unit of `decay_per_unit` and `half_life`; of a law that has no half-life, an update."""
+    decay_per_unit: float
+    """The factor of the old average in one unit; of a law that has no half-life, at the last update."""
+    half_life: float | None
+    """The number of units after which half of the old average is left; None for a law that has no half-life."""
 
-    @property
-    def unit(self) -> Literal["step", "update"]:
-        """The unit of `decay_per_unit` and `half_life`: optimizer steps, or updates of the average."""
-        return "step" if isinstance(self.decay, HalfLife) else "update"
-
-    @property
-    def decay_per_unit(self) -> float:
-        """The factor of the old average in one unit."""
-        return decay_from_half_life(self.decay.steps) if isinstance(self.decay, HalfLife) else self.decay.value
-
-    @property
-    def half_life(self) -> float:
-        """The number of units after which half of the old average is left."""
-        return self.decay.steps if isinstance(self.decay, HalfLife) else half_life_from_decay(self.decay.value)
+    @classmethod
+    def create(cls, record: DecayRecord, track: str, clock: Reading) -> StoredDecay:
+        """The law that a track records, while the clock shows ``clock``."""
+        match record.law:
+            case HalfLife(value=float() | int() as half_life, ramp=None):
+                unit = "step" if clock.time == clock.steps else "unit of time"
+                return cls(record, unit, decay_from_half_life(half_life), half_life)
+            case Constant(value=decay):
+                return cls(record, "update", decay, half_life_from_decay(decay))
+        return cls(record, "update", float(clock.last_decays[track]), None)
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,19 @@ class StoredAverages:
     """A state of `ShardedEMA` in a checkpoint."""
 
     key_path: KeyPath
-    steps: int
-    updates: int
+    clock: Reading
     tracks: dict[str, TrackNames]
     decays: dict[str, StoredDecay]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps seen."""
+        return int(self.clock.steps)
+
+    @property
+    def updates(self) -> int:
+        """Averages taken."""
+        return int(self.clock.updates)
 
     @property
     def is_stale(self) -> bool:
@@ -346,19 +360,10 @@ class StoredCheckpoint:
         if type(fields["format"]) is not int or fields["format"] != STATE_FORMAT:
             raise CheckpointError(f"{prefix} have format {fields['format']!r}, expected {STATE_FORMAT}")
         try:
-            decays = {track: _parse_decay(fields[f"{track} kind"], fields[f"{track} value"]) for track in tracks}
-            return StoredAverages(key_path, int(fields["steps"]), int(fields["updates"]), tracks, decays)
+            records = {track: DecayRecord.parse(fields[f"{track} kind"], fields[f"{track} value"]) for track in tracks}
+            clock = read_clock(records, steps=int(fields["steps"]), updates=int(fields["updates"]))
+            decays = {track: StoredDecay.create(record, track, clock) for track, record in records.items()}
+            return StoredAverages(key_path, clock, tracks, decays)
         # RuntimeError: int() of a tensor with several elements.
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise CheckpointError(f"{prefix} are damaged: {error}") from None
-
-
-def _parse_decay(kind: object, value: object) -> StoredDecay:
-    if not isinstance(value, int | float):
-        raise ValueError(f"expected a number as the decay, got {value!r}")
-    match kind:
-        case "half_life":
-            return StoredDecay(HalfLife(value))
-        case "constant":
-            return StoredDecay(Constant(value))
-    raise ValueError(f"expected a decay of the kind half_life or constant, got {kind!r}")

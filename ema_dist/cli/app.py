@@ -65,9 +65,9 @@ def inspect(
     The distance of an average is |average - live| / |live|, in Euclidean norms.
 
     The keys of --json: path, step and saved (null after plain dcp.save; else world_size, torch, layouts by entry),
-    entries (by name: kind, tensors, dtypes, pieces, bytes), averages (by entry: model, steps, updates, tracks by name:
-    decay as in state_dict(), averages and distances by tensor), tensors (by name: shape, dtype, bytes, pieces). Numbers
-    that are not finite are strings.
+    entries (by name: kind, tensors, dtypes, pieces, bytes), averages (by entry: model, steps, updates, time, tracks
+    by name: decay (kind, law as text, half_life or null, decay per unit), initial_mass, averages and distances by
+    tensor), tensors (by name: shape, dtype, bytes, pieces). Numbers that are not finite are strings.
     """
     from ema_dist.cli.inspect import inspect as run  # noqa: PLC0415
 

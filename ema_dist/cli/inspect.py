@@ -92,15 +92,26 @@ def _summarize_averages(stored: StoredCheckpoint, averages: StoredAverages) -> d
         "model": None if model is None else dotted_name(model),
         "steps": averages.steps,
         "updates": averages.updates,
+        "time": averages.clock.time,
         "tracks": {
-            name: {"decay": _summarize_decay(averages.decays[name]), **_compare_with_live(stored, track, model)}
+            name: {
+                "decay": _summarize_decay(averages.decays[name]),
+                "initial_mass": averages.clock.initial_masses[name],
+                **_compare_with_live(stored, track, model),
+            }
             for name, track in averages.tracks.items()
         },
     }
 
 
 def _summarize_decay(stored: StoredDecay) -> dict[str, Any]:
-    return {**stored.decay.state(), "half_life": stored.half_life, "decay": stored.decay_per_unit, "per": stored.unit}
+    return {
+        "kind": stored.record.kind,
+        "law": stored.record.describe(),
+        "half_life": stored.half_life,
+        "decay": stored.decay_per_unit,
+        "per": stored.unit,
+    }
 
 
 def _compare_with_live(stored: StoredCheckpoint, track: TrackNames, model: KeyPath | None) -> dict[str, dict[str, Any]]:
@@ -137,8 +148,12 @@ def _header_rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for entry, averages in summary["averages"].items():
         for name, track in averages["tracks"].items():
             decay = track["decay"]
-            half_life = f"half-life {decay['half_life']:,.6g} {decay['per']}s"
+            unit = decay["per"].replace("unit", "units") if " " in decay["per"] else f"{decay['per']}s"
+            half_life = (
+                f"half-life {decay['half_life']:,.6g} {unit}" if decay["half_life"] is not None else decay["law"]
+            )
             counts = f"{averages['steps']:,} steps, {averages['updates']:,} updates"
+            counts += f", time {averages['time']:,.12g}" if averages["time"] != averages["steps"] else ""
             decay_per_unit = f"decay {decay['decay']:.9g} per {decay['per']}"
             yield "averages", f"{_entry_label(entry)}, track {name}: {half_life} ({decay_per_unit}), {counts}"
 

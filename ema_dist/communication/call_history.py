@@ -52,7 +52,7 @@ class CallHistory:
         """Forget all calls but this one, which has set everything that the earlier ones changed."""
         self.calls = Calls().after(call, *arguments)
 
-    def compared(self, **counts: int) -> Sequence[Mapping[str, str]]:
+    def compared(self, **counts: float) -> Sequence[Mapping[str, str]]:
         """For `rendezvous`: the number of each call, then other ``counts``, then the order of the calls."""
         latest = [call[:-1] + ", ".join(map(repr, arguments)) + ")" for call, arguments in self.calls.latest]
         order = f"called {', '.join(latest)} last, in this order (digest of all calls: {self.calls.digest:08x})"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from composer.core import Event, State, Time, TimeUnit
 
-from ema_dist.schedules.decay import decay_from_half_life
+from ema_dist.schedules.equations import decay_from_half_life
 
 UPDATE_EVENTS = {TimeUnit.BATCH: Event.BATCH_END, TimeUnit.EPOCH: Event.EPOCH_END}
 START_UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.EPOCH)

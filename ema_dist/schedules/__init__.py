@@ -1,4 +1,6 @@
-"""The weight of each update: decays as pure equations, and the clock that counts steps and updates.
+"""The weight of each update: averaging laws as equations and as objects, and the clock.
 
-No module here knows a model, a shard or a rank, or imports another part of `ema_dist`.
+No module here knows a model, a shard or a rank, or imports another part of `ema_dist`. From the lowest level up:
+`arithmetic` (numbers and 0-d tensors alike), `equations`, `schedule` (what a law is), `laws`, `clock` (when an average
+is taken, and with which weight), `decay` (what users pass and what states record).
 """

@@ -1,112 +1,202 @@
-"""When an average is taken and with which weight, also when skipped steps are counted on the device."""
+"""When an average is taken and with which weight, also when only the device knows which steps were skipped."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ema_dist.schedules.decay import Decay
+from ema_dist.schedules.arithmetic import Number, Truth, as_number, where
+from ema_dist.schedules.checked_number import checked_number
+from ema_dist.schedules.schedule import Schedule
 
 
-class Counts(NamedTuple):
-    """Optimizer steps and averages taken; those that a device counted are the elements of a tensor there."""
+class Reading(NamedTuple):
+    """What the clock shows. Values that depend on a step which only the device knows are 0-d tensors there."""
 
-    steps: int = 0
-    updates: int = 0
-    on_device: Tensor | None = None
-    """An int64 tensor: steps and updates counted on the device, on top of the others; None until the first."""
+    steps: Number
+    """Optimizer steps, without skipped ones."""
+    updates: Number
+    """Averages taken, not counting the steps until `Clock.start`."""
+    time: Number
+    """What has elapsed."""
+    start_step: Number
+    """The last step at which the averages just followed the live weights; averaging began there."""
+    start_time: Number
+    """The time of that step."""
+    last_update: Number
+    """The time of the last update, or at which averaging began."""
+    initial_masses: Mapping[str, Number]
+    """The share of each track that still is the weights at which averaging began."""
+    last_decays: Mapping[str, Number]
+    """The decay of each track at the last update; 0 where it just followed."""
+
+
+class Readings(NamedTuple):
+    """The clock as it is, and as it is if no step was skipped: the host may look at the second without waiting."""
+
+    exact: Reading
+    assumed: Reading
 
 
 class ClockStep(NamedTuple):
     """One optimizer step that is not counted yet."""
 
-    weights: Mapping[str, float | Tensor]
+    weights: Mapping[str, Number]
     """The weight of the live value by track: 0 leaves the average unchanged, 1 replaces it by the live value."""
-    counts: Counts
-    """The counts that include this step."""
+    readings: Readings
+    """The clock after this step."""
 
     @property
     def update_index(self) -> int | Tensor:
         """The number of this update: a tensor on the device if some were counted there."""
-        _, updates, on_device = self.counts
-        return updates if on_device is None else on_device[1] + updates
+        updates = self.readings.exact.updates
+        return updates if isinstance(updates, Tensor) else int(updates)
 
 
 class Clock:
-    """Counts optimizer steps and averages taken.
+    """Counts optimizer steps, averages taken, and the time.
 
     Args:
-        decays: the decay of each track, by name.
-        start: until this step the average simply follows the live weights.
+        schedules: the law of each track, by name.
+        start: until this time the average simply follows the live weights.
         interval: an average is taken at every step that is a multiple of it.
 
-    Raises: ValueError for a negative ``start`` or an ``interval`` below 1.
+    Raises: TypeError or ValueError unless ``start`` is a time, 0 or more, and ``interval`` an integer, 1 or more.
     """
 
-    def __init__(self, decays: Mapping[str, Decay], *, start: int, interval: int) -> None:
-        if start < 0:
-            raise ValueError(f"start is an optimizer step, 0 or later, got {start!r}")
-        if interval < 1:
-            raise ValueError(f"update_interval is a number of optimizer steps, 1 or more, got {interval!r}")
-        self.decays = decays
-        self.start = start
-        self.interval = interval
-        self._counts = Counts()
+    def __init__(self, schedules: Mapping[str, Schedule], *, start: float, interval: int) -> None:
+        self.schedules = schedules
+        self.start = checked_number("start", start, "a time, 0 or later, in the unit of the clock")
+        self.interval = checked_number("update_interval", interval, "a number of optimizer steps, 1 or more", lowest=1)
+        if not isinstance(self.interval, int):
+            raise TypeError(f"update_interval is an integer, got {interval!r}")
+        self.reset()
 
     @property
     def steps(self) -> int:
         """Optimizer steps seen, without skipped ones. Waits for the device if some were counted there."""
-        steps, _, on_device = self._counts
-        return steps if on_device is None else steps + int(on_device[0])
+        return int(self._readings.exact.steps)
 
     @property
     def updates(self) -> int:
         """Averages taken. Waits for the device if some were counted there."""
-        _, updates, on_device = self._counts
-        return updates if on_device is None else updates + int(on_device[1])
+        return int(self._readings.exact.updates)
 
-    def set(self, *, steps: int, updates: int) -> None:
-        """Continue from these counts."""
-        self._counts = Counts(steps, updates)
+    @property
+    def time(self) -> float:
+        """What has elapsed. Waits for the device if some steps were counted there."""
+        return float(self._readings.exact.time)
 
-    def next_step(self, found_inf: Tensor | None = None) -> ClockStep:
+    def initial_mass(self, track: str) -> float:
+        """The share of an average that still is the weights at which averaging began.
+
+        Waits for the device if some steps were counted there.
+        """
+        return float(self._readings.exact.initial_masses[track])
+
+    def assumed_initial_mass(self, track: str) -> float:
+        """As `initial_mass`, if no step was skipped on the device; never waits.
+
+        Never more than `initial_mass` where all steps are equally long, since averages then have seen fewer updates.
+        """
+        return float(self._readings.assumed.initial_masses[track])
+
+    def last_decay(self, track: str) -> float:
+        """The factor of the old average at the last update, 0 where it just followed; waits as `initial_mass`."""
+        return float(self._readings.exact.last_decays[track])
+
+    def read(self) -> Reading:
+        """The clock in numbers. Waits for the device if some steps were counted there."""
+        steps, updates, time, start_step, start_time, last_update, masses, decays = self._readings.exact
+        return Reading(
+            int(steps),
+            int(updates),
+            float(time),
+            int(start_step),
+            float(start_time),
+            float(last_update),
+            {track: float(mass) for track, mass in masses.items()},
+            {track: float(decay) for track, decay in decays.items()},
+        )
+
+    def set(self, reading: Reading) -> None:
+        """Continue from ``reading``, in numbers."""
+        self._readings = Readings(reading, reading)
+
+    def reset(self) -> None:
+        """Begin anew: no step was made."""
+        masses, decays = dict.fromkeys(self.schedules, 1.0), dict.fromkeys(self.schedules, 0.0)
+        self.set(Reading(0, 0, 0.0, 0, 0.0, 0.0, masses, decays))
+
+    def next_step(self, elapsed: float = 1.0, found_inf: Tensor | None = None) -> ClockStep:
         """The next optimizer step; `count` counts it once its update is made.
 
         Args:
+            elapsed: the time since the last step.
             found_inf: not zero if the optimizer skipped the step. The host never reads it, and so does not wait.
+
+        Raises: TypeError or ValueError unless ``elapsed`` is positive and finite; ValueError for a decay outside
+            [0, 1], if the host knows it.
         """
-        steps, updates, on_device = self._counts
-        if found_inf is not None or on_device is not None:
-            return self._next_step_on_device(found_inf)
-        steps += 1
-        if steps <= self.start:
-            return ClockStep(dict.fromkeys(self.decays, 1.0), Counts(steps, updates))
-        if steps % self.interval:
-            return ClockStep(dict.fromkeys(self.decays, 0.0), Counts(steps, updates))
-        return ClockStep(self._weights(), Counts(steps, updates + 1))
+        expected = "a number of steps, samples or tokens, positive and finite"
+        elapsed = float(checked_number("elapsed", elapsed, expected, open_below=True, open_above=True))
+        exact, assumed = self._readings
+        is_real_step = True if found_inf is None else (found_inf == 0).reshape(())
+        after, weights = self._after(exact, elapsed, is_real_step)
+        if found_inf is None and exact is assumed:
+            return ClockStep(weights, Readings(after, after))
+        return ClockStep(weights, Readings(after, self._after(assumed, elapsed, is_real_step=True)[0]))
 
     def count(self, step: ClockStep) -> None:
         """Count ``step``; again without effect, if it is the last one counted."""
-        self._counts = step.counts
+        self._readings = step.readings
 
-    def _weights(self) -> dict[str, float]:
-        return {name: 1 - decay.decay(self.interval) for name, decay in self.decays.items()}
+    def _after(self, now: Reading, elapsed: float, is_real_step: Truth) -> tuple[Reading, dict[str, Number]]:
+        """The clock after one more step, and the weight of the live values at it, by track."""
+        # The same lines serve numbers and tensors: of the latter, no value is ever looked at.
+        steps = now.steps + is_real_step
+        time = where(is_real_step, now.time + elapsed, now.time)
+        is_following: Truth = False
+        is_due: Truth = is_real_step
+        if self.start > 0:
+            is_following = is_real_step & (time <= self.start)
+            is_due = is_due & (time > self.start)
+        if self.interval > 1:
+            is_due = is_due & (steps % self.interval == 0)
+        decays = self._decays(now, steps, time) if is_due is not False else dict.fromkeys(self.schedules, 1.0)
+        weights: dict[str, Number] = {}
+        masses: dict[str, Number] = {}
+        last_decays: dict[str, Number] = {}
+        for track, decay in decays.items():
+            weights[track] = where(is_due, 1 - decay, where(is_following, 1.0, 0.0))
+            mass = now.initial_masses[track]
+            masses[track] = where(is_due, mass * decay, where(is_following, 1.0, mass))
+            last_decays[track] = where(is_due, decay, where(is_following, 0.0, now.last_decays[track]))
+        after = Reading(
+            steps,
+            now.updates + is_due,
+            time,
+            where(is_following, steps, now.start_step),
+            where(is_following, time, now.start_time),
+            where(is_due if is_following is False else is_due | is_following, time, now.last_update),
+            masses,
+            last_decays,
+        )
+        return after, weights
 
-    def _next_step_on_device(self, found_inf: Tensor | None) -> ClockStep:
-        steps, updates, on_device = self._counts
-        if on_device is None:
-            assert found_inf is not None
-            on_device = torch.zeros(2, dtype=torch.int64, device=found_inf.device)
-        is_real_step = torch.ones_like(on_device[0]) if found_inf is None else (found_inf == 0).long().reshape(())
-        step = on_device[0] + is_real_step + steps
-        is_before_start = is_real_step * (step <= self.start)
-        is_update_due = (is_real_step - is_before_start) * (step % self.interval == 0)
-        # In float64: a product of an integer tensor and a number has the default dtype, which may be bfloat16.
-        weights = {
-            name: is_before_start.double() + is_update_due.double() * weight for name, weight in self._weights().items()
+    def _decays(self, now: Reading, steps: Number, time: Number) -> dict[str, Number]:
+        arguments = {
+            "time": time - now.start_time,
+            "elapsed": time - now.last_update,
+            "step": as_number(steps - (now.start_step + 1)),
         }
-        counts = Counts(steps, updates, on_device + torch.stack((is_real_step, is_update_due)))
-        return ClockStep(weights, counts)
+        decays = {track: schedule.decay(**arguments) for track, schedule in self.schedules.items()}
+        if isinstance(time, Tensor):
+            return decays
+        for track, decay in decays.items():
+            decays[track] = float(decay)
+            if not 0 <= decay <= 1:
+                raise ValueError(f"expected a decay in [0, 1] of {self.schedules[track]!r}, got {decay!r}")
+        return decays

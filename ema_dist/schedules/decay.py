@@ -1,103 +1,205 @@
-"""The decay of an exponential moving average: as equations, then as the settings a user gives."""
+"""The ``decay`` argument of users, and the ``decay`` entry of each track in a state.
+
+The entry is ``{"kind": str, "value": ...}``, the name of the law and one value that is not a tensor. Until the first
+laws other than `HalfLife` and a number, the value was the number of these two. It now is a JSON text with the fields of
+the law and what the clock shows, so that the names of stored values remain those of format 1: plain ``dcp.load``
+requests values by name.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from ema_dist.schedules.clock import Clock, Reading
+from ema_dist.schedules.laws import (
+    Constant,
+    Cosine,
+    ExponentialWarmup,
+    HalfLife,
+    InverseGamma,
+    Power,
+    Uniform,
+    Warmup,
+)
+from ema_dist.schedules.schedule import Schedule, describe, fields_of
 
 DEFAULT_TRACK = "default"
 """The name of the only track of a model with one decay."""
 
+LAWS: dict[str, type[Schedule]] = {
+    "half_life": HalfLife,
+    "constant": Constant,
+    "power": Power,
+    "uniform": Uniform,
+    "inverse_gamma": InverseGamma,
+    "warmup": Warmup,
+    "exponential_warmup": ExponentialWarmup,
+    "cosine": Cosine,
+}
+"""The laws of this package by the kind that states record; a user's own has the name of its class."""
 
-def decay_from_half_life(half_life: float, steps: float = 1) -> float:
-    """The decay over ``steps`` steps for which ``half_life`` steps leave half of the old average.
+_KINDS = {law: kind for kind, law in LAWS.items()}
+_TIMES = ("steps", "time", "start_step", "start_time", "last_update")
 
-    Source: Composer's EMA, ``smoothing = exp(-log(2) / half_life)``, here ``2 ** (-steps / half_life)``.
+
+def as_schedule(decay: Schedule | float) -> Schedule:
+    """The law that a user's ``decay`` argument stands for.
+
+    Raises: TypeError for anything but a law or a number, ValueError for a number outside [0, 1].
     """
-    if half_life == 0:
-        return 0.0
-    return 2.0 ** (-steps / half_life)
+    return decay if isinstance(decay, Schedule) and not isinstance(decay, type) else Constant(decay)
 
 
-def half_life_from_decay(decay: float) -> float:
-    """The number of updates with this decay that leave half of the old average."""
-    if decay in {0.0, 1.0}:
-        return math.inf if decay else 0.0
-    return -1 / math.log2(decay)
+def as_schedules(decay: Schedule | float | Mapping[str, Schedule | float]) -> dict[str, Schedule]:
+    """The laws that a user's ``decay`` argument stands for, by track: `DEFAULT_TRACK` for a single one.
 
-
-@dataclass(frozen=True)
-class HalfLife:
-    """Decay by half-life: after ``steps`` optimizer steps, half of the old average is left.
-
-    It does not depend on how often the average is taken. ``HalfLife(0)`` means no averaging (the average is the last
-    live value), ``HalfLife(math.inf)`` means no update (the average is the first live value).
-
-    Raises: ValueError for a negative number or NaN.
-    """
-
-    steps: float
-
-    def __post_init__(self) -> None:
-        if not self.steps >= 0:
-            raise ValueError(f"a half-life is 0 or more optimizer steps, got {self.steps!r}")
-
-    def decay(self, interval: int) -> float:
-        """The factor of the old average when one is taken every ``interval`` steps."""
-        return decay_from_half_life(self.steps, interval)
-
-    def state(self) -> dict[str, str | float]:
-        """The form that a checkpoint records."""
-        return {"kind": "half_life", "value": float(self.steps)}
-
-
-@dataclass(frozen=True)
-class Constant:
-    """The same factor of the old average at every update, whatever the number of steps between updates.
-
-    Raises: ValueError outside [0, 1].
-    """
-
-    value: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.value <= 1:
-            raise ValueError(
-                f"a decay lies in [0, 1], got {self.value!r}; for a half-life in steps use HalfLife(steps)"
-            )
-
-    def decay(self, interval: int) -> float:  # noqa: ARG002 - the same signature as HalfLife
-        """The factor of the old average, whatever the interval."""
-        return self.value
-
-    def state(self) -> dict[str, str | float]:
-        """The form that a checkpoint records."""
-        return {"kind": "constant", "value": float(self.value)}
-
-
-Decay = HalfLife | Constant
-
-
-def as_decay(decay: HalfLife | float) -> Decay:
-    """The decay that a user's ``decay`` argument stands for.
-
-    Raises: TypeError for anything but a HalfLife or a number, ValueError for a number outside [0, 1].
-    """
-    if isinstance(decay, HalfLife | Constant):
-        return decay
-    if isinstance(decay, bool) or not isinstance(decay, int | float):
-        raise TypeError(f"decay is a number in [0, 1] or HalfLife(steps), got {decay!r}")
-    return Constant(float(decay))
-
-
-def as_decays(decay: HalfLife | float | Mapping[str, HalfLife | float]) -> dict[str, Decay]:
-    """The decays that a user's ``decay`` argument stands for, by track: `DEFAULT_TRACK` for a single one.
-
-    Raises: as `as_decay`; ValueError for no track, or for a track name that is empty or contains a dot.
+    Raises: as `as_schedule`; ValueError for no track, or for a track name that is empty or contains a dot.
     """
     if not isinstance(decay, Mapping):
-        return {DEFAULT_TRACK: as_decay(decay)}
+        return {DEFAULT_TRACK: as_schedule(decay)}
     if not decay or not all(isinstance(name, str) and name and "." not in name for name in decay):
         raise ValueError(f"expected decays by the names of their tracks, texts without dots, got {dict(decay)!r}")
-    return {name: as_decay(value) for name, value in decay.items()}
+    return {name: as_schedule(value) for name, value in decay.items()}
+
+
+@dataclass(frozen=True)
+class DecayRecord:
+    """The ``decay`` entry of one track.
+
+    Args:
+        kind: a key of `LAWS`, or the name of a user's own class.
+        fields: of the law.
+        clock: `Reading` by field, for this track alone; empty in states that recorded nothing of it.
+    """
+
+    kind: str
+    fields: Mapping[str, Any]
+    clock: Mapping[str, float]
+
+    @classmethod
+    def of_law(cls, law: Schedule) -> DecayRecord:
+        """The record of a law, without a clock."""
+        return cls(_KINDS.get(type(law), type(law).__qualname__), fields_of(law), {})
+
+    @classmethod
+    def parse(cls, kind: object, value: object) -> DecayRecord:
+        """The record that a state holds.
+
+        Raises: ValueError for a damaged one; a law that is unknown, or whose fields are, is not.
+        """
+        if not isinstance(kind, str):
+            raise ValueError(f"expected the kind of a decay, got {kind!r}")
+        if isinstance(value, int | float) and kind in ("half_life", "constant"):
+            record = cls(kind, {"value": value}, {})
+            record.law  # noqa: B018  checks the number
+            return record
+        if not isinstance(value, str):
+            raise ValueError(f"expected the fields of the decay {kind!r}, got {value!r}")
+        try:
+            fields, clock = (json.loads(value)[key] for key in ("law", "clock"))
+            return cls(kind, dict(fields), _checked_clock(clock))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"expected the fields of the decay {kind!r} and its clock, got {value!r}: {error}"
+            ) from None
+
+    @property
+    def law(self) -> Schedule | None:
+        """The law itself; None for a user's own.
+
+        Raises: ValueError when its fields are unknown or out of range.
+        """
+        if self.kind not in LAWS:
+            return None
+        fields = dict(self.fields)
+        positional = [fields.pop("value")] if "value" in fields else []
+        try:
+            return LAWS[self.kind](*positional, **fields)
+        except TypeError as error:
+            raise ValueError(f"this version cannot make the decay {self.describe_fields()}: {error}") from None
+
+    def describe(self) -> str:
+        """The law as a user writes it."""
+        try:
+            law = self.law
+        except ValueError:
+            law = None
+        return self.describe_fields() if law is None else repr(law)
+
+    def describe_fields(self) -> str:
+        """The fields of the law under its kind."""
+        return describe(LAWS[self.kind].__name__ if self.kind in LAWS else self.kind, self.fields)
+
+    def is_same_law(self, other: DecayRecord) -> bool:
+        """Whether both record one law with equal fields."""
+        mine, others = ({name: value for name, value in r.fields.items() if value is not None} for r in (self, other))
+        return (self.kind, mine) == (other.kind, others)
+
+    def state(self) -> dict[str, str]:
+        """The entry to save."""
+        return {"kind": self.kind, "value": json.dumps({"law": dict(self.fields), "clock": dict(self.clock)})}
+
+
+def record_decays(clock: Clock) -> dict[str, DecayRecord]:
+    """What a state records, by track. Waits for the device if some steps were counted there."""
+    reading = clock.read()
+    times = {name: getattr(reading, name) for name in _TIMES}
+    records: dict[str, DecayRecord] = {}
+    for track, schedule in clock.schedules.items():
+        shown = times | {"initial_mass": reading.initial_masses[track], "last_decay": reading.last_decays[track]}
+        law = DecayRecord.of_law(schedule)
+        records[track] = DecayRecord(law.kind, law.fields, shown)
+    return records
+
+
+def describe_changed_laws(records: Mapping[str, DecayRecord], schedules: Mapping[str, Schedule]) -> str:
+    """The laws that differ, as ``saved -> current``; with their tracks where there are several."""
+    changed: list[str] = []
+    for track, schedule in schedules.items():
+        saved, current = records[track], DecayRecord.of_law(schedule)
+        if not saved.is_same_law(current):
+            prefix = f"{track}: " if len(schedules) > 1 else ""
+            changed.append(f"{prefix}{saved.describe()} -> {current.describe()}")
+    return ", ".join(changed)
+
+
+def read_clock(records: Mapping[str, DecayRecord], *, steps: int, updates: int) -> Reading:
+    """What the clock of a state shows.
+
+    A state of format 1 without a clock, or whose counts were replaced since: averaging began at time 0, and the last
+    update was at ``steps``.
+
+    Raises: ValueError when the clocks of tracks differ.
+    """
+    clocks = {track: _clock_of(record, steps, updates) for track, record in records.items()}
+    times = {tuple(clock[name] for name in _TIMES) for clock in clocks.values()}
+    if len(times) > 1:
+        raise ValueError(f"expected one clock for all tracks, found {clocks}")
+    (_, time, start_step, start_time, last_update), *_ = times
+    masses = {track: clock["initial_mass"] for track, clock in clocks.items()}
+    last_decays = {track: clock["last_decay"] for track, clock in clocks.items()}
+    return Reading(steps, updates, time, int(start_step), start_time, last_update, masses, last_decays)
+
+
+def _clock_of(record: DecayRecord, steps: int, updates: int) -> Mapping[str, float]:
+    if record.clock and record.clock["steps"] == steps:
+        return record.clock
+    mass, last_decay = 1.0, 0.0
+    if updates and isinstance(law := record.law, HalfLife | Constant):
+        last_decay = float(law.decay(time=steps, elapsed=steps / updates, step=steps - 1))
+        mass = last_decay**updates
+    times = (steps, float(steps), 0, 0.0, float(steps))
+    return {**dict(zip(_TIMES, times, strict=True)), "initial_mass": mass, "last_decay": last_decay}
+
+
+def _checked_clock(clock: Mapping[str, Any]) -> dict[str, float]:
+    checked = {name: float(clock[name]) for name in (*_TIMES, "initial_mass", "last_decay")}
+    steps, time, start_step, start_time, last_update, mass, last_decay = checked.values()
+    is_sound = 0 <= start_step <= steps < math.inf and 0 <= start_time <= last_update <= time < math.inf
+    if not is_sound or not 0 <= mass <= 1 or not 0 <= last_decay <= 1:
+        raise ValueError(f"expected times in order, and shares in [0, 1], found {clock}")
+    return checked

@@ -75,11 +75,11 @@ def wrap(model: VisionTransformer, parallel: str, device: torch.device) -> nn.Mo
     return WRAPPERS[parallel](model.to(device))
 
 
-def describe_run(parallel: str, device: str, model: nn.Module, half_life: float) -> str:
-    """The line that a script prints before it trains; `model` is not wrapped yet."""
+def describe_run(parallel: str, device: str, model: nn.Module, law: object) -> str:
+    """The line that a script prints before it trains; `model` is not wrapped yet, and `law` is that of its average."""
     ranks, parameters = dist.get_world_size(), sum(parameter.numel() for parameter in model.parameters())
     layout = f"layout {parallel}, {ranks} rank{'s' * (ranks > 1)}, device {device}"
-    return f"{layout}; {parameters:,} parameters; half-life of the average {half_life:g} steps"
+    return f"{layout}; {parameters:,} parameters; averages by {law}"
 
 
 def data_rank_and_size(parallel: str) -> tuple[int, int]:

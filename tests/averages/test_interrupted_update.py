@@ -12,19 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ema_dist import Compensated, Offloaded, ShardedEMA
+from ema_dist import Compensated, HalfLife, Offloaded, Power, ShardedEMA
 from ema_dist.kernels import c_kernel, scratch
 from ema_dist.schedules.clock import Clock
 from tests.support.interrupter import Interrupter, Interruption
 from tests.support.layouts import averages_of_tracks, make_trained
 
-WRITING = ("averages/updates.py", "averages/tracks.py", "averages/offload.py", "kernels/*.py", "schedules/clock.py")
+WRITING = ("averages/updates.py", "averages/tracks.py", "averages/offload.py", "kernels/*.py", "schedules/*.py")
 SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "equal dtypes": (torch.float32, {}),
     "different dtypes": (torch.bfloat16, {}),
     "stochastic": (torch.bfloat16, {"dtype": torch.bfloat16}),
     "hi/lo": (torch.bfloat16, {"dtype": torch.bfloat16, "rounding": Compensated()}),
-    "two tracks": (torch.bfloat16, {"decay": {"a": 0.5, "b": 0.25}}),
+    "two tracks": (torch.bfloat16, {"decay": {"a": Power(gamma=1), "b": HalfLife(9, ramp=0.5)}}),
     "compiled": (torch.bfloat16, {"kernel": "compiled"}),
     "offloaded": (torch.bfloat16, {"store": Offloaded(max_pending=2)}),
 }
@@ -132,22 +132,23 @@ def test_the_next_call_finishes_it(setting: str, found_inf: bool, monkeypatch: p
     for _ in range(2):
         expected.append(averages_of_tracks(uninterrupted))
         _step(model)
-        uninterrupted.update(**arguments)
+        uninterrupted.update(elapsed=3, **arguments)
     expected.append(averages_of_tracks(uninterrupted))
 
     model, ema = _make(setting)
     _step(model)
-    ema.update(**arguments)
+    ema.update(elapsed=3, **arguments)
     counter = Interrupter(WRITING)
     _step(model)
-    counter.run(lambda: ema.update(**arguments))
+    counter.run(lambda: ema.update(elapsed=3, **arguments))
     for point in range(1, counter.count + 1, counter.count // 150):
         model, ema = _make(setting)
         _step(model)
-        ema.update(**arguments)
+        ema.update(elapsed=3, **arguments)
         _step(model)
-        Interrupter(WRITING, point).run(lambda: ema.update(**arguments))  # noqa: B023
+        Interrupter(WRITING, point).run(lambda: ema.update(elapsed=3, **arguments))  # noqa: B023
         averages = averages_of_tracks(ema)
         assert ema.steps in (1, 2)
+        assert ema.time == 3 * ema.steps
         wrong = [n for n, value in expected[ema.steps].items() if not torch.equal(averages[n], value)]
         assert wrong == [], f"bytecode {point}"

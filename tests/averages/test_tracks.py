@@ -179,4 +179,4 @@ def test_tracks_without_a_usable_name_are_refused(decay: Any) -> None:  # noqa: 
 
 
 def test_all_decays_are_in_the_summary() -> None:
-    assert "{'short': HalfLife(steps=1), 'long': HalfLife(steps=20)}" in repr(together_and_alone("plain")[1])
+    assert "{'short': HalfLife(1), 'long': HalfLife(20)}" in repr(together_and_alone("plain")[1])

@@ -199,6 +199,19 @@ def test_ranks_that_differ_are_told_what_differs() -> None:
 
 
 @pytest.mark.world_size(2)
+def test_ranks_that_count_other_times_are_told() -> None:
+    rank = dist.get_rank()
+    _, ema = make_trained("fsdp2", timeout=10.0)
+    ema.update(elapsed=100 + rank)
+    with _fails_with("rank 0", "update(100", "rank 1", "update(101"):
+        ema.full_state_dict()
+    with _fails_with("rank 0", "time=103", "rank 1", "time=104"):
+        ema.state_dict()
+    ema.reset()
+    ema.state_dict()
+
+
+@pytest.mark.world_size(2)
 @pytest.mark.parametrize(
     "setting",
     [{"replicas": "?"}, {"decay": 2.0}, {"dtype": torch.int32}, {"buffers": "?"}, {"store": "?"}],

@@ -18,6 +18,7 @@ from ema_dist import ShardedEMA
 from ema_dist.averages.state import ShardedState
 from ema_dist.kernels import DEVICE_SCRATCH_BYTES
 from ema_dist.sharding import local_tensor
+from tests.schedules.laws import LAWS
 from tests.support.layouts import assert_bitwise_equal, full_weights
 
 
@@ -110,3 +111,32 @@ def test_a_swap_takes_a_constant_amount_of_device_memory() -> None:
     with ema.swapped():
         pass
     assert torch.cuda.max_memory_allocated() - before <= DEVICE_SCRATCH_BYTES
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_laws_on_the_device_do_not_wait(overlap: bool) -> None:  # noqa: FBT001
+    """Of steps that only the device knows to be skipped: no number is copied there or back."""
+    model = nn.Linear(64, 96, device="cuda")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    on_device = ShardedEMA(model, decay=LAWS, start=250, update_interval=2)
+    on_device.attach(optimizer, elapsed=lambda: 100, overlap=overlap)
+    on_host = ShardedEMA(model, decay=LAWS, start=250, update_interval=2)
+    for step in range(12):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, step + 1.0)
+        # As GradScaler does for a fused optimizer.
+        optimizer.grad_scale = torch.ones((), device="cuda")  # pyrefly: ignore[missing-attribute]
+        optimizer.found_inf = torch.full((), float(step % 5 == 3), device="cuda")  # pyrefly: ignore[missing-attribute]
+        with no_host_sync():
+            optimizer.step()
+        if step % 5 != 3:
+            on_host.update(elapsed=100)
+    assert (on_device.steps, on_device.time) == (on_host.steps, on_host.time) == (10, 1000.0)
+    for name, value in on_host.metrics().items():
+        assert on_device.metrics()[name] == pytest.approx(value, rel=1e-12, abs=1e-300)
+    for track in LAWS:
+        full = on_device.full_state_dict(track=track)
+        for name, value in on_host.full_state_dict(track=track).items():
+            torch.testing.assert_close(full[name], value)

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from ema_dist import ShardedEMA
+from launch.recipe.averaging_laws import LAWS
 from tests.stress_restarts import KILL_POINTS
 from tests.support import LAUNCH, ROOT
 from tests.support.injected_signals import TORCHRUN, TRAIN_WITH_SIGNALS, InjectedSignal, differences, read_metrics
@@ -111,6 +114,16 @@ def test_the_stress_test_kills_in_functions_that_exist() -> None:
         folder = Path(torch.__file__).parents[1] if file.startswith("torch/") else ROOT
         nodes = ast.walk(ast.parse((folder / file).read_text()))
         assert function in {node.name for node in nodes if isinstance(node, ast.FunctionDef)}, (file, function)
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("half_life", [0.0, 60.0])
+def test_every_schedule_is_a_law(name: str, half_life: float) -> None:
+    if name == "exponential-warmup" and not half_life:
+        pytest.skip("it has no time to warm up")
+    ema = ShardedEMA(nn.Linear(2, 2), decay=LAWS[name](half_life, 648))
+    ema.update()
+    assert 0 <= ema.initial_mass() <= 1
 
 
 def test_checkpoints_of_an_earlier_run_are_not_mixed_with_new_ones(finished: tuple[Path, str]) -> None:

@@ -1,0 +1,37 @@
+"""Checks of the numbers that users pass."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+
+def checked_number(
+    name: str,
+    value: object,
+    expected: str,
+    *,
+    lowest: float = 0,
+    highest: float = math.inf,
+    open_below: bool = False,
+    open_above: bool = False,
+    hint: str = "",
+) -> float:
+    """``value`` as a number from ``lowest`` to ``highest``; integers stay integers.
+
+    Args:
+        name: of the argument, for the message.
+        expected: describes valid values, for the message.
+        open_below: ``lowest`` itself is excluded.
+        open_above: ``highest`` itself is excluded.
+        hint: ends the message.
+
+    Raises: TypeError for anything but a number, ValueError out of range or for NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | Real):
+        raise TypeError(f"{name} is {expected}, got {value!r}{hint}")
+    number = value if isinstance(value, int) else float(value)
+    is_excluded = (open_below and number == lowest) or (open_above and number == highest)
+    if is_excluded or not lowest <= number <= highest:
+        raise ValueError(f"{name} is {expected}, got {value!r}{hint}")
+    return number

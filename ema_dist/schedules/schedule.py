@@ -1,0 +1,65 @@
+"""What an averaging law is: the protocol that a user's own follows, and how a law is put into words."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from ema_dist.schedules.arithmetic import Number
+
+ARGUMENT = "argument"
+"""The key in the metadata of a dataclass field for the name of its argument, if that has another name."""
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """An averaging law: how much of the old average an update keeps.
+
+    Times are in the unit of the clock: optimizer steps, or whatever ``update(elapsed=)`` counts. A law of your own is
+    recorded in checkpoints by the name of its class and its fields, and compared when one is loaded.
+    """
+
+    def decay(self, *, time: Number, elapsed: Number, step: Number) -> Number:
+        """The factor of the old average, in [0, 1].
+
+        Under a fused optimizer with a gradient scaler, only the device knows which steps count: the arguments are
+        0-d float64 tensors then. Use arithmetic that works for both; an ``if`` waits for the device.
+
+        Args:
+            time: since averaging began, up to and including this step; until ``start``, averages just follow.
+            elapsed: since the last update, or since averaging began; never more than ``time``.
+            step: the number of optimizer steps since averaging began, before this one: 0 at the first.
+        """
+        ...
+
+
+def fields_of(law: object) -> dict[str, Any]:
+    """The fields of a law, as JSON can hold them or as text."""
+    if dataclasses.is_dataclass(law):
+        values = {
+            field.metadata.get(ARGUMENT, field.name): getattr(law, field.name)
+            for field in dataclasses.fields(law)
+            if field.init
+        }
+    else:
+        values = getattr(law, "__dict__", {})
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def describe(name: str, fields: Mapping[str, Any]) -> str:
+    """A law as a user writes it: the name of its class, and its fields without those that are None."""
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in fields.items() if value is not None)})"
+
+
+def _plain(value: object) -> Any:  # noqa: ANN401
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+    # Without the address, which differs between processes.
+    return getattr(value, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(value))
