@@ -103,15 +103,14 @@ class LiveModel:
             raise ValueError(
                 f"select picked {abbreviated(unsupported)}, which are not floating-point and have no average"
             )
-        if subclasses := {
-            name: type(local).__name__
+        if subclasses := [
+            f"{name} ({type(local).__name__})"
             for name in self.selected
             if is_wrapper_subclass(local := self.layout.parameters[name].local)
-        }:
+        ]:
             raise ValueError(
-                f"{abbreviated(subclasses)} are trained as the tensor subclass {min(subclasses.values())}, which has "
-                "no average: train plain tensors (with torchao's float8, enable_fsdp_float8_all_gather=False), or "
-                "leave them out by select="
+                f"tensor subclasses have no average: {abbreviated(subclasses)}. Train plain tensors (with torchao's "
+                "float8, enable_fsdp_float8_all_gather=False), or leave them out by select="
             )
         return self.selected
 

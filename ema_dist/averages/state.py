@@ -30,8 +30,8 @@ class ShardedState(dict[str, Any]):
     """A state with this rank's parts of tensors, for `torch.distributed.checkpoint` alone.
 
     Pickling raises TypeError: the file would hold the parts of one rank, and other ranks would load them as theirs.
-    A deep copy consists of plain dictionaries with tensors on the CPU. DCP's ``DefaultStager`` moves plain dictionaries
-    to the CPU itself, but takes a deep copy of any other type as it is, and may pickle it for a process that writes it.
+    A deep copy is made of plain dictionaries with tensors on the CPU: DCP's ``DefaultStager`` makes one of every type
+    that it does not know, leaves the tensors in it where they are, and may pickle it for a process that writes.
     """
 
     def __copy__(self) -> ShardedState:
@@ -40,7 +40,7 @@ class ShardedState(dict[str, Any]):
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         for value in self.values():
             if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = cpu_copy(value)
+                memo[id(value)] = cpu_copy(value)  # deepcopy() finds it here, and does not copy on the device
         return {key: deepcopy(value, memo) for key, value in self.items()}
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:

@@ -55,8 +55,8 @@ def gather(
 
     Collective: over all ranks of the process group, whatever the layout.
     Memory: one file and one full tensor on rank 0, one full tensor elsewhere.
-    Raises: CheckpointError on every rank when rank 0 cannot write, a module raises instead of giving its extra state,
-        or the pending background save has failed; RuntimeError when a rank does not arrive in time; ValueError for an
+    Raises: CheckpointError on every rank when rank 0 cannot write, ``get_extra_state()`` raises, or the pending
+        background save has failed; RuntimeError when a rank does not arrive in time; ValueError for an
         unknown track, for a dtype that the format cannot hold, and when ranks hold different models, as pipeline stages
         do: unite those by ``full_state_dict(pipeline=...)``.
     """
@@ -89,7 +89,14 @@ def gather(
         )
 
     writer = _make_on_first_rank(make_writer, group)
-    return run_on_all_ranks(lambda: _write(writer, entries) if writer else _exhaust(entries), group)
+
+    def write_or_exhaust() -> list[Path]:
+        if writer:
+            return _write(writer, entries)
+        _exhaust(entries)
+        return []
+
+    return run_on_all_ranks(write_or_exhaust, group)
 
 
 @in_normal_mode
@@ -136,8 +143,7 @@ def _write(writer: WeightWriter, entries: Iterator[tuple[str, Any]]) -> list[Pat
     return writer.paths
 
 
-def _exhaust(entries: Iterator[tuple[str, Any]]) -> list[Path]:
-    """Iterate to the end, and return no files: the other ranks wait in a collective call for each entry."""
+def _exhaust(entries: Iterator[tuple[str, Any]]) -> None:
+    """Iterate to the end: the other ranks wait in a collective call for each entry."""
     for _ in entries:
         pass
-    return []

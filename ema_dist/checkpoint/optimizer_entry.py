@@ -61,8 +61,6 @@ class OptimizerEntry(Entry):
             raise ValueError(
                 f"it steps several models with parameters called {duplicates}: give each an optimizer of its own"
             )
-        self.numbers: dict[str, str] = {}
-        """Numbers in the states of sharded parameters, by name and as text, once `state_to_save` has been called."""
         self._moments: dict[int, dict[str, Tensor]] = {owner: {} for owner in self._shards}
         self._targets: list[Target] = []
         self._other_state: RebuiltValue | None = None
@@ -74,6 +72,18 @@ class OptimizerEntry(Entry):
                 state[name] = {key: self._wrap_state(shard, key, value) for key, value in values.items()}
         groups = [{**group, "params": names} for group, names in self._groups()]
         return {"state": state, "param_groups": pack_value(groups, f"{self.key}.param_groups")}
+
+    def numbers_of_sharded_parameters(self) -> dict[str, str]:
+        """The numbers in the states of sharded parameters, by name; as text, so that NaN equals NaN."""
+        numbers: dict[str, str] = {}
+        for parameter, values in self._optimizer.state.items():
+            for name, _, shard in self._shards[id(parameter)]:
+                for key, value in values.items() if shard.gather_ranks else ():
+                    if isinstance(value, Tensor) and not is_sharded(value) and not value.dim():
+                        numbers[f"{self.key}.state.{name}.{key}"] = repr(value.item())
+                    elif isinstance(value, (bool, int, float)):
+                        numbers[f"{self.key}.state.{name}.{key}"] = repr(value)
+        return numbers
 
     def targets(self, contents: Contents) -> dict[str, Tensor]:
         shards = {owned.name: owned for owner_shards in self._shards.values() for owned in owner_shards}
@@ -141,13 +151,7 @@ class OptimizerEntry(Entry):
                 f"{key!r} of {shard.name!r} is not cut as the parameter is, and other ranks hold other parts: only "
                 "states of the parameter's own shape and scalars can be saved; get_optimizer_state_dict may know how"
             )
-        name = f"{self.key}.state.{shard.name}.{key}"
-        if shard.gather_ranks:
-            if isinstance(value, Tensor) and not is_sharded(value):
-                self.numbers[name] = repr(value.item())
-            elif isinstance(value, (bool, int, float)):
-                self.numbers[name] = repr(value)
-        return pack_value(value, name)
+        return pack_value(value, f"{self.key}.state.{shard.name}.{key}")
 
     def _local_moment(self, owned: OwnedShard, key: str, dtype: torch.dtype) -> Tensor:
         """This rank's shard of a moment, which all shards of one owner (in FSDP1, a flat parameter) share."""

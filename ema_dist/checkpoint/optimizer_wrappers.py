@@ -37,7 +37,10 @@ def saved_optimizer(optimizer: Optimizer, key: str) -> Optimizer:
         return saved_optimizer(candidate, key)
     if not _holds_all_of(optimizer, state_dict):
         if type(optimizer).state_dict is Optimizer.state_dict:
-            cause, advice = f"hooks of {name} (register_state_dict_post_hook) change its state_dict()", "remove them"
+            cause, advice = (
+                f"hooks of {name} (register_state_dict_post_hook) change its state_dict()",
+                "remove the hooks",
+            )
         else:
             cause, advice = f"{name} has a state_dict() of its own", "use an optimizer without one"
         raise ValueError(
@@ -45,31 +48,31 @@ def saved_optimizer(optimizer: Optimizer, key: str) -> Optimizer:
             f"parameters; {advice}"
         )
     parameter_ids = _parameter_ids(optimizer)
-    if others := [value for value in optimizer.state if id(value) not in parameter_ids]:
-        kinds = sorted({type(value).__name__ if isinstance(value, Tensor) else repr(value) for value in others})
+    if foreign_keys := [key for key in optimizer.state if id(key) not in parameter_ids]:
+        shown = sorted({type(key).__name__ if isinstance(key, Tensor) else repr(key) for key in foreign_keys})
         raise ValueError(
-            f"{name}.state has entries that belong to none of its parameters, under {', '.join(kinds)}, so that they "
-            "have no name in a checkpoint: use an optimizer that keeps such values in its param_groups"
+            f"{name}.state has the keys {', '.join(shown)}, which are none of its parameters and so have no name in a "
+            "checkpoint: use an optimizer that keeps such values in its param_groups"
         )
     return optimizer
 
 
 def require_torch_optimizer(value: Any, key: str) -> None:
-    """Refuse a wrapper of optimizers that is no `torch.optim.Optimizer`, if its ``state_dict()`` numbers parameters.
+    """Raise ValueError if ``value`` wraps optimizers, is none, and its ``state_dict()`` has parameters by index.
 
-    Raises: ValueError that says what to save instead.
+    The error says what to save instead.
     """
     if not all(hasattr(value, name) for name in ("param_groups", "step", "state_dict")):
         return
     inner = _inner_optimizers(value)
-    if not inner or not _numbers_parameters(value.state_dict()):
+    if not inner or not _has_parameters_by_index(value.state_dict()):
         return
     name = type(value).__name__
     message = f"{name} is not a torch.optim.Optimizer: {_advice(value, inner, key)}"
-    if hasattr(value, "train_mode"):
+    if hasattr(value, "train_mode"):  # schedule-free
         message += (
-            f". {name} does not save whether the parameters hold its average: call its eval() before saving, and its "
-            "train() only after loading"
+            f". {name} does not save whether the parameters currently hold averaged weights: call its eval() before "
+            "saving, and its train() only after loading"
         )
     raise ValueError(message)
 
@@ -77,7 +80,7 @@ def require_torch_optimizer(value: Any, key: str) -> None:
 def _inner_optimizers(optimizer: Any) -> dict[str, Optimizer]:
     """The optimizers of its parameters in its attributes, and in lists, tuples and mappings there.
 
-    By the expressions that give them.
+    The keys are expressions such as ``inner[0]``.
     """
     found: dict[str, Optimizer] = {}
     for name, value in vars(optimizer).items():
@@ -92,24 +95,27 @@ def _inner_optimizers(optimizer: Any) -> dict[str, Optimizer]:
 
 
 def _holds_all_of(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> bool:
-    """Whether ``state_dict`` is what torch makes of the state and groups of ``optimizer``, without its hooks."""
-    numbers: dict[int, int] = {}
+    """Whether ``state_dict`` equals what `Optimizer.state_dict` makes of the state and the groups of ``optimizer``.
+
+    It is built here, because calling that method would run the hooks that are to be found.
+    """
+    indices: dict[int, int] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            numbers.setdefault(id(parameter), len(numbers))
-    groups = [{**group, "params": [numbers[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+            indices.setdefault(id(parameter), len(indices))
+    groups = [{**group, "params": [indices[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
     state = {
-        numbers.get(id(key), id(key)) if isinstance(key, Tensor) else key: value
+        indices.get(id(key), id(key)) if isinstance(key, Tensor) else key: value
         for key, value in optimizer.state.items()
     }
     return _is_same(state_dict, {"state": state, "param_groups": groups})
 
 
-def _numbers_parameters(state_dict: Mapping[str, Any]) -> bool:
-    """Whether ``state_dict`` refers to parameters by numbers, as `torch.optim.Optimizer.state_dict` does."""
+def _has_parameters_by_index(state_dict: Mapping[str, Any]) -> bool:
+    """Whether ``state_dict`` refers to parameters by index, as `torch.optim.Optimizer.state_dict` does."""
     groups = state_dict.get("param_groups")
     return isinstance(groups, list) and any(
-        isinstance(number, int) for group in groups for number in group.get("params", ())
+        isinstance(index, int) for group in groups for index in group.get("params", ())
     )
 
 

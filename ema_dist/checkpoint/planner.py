@@ -1,4 +1,4 @@
-"""A DCP planner that reuses the plan of the save before it, if every rank saves the same names, shapes and cuts."""
+"""A DCP planner that reuses the plan of the last save, if every rank saves the same names, shapes and shards again."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import DefaultSavePlanner, Metadata, SavePlan
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
+
+from ema_dist.checkpoint.agreement import is_same_on_all_ranks
 
 _plan_numbers = count(1)
 
 
 @dataclass(frozen=True)
 class _FinishedPlan:
-    """One plan of all ranks, as this rank knows it.
+    """The plan of one save, as this rank knows it.
 
     Args:
-        requested: what this rank asked to write.
-        assigned: what the first rank told this rank to write.
-        number: of the plan, the same on all ranks.
-        metadata: of the whole checkpoint; only on the first rank.
+        requested: the items that this rank asked to write.
+        assigned: the items that the first rank assigned to this rank.
+        number: identifies the plan; the same on all ranks.
+        metadata: describes the whole checkpoint; only on the first rank.
     """
 
     requested: SavePlan
@@ -36,7 +36,7 @@ class _FinishedPlan:
 
 
 _last_plans: MutableMapping[ProcessGroup, _FinishedPlan] = WeakKeyDictionary()
-"""The plan of the last save over each group; it is of no use to another group, because it names ranks of its own."""
+"""The plan of the last save over each group. It is not valid for another group, to whose ranks it assigns nothing."""
 
 
 class SavePlanner(DefaultSavePlanner):
@@ -47,7 +47,7 @@ class SavePlanner(DefaultSavePlanner):
     of the whole checkpoint to every rank, which takes longer still: here it stays on the first one, as
     `global_metadata`.
 
-    Between the constructor and ``dcp.save``, every rank calls `reuse_last_plan`.
+    After the constructor and before ``dcp.save``, every rank calls `reuse_last_plan`.
 
     Memory: the last plan of each group stays: some hundred bytes for each tensor that this rank writes, and on the
         first rank the metadata of the checkpoint.
@@ -63,7 +63,7 @@ class SavePlanner(DefaultSavePlanner):
         self._requested = super().create_local_plan()
 
     def reuse_last_plan(self) -> None:
-        """Reuse the plan of the last save if every rank asked for the same then.
+        """Reuse the plan of the last save if every rank requests what it requested then.
 
         Collective: over the group.
         """
@@ -71,13 +71,10 @@ class SavePlanner(DefaultSavePlanner):
             return
         last = _last_plans.get(self._group)
         number = last.number if last and _is_same_request(last.requested, self._requested) else 0
-        # The lowest and the highest number of all ranks: an interruption may have left a rank with an older plan.
-        extremes = torch.tensor([number, -number], device="cpu")
-        dist.all_reduce(extremes, dist.ReduceOp.MIN, self._group)
-        lowest, highest = int(extremes[0]), -int(extremes[1])
-        self._reused = last if 0 < lowest == highest else None
+        # An interrupted save may have stored its plan on some ranks only: their numbers differ.
+        self._reused = last if is_same_on_all_ranks(number, self._group) and number else None
 
-    def set_up_planner(  # torch looks at its signature
+    def set_up_planner(  # torch looks for `storage_meta` in the signature
         self,
         state_dict: dict[str, Any],
         storage_meta: StorageMeta | None = None,
@@ -95,6 +92,7 @@ class SavePlanner(DefaultSavePlanner):
         else:
             plans, self.global_metadata = super().create_global_plan(_leave_plain_values_to_first(all_plans))
             number = next(_plan_numbers)
+            # This field travels to every rank with its plan; torch has read the names in it by now.
             plans = [replace(plan, planner_data=number) for plan in plans]
         return plans, Metadata({})  # torch sends to all ranks what is returned here
 
@@ -109,12 +107,15 @@ class SavePlanner(DefaultSavePlanner):
 
 
 def _leave_plain_values_to_first(plans: list[SavePlan]) -> list[SavePlan]:
-    """The plans without the values beside tensors that the first rank has as well: torch would choose any rank's."""
+    """Drop the values that are no tensors from the other ranks' plans, if the first rank has them too.
+
+    Otherwise torch would choose a rank for each.
+    """
     first, *others = plans
     plain = {item.index for item in first.items if item.type == WriteItemType.BYTE_IO}
     return [first, *(replace(plan, items=[it for it in plan.items if it.index not in plain]) for plan in others)]
 
 
 def _is_same_request(left: SavePlan, right: SavePlan) -> bool:
-    """Whether names, shapes, dtypes and cuts are the same; ``planner_data`` holds the keys that make up each name."""
+    """Whether names, shapes, dtypes and shards are the same; ``planner_data`` has the keys that make up each name."""
     return left.items == right.items and left.planner_data == right.planner_data

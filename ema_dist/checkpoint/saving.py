@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import operator
 import os
@@ -11,8 +12,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -22,6 +25,7 @@ from torch.optim import Optimizer
 from ema_dist.checkpoint.agreement import (
     checkpoint_rendezvous,
     gather_problems,
+    is_same_on_all_ranks,
     prefix_rank,
     require_same_names,
     run_on_first_rank,
@@ -102,10 +106,8 @@ def save(
     require_same_names(label, _saved_names(entries), group)
     state_dict, problems = _collect_state(entries, copy_to_cpu=not block)
     planner, planning_problems = _plan(state_dict, group) if not problems else (None, [])
-    problems += planning_problems
-    problems = gather_problems([prefix_rank(problem, group) for problem in problems], group)
-    if problems := problems or gather_problems(_describe_different_numbers(entries, group), group):
-        raise RuntimeError(f"step {step} is not saved: {'; '.join(problems)}")
+    _require_no_problems(step, problems + planning_problems, group)
+    _require_no_problems(step, _describe_different_numbers(entries, group), group)
     assert planner is not None, "there was no problem on any rank"
     planner.reuse_last_plan()
     manifest = _make_manifest(step, entries, group)
@@ -198,29 +200,44 @@ def _plan(state_dict: dict[str, Any], group: ProcessGroup | None) -> tuple[SaveP
         with torch.device("cpu"):  # DTensor computes offsets in tensors on the default device, perhaps "meta"
             return SavePlanner(state_dict, group), []
     except Exception as error:  # noqa: BLE001  every error must reach the other ranks
-        return None, [f"DCP cannot plan it: {error!r}"]
+        return None, [f"DCP cannot plan this save: {error!r}"]
+
+
+def _require_no_problems(step: int, problems: list[str], group: ProcessGroup | None) -> None:
+    """Raise RuntimeError on every rank if one has problems. Collective: over ``group``."""
+    if all_problems := gather_problems([prefix_rank(problem, group) for problem in problems], group):
+        raise RuntimeError(f"step {step} is not saved: {'; '.join(all_problems)}")
 
 
 def _describe_different_numbers(entries: Mapping[str, Entry], group: ProcessGroup | None) -> list[str]:
-    """Describe the numbers in the states of optimizers that differ from those on the first rank.
+    """Describe the numbers in the states of sharded parameters that differ between ranks.
 
-    An optimizer may compute them from its part of a parameter (norms), and the checkpoint holds those of one rank.
+    An optimizer may compute them from its part of a parameter (norms), and a checkpoint can hold those of one rank.
 
     Collective: over ``group``.
     """
     numbers: dict[str, str] = {}
     for entry in entries.values():
         if isinstance(entry, OptimizerEntry):
-            numbers |= entry.numbers
-    on_first = run_on_first_rank(lambda: numbers, group)
+            numbers |= entry.numbers_of_sharded_parameters()
+    digest = crc32(json.dumps(numbers, sort_keys=True).encode())
+    if group is None or is_same_on_all_ranks(digest, group):
+        return []
+    numbers_of_ranks: list[dict[str, str]] = [{}] * group.size()
+    dist.all_gather_object(numbers_of_ranks, numbers, group=group)
     # A rank without rows of a parameter may have no state of it.
-    if not (names := [name for name, text in numbers.items() if on_first.get(name, text) != text]):
+    different = [
+        name
+        for name, number in numbers.items()
+        if any(others.get(name, number) != number for others in numbers_of_ranks)
+    ]
+    if not different:
         return []
     problem = (
-        f"other numbers than on rank 0 under {abbreviated(names)}, and a checkpoint holds one of them: use an "
-        "optimizer that computes the same numbers on all ranks that share a parameter"
+        f"{abbreviated(different)} differ between ranks, and a checkpoint can hold one value of each: use an optimizer "
+        "that computes the same numbers on all ranks that share a parameter"
     )
-    return [prefix_rank(problem, group)]
+    return [problem]
 
 
 def _copy_to_cpu(value: Any, memo: dict[int, Tensor]) -> Any:

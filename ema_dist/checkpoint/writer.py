@@ -30,7 +30,7 @@ class CheckpointWriter(FileSystemWriter):
 
     Args:
         manifest: without its files.
-        planner: of the same save; has the metadata on the first rank.
+        planner: the planner of this save; it has the metadata on the first rank.
         keep: how many complete checkpoints stay in the root; None for all.
     """
 
@@ -59,10 +59,10 @@ class CheckpointWriter(FileSystemWriter):
 
     def finish(
         self,
-        metadata: Metadata,  # noqa: ARG002  it is empty: see `SavePlanner`
+        metadata: Metadata,  # noqa: ARG002  empty: `SavePlanner` keeps the metadata on the first rank
         results: list[list[WriteResult]],
     ) -> None:
-        assert self._planner.global_metadata is not None, "the first rank finishes, which has planned"
+        assert self._planner.global_metadata is not None, "only the first rank gets here, and it has planned"
         all_results = [result for rank_results in results for result in rank_results]
         files = {
             result.index.fqn: result.storage_data

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper_subclass  # no public name
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # no public name
 
 from ema_dist.sharding.mesh_shard import dtensor_local
 
@@ -34,7 +34,7 @@ class Extent(NamedTuple):
 def memory_key(tensor: Tensor) -> Hashable:
     """Equal for tensors that are one tensor: the same object, or identical extents of the same memory.
 
-    Tensors without elements are never one, since their addresses are all 0. An exception is a DTensor of which only
+    Wrapper subclasses are one only if they are the same object. Tensors without elements are never one, since their addresses are all 0. An exception is a DTensor of which only
     this rank has no elements: the storage object decides there, so that all ranks come to the same result.
     """
     local = dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor
@@ -48,6 +48,11 @@ def memory_key(tensor: Tensor) -> Hashable:
     if 1 in local.shape:  # the stride of such a dimension reaches no element
         strides = tuple(step for step, size in zip(strides, local.shape, strict=True) if size > 1)
     return local.device, local.data_ptr(), local.dtype, local.shape, strides, placement
+
+
+def is_wrapper_subclass(local: Tensor) -> bool:
+    """Whether ``local``, which is no DTensor, holds other tensors instead of memory of its own (quantized, float8)."""
+    return is_traceable_wrapper_subclass(local)
 
 
 def expanded_dims(tensor: Tensor) -> tuple[int, ...]:
@@ -152,11 +157,11 @@ def overlaps_itself(extent: Extent) -> bool:
 
 def _has_addressable_memory(tensor: Tensor) -> bool:
     """Whether ``tensor`` is strided and has storage: sparse and meta tensors, and wrapper subclasses, do not."""
-    if is_wrapper_subclass(tensor):  # the address of many is 0, as if they were one tensor
+    if is_wrapper_subclass(tensor):  # many report the address 0, and would be taken for one tensor
         return False
     try:
         return tensor.layout is torch.strided and not tensor.is_meta and tensor.data_ptr() >= 0
-    except (RuntimeError, ValueError):  # other wrapper subclasses and uninitialized parameters raise
+    except (RuntimeError, ValueError):  # as uninitialized parameters do, and subclasses that cannot be flattened
         return False
 
 
