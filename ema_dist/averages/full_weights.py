@@ -36,13 +36,22 @@ def gather(
     Collective: over the layout's ranks, which must all exhaust the iterator.
     Memory: one full tensor beyond those yielded.
     """
+    failure: Exception | None = None
     for shard, local in _shards_and_values(layout, averages):
         _require_whole(shard, local)
         full = shard.full(local)
-        value = to_cpu(full, local, dtype or shard.owner.dtype) if is_destination else None
+        value = None
+        if is_destination and not failure:
+            try:
+                value = to_cpu(full, local, dtype or shard.owner.dtype)
+            except Exception as error:  # noqa: BLE001  the other ranks wait in the collectives of the next tensors
+                failure = error
         del full
-        for name in shard.names:
-            yield name, value
+        if not failure:
+            for name in shard.names:
+                yield name, value
+    if failure:
+        raise failure
     for name, module in layout.extra_states.items():
         yield name, module.get_extra_state() if is_destination else None
 

@@ -81,6 +81,8 @@ def run_on_first_rank(call: Callable[[], T], group: ProcessGroup | None) -> T:
 def run_on_all_ranks(call: Callable[[], T], group: ProcessGroup | None) -> T:
     """Call ``call`` on every rank and return its result there; an error on one becomes a CheckpointError on all.
 
+    A rank raises its own error if that is a ValueError, or a RuntimeError.
+
     Collective: over ``group``.
     """
     results: list[T] = []
@@ -90,6 +92,8 @@ def run_on_all_ranks(call: Callable[[], T], group: ProcessGroup | None) -> T:
     except Exception as error:  # noqa: BLE001  every error must reach the other ranks
         cause = error
     if problems := gather_problems([prefix_rank(_describe(cause), group)] if cause else [], group):
+        if isinstance(cause, (ValueError, RuntimeError)):
+            raise cause
         raise CheckpointError("; ".join(problems)) from cause
     return results[0]
 

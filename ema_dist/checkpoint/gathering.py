@@ -70,7 +70,7 @@ def gather(
         "force": f"force={force}",
     }
     group = checkpoint_rendezvous("checkpoint.gather(ema, folder)", timeout=timeout, compared=[texts])
-    entries = ema.gather(dtype=dtype, track=track)
+    entries = run_on_all_ranks(lambda: ema.gather(dtype=dtype, track=track), group)
     planned = run_on_all_ranks(lambda: ema.full_shapes(dtype=dtype), group)
     if different := describe_rank_differences([*planned], group):
         raise ValueError(
@@ -119,13 +119,13 @@ def scatter(ema: ShardedEMA, folder: str | os.PathLike[str], *, track: str | Non
 def _make_on_first_rank(make: Callable[[], WeightWriter], group: ProcessGroup | None) -> WeightWriter | None:
     """Return the result of ``make`` on the first rank, None elsewhere.
 
-    Collective: over ``group``. Raises: ValueError on every rank when ``make`` raises ValueError or TypeError.
+    Collective: over ``group``. Raises: ValueError on every rank when ``make`` raises.
     """
     writer, cause = None, None
     if group is None or group.rank() == 0:
         try:
             writer = make()
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  every error must reach the other ranks
             cause = error
     if problems := gather_problems([str(cause)] if cause else [], group):
         raise ValueError("; ".join(problems)) from cause

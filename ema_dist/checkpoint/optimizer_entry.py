@@ -33,14 +33,17 @@ class OptimizerEntry(Entry):
 
     Args:
         layouts: of the models whose parameters the optimizer steps.
+        saved_beside: the optimizers that are saved under keys of their own.
 
     Raises: ValueError when it steps a parameter that is in none of the models, or several parameters of one name; and
         as `saved_optimizer`.
     """
 
-    def __init__(self, key: str, optimizer: Optimizer, layouts: Iterable[Layout]) -> None:
+    def __init__(
+        self, key: str, optimizer: Optimizer, layouts: Iterable[Layout], saved_beside: Iterable[Optimizer] = ()
+    ) -> None:
         super().__init__(key)
-        self._optimizer = saved_optimizer(optimizer, key)
+        self._optimizer = saved_optimizer(optimizer, key, saved_beside)
         shards_by_owner: dict[int, list[OwnedShard]] = {}
         for layout in sorted(
             layouts, key=lambda layout: len(layout.parameters)
@@ -69,21 +72,32 @@ class OptimizerEntry(Entry):
         state: dict[str, dict[str, Any]] = {}
         for parameter, values in self._optimizer.state.items():
             for name, _, shard in self._shards[id(parameter)]:
-                state[name] = {key: self._wrap_state(shard, key, value) for key, value in values.items()}
+                state[name] = {
+                    key: self._wrap_state(shard, key, value)
+                    for key, value in values.items()
+                    if not (_has_none_of(shard) and _is_number(value))
+                }
         groups = [{**group, "params": names} for group, names in self._groups()]
         return {"state": state, "param_groups": pack_value(groups, f"{self.key}.param_groups")}
 
     def numbers_of_sharded_parameters(self) -> dict[str, str]:
-        """The numbers in the states of sharded parameters, by name; as text, so that NaN equals NaN."""
-        numbers: dict[str, str] = {}
+        """The numbers in the states and groups of sharded parameters, by name; as text, so that NaN equals NaN.
+
+        This rank has no numbers of parameters of which it has no elements: its optimizer may not have stepped them.
+        """
+        numbers: dict[str, Any] = {}
         for parameter, values in self._optimizer.state.items():
             for name, _, shard in self._shards[id(parameter)]:
-                for key, value in values.items() if shard.gather_ranks else ():
-                    if isinstance(value, Tensor) and not is_sharded(value) and not value.dim():
-                        numbers[f"{self.key}.state.{name}.{key}"] = repr(value.item())
-                    elif isinstance(value, (bool, int, float)):
-                        numbers[f"{self.key}.state.{name}.{key}"] = repr(value)
-        return numbers
+                if shard.gather_ranks and not _has_none_of(shard):
+                    numbers |= {f"{self.key}.state.{name}.{key}": value for key, value in values.items()}
+        for index, group in enumerate(self._optimizer.param_groups):
+            if any(owned.shard.gather_ranks for p in group["params"] for owned in self._shards[id(p)]):
+                numbers |= {f"{self.key}.param_groups.{index}.{name}": value for name, value in group.items()}
+        return {
+            name: repr(value.item() if isinstance(value, Tensor) else value)
+            for name, value in numbers.items()
+            if _is_number(value)
+        }
 
     def targets(self, contents: Contents) -> dict[str, Tensor]:
         shards = {owned.name: owned for owner_shards in self._shards.values() for owned in owner_shards}
@@ -183,3 +197,14 @@ class OptimizerEntry(Entry):
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self._optimizer.param_groups for p in group["params"])
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return not value.dim() and not is_sharded(value)
+    return isinstance(value, (bool, int, float))
+
+
+def _has_none_of(shard: Shard) -> bool:
+    """Whether only other ranks have elements of the parameter."""
+    return bool(shard.gather_ranks) and not shard.local.numel() and bool(shard.shape.numel())

@@ -11,16 +11,26 @@ from torch.optim import Optimizer
 from ema_dist.sharding import has_equal_bits
 
 
-def saved_optimizer(optimizer: Optimizer, key: str) -> Optimizer:
+def saved_optimizer(optimizer: Optimizer, key: str, saved_beside: Iterable[Optimizer] = ()) -> Optimizer:
     """``optimizer``, or the one inside it that holds all of its state.
 
     Args:
         key: of the optimizer in what is saved, for messages.
+        saved_beside: the optimizers that are saved under keys of their own.
 
     Raises: ValueError when its ``state_dict()`` holds anything else, or raises: a checkpoint would lack moments.
     """
     name = type(optimizer).__name__
-    inner = _inner_optimizers(optimizer)
+    held = _held_optimizers(optimizer)
+    own_ids = _parameter_ids(optimizer)
+    inner = {text: other for text, other in held.items() if _parameter_ids(other) <= own_ids}
+    saved_ids = {*map(id, saved_beside)}
+    for text, other in held.items():
+        if text not in inner and id(other) not in saved_ids:
+            raise ValueError(
+                f"{name} holds the optimizer {text!r} of other parameters, whose state would not be saved: save it as "
+                f'well, {{"{key}.{text}": optimizer.{text}}}'
+            )
     try:
         state_dict = optimizer.state_dict()
     except Exception as error:
@@ -34,7 +44,7 @@ def saved_optimizer(optimizer: Optimizer, key: str) -> Optimizer:
                 f"{name} keeps state beside that of its {attribute!r}: {_advice(optimizer, inner, key)}; the state of "
                 f"{name} itself is then not saved"
             )
-        return saved_optimizer(candidate, key)
+        return saved_optimizer(candidate, key, saved_beside)
     if not _holds_all_of(optimizer, state_dict):
         if type(optimizer).state_dict is Optimizer.state_dict:
             cause, advice = (
@@ -47,8 +57,7 @@ def saved_optimizer(optimizer: Optimizer, key: str) -> Optimizer:
             f"{cause}: it returns other values than its state and param_groups, which alone are saved by the names of "
             f"parameters; {advice}"
         )
-    parameter_ids = _parameter_ids(optimizer)
-    if foreign_keys := [key for key in optimizer.state if id(key) not in parameter_ids]:
+    if foreign_keys := [key for key in optimizer.state if id(key) not in own_ids]:
         shown = sorted({type(key).__name__ if isinstance(key, Tensor) else repr(key) for key in foreign_keys})
         raise ValueError(
             f"{name}.state has the keys {', '.join(shown)}, which are none of its parameters and so have no name in a "
@@ -64,7 +73,7 @@ def require_torch_optimizer(value: Any, key: str) -> None:
     """
     if not all(hasattr(value, name) for name in ("param_groups", "step", "state_dict")):
         return
-    inner = _inner_optimizers(value)
+    inner = _held_optimizers(value)
     if not inner or not _has_parameters_by_index(value.state_dict()):
         return
     name = type(value).__name__
@@ -77,21 +86,20 @@ def require_torch_optimizer(value: Any, key: str) -> None:
     raise ValueError(message)
 
 
-def _inner_optimizers(optimizer: Any) -> dict[str, Optimizer]:
-    """The optimizers of its parameters in its attributes, and in lists, tuples and mappings there.
+def _held_optimizers(optimizer: Any) -> dict[str, Optimizer]:
+    """The optimizers in its attributes, and in lists, tuples and mappings there.
 
     The keys are expressions such as ``inner[0]``.
     """
     found: dict[str, Optimizer] = {}
-    for name, value in vars(optimizer).items():
+    for name, value in getattr(optimizer, "__dict__", {}).items():
         items: Iterable[tuple[str, Any]] = [(name, value)]
         if isinstance(value, Mapping):
             items = [(f"{name}[{key!r}]", item) for key, item in value.items() if isinstance(item, Optimizer)]
         elif isinstance(value, (list, tuple)):
             items = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
         found |= {text: item for text, item in items if isinstance(item, Optimizer) and item is not optimizer}
-    own_ids = _parameter_ids(optimizer)
-    return {text: inner for text, inner in found.items() if _parameter_ids(inner) <= own_ids}
+    return found
 
 
 def _holds_all_of(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> bool:
@@ -100,9 +108,8 @@ def _holds_all_of(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> bool:
     It is built here, because calling that method would run the hooks that are to be found.
     """
     indices: dict[int, int] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            indices.setdefault(id(parameter), len(indices))
+    for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        indices.setdefault(id(parameter), index)
     groups = [{**group, "params": [indices[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
     state = {
         indices.get(id(key), id(key)) if isinstance(key, Tensor) else key: value
@@ -121,7 +128,7 @@ def _has_parameters_by_index(state_dict: Mapping[str, Any]) -> bool:
 
 def _is_same(left: object, right: object) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
-        return left is right or has_equal_bits(left, right)
+        return left is right or (left.device == right.device and has_equal_bits(left, right))
     if isinstance(left, Mapping) and isinstance(right, Mapping):
         return left.keys() == right.keys() and all(_is_same(value, right[key]) for key, value in left.items())
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):

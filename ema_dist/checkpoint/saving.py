@@ -107,7 +107,7 @@ def save(
     state_dict, problems = _collect_state(entries, copy_to_cpu=not block)
     planner, planning_problems = _plan(state_dict, group) if not problems else (None, [])
     _require_no_problems(step, problems + planning_problems, group)
-    _require_no_problems(step, _describe_different_numbers(entries, group), group)
+    _require_same_numbers(step, entries, group)
     assert planner is not None, "there was no problem on any rank"
     planner.reuse_last_plan()
     manifest = _make_manifest(step, entries, group)
@@ -146,7 +146,8 @@ def make_entries(state: MutableMapping[str, Any]) -> dict[str, Entry]:
             case nn.Module():
                 entries[key] = models[key]
             case Optimizer():
-                entries[key] = OptimizerEntry(key, value, [model.layout for model in models.values()])
+                others = [other for other in state.values() if isinstance(other, Optimizer)]
+                entries[key] = OptimizerEntry(key, value, [model.layout for model in models.values()], others)
             case ShardedEMA():
                 entries[key] = EMAEntry(key, value)
             case _:
@@ -209,8 +210,8 @@ def _require_no_problems(step: int, problems: list[str], group: ProcessGroup | N
         raise RuntimeError(f"step {step} is not saved: {'; '.join(all_problems)}")
 
 
-def _describe_different_numbers(entries: Mapping[str, Entry], group: ProcessGroup | None) -> list[str]:
-    """Describe the numbers in the states of sharded parameters that differ between ranks.
+def _require_same_numbers(step: int, entries: Mapping[str, Entry], group: ProcessGroup | None) -> None:
+    """Raise RuntimeError on every rank if numbers in the states of sharded parameters differ between ranks.
 
     An optimizer may compute them from its part of a parameter (norms), and a checkpoint can hold those of one rank.
 
@@ -222,22 +223,18 @@ def _describe_different_numbers(entries: Mapping[str, Entry], group: ProcessGrou
             numbers |= entry.numbers_of_sharded_parameters()
     digest = crc32(json.dumps(numbers, sort_keys=True).encode())
     if group is None or is_same_on_all_ranks(digest, group):
-        return []
+        return
     numbers_of_ranks: list[dict[str, str]] = [{}] * group.size()
     dist.all_gather_object(numbers_of_ranks, numbers, group=group)
-    # A rank without rows of a parameter may have no state of it.
-    different = [
-        name
-        for name, number in numbers.items()
-        if any(others.get(name, number) != number for others in numbers_of_ranks)
-    ]
-    if not different:
-        return []
-    problem = (
-        f"{abbreviated(different)} differ between ranks, and a checkpoint can hold one value of each: use an optimizer "
-        "that computes the same numbers on all ranks that share a parameter"
-    )
-    return [problem]
+    values: dict[str, set[str]] = {}
+    for numbers_of_rank in numbers_of_ranks:  # some ranks have no elements of a parameter, and no numbers
+        for name, number in numbers_of_rank.items():
+            values.setdefault(name, set()).add(number)
+    if different := sorted(name for name, numbers_of_name in values.items() if len(numbers_of_name) > 1):
+        raise RuntimeError(
+            f"step {step} is not saved: {abbreviated(different)} differ between ranks, and a checkpoint can hold one "
+            "value of each: use an optimizer that computes the same numbers on all ranks that share a parameter"
+        )
 
 
 def _copy_to_cpu(value: Any, memo: dict[int, Tensor]) -> Any:

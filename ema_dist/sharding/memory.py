@@ -34,8 +34,9 @@ class Extent(NamedTuple):
 def memory_key(tensor: Tensor) -> Hashable:
     """Equal for tensors that are one tensor: the same object, or identical extents of the same memory.
 
-    Wrapper subclasses are one only if they are the same object. Tensors without elements are never one, since their addresses are all 0. An exception is a DTensor of which only
-    this rank has no elements: the storage object decides there, so that all ranks come to the same result.
+    Wrapper subclasses are one only if they are the same object. Tensors without elements are never one, since their
+    addresses are all 0. An exception is a DTensor of which only this rank has no elements: the storage object decides
+    there, so that all ranks come to the same result.
     """
     local = dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor
     if not _has_addressable_memory(local):

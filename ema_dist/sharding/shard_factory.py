@@ -48,11 +48,7 @@ class ShardFactory:
         self, tensor: Tensor, parent: NamedModule, *, is_buffer: bool
     ) -> Callable[[tuple[str, ...]], Shard]:
         is_unreplicated = is_buffer or id(tensor) in parent.ignored_ids
-        replica_group = (
-            None
-            if is_unreplicated or parent.replica_group is None or parent.replica_group.size() == 1
-            else parent.replica_group
-        )
+        replica_group = None if is_unreplicated else parent.replica_group
         if replica_group is not None and not is_known_to_torch(replica_group):
             if self._split:
                 raise ValueError(
@@ -60,6 +56,8 @@ class ShardFactory:
                     "torch.distributed does not know, as in torchft, where replicas come and go: averages cannot be "
                     'split among them; pass replicas="copy"'
                 )
+            replica_group = None
+        if replica_group is not None and replica_group.size() == 1:
             replica_group = None
         if isinstance(tensor, DTensor):
             return lambda names: self._mesh_shard(names, tensor, replica_group, split=self._split and not is_buffer)

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adagrad, Adam, Optimizer
 
 from ema_dist import ShardedEMA, checkpoint
 from ema_dist.sharding import local_tensor
-from tests.support.layouts import layouts, make_net, train_step, wrap
+from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, train_step, wrap
 
 
 class Delegating(Optimizer):
@@ -224,13 +225,17 @@ def test_schedules_of_a_wrapper_go_on_after_loading(tmp_path: Path) -> None:
     assert optimizer.state is optimizer.inner.state
 
 
-def test_another_optimizer_in_an_attribute_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_an_optimizer_of_other_parameters_in_an_attribute_must_be_saved_as_well(tmp_path: Path) -> None:
     models = nn.Linear(3, 3), nn.Linear(3, 3)
     first, second = (Adam(model.parameters(), lr=0.05) for model in models)
     first.peer = second  # pyrefly: ignore[missing-attribute]
     train(models[0], first, range(2))
-    checkpoint.save({"model": models[0], "optim": first}, tmp_path, step=1)
-    assert checkpoint.load({"model": models[0], "optim": first}, tmp_path) == 1
+    state = {"first": models[0], "second": models[1], "optim": first}
+    with pytest.raises(RuntimeError, match=r"'peer'.*optimizer\.peer}"):
+        checkpoint.save(state, tmp_path, step=1)
+    state["optim.peer"] = second
+    checkpoint.save(state, tmp_path, step=1)
+    assert checkpoint.load(state, tmp_path) == 1
 
 
 class Counting(Delegating):
@@ -291,24 +296,49 @@ def test_factored_moments_of_sharded_parameters_are_refused(tmp_path: Path) -> N
 
 
 class Normed(SGD):
-    """Keeps the norm of the part of a parameter that a rank holds."""
+    """Keeps the norm of the part of a parameter that a rank holds, in its state or in its groups."""
+
+    def __init__(self, parameters: Any, *, place: str) -> None:  # noqa: ANN401
+        super().__init__(parameters, lr=0.1)
+        self.place = place
 
     def step(self) -> None:  # pyrefly: ignore[bad-override]
         super().step()
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter]["norm"] = local_tensor(parameter).detach().norm()
+                local = local_tensor(parameter).detach()
+                if local.numel() and not (self.place == "state of some ranks" and dist.get_rank() == 0):
+                    (group if self.place == "groups" else self.state[parameter])["norm"] = local.norm()
 
 
-@layouts("fsdp1", "fsdp2")
-def test_numbers_that_differ_between_ranks_are_refused(layout: str, tmp_path: Path) -> None:
+@layouts("fsdp1-3", "fsdp2-3")
+@pytest.mark.parametrize("place", ["state", "state of some ranks", "groups"])
+def test_numbers_that_differ_between_ranks_are_refused(layout: str, place: str, tmp_path: Path) -> None:
     """A resumed run would continue with those of one rank."""
     model = wrap(layout, make_net(layout))
-    optimizer = Normed(model.parameters(), lr=0.1)
+    optimizer = Normed(model.parameters(), place=place)
     train_step(model, optimizer, 0)
-    with pytest.raises(RuntimeError, match=r"optim\.state\.\S+\.norm"):
+    with pytest.raises(RuntimeError, match=r"optim\.(state\.\S+|param_groups\.0)\.norm"):
         checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
     assert not [*tmp_path.iterdir()]
+
+
+@layouts("ddp", "fsdp1", "fsdp1-flat", "fsdp2-3")
+def test_numbers_of_parameters_that_a_rank_has_nothing_of_are_those_of_the_others(layout: str, tmp_path: Path) -> None:
+    """Adagrad counts the steps of each parameter, and makes its state before the first one."""
+    model = wrap(layout, make_net(layout))
+    optimizer = Adagrad(model.parameters(), lr=0.1)
+    for step in range(3):
+        train_step(model, optimizer, step)
+    checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=3)
+    resumed = wrap(layout, make_net(layout, seed=1))
+    other = Adagrad(resumed.parameters(), lr=0.1)
+    checkpoint.load({"model": resumed, "optim": other}, tmp_path)
+    for each, stepping in ((model, optimizer), (resumed, other)):
+        train_step(each, stepping, 3)
+    assert_bitwise_equal(full_weights(resumed), full_weights(model))
+    trained = [p for p in resumed.parameters() if local_tensor(p).numel() and p.requires_grad]
+    assert {float(other.state[p]["step"]) for p in trained} == {4}
 
 
 @pytest.mark.world_size(2)

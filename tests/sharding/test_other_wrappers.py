@@ -195,14 +195,16 @@ def test_parameters_that_zero_3_partitions_are_refused_by_name() -> None:
 class _Elastic(dist.ProcessGroup):
     """A group that torch.distributed has not made, such as torchft's."""
 
-    def __init__(self) -> None:
-        super().__init__(0, 2)
+    def __init__(self, replicas: int) -> None:
+        super().__init__(0, replicas)
 
 
 @pytest.mark.world_size(2)
-def test_replicas_that_come_and_go_have_copies() -> None:
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_replicas_that_come_and_go_have_copies(replicas: int) -> None:
+    """Also if only one is there at first."""
     model = DistributedDataParallel(_net())
-    model.process_group = _Elastic()
+    model.process_group = _Elastic(replicas)
     with pytest.raises(ValueError, match=r"_Elastic.*torchft.*replicas=.copy"):
         ShardedEMA(model)
     ema = ShardedEMA(model, decay=0.75, replicas="copy")
