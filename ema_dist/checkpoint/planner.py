@@ -98,7 +98,7 @@ class SavePlanner(DefaultSavePlanner):
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         if self._reused:
-            new_plan = replace(self._reused.assigned, storage_data=new_plan.storage_data)
+            new_plan = self._reused.assigned
         elif self._group is not None:
             _last_plans[self._group] = _FinishedPlan(
                 self._requested, new_plan, new_plan.planner_data, self.global_metadata

@@ -70,7 +70,7 @@ class CheckpointWriter(FileSystemWriter):
             if isinstance(result.storage_data, FileRecord)
         }
         super().finish(
-            replace(self._planner.global_metadata),  # a copy: the next save may reuse the plan, and writes other files
+            replace(self._planner.global_metadata),  # a copy, so that the plan that is kept does not grow
             [[result for result in all_results if not isinstance(result.storage_data, FileRecord)]],
         )
         # torch writes .metadata under a temporary name and renames it.

@@ -1,12 +1,12 @@
-"""Measures what a checkpoint takes on 64 real ranks whose tensors are tiny, so that planning and agreement count.
+"""Measures the time of a checkpoint on 64 processes with tiny tensors, where planning dominates.
 
 python -m launch.cost.saves --output-dir docs     # some minutes; writes the lower half of docs/saves.md
-python -m launch.cost.saves --quick               # on 4 ranks: whether it works at all
+python -m launch.cost.saves --quick               # a quick check, on 4 ranks
 """
 
-import argparse
 import tempfile
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ PLAIN = "`dcp.save`"
 def main() -> None:
     parser = argument_parser("launch.cost.saves", __doc__, output_dir="runs/saves")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, 2 or more")
-    args: argparse.Namespace = parse(parser)
+    args = parse(parser)
     console = make_console()
     environment = Environment.here("cpu")
     ranks, tensors = (4, 3) if args.quick else (RANKS, TENSORS)
@@ -58,32 +58,31 @@ def main() -> None:
 
 
 def measure_saves(device: torch.device, *, folder: Path, tensors: int, repeats: int) -> Record:
-    """Seconds of each way to save. Collective: every rank."""
+    """Seconds of each way to save, by round. Collective: every rank."""
     model = nn.Sequential(*(nn.Linear(2, 64, bias=False) for _ in range(tensors)))
     for module in [*model, model]:
         fully_shard(module)
     ema = ShardedEMA(model, decay=0.5)
-    state = {"model": model, "ema": ema}
-    rounds = iter(range(2 * repeats + 2))
+    rounds = count()
 
-    def save(*, name: str, changes: bool) -> None:
-        extra = {f"round {next(rounds)}": True} if changes else {}
-        checkpoint.save(state | extra, folder / name, step=0)
+    def save(target: Path, **more: object) -> None:
+        checkpoint.save({"model": model, "ema": ema, **more}, target, step=0)
 
-    def save_plain(*, reuses_plan: bool) -> None:
+    def save_by_dcp(target: Path, *, reuses_plan: bool) -> None:
         planner = DefaultSavePlanner(enable_plan_caching=reuses_plan)
-        state_dict = {"model": model.state_dict(), "ema": ema.state_dict()}
-        dcp.save(state_dict, checkpoint_id=folder / f"plain-{reuses_plan}", planner=planner)
+        dcp.save({"model": model.state_dict(), "ema": ema.state_dict()}, checkpoint_id=target, planner=planner)
 
-    def method(run: "partial[None]", name: str, before: "partial[None] | None" = None) -> FileMethod:
-        return FileMethod(run, folder / name, before or (lambda: None))
-
+    targets = [folder / name for name in ("dcp", "dcp-reused", "planned", "reused", "before")]
     methods = {
-        PLAIN: method(partial(save_plain, reuses_plan=False), "plain-False"),
-        "`dcp.save` with a plan cache": method(partial(save_plain, reuses_plan=True), "plain-True"),
-        "`checkpoint.save`, the first": method(partial(save, name="first", changes=True), "first"),
-        "`checkpoint.save`, later ones": method(
-            partial(save, name="later", changes=False), "later", partial(save, name="before", changes=False)
+        PLAIN: FileMethod(partial(save_by_dcp, targets[0], reuses_plan=False), targets[0]),
+        "`dcp.save`, plan reused": FileMethod(partial(save_by_dcp, targets[1], reuses_plan=True), targets[1]),
+        # Another key in each round: no plan of an earlier round fits.
+        "`checkpoint.save`, planned": FileMethod(
+            lambda: save(targets[2], **{f"round {next(rounds)}": True}), targets[2]
+        ),
+        # A save that is not timed makes the plan that fits.
+        "`checkpoint.save`, plan reused": FileMethod(
+            partial(save, targets[3]), targets[3], before=partial(save, targets[4])
         ),
     }
     return {"tensors": tensors} | measure_files(methods, repeats=repeats, device=device)
