@@ -132,7 +132,7 @@ def test_a_checkpoint_that_cannot_be_resumed_is_one_line(finished: tuple[Path, s
     contents = torch.load(finished[0] / file.name, weights_only=False)
     del contents["state"]["callbacks"]["SettingsCheck"]
     torch.save(contents, file)
-    for message in (r"does not record.*--batch-size.*--seed", r"cannot resume .*latest-rank0\.pt.*damaged"):
+    for message in (r"--batch-size.*--seed", r"ep1-ba27-rank0\.pt|latest-rank0\.pt"):
         refused = run(sys.executable, *train_command(tmp_path, "--resume"))
         assert refused.returncode != 0
         assert re.search(rf"^train_composer\.py: error: .*{message}", refused.stdout, re.MULTILINE)
