@@ -99,8 +99,8 @@ def loading_errors_as_script_errors(folder: Path | None) -> Iterator[None]:
         # The lines before are the tracebacks of a CheckpointException.
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
         raise ScriptError(
-            f"cannot resume from {folder / LATEST_CHECKPOINT} ({type(error).__name__}: {reason}): the checkpoint may be "
-            "damaged, saved with another --parallel, or written by an older version of this script. Make "
+            f"cannot resume from {folder / LATEST_CHECKPOINT} ({type(error).__name__}: {reason}): the checkpoint may "
+            "be damaged, saved with another --parallel, or written by an older version of this script. Make "
             f"{LATEST_CHECKPOINT} a link to an older checkpoint, or start in another folder"
         ) from error
 
