@@ -224,6 +224,39 @@ class Counting(Delegating):
         return {**state_dict, "param_groups": [{**group, "count": 7} for group in state_dict["param_groups"]]}
 
 
+class StatefulWrapper:
+    """Wraps an optimizer and is none; `group` is added to the parameter group of its state."""
+
+    def __init__(self, inner: Optimizer, **group: Any) -> None:  # noqa: ANN401
+        self.inner, self.param_groups, self._group = inner, inner.param_groups, group
+
+    def step(self) -> None:
+        self.inner.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"param_groups": [{"lr": self.param_groups[0]["lr"], **self._group}]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.param_groups[0]["lr"] = state_dict["param_groups"][0]["lr"]
+
+
+@pytest.mark.parametrize("group", [{}, {"params": ["weight", "bias"]}], ids=["groups without params", "params by name"])
+def test_wrappers_that_do_not_number_parameters_are_saved_as_they_are(group: dict[str, Any], tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    wrapper = StatefulWrapper(Adam(model.parameters(), lr=0.5), **group)
+    checkpoint.save({"model": model, "optim": wrapper}, tmp_path, step=1)
+    wrapper.param_groups[0]["lr"] = 0.1
+    checkpoint.load({"model": model, "optim": wrapper}, tmp_path)
+    assert wrapper.inner.param_groups[0]["lr"] == 0.5
+
+
+def test_a_wrapper_that_numbers_parameters_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    wrapper = StatefulWrapper(Adam(model.parameters()), params=[0, 1])
+    with pytest.raises(RuntimeError, match=r"StatefulWrapper.*optimizer\.inner\b"):
+        checkpoint.save({"model": model, "optim": wrapper}, tmp_path, step=1)
+
+
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "sharpness-aware": (Perturbing, r"Perturbing.*optimizer\.inner\b"),
     "several": (Several, r"Several.*optimizer\.inner\[0\].*optimizer\.inner\[1\]"),

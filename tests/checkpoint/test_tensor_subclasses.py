@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
 from ema_dist import ShardedEMA, checkpoint
+from ema_dist.evaluation.serving import DIRECT
 from tests.support.quantized import Quantized
 
 # The first test here takes about five seconds: that is how long importing torchao takes.
