@@ -57,7 +57,7 @@ LAYOUTS = [
 @pytest.mark.gpu
 @pytest.mark.world_size(1)
 def test_deep_copies_of_sharded_states_are_on_the_cpu() -> None:
-    """DCP's `DefaultStager` takes them as they are, and sends them to the process that writes."""
+    """DCP's `DefaultStager` does not move values of this type, and sends the copies to the process that writes."""
     state = ShardedEMA(make_model("fsdp2"), decay=0.75).state_dict()
     copied = copy.deepcopy(state)
     for name, average in state["tracks"]["default"]["averages"].items():
