@@ -12,9 +12,10 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from recipe.script import OptionParser, ScriptError, UsageError, positive_int, p
 
 AVERAGE_LABEL, LIVE_LABEL = "eval", "eval-live"
 LATEST_CHECKPOINT = "latest-rank0.pt"  # as Composer calls it, monolithic or sharded
+LOADING_MODULE = "composer.utils.checkpoint"  # all loading of checkpoints passes through it
 PARALLELISM_CONFIGS: dict[str, dict[str, Any] | None] = {
     "ddp": None,
     "fsdp1": {"fsdp": {"sharding_strategy": "FULL_SHARD", "state_dict_type": "sharded"}},
@@ -86,19 +88,20 @@ class SettingsCheck(Callback):
 
 
 @contextmanager
-def resume_errors_in_one_line(folder: Path) -> Iterator[None]:
-    """Raise what Composer raises for a checkpoint that it cannot load as a ScriptError."""
+def loading_errors_as_script_errors(folder: Path | None) -> Iterator[None]:
+    """Raise what Composer raises while it loads a checkpoint from `folder` as a ScriptError."""
     try:
         yield
-    except ScriptError:
-        raise
     except (EOFError, KeyError, OSError, RuntimeError, ValueError, UnpicklingError, CheckpointException) as error:
+        modules = {frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)}
+        if folder is None or LOADING_MODULE not in modules or isinstance(error, ScriptError):
+            raise
         # The lines before are the tracebacks of a CheckpointException.
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
         raise ScriptError(
-            f"cannot resume from {folder / LATEST_CHECKPOINT} ({type(error).__name__}: {reason}): it may be damaged, "
-            "of another --parallel, or by an older version of this script; point the link to an older checkpoint, or "
-            "start anew in another folder"
+            f"cannot resume from {folder / LATEST_CHECKPOINT} ({type(error).__name__}: {reason}): the checkpoint may "
+            "be damaged, saved with another --parallel, or written by an older version of this script. Make "
+            f"{LATEST_CHECKPOINT} a link to an older checkpoint, or start in another folder"
         ) from error
 
 
@@ -130,7 +133,7 @@ def train(args: argparse.Namespace) -> None:
     print_rank_0(describe_run(args.parallel, args.device, model, ema))
     print_rank_0(describe_checkpoint_dir(args.save_folder))
     settings_check = SettingsCheck(saved_settings(training, args))
-    with resume_errors_in_one_line(args.save_folder) if args.resume else nullcontext():
+    with loading_errors_as_script_errors(args.save_folder):
         trainer = make_trainer(args, model, ema, settings_check, (training, test))
     if trainer.state.timestamp.batch.value:
         settings_check.require_checked()
@@ -144,7 +147,7 @@ def make_trainer(
     args: argparse.Namespace,
     model: ComposerClassifier,
     ema: EMA,
-    checks: SettingsCheck,
+    settings_check: SettingsCheck,
     data: tuple[Images, Images],
 ) -> Trainer:
     """The Trainer; with --resume, it has loaded the newest checkpoint."""
@@ -152,7 +155,7 @@ def make_trainer(
     return Trainer(
         model=model,
         algorithms=[ema],
-        callbacks=[LiveEvaluation(ema), checks],
+        callbacks=[LiveEvaluation(ema), settings_check],
         train_dataloader=training_batches(training, args),
         eval_dataloader=[
             Evaluator(label=label, dataloader=test_batches(test)) for label in (AVERAGE_LABEL, LIVE_LABEL)

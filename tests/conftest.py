@@ -75,6 +75,14 @@ def _marked_warning_filters(item: pytest.Item) -> list[str]:
 
 
 @pytest.fixture
+def eager() -> Iterator[None]:
+    """Compile nothing in this process: compiling what some optimizers compile takes longer than their tests."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.fixture
 def sigint_interrupts() -> Iterator[None]:
     """SIGINT raises KeyboardInterrupt, although a process that a shell started in the background ignores it."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -28,8 +28,8 @@ def main() -> None:
     try:
         app(prog_name="ema-dist")  # also under `python -m`: shell completion is derived from this name
     except SystemExit as exit_:
-        # A reader that has seen enough (`| head`) is no failure, though typer's help ends with code 1 then. An error
-        # message that is not read to its end still is one.
+        # typer exits with 1 if its output pipe is closed. That is no failure for help (`| head`), but an error message
+        # stays one: there the BrokenPipeError was raised while another exception was handled (`__context__`).
         cause = exit_.__context__
         if not isinstance(cause, BrokenPipeError) or cause.__context__ is not None:
             raise

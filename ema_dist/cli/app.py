@@ -31,6 +31,7 @@ app = typer.Typer(
     help="Look into checkpoints of ema_dist and torch.distributed.checkpoint, check, compare and export them. "
     "Nothing that a checkpoint holds is ever run.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # else each line of a docstring but the first paragraph ends a line of the help
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -10,6 +10,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from ema_dist import checkpoint
+from ema_dist.communication.rendezvous import RendezvousError
 
 from .data import Images
 from .folders import require_checkpoint_dir
@@ -50,8 +51,8 @@ class Checkpoints:
         """Load the newest intact checkpoint, if there is one; returns a message that says where the run starts.
 
         Collective: every rank. Raises: UsageError if `root` cannot be written, if there is a checkpoint and
-        `is_requested` is false, or if the checkpoint has other settings or another model; CheckpointError if all
-        checkpoints are damaged.
+        `is_requested` is false, or if the checkpoint has other settings or another model; ScriptError if a rank does
+        not arrive; CheckpointError if all checkpoints are damaged.
         """
         if self.root:
             require_checkpoint_dir(self.root, option="--checkpoint-dir")
@@ -66,9 +67,8 @@ class Checkpoints:
         contents: dict[str, Any] = {**self.state, "settings": {}}
         try:
             step = checkpoint.load(contents, self.root)
-        except checkpoint.CheckpointError:
-            raise
-        except RuntimeError as error:  # names or shapes differ; nothing has changed yet
+        except RendezvousError as error:
+            _require_mismatch(error)
             require_same_settings(self.settings, *_load_settings(self.root))
             raise UsageError(f"the checkpoint in {self.root} does not fit this run: {error}") from error
         require_same_settings(self.settings, contents["settings"], f"step {step} in {self.root}")
@@ -96,9 +96,8 @@ def require_same_settings(expected: Mapping[str, Any], found: Mapping[str, Any],
     """Raise a UsageError that names the settings that differ from those saved in a checkpoint, or are not saved."""
     if missing := [name for name in expected if name not in found]:
         raise UsageError(
-            f"{checkpoint_name} does not record its {', '.join(missing)}, which a resumed run must have in common with "
-            "it: an older version of this script or another program wrote it. Continue with that version, or start "
-            "anew in another folder"
+            f"{checkpoint_name} holds no {', '.join(missing)} to compare with this run: an older version of this "
+            "script or another program wrote it. Continue with the program that wrote it, or start anew in another folder"
         )
     if different := [name for name, value in expected.items() if found[name] != value]:
         differences = "; ".join(f"{name} {found[name]}, and this run has {expected[name]}" for name in different)
@@ -113,13 +112,20 @@ def _load_settings(root: Path) -> tuple[dict[str, Any], str]:
     contents: dict[str, Any] = {"settings": {}}
     try:
         step = checkpoint.load(contents, root)
-    except RuntimeError:
-        return {}, f"the checkpoint in {root}"
+    except RendezvousError as error:
+        _require_mismatch(error)
+        return {}, f"the checkpoint in {root}"  # it has no such entry
     return contents["settings"], f"step {step} in {root}"
 
 
+def _require_mismatch(error: RendezvousError) -> None:
+    """Raise a ScriptError unless `checkpoint.load` reports that names or shapes differ: some ranks did not arrive."""
+    if not error.same_call:
+        raise ScriptError(str(error)) from error
+
+
 @contextmanager
-def checkpoint_errors_in_one_line() -> Iterator[None]:
+def checkpoint_errors_as_script_errors() -> Iterator[None]:
     """Raise a CheckpointError as a ScriptError: its message says all that a user needs."""
     try:
         yield

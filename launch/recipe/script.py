@@ -20,7 +20,7 @@ class ScriptError(ValueError):
 
 
 class UsageError(ScriptError):
-    """Ends the script before it has done anything, because of an option or a folder that the user can change."""
+    """Ends the script with exit code 2 before training, because of an option or a folder that the user can change."""
 
     exit_code = 2
 
@@ -32,8 +32,8 @@ class OptionParser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def option(self, name: str, meaning: str, **settings: Any) -> None:  # noqa: ANN401  as `add_argument` takes
-        """Add an option; its help is `meaning`, and the default if there is one."""
-        if "default" in settings:
+        """Add an option; its help is `meaning`, and the default if there is one that `meaning` does not describe."""
+        if "default" in settings and "default" not in meaning:
             meaning += " (default: %(default)s)"
         self.add_argument(name, help=meaning, **settings)
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +18,7 @@ from torch.optim import SGD, Adagrad, Adam, Optimizer
 from ema_dist import ShardedEMA, checkpoint
 from ema_dist.sharding import local_tensor
 from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, train_step, wrap
+from tests.support.optimizers import schedule_free, timm
 
 
 class Delegating(Optimizer):
@@ -93,44 +90,6 @@ def with_hook(change: dict[str, Any]) -> Callable[[Any], Optimizer]:
     return make
 
 
-@pytest.fixture
-def _bare_timm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let `timm.optim` be imported without `timm`, which imports torchvision: that does not load beside every torch.
-
-    What an optimizer compiles runs eagerly: compiling takes longer than the tests.
-    """
-    package = find_spec("timm")
-    for name, folder in (("timm", ""), ("timm.optim", "optim")) if package and package.origin else ():
-        module = ModuleType(name)
-        module.__path__ = [str(Path(package.origin).parent / folder)]
-        monkeypatch.setitem(sys.modules, name, module)
-    torch.compiler.set_stance("force_eager")
-    yield
-    torch.compiler.set_stance("default")
-
-
-def timm(file: str, name: str) -> Callable[..., Optimizer]:
-    """Makes an optimizer of timm; skips the test without timm."""
-
-    def make(*arguments: Any, **settings: Any) -> Optimizer:  # noqa: ANN401
-        if "timm" not in sys.modules:
-            pytest.skip("timm is not installed")
-        return getattr(import_module(f"timm.optim.{file}"), name)(*arguments, **settings)
-
-    return make
-
-
-def schedule_free(name: str, **settings: Any) -> Callable[[Any], Any]:  # noqa: ANN401
-    """Makes an optimizer of schedulefree that is in its training mode."""
-
-    def make(arguments: Any) -> Any:  # noqa: ANN401
-        optimizer = getattr(pytest.importorskip("schedulefree"), name)(arguments, **settings)
-        optimizer.train()
-        return optimizer
-
-    return make
-
-
 def train(model: nn.Module, optimizer: Any, steps: range) -> None:  # noqa: ANN401
     for step in steps:
         for parameter in model.parameters():
@@ -154,7 +113,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.usefixtures("_bare_timm")
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("kind", RESUMED)
 def test_it_resumes_exactly(kind: str, tmp_path: Path) -> None:
     model, resumed = nn.Linear(3, 3), nn.Linear(3, 3)
@@ -192,24 +151,48 @@ def test_schedule_free_optimizers_resume_after_an_evaluation(
     assert torch.equal(model.weight, resumed.weight)
 
 
+def require_resumes_exactly(layout: str, make: Callable[[Any], Optimizer], root: Path) -> None:
+    def make_run(seed: int) -> tuple[nn.Module, Optimizer]:
+        model = wrap(layout, make_net(layout, seed=seed))
+        return model, make([*model.parameters()])
+
+    runs = (model, optimizer), (resumed, other) = make_run(0), make_run(1)
+    train_step(model, optimizer, 0)
+    checkpoint.save({"model": model, "optim": optimizer}, root, step=1)
+    checkpoint.load({"model": resumed, "optim": other}, root)
+    for run in runs:
+        train_step(*run, 1)
+    for value, expected in zip(resumed.parameters(), model.parameters(), strict=True):
+        assert torch.equal(local_tensor(value), local_tensor(expected))
+
+
+@layouts("ddp", "fsdp1", "fsdp2", "tp")
+def test_optimizers_of_timm_resume_exactly_under_any_layout(layout: str, tmp_path: Path) -> None:
+    torch.compiler.set_stance("force_eager")  # the fixture is in effect in pytest's own process only
+    for kind in ("timm.Adopt", "timm.Lion", "timm.Muon"):
+        require_resumes_exactly(layout, RESUMED[kind], tmp_path / kind)
+
+
+@layouts("ddp")
+def test_one_number_for_each_parameter_is_saved_under_ddp(layout: str, tmp_path: Path) -> None:
+    require_resumes_exactly(layout, RESUMED["timm.NvNovoGrad"], tmp_path)
+
+
+@layouts("fsdp1")
+def test_numbers_that_differ_between_ranks_are_refused_under_fsdp1(layout: str, tmp_path: Path) -> None:
+    model = wrap(layout, make_net(layout))
+    optimizer = RESUMED["timm.NvNovoGrad"]([*model.parameters()])
+    train_step(model, optimizer, 0)
+    with pytest.raises(RuntimeError, match=r"optim\.state\.\S+\.exp_avg_sq"):
+        checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
+
+
 @layouts("ddp", "fsdp2")
 def test_prepared_optimizers_of_accelerate_resume_exactly(layout: str, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")  # asked for, though the process group exists
     accelerator = accelerate.Accelerator(cpu=True)
-
-    def make(seed: int) -> tuple[nn.Module, Optimizer]:
-        model = wrap(layout, make_net(layout, seed=seed))
-        return model, accelerator.prepare_optimizer(Adam(model.parameters(), lr=0.05))
-
-    runs = (model, optimizer), (resumed, other) = make(0), make(1)
-    train_step(model, optimizer, 0)
-    checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1)
-    checkpoint.load({"model": resumed, "optim": other}, tmp_path)
-    for run in runs:
-        train_step(*run, 1)
-    for value, expected in zip(resumed.parameters(), model.parameters(), strict=True):
-        assert torch.equal(local_tensor(value), local_tensor(expected))
+    require_resumes_exactly(layout, lambda p: accelerator.prepare_optimizer(Adam(p, lr=0.05)), tmp_path)
 
 
 def test_schedules_of_a_wrapper_go_on_after_loading(tmp_path: Path) -> None:
@@ -246,23 +229,56 @@ class Counting(Delegating):
         return {**state_dict, "param_groups": [{**group, "count": 7} for group in state_dict["param_groups"]]}
 
 
+class StatefulWrapper:
+    """Wraps an optimizer and is none; `group` is added to the parameter group of its state."""
+
+    def __init__(self, inner: Optimizer, **group: Any) -> None:  # noqa: ANN401
+        self.inner, self.param_groups, self._group = inner, inner.param_groups, group
+
+    def step(self) -> None:
+        self.inner.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"param_groups": [{"lr": self.param_groups[0]["lr"], **self._group}]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.param_groups[0]["lr"] = state_dict["param_groups"][0]["lr"]
+
+
+@pytest.mark.parametrize("group", [{}, {"params": ["weight", "bias"]}], ids=["groups without params", "params by name"])
+def test_wrappers_that_do_not_number_parameters_are_saved_as_they_are(group: dict[str, Any], tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    wrapper = StatefulWrapper(Adam(model.parameters(), lr=0.5), **group)
+    checkpoint.save({"model": model, "optim": wrapper}, tmp_path, step=1)
+    wrapper.param_groups[0]["lr"] = 0.1
+    checkpoint.load({"model": model, "optim": wrapper}, tmp_path)
+    assert wrapper.inner.param_groups[0]["lr"] == 0.5
+
+
+def test_a_wrapper_that_numbers_parameters_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    wrapper = StatefulWrapper(Adam(model.parameters()), params=[0, 1])
+    with pytest.raises(RuntimeError, match=r"StatefulWrapper.*optimizer\.inner\b"):
+        checkpoint.save({"model": model, "optim": wrapper}, tmp_path, step=1)
+
+
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "sharpness-aware": (Perturbing, r"Perturbing.*optimizer.inner}"),
+    "sharpness-aware": (Perturbing, r"Perturbing.*optimizer\.inner\b"),
     "several": (Several, r"Several.*optimizer\.inner\[0\].*optimizer\.inner\[1\]"),
-    "without init": (lambda p: WithoutInit(Adam(p)), r"WithoutInit.*optimizer\.inner}"),
-    "counting": (lambda p: Counting(Adam(p)), r"Counting.*optimizer\.inner}"),
+    "without init": (lambda p: WithoutInit(Adam(p)), r"WithoutInit.*optimizer\.inner\b"),
+    "counting": (lambda p: Counting(Adam(p)), r"Counting.*optimizer\.inner\b"),
     "counting globally": (CountingGlobally, r"CountingGlobally.*'total'"),
     "hook adds": (with_hook({"more": 1}), "register_state_dict_post_hook"),
     "hook changes": (with_hook({"state": {}}), "register_state_dict_post_hook"),
-    "timm.Kron": (timm("kron", "Kron"), r"Kron has a state_dict\(\) of its own"),
+    "timm.Kron": (timm("kron", "Kron"), "Kron"),
     "schedulefree.ScheduleFreeWrapper": (
         lambda p: schedule_free("ScheduleFreeWrapper")(SGD(p)),
-        r"ScheduleFreeWrapper.*optimizer\.base}.*eval\(\)",
+        r"ScheduleFreeWrapper.*optimizer\.base\b.*eval\(\)",
     ),
 }
 
 
-@pytest.mark.usefixtures("_bare_timm")
+@pytest.mark.usefixtures("eager")
 @pytest.mark.filterwarnings("ignore:.*opt_einsum:UserWarning")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_it_is_refused_before_anything_is_written(kind: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
 from ema_dist import ShardedEMA, checkpoint
+from ema_dist.evaluation.serving import DIRECT
+from tests.support.quantized import Quantized
 
 # The first test here takes about five seconds: that is how long importing torchao takes.
 X = torch.linspace(-1.0, 1.0, 4 * 64).reshape(4, 64)
 
 
-@pytest.fixture(autouse=True)
-def _eager() -> Iterator[None]:
-    """Compile nothing: torchao compiles each step of its optimizers, which takes longer than the tests."""
-    torch.compiler.set_stance("force_eager")
-    yield
-    torch.compiler.set_stance("default")
-
-
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("kind", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
 def test_optimizers_with_quantized_moments_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     """Older checkpoints stay."""
@@ -34,11 +28,12 @@ def test_optimizers_with_quantized_moments_are_refused_by_name(kind: str, tmp_pa
     checkpoint.save({"model": model}, tmp_path, step=0, keep=1)
     model(X).square().mean().backward()
     optimizer.step()
-    with pytest.raises(RuntimeError, match=r"optim\.state\.weight\.exp_avg' is a OptimState"):
+    with pytest.raises(RuntimeError, match=r"optim\.state\.weight\.exp_avg'.*OptimState"):
         checkpoint.save({"model": model, "optim": optimizer}, tmp_path, step=1, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000000000"]
 
 
+@pytest.mark.usefixtures("eager")
 def test_moments_that_torchao_leaves_plain_resume_exactly(tmp_path: Path) -> None:
     """It quantizes moments of 4096 elements and more."""
     runs: list[Any] = []
@@ -87,13 +82,13 @@ def test_frozen_quantized_weights_are_handed_out_as_they_are(kind: str, tmp_path
     assert torch.equal(fresh(X), expected)
     with ema.serving():
         assert torch.equal(model(X), expected)
-    assert ema.serving_mode == ShardedEMA(nn.Linear(2, 2)).serving_mode
+    assert ema.serving_mode == DIRECT
 
     checkpoint.save({"ema": ema}, tmp_path, step=0)
     other = ShardedEMA(quantized(kind), decay=0.5)
     checkpoint.load({"ema": other}, tmp_path)
     assert torch.equal(other.full_state_dict()["1.weight"], full["1.weight"])
-    with pytest.raises(RuntimeError, match=rf"model\.0\.weight' is a {type(full['0.weight']).__name__}"):
+    with pytest.raises(RuntimeError, match=rf"model\.0\.weight'.*{type(full['0.weight']).__name__}"):
         checkpoint.save({"model": model, "optim": optimizer, "ema": ema}, tmp_path, step=1)
     with pytest.raises(ValueError, match=r"0\.weight.*file_format"):
         checkpoint.gather(ema, tmp_path / "safetensors")
@@ -123,13 +118,9 @@ def test_frozen_quantized_weights_beside_sharded_ones_are_handed_out(tmp_path: P
         assert torch.equal(plain(value), plain(full[name]))
 
 
-class Quantized(Tensor):
-    """Stands for buffers that a library stores in types of its own."""
-
-
 def test_buffers_of_other_types_are_refused_by_name(tmp_path: Path) -> None:
     model = nn.Linear(3, 3)
-    model.register_buffer("scale", torch.ones(1).as_subclass(Quantized))
-    with pytest.raises(RuntimeError, match=r"model\.scale' is a Quantized"):
+    model.register_buffer("scale", Quantized(torch.ones(1, dtype=torch.int8)))
+    with pytest.raises(RuntimeError, match=r"model\.scale'.*Quantized"):
         checkpoint.save({"model": model}, tmp_path, step=1)
     assert not [*tmp_path.iterdir()]

@@ -9,8 +9,9 @@ import signal
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from ema_dist.evaluation.swap import active_swaps
 from recipe import metrics
 from recipe.checkpoints import Checkpoints
 from recipe.data import Images, load_images
+from recipe.folders import require_checkpoint_dir
 from recipe.preemption import Preempted, PreemptionHandler
-from recipe.script import UsageError
+from recipe.script import ScriptError, UsageError
 from tests.support.injected_signals import read_metrics
 
 SHORT = ("--device", "cpu", "--epochs", "2", "--batch-size", "600", "--half-life", "2")
@@ -189,22 +191,52 @@ def test_other_settings_than_the_checkpoints_are_refused_on_resuming(tmp_path: P
         run(tmp_path, "--parallel", "ddp", "--resume")
 
 
+SETTINGS = {"--batch-size": 600, "--seed": 0, "--learning-rate": 0.002, "data set (SHA-256)": "digest"}
+
+
 @pytest.mark.world_size(2, timeout=120)
-def test_a_checkpoint_that_does_not_record_its_settings_is_refused_by_their_names(tmp_path: Path) -> None:
-    """As an older version of the script wrote it, or another program; the reason is not the first missing entry."""
-    checkpoint.save({"model": nn.Linear(2, 2)}, tmp_path / "checkpoints", step=1)
-    with pytest.raises(UsageError, match=r"not record.*--batch-size.*--seed.*data set.*\bolder version\b"):
+@pytest.mark.parametrize(
+    ("saved", "names"),
+    [
+        ({"model": nn.Linear(2, 2)}, "--batch-size.*--seed.*--learning-rate.*data set"),
+        (
+            {"settings": {**SETTINGS, "--batch-size": 400, "--seed": 7}},
+            r"--batch-size 400\b.*\b600\b.*--seed 7\b.*\b0\b",
+        ),
+        ({"settings": {name: value for name, value in SETTINGS.items() if name != "--seed"}}, "--seed"),
+    ],
+    ids=["without settings", "other settings", "without a seed"],
+)
+def test_a_checkpoint_of_another_program_is_refused_by_its_settings(
+    saved: dict[str, Any], names: str, tmp_path: Path
+) -> None:
+    """The error lists the missing or different settings, not the first missing tensor."""
+    checkpoint.save(saved, tmp_path / "checkpoints", step=1)
+    with pytest.raises(UsageError, match=names):
         run(tmp_path, "--parallel", "ddp", "--resume")
-    settings = {"--batch-size": 400, "--seed": 0, "--learning-rate": 0.002, "data set (SHA-256)": ""}
-    for seed, message in ((7, r"step 1 .*--batch-size 400\b.*\b600\b"), (None, r"not record.*--seed,")):
-        settings["--seed"] = seed
-        saved = {name: value for name, value in settings.items() if value is not None}
-        checkpoint.save({"settings": saved}, tmp_path / "checkpoints", step=1)
-        with pytest.raises(UsageError, match=message):
-            run(tmp_path, "--parallel", "ddp", "--resume")
-    one_checkpoint = str(tmp_path / "checkpoints/step-0000000001")
-    with pytest.raises(UsageError, match=r"step-0000000001 is one checkpoint"):
-        run(tmp_path, "--parallel", "ddp", "--resume", "--checkpoint-dir", one_checkpoint, checkpoints=False)
+
+
+@pytest.mark.world_size(1)
+def test_one_checkpoint_is_not_taken_for_a_folder_of_several(tmp_path: Path) -> None:
+    checkpoint.save({"settings": SETTINGS}, tmp_path, step=1)
+    folder = tmp_path / "step-0000000001"
+    with pytest.raises(UsageError, match=rf"{re.escape(str(folder))} .*pass {re.escape(str(tmp_path))}$"):
+        run(tmp_path, "--parallel", "plain", "--resume", "--checkpoint-dir", str(folder), checkpoints=False)
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_that_does_not_arrive_is_not_taken_for_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "load", partial(checkpoint.load, timeout=0.5))
+    checkpoint.save({"settings": SETTINGS}, tmp_path, step=1)
+    if dist.get_rank() == 0:
+        with pytest.raises(ScriptError, match="rank 1 did not arrive") as caught:
+            Checkpoints(tmp_path, {}, SETTINGS).resume(is_requested=True)
+        assert not isinstance(caught.value, UsageError)
+    else:
+        require_checkpoint_dir(tmp_path, option="--checkpoint-dir")
+    dist.barrier()
 
 
 def images_with_another_label(device: torch.device) -> tuple[Images, Images]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -17,11 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
-from typing_extensions import Self
 
 from ema_dist import ShardedEMA, checkpoint
 from ema_dist.sharding import local_tensor
+from tests.support.quantized import Quantized
 
 
 class Wrapper(nn.Module):
@@ -40,38 +38,6 @@ class Experts(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(4, 6, 5))
         self.bias = nn.Parameter(torch.randn(4, 6))
-
-
-class Quantized(Tensor):
-    """A wrapper subclass, as torchao makes them: it has no memory of its own."""
-
-    values: Tensor
-
-    def __new__(cls, values: Tensor) -> Self:
-        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)  # noqa: SLF001
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["values"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], *_: object) -> Quantized:
-        return Quantized(inner["values"])
-
-    @classmethod
-    def __torch_dispatch__(
-        cls,
-        func: Callable[..., Any],
-        _types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401  what torch's operators return
-        args, kwargs = pytree.tree_map_only(Quantized, lambda value: value.values, (args, kwargs or {}))
-        return pytree.tree_map_only(
-            Tensor, lambda value: Quantized(value) if value.dtype == torch.int8 else value, func(*args, **kwargs)
-        )
 
 
 def _net() -> nn.Sequential:
@@ -93,7 +59,7 @@ def _double(model: nn.Module) -> None:
 
 
 def _require_exact(model: nn.Module, root: Path) -> None:
-    """Every way out of averages of weights w and 2w has 1.25w, also after a checkpoint was loaded."""
+    """Averages are 1.25 w after the weights w became 2 w, however they are read."""
     first = _full(model)
     ema = ShardedEMA(model, decay=0.75)
     _double(model)
@@ -131,7 +97,7 @@ def test_composable_replication_by_fsdp2(tmp_path: Path) -> None:
 
 
 @pytest.mark.world_size(4)
-@pytest.mark.parametrize("sharded_along", [None, 0, 1], ids=["experts only", "experts twice", "expert rows"])
+@pytest.mark.parametrize("sharded_along", [None, 0, 1], ids=["experts only", "FSDP on dim 0", "FSDP on dim 1"])
 def test_expert_parallelism(sharded_along: int | None, tmp_path: Path) -> None:
     """Experts on a mesh of two dimensions, the other weights on all ranks."""
     torch.manual_seed(0)
@@ -164,9 +130,11 @@ def _deepspeed(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("wrap", [_fabric, _deepspeed])
+@pytest.mark.parametrize(("wrap", "is_split_over_ranks"), [(_fabric, True), (_deepspeed, False)])
 def test_wrappers_of_other_packages_add_nothing_to_names(
-    wrap: Callable[[nn.Module, pytest.MonkeyPatch], nn.Module], monkeypatch: pytest.MonkeyPatch
+    wrap: Callable[[nn.Module, pytest.MonkeyPatch], nn.Module],
+    is_split_over_ranks: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And averages are split among the replicas of the DDP inside."""
     model = _net()
@@ -176,9 +144,9 @@ def test_wrappers_of_other_packages_add_nothing_to_names(
     ema.update()
     with ema.swapped():
         assert all(torch.equal(value, 1.25 * first[name]) for name, value in _full(model).items())
-    assert ema.state_dict()["tracks"]["default"]["averages"].keys() == first.keys()
-    is_split = any(isinstance(value, DTensor) for value in ema.state_dict()["tracks"]["default"]["averages"].values())
-    assert is_split == (wrap is _fabric)
+    averages = ema.state_dict()["tracks"]["default"]["averages"]
+    assert averages.keys() == first.keys()
+    assert any(isinstance(value, DTensor) for value in averages.values()) == is_split_over_ranks
     full = ema.full_state_dict()
     if dist.get_rank() == 0:
         assert full.keys() == model.state_dict().keys()
@@ -201,7 +169,7 @@ class _Elastic(dist.ProcessGroup):
 
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_replicas_that_come_and_go_have_copies(replicas: int) -> None:
+def test_elastic_replicas_keep_whole_averages(replicas: int) -> None:
     """Also if only one is there at first."""
     model = DistributedDataParallel(_net())
     model.process_group = _Elastic(replicas)
@@ -214,7 +182,7 @@ def test_replicas_that_come_and_go_have_copies(replicas: int) -> None:
 
 
 @pytest.mark.world_size(1)
-def test_frozen_subclasses_of_one_shape_stay_apart() -> None:
+def test_frozen_subclasses_of_one_shape_are_not_taken_for_tied() -> None:
     """Torch says that the address of each is 0."""
     model = nn.Module()
     for index in range(2):

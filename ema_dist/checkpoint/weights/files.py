@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -20,14 +20,15 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from ema_dist.checkpoint.step_folders import fsync
-from ema_dist.checkpoint.weights.config_files import checksum, copied_checksums, describe_edit
+from ema_dist.checkpoint.weights.config_files import checksum, describe_edit, unedited_copies
 from ema_dist.checkpoint.weights.formats import (
-    COPIED_KEY,
+    COPIED_CHECKSUMS_KEY,
     FORMATS,
     WRITER_MARK,
     FileFormat,
     FileWriter,
     dtype_name,
+    entry_files,
     own_metadata,
     unsupported_reason,
 )
@@ -75,8 +76,8 @@ class WeightWriter:
         name: the file name; if there are several files, they and their index are named after it. None for
             ``model.safetensors`` or ``pytorch_model.bin``.
         copied: files of configuration to copy into ``folder`` together with the weights.
-        force: whether to overwrite weights that this package did not write, and configuration that is neither equal to
-            what is copied nor an unchanged copy by an earlier export. Its own files are always replaced.
+        force: whether to overwrite weights that this package did not write, and configuration files that were edited or
+            come from elsewhere. Files that this package wrote, and unedited copies, are always replaced.
 
     Memory: nothing beside the tensor that is written; the tensors of one file with ``"torch"``.
     Raises: ValueError for a dtype that the format cannot hold or an invalid size or name, before anything is written;
@@ -144,9 +145,10 @@ class WeightWriter:
         with ExitStack() as exit_stack:
             exit_stack.enter_context(_made_folder(self.folder))
             exit_stack.enter_context(_folder_lock(self.folder))
-            for path in self._format.files(self.folder):
-                self._copied_checksums |= copied_checksums(path)
-            self._require_no_conflict()
+            weights = {*self._format.files(self.folder), *entry_files(self.folder)}
+            own = {path: metadata for path in weights if (metadata := own_metadata(path)) is not None}
+            self._copied_checksums = unedited_copies(self.folder, own.values())
+            self._require_no_conflict(own)
             if self._skipped:
                 warnings.warn(
                     f"{abbreviated(sorted(self._skipped))} are no tensors, and {self._format.suffix} files hold "
@@ -165,7 +167,7 @@ class WeightWriter:
             self._exit_stack = exit_stack.pop_all()
         return self
 
-    def _require_no_conflict(self) -> None:
+    def _require_no_conflict(self, own_weights: Container[Path]) -> None:
         is_default_name = self._format.single_file in {file_format.single_file for file_format in FORMATS.values()}
         other_formats = [
             file_format if is_default_name else replace(file_format, stem=self._format.stem)
@@ -185,7 +187,7 @@ class WeightWriter:
                 "choose another folder"
             )
         conflicts: list[str] = []
-        if foreign := sorted(path.name for path in weights if os.path.lexists(path) and own_metadata(path) is None):
+        if foreign := sorted(path.name for path in weights if os.path.lexists(path) and path not in own_weights):
             conflicts.append(
                 f"weights that ema_dist did not write: {abbreviated(foreign)} (choose another folder or name)"
             )
@@ -193,8 +195,8 @@ class WeightWriter:
         edits = [describe_edit(path, source, self._copied_checksums) for path, source in present.items()]
         if edited := [edit for edit in edits if edit]:
             conflicts.append(
-                f"configuration that was edited or copied by others: {abbreviated(edited, separator='; ')} (leave out "
-                "--config to keep it, or choose another folder)"
+                "configuration files that ema_dist did not copy, or that were edited since: "
+                f"{abbreviated(edited, separator='; ')} (leave out --config to keep them, or choose another folder)"
             )
         if conflicts and not self._force:
             raise FileExistsError(
@@ -246,8 +248,8 @@ class WeightWriter:
 
     @property
     def _metadata(self) -> dict[str, str]:
-        """What the index or the single file says about this export."""
-        copied = {COPIED_KEY: json.dumps(self._copied_checksums)} if self._copied_checksums else {}
+        """Metadata for the index, or for the only file."""
+        copied = {COPIED_CHECKSUMS_KEY: json.dumps(self._copied_checksums)} if self._copied_checksums else {}
         return {**WRITER_MARK, **copied}
 
     def _publish(self) -> None:

@@ -29,8 +29,8 @@ METADATA_KEY = "__metadata__"
 WRITER_MARK = {"written_by": "ema_dist"}
 """What this package writes into the metadata of its files and indices, so that a later export may replace them."""
 
-COPIED_KEY = "ema_dist_copied_files"
-"""The key in this metadata of the checksums (JSON) of the files that were copied beside the weights."""
+COPIED_CHECKSUMS_KEY = "ema_dist_copied_files"
+"""This metadata maps the key to the checksums, as JSON, of the files that were copied beside the weights."""
 
 SHARD_NUMBERS = r"-\d{5,}-of-\d{5,}"
 """Matches the part ``-00001-of-00003`` in the name of one of several files."""
@@ -242,6 +242,16 @@ def own_metadata(path: Path) -> Mapping[str, Any] | None:
         return metadata if WRITER_MARK.items() <= metadata.items() else None
     except Exception:  # noqa: BLE001  parsers raise all kinds of errors
         return None
+
+
+def entry_files(folder: Path) -> list[Path]:
+    """The index or the single file of each export in a folder, of any name and format."""
+    suffixes = (INDEX_SUFFIX, *(suffix for file_format in FORMATS.values() for suffix in file_format.suffixes))
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name.endswith(suffixes) and not re.search(SHARD_NUMBERS + "$", path.stem)
+    ]
 
 
 def detect_format(path: Path) -> FormatSpec:

@@ -691,7 +691,7 @@ def test_gathering_waits_for_a_save_in_the_background(tmp_path: Path) -> None:
     assert latest(tmp_path / "saved") == 4
 
 
-class StateElsewhere(nn.Linear):
+class FailingExtraState(nn.Linear):
     """A module whose extra state one rank cannot give."""
 
     def __init__(self, failing_rank: int) -> None:
@@ -736,7 +736,7 @@ def test_a_size_out_of_range_is_an_error_on_every_rank(tmp_path: Path) -> None:
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_extra_state_that_one_rank_cannot_give_is_an_error_on_all(rank: int, tmp_path: Path) -> None:
-    ema = ShardedEMA(fully_shard(StateElsewhere(rank)))
+    ema = ShardedEMA(fully_shard(FailingExtraState(rank)))
     with pytest.raises(CheckpointError, match=rf"rank {rank}: .*no state here"):
         gather(ema, tmp_path)
     assert not [*tmp_path.iterdir()]
