@@ -229,3 +229,16 @@ def test_weights_in_cpu_memory_are_not_written_to_before_the_device_has_copied_t
         output = model(batch)
         calls[call]()
     assert torch.equal(output, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(2)
+def test_no_rank_takes_memory_on_the_gpu_of_another() -> None:
+    """The thread of `Offloaded` waits for events, which creates a context on the thread's current device."""
+    ema = ShardedEMA(nn.Linear(8, 8, device="cuda"), decay=0.5, replicas="copy", store=Offloaded())
+    for _ in range(3):
+        ema.update()
+    ema.state_dict()
+    dist.barrier()
+    other_device = 1 - dist.get_rank()
+    assert not torch._C._cuda_hasPrimaryContext(other_device)  # noqa: SLF001  no public name
