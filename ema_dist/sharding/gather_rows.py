@@ -40,20 +40,25 @@ def gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Ten
         if len(local) < chunk_size:
             padded_local = local.new_empty((chunk_size, *shape))
             padded_local[: len(local)] = local
-        all_gather(gathered.view(-1), padded_local.view(-1), group=group)
+        all_gather(as_bytes(gathered), as_bytes(padded_local), group=group)
     elif length <= MAX_BROADCAST_RANKS * chunk_size or chunk_size * row_bytes >= MIN_BROADCAST_BYTES:
         gathered = local.new_empty((length, *shape))
         ranks = group_ranks(group).ranks
         for index, rows in enumerate(gathered.split(chunk_size)):
             if index == group.rank():
                 rows.copy_(local)
-            dist.broadcast(rows, ranks[index], group=group)
+            dist.broadcast(as_bytes(rows), ranks[index], group=group)
     else:
         gathered = local.new_zeros((length, *shape))
         start = min(group.rank() * chunk_size, length)
         gathered[start : start + len(local)] = local
-        merge_bytes(gathered.view(-1).view(torch.uint8), group)
+        merge_bytes(as_bytes(gathered), group)
     return gathered[:length].movedim(0, dim)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as its bytes: NCCL and gloo lack some dtypes, among them int16, uint16 and uint32."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def merge_bytes(buffer: Tensor, group: ProcessGroup) -> None:
