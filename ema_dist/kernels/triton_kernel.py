@@ -152,8 +152,10 @@ def _import_jit_module(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> 
         )
     try:
         from ema_dist.kernels import triton_jit  # noqa: PLC0415 - optional, and slow to import
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UnsupportedKernelError("Triton is missing: pip install triton") from error
+    except Exception as error:  # an installation for another Python, driver or version of torch raises various types
+        raise UnsupportedKernelError(f"Triton cannot be imported: {error!r}") from error
     if values[0].device.type == "cpu" and not triton_jit.is_interpreted():
         raise UnsupportedKernelError("Triton needs a GPU, or TRITON_INTERPRET=1 to be tried without one")
     return triton_jit

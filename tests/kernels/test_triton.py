@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.util
 import os
 import subprocess
@@ -58,6 +59,22 @@ def test_without_triton_it_falls_back_with_a_warning(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "ema_dist.kernels.triton_jit", None)
     monkeypatch.delattr(kernels, "triton_jit", raising=False)
     with pytest.warns(UserWarning, match="kernel='triton'.*'foreach'.*pip install triton"):
+        lerp = make_kernel([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")
+    assert lerp.name == "foreach"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no driver"), ImportError("undefined symbol"), AttributeError("jit")])
+def test_with_a_broken_triton_it_falls_back_with_a_warning(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "triton":
+                raise error
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton" or name.endswith("triton_jit")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(kernels, "triton_jit", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.warns(UserWarning, match=f"kernel='triton'.*'foreach'.*{error}"):
         lerp = make_kernel([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")
     assert lerp.name == "foreach"
 
