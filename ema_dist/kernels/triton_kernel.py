@@ -19,7 +19,10 @@ from ema_dist.kernels.scratch_kernel_factory import make_subset_kernel
 from ema_dist.kernels.write_log import WriteLog
 
 BLOCK = 4096
-"""Elements that one program processes."""
+"""Elements that one program processes: the tables have a row for each block."""
+
+PIECE = 1024
+"""Elements that a program processes at a time: 8 for each of its 128 threads."""
 
 ALIGNMENT = 16
 """Bytes that one thread loads or stores at a time."""
@@ -113,7 +116,7 @@ class TritonKernel:
         kernel = jit_module.lerp_tracks[(len(address_tables.block_tensors),)]
         runtime_args = (*address_tables, *noise, self._weights.tensor, self._update_index.tensor, len(rows))
         return partial(
-            kernel, *runtime_args, *types, len(self._weights.tensor), finite, rounding_mode.value, aligned, BLOCK
+            kernel, *runtime_args, *types, len(self._weights.tensor), finite, rounding_mode.value, aligned, BLOCK, PIECE
         )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from ema_dist import kernels
 from ema_dist.kernels import CompensatedRounding, StochasticRounding, TensorOffset, make_kernel, recombine
-from ema_dist.kernels.triton_kernel import BLOCK
+from ema_dist.kernels.triton_kernel import BLOCK, PIECE
 from tests.support import ROOT
 from tests.support.sample_tensors import assert_close, expected_average, sample_tensors
 
@@ -79,28 +81,52 @@ def test_with_a_broken_triton_it_falls_back_with_a_warning(error: Exception, mon
     assert lerp.name == "foreach"
 
 
-@needs_triton
-@pytest.mark.parametrize("rounding", ["NEAREST", "STOCHASTIC", "COMPENSATED"])
-def test_it_compiles_for_a_gpu_and_reads_16_bytes_at_a_time(
-    rounding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """No GPU is needed to compile for one."""
+def compile_for(capability: int, live: str, stored: str, rounding: str, tracks: int) -> Any:  # noqa: ANN401
+    """The kernel compiled for a GPU of this compute capability, which is not needed for it."""
     from triton import compile  # noqa: A004, PLC0415 - optional
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
     from triton.compiler import ASTSource  # noqa: PLC0415
 
     from ema_dist.kernels import triton_jit  # noqa: PLC0415
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tl, kernel = triton_jit.tl, triton_jit.lerp_tracks
-    stored = tl.float32 if rounding == "NEAREST" else tl.uint16
-    settings = {"live": tl.bfloat16, "stored": stored, "wide": tl.float32, "track_count": 2, "finite": True}
-    settings |= {"rounding": getattr(triton_jit, rounding).value, "aligned": True, "block": BLOCK}
+    dtypes = {"live": getattr(tl, live), "stored": getattr(tl, stored), "wide": tl.float32}
+    settings = {**dtypes, "track_count": tracks, "finite": True, "rounding": getattr(triton_jit, rounding).value}
+    settings |= {"aligned": True, "block": BLOCK, "piece": PIECE}
     types = ["*i64"] * 3 + ["*i32", "*i64"] + ["*i32"] * 3 + ["*fp64", "*i32", "i32"] + ["constexpr"] * len(settings)
     source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), settings)
-    assembly = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-    assert "ld.global.v4.b32" in assembly
-    assert "st.global.v4.b32" in assembly
+    return compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("live", "stored", "rounding", "tracks"),
+    [
+        ("float32", "float32", "NEAREST", 1),
+        ("bfloat16", "float32", "NEAREST", 1),
+        ("bfloat16", "float32", "NEAREST", 4),
+        ("bfloat16", "uint16", "STOCHASTIC", 4),
+        ("bfloat16", "uint16", "COMPENSATED", 4),
+    ],
+)
+def test_it_compiles_for_a_gpu_into_few_registers_and_reads_16_bytes_at_a_time(
+    capability: int, live: str, stored: str, rounding: str, tracks: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With 96 registers a thread, five programs run on a processor at a time; with all 255, two."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = compile_for(capability, live, stored, rounding, tracks)
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
+    assert "st.global.v4.b32" in compiled.asm["ptx"]
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    import triton.backends.nvidia  # noqa: PLC0415
+
+    command = [Path(triton.backends.nvidia.__file__).with_name("bin") / "cuobjdump", "-res-usage", cubin]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, spilled = (int(re.findall(rf"\b{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
+    assert registers <= 96
+    assert spilled == 0
 
 
 def on_the_gpu(dtype: torch.dtype, count: int = 1) -> list[list[Tensor]]:
