@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from ema_dist.averages.first_rank import FirstRank, SendingDevices
 from ema_dist.averages.track import Track
 from ema_dist.communication.rendezvous import rendezvous
+from ema_dist.kernels import copy_pairs, copy_to_host
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.sharding import (
     ExpandedShard,
@@ -143,7 +144,7 @@ def _receive(source: int, group: ProcessGroup, devices: SendingDevices) -> Itera
         if isinstance(value, Tensor):
             buffer = torch.empty(value.shape, dtype=value.dtype, device=devices.tensors)
             dist.recv(as_bytes(buffer), src=source, group=group)
-            value = buffer.to("cpu")
+            value = copy_to_host(buffer)
         yield name, value
 
 
@@ -241,8 +242,12 @@ def to_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
     if subclass_name(full):  # a frozen quantized weight: it has neither a dtype to cast to nor one storage
         return full.detach().clone().to("cpu")
     target_dtype = dtype if full.is_floating_point() else full.dtype
+    if full.device.type != "cpu":
+        copy = torch.empty(full.shape, dtype=target_dtype, device="cpu")
+        copy_pairs([(copy, full)])
+        return copy
     shares_storage = full.untyped_storage().data_ptr() == local.untyped_storage().data_ptr()
-    return full.to("cpu", target_dtype, copy=shares_storage).contiguous()
+    return full.to(target_dtype, copy=shares_storage).contiguous()
 
 
 def _find_mismatches(
