@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ema_dist import kernels
-from ema_dist.kernels import CompensatedRounding, StochasticRounding, TensorOffset, make_kernel, recombine
+from ema_dist.kernels import CompensatedRounding, StochasticRounding, TensorOffset, make_kernel, recombine, split_hi_lo
 from ema_dist.kernels.triton_kernel import BLOCK, PIECE
 from tests.support import ROOT
 from tests.support.sample_tensors import assert_close, expected_average, sample_tensors
@@ -204,3 +204,50 @@ def test_an_update_does_not_wait_for_the_gpu() -> None:
         lerp([torch.tensor(0.5, device="cuda")])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["scratch", "triton"])
+def test_on_the_gpu_compensated_averages_equal_float32_averages(kernel: str) -> None:
+    """Over many updates, with weights that round."""
+    (values,), (averages,) = on_the_gpu(BF16), on_the_gpu(torch.float32)
+    high, low = (list(column) for column in zip(*map(split_hi_lo, averages), strict=True))
+    lerp = make_kernel([averages], values, kernel=kernel)
+    lerp_parts = make_kernel([high], values, kernel=kernel, rounding=CompensatedRounding([low]))
+    for step in range(40):
+        for value in values:
+            value.add_(0.01)
+        weight = (0.001, 0.3, 0.9999, 0.5)[step % 4]
+        lerp([weight])
+        lerp_parts([weight])
+    assert all(torch.equal(recombine(*parts), average) for *parts, average in zip(high, low, averages, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["scratch", "triton"])
+def test_on_the_gpu_random_bits_are_those_of_the_cpu_for_large_offsets(kernel: str) -> None:
+    """With weights of 1 the arithmetic is exact: only the random bits decide."""
+    (values,) = on_the_gpu(torch.float32)
+    rounding = StochasticRounding([TensorOffset(2**31 + 3 * index, 2**33 + 5) for index in range(len(values))], 2**40)
+    averages = [torch.zeros_like(value, dtype=BF16) for value in values]
+    expected = [average.cpu() for average in averages]
+    lerp = make_kernel([averages], values, kernel=kernel, rounding=rounding)
+    lerp_on_cpu = make_kernel([expected], [value.cpu() for value in values], kernel="scratch", rounding=rounding)
+    for update_index in (0, 1, 2**31 - 1):
+        lerp([1.0], update_index)
+        lerp_on_cpu([1.0], update_index)
+        assert all(torch.equal(average.cpu(), on_cpu) for average, on_cpu in zip(averages, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["foreach", "scratch", "triton"])
+def test_on_the_gpu_a_tensor_may_have_more_elements_than_32_bits_count(kernel: str) -> None:
+    numel = 2**31 + BLOCK + 3
+    if torch.cuda.mem_get_info()[0] < 9 * numel:
+        pytest.skip("needs 18 GiB of a GPU")
+    value = torch.ones(numel, dtype=torch.float32 if kernel == "foreach" else BF16, device="cuda")
+    average = torch.zeros(numel, device="cuda")
+    lerp = make_kernel([[average]], [value], kernel=kernel)
+    assert lerp.name == kernel
+    lerp([0.25])
+    assert bool((average == 0.25).all())
