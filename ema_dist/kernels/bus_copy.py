@@ -32,8 +32,13 @@ def copy_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
             continue
         module = torch.get_device_module(device)
         with module.device(device):
+            try:
+                staging = _Staging.allocate(targets, sources, module)
+            except RuntimeError:  # a limit on page-locked memory: torch's own copies are slower, and need none
+                torch._foreach_copy_(targets, sources)
+                continue
             copy = _to_host if targets[0].device.type == "cpu" else _to_device
-            copy(targets, sources, _Staging.allocate(targets, sources, module))
+            copy(targets, sources, staging)
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:

@@ -96,6 +96,21 @@ def test_a_gpu_gets_two_pinned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (entered, pinned) == ([torch.device("cuda", 1)], [True, True])
 
 
+def test_without_memory_to_pin_torch_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    device: Any = LateDevice(monkeypatch)
+    device.device = lambda _: nullcontext()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    monkeypatch.setattr(bus_copy, "_other_than_host", lambda *_: torch.device("cuda", 1))
+    monkeypatch.setattr(torch, "empty", fail)
+    value, copied = torch.randn(2**18), torch.zeros(2**18)
+    copy_pairs([(copied, value)])
+    assert torch.equal(copied, value)
+    assert not device.transferred
+
+
 def test_copies_keep_strides_and_groups() -> None:
     for tensor in sample_tensors(torch.float32):
         copied = copy_to_host(tensor)

@@ -95,7 +95,12 @@ def compile_for(capability: int, live: str, stored: str, rounding: str, tracks: 
     settings |= {"aligned": True, "block": BLOCK, "piece": PIECE}
     types = ["*i64"] * 3 + ["*i32", "*i64"] + ["*i32"] * 3 + ["*fp64", "*i32", "i32"] + ["constexpr"] * len(settings)
     source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), settings)
-    return compile(source, target=GPUTarget("cuda", capability, 32))
+    try:
+        return compile(source, target=GPUTarget("cuda", capability, 32))
+    except RuntimeError as error:
+        if "is not defined for option 'gpu-name'" not in str(error):
+            raise
+        pytest.skip(f"this version of Triton does not know sm_{capability}")
 
 
 @needs_triton

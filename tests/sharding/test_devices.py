@@ -19,6 +19,7 @@ from ema_dist.communication import replica_collectives
 from ema_dist.sharding import devices
 from ema_dist.sharding.gather_rows import gather_dim
 from ema_dist.sharding.mesh_shard import MeshShard
+from tests.support.torch_2_7 import IS_BEFORE_TORCH_2_8
 
 CUDA_1, CUDA_2 = torch.device("cuda", 1), torch.device("cuda", 2)
 NCCL_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
@@ -85,7 +86,13 @@ class Counters(nn.Module):
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("layout", ["replicated", "fsdp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "replicated",
+        pytest.param("fsdp2", marks=pytest.mark.skipif(IS_BEFORE_TORCH_2_8, reason="FSDP2 shards no integers there")),
+    ],
+)
 def test_tensors_of_any_dtype_are_gathered_and_scattered(layout: str) -> None:
     net = Counters()
     if layout == "fsdp2":
