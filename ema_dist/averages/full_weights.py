@@ -45,12 +45,18 @@ def gather(
     for shard, local in _shards_and_values(layout, averages):
         _require_whole(shard, local)
         full = shard.full(local)
-        value = to_cpu(full, local, dtype or shard.owner.dtype) if is_destination else None
+        value = to_cpu(full, local, dtype or shard.owner.dtype) if is_destination else _wait_for(full)
         del full
         for name in shard.names:
             yield name, value
     for name, module in layout.extra_states.items():
         yield name, module.get_extra_state() if is_destination else None
+
+
+def _wait_for(full: Tensor) -> None:
+    """Let a rank that only sends queue no further tensor: before torch 2.8, each stays until its collective is done."""
+    if full.device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(full.device)
 
 
 def _require_whole(shard: Shard, local: Tensor) -> None:

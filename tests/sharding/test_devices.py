@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from ema_dist import ShardedEMA
 from ema_dist.averages import first_rank
 from ema_dist.communication import replica_collectives
-from ema_dist.sharding import devices
+from ema_dist.sharding import devices, gather_rows
 from ema_dist.sharding.gather_rows import gather_dim
 from ema_dist.sharding.mesh_shard import MeshShard
 from tests.support.torch_2_7 import IS_BEFORE_TORCH_2_8
@@ -118,6 +118,31 @@ def test_rows_of_any_dtype_are_gathered(dtype: torch.dtype, length: int) -> None
     local = chunks[dist.get_rank()] if dist.get_rank() < len(chunks) else expected[:0]
     gathered = gather_dim(local, 0, length, dist.group.WORLD)  # pyrefly: ignore[bad-argument-type]
     assert torch.equal(gathered.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.world_size(2)
+def test_on_a_device_few_ranks_gather_rows_in_one_collective() -> None:
+    """A recorder takes tensors of the device ``meta`` in place of the collectives; values: `gather_dim` on the GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        sent = record_collectives(patch)
+        gathered: list[torch.Size] = []
+        patch.setattr(gather_rows, "all_gather", lambda output, *_, **__: gathered.append(output.shape))
+        result = gather_dim(torch.empty(3, 2, device="meta"), 0, 6, dist.group.WORLD)  # pyrefly: ignore[bad-argument-type]
+    assert result.shape == (6, 2)
+    assert gathered == [torch.Size([6 * 2 * 4])]
+    assert not sent
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize("length", [2, 7, 300])
+def test_few_ranks_gather_the_same_rows_in_one_collective(length: int) -> None:
+    expected = torch.arange(length * 4.0).view(length, 4)
+    chunks = expected.chunk(3)
+    local = chunks[dist.get_rank()] if dist.get_rank() < len(chunks) else expected[:0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather_rows, "MAX_BROADCAST_RANKS", 1)  # as for a device
+        gathered = gather_dim(local, 0, length, dist.group.WORLD)  # pyrefly: ignore[bad-argument-type]
+    assert torch.equal(gathered, expected)
 
 
 @pytest.mark.world_size(2)
