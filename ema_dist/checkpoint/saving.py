@@ -39,6 +39,7 @@ from ema_dist.checkpoint.planner import SavePlanner
 from ema_dist.checkpoint.step_folders import create_partial_folder, step_folder
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.ema import ShardedEMA
+from ema_dist.kernels import copy_to_host
 from ema_dist.messages import abbreviated
 from ema_dist.modes import in_normal_mode
 from ema_dist.sharding import cpu_copy
@@ -242,7 +243,7 @@ def _copy_to_cpu(value: Any, memo: dict[int, Tensor]) -> Any:
     match value:
         case Tensor():
             if id(value) not in memo:
-                memo[id(value)] = cpu_copy(value)
+                memo[id(value)] = cpu_copy(value, copy_to_host)
             return memo[id(value)]
         case dict():
             return {key: _copy_to_cpu(item, memo) for key, item in value.items()}
