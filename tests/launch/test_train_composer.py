@@ -143,7 +143,7 @@ def test_a_checkpoint_that_cannot_be_resumed_is_one_line(finished: tuple[Path, s
 def test_an_error_outside_of_loading_is_not_taken_for_a_damaged_checkpoint(tmp_path: Path) -> None:
     from train_composer import loading_errors_as_script_errors  # noqa: PLC0415  it imports Composer
 
-    with pytest.raises(ValueError, match="^wrong argument$"), loading_errors_as_script_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"^wrong argument$"), loading_errors_as_script_errors(tmp_path):
         raise ValueError("wrong argument")
 
 
