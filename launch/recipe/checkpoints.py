@@ -97,7 +97,8 @@ def require_same_settings(expected: Mapping[str, Any], found: Mapping[str, Any],
     if missing := [name for name in expected if name not in found]:
         raise UsageError(
             f"{checkpoint_name} holds no {', '.join(missing)} to compare with this run: an older version of this "
-            "script or another program wrote it. Continue with what wrote it, or start anew in another folder"
+            "script or another program wrote it. Continue with the program that wrote it, or start anew in another "
+            "folder"
         )
     if different := [name for name, value in expected.items() if found[name] != value]:
         differences = "; ".join(f"{name} {found[name]}, and this run has {expected[name]}" for name in different)
