@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
 from typing import Any
 
 import pytest
@@ -78,19 +77,25 @@ def run(
     return overlapping, in_order
 
 
-CASES = [
-    *((plain, settings) for settings in ({"optimizer": "foreach"}, {"scaled": True})),
-    (fsdp2, {"accumulate": 3}),
-    (partial(fsdp2, reshard_after_forward=False), {}),
-    *product(
-        [plain, fsdp2], [{}, {"store": Offloaded(max_pending=2)}, {"dtype": torch.bfloat16, "rounding": Stochastic(3)}]
-    ),
-]
+CASES = {
+    "plain, foreach": (plain, {"optimizer": "foreach"}),
+    "plain, scaled": (plain, {"scaled": True}),
+    "fsdp2, accumulated": (fsdp2, {"accumulate": 3}),
+    "fsdp2, not resharded": (partial(fsdp2, reshard_after_forward=False), {}),
+} | {
+    f"{wrap.__name__}, {name}": (wrap, settings)
+    for wrap in (plain, fsdp2)
+    for name, settings in {
+        "default": {},
+        "offloaded": {"store": Offloaded(max_pending=2)},
+        "bfloat16": {"dtype": torch.bfloat16, "rounding": Stochastic(3)},
+    }.items()
+}
 
 
 @pytest.mark.gpu
 @pytest.mark.world_size(1)
-@pytest.mark.parametrize(("wrap", "settings"), CASES, ids=str)
+@pytest.mark.parametrize(("wrap", "settings"), CASES.values(), ids=CASES)
 def test_averages_of_late_updates_are_those_in_order(wrap: Callable[..., nn.Module], settings: dict[str, Any]) -> None:
     overlapping, in_order = run(wrap, **settings)
     assert (overlapping.steps, overlapping.updates) == (in_order.steps, in_order.updates) == (8, 8)
