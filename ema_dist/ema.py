@@ -76,7 +76,8 @@ class ShardedEMA(StateMethods):
     Collective: construction, over all ranks that hold the model: compares settings and selected parameters, and if
         averages are split among replicas, the weights. Pass the unwrapped module to average on one rank.
     Memory: for each track one average per selected parameter's shard, or 1/R of it if R replicas split it; and the
-        memory of ``store``. While kernels are measured, at most 64 MiB for each track and as much for the live weights.
+        memory of ``store``. While kernels are measured, at most 64 MiB (256 MiB on a GPU) for each track and as much
+        for the live weights.
     Raises: ValueError for a setting out of range, a model on the meta device, or when nothing is selected;
         RuntimeError when ranks differ in a setting, in what they select or in the weights of replicas, or are absent.
     """
@@ -109,8 +110,7 @@ class ShardedEMA(StateMethods):
         settings = describe_settings(
             self._clock, precision, replicas=replicas, buffers=buffers, kernel=kernel, store=store, timeout=timeout
         )
-        agree = agree_on if live.has_replicated_averages else None
-        make = partial(Tracks, precision=precision, buffers=buffers, kernel=kernel, agree=agree, store=store)
+        make = partial(Tracks, precision=precision, buffers=buffers, kernel=kernel, agree=agree_on, store=store)
 
         def make_tracks() -> Tracks:
             require_live_weights(model, "ShardedEMA(model)")

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from ema_dist import ShardedEMA, checkpoint
 from recipe.averaging_laws import DEFAULT_LAW, LAWS
-from recipe.checkpoints import Checkpoints, TrainingProgress, saved_settings
+from recipe.checkpoints import Checkpoints, TrainingProgress, checkpoint_errors_as_script_errors, saved_settings
 from recipe.data import Batches, load_images
 from recipe.evaluation import evaluate
 from recipe.folders import claim_output_dir, describe_checkpoint_dir, new_run_id
@@ -35,7 +35,7 @@ from recipe.stopwatch import stopwatch
 
 def main() -> None:
     args = parse_arguments()
-    with process_group(args.device) as device:
+    with checkpoint_errors_as_script_errors(), process_group(args.device) as device:
         train(args, device, TensorBoard(args.output_dir if args.tensorboard else None))
 
 
@@ -119,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.option
     option(
         "--parallel",
-        "how the model is distributed; ddp if there are several ranks",
+        "how the model is distributed; by default ddp on several ranks, plain on one",
         choices=WRAPPERS,
         default=default_parallel(),
     )
@@ -131,7 +131,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--learning-rate", "peak learning rate of AdamW, reached after one epoch", type=float, default=2e-3)
     option("--seed", "seed of the initial weights and of the order of images", type=int, default=0)
     option("--checkpoint-dir", "folder for checkpoints, of which the newest three are kept", type=Path)
-    option("--checkpoint-every", "steps between checkpoints; else one per epoch", type=positive_int, metavar="STEPS")
+    option("--checkpoint-every", "steps between checkpoints (default: one epoch)", type=positive_int, metavar="STEPS")
     option("--async-checkpoints", "write checkpoints in the background", action="store_true")
     option("--resume", "continue from the newest checkpoint, if there is one", action="store_true")
     option("--output-dir", "folder for metrics, curves and the averaged model", type=Path, default=Path("runs/digits"))

@@ -11,7 +11,11 @@ Needs Composer, in an environment of its own: docs/composer.md.
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ from composer.models import ComposerClassifier
 from composer.optim import ConstantWithWarmupScheduler
 from composer.utils import dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,10 +38,11 @@ from recipe.evaluation import Scores
 from recipe.folders import describe_checkpoint_dir, require_checkpoint_dir
 from recipe.model import Block, VisionTransformer
 from recipe.parallelism import describe_run, require_gpu
-from recipe.script import OptionParser, UsageError, positive_int, print_rank_0, run_script
+from recipe.script import OptionParser, ScriptError, UsageError, positive_int, print_rank_0, run_script
 
 AVERAGE_LABEL, LIVE_LABEL = "eval", "eval-live"
 LATEST_CHECKPOINT = "latest-rank0.pt"  # as Composer calls it, monolithic or sharded
+LOADING_MODULE = "composer.utils.checkpoint"  # all loading of checkpoints passes through it
 PARALLELISM_CONFIGS: dict[str, dict[str, Any] | None] = {
     "ddp": None,
     "fsdp1": {"fsdp": {"sharding_strategy": "FULL_SHARD", "state_dict_type": "sharded"}},
@@ -66,12 +72,37 @@ class SettingsCheck(Callback):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
+        self.is_checked = False
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.settings)  # Composer loads sharded checkpoints into what this returns
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         require_same_settings(self.settings, state, "the checkpoint")
+        self.is_checked = True
+
+    def require_checked(self) -> None:
+        """Raise a UsageError if Composer found no settings in the checkpoint: it only warns of that."""
+        if not self.is_checked:
+            require_same_settings(self.settings, {}, "the checkpoint")
+
+
+@contextmanager
+def loading_errors_as_script_errors(folder: Path | None) -> Iterator[None]:
+    """Raise what Composer raises while it loads a checkpoint from `folder` as a ScriptError."""
+    try:
+        yield
+    except (EOFError, KeyError, OSError, RuntimeError, ValueError, UnpicklingError, CheckpointException) as error:
+        modules = {frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)}
+        if folder is None or LOADING_MODULE not in modules or isinstance(error, ScriptError):
+            raise
+        # The lines before are the tracebacks of a CheckpointException.
+        reason = (str(error).strip() or "no reason given").splitlines()[-1]
+        raise ScriptError(
+            f"cannot resume from {folder / LATEST_CHECKPOINT} ({type(error).__name__}: {reason}): the checkpoint may "
+            "be damaged, saved with another --parallel, or written by an older version of this script. Make "
+            f"{LATEST_CHECKPOINT} a link to an older checkpoint, or start in another folder"
+        ) from error
 
 
 def scores(state: State, label: str) -> Scores:
@@ -101,10 +132,30 @@ def train(args: argparse.Namespace) -> None:
     ema = EMA(half_life=f"{args.half_life}ba")
     print_rank_0(describe_run(args.parallel, args.device, model, ema))
     print_rank_0(describe_checkpoint_dir(args.save_folder))
-    trainer = Trainer(
+    settings_check = SettingsCheck(saved_settings(training, args))
+    with loading_errors_as_script_errors(args.save_folder):
+        trainer = make_trainer(args, model, ema, settings_check, (training, test))
+    if trainer.state.timestamp.batch.value:
+        settings_check.require_checked()
+    print_rank_0(f"starting at batch {trainer.state.timestamp.batch.value}")
+    if trainer.state.timestamp.epoch.value < args.epochs:  # else Composer raises
+        trainer.fit()
+    trainer.close()
+
+
+def make_trainer(
+    args: argparse.Namespace,
+    model: ComposerClassifier,
+    ema: EMA,
+    settings_check: SettingsCheck,
+    data: tuple[Images, Images],
+) -> Trainer:
+    """The Trainer; with --resume, it has loaded the newest checkpoint."""
+    training, test = data
+    return Trainer(
         model=model,
         algorithms=[ema],
-        callbacks=[LiveEvaluation(ema), SettingsCheck(saved_settings(training, args))],
+        callbacks=[LiveEvaluation(ema), settings_check],
         train_dataloader=training_batches(training, args),
         eval_dataloader=[
             Evaluator(label=label, dataloader=test_batches(test)) for label in (AVERAGE_LABEL, LIVE_LABEL)
@@ -123,12 +174,8 @@ def train(args: argparse.Namespace) -> None:
         autoresume=args.resume,
         # Composer saves the progress bar, and a sharded checkpoint with one loads only into a Trainer that has one too:
         # so there is always one, without a terminal it writes to the null device.
-        console_stream=sys.stderr if sys.stderr.isatty() else Path(os.devnull).open("w"),  # noqa: SIM115
+        console_stream=sys.stderr if sys.stderr.isatty() else Path(os.devnull).open("w"),
     )
-    print_rank_0(f"starting at batch {trainer.state.timestamp.batch.value}")
-    if trainer.state.timestamp.epoch.value < args.epochs:  # else Composer raises
-        trainer.fit()
-    trainer.close()
 
 
 def is_block(module: nn.Module) -> bool:

@@ -17,6 +17,18 @@ import torch
 
 from tests.support import harness, torch_2_7
 
+GPU_WARNINGS = (
+    "ignore:Synchronization debug mode is a prototype feature:UserWarning",
+    "ignore:Warning. Profiler clears events:UserWarning",
+    # FSDP1 on one rank, which is the most that NCCL allows on one GPU.
+    "ignore:FSDP is switching to use `NO_SHARD`:UserWarning",
+    "ignore:The `NO_SHARD` sharding strategy is deprecated:FutureWarning",
+    "ignore:serving\\(\\) swaps the averages into the model:UserWarning",
+    "ignore:Please use DTensor instead:FutureWarning",
+    "ignore:`_get_pg_default_device` will be deprecated:UserWarning",
+    "ignore:Multiple backends are registered with this ProcessGroup:UserWarning",
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the markers."""
@@ -24,7 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "world_size(size, timeout=60): run the test on `size` ranks, for `timeout` seconds at most"
     )
     config.addinivalue_line("markers", "slow: takes most of a minute; `-m 'not slow'` leaves it out, and CI runs it")
-    config.addinivalue_line("markers", "gpu: needs CUDA, one device for each rank; the ranks communicate through NCCL")
+    config.addinivalue_line(
+        "markers",
+        "gpu(shared=False): needs CUDA, one device for each rank; the ranks communicate through NCCL. If shared, all "
+        "ranks use the first device, and communicate through gloo, since NCCL cannot",
+    )
     for text in torch_2_7.WARNINGS:
         config.addinivalue_line("filterwarnings", text)
 
@@ -35,14 +51,20 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         harness.start_server()
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Let pass what torch warns of on every GPU, or of a single rank."""
+    for text in GPU_WARNINGS if item.get_closest_marker("gpu") else ():
+        item.add_marker(pytest.mark.filterwarnings(text))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine cannot run."""
     if item.get_closest_marker("gpu"):
-        ranks = _world(item).size
+        world = _world(item)
         if not torch.cuda.is_available():
             pytest.skip("needs CUDA")
-        if torch.cuda.device_count() < ranks:
-            pytest.skip(f"needs {ranks} CUDA devices, one a rank")
+        if not world.shares_gpu and torch.cuda.device_count() < world.size:
+            pytest.skip(f"needs {world.size} CUDA devices, one a rank")
 
 
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
@@ -67,11 +89,24 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 def _world(item: pytest.Item) -> harness.World:
     marker = item.get_closest_marker("world_size")
     world = harness.World(*marker.args, **marker.kwargs) if marker else harness.World(1)
-    return dataclasses.replace(world, backend="cpu:gloo,cuda:nccl") if item.get_closest_marker("gpu") else world
+    gpu = item.get_closest_marker("gpu")
+    if gpu is None:
+        return world
+    if gpu.kwargs.get("shared"):
+        return dataclasses.replace(world, shares_gpu=True)
+    return dataclasses.replace(world, backend="cpu:gloo,cuda:nccl")
 
 
 def _marked_warning_filters(item: pytest.Item) -> list[str]:
     return [text for marker in item.iter_markers("filterwarnings") for text in marker.args]
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """Compile nothing in this process: compiling what some optimizers compile takes longer than their tests."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
 
 
 @pytest.fixture

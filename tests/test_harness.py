@@ -99,6 +99,15 @@ def test_gpu_ranks_talk_through_nccl() -> None:
     assert "nccl" in dist.get_backend_config()
 
 
+@pytest.mark.gpu(shared=True)
+@pytest.mark.world_size(2)
+def test_ranks_share_a_gpu_through_gloo() -> None:
+    ranks = torch.ones(1, device="cuda")
+    dist.all_reduce(ranks)
+    assert ranks.item() == 2
+    assert torch.cuda.current_device() == 0
+
+
 Session = Callable[[str], pytest.RunResult]
 
 
@@ -269,3 +278,30 @@ def test_body():
 """)
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["SKIPPED * needs CUDA"])
+
+
+@pytest.mark.parametrize("world_size", ["", "@pytest.mark.world_size(1)"])
+def test_gpu_tests_let_pass_what_torch_warns_of_there(world_size: str, session: Session) -> None:
+    """CUDA is pretended here; in a world of ranks, gloo on the CPU stands for the shared GPU."""
+    result = session(f"""
+import torch
+torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, lambda _: None
+
+@pytest.mark.gpu(shared=True)
+{world_size}
+def test_body():
+    for text in (
+        "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
+        "Warning: Profiler clears events at the end of each cycle.",
+        "FSDP is switching to use `NO_SHARD` instead of ShardingStrategy.FULL_SHARD since the world size is 1.",
+        "serving() swaps the averages into the model: FSDP1",
+    ):
+        warnings.warn(text, UserWarning)
+
+@pytest.mark.gpu(shared=True)
+{world_size}
+def test_other_warnings_are_errors():
+    with pytest.raises(UserWarning):
+        warnings.warn("look out")
+""")
+    result.assert_outcomes(passed=2)

@@ -26,6 +26,7 @@ ROWS = {
     "checkpoint.saving": 12,
     "checkpoint.optimizer_entry": 11,
     "checkpoint.optimizer_wrappers": 10,
+    "checkpoint.planner": 10,
     "checkpoint.writer": 11,
     "checkpoint.entries": 10,
     "checkpoint.manifest": 10,

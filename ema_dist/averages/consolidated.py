@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_dist.averages.full_weights import FirstRank, to_cpu
+from ema_dist.averages.first_rank import FirstRank
+from ema_dist.averages.full_weights import to_cpu
 from ema_dist.averages.state import make_state
 from ema_dist.averages.tracks import Tracks
 from ema_dist.schedules.clock import Clock

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from operator import getitem
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ema_dist.averages.first_rank import FirstRank, SendingDevices
 from ema_dist.averages.track import Track
 from ema_dist.communication.rendezvous import rendezvous
+from ema_dist.kernels import copy_pairs, copy_to_host
 from ema_dist.messages import abbreviated, describe_difference
-from ema_dist.sharding import ExpandedShard, Layout, Shard, has_equal_bits, subclass_name
-
-T = TypeVar("T")
+from ema_dist.sharding import (
+    ExpandedShard,
+    Layout,
+    Shard,
+    as_bytes,
+    has_equal_bits,
+    subclass_name,
+)
 
 
 @torch.no_grad()
@@ -36,15 +42,32 @@ def gather(
     Collective: over the layout's ranks, which must all exhaust the iterator.
     Memory: one full tensor beyond those yielded.
     """
+    failure: Exception | None = None
     for shard, local in _shards_and_values(layout, averages):
         _require_whole(shard, local)
         full = shard.full(local)
-        value = to_cpu(full, local, dtype or shard.owner.dtype) if is_destination else None
+        value = None
+        if is_destination and not failure:
+            try:
+                value = to_cpu(full, local, dtype or shard.owner.dtype)
+            except Exception as error:  # noqa: BLE001  the other ranks wait in the collectives of the next tensors
+                failure = error
+        else:
+            _wait_for(full)
         del full
-        for name in shard.names:
-            yield name, value
+        if not failure:
+            for name in shard.names:
+                yield name, value
+    if failure:
+        raise failure
     for name, module in layout.extra_states.items():
         yield name, module.get_extra_state() if is_destination else None
+
+
+def _wait_for(full: Tensor) -> None:
+    """Let a rank that only sends queue no further tensor: before torch 2.8, each stays until its collective is done."""
+    if full.device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(full.device)
 
 
 def _require_whole(shard: Shard, local: Tensor) -> None:
@@ -87,27 +110,27 @@ def gather_pipeline(
     if len({*ranks} & {*layout.ranks}) > 1:
         raise ValueError(f"pipeline={ranks} should hold one rank of each stage, but one is held by {layout.ranks}")
     rendezvous("full_state_dict(pipeline=...)", ranks, timeout=timeout)
-    return _gather_stages(entries, pipeline, layout.shards[0].communication_device)
+    return _gather_stages(entries, pipeline, SendingDevices(pipeline, layout))
 
 
 def _gather_stages(
-    entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch.device
+    entries: Iterator[tuple[str, Any]], group: ProcessGroup, devices: SendingDevices
 ) -> Iterator[tuple[str, Any]]:
     first, *others = dist.get_process_group_ranks(group)
     if dist.get_rank() == first:
         yield from entries
         for source in others:
-            yield from _receive(source, group, device)
+            yield from _receive(source, group, devices)
         return
     for name, value in entries:
         if value is None:
             continue
         tensor = value if isinstance(value, Tensor) else None
         header = (name, value) if tensor is None else (name, tensor.to("meta"))
-        dist.send_object_list([header], dst=first, group=group)
+        dist.send_object_list([header], dst=first, group=group, device=devices.objects)
         if tensor is not None:
-            dist.send(tensor.to(device), dst=first, group=group)
-    dist.send_object_list([None], dst=first, group=group)
+            dist.send(as_bytes(tensor.to(devices.tensors).contiguous()), dst=first, group=group)
+    dist.send_object_list([None], dst=first, group=group, device=devices.objects)
 
 
 def collect(entries: Iterator[tuple[str, Any]], *, is_destination: bool) -> dict[str, Any]:
@@ -128,17 +151,17 @@ def collect(entries: Iterator[tuple[str, Any]], *, is_destination: bool) -> dict
     return full
 
 
-def _receive(source: int, group: ProcessGroup, device: torch.device) -> Iterator[tuple[str, Any]]:
+def _receive(source: int, group: ProcessGroup, devices: SendingDevices) -> Iterator[tuple[str, Any]]:
     while True:
         header: list[Any] = [None]
-        dist.recv_object_list(header, src=source, group=group)
+        dist.recv_object_list(header, src=source, group=group, device=devices.objects)
         if header[0] is None:
             return
         name, value = header[0]
         if isinstance(value, Tensor):
-            buffer = torch.empty_like(value, device=device)
-            dist.recv(buffer, src=source, group=group)
-            value = buffer.to("cpu")
+            buffer = torch.empty(value.shape, dtype=value.dtype, device=devices.tensors)
+            dist.recv(as_bytes(buffer), src=source, group=group)
+            value = copy_to_host(buffer)
         yield name, value
 
 
@@ -236,67 +259,12 @@ def to_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
     if subclass_name(full):  # a frozen quantized weight: it has neither a dtype to cast to nor one storage
         return full.detach().clone().to("cpu")
     target_dtype = dtype if full.is_floating_point() else full.dtype
+    if full.device.type != "cpu":
+        copy = torch.empty(full.shape, dtype=target_dtype, device="cpu")
+        copy_pairs([(copy, full)])
+        return copy
     shares_storage = full.untyped_storage().data_ptr() == local.untyped_storage().data_ptr()
-    return full.to("cpu", target_dtype, copy=shares_storage).contiguous()
-
-
-class FirstRank:
-    """Broadcasts from the layout's first rank. An error there is raised on every rank, which would else wait for it.
-
-    Args:
-        hint: ends the message of an error in `broadcast_tensor`.
-    """
-
-    def __init__(self, layout: Layout, *, hint: str = "") -> None:
-        self._hint = hint
-        self._group = layout.group
-        self._source = layout.ranks[0] if layout.ranks else 0
-        self._is_source = self._group is None or dist.get_rank() == self._source
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def broadcast_result(self, call: Callable[[], T], hint: str = "") -> T:
-        """Calls ``call`` on the first rank, and returns its result on every rank.
-
-        Args:
-            hint: added to the message of an error.
-        """
-        message: list[Any] = [None, ""]
-        cause = None
-        if self._is_source:
-            try:
-                result = call()
-                pickle.dumps(result)  # an error in the broadcast would leave the other ranks waiting
-                message[0] = result
-            except Exception as error:  # noqa: BLE001
-                cause = error
-                message[1] = f"the full tensors cannot be read: {error!r}{hint}"
-        if self._group is not None:
-            dist.broadcast_object_list(message, src=self._source, group=self._group)
-        result, problem = message
-        if problem:
-            raise RuntimeError(problem) from cause
-        return result
-
-    def broadcast_tensor(self, read: Callable[[], Tensor], spec: Tensor, device: torch.device) -> Tensor:
-        """Calls ``read`` on the first rank, and returns its full tensor on every rank.
-
-        The other ranks receive into one buffer: the tensor is valid until the next call.
-        """
-        values: list[Tensor] = []
-        self.broadcast_result(
-            lambda: values.append(_require_spec(read(), spec).to(device).contiguous()),
-            hint=self._hint,
-        )
-        value = values.pop() if values else self._receive_buffer(spec, device)
-        if self._group is not None:
-            dist.broadcast(value, src=self._source, group=self._group)
-        return value
-
-    def _receive_buffer(self, spec: Tensor, device: torch.device) -> Tensor:
-        # One buffer for all tensors: threads of gloo free a received tensor late, so that a new one for each adds up.
-        if self._buffer.nbytes < spec.nbytes or self._buffer.device != device:
-            self._buffer = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)
-        return self._buffer[: spec.nbytes].view(spec.dtype).view(spec.shape)
+    return full.to(target_dtype, copy=shares_storage).contiguous()
 
 
 def _find_mismatches(
@@ -360,13 +328,6 @@ def dtype_kind(dtype: torch.dtype) -> str:
     if dtype.is_floating_point or dtype.is_complex:
         return "floating" if dtype.is_floating_point else "complex"
     return "boolean" if dtype is torch.bool else "integer"
-
-
-def _require_spec(value: Tensor, spec: Tensor) -> Tensor:
-    if (value.shape, value.dtype) != (spec.shape, spec.dtype):
-        got = f"{value.dtype} of {tuple(value.shape)}"
-        raise ValueError(f"expected {spec.dtype} of {tuple(spec.shape)} as at first, found {got}")
-    return value
 
 
 def _is_identical(left: object, right: object) -> bool:

@@ -18,7 +18,7 @@ from ema_dist.communication.rendezvous import (
 )
 from ema_dist.communication.replica_collectives import describe_drift
 from ema_dist.messages import abbreviated
-from ema_dist.sharding import LaterDDP, Layout, ReplicaPolicy
+from ema_dist.sharding import LaterDDP, Layout, ReplicaPolicy, is_wrapper_subclass
 
 
 class LiveModel:
@@ -107,6 +107,15 @@ class LiveModel:
         ]:
             raise ValueError(
                 f"select picked {abbreviated(unsupported)}, which are not floating-point and have no average"
+            )
+        if subclasses := [
+            f"{name} ({type(local).__name__})"
+            for name in self.selected
+            if is_wrapper_subclass(local := self.layout.parameters[name].local)
+        ]:
+            raise ValueError(
+                f"tensor subclasses have no average: {abbreviated(subclasses)}. Train plain tensors (with torchao's "
+                "float8, enable_fsdp_float8_all_gather=False), or leave them out by select="
             )
         return self.selected
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -145,8 +145,9 @@ class OffloadKernel:
             host_index = self._to_host(update_index)
             with self._streams.fork():
                 slot.host_buffer.fill(non_blocking=self._streams.devices)
-            kernels, events = slot.kernels, self._streams.end_events
-            self._last_job = _Job(write_log, partial(_run_kernels, kernels, events, host_weights, host_index))
+            wait_for_copies = partial(self._streams.synchronize, self._streams.end_events)
+            run_kernels = partial(_run_kernels, slot.kernels, wait_for_copies, host_weights, host_index)
+            self._last_job = _Job(write_log, run_kernels)
         write_log.begin()
         # Repeated after an interrupt, this submits the same job again, which runs once.
         slot.future = self._worker.submit(self._last_job.run)
@@ -191,9 +192,11 @@ class _Job:
 
 
 def _run_kernels(
-    kernels: Sequence[Kernel], copy_events: Sequence[Any], weights: Sequence[Weight], update_index: UpdateIndex
+    kernels: Sequence[Kernel],
+    wait_for_copies: Callable[[], None],
+    weights: Sequence[Weight],
+    update_index: UpdateIndex,
 ) -> None:
-    for event in copy_events:
-        event.synchronize()
+    wait_for_copies()
     for kernel in kernels:
         kernel(weights, update_index)

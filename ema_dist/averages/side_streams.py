@@ -68,8 +68,17 @@ class SideStreams:
 
     @property
     def end_events(self) -> list[Any]:
-        """One event for each device, recorded at the end of the last block; the host may ``synchronize()`` with it."""
+        """One event for each device, recorded at the end of the last block; pass them to `synchronize`."""
         return [*self._end_events.values()]
+
+    def synchronize(self, events: Iterable[Any]) -> None:
+        """Let the host wait for ``events``; any thread may call it."""
+        # A new thread starts on device 0, and waiting for an event creates the context of the current device: on every
+        # rank, half a gigabyte of the GPU that belongs to the first one.
+        for device, module in [*self._modules.items()][:1]:
+            module.set_device(device)
+        for event in events:
+            event.synchronize()
 
     def _record_end(self, device: torch.device, event: Any) -> None:  # noqa: ANN401  each device type has its own class
         self._streams[device].record_event(event)

@@ -21,7 +21,7 @@ from ema_dist.averages.tracks import Tracks
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DecayRecord, describe_changed_laws, read_clock, record_decays
-from ema_dist.sharding import Layout, Shard
+from ema_dist.sharding import Layout, Shard, cpu_copy
 
 STATE_FORMAT = 1
 
@@ -30,13 +30,17 @@ class ShardedState(dict[str, Any]):
     """A state with this rank's parts of tensors, for `torch.distributed.checkpoint` alone.
 
     Pickling raises TypeError: the file would hold the parts of one rank, and other ranks would load them as theirs.
-    A deep copy consists of plain dictionaries, since DCP stages its background saves by pickling deep copies.
+    A deep copy is made of plain dictionaries with tensors on the CPU: DCP's ``DefaultStager`` makes one of every type
+    that it does not know, leaves the tensors in it where they are, and may pickle it for a process that writes.
     """
 
     def __copy__(self) -> ShardedState:
         return ShardedState(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        for value in self.values():
+            if isinstance(value, Tensor) and id(value) not in memo:
+                memo[id(value)] = cpu_copy(value)  # deepcopy() finds it here, and does not copy on the device
         return {key: deepcopy(value, memo) for key, value in self.items()}
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:

@@ -69,13 +69,33 @@ def run_on_first_rank(call: Callable[[], T], group: ProcessGroup | None) -> T:
         try:
             outcome = [(call(), "")]
         except Exception as error:  # noqa: BLE001  the other ranks wait for the broadcast
-            outcome = [(None, str(error) if isinstance(error, (CheckpointError, OSError)) else repr(error))]
+            outcome = [(None, _describe(error))]
     if group is not None:
         dist.broadcast_object_list(outcome, src=0, group=group)
     result, problem = outcome[0]
     if problem:
         raise CheckpointError(problem)
     return result  # pyrefly: ignore  a call that did not raise has returned its own type
+
+
+def run_on_all_ranks(call: Callable[[], T], group: ProcessGroup | None) -> T:
+    """Call ``call`` on every rank and return its result there; an error on one becomes a CheckpointError on all.
+
+    A rank raises its own error if that is a ValueError, or a RuntimeError.
+
+    Collective: over ``group``.
+    """
+    results: list[T] = []
+    cause = None
+    try:
+        results.append(call())
+    except Exception as error:  # noqa: BLE001  every error must reach the other ranks
+        cause = error
+    if problems := gather_problems([prefix_rank(_describe(cause), group)] if cause else [], group):
+        if isinstance(cause, (ValueError, RuntimeError)):
+            raise cause
+        raise CheckpointError("; ".join(problems)) from cause
+    return results[0]
 
 
 def require_same_names(label: str, names: Sequence[str], group: ProcessGroup | None) -> None:
@@ -100,6 +120,15 @@ def describe_rank_differences(names: Sequence[str], group: ProcessGroup | None) 
     return "; ".join(gather_problems([report] * bool(report), group))
 
 
+def is_same_on_all_ranks(number: int, group: ProcessGroup | None) -> bool:
+    """Whether every rank passes the same ``number``. Collective: over ``group``."""
+    if group is None:
+        return True
+    lowest_and_negated_highest = torch.tensor([number, -number], device="cpu")
+    dist.all_reduce(lowest_and_negated_highest, dist.ReduceOp.MIN, group)
+    return not lowest_and_negated_highest.sum()
+
+
 def gather_problems(problems: list[str], group: ProcessGroup | None) -> list[str]:
     """Return the problems of all ranks, in rank order and without duplicates.
 
@@ -118,3 +147,7 @@ def gather_problems(problems: list[str], group: ProcessGroup | None) -> list[str
 def prefix_rank(problem: str, group: ProcessGroup | None) -> str:
     """Prefix a problem with the rank that has it."""
     return problem if group is None else f"rank {group.rank()}: {problem}"
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, (CheckpointError, OSError)) else repr(error)

@@ -14,7 +14,7 @@ from ema_dist.checkpoint.agreement import (
     checkpoint_rendezvous,
     describe_rank_differences,
     gather_problems,
-    run_on_first_rank,
+    run_on_all_ranks,
 )
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.saving import wait
@@ -55,10 +55,10 @@ def gather(
 
     Collective: over all ranks of the process group, whatever the layout.
     Memory: one file and one full tensor on rank 0, one full tensor elsewhere.
-    Raises: CheckpointError on every rank when rank 0 cannot write, or when the pending background save has failed;
-        RuntimeError when a rank does not arrive in time; ValueError for an unknown track, for a dtype that the format
-        cannot hold, and when ranks hold different models, as pipeline stages do: unite those by
-        ``full_state_dict(pipeline=...)``.
+    Raises: CheckpointError on every rank when rank 0 cannot write, ``get_extra_state()`` raises, or the pending
+        background save has failed; RuntimeError when a rank does not arrive in time; ValueError for an
+        unknown track, for a dtype that the format cannot hold, and when ranks hold different models, as pipeline stages
+        do: unite those by ``full_state_dict(pipeline=...)``.
     """
     wait()
     texts = {
@@ -70,8 +70,8 @@ def gather(
         "force": f"force={force}",
     }
     group = checkpoint_rendezvous("checkpoint.gather(ema, folder)", timeout=timeout, compared=[texts])
-    entries = ema.gather(dtype=dtype, track=track)
-    planned = ema.full_shapes(dtype=dtype)
+    entries = run_on_all_ranks(lambda: ema.gather(dtype=dtype, track=track), group)
+    planned = run_on_all_ranks(lambda: ema.full_shapes(dtype=dtype), group)
     if different := describe_rank_differences([*planned], group):
         raise ValueError(
             f"ranks hold different models: {different}; unite pipeline stages by ema.full_state_dict(pipeline=...), "
@@ -89,10 +89,14 @@ def gather(
         )
 
     writer = _make_on_first_rank(make_writer, group)
-    if writer is None:
+
+    def write_or_exhaust() -> list[Path]:
+        if writer:
+            return _write(writer, entries)
         _exhaust(entries)
-    paths = run_on_first_rank(lambda: _write(writer, entries) if writer else [], group)
-    return paths if writer else []
+        return []
+
+    return run_on_all_ranks(write_or_exhaust, group)
 
 
 @in_normal_mode
@@ -115,13 +119,13 @@ def scatter(ema: ShardedEMA, folder: str | os.PathLike[str], *, track: str | Non
 def _make_on_first_rank(make: Callable[[], WeightWriter], group: ProcessGroup | None) -> WeightWriter | None:
     """Return the result of ``make`` on the first rank, None elsewhere.
 
-    Collective: over ``group``. Raises: ValueError on every rank when ``make`` raises ValueError or TypeError.
+    Collective: over ``group``. Raises: ValueError on every rank when ``make`` raises.
     """
     writer, cause = None, None
     if group is None or group.rank() == 0:
         try:
             writer = make()
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  every error must reach the other ranks
             cause = error
     if problems := gather_problems([str(cause)] if cause else [], group):
         raise ValueError("; ".join(problems)) from cause

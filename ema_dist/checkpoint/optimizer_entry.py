@@ -14,7 +14,8 @@ from ema_dist.checkpoint.dcp.contents import Contents
 from ema_dist.checkpoint.entries import Entry, RebuiltValue, Target
 from ema_dist.checkpoint.optimizer_wrappers import saved_optimizer
 from ema_dist.checkpoint.values import KeyPath, flatten, pack_value, require_plain_tensor
-from ema_dist.sharding import Layout, Shard
+from ema_dist.messages import describe_difference
+from ema_dist.sharding import Layout, Shard, is_sharded
 
 
 class OwnedShard(NamedTuple):
@@ -32,14 +33,17 @@ class OptimizerEntry(Entry):
 
     Args:
         layouts: of the models whose parameters the optimizer steps.
+        saved_beside: the optimizers that are saved under keys of their own.
 
     Raises: ValueError when it steps a parameter that is in none of the models, or several parameters of one name; and
         as `saved_optimizer`.
     """
 
-    def __init__(self, key: str, optimizer: Optimizer, layouts: Iterable[Layout]) -> None:
+    def __init__(
+        self, key: str, optimizer: Optimizer, layouts: Iterable[Layout], saved_beside: Iterable[Optimizer] = ()
+    ) -> None:
         super().__init__(key)
-        self._optimizer = saved_optimizer(optimizer, key)
+        self._optimizer = saved_optimizer(optimizer, key, saved_beside)
         shards_by_owner: dict[int, list[OwnedShard]] = {}
         for layout in sorted(
             layouts, key=lambda layout: len(layout.parameters)
@@ -68,9 +72,32 @@ class OptimizerEntry(Entry):
         state: dict[str, dict[str, Any]] = {}
         for parameter, values in self._optimizer.state.items():
             for name, _, shard in self._shards[id(parameter)]:
-                state[name] = {key: self._wrap_state(shard, key, value) for key, value in values.items()}
+                state[name] = {
+                    key: self._wrap_state(shard, key, value)
+                    for key, value in values.items()
+                    if not (_has_none_of(shard) and _is_number(value))
+                }
         groups = [{**group, "params": names} for group, names in self._groups()]
         return {"state": state, "param_groups": pack_value(groups, f"{self.key}.param_groups")}
+
+    def numbers_of_sharded_parameters(self) -> dict[str, str]:
+        """The numbers in the states and groups of sharded parameters, by name; as text, so that NaN equals NaN.
+
+        This rank has no numbers of parameters of which it has no elements: its optimizer may not have stepped them.
+        """
+        numbers: dict[str, Any] = {}
+        for parameter, values in self._optimizer.state.items():
+            for name, _, shard in self._shards[id(parameter)]:
+                if shard.gather_ranks and not _has_none_of(shard):
+                    numbers |= {f"{self.key}.state.{name}.{key}": value for key, value in values.items()}
+        for index, group in enumerate(self._optimizer.param_groups):
+            if any(owned.shard.gather_ranks for p in group["params"] for owned in self._shards[id(p)]):
+                numbers |= {f"{self.key}.param_groups.{index}.{name}": value for name, value in group.items()}
+        return {
+            name: repr(value.item() if isinstance(value, Tensor) else value)
+            for name, value in numbers.items()
+            if _is_number(value)
+        }
 
     def targets(self, contents: Contents) -> dict[str, Tensor]:
         shards = {owned.name: owned for owner_shards in self._shards.values() for owned in owner_shards}
@@ -158,9 +185,11 @@ class OptimizerEntry(Entry):
             path[1]: name for path, name in stored.items() if path[0] == "param_groups" and path[2:] == ("params",)
         }
         saved = [contents.plain_values[names_by_group[index]] for index in sorted(names_by_group, key=int)]
-        # Sorted, because a flat parameter holds its tensors in an order of its own.
-        if [*map(sorted, expected)] != [*map(sorted, saved)]:
-            raise ValueError(f"its parameter groups are others: expected {expected}, the checkpoint has {saved}")
+        if len(expected) != len(saved):
+            raise ValueError(f"it has {len(expected)} parameter groups, and the checkpoint has {len(saved)}")
+        for index, (names, saved_names) in enumerate(zip(expected, saved, strict=True)):
+            if different := describe_difference("the optimizer", {*names}, "the checkpoint", {*saved_names}):
+                raise ValueError(f"its parameter group {index} has other parameters: {different}")
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
         for group in self._optimizer.param_groups:
@@ -168,3 +197,14 @@ class OptimizerEntry(Entry):
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self._optimizer.param_groups for p in group["params"])
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return not value.dim() and not is_sharded(value)
+    return isinstance(value, (bool, int, float))
+
+
+def _has_none_of(shard: Shard) -> bool:
+    """Whether only other ranks have elements of the parameter."""
+    return bool(shard.gather_ranks) and not shard.local.numel() and bool(shard.shape.numel())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import operator
 import os
@@ -11,8 +12,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -22,6 +25,7 @@ from torch.optim import Optimizer
 from ema_dist.checkpoint.agreement import (
     checkpoint_rendezvous,
     gather_problems,
+    is_same_on_all_ranks,
     prefix_rank,
     require_same_names,
     run_on_first_rank,
@@ -30,9 +34,13 @@ from ema_dist.checkpoint.entries import EMAEntry, Entry, ModelEntry, OtherEntry
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import Manifest
 from ema_dist.checkpoint.optimizer_entry import OptimizerEntry
+from ema_dist.checkpoint.optimizer_wrappers import require_torch_optimizer
+from ema_dist.checkpoint.planner import SavePlanner
 from ema_dist.checkpoint.step_folders import create_partial_folder, step_folder
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.ema import ShardedEMA
+from ema_dist.kernels import copy_to_host
+from ema_dist.messages import abbreviated
 from ema_dist.modes import in_normal_mode
 from ema_dist.sharding import cpu_copy
 
@@ -65,8 +73,8 @@ def save(
 
     Modules are saved with their live weights, also inside `ShardedEMA.swapped`, under the names of the unwrapped
     module's ``state_dict()``. Optimizers are saved by the names of their parameters, so ``state`` must also hold the
-    modules that they step. Values that are not sharded (plain ones, and those that other ``Stateful`` objects return)
-    are saved from one rank only.
+    modules that they step. Tensors that are not sharded are saved from one rank, other values (plain ones, and those
+    that other ``Stateful`` objects return) from rank 0.
 
     Args:
         state: modules, optimizers, `ShardedEMA`, other ``Stateful`` objects and plain values.
@@ -99,18 +107,21 @@ def save(
     label = "the names of what is saved (pipeline stages: save them by torch.distributed.checkpoint)"
     require_same_names(label, _saved_names(entries), group)
     state_dict, problems = _collect_state(entries, copy_to_cpu=not block)
-    if problems := gather_problems([prefix_rank(problem, group) for problem in problems], group):
-        raise RuntimeError(f"step {step} is not saved: {'; '.join(problems)}")
+    planner, planning_problems = _plan(state_dict, group) if not problems else (None, [])
+    _require_no_problems(step, problems + planning_problems, group)
+    _require_same_numbers(step, entries, group)
+    assert planner is not None, "there was no problem on any rank"
+    planner.reuse_last_plan()
     manifest = _make_manifest(step, entries, group)
-    writer = CheckpointWriter(run_on_first_rank(lambda: create_partial_folder(root, step), group), manifest, keep=keep)
+    partial_folder = run_on_first_rank(lambda: create_partial_folder(root, step), group)
+    writer = CheckpointWriter(partial_folder, manifest, planner, keep=keep)
     if block:
         try:
-            with torch.device("cpu"):  # DTensor computes offsets in tensors on the default device, perhaps "meta"
-                dcp.save(state_dict, storage_writer=writer, process_group=group)
+            dcp.save(state_dict, storage_writer=writer, planner=planner, process_group=group)
         except CheckpointException as error:
             raise CheckpointError(f"{step_folder(root, step)} was not saved: {_describe_failures(error)}") from error
     else:
-        future = dcp.async_save(state_dict, storage_writer=writer, process_group=group)
+        future = dcp.async_save(state_dict, storage_writer=writer, planner=planner, process_group=group)
         assert isinstance(future, Future), "the writer has staged by the time it returns"
         future.add_done_callback(_log_failure)
         _pending_saves.append(PendingSave(step_folder(root, step), future))
@@ -144,10 +155,12 @@ def make_entries(state: MutableMapping[str, Any]) -> dict[str, Entry]:
             case nn.Module():
                 entries[key] = models[key]
             case Optimizer():
-                entries[key] = OptimizerEntry(key, value, [model.layout for model in models.values()])
+                others = [other for other in state.values() if isinstance(other, Optimizer)]
+                entries[key] = OptimizerEntry(key, value, [model.layout for model in models.values()], others)
             case ShardedEMA():
                 entries[key] = EMAEntry(key, value, models.values())
             case _:
+                require_torch_optimizer(value, key)
                 entries[key] = OtherEntry(key, state)
     return entries
 
@@ -191,12 +204,54 @@ def _collect_state(entries: Mapping[str, Entry], *, copy_to_cpu: bool) -> tuple[
     return dict(sorted(state_dict.items(), key=lambda item: isinstance(entries[item[0]], EMAEntry))), problems
 
 
+def _plan(state_dict: dict[str, Any], group: ProcessGroup | None) -> tuple[SavePlanner | None, list[str]]:
+    """The planner of a save; None and the problem if DCP cannot plan it."""
+    try:
+        with torch.device("cpu"):  # DTensor computes offsets in tensors on the default device, perhaps "meta"
+            return SavePlanner(state_dict, group), []
+    except Exception as error:  # noqa: BLE001  every error must reach the other ranks
+        return None, [f"DCP cannot plan this save: {error!r}"]
+
+
+def _require_no_problems(step: int, problems: list[str], group: ProcessGroup | None) -> None:
+    """Raise RuntimeError on every rank if one has problems. Collective: over ``group``."""
+    if all_problems := gather_problems([prefix_rank(problem, group) for problem in problems], group):
+        raise RuntimeError(f"step {step} is not saved: {'; '.join(all_problems)}")
+
+
+def _require_same_numbers(step: int, entries: Mapping[str, Entry], group: ProcessGroup | None) -> None:
+    """Raise RuntimeError on every rank if numbers in the states of sharded parameters differ between ranks.
+
+    An optimizer may compute them from its part of a parameter (norms), and a checkpoint can hold those of one rank.
+
+    Collective: over ``group``.
+    """
+    numbers: dict[str, str] = {}
+    for entry in entries.values():
+        if isinstance(entry, OptimizerEntry):
+            numbers |= entry.numbers_of_sharded_parameters()
+    digest = crc32(json.dumps(numbers, sort_keys=True).encode())
+    if group is None or is_same_on_all_ranks(digest, group):
+        return
+    numbers_of_ranks: list[dict[str, str]] = [{}] * group.size()
+    dist.all_gather_object(numbers_of_ranks, numbers, group=group)
+    values: dict[str, set[str]] = {}
+    for numbers_of_rank in numbers_of_ranks:  # some ranks have no elements of a parameter, and no numbers
+        for name, number in numbers_of_rank.items():
+            values.setdefault(name, set()).add(number)
+    if different := sorted(name for name, numbers_of_name in values.items() if len(numbers_of_name) > 1):
+        raise RuntimeError(
+            f"step {step} is not saved: {abbreviated(different)} differ between ranks, and a checkpoint can hold one "
+            "value of each: use an optimizer that computes the same numbers on all ranks that share a parameter"
+        )
+
+
 def _copy_to_cpu(value: Any, memo: dict[int, Tensor]) -> Any:
     """Copy nested dictionaries and lists, and every tensor in them once."""
     match value:
         case Tensor():
             if id(value) not in memo:
-                memo[id(value)] = cpu_copy(value)
+                memo[id(value)] = cpu_copy(value, copy_to_host)
             return memo[id(value)]
         case dict():
             return {key: _copy_to_cpu(item, memo) for key, item in value.items()}
@@ -227,8 +282,13 @@ def _describe_failures(error: CheckpointException) -> str:
     """The failures of all ranks, which DCP has collected, by reason."""
     ranks_by_reason: dict[str, list[int]] = {}
     for rank, (failure, _) in error.failures.items():
-        ranks_by_reason.setdefault(f"{type(failure).__name__}: {failure}", []).append(rank)
+        ranks_by_reason.setdefault(f"{type(failure).__name__}: {failure}{_explain(failure)}", []).append(rank)
     return "; ".join(f"on ranks {ranks}: {reason}" for reason, ranks in ranks_by_reason.items())
+
+
+def _explain(failure: BaseException) -> str:
+    # torch does not pass on why a write into a tensor's file has failed.
+    return " (a file could not be written: is the disk full?)" if "inline_container" in str(failure) else ""
 
 
 def _wait_for_pending() -> str:

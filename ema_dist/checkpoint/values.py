@@ -47,8 +47,8 @@ def require_plain_tensor(tensor: Tensor, name: str) -> Tensor:
     """Return ``tensor``. Raises: ValueError for a subclass (quantized, float8): it could not be loaded again safely."""
     if subclass := subclass_name(tensor):
         raise ValueError(
-            f"{name!r} is a {subclass}, a tensor subclass, which a checkpoint cannot hold: use plain tensors, or leave "
-            "this entry out"
+            f"{name!r} has type {subclass}, a tensor subclass, which a checkpoint cannot hold: use plain tensors, or "
+            "leave this entry out"
         )
     return tensor
 

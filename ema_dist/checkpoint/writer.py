@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed.checkpoint as dcp
 import xxhash
-from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
@@ -20,6 +21,7 @@ from torch.futures import Future
 from ema_dist.checkpoint.dcp.reader import read_plain_values
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import FileRecord, Manifest
+from ema_dist.checkpoint.planner import SavePlanner
 from ema_dist.checkpoint.step_folders import commit
 
 
@@ -28,18 +30,20 @@ class CheckpointWriter(FileSystemWriter):
 
     Args:
         manifest: without its files.
+        planner: the planner of this save; it has the metadata on the first rank.
         keep: how many complete checkpoints stay in the root; None for all.
     """
 
-    def __init__(self, partial: Path, manifest: Manifest, *, keep: int | None) -> None:
+    def __init__(self, partial: Path, manifest: Manifest, planner: SavePlanner, *, keep: int | None) -> None:
         super().__init__(partial)
         self._file_system = HashingFileSystem()
         self.fs = self._file_system  # torch opens every file through this attribute
         self._partial = partial
         self._manifest = manifest
+        self._planner = planner
         self._keep = keep
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         results = super().write_data(plan, planner).wait()
         # DCP sends these results to the first rank, so the file records are added to them.
         records = [
@@ -53,7 +57,12 @@ class CheckpointWriter(FileSystemWriter):
     def stage(self, state_dict: Any) -> Any:
         return state_dict  # `save` has made the copy already, when ranks could still agree not to save
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+    def finish(
+        self,
+        metadata: Metadata,  # noqa: ARG002  empty: `SavePlanner` keeps the metadata on the first rank
+        results: list[list[WriteResult]],
+    ) -> None:
+        assert self._planner.global_metadata is not None, "only the first rank gets here, and it has planned"
         all_results = [result for rank_results in results for result in rank_results]
         files = {
             result.index.fqn: result.storage_data
@@ -61,7 +70,8 @@ class CheckpointWriter(FileSystemWriter):
             if isinstance(result.storage_data, FileRecord)
         }
         super().finish(
-            metadata, [[result for result in all_results if not isinstance(result.storage_data, FileRecord)]]
+            replace(self._planner.global_metadata),  # a copy, so that the plan that is kept does not grow
+            [[result for result in all_results if not isinstance(result.storage_data, FileRecord)]],
         )
         # torch writes .metadata under a temporary name and renames it.
         files |= {name.removesuffix(".tmp"): record for name, record in self._file_system.records.items()}

@@ -25,4 +25,11 @@ def main() -> None:
         )
     from ema_dist.cli.app import app  # noqa: PLC0415  it imports rich and typer
 
-    app(prog_name="ema-dist")  # also under `python -m`: shell completion is derived from this name
+    try:
+        app(prog_name="ema-dist")  # also under `python -m`: shell completion is derived from this name
+    except SystemExit as exit_:
+        # typer exits with 1 if its output pipe is closed. That is no failure for help (`| head`), but an error message
+        # stays one: there the BrokenPipeError was raised while another exception was handled (`__context__`).
+        cause = exit_.__context__
+        if not isinstance(cause, BrokenPipeError) or cause.__context__ is not None:
+            raise

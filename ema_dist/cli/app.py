@@ -31,6 +31,7 @@ app = typer.Typer(
     help="Look into checkpoints of ema_dist and torch.distributed.checkpoint, check, compare and export them. "
     "Nothing that a checkpoint holds is ever run.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # else each line of a docstring but the first paragraph ends a line of the help
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -102,7 +103,7 @@ def export(  # noqa: PLR0913  one parameter for each option
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Overwrite weights that ema_dist did not write, and other configuration.")
+        bool, typer.Option("--force", help="Overwrite weights that ema_dist did not write, and edited configuration.")
     ] = False,
     step: StepOption = None,
     track: TrackOption = None,

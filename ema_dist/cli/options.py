@@ -69,8 +69,8 @@ CheckpointArgument = Annotated[
     Path,
     typer.Argument(
         metavar="CKPT",
-        help="A root of checkpoints by any program (the newest complete step is taken: step-6, checkpoint-12/ema), "
-        "the folder of one step, or any folder that dcp.save wrote.",
+        help="A folder of checkpoints (step-6, checkpoint-12/ema, ...; the newest complete one is used), one "
+        "checkpoint, or any folder that dcp.save wrote.",
         show_default=False,
     ),
 ]

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from ema_dist.communication.row_exchange import part_numel, prepare_all_gather, prepare_all_reduce
 from ema_dist.kernels import checksum
 from ema_dist.messages import abbreviated, describe_ranks
-from ema_dist.sharding import Shard, all_gather, group_ranks
+from ema_dist.sharding import Shard, all_gather, group_ranks, sending_device
 
 MAX_PADDING_RATIO = 2
 """Tensors for which a padded all-gather would send more than this multiple of their bytes are all-reduced."""
@@ -29,7 +29,8 @@ def describe_drift(shards: Iterable[Shard]) -> str:
     """
     drifted: list[str] = []
     for group, group_shards in _group_by_replicas(shards):
-        checksums = torch.stack([checksum(shard.local).to(shard.communication_device) for shard in group_shards])
+        device = sending_device(group, *(shard.communication_device for shard in group_shards))
+        checksums = torch.stack([checksum(shard.local).to(device) for shard in group_shards])
         # The largest complement is that of the smallest checksum: one all-reduce finds both ends.
         bounds = torch.stack([checksums, ~checksums])
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
@@ -75,12 +76,15 @@ def prepare_all_gather_parts(shards: Iterable[Shard]) -> Callable[[], None]:
     """
     collectives: list[Callable[[], None]] = []
     for group, split_shards in _group_by_replicas(shard for shard in shards if shard.is_split):
+        devices = {shard.communication_device: None for shard in split_shards}
+        sending_devices = {device: sending_device(group, device, *devices) for device in devices}
         batches: dict[tuple[torch.device, torch.device, bool], list[Tensor]] = {}
         for shard in split_shards:
             local, replicas = shard.local, group.size()
             is_padded = part_numel(local, replicas) * replicas <= MAX_PADDING_RATIO * local.numel()
             if local.numel():
-                batches.setdefault((local.device, shard.communication_device, is_padded), []).append(local)
+                device = sending_devices[shard.communication_device]
+                batches.setdefault((local.device, device, is_padded), []).append(local)
         for (_, device, is_padded), tensors in batches.items():
             collectives.append((prepare_all_gather if is_padded else prepare_all_reduce)(tensors, group, device))
 

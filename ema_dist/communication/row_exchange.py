@@ -118,7 +118,7 @@ class _Scratch:
 
     def __init__(self, nbytes: int, local_device: torch.device, device: torch.device) -> None:
         self.local = torch.empty(nbytes, dtype=torch.uint8, device=local_device)
-        self.staged = self.local if device.type == local_device.type else torch.empty_like(self.local, device=device)
+        self.staged = self.local if device == local_device else torch.empty_like(self.local, device=device)
         self._by_dtype: dict[torch.dtype, Tensor] = {}
 
     def view(self, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int], start: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ema_dist.averages.track import Track
 from ema_dist.communication.replica_collectives import all_gather_parts
 from ema_dist.evaluation.active import ActiveRegistry
-from ema_dist.kernels import group_pairs, lerp_
+from ema_dist.kernels import copy_pairs, group_pairs, lerp_
 from ema_dist.messages import abbreviated
 from ema_dist.sharding import Layout, Shard, Substitution, replays_cuda_graph, unsupported_reason
 
@@ -129,8 +129,10 @@ class Serving:
         # A cached setup made of inference tensors could not be used outside of inference mode.
         with torch.inference_mode(mode=False), torch.no_grad():
             setup = self._cached_setup or self._build_setup()
-            for targets, sources in group_pairs((copy.averaged_part.local, average) for copy, average in setup.copies):
+            pairs = [(copy.averaged_part.local, average) for copy, average in setup.copies]
+            for targets, sources in group_pairs(pair for pair in pairs if pair[0].device == pair[1].device):
                 lerp_(targets, sources, 1.0)
+            copy_pairs(pair for pair in pairs if pair[0].device != pair[1].device)
             all_gather_parts(copy for copy, _ in setup.copies)
         return setup
 

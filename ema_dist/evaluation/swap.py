@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ema_dist.averages.track import Track
 from ema_dist.communication.replica_collectives import prepare_all_gather_parts
 from ema_dist.evaluation.active import ActiveRegistry
-from ema_dist.kernels import Exchange, group_pairs
+from ema_dist.kernels import Exchange, copy_pairs, group_pairs
 from ema_dist.sharding import Layout, Shard, has_equal_bits
 
 _active_swaps: ActiveRegistry[Swap] = ActiveRegistry()
@@ -65,11 +65,15 @@ class Swap:
         self._is_split = any(shard.is_split for shard in layout.shards)
         self._pairs = _pairs(layout, track)
         """The averages and live parts that change places: those of entering, or those of leaving once it has begun."""
-        self._stash = {
-            name: live.to(average.device, copy=True)
+        stashed = {
+            name: live
             for name, (average, live) in self._pairs.items()
             if (average.dtype, average.device) != (live.dtype, live.device)
         }
+        self._stash = {
+            name: torch.empty_like(live, device=self._pairs[name][0].device) for name, live in stashed.items()
+        }
+        copy_pairs((self._stash[name], live) for name, live in stashed.items())
         self._exchange = self._make_exchange(self._pairs)
         self._fill: Callable[[], None] | None = None
         self._versions: dict[str, tuple[object, ...]] = {}
@@ -91,7 +95,7 @@ class Swap:
         self.stage = SwapStage.ENTERING
         _active_swaps.add(self)
         self._exchange.run()
-        _copy_pairs(
+        copy_pairs(
             (live, self.track.value_for_dtype(name, live.dtype))
             for name, (_, live) in self._pairs.items()
             if name in self._stash
@@ -131,9 +135,9 @@ class Swap:
             self.stage = SwapStage.LEAVING
         if self.stage is not SwapStage.NEW:
             self._exchange.run_back()
-            _copy_pairs((self._pairs[name][1], stashed) for name, stashed in self._stash.items())
+            copy_pairs((self._pairs[name][1], stashed) for name, stashed in self._stash.items())
             # An interrupted swap goes back in the storage in which it began; the model may have moved since.
-            _copy_pairs(
+            copy_pairs(
                 (live, self._pairs[name][1])
                 for name, (_, live) in _pairs(layout, self.track).items()
                 if live.data_ptr() != self._pairs[name][1].data_ptr()
@@ -231,9 +235,3 @@ def _increment_other_versions(layout: Layout) -> None:
 
 def _pairs(layout: Layout, track: Track) -> dict[str, tuple[Tensor, Tensor]]:
     return track.parameter_pairs(layout) | track.buffer_pairs(layout)
-
-
-@torch.no_grad()
-def _copy_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for targets, sources in group_pairs(pairs):
-        torch._foreach_copy_(targets, sources)

@@ -8,6 +8,7 @@ The tensors of one list have the same device and dtype. Lists correspond by posi
 equal shapes.
 """
 
+from ema_dist.kernels.bus_copy import copy_pairs, copy_to_host
 from ema_dist.kernels.checksums import checksum
 from ema_dist.kernels.compensated_kernel import recombine, split_hi_lo
 from ema_dist.kernels.exchange import Exchange
@@ -38,6 +39,8 @@ __all__ = [
     "WriteLog",
     "checksum",
     "chunks",
+    "copy_pairs",
+    "copy_to_host",
     "group_by_dtype",
     "group_pairs",
     "lerp_",

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -16,7 +16,7 @@ from ema_dist.kernels.c_kernel import CompiledKernel
 from ema_dist.kernels.foreach_kernel import ForeachKernel
 from ema_dist.kernels.kernel import Kernel, UnsupportedKernelError
 from ema_dist.kernels.lists import SMALL_NUMEL, is_small
-from ema_dist.kernels.rounding import Rounding
+from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding, TensorOffset
 from ema_dist.kernels.scratch import chunk_elements
 from ema_dist.kernels.scratch_kernel_factory import make_scratch_kernel
 from ema_dist.kernels.triton_kernel import TritonKernel
@@ -27,11 +27,20 @@ KERNELS = {"foreach": ForeachKernel, "scratch": make_scratch_kernel, "compiled":
 MAX_MEASURED_NUMEL = 2**24
 """Limit on the elements of the tensors on which kernels are timed: more than a cache holds, but quick to process."""
 
+MAX_MEASURED_NUMEL_ON_DEVICE = 2**26
+"""The same for large tensors on a device: a GPU processes `MAX_MEASURED_NUMEL` in the time of a few launches."""
+
+MIN_MEASURED_NUMEL_ON_DEVICE = 2**20
+"""The fewest elements of large tensors on which kernels are timed where memory is short."""
+
 Agree = Callable[[str, str], str]
 """Takes a question and this rank's answer, and returns the answer that all ranks use."""
 
 TIMING_ROUNDS = 5
 """Rounds in which all kernels are timed in turn, so that other load on the machine affects all of them."""
+
+TIMED_CALLS = 4
+"""Calls that are queued and timed together on a device."""
 
 
 def make_kernel(
@@ -52,12 +61,13 @@ def make_kernel(
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
         kernel: a name in `KERNELS`. None selects the fastest kernel, timed once in a process for each combination of
-            device, dtypes, number of tracks, and number and size of tensors; there is no choice within one chunk.
-            If the kernel does not support the tensors, another one replaces it with a warning; see its ``name``.
+            device, dtypes, rounding, number of tracks, and number and size of tensors; no choice within one chunk. If
+            the kernel does not support the tensors, another one replaces it with a warning; see its ``name``.
         rounding: how averages are rounded to bfloat16; None rounds to nearest.
         agree: makes all ranks use one answer, where they hold the same averages and must update them alike.
 
-    Memory: while kernels are timed, as much as the tensors, at most 64 MiB for each float32 track and for the values.
+    Memory: while kernels are timed, as much as the tensors, at most 64 MiB on the CPU and 256 MiB on a device for each
+        float32 track and for the values.
     Raises: ValueError for an unknown ``kernel``, and for a ``rounding`` of averages that are not bfloat16.
     """
     if kernel is not None and kernel not in KERNELS:
@@ -70,10 +80,12 @@ def make_kernel(
     choice = f"kernel={kernel!r}"
     if kernel is None:
         candidates = (*torch_kernels, "triton") if values[0].is_cuda else torch_kernels
-        workload = _Workload.from_tensors(tracks, values, finite=finite)
+        workload = _Workload.from_tensors(tracks, values, finite=finite, rounding=rounding)
         kernel = candidates[0] if len(candidates) == 1 else _fastest(workload, candidates)
         if agree and len(candidates) > 1:
-            kernel = agree(f"the fastest of {candidates} for {workload}", kernel)
+            # Without the index of the device, which differs between the ranks of a machine.
+            shared_workload = replace(workload, device=torch.device(workload.device.type))
+            kernel = agree(f"the fastest of {candidates} for {shared_workload}", kernel)
         choice = f"{kernel!r}, found to be the fastest,"
     try:
         return KERNELS[kernel](tracks, values, finite=finite, rounding=rounding)
@@ -85,30 +97,45 @@ def make_kernel(
 
 @dataclass(frozen=True)
 class _Workload:
-    """The properties of a group of tensors that decide which kernel is the fastest, whatever the rounding.
+    """The properties of a group of tensors that decide which kernel is the fastest.
 
     Args:
         elements: their number rounded down to a power of 2, because tensors that fit into a cache are read faster.
     """
 
-    device: str
+    device: torch.device
     live: torch.dtype
     averages: tuple[torch.dtype, ...]
     is_small: bool
     elements: int
     finite: bool
+    rounding: type[Rounding] | None = None
 
     @classmethod
-    def from_tensors(cls, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool) -> _Workload:
+    def from_tensors(
+        cls, tracks: Sequence[list[Tensor]], values: list[Tensor], *, finite: bool, rounding: Rounding | None
+    ) -> _Workload:
+        device = values[0].device
+        is_large_on_device = device.type != "cpu" and not is_small(values)
+        limit = MAX_MEASURED_NUMEL_ON_DEVICE if is_large_on_device else MAX_MEASURED_NUMEL
         averages = tuple(track[0].dtype for track in tracks)
         elements = max(1, sum(value.numel() for value in values))
-        elements = min(MAX_MEASURED_NUMEL, 1 << (elements.bit_length() - 1))
-        return cls(values[0].device.type, values[0].dtype, averages, is_small(values), elements, finite)
+        elements = min(limit, 1 << (elements.bit_length() - 1))
+        rounding_type = type(rounding) if rounding else None
+        return cls(device, values[0].dtype, averages, is_small(values), elements, finite, rounding_type)
 
     def make_tensors(self, dtype: torch.dtype) -> list[Tensor]:
         """Tensors of ``dtype`` on which kernels are timed for this workload."""
         numel = min(SMALL_NUMEL // 4 if self.is_small else self.elements // 4, self.elements)
         return [torch.zeros(numel, dtype=dtype, device=self.device) for _ in range(self.elements // numel)]
+
+    def make_rounding(self, tensors: int) -> Rounding | None:
+        """The rounding of so many tensors, as kernels that round take several times longer than others."""
+        if self.rounding is StochasticRounding:
+            return StochasticRounding([TensorOffset(index) for index in range(tensors)])
+        if self.rounding is CompensatedRounding:
+            return CompensatedRounding([self.make_tensors(torch.int16) for _ in self.averages])
+        return None
 
 
 def _torch_kernels(tracks: Sequence[list[Tensor]], values: list[Tensor], rounding: Rounding | None) -> tuple[str, ...]:
@@ -125,16 +152,19 @@ def _fastest(workload: _Workload, names: tuple[str, ...]) -> str:
     try:
         return _measure_fastest(workload, names)
     except torch.OutOfMemoryError:
-        return names[0]
+        if workload.elements <= MIN_MEASURED_NUMEL_ON_DEVICE:
+            return names[0]
+    return _fastest(replace(workload, elements=workload.elements // 4), names)
 
 
 def _measure_fastest(workload: _Workload, names: tuple[str, ...]) -> str:
     values = workload.make_tensors(workload.live)
     tracks = [workload.make_tensors(dtype) for dtype in workload.averages]
+    rounding = workload.make_rounding(len(values))
     kernels: dict[str, Kernel] = {}
     for name in names:
         with suppress(UnsupportedKernelError):
-            kernels[name] = KERNELS[name](tracks, values, finite=workload.finite)
+            kernels[name] = KERNELS[name](tracks, values, finite=workload.finite, rounding=rounding)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for kernel in kernels.values():
         _seconds(kernel, len(tracks), workload.device)  # warm-up
@@ -144,14 +174,27 @@ def _measure_fastest(workload: _Workload, names: tuple[str, ...]) -> str:
     return min(kernels, key=lambda name: sorted(seconds[name])[TIMING_ROUNDS // 2])
 
 
-def _seconds(kernel: Kernel, tracks: int, device: str) -> float:
-    _synchronize(device)
-    begin = time.perf_counter()
-    kernel([0.5] * tracks)
-    _synchronize(device)
-    return time.perf_counter() - begin
+def _seconds(kernel: Kernel, tracks: int, device: torch.device) -> float:
+    """The time of one call; on a device, of one call among several, which the launches of others hide."""
+    weights = [0.5] * tracks
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    if module is None or not hasattr(module, "Event") or not hasattr(module, "device"):
+        _synchronize(device)
+        start = time.perf_counter()
+        kernel(weights)
+        _synchronize(device)
+        return time.perf_counter() - start
+    with module.device(device):
+        begin, end = module.Event(enable_timing=True), module.Event(enable_timing=True)
+        kernel(weights)  # the device works on this call while the host launches the timed ones
+        begin.record()
+        for _ in range(TIMED_CALLS):
+            kernel(weights)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000 / TIMED_CALLS
 
 
-def _synchronize(device: str) -> None:
-    if device != "cpu":
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -31,6 +31,7 @@ def lerp_tracks(  # noqa: PLR0913, PLR0917 - kernels take tensors and numbers on
     rounding: tl.constexpr,
     aligned: tl.constexpr,
     block: tl.constexpr,
+    piece: tl.constexpr,
 ) -> None:
     """Lerp one block of one tensor in all tracks; the tables give the tensor and the block.
 
@@ -54,41 +55,47 @@ def lerp_tracks(  # noqa: PLR0913, PLR0917 - kernels take tensors and numbers on
         rounding: NEAREST, STOCHASTIC or COMPENSATED.
         aligned: whether all addresses are multiples of 16 bytes.
         block: elements of a block.
+        piece: elements that are processed at a time; divides a block.
     """
+    tl.static_assert(block % piece == 0, "pieces must not reach into the next block: they are not masked")
     block_index = tl.program_id(0)
     tensor = tl.load(block_tensors + block_index)
     start = tl.multiple_of(tl.load(block_starts + block_index), block)
     size = tl.load(sizes + tensor)
-    offsets = start + tl.arange(0, block)
     # Without a mask a thread loads 16 bytes at a time; only the last block of a tensor needs a mask.
     is_full = start + block <= size
-    for masked in tl.static_range(2):
-        if is_full != (masked == 1):
-            mask = offsets < size
-            value = _load(_pointers(value_addresses + tensor, offsets, live, aligned), mask, masked).to(wide)
-            for track in tl.static_range(track_count):
-                weight = tl.load(weights + track).to(wide)
-                if weight > 0:
-                    pointers = _pointers(average_addresses + track * tensor_count + tensor, offsets, stored, aligned)
-                    average = _load(pointers, mask, masked)
-                    if rounding == NEAREST:
-                        result = _lerp(average.to(wide), value, weight, finite)
-                        _store(pointers, result.to(stored), mask, masked)
-                    elif rounding == STOCHASTIC:
-                        result = _lerp(_recombine(average, 0), value, weight, finite)
-                        key = _mix32(_to_uint32(tl.load(update_index)) + _to_uint32(tl.load(track_seeds + track)))
-                        key = _mix32(_to_uint32(tl.load(tensor_hashes + tensor)) ^ key) + _to_uint32(
-                            tl.load(global_offsets + tensor)
+    # In pieces, because a whole block at once takes all registers of a thread, and few programs fit into a processor.
+    for piece_start in range(0, block, piece):
+        offsets = start + piece_start + tl.arange(0, piece)
+        for masked in tl.static_range(2):
+            if is_full != (masked == 1):
+                mask = offsets < size
+                value = _load(_pointers(value_addresses + tensor, offsets, live, aligned), mask, masked).to(wide)
+                for track in tl.static_range(track_count):
+                    weight = tl.load(weights + track).to(wide)
+                    if weight > 0:
+                        pointers = _pointers(
+                            average_addresses + track * tensor_count + tensor, offsets, stored, aligned
                         )
-                        noise = _mix32(offsets.to(tl.uint32) + key) & 0xFFFF
-                        _store(pointers, ((_float_bits(result) + noise) >> 16).to(tl.uint16), mask, masked)
-                    else:
-                        residual_addresses = average_addresses + (track_count + track) * tensor_count + tensor
-                        low_pointers = _pointers(residual_addresses, offsets, tl.int16, aligned)
-                        low = _load(low_pointers, mask, masked)
-                        bits = _float_bits(_lerp(_recombine(average, low), value, weight, finite))
-                        _store(pointers, ((bits + 0x8000) >> 16).to(tl.uint16), mask, masked)
-                        _store(low_pointers, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask, masked)
+                        average = _load(pointers, mask, masked)
+                        if rounding == NEAREST:
+                            result = _lerp(average.to(wide), value, weight, finite)
+                            _store(pointers, result.to(stored), mask, masked)
+                        elif rounding == STOCHASTIC:
+                            result = _lerp(_recombine(average, 0), value, weight, finite)
+                            key = _mix32(_to_uint32(tl.load(update_index)) + _to_uint32(tl.load(track_seeds + track)))
+                            key = _mix32(_to_uint32(tl.load(tensor_hashes + tensor)) ^ key) + _to_uint32(
+                                tl.load(global_offsets + tensor)
+                            )
+                            noise = _mix32(offsets.to(tl.uint32) + key) & 0xFFFF
+                            _store(pointers, ((_float_bits(result) + noise) >> 16).to(tl.uint16), mask, masked)
+                        else:
+                            residual_addresses = average_addresses + (track_count + track) * tensor_count + tensor
+                            low_pointers = _pointers(residual_addresses, offsets, tl.int16, aligned)
+                            low = _load(low_pointers, mask, masked)
+                            bits = _float_bits(_lerp(_recombine(average, low), value, weight, finite))
+                            _store(pointers, ((bits + 0x8000) >> 16).to(tl.uint16), mask, masked)
+                            _store(low_pointers, bits.to(tl.uint16).to(tl.int16, bitcast=True), mask, masked)
 
 
 @triton.jit

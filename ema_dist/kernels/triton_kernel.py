@@ -19,7 +19,10 @@ from ema_dist.kernels.scratch_kernel_factory import make_subset_kernel
 from ema_dist.kernels.write_log import WriteLog
 
 BLOCK = 4096
-"""Elements that one program processes."""
+"""Elements that one program processes: the tables have a row for each block."""
+
+PIECE = 1024
+"""Elements that a program processes at a time: 8 for each of its 128 threads."""
 
 ALIGNMENT = 16
 """Bytes that one thread loads or stores at a time."""
@@ -113,7 +116,7 @@ class TritonKernel:
         kernel = jit_module.lerp_tracks[(len(address_tables.block_tensors),)]
         runtime_args = (*address_tables, *noise, self._weights.tensor, self._update_index.tensor, len(rows))
         return partial(
-            kernel, *runtime_args, *types, len(self._weights.tensor), finite, rounding_mode.value, aligned, BLOCK
+            kernel, *runtime_args, *types, len(self._weights.tensor), finite, rounding_mode.value, aligned, BLOCK, PIECE
         )
 
 
@@ -152,8 +155,10 @@ def _import_jit_module(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> 
         )
     try:
         from ema_dist.kernels import triton_jit  # noqa: PLC0415 - optional, and slow to import
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise UnsupportedKernelError("Triton is missing: pip install triton") from error
+    except Exception as error:  # an installation for another Python, driver or version of torch raises various types
+        raise UnsupportedKernelError(f"Triton cannot be imported: {error!r}") from error
     if values[0].device.type == "cpu" and not triton_jit.is_interpreted():
         raise UnsupportedKernelError("Triton needs a GPU, or TRITON_INTERPRET=1 to be tried without one")
     return triton_jit

@@ -7,11 +7,12 @@ standard library and each other, and nothing else of `ema_dist`.
 
 from ema_dist.sharding.compat import all_gather, world_store
 from ema_dist.sharding.cpu_copies import cpu_copy, is_sharded, subclass_name
+from ema_dist.sharding.devices import sending_device
 from ema_dist.sharding.discovery import ReplicaPolicy
-from ema_dist.sharding.gather_rows import merge_bytes
+from ema_dist.sharding.gather_rows import as_bytes, merge_bytes
 from ema_dist.sharding.later_ddp import LaterDDP
 from ema_dist.sharding.layout import Layout
-from ema_dist.sharding.memory import has_equal_bits
+from ema_dist.sharding.memory import has_equal_bits, is_wrapper_subclass
 from ema_dist.sharding.mesh_shard import local_tensor
 from ema_dist.sharding.plain_shard import ExpandedShard
 from ema_dist.sharding.rank_sets import group_ranks
@@ -26,13 +27,16 @@ __all__ = [
     "Shard",
     "Substitution",
     "all_gather",
+    "as_bytes",
     "cpu_copy",
     "group_ranks",
     "has_equal_bits",
     "is_sharded",
+    "is_wrapper_subclass",
     "local_tensor",
     "merge_bytes",
     "replays_cuda_graph",
+    "sending_device",
     "subclass_name",
     "unsupported_reason",
     "world_store",

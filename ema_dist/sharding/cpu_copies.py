@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard as Block  # FSDP1's own checkpoint format has no public name
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -13,13 +15,22 @@ from torch.nn import Parameter
 from ema_dist.sharding.mesh_shard import dtensor_local
 
 
-def cpu_copy(tensor: Tensor) -> Tensor:
-    """A copy of this rank's part on the CPU, wrapped and sharded as ``tensor`` is."""
+def cpu_copy(tensor: Tensor, copy: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """A copy of this rank's part on the CPU, wrapped and sharded as ``tensor`` is.
+
+    Args:
+        copy: copies a plain tensor to the CPU; None for torch's own way.
+    """
+    copy = copy or _copy
     if not isinstance(tensor, ShardedTensor):
-        return tensor.detach().to("cpu", copy=True)
+        if subclass_name(tensor) or tensor.layout is not torch.strided:
+            return _copy(tensor)
+        if isinstance(tensor, DTensor):
+            return DTensor(copy(dtensor_local(tensor).detach()), tensor._spec, requires_grad=False)
+        return copy(tensor.detach())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch deprecates the type that FSDP1 saves
-        blocks = [Block(block.tensor.to("cpu", copy=True), block.metadata) for block in tensor.local_shards()]
+        blocks = [Block(copy(block.tensor.detach()), block.metadata) for block in tensor.local_shards()]
         # The public constructor is collective: it gathers the metadata of all ranks. The group has no public name.
         return ShardedTensor._init_from_local_shards_and_global_metadata(
             blocks,
@@ -27,6 +38,10 @@ def cpu_copy(tensor: Tensor) -> Tensor:
             process_group=tensor._process_group,
             sharding_spec=tensor.sharding_spec(),
         )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def is_sharded(tensor: Tensor) -> bool:

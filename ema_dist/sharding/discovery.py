@@ -90,6 +90,11 @@ def find_tensors(
                     f"{parent.prefix + name!r} is a piece of a flat parameter of FSDP1, which is wrapped around this "
                     "module: pass the FullyShardedDataParallel module itself"
                 )
+            if hasattr(value, "ds_id"):  # DeepSpeed sets it on parameters that ZeRO-3 partitions
+                raise ValueError(
+                    f"{parent.prefix + name!r} is partitioned by DeepSpeed ZeRO-3, and has no elements between forward "
+                    "passes: use ZeRO stage 1 or 2, or shard the model with fully_shard()"
+                )
             first = None if is_buffer else fsdp2_units.first_parameter(module, name)
             key = memory_key(value if first is None else first)
             tensor = tensors_by_key.setdefault(key, ModelTensor())

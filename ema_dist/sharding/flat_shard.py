@@ -17,6 +17,7 @@ from torch.distributed._shard.sharded_tensor import Shard as Block
 from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardedTensorMetadata, TensorProperties
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 
+from ema_dist.sharding.gather_rows import as_bytes
 from ema_dist.sharding.rank_sets import group_ranks
 from ema_dist.sharding.shard import Shard, flat_view, memory_order
 
@@ -157,7 +158,7 @@ class FlatShard(Shard):
             piece = flat_view(gathered)[start:stop]
             if group_rank == self._group.rank():
                 piece.copy_(local)
-            dist.broadcast(piece, ranks[group_rank], group=self._group)
+            dist.broadcast(as_bytes(piece), ranks[group_rank], group=self._group)
         return gathered
 
     def slice_full(self, full: Tensor) -> Tensor:

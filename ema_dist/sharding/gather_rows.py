@@ -11,7 +11,7 @@ from ema_dist.sharding.compat import all_gather
 from ema_dist.sharding.rank_sets import group_ranks
 
 MAX_BROADCAST_RANKS = 8
-"""Up to this number, ranks broadcast their chunks in turn: gloo needs a second copy for an all-gather."""
+"""Up to this number, CPUs broadcast their chunks in turn: gloo needs a second copy for an all-gather. NCCL does not."""
 
 MAX_PADDING_BYTES = 2**20
 """The padding that the buffer of an all-gather may have, where the last chunks are short or empty."""
@@ -34,26 +34,32 @@ def gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Ten
     chunk_size = max(1, -(-length // group.size()))
     row_bytes = shape.numel() * local.element_size()
     padded = chunk_size * group.size()
-    if length > MAX_BROADCAST_RANKS * chunk_size and (padded - length) * row_bytes <= MAX_PADDING_BYTES:
+    few_lengths = chunk_size * (MAX_BROADCAST_RANKS if local.device.type == "cpu" else 1)
+    if length > few_lengths and (padded - length) * row_bytes <= MAX_PADDING_BYTES:
         gathered = local.new_empty((padded, *shape))
         padded_local = local
         if len(local) < chunk_size:
             padded_local = local.new_empty((chunk_size, *shape))
             padded_local[: len(local)] = local
-        all_gather(gathered.view(-1), padded_local.view(-1), group=group)
-    elif length <= MAX_BROADCAST_RANKS * chunk_size or chunk_size * row_bytes >= MIN_BROADCAST_BYTES:
+        all_gather(as_bytes(gathered), as_bytes(padded_local), group=group)
+    elif length <= few_lengths or chunk_size * row_bytes >= MIN_BROADCAST_BYTES:
         gathered = local.new_empty((length, *shape))
         ranks = group_ranks(group).ranks
         for index, rows in enumerate(gathered.split(chunk_size)):
             if index == group.rank():
                 rows.copy_(local)
-            dist.broadcast(rows, ranks[index], group=group)
+            dist.broadcast(as_bytes(rows), ranks[index], group=group)
     else:
         gathered = local.new_zeros((length, *shape))
         start = min(group.rank() * chunk_size, length)
         gathered[start : start + len(local)] = local
-        merge_bytes(gathered.view(-1).view(torch.uint8), group)
+        merge_bytes(as_bytes(gathered), group)
     return gathered[:length].movedim(0, dim)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as its bytes: NCCL and gloo lack some dtypes, among them int16, uint16 and uint32."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def merge_bytes(buffer: Tensor, group: ProcessGroup) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # no public name
 
 from ema_dist.sharding.mesh_shard import dtensor_local
 
@@ -33,12 +34,13 @@ class Extent(NamedTuple):
 def memory_key(tensor: Tensor) -> Hashable:
     """Equal for tensors that are one tensor: the same object, or identical extents of the same memory.
 
-    Tensors without elements are never one, since their addresses are all 0. An exception is a DTensor of which only
-    this rank has no elements: the storage object decides there, so that all ranks come to the same result.
+    Wrapper subclasses are one only if they are the same object. Tensors without elements are never one, since their
+    addresses are all 0. An exception is a DTensor of which only this rank has no elements: the storage object decides
+    there, so that all ranks come to the same result.
     """
-    if not _has_addressable_memory(tensor):
-        return id(tensor)
     local = dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor
+    if not _has_addressable_memory(local):
+        return id(tensor)
     placement = (tensor.placements, tensor.shape) if isinstance(tensor, DTensor) else None
     if not local.numel():
         # The identity of a storage has no public name.
@@ -47,6 +49,11 @@ def memory_key(tensor: Tensor) -> Hashable:
     if 1 in local.shape:  # the stride of such a dimension reaches no element
         strides = tuple(step for step, size in zip(strides, local.shape, strict=True) if size > 1)
     return local.device, local.data_ptr(), local.dtype, local.shape, strides, placement
+
+
+def is_wrapper_subclass(local: Tensor) -> bool:
+    """Whether ``local``, which is no DTensor, holds other tensors instead of memory of its own (quantized, float8)."""
+    return is_traceable_wrapper_subclass(local)
 
 
 def expanded_dims(tensor: Tensor) -> tuple[int, ...]:
@@ -84,9 +91,9 @@ def find_shared_memory(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
     extents_by_device: dict[torch.device, list[tuple[Extent, int]]] = {}
     for index, (name, tensor) in enumerate(named_tensors):
         names.append(name)
-        if not _has_addressable_memory(tensor):
-            continue
         local = dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor
+        if not _has_addressable_memory(local):
+            continue
         if (dims := expanded_dims(local)) and isinstance(tensor, DTensor):
             return _overlapping_elements(name, "expand made the local tensor of this DTensor")
         local = distinct_elements(local, dims)
@@ -150,10 +157,12 @@ def overlaps_itself(extent: Extent) -> bool:
 
 
 def _has_addressable_memory(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is strided and has storage: sparse and meta tensors, and some subclasses, do not."""
+    """Whether ``tensor`` is strided and has storage: sparse and meta tensors, and wrapper subclasses, do not."""
+    if is_wrapper_subclass(tensor):  # many report the address 0, and would be taken for one tensor
+        return False
     try:
         return tensor.layout is torch.strided and not tensor.is_meta and tensor.data_ptr() >= 0
-    except (RuntimeError, ValueError):  # wrapper subclasses and uninitialized parameters raise
+    except (RuntimeError, ValueError):  # as uninitialized parameters do, and subclasses that cannot be flattened
         return False
 
 

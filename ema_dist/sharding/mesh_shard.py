@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta  # no public names
 from torch.distributed.tensor.placement_types import Placement
 
+from ema_dist.sharding.devices import current_device
 from ema_dist.sharding.gather_rows import gather_dim
 from ema_dist.sharding.rank_sets import mesh_group, mesh_ranks
 from ema_dist.sharding.shard import Shard
@@ -78,7 +79,9 @@ class MeshShard(Shard):
 
     @property
     def communication_device(self) -> torch.device:
-        return torch.device(self.mesh.device_type)
+        if self.local.device.type == self.mesh.device_type:
+            return self.local.device
+        return current_device(self.mesh.device_type)
 
     @property
     def gather_ranks(self) -> frozenset[int]:
@@ -107,7 +110,8 @@ class MeshShard(Shard):
             )
         # An unpickled mesh keeps the coordinate of the rank that wrote it.
         if (coordinate := value.device_mesh.get_coordinate()) != self.mesh.get_coordinate():
-            raise ValueError(f"expected this rank's part, got the part at {coordinate} of {value.device_mesh}")
+            position = tuple(coordinate or ())  # torch 2.7 has a list
+            raise ValueError(f"expected this rank's part, got the part at {position} of {value.device_mesh}")
         return dtensor_local(value)
 
     def full(self, local: Tensor) -> Tensor:

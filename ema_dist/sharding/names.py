@@ -14,6 +14,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ema_dist.sharding.registries import resolve_live
 
+_WRAPPERS_BY_MODULE = {
+    # Fabric's public `module` leaves out the DDP or FSDP around the model.
+    "lightning.fabric.wrappers": ("_FabricModule", "_forward_module"),
+    "lightning_fabric.wrappers": ("_FabricModule", "_forward_module"),
+    "deepspeed.runtime.engine": ("DeepSpeedEngine", "module"),
+}
+"""Class and attribute of wrappers, by the module that defines them. Nothing is imported to find them."""
+
 
 @dataclass(frozen=True)
 class NamedModule:
@@ -62,6 +70,9 @@ def unwrap_once(module: nn.Module) -> nn.Module | None:
     # Importing torch._dynamo takes a second, and a model cannot be compiled before something imported it.
     if (dynamo := sys.modules.get("torch._dynamo")) and isinstance(module, dynamo.OptimizedModule):
         return module._orig_mod
+    for module_name, (name, attribute) in _WRAPPERS_BY_MODULE.items():
+        if (wrapper := getattr(sys.modules.get(module_name), name, None)) and isinstance(module, wrapper):
+            return getattr(module, attribute)
     return None
 
 

@@ -50,6 +50,15 @@ _groups_by_mesh: dict[int, tuple[ref[DeviceMesh], dict[int, ProcessGroup]]] = {}
 """By the ids of living meshes: equal meshes may have other groups, as after the world was made again."""
 
 
+def is_known_to_torch(group: ProcessGroup) -> bool:
+    """Whether torch.distributed can tell the ranks of ``group``: not if another package made it."""
+    try:
+        group_ranks(group)
+    except KeyError:
+        return False
+    return True
+
+
 def group_ranks(group: ProcessGroup) -> RankSet:
     """The global ranks of ``group``, by their ranks in it."""
     rank_set = _by_group.get(group)

@@ -112,7 +112,7 @@ class Shard(ABC):
     @property
     @abstractmethod
     def communication_device(self) -> torch.device:
-        """The device on which ranks communicate this tensor; ``local`` may be offloaded from it."""
+        """The device, with its index, on which ranks gather this tensor; ``local`` may be offloaded from it."""
 
     @property
     @abstractmethod

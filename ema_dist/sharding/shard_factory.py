@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import Placement
 from ema_dist.sharding.mesh_shard import MeshShard, dtensor_local, permute_mesh, split_rows
 from ema_dist.sharding.names import NamedModule
 from ema_dist.sharding.plain_shard import PlainShard
-from ema_dist.sharding.rank_sets import group_ranks, mesh_ranks
+from ema_dist.sharding.rank_sets import group_ranks, is_known_to_torch, mesh_ranks
 from ema_dist.sharding.shard import Shard, has_contiguous_rows
 
 _meshes_by_model: MutableMapping[nn.Module, dict[object, DeviceMesh]] = WeakKeyDictionary()
@@ -48,11 +48,17 @@ class ShardFactory:
         self, tensor: Tensor, parent: NamedModule, *, is_buffer: bool
     ) -> Callable[[tuple[str, ...]], Shard]:
         is_unreplicated = is_buffer or id(tensor) in parent.ignored_ids
-        replica_group = (
-            None
-            if is_unreplicated or parent.replica_group is None or parent.replica_group.size() == 1
-            else parent.replica_group
-        )
+        replica_group = None if is_unreplicated else parent.replica_group
+        if replica_group is not None and not is_known_to_torch(replica_group):
+            if self._split:
+                raise ValueError(
+                    f"the model is replicated over a {type(replica_group).__name__}, a process group whose ranks "
+                    "torch.distributed does not know, as in torchft, where replicas come and go: averages cannot be "
+                    'split among them; pass replicas="copy"'
+                )
+            replica_group = None
+        if replica_group is not None and replica_group.size() == 1:
+            replica_group = None
         if isinstance(tensor, DTensor):
             return lambda names: self._mesh_shard(names, tensor, replica_group, split=self._split and not is_buffer)
         return lambda names: self._plain_shard(names, tensor, replica_group)

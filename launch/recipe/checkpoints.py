@@ -1,8 +1,8 @@
 """Checkpoints of a training run: saving, and resuming from the newest one."""
 
 import argparse
-from collections.abc import Mapping, MutableMapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from ema_dist import checkpoint
+from ema_dist.communication.rendezvous import RendezvousError
 
 from .data import Images
 from .folders import require_checkpoint_dir
 from .metrics import EpochMetrics
-from .script import UsageError
+from .script import ScriptError, UsageError
 
 
 @dataclass
@@ -50,7 +51,8 @@ class Checkpoints:
         """Load the newest intact checkpoint, if there is one; returns a message that says where the run starts.
 
         Collective: every rank. Raises: UsageError if `root` cannot be written, if there is a checkpoint and
-        `is_requested` is false, or if the checkpoint has other settings.
+        `is_requested` is false, or if the checkpoint has other settings or another model; ScriptError if a rank does
+        not arrive; CheckpointError if all checkpoints are damaged.
         """
         if self.root:
             require_checkpoint_dir(self.root, option="--checkpoint-dir")
@@ -63,7 +65,12 @@ class Checkpoints:
                 "--checkpoint-dir"
             )
         contents: dict[str, Any] = {**self.state, "settings": {}}
-        step = checkpoint.load(contents, self.root)
+        try:
+            step = checkpoint.load(contents, self.root)
+        except RendezvousError as error:
+            _require_mismatch(error)
+            require_same_settings(self.settings, *_load_settings(self.root))
+            raise UsageError(f"the checkpoint in {self.root} does not fit this run: {error}") from error
         require_same_settings(self.settings, contents["settings"], f"step {step} in {self.root}")
         return f"continuing from step {step} in {self.root}"
 
@@ -86,10 +93,42 @@ def saved_settings(training: Images, args: argparse.Namespace) -> dict[str, Any]
 
 
 def require_same_settings(expected: Mapping[str, Any], found: Mapping[str, Any], checkpoint_name: str) -> None:
-    """Raise a UsageError that names the settings that differ from those saved in a checkpoint."""
-    if different := [name for name, value in expected.items() if found.get(name) != value]:
-        differences = "; ".join(f"{name} {found.get(name)}, and this run has {expected[name]}" for name in different)
+    """Raise a UsageError that names the settings that differ from those saved in a checkpoint, or are not saved."""
+    if missing := [name for name in expected if name not in found]:
+        raise UsageError(
+            f"{checkpoint_name} holds no {', '.join(missing)} to compare with this run: an older version of this "
+            "script or another program wrote it. Continue with the program that wrote it, or start anew in another "
+            "folder"
+        )
+    if different := [name for name, value in expected.items() if found[name] != value]:
+        differences = "; ".join(f"{name} {found[name]}, and this run has {expected[name]}" for name in different)
         raise UsageError(
             f"{checkpoint_name} was saved with {differences}: resume with the same options and data, or start anew in "
             "another folder"
         )
+
+
+def _load_settings(root: Path) -> tuple[dict[str, Any], str]:
+    """The settings in the newest intact checkpoint, empty if it has none, and a name for it in messages."""
+    contents: dict[str, Any] = {"settings": {}}
+    try:
+        step = checkpoint.load(contents, root)
+    except RendezvousError as error:
+        _require_mismatch(error)
+        return {}, f"the checkpoint in {root}"  # it has no such entry
+    return contents["settings"], f"step {step} in {root}"
+
+
+def _require_mismatch(error: RendezvousError) -> None:
+    """Raise a ScriptError unless `checkpoint.load` reports that names or shapes differ: some ranks did not arrive."""
+    if not error.same_call:
+        raise ScriptError(str(error)) from error
+
+
+@contextmanager
+def checkpoint_errors_as_script_errors() -> Iterator[None]:
+    """Raise a CheckpointError as a ScriptError: its message says all that a user needs."""
+    try:
+        yield
+    except checkpoint.CheckpointError as error:
+        raise ScriptError(str(error)) from error

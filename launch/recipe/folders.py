@@ -27,19 +27,25 @@ def claim_output_dir(folder: Path, run_id: str, *, option: str) -> None:
     it names the `option` that sets the folder.
     """
     problem = None
-    if dist.get_rank() == 0 and not (problem := _create(folder)):
+    if dist.get_rank() == 0 and not (problem := _create(folder, option)):
         file = folder / RUN_ID
         results = [path.name for pattern in RESULTS for path in folder.glob(pattern)]
         if results and not (file.exists() and file.read_text() == run_id):
-            problem = f"{folder} holds results of another run ({', '.join(results)})"
+            problem = f"{folder} holds results of another run ({', '.join(results)}); pass another {option}"
         else:
             file.write_text(run_id)
-    _raise_on_all_ranks(problem, option)
+    _raise_on_all_ranks(problem)
 
 
 def require_checkpoint_dir(folder: Path, *, option: str) -> None:
-    """Create `folder`. Collective: every rank. Raises: UsageError on every rank if any rank cannot write to it."""
-    _raise_on_all_ranks(_create(folder), option)
+    """Create `folder`.
+
+    Collective: every rank. Raises: UsageError on every rank if any rank cannot write to it, or if it is one checkpoint.
+    """
+    problem = _create(folder, option)
+    if not problem and (folder / ".metadata").exists():
+        problem = f"{folder} is one checkpoint, not a folder of several; pass {folder.parent}"
+    _raise_on_all_ranks(problem)
 
 
 def describe_checkpoint_dir(folder: Path | None) -> str:
@@ -47,18 +53,18 @@ def describe_checkpoint_dir(folder: Path | None) -> str:
     return f"checkpoints in {folder}" if folder else "no checkpoints"
 
 
-def _create(folder: Path) -> str | None:
-    """Create the folder, and return why it cannot be written to."""
+def _create(folder: Path, option: str) -> str | None:
+    """Create the folder, and return why it cannot be written to and what to do."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        return f"cannot write to {folder}: {error.strerror}"
+        return f"cannot write to {folder}: {error.strerror}; pass another {option}"
 
 
-def _raise_on_all_ranks(problem: str | None, option: str) -> None:
+def _raise_on_all_ranks(problem: str | None) -> None:
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     if found := next(filter(None, problems), None):
-        raise UsageError(f"{found}; pass another {option}")
+        raise UsageError(found)

@@ -13,8 +13,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
 
-class UsageError(ValueError):
-    """A mistake that the user can correct: `run_script` prints its message as one line, without a traceback."""
+class ScriptError(ValueError):
+    """Ends the script: `run_script` prints its message as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(ScriptError):
+    """Ends the script with exit code 2 before training, because of an option or a folder that the user can change."""
+
+    exit_code = 2
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -24,10 +32,14 @@ class OptionParser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def option(self, name: str, meaning: str, **settings: Any) -> None:  # noqa: ANN401  as `add_argument` takes
-        """Add an option; its help is `meaning`, and the default if there is one."""
-        if "default" in settings:
+        """Add an option; its help is `meaning`, and the default if there is one that `meaning` does not describe."""
+        if "default" in settings and "default" not in meaning:
             meaning += " (default: %(default)s)"
         self.add_argument(name, help=meaning, **settings)
+
+    def print_help(self, file: Any = None) -> None:  # noqa: ANN401  as in argparse
+        if _is_first_local_rank():
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; --help lists the options")
@@ -50,7 +62,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     """Runs `main` and ends the process; under torchrun, the report of a failed run has the exception of `main`."""
     exit_code = 0
     try:
-        record(main, _UsageErrorHandler())()
+        record(main, _ScriptErrorHandler())()
     except SystemExit as exit_request:
         if isinstance(exit_request.code, str):
             _print_line(exit_request.code)
@@ -58,8 +70,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         exit_code = 130
         _print_line("interrupted")  # where no `PreemptionHandler` has replaced Python's own handler
-    except UsageError as error:
-        exit_code = 2
+    except ScriptError as error:
+        exit_code = error.exit_code
         _print_line(f"error: {error}")
         if not _is_first_local_rank():
             time.sleep(30)  # torchrun kills all ranks once one exits: wait until the first rank has printed
@@ -75,11 +87,11 @@ def _print_line(text: str) -> None:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {text}\n")
 
 
-class _UsageErrorHandler(ErrorHandler):
-    """Gives torchrun the message of a UsageError, and of other exceptions the traceback too."""
+class _ScriptErrorHandler(ErrorHandler):
+    """Gives torchrun the message of a ScriptError, and of other exceptions the traceback too."""
 
     def record_exception(self, e: BaseException) -> None:
-        if not isinstance(e, UsageError):
+        if not isinstance(e, ScriptError):
             super().record_exception(e)
         elif file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             message = {"message": f"error: {e}", "extraInfo": {"timestamp": str(int(time.time()))}}

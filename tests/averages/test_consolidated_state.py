@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from ema_dist import Compensated, ShardedEMA
+from ema_dist.sharding import local_tensor
 from tests.support.layouts import (
     YOUNG_AVERAGES,
     assert_bitwise_equal,
@@ -121,6 +122,9 @@ def test_a_sharded_state_is_not_pickled(layout: str, tmp_path: Path) -> None:
             with pytest.raises(TypeError, match="consolidated_state_dict"):
                 write(part)
     assert type(copy.copy(state)) is type(state)
+    copied = copy.deepcopy(state)
+    for part in (copied, copied["tracks"], copied["tracks"]["default"]["averages"]):
+        assert type(part) is dict  # which DCP's stagers pickle
     dcp.save({"ema": state}, checkpoint_id=tmp_path / "saved")
     dcp.async_save({"ema": state}, checkpoint_id=tmp_path / "saved in the background").result()
     expected = averages_of_tracks(ema)
@@ -130,6 +134,17 @@ def test_a_sharded_state_is_not_pickled(layout: str, tmp_path: Path) -> None:
         dcp.load(loaded, checkpoint_id=folder)
         other.load_state_dict(loaded["ema"])
         assert_bitwise_equal(averages_of_tracks(other), expected)
+
+
+@layouts("fsdp2")
+def test_a_deep_copy_does_not_change_with_later_updates(layout: str) -> None:
+    _, ema = make_trained(layout)
+    averages = ema.state_dict()["tracks"]["default"]["averages"]
+    copied = copy.deepcopy(ema.state_dict())["tracks"]["default"]["averages"]
+    expected = {name: local_tensor(value).clone() for name, value in averages.items()}
+    ema.update()
+    assert_bitwise_equal({name: local_tensor(value) for name, value in copied.items()}, expected)
+    assert not all(torch.equal(local_tensor(value), expected[name]) for name, value in averages.items())
 
 
 def test_the_state_of_one_rank_alone_is_pickled() -> None:

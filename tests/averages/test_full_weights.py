@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ema_dist import ShardedEMA, compute_ema
+from ema_dist.averages import full_weights as full_weights_module
 from tests.support.layouts import (
     YOUNG_AVERAGES,
     assert_bitwise_equal,
@@ -58,6 +60,19 @@ def test_full_tensors_are_copies() -> None:
             parameter.add_(1)
     ema.update()
     assert_bitwise_equal(full, before)
+
+
+def test_a_rank_that_only_sends_waits_for_each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its device holds several full tensors at once. The device is a recorder here."""
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    ema = ShardedEMA(nn.Linear(2, 2))
+    layout = ema._live.layout  # noqa: SLF001
+    device = torch.device("cuda", 1)
+    for shard in layout.shards:
+        monkeypatch.setattr(shard, "full", lambda _: SimpleNamespace(device=device))
+    list(full_weights_module.gather(layout, {}, dtype=None, is_destination=False))
+    assert waited == [device] * 2
 
 
 class Counted(nn.Linear):

@@ -60,6 +60,9 @@ class Recorder:
     def current_stream(self, _: torch.device) -> Stream:
         return self._current[-1]
 
+    def set_device(self, device: torch.device) -> None:
+        self.recorded.append(f"{threading.current_thread().name[:8]} uses {device}")
+
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         self._current.append(stream)
@@ -74,6 +77,7 @@ class Recorder:
             Event = staticmethod(lambda: Event(self.recorded))  # none that blocks, as on XPU
             current_stream = staticmethod(self.current_stream)
             stream = staticmethod(self.stream)
+            set_device = staticmethod(self.set_device)
 
         return Module
 
@@ -222,6 +226,16 @@ def test_live_weights_are_copied_on_the_side_stream_and_averaged_by_the_worker(r
     first, second = ([event for event in step() if not event.startswith("ema_dist")] for _ in range(2))
     assert first[-1] == "the end of side"
     assert second[:2] == [WAIT, "weights are written"]
+
+
+def test_the_worker_uses_the_device_of_the_weights_before_it_waits(recorder: Recorder) -> None:
+    """A thread starts on device 0: to wait for an event there takes memory of another rank's GPU."""
+    ema = ShardedEMA(nn.Linear(2, 2), decay=0.5, store=Offloaded(pin_memory=False))
+    ema.update()
+    ema.state_dict()
+    told_to_worker = [text for text in recorder.read() if text.startswith("ema_dist")]
+    assert told_to_worker[0] == "ema_dist uses cpu"
+    assert "ema_dist waits for the end of side" in told_to_worker
 
 
 def test_buffers_are_copied_before_the_next_forward_pass(recorder: Recorder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -455,6 +456,22 @@ def test_ranks_with_different_models_or_keys_get_an_error(tmp_path: Path) -> Non
     checkpoint.save({"x": 1, "y": 2}, tmp_path, step=0)
     with pytest.raises(RuntimeError, match=r"keys.*ranks 0 and 1\b.*\['y'\]"):
         checkpoint.load({"x": 1} if rank else {"x": 1, "y": 2}, tmp_path)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("mode", ["block", "background"])
+def test_a_full_disk_is_an_error_on_every_rank(mode: str, tmp_path: Path) -> None:
+    """A limit on the size of files makes writing fail as a full disk does."""
+    checkpoint.save({"x": torch.ones(3)}, tmp_path, step=1, keep=1)
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard_limit))
+    try:
+        with pytest.raises(checkpoint.CheckpointError, match=r"step-0+2 .*disk full"):
+            checkpoint.save({"x": torch.ones(10_000)}, tmp_path, step=2, keep=1, block=mode == "block")
+            checkpoint.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard_limit, hard_limit))
+    assert checkpoint.latest(tmp_path) == 1
 
 
 @pytest.mark.world_size(2)

@@ -42,6 +42,38 @@ def test_weights_by_others_are_kept_without_force(tmp_path: Path) -> None:
     assert_bitwise_equal(load_file(tmp_path / name), ema.full_state_dict())
 
 
+def test_edited_configuration_is_kept_without_force(tmp_path: Path) -> None:
+    root, *_ = make_checkpoint(tmp_path / "root")
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "net"}')
+    for _ in range(2):
+        run_ok("export", root, out, "--config", source)
+    (out / "config.json").write_text('{"model_type": "net", "use_cache": false}')
+    result = run("export", root, out, "--config", source)
+    assert result.exit_code == 1
+    assert re.search(r"config\.json.*'use_cache'.*--config.*--force", result.stderr)
+    assert "model.safetensors" not in result.stderr
+    run_ok("export", root, out)
+    run_ok("export", root, out, "--config", source, "--force")
+    assert json.loads((out / "config.json").read_text()) == {"model_type": "net"}
+
+
+@pytest.mark.parametrize("size", ["5GiB", "2KiB"])
+def test_unedited_configuration_is_replaced_by_an_export_of_another_name(size: str, tmp_path: Path) -> None:
+    root, *_ = make_checkpoint(tmp_path / "root")
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    other_name = ("--name", "diffusion_pytorch_model.safetensors")
+    for version, options in enumerate([(), other_name, (), other_name]):
+        (source / "config.json").write_text(f'{{"version": {version}}}')
+        run_ok("export", root, out, "--config", source, "--max-shard-size", size, *options)
+        run_ok("export", root, out, "--max-shard-size", size)
+        assert json.loads((out / "config.json").read_text()) == {"version": version}
+    (out / "config.json").write_text('{"version": 0}')
+    assert run("export", root, out, "--config", source).exit_code == 1
+
+
 def test_a_folder_without_configuration_is_refused(tmp_path: Path) -> None:
     root, *_ = make_checkpoint(tmp_path / "root")
     result = run("export", root, tmp_path / "out", "--config", tmp_path / "nowhere")

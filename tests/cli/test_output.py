@@ -190,3 +190,11 @@ def test_ctrl_c_ends_an_export_without_a_trace(tmp_path: Path, monkeypatch: pyte
     result = run("export", path, tmp_path / "new" / "out")
     assert result.exit_code == 130
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("arguments", "succeeds"), [("export --help", True), ("inspect --unknown", False)])
+def test_help_may_be_read_in_part(arguments: str, succeeds: bool) -> None:  # noqa: FBT001
+    """An error remains one."""
+    command = f"{sys.executable} -m ema_dist.cli {arguments} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], check=False, capture_output=True, timeout=60)
+    assert (ended.returncode == 0) == succeeds

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -13,8 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ema_dist import ShardedEMA
+from ema_dist import Offloaded, ShardedEMA
 from ema_dist.kernels import DEVICE_SCRATCH_BYTES
+from ema_dist.kernels.bus_copy import STAGING_BYTES
+from ema_dist.kernels.selection import MAX_MEASURED_NUMEL_ON_DEVICE
+from ema_dist.sharding import local_tensor
 from tests.schedules.laws import LAWS
 from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, full_weights
 
@@ -52,6 +56,18 @@ LAYOUTS = [
         for ranks in (1, 2)
     ],
 ]
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+def test_deep_copies_of_sharded_states_are_on_the_cpu() -> None:
+    """DCP's `DefaultStager` does not move values of this type, and sends the copies to the process that writes."""
+    state = ShardedEMA(make_model("fsdp2"), decay=0.75).state_dict()
+    copied = copy.deepcopy(state)
+    for name, average in state["tracks"]["default"]["averages"].items():
+        staged = copied["tracks"]["default"]["averages"][name]
+        assert (local_tensor(staged).device.type, local_tensor(average).device.type) == ("cpu", "cuda")
+        assert torch.equal(local_tensor(staged), local_tensor(average).cpu())
 
 
 @pytest.mark.gpu
@@ -127,3 +143,90 @@ def test_laws_on_the_device_do_not_wait(overlap: bool) -> None:  # noqa: FBT001
         full = on_device.full_state_dict(track=track)
         for name, value in on_host.full_state_dict(track=track).items():
             torch.testing.assert_close(full[name], value)
+
+
+def peak_device_memory(call: Callable[[], object]) -> int:
+    """Peak bytes that `call` allocated on the device, beyond those before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def swap(ema: ShardedEMA) -> None:
+    with ema.swapped():
+        pass
+
+
+def serve(ema: ShardedEMA) -> None:
+    with ema.serving():
+        pass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("call", [ShardedEMA.update, swap, serve])
+def test_calls_take_bounded_device_memory(call: Callable[[ShardedEMA], object]) -> None:
+    """On a model of three dtypes: one scratch for all of them, and what the docs say of another dtype."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    model = nn.Sequential(*(nn.Linear(8192, 8192, bias=False, device="cuda", dtype=dtype) for dtype in dtypes))
+    live_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    ema = ShardedEMA(model)
+    copied_bytes = 0 if call is ShardedEMA.update else live_bytes
+    assert peak_device_memory(lambda: call(ema)) <= DEVICE_SCRATCH_BYTES + copied_bytes
+
+
+@pytest.mark.gpu
+def test_construction_takes_the_averages_and_what_is_measured() -> None:
+    model = nn.Linear(16384, 16384, bias=False, device="cuda", dtype=torch.bfloat16)
+    made: list[ShardedEMA] = []
+    peak = peak_device_memory(lambda: made.append(ShardedEMA(model)))
+    averages = model.weight.numel() * 4
+    assert peak <= averages + 4 * MAX_MEASURED_NUMEL_ON_DEVICE + 2 * MAX_MEASURED_NUMEL_ON_DEVICE + DEVICE_SCRATCH_BYTES
+
+
+@pytest.mark.gpu
+def test_pinned_memory_does_not_grow_with_swaps() -> None:
+    if not hasattr(torch.cuda, "host_memory_stats"):
+        pytest.skip("this version of torch does not count pinned memory")
+    model = nn.Linear(8192, 8192, bias=False, device="cuda", dtype=torch.bfloat16)
+    ema = ShardedEMA(model, store=Offloaded())
+    pinned: list[int] = []
+    for _ in range(4):
+        ema.update()
+        swap(ema)
+        pinned.append(torch.cuda.host_memory_stats()["allocated_bytes.current"])
+    assert pinned[1:] == [pinned[1]] * 3
+    assert pinned[-1] <= 2 * model.weight.nbytes + 2 * STAGING_BYTES
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about this GPU
+def test_a_compiled_model_with_cuda_graphs_is_served_and_swapped() -> None:
+    net = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256)).cuda().eval()
+    batch = torch.randn(32, 256, device="cuda")
+    ema = ShardedEMA(net, decay=0.5)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1)
+        ema.update()
+        with ema.swapped():
+            expected = net(batch).clone()
+        live = net(batch).clone()
+        model = torch.compile(net, mode="reduce-overhead")
+        for _ in range(3):
+            torch.testing.assert_close(model(batch).clone(), live, rtol=1e-3, atol=1e-4)
+        for block in (ema.serving, ema.swapped):
+            with block():
+                for _ in range(3):
+                    torch.testing.assert_close(model(batch).clone(), expected, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(model(batch).clone(), live, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_graphed_callable_is_swapped() -> None:
+    net = nn.Linear(8, 8, device="cuda")
+    ema = ShardedEMA(net, decay=0.5)
+    torch.cuda.make_graphed_callables(net, (torch.randn(4, 8, device="cuda"),))
+    assert "swapped()" in ema.serving_mode

@@ -192,6 +192,28 @@ def test_averages_are_gathered_and_saved_with_an_nccl_only_group(layout: str, tm
     assert_bitwise_equal(loaded, full)
     again.load_full_state_dict(full)
     assert_bitwise_equal(again.full_state_dict(), full)
+    checkpoint.save({"model": model, "ema": ema}, tmp_path / "background", step=1, block=False)
+    checkpoint.wait()
+    change_weights(model, 2)
+    ema.update()
+    checkpoint.load({"ema": ema}, tmp_path / "background")
+    assert_bitwise_equal(ema.full_state_dict(), full)
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(1)
+def test_buffers_on_the_cpu_are_scattered_with_an_nccl_only_group(tmp_path: Path) -> None:
+    """NCCL sends no tensors of the CPU, and no int16."""
+    dist.destroy_process_group()
+    store = dist.FileStore(str(tmp_path / "nccl"), 1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    model = make_model("fsdp2")
+    model.register_buffer("angles", torch.randn(5))
+    model.register_buffer("counts", torch.arange(5, dtype=torch.int16))
+    ema = ShardedEMA(model, decay=0.5)
+    full = ema.full_state_dict()
+    ema.load_full_state_dict({name: value + 1 for name, value in full.items()})
+    assert_bitwise_equal(ema.full_state_dict(), {name: value + 1 for name, value in full.items()})
 
 
 @pytest.mark.gpu
@@ -232,3 +254,16 @@ def test_weights_in_cpu_memory_are_not_written_to_before_the_device_has_copied_t
         output = model(batch)
         calls[call]()
     assert torch.equal(output, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.world_size(2)
+def test_no_rank_takes_memory_on_the_gpu_of_another() -> None:
+    """The thread of `Offloaded` waits for events, which creates a context on the thread's current device."""
+    ema = ShardedEMA(nn.Linear(8, 8, device="cuda"), decay=0.5, replicas="copy", store=Offloaded())
+    for _ in range(3):
+        ema.update()
+    ema.state_dict()
+    dist.barrier()
+    other_device = 1 - dist.get_rank()
+    assert not torch._C._cuda_hasPrimaryContext(other_device)  # noqa: SLF001  no public name

@@ -20,6 +20,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Split small tensors, too."""
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", 256)
     monkeypatch.setattr(triton_kernel, "BLOCK", 64)
+    monkeypatch.setattr(triton_kernel, "PIECE", 32)
 
 
 @pytest.mark.parametrize(

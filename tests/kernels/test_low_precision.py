@@ -32,6 +32,7 @@ LIVE = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 def chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of chunks must not matter."""
     monkeypatch.setattr(triton_kernel, "BLOCK", 64)
+    monkeypatch.setattr(triton_kernel, "PIECE", 32)
     monkeypatch.setattr(scratch, "CPU_SCRATCH_BYTES", request.param)
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from ema_dist import kernels
-from ema_dist.kernels import CompensatedRounding, StochasticRounding, TensorOffset, make_kernel, recombine
-from ema_dist.kernels.triton_kernel import BLOCK
+from ema_dist.kernels import CompensatedRounding, StochasticRounding, TensorOffset, make_kernel, recombine, split_hi_lo
+from ema_dist.kernels.triton_kernel import BLOCK, PIECE
 from tests.support import ROOT
 from tests.support.sample_tensors import assert_close, expected_average, sample_tensors
 
@@ -62,28 +65,73 @@ def test_without_triton_it_falls_back_with_a_warning(monkeypatch: pytest.MonkeyP
     assert lerp.name == "foreach"
 
 
-@needs_triton
-@pytest.mark.parametrize("rounding", ["NEAREST", "STOCHASTIC", "COMPENSATED"])
-def test_it_compiles_for_a_gpu_and_reads_16_bytes_at_a_time(
-    rounding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """No GPU is needed to compile for one."""
+@pytest.mark.parametrize("error", [RuntimeError("no driver"), ImportError("undefined symbol"), AttributeError("jit")])
+def test_with_a_broken_triton_it_falls_back_with_a_warning(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "triton":
+                raise error
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton" or name.endswith("triton_jit")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(kernels, "triton_jit", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.warns(UserWarning, match=f"kernel='triton'.*'foreach'.*{error}"):
+        lerp = make_kernel([[torch.zeros(3)]], [torch.ones(3)], kernel="triton")
+    assert lerp.name == "foreach"
+
+
+def compile_for(capability: int, live: str, stored: str, rounding: str, tracks: int) -> Any:  # noqa: ANN401
+    """The kernel compiled for a GPU of this compute capability, which is not needed for it."""
     from triton import compile  # noqa: A004, PLC0415 - optional
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
     from triton.compiler import ASTSource  # noqa: PLC0415
 
     from ema_dist.kernels import triton_jit  # noqa: PLC0415
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tl, kernel = triton_jit.tl, triton_jit.lerp_tracks
-    stored = tl.float32 if rounding == "NEAREST" else tl.uint16
-    settings = {"live": tl.bfloat16, "stored": stored, "wide": tl.float32, "track_count": 2, "finite": True}
-    settings |= {"rounding": getattr(triton_jit, rounding).value, "aligned": True, "block": BLOCK}
+    dtypes = {"live": getattr(tl, live), "stored": getattr(tl, stored), "wide": tl.float32}
+    settings = {**dtypes, "track_count": tracks, "finite": True, "rounding": getattr(triton_jit, rounding).value}
+    settings |= {"aligned": True, "block": BLOCK, "piece": PIECE}
     types = ["*i64"] * 3 + ["*i32", "*i64"] + ["*i32"] * 3 + ["*fp64", "*i32", "i32"] + ["constexpr"] * len(settings)
     source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), settings)
-    assembly = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-    assert "ld.global.v4.b32" in assembly
-    assert "st.global.v4.b32" in assembly
+    try:
+        return compile(source, target=GPUTarget("cuda", capability, 32))
+    except RuntimeError as error:
+        if "is not defined for option 'gpu-name'" not in str(error):
+            raise
+        pytest.skip(f"this version of Triton does not know sm_{capability}")
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("live", "stored", "rounding", "tracks"),
+    [
+        ("float32", "float32", "NEAREST", 1),
+        ("bfloat16", "float32", "NEAREST", 1),
+        ("bfloat16", "float32", "NEAREST", 4),
+        ("bfloat16", "uint16", "STOCHASTIC", 4),
+        ("bfloat16", "uint16", "COMPENSATED", 4),
+    ],
+)
+def test_it_compiles_for_a_gpu_into_few_registers_and_reads_16_bytes_at_a_time(
+    capability: int, live: str, stored: str, rounding: str, tracks: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With 96 registers a thread, five programs run on a processor at a time; with all 255, two."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = compile_for(capability, live, stored, rounding, tracks)
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
+    assert "st.global.v4.b32" in compiled.asm["ptx"]
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    import triton.backends.nvidia  # noqa: PLC0415
+
+    command = [Path(triton.backends.nvidia.__file__).with_name("bin") / "cuobjdump", "-res-usage", cubin]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, spilled = (int(re.findall(rf"\b{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
+    assert registers <= 96
+    assert spilled == 0
 
 
 def on_the_gpu(dtype: torch.dtype, count: int = 1) -> list[list[Tensor]]:
@@ -161,3 +209,50 @@ def test_an_update_does_not_wait_for_the_gpu() -> None:
         lerp([torch.tensor(0.5, device="cuda")])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["scratch", "triton"])
+def test_on_the_gpu_compensated_averages_equal_float32_averages(kernel: str) -> None:
+    """Over many updates, with weights that round."""
+    (values,), (averages,) = on_the_gpu(BF16), on_the_gpu(torch.float32)
+    high, low = (list(column) for column in zip(*map(split_hi_lo, averages), strict=True))
+    lerp = make_kernel([averages], values, kernel=kernel)
+    lerp_parts = make_kernel([high], values, kernel=kernel, rounding=CompensatedRounding([low]))
+    for step in range(40):
+        for value in values:
+            value.add_(0.01)
+        weight = (0.001, 0.3, 0.9999, 0.5)[step % 4]
+        lerp([weight])
+        lerp_parts([weight])
+    assert all(torch.equal(recombine(*parts), average) for *parts, average in zip(high, low, averages, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["scratch", "triton"])
+def test_on_the_gpu_random_bits_are_those_of_the_cpu_for_large_offsets(kernel: str) -> None:
+    """With weights of 1 the arithmetic is exact: only the random bits decide."""
+    (values,) = on_the_gpu(torch.float32)
+    rounding = StochasticRounding([TensorOffset(2**31 + 3 * index, 2**33 + 5) for index in range(len(values))], 2**40)
+    averages = [torch.zeros_like(value, dtype=BF16) for value in values]
+    expected = [average.cpu() for average in averages]
+    lerp = make_kernel([averages], values, kernel=kernel, rounding=rounding)
+    lerp_on_cpu = make_kernel([expected], [value.cpu() for value in values], kernel="scratch", rounding=rounding)
+    for update_index in (0, 1, 2**31 - 1):
+        lerp([1.0], update_index)
+        lerp_on_cpu([1.0], update_index)
+        assert all(torch.equal(average.cpu(), on_cpu) for average, on_cpu in zip(averages, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["foreach", "scratch", "triton"])
+def test_on_the_gpu_a_tensor_may_have_more_elements_than_32_bits_count(kernel: str) -> None:
+    numel = 2**31 + BLOCK + 3
+    if torch.cuda.mem_get_info()[0] < 9 * numel:
+        pytest.skip("needs 18 GiB of a GPU")
+    value = torch.ones(numel, dtype=torch.float32 if kernel == "foreach" else BF16, device="cuda")
+    average = torch.zeros(numel, device="cuda")
+    lerp = make_kernel([[average]], [value], kernel=kernel)
+    assert lerp.name == kernel
+    lerp([0.25])
+    assert bool((average == 0.25).all())

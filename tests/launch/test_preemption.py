@@ -9,8 +9,9 @@ import signal
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,13 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import train
-from ema_dist import HalfLife, ShardedEMA
+from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.evaluation.swap import active_swaps
 from recipe import metrics
 from recipe.checkpoints import Checkpoints
 from recipe.data import Images, load_images
+from recipe.folders import require_checkpoint_dir
 from recipe.preemption import Preempted, PreemptionHandler
-from recipe.script import UsageError
+from recipe.script import ScriptError, UsageError
 from tests.support.injected_signals import read_metrics
 from tests.support.layouts import YOUNG_AVERAGES
 
@@ -191,6 +193,54 @@ def test_other_settings_than_the_checkpoints_are_refused_on_resuming(tmp_path: P
     train.load_images = images_with_another_label
     with pytest.raises(UsageError, match=r"step 1 .*data set"):
         run(tmp_path, "--parallel", "ddp", "--resume")
+
+
+SETTINGS = {"--batch-size": 600, "--seed": 0, "--learning-rate": 0.002, "data set (SHA-256)": "digest"}
+
+
+@pytest.mark.world_size(2, timeout=120)
+@pytest.mark.parametrize(
+    ("saved", "names"),
+    [
+        ({"model": nn.Linear(2, 2)}, "--batch-size.*--seed.*--learning-rate.*data set"),
+        (
+            {"settings": {**SETTINGS, "--batch-size": 400, "--seed": 7}},
+            r"--batch-size 400\b.*\b600\b.*--seed 7\b.*\b0\b",
+        ),
+        ({"settings": {name: value for name, value in SETTINGS.items() if name != "--seed"}}, "--seed"),
+    ],
+    ids=["without settings", "other settings", "without a seed"],
+)
+def test_a_checkpoint_of_another_program_is_refused_by_its_settings(
+    saved: dict[str, Any], names: str, tmp_path: Path
+) -> None:
+    """The error lists the missing or different settings, not the first missing tensor."""
+    checkpoint.save(saved, tmp_path / "checkpoints", step=1)
+    with pytest.raises(UsageError, match=names):
+        run(tmp_path, "--parallel", "ddp", "--resume")
+
+
+@pytest.mark.world_size(1)
+def test_one_checkpoint_is_not_taken_for_a_folder_of_several(tmp_path: Path) -> None:
+    checkpoint.save({"settings": SETTINGS}, tmp_path, step=1)
+    folder = tmp_path / "step-0000000001"
+    with pytest.raises(UsageError, match=rf"{re.escape(str(folder))} .*pass {re.escape(str(tmp_path))}$"):
+        run(tmp_path, "--parallel", "plain", "--resume", "--checkpoint-dir", str(folder), checkpoints=False)
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_that_does_not_arrive_is_not_taken_for_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "load", partial(checkpoint.load, timeout=0.5))
+    checkpoint.save({"settings": SETTINGS}, tmp_path, step=1)
+    if dist.get_rank() == 0:
+        with pytest.raises(ScriptError, match="rank 1 did not arrive") as caught:
+            Checkpoints(tmp_path, {}, SETTINGS).resume(is_requested=True)
+        assert not isinstance(caught.value, UsageError)
+    else:
+        require_checkpoint_dir(tmp_path, option="--checkpoint-dir")
+    dist.barrier()
 
 
 def images_with_another_label(device: torch.device) -> tuple[Images, Images]:

@@ -132,3 +132,14 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_new_ones(finished: tup
     again = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     assert again.returncode == 2
     assert re.search(r"\bstep 54\b.*--resume", again.stderr)
+
+
+def test_damaged_checkpoints_are_one_line(finished: tuple[Path, str], tmp_path: Path) -> None:
+    directory, _ = finished
+    shutil.copytree(directory / "checkpoints/step-0000000054", tmp_path / "checkpoints/step-0000000054")
+    for file in (tmp_path / "checkpoints").rglob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:-5])
+    command = (sys.executable, *train_command(tmp_path, "--resume"))
+    resumed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert resumed.returncode == 1
+    assert re.fullmatch(r"train\.py: error: .*step-0000000054/__0_0\.distcp.*\n", resumed.stderr)

@@ -125,6 +125,28 @@ def test_other_settings_than_the_checkpoints_are_refused_on_resuming(finished: t
     assert "Traceback" not in completed.stdout
 
 
+def test_a_checkpoint_that_cannot_be_resumed_is_one_line(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Damaged; or by an older version of the script, which Composer would continue with any settings."""
+    file = tmp_path / "ep1-ba27-rank0.pt"
+    (tmp_path / "latest-rank0.pt").symlink_to(file.name)
+    contents = torch.load(finished[0] / file.name, weights_only=False)
+    del contents["state"]["callbacks"]["SettingsCheck"]
+    torch.save(contents, file)
+    for message in (r"--batch-size.*--seed", r"latest-rank0\.pt.*--parallel"):
+        refused = run(sys.executable, *train_command(tmp_path, "--resume"))
+        assert refused.returncode != 0
+        assert re.search(rf"^train_composer\.py: error: .*{message}", refused.stdout, re.MULTILINE)
+        assert "Traceback" not in refused.stdout
+        file.write_bytes(file.read_bytes()[:-500])
+
+
+def test_an_error_outside_of_loading_is_not_taken_for_a_damaged_checkpoint(tmp_path: Path) -> None:
+    from train_composer import loading_errors_as_script_errors  # noqa: PLC0415  it imports Composer
+
+    with pytest.raises(ValueError, match=r"^wrong argument$"), loading_errors_as_script_errors(tmp_path):
+        raise ValueError("wrong argument")
+
+
 def test_fsdp2_resumes_on_one_process_whose_progress_bar_has_both_metrics(tmp_path: Path) -> None:
     options = ("--parallel", "fsdp2", "--epochs")
     output = output_of(*TWO_RANKS, *train_command(tmp_path, *options, "1"))

@@ -39,13 +39,18 @@ def test_a_script_alone_prints_one_line_and_exits_with_2(tmp_path: Path) -> None
 
 
 def test_help_shows_the_defaults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for script, defaults in ((train, ("plain", 60.0, 24, 48, 0.002, "runs/digits")), (distill, (20.0, 96, 0.3))):
+    for script, defaults in ((train, (60.0, 24, 48, 0.002, "runs/digits")), (distill, (20.0, 96, 0.3))):
         monkeypatch.setattr(sys, "argv", ["script", "--help"])
         with pytest.raises(SystemExit):
             script.parse_arguments()
         text = " ".join(capsys.readouterr().out.split())
         assert [f"(default: {value})" in text for value in defaults] == [True] * len(defaults)
         assert "None" not in text
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with pytest.raises(SystemExit):
+            script.parse_arguments()
+        monkeypatch.delenv("LOCAL_RANK")
+        assert capsys.readouterr().out == "", "torchrun shows the output of all ranks"
 
 
 @pytest.mark.parametrize(("ranks", "gpus"), [(1, 0), (2, 1)])

@@ -62,11 +62,12 @@ hypothesis.settings.load_profile("repeatable")
 
 @dataclass(frozen=True)
 class World:
-    """The number of ranks, the time limit in seconds, and the backend of their process group."""
+    """The number of ranks, the time limit in seconds, the backend of their group, and whether they share a GPU."""
 
     size: int
     timeout: float = 60.0
     backend: str = "gloo"
+    shares_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -246,8 +247,8 @@ def _init_process_group(world: World, rank: int, directory: Path) -> dist.Store:
     """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world.size)}
     device = torch.device("cuda", rank) if "nccl" in world.backend else None
-    if device is not None:
-        torch.cuda.set_device(device)
+    if device is not None or world.shares_gpu:
+        torch.cuda.set_device(device or 0)
     torch_2_7.apply_workarounds(device.type if device else "cpu")
     store = dist.FileStore(str(directory / "store"), world.size)
     dist.init_process_group(

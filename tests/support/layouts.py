@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -22,8 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
 from tests.support.torch_2_7 import FSDP2_TP_ROWS
-
-CPU = torch.device("cpu")
 
 
 class Block(nn.Module):
@@ -78,6 +76,11 @@ class LayoutSpec:
     hidden: int = 7  # tensor parallelism needs an even split: with 6 rows over 2, FSDP2 still shards 3 unevenly
 
 
+def _mesh(net: nn.Module, shape: tuple[int, ...], names: tuple[str, ...] | None = None) -> DeviceMesh:
+    """A mesh for the device of `net`."""
+    return init_device_mesh(next(net.parameters()).device.type, shape, mesh_dim_names=names)
+
+
 def _ddp(net: nn.Module) -> nn.Module:
     return DistributedDataParallel(net)
 
@@ -85,20 +88,20 @@ def _ddp(net: nn.Module) -> nn.Module:
 def _fsdp1(net: nn.Module, strategy: str = "FULL_SHARD", *, use_orig_params: bool = True) -> nn.Module:
     own_flat_module = None if use_orig_params else net.frozen  # one flat parameter cannot be partly frozen
     hybrid = strategy == "HYBRID_SHARD"
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2) if hybrid else (dist.get_world_size(),))
+    mesh = _mesh(net, (2, dist.get_world_size() // 2) if hybrid else (dist.get_world_size(),))
     return FullyShardedDataParallel(
         net,
         auto_wrap_policy=CustomPolicy(lambda module: isinstance(module, Block) or module is own_flat_module),
         sharding_strategy=ShardingStrategy[strategy],
         use_orig_params=use_orig_params,
-        device_id=CPU,
+        device_id=next(net.parameters()).device,
         device_mesh=mesh,
     )
 
 
 def _fsdp2(net: nn.Module, *, nested: bool = True, reshard: bool = True, replicas: int = 1) -> nn.Module:
     shape = (dist.get_world_size(),) if replicas == 1 else (replicas, dist.get_world_size() // replicas)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("shard",) if replicas == 1 else ("replicate", "shard"))
+    mesh = _mesh(net, shape, names=("shard",) if replicas == 1 else ("replicate", "shard"))
     for block in net.blocks if nested else []:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     return fully_shard(net, mesh=mesh, reshard_after_forward=reshard)
@@ -111,12 +114,12 @@ TP_PLAN = {
 
 
 def _tp(net: nn.Module) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = _mesh(net, (dist.get_world_size(),))
     return parallelize_module(net, mesh, {name: style() for name, style in TP_PLAN.items()})
 
 
 def _fsdp2_tp(net: nn.Module) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "model"))
+    mesh = _mesh(net, (dist.get_world_size() // 2, 2), names=("data", "model"))
     parallelize_module(net, mesh["model"], {name: style() for name, style in TP_PLAN.items()})
     for block in net.blocks:
         fully_shard(block, mesh=mesh["data"])
@@ -232,6 +235,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
     """One optimizer step on a batch that is the same on every rank and for every layout."""
     batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
     model.train()
+    batch = batch.to(next(model.parameters()).device)
     model(batch).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -267,7 +271,8 @@ def assert_bitwise_equal(actual: dict[str, Tensor], expected: dict[str, Tensor])
 def evaluate(model: nn.Module) -> Tensor:
     """The outputs on a fixed batch."""
     model.eval()
-    return model(torch.randn(4, 6, generator=torch.Generator().manual_seed(-1))).clone()
+    batch = torch.randn(4, 6, generator=torch.Generator().manual_seed(-1))
+    return model(batch.to(next(model.parameters()).device)).clone()
 
 
 def peak_memory(call: Callable[[], object]) -> int:

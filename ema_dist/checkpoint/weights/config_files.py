@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
+import json
+from collections.abc import Container, Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.weights.formats import INDEX_SUFFIX
+from ema_dist.checkpoint.weights.formats import COPIED_CHECKSUMS_KEY, INDEX_SUFFIX
+from ema_dist.messages import abbreviated
 
 CONFIG_SUFFIXES = (".codes", ".jinja", ".json", ".model", ".spm", ".tiktoken", ".txt", ".vocab")
 """Configuration, vocabularies and chat templates; no weights, and no code."""
@@ -26,3 +33,62 @@ def config_files(folder: Path) -> list[Path]:
             "that was trained"
         )
     return files
+
+
+def unedited_copies(folder: Path, metadata: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The checksums, by name, of the files in ``folder`` that are still as an export by this package copied them.
+
+    Args:
+        metadata: of the indices and single files of all exports into ``folder`` by this package.
+    """
+    records = [(name, value) for each in metadata for name, value in _copied_checksums(each).items()]
+    present = {path.name: path for path in folder.iterdir() if path.is_file()}
+    return {name: value for name, value in records if name in present and checksum(present[name]) == value}
+
+
+def _copied_checksums(metadata: Mapping[str, Any]) -> dict[str, str]:
+    try:
+        record = json.loads(metadata.get(COPIED_CHECKSUMS_KEY, "{}"))
+        return {name: value for name, value in record.items() if isinstance(value, str)}
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        return {}  # not written by this package after all: nothing counts as copied
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file of configuration, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def describe_edit(path: Path, source: Path, unedited: Container[str]) -> str:
+    """Describe what would be lost if ``source`` replaced ``path``; empty if they are equal or ``path`` is an old copy.
+
+    Args:
+        unedited: the names of the `unedited_copies` in the folder of ``path``.
+    """
+    if not path.is_file():
+        return f"{path.name} is not a file"
+    if path.name in unedited or filecmp.cmp(path, source, shallow=False):
+        return ""
+    return f"{path.name} differs from {source} {_where_different(path.read_bytes(), source.read_bytes())}"
+
+
+def _where_different(content: bytes, other: bytes) -> str:
+    """Where two files differ: the keys of the top level if both are JSON objects, else the first line."""
+    if keys := _different_keys(content, other):
+        return f"in {abbreviated(map(repr, keys), limit=5)}"
+    return f"from line {_first_different_line(content, other)} on"
+
+
+def _different_keys(content: bytes, other: bytes) -> list[str]:
+    """The keys of the top level with different values; empty if one of the two is no JSON object."""
+    try:
+        values, other_values = json.loads(content), json.loads(other)
+        in_one_only = values.keys() ^ other_values.keys()
+        return sorted(in_one_only | {key for key in values.keys() - in_one_only if values[key] != other_values[key]})
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        return []
+
+
+def _first_different_line(content: bytes, other: bytes) -> int:
+    lines = zip_longest(content.splitlines(keepends=True), other.splitlines(keepends=True))
+    return next(number for number, (line, other_line) in enumerate(lines, 1) if line != other_line)

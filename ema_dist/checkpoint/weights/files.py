@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import filecmp
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -21,13 +20,16 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from ema_dist.checkpoint.step_folders import fsync
+from ema_dist.checkpoint.weights.config_files import checksum, describe_edit, unedited_copies
 from ema_dist.checkpoint.weights.formats import (
+    COPIED_CHECKSUMS_KEY,
     FORMATS,
     WRITER_MARK,
     FileFormat,
     FileWriter,
     dtype_name,
-    is_own_file,
+    entry_files,
+    own_metadata,
     unsupported_reason,
 )
 from ema_dist.messages import abbreviated
@@ -73,8 +75,9 @@ class WeightWriter:
         file_format: ``"torch"`` writes ``pytorch_model.bin`` by ``torch.save``, and keeps values that are not tensors.
         name: the file name; if there are several files, they and their index are named after it. None for
             ``model.safetensors`` or ``pytorch_model.bin``.
-        copied: files to copy into ``folder`` together with the weights.
-        force: whether to overwrite files that this package did not write. Its own files are always replaced.
+        copied: files of configuration to copy into ``folder`` together with the weights.
+        force: whether to overwrite weights that this package did not write, and configuration files that were edited or
+            come from elsewhere. Files that this package wrote, and unedited copies, are always replaced.
 
     Memory: nothing beside the tensor that is written; the tensors of one file with ``"torch"``.
     Raises: ValueError for a dtype that the format cannot hold or an invalid size or name, before anything is written;
@@ -98,6 +101,7 @@ class WeightWriter:
         self.folder = Path(folder)
         self._format = FORMATS[file_format].named(name or FORMATS[file_format].single_file)
         self._copied = {self.folder / path.name: path for path in copied}
+        self._copied_checksums: dict[str, str] = {}
         self._force = force
         self._skipped = {
             name for name, value in planned.items() if value is None and not self._format.keeps_non_tensors
@@ -141,7 +145,10 @@ class WeightWriter:
         with ExitStack() as exit_stack:
             exit_stack.enter_context(_made_folder(self.folder))
             exit_stack.enter_context(_folder_lock(self.folder))
-            self._require_no_conflict()
+            weights = {*self._format.files(self.folder), *entry_files(self.folder)}
+            own = {path: metadata for path in weights if (metadata := own_metadata(path)) is not None}
+            self._copied_checksums = unedited_copies(self.folder, own.values())
+            self._require_no_conflict(own)
             if self._skipped:
                 warnings.warn(
                     f"{abbreviated(sorted(self._skipped))} are no tensors, and {self._format.suffix} files hold "
@@ -153,12 +160,14 @@ class WeightWriter:
             exit_stack.callback(shutil.rmtree, self._partial_folder, ignore_errors=True)  # if not, the next export does
             self._partial_folder.mkdir()
             for target, source in self._copied.items():
-                shutil.copyfile(source, self._partial_folder / target.name)
-                fsync(self._partial_folder / target.name)
+                copy = self._partial_folder / target.name
+                shutil.copyfile(source, copy)
+                fsync(copy)
+                self._copied_checksums[target.name] = checksum(copy)
             self._exit_stack = exit_stack.pop_all()
         return self
 
-    def _require_no_conflict(self) -> None:
+    def _require_no_conflict(self, own_weights: Container[Path]) -> None:
         is_default_name = self._format.single_file in {file_format.single_file for file_format in FORMATS.values()}
         other_formats = [
             file_format if is_default_name else replace(file_format, stem=self._format.stem)
@@ -177,17 +186,21 @@ class WeightWriter:
                 f"{self.folder} holds folders with the names of files to be written: {folders}; remove them, or "
                 "choose another folder"
             )
-        foreign = {path for path in weights if os.path.lexists(path) and not is_own_file(path)}
-        foreign |= {
-            path
-            for path, source in self._copied.items()
-            if os.path.lexists(path) and not (path.is_file() and filecmp.cmp(path, source, shallow=False))
-        }
-        if foreign and not self._force:
+        conflicts: list[str] = []
+        if foreign := sorted(path.name for path in weights if os.path.lexists(path) and path not in own_weights):
+            conflicts.append(
+                f"weights that ema_dist did not write: {abbreviated(foreign)} (choose another folder or name)"
+            )
+        present = {path: source for path, source in self._copied.items() if os.path.lexists(path)}
+        edits = [describe_edit(path, source, self._copied_checksums) for path, source in present.items()]
+        if edited := [edit for edit in edits if edit]:
+            conflicts.append(
+                "configuration files that ema_dist did not copy, or that were edited since: "
+                f"{abbreviated(edited, separator='; ')} (leave out --config to keep them, or choose another folder)"
+            )
+        if conflicts and not self._force:
             raise FileExistsError(
-                f"{self.folder} holds files that ema_dist did not write, or other configuration than is to be copied: "
-                f"{abbreviated(sorted(path.name for path in foreign))}; choose another folder or name, or overwrite "
-                "them with force=True (--force)"
+                f"{self.folder} holds {', and '.join(conflicts)}; to overwrite, pass force=True (--force)"
             )
 
     def __exit__(
@@ -221,7 +234,8 @@ class WeightWriter:
             file_entries = {
                 entry_name: self._planned[entry_name] for entry_name in self._split.filename_to_tensors[file]
             }
-            self._open_writers[file] = self._format.open_writer(self._partial_folder / file, file_entries)
+            metadata = WRITER_MARK if self._split.is_sharded else self._metadata
+            self._open_writers[file] = self._format.open_writer(self._partial_folder / file, file_entries, metadata)
         self._open_writers[file].add(name, _to_plain_cpu(value) if isinstance(value, Tensor) else value)
         if not self._missing_per_file[file]:
             self._open_writers.pop(file).close()
@@ -232,13 +246,22 @@ class WeightWriter:
     def _partial_folder(self) -> Path:
         return self.folder / PARTIAL_FOLDER
 
+    @property
+    def _metadata(self) -> dict[str, str]:
+        """Metadata for the index, or for the only file."""
+        copied = {COPIED_CHECKSUMS_KEY: json.dumps(self._copied_checksums)} if self._copied_checksums else {}
+        return {**WRITER_MARK, **copied}
+
     def _publish(self) -> None:
         if self._missing:
             raise ValueError(f"these tensors were planned for {self.folder} and never added: {[*self._missing]}")
         for future in self._sync_futures:
             future.result()
         if self._split.is_sharded:
-            index = {"metadata": {**self._split.metadata, **WRITER_MARK}, "weight_map": self._split.tensor_to_filename}
+            index = {
+                "metadata": {**self._split.metadata, **self._metadata},
+                "weight_map": self._split.tensor_to_filename,
+            }
             (self._partial_folder / self._format.index_file).write_text(json.dumps(index, indent=2) + "\n")
             fsync(self._partial_folder / self._format.index_file)
         with deferred_signals():  # Ctrl-C must not end this between old and new files

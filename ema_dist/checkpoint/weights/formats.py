@@ -29,6 +29,9 @@ METADATA_KEY = "__metadata__"
 WRITER_MARK = {"written_by": "ema_dist"}
 """What this package writes into the metadata of its files and indices, so that a later export may replace them."""
 
+COPIED_CHECKSUMS_KEY = "ema_dist_copied_files"
+"""This metadata maps the key to the checksums, as JSON, of the files that were copied beside the weights."""
+
 SHARD_NUMBERS = r"-\d{5,}-of-\d{5,}"
 """Matches the part ``-00001-of-00003`` in the name of one of several files."""
 
@@ -60,8 +63,8 @@ class FormatSpec:
     suffix: str
     suffixes: tuple[str, ...]
     """The suffixes of files that are read in this format, also of files by other programs."""
-    open_writer: Callable[[Path, Mapping[str, Any]], FileWriter]
-    """Starts a file, given its path and its planned entries."""
+    open_writer: Callable[[Path, Mapping[str, Any], Mapping[str, str]], FileWriter]
+    """Starts a file, given its path, its planned entries and its metadata."""
     open: Callable[[Path], OpenedFile]
     keeps_non_tensors: bool
     """Whether files can hold values that are not tensors, and tensors of any dtype and name."""
@@ -104,9 +107,9 @@ class SafetensorsFileWriter:
     Memory: nothing beside the tensor that is written.
     """
 
-    def __init__(self, path: Path, planned: Mapping[str, Tensor]) -> None:
+    def __init__(self, path: Path, planned: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         self._offsets: dict[str, int] = {}
-        header: dict[str, Any] = {METADATA_KEY: {"format": "pt", **WRITER_MARK}}
+        header: dict[str, Any] = {METADATA_KEY: {"format": "pt", **metadata}}
         end = 0
         # The widest dtype first aligns every tensor to its item size, as readers that map the file into memory need.
         for name, tensor in sorted(planned.items(), key=lambda item: -item[1].itemsize):
@@ -171,11 +174,11 @@ class TorchFileWriter:
     Memory: the tensors of the file.
     """
 
-    def __init__(self, path: Path, _planned: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, _planned: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
         self._path = path
         # torch pickles the attributes of an OrderedDict too; those of a module's state_dict() are in `_metadata`.
         self._entries: OrderedDict[str, Any] = OrderedDict()
-        self._entries.__dict__["metadata"] = WRITER_MARK
+        self._entries.__dict__["metadata"] = dict(metadata)
 
     def add(self, name: str, value: Any) -> None:
         """Collect an entry, which must not change until `close`."""
@@ -229,16 +232,26 @@ FORMATS: dict[FileFormat, FormatSpec] = {
 }
 
 
-def is_own_file(path: Path) -> bool:
-    """Whether a file of weights, or an index, says that this package wrote it; False if it cannot be read."""
+def own_metadata(path: Path) -> Mapping[str, Any] | None:
+    """The metadata of a file of weights or an index that this package wrote; None for others and unreadable ones."""
     try:
         if path.name.endswith(INDEX_SUFFIX):
             metadata = json.loads(path.read_bytes())["metadata"]
         else:
             metadata = detect_format(path).open(path).metadata
-        return WRITER_MARK.items() <= metadata.items()
+        return metadata if WRITER_MARK.items() <= metadata.items() else None
     except Exception:  # noqa: BLE001  parsers raise all kinds of errors
-        return False
+        return None
+
+
+def entry_files(folder: Path) -> list[Path]:
+    """The index or the single file of each export in a folder, of any name and format."""
+    suffixes = (INDEX_SUFFIX, *(suffix for file_format in FORMATS.values() for suffix in file_format.suffixes))
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name.endswith(suffixes) and not re.search(SHARD_NUMBERS + "$", path.stem)
+    ]
 
 
 def detect_format(path: Path) -> FormatSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -176,7 +177,7 @@ def test_a_file_is_read_in_the_order_in_which_it_was_written(tmp_path: Path) -> 
     assert [*WeightReader(tmp_path)] == [*tensors]
 
 
-def test_configuration_is_copied_unless_it_replaces_another_one(tmp_path: Path) -> None:
+def test_configuration_is_copied_again_by_each_export(tmp_path: Path) -> None:
     source = tmp_path / "source"
     contents = {name: name.encode() for name in ("config.json", "merges.txt", "tokenizer.model", "chat_template.jinja")}
     left_out = {"model.safetensors.index.json": b"{}", "training_args.bin": b"", "code.py": b"", "model.ckpt": b""}
@@ -187,16 +188,59 @@ def test_configuration_is_copied_unless_it_replaces_another_one(tmp_path: Path) 
     for _ in range(2):
         written = write(out, TENSORS, copied=config_files(source))
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.name not in written} == contents
-    (source / "config.json").write_text("new")
-    with pytest.raises(FileExistsError, match=r"config\.json"):
-        write(out, OTHERS, copied=config_files(source))
-    assert (out / "config.json").read_bytes() == contents["config.json"]
-    assert_bitwise_equal(load_file(out / "model.safetensors"), TENSORS)
-    write(out, OTHERS, copied=config_files(source), force=True)
-    assert (out / "config.json").read_text() == "new"
     for folder in (tmp_path / "nowhere", out / "config.json"):
         with pytest.raises(CheckpointError, match=r"config\.json.*no such folder"):
             config_files(folder)
+
+
+@FORMATS
+@pytest.mark.parametrize("size", [16, "5GiB"])
+def test_copies_follow_their_source_until_somebody_edits_them(
+    file_format: FileFormat, size: int | str, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    settings = {"file_format": file_format, "max_shard_size": size}
+
+    def export(tensors: dict[str, Tensor], **more: object) -> None:
+        write(out, tensors, copied=config_files(source), **settings, **more)
+
+    (source / "config.json").write_text('{"layers": 1, "type": "net"}')
+    (source / "vocab.txt").write_text("a\nb\n")
+    export(TENSORS)
+    (source / "config.json").write_text('{"layers": 2, "type": "net"}')
+    export(TENSORS)
+    assert json.loads((out / "config.json").read_text())["layers"] == 2
+    write(out, TENSORS, **settings)  # without configuration, the copies stay and are still known as such
+    (source / "config.json").write_text('{"layers": 3, "type": "net"}')
+    export(TENSORS)
+
+    edited = {"config.json": '{"layers": 3, "type": "net", "cache": true}', "vocab.txt": "a\nc\n"}
+    for name, content in edited.items():
+        (out / name).write_text(content)
+    with pytest.raises(FileExistsError, match=r"configuration.*config\.json.*'cache'.*vocab\.txt.*line 2\b") as error:
+        export(OTHERS)
+    assert not re.search(r"weights|'layers'", str(error.value))
+    assert {name: (out / name).read_text() for name in edited} == edited
+    assert_bitwise_equal(dict(WeightReader(out)), TENSORS)
+    write(out, OTHERS, **settings)
+    export(TENSORS, force=True)
+    assert [(out / name).read_text() for name in edited] == [(source / name).read_text() for name in edited]
+
+
+def test_weights_and_configuration_by_others_are_named_together(tmp_path: Path) -> None:
+    """A user who passes --force because of the weights must know that it replaces the configuration too."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
+    write_as_other_programs_do(tmp_path / "out", "safetensors", "model.safetensors", sharded=False)
+    (tmp_path / "out" / "config.json").mkdir()
+    copied = config_files(tmp_path / "source")
+    with pytest.raises(FileExistsError, match=r"folders.*config\.json"):
+        write(tmp_path / "out", TENSORS, copied=copied, force=True)
+    (tmp_path / "out" / "config.json").rmdir()
+    (tmp_path / "out" / "config.json").write_text("[1]")
+    with pytest.raises(FileExistsError, match=r"weights.*model\.safetensors.*configuration.*config\.json.*line 1\b"):
+        write(tmp_path / "out", TENSORS, copied=copied)
 
 
 def test_an_export_beside_its_configuration_leaves_that_alone(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA
 from ema_dist.checkpoint.errors import CheckpointError
@@ -692,3 +693,54 @@ def test_gathering_waits_for_a_save_in_the_background(tmp_path: Path) -> None:
         save({"model": model, "ema": ema}, tmp_path / "saved", step=step, block=False)
         gather(ema, tmp_path / "gathered")
     assert latest(tmp_path / "saved") == 4
+
+
+class FailingExtraState(nn.Linear):
+    """A module whose extra state one rank cannot give."""
+
+    def __init__(self, failing_rank: int) -> None:
+        super().__init__(3, 3)
+        self.failing_rank = failing_rank
+
+    def get_extra_state(self) -> object:
+        if dist.get_rank() == self.failing_rank:
+            raise LookupError("no state here")
+        return torch.ones(2)
+
+
+@pytest.mark.world_size(2)
+def test_a_change_of_the_model_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(requires_grad=False)))
+    ema = ShardedEMA(model, replicas="copy")
+    if dist.get_rank() == 1:
+        model.module[1].requires_grad_()
+    with pytest.raises((CheckpointError, ValueError), match=r"1\.weight"):
+        gather(ema, tmp_path)
+
+
+@pytest.mark.world_size(2)
+def test_a_tensor_that_does_not_fit_into_the_memory_of_one_rank_is_an_error_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks are in the collective calls of the next tensors then."""
+    ema = ShardedEMA(fully_shard(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))))
+    with monkeypatch.context() as patch:
+        patch.setattr("ema_dist.averages.full_weights.to_cpu", lambda *_: 1 / 0)
+        with pytest.raises(CheckpointError, match="ZeroDivisionError"):
+            gather(ema, tmp_path)
+    assert gather(ema, tmp_path) if dist.get_rank() == 0 else not gather(ema, tmp_path)
+
+
+@pytest.mark.world_size(2)
+def test_a_size_out_of_range_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="infinity"):
+        gather(ShardedEMA(nn.Linear(3, 3)), tmp_path, max_shard_size="9" * 400 + "GiB")
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_extra_state_that_one_rank_cannot_give_is_an_error_on_all(rank: int, tmp_path: Path) -> None:
+    ema = ShardedEMA(fully_shard(FailingExtraState(rank)))
+    with pytest.raises(CheckpointError, match=rf"rank {rank}: .*no state here"):
+        gather(ema, tmp_path)
+    assert not [*tmp_path.iterdir()]

@@ -1,0 +1,103 @@
+"""Results and tensors that the first rank of a model sends to its other ranks, whatever device each of them is on."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ema_dist.sharding import Layout, as_bytes, sending_device
+
+T = TypeVar("T")
+
+
+class SendingDevices:
+    """The devices on which ``group`` sends tensors and pickled objects of a model."""
+
+    def __init__(self, group: ProcessGroup, layout: Layout) -> None:
+        self._group = group
+        self._preferred = [*dict.fromkeys(shard.communication_device for shard in layout.shards)]
+        self.tensors = self.for_tensor()
+        self.objects = self.for_tensor(torch.device("cpu"))
+
+    def for_tensor(self, *preferred: torch.device) -> torch.device:
+        """The first of these devices from which the group can send; else another device of the model."""
+        return sending_device(self._group, *preferred, *self._preferred)
+
+
+class FirstRank:
+    """Broadcasts from the layout's first rank. An error there is raised on every rank, which would else wait for it.
+
+    Args:
+        hint: ends the message of an error in `broadcast_tensor`.
+    """
+
+    def __init__(self, layout: Layout, *, hint: str = "") -> None:
+        self._hint = hint
+        self._group = layout.group
+        self._devices = SendingDevices(self._group, layout) if self._group else None
+        self._source = layout.ranks[0] if layout.ranks else 0
+        self._is_source = self._group is None or dist.get_rank() == self._source
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def broadcast_result(self, call: Callable[[], T], hint: str = "") -> T:
+        """Calls ``call`` on the first rank, and returns its result on every rank.
+
+        Args:
+            hint: added to the message of an error.
+        """
+        message: list[Any] = [None, ""]
+        cause = None
+        if self._is_source:
+            try:
+                result = call()
+                pickle.dumps(result)  # an error in the broadcast would leave the other ranks waiting
+                message[0] = result
+            except Exception as error:  # noqa: BLE001
+                cause = error
+                message[1] = f"the full tensors cannot be read: {error!r}{hint}"
+        if self._group is not None:
+            device = self._devices.objects if self._devices else None
+            dist.broadcast_object_list(message, src=self._source, group=self._group, device=device)
+        result, problem = message
+        if problem:
+            raise RuntimeError(problem) from cause
+        return result
+
+    def broadcast_tensor(self, read: Callable[[], Tensor], spec: Tensor, device: torch.device) -> Tensor:
+        """Calls ``read`` on the first rank, and returns its full tensor on every rank.
+
+        Args:
+            device: holds the tensor if the ranks communicate there.
+
+        The other ranks receive into one buffer: the tensor is valid until the next call.
+        """
+        if self._devices:
+            device = self._devices.for_tensor(device)
+        values: list[Tensor] = []
+        self.broadcast_result(
+            lambda: values.append(_require_spec(read(), spec).resolve_conj().resolve_neg().to(device).contiguous()),
+            hint=self._hint,
+        )
+        value = values.pop() if values else self._receive_buffer(spec, device)
+        if self._group is not None:
+            dist.broadcast(as_bytes(value), src=self._source, group=self._group)
+        return value
+
+    def _receive_buffer(self, spec: Tensor, device: torch.device) -> Tensor:
+        # One buffer for all tensors: threads of gloo free a received tensor late, so that a new one for each adds up.
+        if self._buffer.nbytes < spec.nbytes or self._buffer.device != device:
+            self._buffer = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)
+        return self._buffer[: spec.nbytes].view(spec.dtype).view(spec.shape)
+
+
+def _require_spec(value: Tensor, spec: Tensor) -> Tensor:
+    if (value.shape, value.dtype) != (spec.shape, spec.dtype):
+        got = f"{value.dtype} of {tuple(value.shape)}"
+        raise ValueError(f"expected {spec.dtype} of {tuple(spec.shape)} as at first, found {got}")
+    return value

@@ -1,0 +1,92 @@
+"""Measures the time of a checkpoint on 64 processes with tiny tensors, where planning dominates.
+
+python -m launch.cost.saves --output-dir docs     # some minutes; writes the lower half of docs/saves.md
+python -m launch.cost.saves --quick               # a quick check, on 4 ranks
+"""
+
+import tempfile
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.fsdp import fully_shard
+
+from ema_dist import ShardedEMA, checkpoint
+from launch.benchmark.measure import FileMethod, Record, measure_files
+from launch.benchmark.page import Environment, Page, Table, comparison
+from launch.benchmark.run import argument_parser, make_console, on_ranks, parse
+
+RANKS, TENSORS = 64, 200
+PLAIN = "`dcp.save`"
+"""First, so that the others are compared with it."""
+
+
+def main() -> None:
+    parser = argument_parser("launch.cost.saves", __doc__, output_dir="runs/saves")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, 2 or more")
+    args = parse(parser)
+    console = make_console()
+    environment = Environment.here("cpu")
+    ranks, tensors = (4, 3) if args.quick else (RANKS, TENSORS)
+    with tempfile.TemporaryDirectory() as folder, console.status(f"{ranks} ranks"):
+        measure = partial(measure_saves, folder=Path(folder), tensors=tensors, repeats=args.repeats)
+        record = on_ranks(measure, ranks, "cpu")
+    page = Page(
+        environment,
+        [],
+        {"saves": [record]},
+        notes=[f"{ranks} ranks, a process each, share this machine; the slowest rank counts."],
+        targets=[],
+        tables=[
+            Table.by_method(
+                f"Measured: model and averages of {tensors} tensors, sharded by FSDP2",
+                [record],
+                {"save": lambda _, name: name, **comparison("s", lambda seconds: f"{seconds:.2f}", digits=2)},
+                once=(),
+                words=1,
+            )
+        ],
+    )
+    for table in page.tables:
+        console.print(table.for_terminal())
+    page.write(args.output_dir, data="saves.json", page="saves.md", program="launch.cost.saves")
+    console.print(f"in {args.output_dir}: saves.json, saves.md")
+
+
+def measure_saves(device: torch.device, *, folder: Path, tensors: int, repeats: int) -> Record:
+    """Seconds of each way to save, by round. Collective: every rank."""
+    model = nn.Sequential(*(nn.Linear(2, 64, bias=False) for _ in range(tensors)))
+    for module in [*model, model]:
+        fully_shard(module)
+    ema = ShardedEMA(model, decay=0.5)
+    rounds = count()
+
+    def save(target: Path, **more: object) -> None:
+        checkpoint.save({"model": model, "ema": ema, **more}, target, step=0)
+
+    def save_by_dcp(target: Path, *, reuses_plan: bool) -> None:
+        planner = DefaultSavePlanner(enable_plan_caching=reuses_plan)
+        dcp.save({"model": model.state_dict(), "ema": ema.state_dict()}, checkpoint_id=target, planner=planner)
+
+    targets = [folder / name for name in ("dcp", "dcp-reused", "planned", "reused", "before")]
+    methods = {
+        PLAIN: FileMethod(partial(save_by_dcp, targets[0], reuses_plan=False), targets[0]),
+        "`dcp.save`, plan reused": FileMethod(partial(save_by_dcp, targets[1], reuses_plan=True), targets[1]),
+        # Another key in each round: no plan of an earlier round fits.
+        "`checkpoint.save`, planned": FileMethod(
+            lambda: save(targets[2], **{f"round {next(rounds)}": True}), targets[2]
+        ),
+        # A save that is not timed makes the plan that fits.
+        "`checkpoint.save`, plan reused": FileMethod(
+            partial(save, targets[3]), targets[3], before=partial(save, targets[4])
+        ),
+    }
+    return {"tensors": tensors} | measure_files(methods, repeats=repeats, device=device)
+
+
+if __name__ == "__main__":
+    main()

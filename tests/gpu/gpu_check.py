@@ -1,0 +1,400 @@
+"""What no CPU shows of ema_dist on CUDA: one command, for one GPU, that takes less than eight minutes.
+
+    PYTHONPATH=. OUT=folder python tests/gpu/gpu_check.py                    # all sections, each in its own process
+    PYTHONPATH=. python tests/gpu/gpu_check.py environment bandwidth         # some of them
+    SMALL=1 DEVICE=cpu PYTHONPATH=. python tests/gpu/gpu_check.py            # its own logic, without a GPU
+
+It prints a line for each finding: PASS, FAIL, INFO or SKIP, a name and a value; at the end the FAILs again. The folder
+gets results.json, gpu.md (the table of docs/benchmarks/gpu.md), log.txt and pytest.log. The section `suite` runs the
+tests marked `gpu`, which compare values; the other sections measure times and memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from ema_dist import Compensated, Offloaded, ShardedEMA, Stochastic
+from ema_dist.kernels import KERNELS, CompensatedRounding, Rounding, StochasticRounding, TensorOffset, make_kernel
+
+ROOT = Path(__file__).parents[2]
+DEVICE = os.environ.get("DEVICE", "cuda")
+ON_GPU = DEVICE == "cuda"
+IS_SMALL = bool(os.environ.get("SMALL"))
+OUT = Path(os.environ.get("OUT") or tempfile.gettempdir())
+DEADLINE_SECONDS = 460.0
+"""After this time no other section begins."""
+
+F32, BF16 = torch.float32, torch.bfloat16
+MIB, GIB = 2**20, 2**30
+
+
+def report(kind: str, name: str, value: object = "") -> None:
+    print(f"{kind} {name}: {value}", flush=True)
+
+
+def check(name: str, ok: bool, value: object = "") -> None:  # noqa: FBT001 - the result is what this is about
+    report("PASS" if ok else "FAIL", name, value)
+
+
+@contextmanager
+def guarded(name: str) -> Iterator[None]:
+    """An exception is a FAIL, and the next check runs."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        report("FAIL", name, f"{type(error).__name__}: {str(error)[:300]}".replace("\n", " "))
+        traceback.print_exc(limit=-4, file=sys.stdout)
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object], repeats: int = 10, *, of_host: bool = False) -> float:
+    """The median time of the device, by events; or of the host, until the call returns."""
+    call()
+    synchronize()
+    measured: list[float] = []
+    for _ in range(repeats):
+        if of_host or not ON_GPU:
+            begin = time.perf_counter()
+            call()
+            measured.append(time.perf_counter() - begin)
+            synchronize()
+        else:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            measured.append(start.elapsed_time(end) / 1000)
+    return sorted(measured)[len(measured) // 2]
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Peak bytes of the device during the call, beyond those before."""
+    if not ON_GPU:
+        call()
+        return 0
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy on the device reads and writes: what every other time is compared with."""
+    source = torch.empty(4096 if IS_SMALL else GIB, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
+
+
+def init_one_rank() -> None:
+    if ON_GPU:
+        torch.cuda.set_device(0)
+    backend = "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def environment() -> None:
+    """Versions, and how fast plain copies are."""
+    report("INFO", "Python, torch", (sys.version.split()[0], torch.__version__))
+    with guarded("Triton"):
+        import triton  # noqa: PLC0415
+
+        report("INFO", "Triton", triton.__version__)
+    report("INFO", "C compiler", shutil.which("cc") or shutil.which("gcc"))
+    report("INFO", "copy on the device, GB/s read and written", round(copy_bandwidth() / 1e9))
+    if not ON_GPU:
+        return
+    report("INFO", "device", (torch.cuda.get_device_name(), torch.cuda.mem_get_info(), torch.cuda.nccl.version()))
+    on_device = torch.empty(GIB // 4, dtype=torch.uint8, device=DEVICE)
+    for pinned in (True, False):
+        on_host = torch.empty(on_device.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        times = (
+            seconds(partial(on_host.copy_, on_device, non_blocking=pinned), 5),
+            seconds(partial(on_device.copy_, on_host, non_blocking=pinned), 5),
+        )
+        speeds = [round(on_device.nbytes / each / 1e9, 1) for each in times]
+        report("INFO", f"bus, GB/s to the host and to the device, pinned={pinned}", speeds)
+
+
+def suite() -> None:
+    """The tests marked `gpu`."""
+    folders = ["tests/gpu", "tests/kernels", "tests/averages", "tests/test_harness.py"]
+    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfE", "--tb=short", "-n", "4" if ON_GPU else "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *folders], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    (OUT / "pytest.log").write_text(done.stdout + done.stderr)
+    for line in done.stdout.splitlines():
+        if line.startswith(("FAILED", "ERROR")):
+            report("FAIL", "suite", line[:200])
+    check("suite", done.returncode == 0, done.stdout.strip().splitlines()[-1:])
+
+
+CASES: dict[str, tuple[torch.dtype, torch.dtype, str]] = {
+    "float32": (F32, F32, ""),
+    "bfloat16 -> float32": (BF16, F32, ""),
+    "bfloat16, stochastic": (BF16, BF16, "stochastic"),
+    "bfloat16, compensated": (BF16, BF16, "compensated"),
+}
+NUMELS = (
+    {"10 of 64": [64] * 10, "2**16": [2**14] * 4}
+    if IS_SMALL
+    else {"1000 of 4096": [4096] * 1000, "2**27": [2**24] * 8, "2**30": [2**26] * 16}
+)
+
+
+def make_tensors(numels: list[int], dtype: torch.dtype) -> list[Tensor]:
+    return [torch.zeros(numel, dtype=dtype, device=DEVICE) for numel in numels]
+
+
+def bandwidth() -> None:
+    """Every kernel's share of the speed of a copy; the chosen one reaches 90 % of it, and is the fastest."""
+    copy_speed = copy_bandwidth()
+    for size, numels in NUMELS.items():
+        for case, (live, stored, rounding) in CASES.items():
+            for tracks in (1, 2, 4):
+                with guarded(f"{size}, {case}, {tracks} tracks"):
+                    _measure_case(
+                        f"{size}, {case}, {tracks} tracks", numels, live, stored, rounding, tracks, copy_speed
+                    )
+
+
+def _measure_case(
+    name: str, numels: list[int], live: torch.dtype, stored: torch.dtype, rounding: str, tracks: int, copy_speed: float
+) -> None:
+    residual_bytes = 4 if rounding == "compensated" else 0
+    moved_bytes = sum(numels) * (live.itemsize + tracks * (2 * stored.itemsize + residual_bytes))
+    if ON_GPU and moved_bytes > torch.cuda.mem_get_info()[0]:
+        report("SKIP", name, "too little memory")
+        return
+    values, averages = make_tensors(numels, live), [make_tensors(numels, stored) for _ in range(tracks)]
+    roundings: dict[str, Callable[[], Rounding | None]] = {
+        "": lambda: None,
+        "stochastic": lambda: StochasticRounding([TensorOffset(index) for index in range(len(numels))]),
+        "compensated": lambda: CompensatedRounding([make_tensors(numels, torch.int16) for _ in range(tracks)]),
+    }
+    make = partial(make_kernel, averages, values, rounding=roundings[rounding]())
+    names = [kernel for kernel in KERNELS if kernel != "compiled" and (ON_GPU or kernel != "triton")]
+    times: dict[str, float] = {}
+    for kernel in names:
+        if kernel == "foreach" and (rounding or live != stored):
+            continue
+        made, index = make(kernel=kernel), count()
+        call = partial(_update, made, tracks, index)
+        times[kernel] = seconds(call)
+        report(
+            "INFO",
+            f"{name}, {kernel}",
+            f"{times[kernel] * 1e3:.3f} ms, {seconds(call, of_host=True) * 1e3:.3f} ms of the host, "
+            f"{moved_bytes / times[kernel] / copy_speed:.2f} of a copy's speed",
+        )
+    chosen, fastest = make().name, min(times, key=lambda kernel: times[kernel])
+    check(f"{name}: the chosen kernel is the fastest", times[chosen] <= 1.15 * times[fastest], (chosen, fastest))
+    if sum(numels) >= 2**27:
+        share = moved_bytes / times[chosen] / copy_speed
+        check(f"{name}: at least 0.9 of a copy's speed", share >= 0.9, round(share, 2))
+
+
+def _update(kernel: Callable[..., None], tracks: int, index: Iterator[int]) -> None:
+    kernel([0.001] * tracks, next(index))
+
+
+def host_time() -> None:
+    """An update of 1000 tensors takes at most 300 us of the host."""
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False, device=DEVICE) for _ in range(10 if IS_SMALL else 1000)))
+    for name, dtype in (("float32", F32), ("bfloat16", BF16)):
+        ema = ShardedEMA(model.to(dtype))
+        taken = seconds(ema.update, 50, of_host=True)
+        check(f"host time of an update of 1000 tensors, {name}", taken <= 300e-6, f"{taken * 1e6:.0f} us")
+
+
+def overlap() -> None:
+    """Steps of a model of 1B parameters under FSDP2 take at most 1 % longer with an update that overlaps."""
+    init_one_rank()
+    width, blocks, tokens = (32, 2, 8) if IS_SMALL else (2048, 30, 4096)
+    make = partial(nn.Linear, bias=False, device=DEVICE, dtype=BF16)
+    model = nn.Sequential(
+        *(nn.Sequential(make(width, 4 * width), nn.GELU(), make(4 * width, width)) for _ in range(blocks))
+    )
+    mesh = init_device_mesh(DEVICE, (1,))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ema, batch = ShardedEMA(model), torch.randn(tokens, width, device=DEVICE, dtype=BF16)
+
+    def steps() -> None:
+        for _ in range(4):
+            model(batch).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    base = seconds(steps, 7)
+    for name, overlaps in (("in order", False), ("overlap=True", True)):
+        handle = ema.attach(optimizer, overlap=overlaps)
+        longer = seconds(steps, 7) / base - 1
+        handle.remove()
+        text = f"{base / 4 * 1e3:.2f} ms, {longer * 100:+.1f} %"
+        if overlaps:
+            check("a step with overlap=True takes at most 1 % longer", longer <= 0.01, text)
+        else:
+            report("INFO", f"a step with an update {name}", text)
+
+
+def offload() -> None:
+    """Offloaded averages: what an update and a swap take."""
+    width, layers = (64, 2) if IS_SMALL else (4096, 32)
+    make = partial(nn.Linear, bias=False, device=DEVICE, dtype=BF16)
+    model = nn.Sequential(*(make(width, width) for _ in range(layers)))
+    live_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    ema = ShardedEMA(model, store=Offloaded())
+
+    def update() -> None:
+        ema.update()
+        ema.state_dict()  # waits for the thread
+
+    report("INFO", "offloaded: GB/s of live weights", round(live_bytes / seconds(update, 5, of_host=True) / 1e9, 1))
+    report("INFO", "offloaded: swapped() in and out, s", round(seconds(partial(_swap, ema), 3, of_host=True), 3))
+    peak = peak_bytes(lambda: (update(), _swap(ema)))
+    check("offloaded: update and swap take at most 64 MiB of the device", peak <= 64 * MIB, peak)
+
+
+def memory() -> None:
+    """A model of 8B parameters in bfloat16: the time and the peak memory of the calls."""
+    hidden, inner, layers, vocabulary = (32, 64, 2, 100) if IS_SMALL else (4096, 14336, 32, 128256)
+    if ON_GPU and torch.cuda.mem_get_info()[0] < 80 * GIB:
+        report("SKIP", "8B", "needs 80 GiB of a GPU")
+        return
+    shapes = [(vocabulary, hidden)] * 2 + [(hidden,)]
+    layer = [(hidden, hidden)] * 2 + [(hidden // 4, hidden)] * 2 + [(inner, hidden)] * 3 + [(hidden,)] * 2
+    shapes += layer * layers
+    model = nn.ParameterList(nn.Parameter(torch.zeros(shape, dtype=BF16, device=DEVICE)) for shape in shapes)
+    numel, speed = sum(parameter.numel() for parameter in model), copy_bandwidth()
+    settings: dict[str, tuple[dict[str, Any], int, int]] = {
+        "float32": ({}, 4, 2 * numel),
+        "compensated": ({"dtype": BF16, "rounding": Compensated()}, 4, 0),
+        "stochastic": ({"dtype": BF16, "rounding": Stochastic(0)}, 2, 0),
+    }
+    for name, (arguments, width, copied_bytes) in settings.items():
+        with guarded(f"8B {name}"):
+            _measure_calls(f"8B {name}", model, arguments, numel=numel, width=width, copied=copied_bytes, speed=speed)
+
+
+def _measure_calls(
+    name: str, model: nn.Module, arguments: Mapping[str, Any], *, numel: int, width: int, copied: int, speed: float
+) -> None:
+    made: list[ShardedEMA] = []
+    begin = time.perf_counter()
+    peak = peak_bytes(lambda: made.append(ShardedEMA(model, **arguments))) - numel * width
+    report(
+        "INFO", f"{name}: construction", f"{time.perf_counter() - begin:.2f} s, {peak / MIB:.0f} MiB beyond averages"
+    )
+    ema = made[0]
+    share = numel * (2 + 2 * width) / seconds(ema.update, 5) / speed
+    check(f"{name}: update at 0.9 of a copy's speed", share >= 0.9 or IS_SMALL, (ema.update_kernel, round(share, 2)))
+    peak = peak_bytes(ema.update)
+    check(f"{name}: update takes at most 64 MiB", peak <= 64 * MIB, peak)
+    for call_name, call in {"swapped()": _swap, "serving()": _serve}.items():
+        taken, peak = seconds(partial(call, ema), 2, of_host=True), peak_bytes(partial(call, ema))
+        bounded = peak <= copied + 64 * MIB
+        check(f"{name}: {call_name} within the stated memory", bounded, f"{taken:.3f} s, {peak / GIB:.2f} GiB")
+    if copied:
+        begin = time.perf_counter()
+        full = ema.full_state_dict()
+        taken = time.perf_counter() - begin
+        report("INFO", f"{name}: full_state_dict()", f"{taken:.1f} s, {2 * numel / taken / 1e9:.1f} GB/s")
+        del full
+
+
+def _swap(ema: ShardedEMA) -> None:
+    with ema.swapped():
+        pass
+
+
+def _serve(ema: ShardedEMA) -> None:
+    with ema.serving():
+        pass
+
+
+SECTIONS: dict[str, tuple[Callable[[], None], int]] = {
+    "environment": (environment, 30),
+    "suite": (suite, 240),
+    "bandwidth": (bandwidth, 100),
+    "host_time": (host_time, 30),
+    "overlap": (overlap, 50),
+    "offload": (offload, 40),
+    "memory": (memory, 70),
+}
+"""The sections in the order of what matters most where time runs out, and the seconds of each."""
+
+
+def run_in_process(name: str) -> list[str]:
+    """The findings of a section, which runs in its own process, so that a crash or a hang ends no other."""
+    limit = SECTIONS[name][1]
+    environment_variables = {**os.environ, "GPU_CHECK_SECTION": name}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__], env=environment_variables, **pipes, text=True, timeout=limit, check=False
+        )
+        output = done.stdout
+        if done.returncode:
+            output += f"\nFAIL {name}: exit code {done.returncode}: {output[-300:]!r}"
+    except subprocess.TimeoutExpired as error:
+        begun = error.stdout or b""
+        output = begun.decode() if isinstance(begun, bytes) else begun
+        output += f"\nFAIL {name}: stopped after {limit} s"
+    with (OUT / "log.txt").open("a") as log:
+        log.write(f"==== {name}\n{output}\n")
+    return [line for line in output.splitlines() if line.startswith(("PASS ", "FAIL ", "INFO ", "SKIP "))]
+
+
+def main() -> None:
+    """Run the sections named on the command line, or all of them."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    begin, lines = time.perf_counter(), list[str]()
+    for name in sys.argv[1:] or SECTIONS:
+        late = time.perf_counter() - begin > DEADLINE_SECONDS
+        found = [f"FAIL {name}: no time left"] if late else run_in_process(name)
+        print(f"== {name}, {time.perf_counter() - begin:.0f} s", *found, sep="\n", flush=True)
+        lines += found
+        (OUT / "results.json").write_text(json.dumps(lines, indent=1))
+        rows = [line.replace("|", "/").partition(": ") for line in lines]
+        table = [f"| {left.split(' ', 1)[0]} | {left.split(' ', 1)[1]} | {value} |" for left, _, value in rows]
+        (OUT / "gpu.md").write_text("\n".join(["| | what | value |", "|---|---|---|", *table, ""]))
+    failed = [line for line in lines if line.startswith("FAIL")]
+    passed = sum(line.startswith("PASS") for line in lines)
+    print(f"== {time.perf_counter() - begin:.0f} s, {passed} PASS, {len(failed)} FAIL", *failed, sep="\n")
+
+
+if __name__ == "__main__":
+    if section := os.environ.pop("GPU_CHECK_SECTION", ""):
+        SECTIONS[section][0]()
+        sys.stdout.flush()
+        os._exit(0)  # an NCCL group that is not destroyed may wait at exit
+    main()
