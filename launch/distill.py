@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.option
     option(
         "--parallel",
-        "how the model is distributed; ddp if there are several ranks",
+        "how the model is distributed; by default ddp on several ranks, plain on one",
         choices=WRAPPERS,
         default=default_parallel(),
     )

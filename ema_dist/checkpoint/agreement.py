@@ -120,10 +120,8 @@ def describe_rank_differences(names: Sequence[str], group: ProcessGroup | None) 
     return "; ".join(gather_problems([report] * bool(report), group))
 
 
-def is_same_on_all_ranks(number: int, group: ProcessGroup | None) -> bool:
+def is_same_on_all_ranks(number: int, group: ProcessGroup) -> bool:
     """Whether every rank passes the same ``number``. Collective: over ``group``."""
-    if group is None:
-        return True
     lowest_and_negated_highest = torch.tensor([number, -number], device="cpu")
     dist.all_reduce(lowest_and_negated_highest, dist.ReduceOp.MIN, group)
     return not lowest_and_negated_highest.sum()

@@ -70,8 +70,9 @@ def gather(
         "force": f"force={force}",
     }
     group = checkpoint_rendezvous("checkpoint.gather(ema, folder)", timeout=timeout, compared=[texts])
-    entries = run_on_all_ranks(lambda: ema.gather(dtype=dtype, track=track), group)
-    planned = run_on_all_ranks(lambda: ema.full_shapes(dtype=dtype), group)
+    entries, planned = run_on_all_ranks(
+        lambda: (ema.gather(dtype=dtype, track=track), ema.full_shapes(dtype=dtype)), group
+    )
     if different := describe_rank_differences([*planned], group):
         raise ValueError(
             f"ranks hold different models: {different}; unite pipeline stages by ema.full_state_dict(pipeline=...), "

@@ -226,12 +226,14 @@ def _require_same_numbers(step: int, entries: Mapping[str, Entry], group: Proces
 
     Collective: over ``group``.
     """
+    if group is None:
+        return
     numbers: dict[str, str] = {}
     for entry in entries.values():
         if isinstance(entry, OptimizerEntry):
             numbers |= entry.numbers_of_sharded_parameters()
     digest = crc32(json.dumps(numbers, sort_keys=True).encode())
-    if group is None or is_same_on_all_ranks(digest, group):
+    if is_same_on_all_ranks(digest, group):
         return
     numbers_of_ranks: list[dict[str, str]] = [{}] * group.size()
     dist.all_gather_object(numbers_of_ranks, numbers, group=group)

@@ -77,8 +77,9 @@ class LayoutSpec:
 
 
 def _mesh(net: nn.Module, shape: tuple[int, ...], names: tuple[str, ...] | None = None) -> DeviceMesh:
-    """A mesh for the device of `net`."""
-    return init_device_mesh(next(net.parameters()).device.type, shape, mesh_dim_names=names)
+    """A mesh for the device of `net`; for the CPU, if `net` is on the meta device."""
+    device_type = next(net.parameters()).device.type
+    return init_device_mesh("cpu" if device_type == "meta" else device_type, shape, mesh_dim_names=names)
 
 
 def _ddp(net: nn.Module) -> nn.Module:
