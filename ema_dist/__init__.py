@@ -4,6 +4,7 @@ The averages live as shards beside the live weights on every rank, are updated w
 evaluation, gathered on rank 0, saved and resharded by ``torch.distributed.checkpoint``. Start with `ShardedEMA`.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,9 @@ __all__ = [
     "Warmup",
     "compute_ema",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # messages go where the program sends them
 
 # The module that defines each public name. It is imported when the name is first used, because the help and the shell
 # completion of `ema-dist` import this package too, and importing torch takes longer than both.

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ema_dist.communication.objects import broadcast_object
 from ema_dist.sharding import Layout, as_bytes, sending_device
 
 T = TypeVar("T")
@@ -51,20 +52,20 @@ class FirstRank:
         Args:
             hint: added to the message of an error.
         """
-        message: list[Any] = [None, ""]
-        cause = None
+        result: Any = None
+        problem, cause = "", None
         if self._is_source:
             try:
                 result = call()
                 pickle.dumps(result)  # an error in the broadcast would leave the other ranks waiting
-                message[0] = result
             except Exception as error:  # noqa: BLE001
-                cause = error
-                message[1] = f"the full tensors cannot be read: {error!r}{hint}"
-        if self._group is not None:
-            device = self._devices.objects if self._devices else None
-            dist.broadcast_object_list(message, src=self._source, group=self._group, device=device)
-        result, problem = message
+                result, cause = None, error
+                problem = f"the full tensors cannot be read: {error!r}{hint}"
+        if self._group is not None and self._devices is not None:
+            message = (result, problem)
+            result, problem = broadcast_object(
+                message, source=self._source, group=self._group, device=self._devices.objects
+            )
         if problem:
             raise RuntimeError(problem) from cause
         return result

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from ema_dist.averages.first_rank import FirstRank, SendingDevices
 from ema_dist.averages.track import Track
+from ema_dist.communication.objects import receive_object, send_object
 from ema_dist.communication.rendezvous import rendezvous
 from ema_dist.kernels import copy_pairs, copy_to_host
 from ema_dist.messages import abbreviated, describe_difference
@@ -127,10 +128,10 @@ def _gather_stages(
             continue
         tensor = value if isinstance(value, Tensor) else None
         header = (name, value) if tensor is None else (name, tensor.to("meta"))
-        dist.send_object_list([header], dst=first, group=group, device=devices.objects)
+        send_object(header, destination=first, group=group, device=devices.objects)
         if tensor is not None:
             dist.send(as_bytes(tensor.to(devices.tensors).contiguous()), dst=first, group=group)
-    dist.send_object_list([None], dst=first, group=group, device=devices.objects)
+    send_object(None, destination=first, group=group, device=devices.objects)
 
 
 def collect(entries: Iterator[tuple[str, Any]], *, is_destination: bool) -> dict[str, Any]:
@@ -153,11 +154,10 @@ def collect(entries: Iterator[tuple[str, Any]], *, is_destination: bool) -> dict
 
 def _receive(source: int, group: ProcessGroup, devices: SendingDevices) -> Iterator[tuple[str, Any]]:
     while True:
-        header: list[Any] = [None]
-        dist.recv_object_list(header, src=source, group=group, device=devices.objects)
-        if header[0] is None:
+        header = receive_object(source=source, group=group, device=devices.objects)
+        if header is None:
             return
-        name, value = header[0]
+        name, value = header
         if isinstance(value, Tensor):
             buffer = torch.empty(value.shape, dtype=value.dtype, device=devices.tensors)
             dist.recv(as_bytes(buffer), src=source, group=group)

@@ -130,6 +130,8 @@ def _remove(folder: Path) -> None:
 
 def fsync(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -47,7 +47,9 @@ def _signature(value: object) -> str:
 
 def _describe_commands() -> Iterator[str]:
     for name, command in sorted(get_command(app).commands.items()):
-        options = sorted(option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts))
+        options = sorted(
+            option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+        )
         yield f"ema-dist {name} {' '.join(options)}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -34,6 +33,11 @@ from ema_dist.checkpoint.weights.formats import (
 )
 from ema_dist.messages import abbreviated
 from ema_dist.signals import deferred_signals
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
 
 PARTIAL_FOLDER = ".export-incomplete"
 """The folder inside the export's folder in which its files are written."""
@@ -297,7 +301,10 @@ def _made_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _folder_lock(folder: Path) -> Iterator[None]:
-    """Hold an advisory lock on a folder; the system releases it when the process dies."""
+    """Hold an advisory lock on a folder, where the system has such locks; it releases them when the process dies."""
+    if fcntl is None:
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
