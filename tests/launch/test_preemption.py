@@ -102,7 +102,7 @@ def run(directory: Path, *options: str, stop: int = 0, checkpoints: bool = True)
     metrics.write_curves = lambda _rows, _path: None  # slower than the training
     exit_code = None
     try:
-        train.train(train.parse_arguments(), torch.device("cpu"))
+        train.train(train.parse_arguments(), torch.device("cpu"), metrics.TensorBoard(None))
     except Preempted as stopped:
         exit_code = stopped.code
     assert exit_code == ((0 if checkpoints else 1) if stop else None)

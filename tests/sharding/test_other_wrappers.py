@@ -19,7 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA, checkpoint
 from ema_dist.sharding import local_tensor
+from tests.support.layouts import YOUNG_AVERAGES
 from tests.support.quantized import Quantized
+
+pytestmark = YOUNG_AVERAGES
 
 
 class Wrapper(nn.Module):
