@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ema_dist import ShardedEMA, checkpoint
+from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.evaluation.serving import CAST_COPY, DIRECT, GATHERED_COPY
 from ema_dist.sharding import fsdp2
 from tests.support.layouts import (
