@@ -107,6 +107,9 @@ class CompiledKernel:
             # share_memory_() of an average gives it other storage; the kernel would write to freed memory.
             if list(map(Tensor.data_ptr, self._outputs)) != self._addresses:
                 self._set_tables()
+            # Autograd does not see writes by address. Here rather than after the kernel, which evicts the tensors'
+            # records from the caches of the processor.
+            increment_version(self._outputs)
             all_tables = (*self._tables, *self._noise, self._weights)
             addresses = [None if table is None else table.data_ptr() for table in all_tables]
             kernel = partial(self._kernel, *addresses, int(update_index), *self._settings)
@@ -115,7 +118,6 @@ class CompiledKernel:
             else:
                 with deferred_signals():  # an interrupted thread pool may stay locked
                     write_log.write_interruptible(partial(_run_in_threads, kernel, self._block_ranges))
-            increment_version(self._outputs)  # autograd does not see writes by address
         self._strided_kernel(weights, update_index, write_log)
 
     def _set_tables(self) -> None:
