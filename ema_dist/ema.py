@@ -17,6 +17,7 @@ from ema_dist.averages.construction import (
     construct_on_all_ranks,
     describe_settings,
     problems_reported,
+    resolve_kernel,
     warn_of_unlikely_decays,
 )
 from ema_dist.averages.initial_weights import InitialWeights
@@ -69,7 +70,8 @@ class ShardedEMA(StateMethods):
             buffers are ignored.
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
         kernel: the kernel of updates: ``"foreach"``, ``"scratch"``, ``"compiled"`` (by this machine's C compiler) or
-            ``"triton"``; None for the fastest one, which compiles nothing on a CPU and may be Triton's on a GPU.
+            ``"triton"``; None for the fastest one, which compiles nothing on a CPU and may be Triton's on a GPU;
+            ``"auto"``, recommended on CPUs, for the fastest one including ``"compiled"``, if all ranks have a compiler.
         store: `Offloaded` to store the averages in CPU memory; None to store them on the device of the live weights.
         timeout: seconds that ranks wait for each other before a collective call fails, and on leaving `swapped`.
 
@@ -110,6 +112,7 @@ class ShardedEMA(StateMethods):
         settings = describe_settings(
             self._clock, precision, replicas=replicas, buffers=buffers, kernel=kernel, store=store, timeout=timeout
         )
+        kernel = resolve_kernel(kernel, live, settings)
         make = partial(Tracks, precision=precision, buffers=buffers, kernel=kernel, agree=agree_on, store=store)
 
         def make_tracks() -> Tracks:

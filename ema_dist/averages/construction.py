@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from zlib import crc32
 
 from torch.distributed import ProcessGroup
@@ -13,13 +13,17 @@ from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.precision import Precision
 from ema_dist.averages.tracks import Tracks
 from ema_dist.communication.rendezvous import RendezvousError, advice_on_absence
+from ema_dist.kernels import AUTO, compiler_problem
 from ema_dist.messages import warn_caller
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DEFAULT_TRACK, DecayRecord
 from ema_dist.schedules.laws import Constant
 from ema_dist.schedules.schedule import Schedule
 
+_log = logging.getLogger(__name__)
+
 _CALL = "ShardedEMA(model)"
+_COMPILER = "C compiler"
 _PART = "selected names, part"
 _PARTS = 64
 _NAMES_SENT = 200
@@ -51,6 +55,28 @@ def warn_of_unlikely_decays(schedules: Mapping[str, Schedule]) -> None:
             )
 
 
+def resolve_kernel(kernel: str | None, live: LiveModel, settings: Mapping[str, str]) -> str | None:
+    """``kernel``, but None in place of `AUTO` unless every rank has a C compiler that works: all use the same kernel.
+
+    Collective: over the ranks that hold the model, for `AUTO` only.
+    Raises: RendezvousError when ranks differ in their settings, and when another rank has a problem or is absent.
+    """
+    if kernel != AUTO:
+        return kernel
+    with problems_reported(live):
+        problem = compiler_problem()
+    try:
+        _rendezvous(live, [settings, {_COMPILER: "no C compiler that works" if problem else "a C compiler that works"}])
+    except RendezvousError as error:
+        if [*error.differing] != [_COMPILER]:
+            raise
+        problem = problem or "another rank has no C compiler that works"
+    if problem:
+        _log.info("kernel='auto' selects among kernels that are not compiled: %s", problem)
+        return None
+    return kernel
+
+
 def construct_on_all_ranks(live: LiveModel, settings: Mapping[str, str], make_tracks: Callable[[], Tracks]) -> Tracks:
     """Make the averages, and compare settings and selected parameters between ranks. An error on one is one on all.
 
@@ -70,15 +96,10 @@ def construct_on_all_ranks(live: LiveModel, settings: Mapping[str, str], make_tr
 
 
 def _compare(live: LiveModel, settings: Mapping[str, str]) -> None:
-    compare = partial(
-        live.rendezvous,
-        _CALL,
-        advice=advice_on_absence("construct it on each of them; averages on rank 0 only take the unwrapped module"),
-    )
     tied = [f"{name}, tied to {first}" for name, first in live.layout.ties.items()]
     selected = [*live.selected, *tied]
     try:
-        compare(compared=[settings, _digest_names(selected)])
+        _rendezvous(live, [settings, _digest_names(selected)])
     except RendezvousError as error:
         differing_parts = [key for key in error.differing if key.startswith(_PART)]
         if not differing_parts:
@@ -89,8 +110,13 @@ def _compare(live: LiveModel, settings: Mapping[str, str]) -> None:
     # Outside of except, so that the error of this comparison does not show the one before, of digests. Ten thousand
     # ranks cannot all send every name: they send those of one part that differs.
     names = [name for name in sorted(selected) if _part(name) == min(differing_parts)]
-    compare(compared=[{name: f"selected {name}" for name in names[:_NAMES_SENT]}])
+    _rendezvous(live, [{name: f"selected {name}" for name in names[:_NAMES_SENT]}])
     raise failure
+
+
+def _rendezvous(live: LiveModel, compared: Sequence[Mapping[str, str]]) -> None:
+    advice = advice_on_absence("construct it on each of them; averages on rank 0 only take the unwrapped module")
+    live.rendezvous(_CALL, compared=compared, advice=advice)
 
 
 def describe_settings(clock: Clock, precision: Precision, **others: object) -> dict[str, str]:

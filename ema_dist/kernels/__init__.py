@@ -9,6 +9,7 @@ equal shapes.
 """
 
 from ema_dist.kernels.bus_copy import copy_pairs, copy_to_host
+from ema_dist.kernels.c_kernel import compiler_problem
 from ema_dist.kernels.checksums import checksum
 from ema_dist.kernels.compensated_kernel import recombine, split_hi_lo
 from ema_dist.kernels.exchange import Exchange
@@ -18,10 +19,11 @@ from ema_dist.kernels.lerp import lerp_, lerp_tracks_
 from ema_dist.kernels.lists import chunks, group_by_dtype, group_pairs
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding, TensorOffset
 from ema_dist.kernels.scratch import CPU_SCRATCH_BYTES, DEVICE_SCRATCH_BYTES, max_scratch_bytes
-from ema_dist.kernels.selection import KERNELS, Agree, make_kernel
+from ema_dist.kernels.selection import AUTO, KERNELS, Agree, make_kernel
 from ema_dist.kernels.write_log import WriteLog
 
 __all__ = [
+    "AUTO",
     "CPU_SCRATCH_BYTES",
     "DEVICE_SCRATCH_BYTES",
     "KERNELS",
@@ -39,6 +41,7 @@ __all__ = [
     "WriteLog",
     "checksum",
     "chunks",
+    "compiler_problem",
     "copy_pairs",
     "copy_to_host",
     "group_by_dtype",

@@ -1,17 +1,15 @@
-"""All tensors and tracks in one call of a kernel that the machine's C compiler builds within a second."""
+"""All tensors and tracks in one call of a kernel that the machine's C compiler builds, once for all runs."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from ema_dist.kernels.address_tables import AddressTables, find_dense_rows, make_address_tables
 from ema_dist.kernels.kernel import UnsupportedKernelError, UpdateIndex, Weight
+from ema_dist.kernels.library_cache import load_library
 from ema_dist.kernels.random_bits import make_noise_tables
 from ema_dist.kernels.rounding import CompensatedRounding, Rounding, StochasticRounding
 from ema_dist.kernels.scratch_kernel_factory import make_subset_kernel
@@ -79,10 +78,8 @@ class CompiledKernel:
                 f"it moves tracks of one dtype on the CPU, among {[*C_TYPES]}; found {dtypes} that follow "
                 f"{values[0].dtype} on {values[0].device}"
             )
-        compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-        if not compiler:
-            raise UnsupportedKernelError("there is no C compiler: install gcc or clang, or name one in CC")
-        kernel = _compile(compiler, C_TYPES[values[0].dtype], C_TYPES[dtypes.pop()], *ROUNDING_MACROS[type(rounding)])
+        types = C_TYPES[values[0].dtype], C_TYPES[dtypes.pop()]
+        kernel = _compile(_compiler(), *types, *ROUNDING_MACROS[type(rounding)])
         if isinstance(kernel, UnsupportedKernelError):
             raise kernel
         self._kernel = kernel
@@ -110,6 +107,9 @@ class CompiledKernel:
             # share_memory_() of an average gives it other storage; the kernel would write to freed memory.
             if list(map(Tensor.data_ptr, self._outputs)) != self._addresses:
                 self._set_tables()
+            # Autograd does not see writes by address. Here rather than after the kernel, which evicts the tensors'
+            # records from the caches of the processor.
+            increment_version(self._outputs)
             all_tables = (*self._tables, *self._noise, self._weights)
             addresses = [None if table is None else table.data_ptr() for table in all_tables]
             kernel = partial(self._kernel, *addresses, int(update_index), *self._settings)
@@ -118,7 +118,6 @@ class CompiledKernel:
             else:
                 with deferred_signals():  # an interrupted thread pool may stay locked
                     write_log.write_interruptible(partial(_run_in_threads, kernel, self._block_ranges))
-            increment_version(self._outputs)  # autograd does not see writes by address
         self._strided_kernel(weights, update_index, write_log)
 
     def _set_tables(self) -> None:
@@ -127,27 +126,31 @@ class CompiledKernel:
         self._tables = make_address_tables(self._rows, block=BLOCK) if self._rows else None
 
 
+def compiler_problem() -> str:
+    """Why the kernel cannot be built on this machine; empty if it can."""
+    kernel = _compile(_compiler(), "float", "float")
+    return str(kernel) if isinstance(kernel, UnsupportedKernelError) else ""
+
+
+def _compiler() -> str:
+    """The command of the C compiler; empty if there is none."""
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") or ""
+
+
 @cache
 def _compile(compiler: str, live: str, stored: str, *macros: str) -> Callable[..., None] | UnsupportedKernelError:
     """The kernel for these types, or the error, which is cached so that a failing compiler runs once."""
+    if not compiler.strip():
+        return UnsupportedKernelError("there is no C compiler: install gcc or clang, or name one in CC")
     wide = "double" if stored == "double" else "float"
     types = [f"LIVE={live}", f"STORED={stored}", f"WIDE={wide}", *["HALF"] * ("half" in (live, stored))]
-    with TemporaryDirectory() as folder:
-        library = Path(folder, "c_kernel.so")
-        command = [
-            *compiler.split(),
-            *COMPILER_FLAGS,
-            *(f"-D{name}" for name in (*types, *macros)),
-            str(SOURCE),
-            "-o",
-            str(library),
-            "-lm",
-        ]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            kernel = ctypes.CDLL(str(library)).lerp_tracks
-        except (OSError, subprocess.CalledProcessError) as error:
-            return UnsupportedKernelError(f"{' '.join(command)} failed: {getattr(error, 'stderr', error)}")
+    try:
+        library = load_library(
+            SOURCE, compiler=compiler, flags=[*COMPILER_FLAGS, *(f"-D{name}" for name in (*types, *macros))]
+        )
+    except UnsupportedKernelError as error:
+        return error
+    kernel = library.lerp_tracks
     kernel.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int64] * 7
     kernel.restype = None
     return kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ema_dist.kernels.c_kernel import CompiledKernel
+from ema_dist.kernels.c_kernel import CompiledKernel, compiler_problem
 from ema_dist.kernels.foreach_kernel import ForeachKernel
 from ema_dist.kernels.kernel import Kernel, UnsupportedKernelError
 from ema_dist.kernels.lists import SMALL_NUMEL, is_small
@@ -21,8 +22,13 @@ from ema_dist.kernels.scratch import chunk_elements
 from ema_dist.kernels.scratch_kernel_factory import make_scratch_kernel
 from ema_dist.kernels.triton_kernel import TritonKernel
 
+_log = logging.getLogger(__name__)
+
 KERNELS = {"foreach": ForeachKernel, "scratch": make_scratch_kernel, "compiled": CompiledKernel, "triton": TritonKernel}
 """Kernels by the names that users pass and summaries show."""
+
+AUTO = "auto"
+"""What users pass for the fastest kernel, also if it must be compiled by the C compiler."""
 
 MAX_MEASURED_NUMEL = 2**24
 """Limit on the elements of the tensors on which kernels are timed: more than a cache holds, but quick to process."""
@@ -61,8 +67,9 @@ def make_kernel(
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
         kernel: a name in `KERNELS`. None selects the fastest kernel, timed once in a process for each combination of
-            device, dtypes, rounding, number of tracks, and number and size of tensors; no choice within one chunk. If
-            the kernel does not support the tensors, another one replaces it with a warning; see its ``name``.
+            device, dtypes, rounding, number of tracks, and number and size of tensors; no choice within one chunk.
+            `AUTO` may also select ``"compiled"`` for tensors on the CPU, where a C compiler works. If the kernel does
+            not support the tensors, another one replaces it with a warning; see its ``name``.
         rounding: how averages are rounded to bfloat16; None rounds to nearest.
         agree: makes all ranks use one answer, where they hold the same averages and must update them alike.
 
@@ -70,22 +77,26 @@ def make_kernel(
         float32 track and for the values.
     Raises: ValueError for an unknown ``kernel``, and for a ``rounding`` of averages that are not bfloat16.
     """
-    if kernel is not None and kernel not in KERNELS:
-        raise ValueError(f"expected a kernel among {', '.join(KERNELS)}, or None for the fastest; found {kernel!r}")
+    if kernel not in (*KERNELS, AUTO, None):
+        raise ValueError(
+            f"expected a kernel among {', '.join(KERNELS)}, or {AUTO!r} or None for the fastest; found {kernel!r}"
+        )
     if rounding and (other_dtypes := {average.dtype for track in tracks for average in track} - {torch.bfloat16}):
         raise ValueError(f"{type(rounding).__name__} is for bfloat16 averages; found {other_dtypes}, which go without")
     if not tracks or not values:
         return ForeachKernel([], [])
     torch_kernels = _torch_kernels(tracks, values, rounding)
     choice = f"kernel={kernel!r}"
-    if kernel is None:
-        candidates = (*torch_kernels, "triton") if values[0].is_cuda else torch_kernels
+    if kernel in (AUTO, None):
+        is_auto, candidates = kernel == AUTO, torch_kernels
+        if values[0].is_cuda:
+            candidates = (*torch_kernels, "triton")
+        elif is_auto and values[0].device.type == "cpu":
+            candidates = _with_compiled(torch_kernels)
         workload = _Workload.from_tensors(tracks, values, finite=finite, rounding=rounding)
-        kernel = candidates[0] if len(candidates) == 1 else _fastest(workload, candidates)
-        if agree and len(candidates) > 1:
-            # Without the index of the device, which differs between the ranks of a machine.
-            shared_workload = replace(workload, device=torch.device(workload.device.type))
-            kernel = agree(f"the fastest of {candidates} for {shared_workload}", kernel)
+        kernel = _agreed_fastest(workload, candidates, agree) if len(candidates) > 1 else candidates[0]
+        if is_auto:
+            _log.info("kernel='auto' selects %r among %s for %s", kernel, candidates, workload)
         choice = f"{kernel!r}, found to be the fastest,"
     try:
         return KERNELS[kernel](tracks, values, finite=finite, rounding=rounding)
@@ -147,6 +158,22 @@ def _torch_kernels(tracks: Sequence[list[Tensor]], values: list[Tensor], roundin
     return ("foreach",) if len(tracks) == 1 or is_one_chunk else ("foreach", "scratch")
 
 
+def _with_compiled(torch_kernels: tuple[str, ...]) -> tuple[str, ...]:
+    if problem := compiler_problem():
+        _log.info("kernel='auto' cannot be 'compiled': %s", problem)
+        return torch_kernels
+    return (*torch_kernels, "compiled")
+
+
+def _agreed_fastest(workload: _Workload, candidates: tuple[str, ...], agree: Agree | None) -> str:
+    fastest = _fastest(workload, candidates)
+    if not agree:
+        return fastest
+    # Without the index of the device, which differs between the ranks of a machine.
+    shared_workload = replace(workload, device=torch.device(workload.device.type))
+    return agree(f"the fastest of {candidates} for {shared_workload}", fastest)
+
+
 @cache
 def _fastest(workload: _Workload, names: tuple[str, ...]) -> str:
     try:
@@ -171,7 +198,10 @@ def _measure_fastest(workload: _Workload, names: tuple[str, ...]) -> str:
     for _ in range(TIMING_ROUNDS):
         for name, kernel in kernels.items():
             seconds[name].append(_seconds(kernel, len(tracks), workload.device))
-    return min(kernels, key=lambda name: sorted(seconds[name])[TIMING_ROUNDS // 2])
+    # The shortest times: other load on the machine only adds to them.
+    shortest = {name: min(seconds[name]) for name in kernels}
+    _log.info("kernels for %s: %s", workload, ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in shortest.items()))
+    return min(shortest, key=lambda name: shortest[name])
 
 
 def _seconds(kernel: Kernel, tracks: int, device: torch.device) -> float:

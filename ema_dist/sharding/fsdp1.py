@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -83,21 +83,21 @@ def local_shard(handle: FlatParamHandle) -> Tensor:
     return local.detach()
 
 
-def offloaded_devices(model: nn.Module) -> set[torch.device]:
+def offloaded_devices(flat_handles: Iterable[FlatParamHandle]) -> set[torch.device]:
     """The devices that compute with flat parameters which are offloaded to the CPU."""
     return {
         handle.device
-        for _, handle in handles(model)
+        for handle in flat_handles
         if handle.device.type != "cpu" and local_shard(handle).device.type == "cpu"
     }
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(flat_handles: Iterable[FlatParamHandle]) -> None:
     """Drop gathered weights, so that the next forward pass gathers the shards as they are then.
 
     Raises: RuntimeError inside ``summon_full_params``, which will write its gathered weights back to the shards.
     """
-    for _, handle in handles(model):
+    for handle in flat_handles:
         if handle._training_state == HandleTrainingState.SUMMON_FULL_PARAMS:
             raise RuntimeError("inside FullyShardedDataParallel.summon_full_params(); leave it first")
         if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):

@@ -39,6 +39,8 @@ class Layout:
         replace_inference_buffers(model)
         self.fsdp2_units = FSDP2Units(model)
         """The parts of the model that FSDP2 shards."""
+        # Found once: finding them again at each update would visit all modules.
+        self._flat_handles = [handle for _, handle in fsdp1.handles(model)]
         self.reshard()
         self.shards: list[Shard] = []
         """Parameters and buffers, in the order of their first names in ``state_dict()``."""
@@ -133,7 +135,7 @@ class Layout:
         """Drop weights that a forward pass left gathered, so that the next one reads the shards as they are then."""
         self.fsdp2_units.clear_optim_events()
         self.fsdp2_units.reshard()
-        fsdp1.reshard(self.model)
+        fsdp1.reshard(self._flat_handles)
 
     def wait_for_device(self) -> None:
         """Before weights in CPU memory are written to: wait for devices that may still copy them.
@@ -143,7 +145,7 @@ class Layout:
         """
         offloaded = (shard for shard in self.shards if shard.local.device.type == "cpu")
         devices = {device for shard in offloaded if (device := shard.communication_device).type != "cpu"}
-        for device in devices | fsdp1.offloaded_devices(self.model):
+        for device in devices | fsdp1.offloaded_devices(self._flat_handles):
             torch.accelerator.synchronize(device)
 
     def abandon_pass(self) -> None:

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from launch.benchmark.averaging_methods import FOREACH, OURS, PEER_METHODS, SERVING, SHORT_NAMES
+from launch.benchmark.averaging_methods import FOREACH, OURS, OURS_AUTO, PEER_METHODS, SERVING, SHORT_NAMES
 from launch.benchmark.cases import Case, LiveDtype, Parallel, SmallTensors, Transformer
 from launch.benchmark.measure import Record, median_ratio
 from launch.benchmark.page import MIB, Environment, Page, Table, Target, entry, mib, ms, quartiles, target_table
@@ -108,6 +108,12 @@ def _cpu_targets(results: Results) -> Iterator[Target]:
             yield Target(f"{what} {FOREACH}", 1.1, over_foreach, "x")
         else:
             yield Target(f"{what} a cast and foreach", 0.6, over_foreach, "x")
+        is_small, is_narrow = isinstance(update["case"].shape, SmallTensors), update["case"].live != "float32"
+        if update["case"].parallel != "ddp" and (is_small or is_narrow):
+            over_copy = _over(update, COPY, OURS_AUTO)
+            yield Target(
+                f'{update_case(update)}: kernel="auto" over a {COPY}', 1.4 if is_small else 0.9, over_copy, "x"
+            )
         peers = {name: statistics.median(own) for name, own in update["seconds"].items() if name in PEER_METHODS}
         if update["case"].parallel == "ddp" and peers:
             best = min(peers, key=lambda name: peers[name])

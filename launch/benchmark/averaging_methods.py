@@ -24,6 +24,7 @@ from launch.benchmark.cases import Case, local, unwrap_ddp
 
 OURS = "ShardedEMA"
 OURS_COPY = 'ShardedEMA, replicas="copy"'
+OURS_AUTO = 'ShardedEMA, kernel="auto"'
 SERVING = "ShardedEMA.serving()"
 FOREACH = "_foreach_lerp_ on plain lists"
 DTENSOR_FOREACH = "_foreach_lerp_ on DTensors"
@@ -35,6 +36,7 @@ DIFFUSERS = "diffusers EMAModel, foreach"
 LIGHTNING = "Lightning EMAWeightAveraging"
 SHORT_NAMES = {
     OURS: "ours",
+    OURS_AUTO: "ours, auto",
     OURS_COPY: "ours, copy",
     FOREACH: "plain foreach",
     DTENSOR_FOREACH: "DTensor foreach",
@@ -68,10 +70,15 @@ Make = Callable[[nn.Module, Sequence[float]], Averager]
 
 
 def sharded_ema(
-    model: nn.Module, decays: Sequence[float], replicas: Literal["shard", "copy"] = "shard", *, serving: bool = False
+    model: nn.Module,
+    decays: Sequence[float],
+    replicas: Literal["shard", "copy"] = "shard",
+    *,
+    kernel: str | None = None,
+    serving: bool = False,
 ) -> Averager:
     decay_by_track = {f"track {index}": decay for index, decay in enumerate(decays)}
-    ema = ShardedEMA(model, decay=decay_by_track if len(decays) > 1 else decays[0], replicas=replicas)
+    ema = ShardedEMA(model, decay=decay_by_track if len(decays) > 1 else decays[0], replicas=replicas, kernel=kernel)
     return Averager(
         ema.update,
         lambda: [track["averages"] for track in ema.state_dict()["tracks"].values()],
@@ -217,6 +224,7 @@ SWAPPING_PEERS = [DIFFUSERS, LIGHTNING]
 def averaging_methods(case: Case) -> dict[str, Make]:
     """All of them for a case, by name; the first is the lower bound."""
     methods: dict[str, Make] = {FOREACH: one_per_track(foreach), OURS: sharded_ema}
+    methods[OURS_AUTO] = partial(sharded_ema, kernel="auto")
     if case.parallel == "ddp":
         methods[OURS_COPY] = partial(sharded_ema, replicas="copy")
     if case.parallel == "fsdp2":

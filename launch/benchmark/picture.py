@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from launch.benchmark.averaging_methods import FOREACH, OURS, OURS_COPY, SHORT_NAMES
+from launch.benchmark.averaging_methods import FOREACH, OURS, OURS_AUTO, OURS_COPY, SHORT_NAMES
 from launch.benchmark.cases import Transformer
 from launch.benchmark.measure import Record
 from launch.benchmark.page import Environment, Picture
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PEER_COLOR, LIMIT_COLOR = "#d3a07f", "#b0572c"
-COLORS = {OURS: "#1f5fa8", OURS_COPY: "#1f5fa8", FOREACH: "#7a7a7a"}
+COLORS = {OURS: "#1f5fa8", OURS_AUTO: "#1f5fa8", OURS_COPY: "#1f5fa8", FOREACH: "#7a7a7a"}
 COLUMNS = 2
 
 

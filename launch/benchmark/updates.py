@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from launch.benchmark.averaging_methods import OURS, OURS_COPY, Averager, Make, averaging_methods
+from launch.benchmark.averaging_methods import OURS, OURS_AUTO, OURS_COPY, Averager, Make, averaging_methods
 from launch.benchmark.cases import DECAY, Case, full, local, nbytes, scale_weights
 from launch.benchmark.formulas import ElementSizes, update_bytes
 from launch.benchmark.measure import Record, Samples, Turns, highest, highest_by_key, times_reference
@@ -78,7 +78,8 @@ def update_costs(device: torch.device, *, case: Case, repeats: int, tracks: Sequ
                 record["failures"][name] = averager
                 continue
             averagers[name, count] = averager
-            numbers = update_numbers(averager, live_weights, element_sizes, scratch_in_cache=name in {OURS, OURS_COPY})
+            is_ours = name in {OURS, OURS_AUTO, OURS_COPY}
+            numbers = update_numbers(averager, live_weights, element_sizes, scratch_in_cache=is_ours)
             for key, number in highest_by_key(numbers, device).items():
                 record[key][name] = number
     scale_weights(model, factor=1.5)
