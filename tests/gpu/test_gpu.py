@@ -229,6 +229,21 @@ def test_a_compiled_model_with_cuda_graphs_is_served_and_swapped() -> None:
 
 
 @pytest.mark.gpu
+def test_the_distance_of_a_model_on_two_devices() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, device="cuda"), nn.Linear(8, 8))
+    on_host = copy.deepcopy(model).cpu()
+    distances: list[float] = []
+    for net in (model, on_host):
+        ema = ShardedEMA(net, decay=0.5)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(2)
+        ema.update()
+        distances.append(ema.distance())
+    assert distances[0] == pytest.approx(distances[1], rel=1e-6)
+
+
+@pytest.mark.gpu
 def test_a_graphed_callable_is_swapped() -> None:
     """The graph reads the addresses that it was captured with: the swap must write there."""
     net = nn.Linear(8, 8, device="cuda")
