@@ -29,16 +29,9 @@ def test_it_reports_each_finding_and_writes_the_table(tmp_path: Path) -> None:
 def test_what_a_stopped_section_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks of its tests would use the GPU while later sections measure."""
     monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 0.1)
-    script = """
-import signal, subprocess, sys, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(1000)"])
-print(child.pid, flush=True)
-time.sleep(1000)
-"""
-    problem = gpu_check.run_group([sys.executable, "-c", script], tmp_path / "log", limit=5)
-    assert problem == "stopped after 5 s"
-    child, *_ = (line for line in (tmp_path / "log").read_text().splitlines() if line.isdigit())
+    script = "trap '' INT; sleep 1000 & echo $!; wait"
+    assert gpu_check.run_group(["sh", "-c", script], tmp_path / "log", limit=2) == "stopped after 2 s"
+    child = (tmp_path / "log").read_text().strip()
     status = Path(f"/proc/{child}/stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
     assert (

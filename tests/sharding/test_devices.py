@@ -155,7 +155,7 @@ def test_where_the_group_cannot_send_from_the_cpu_another_device_sends() -> None
     with pytest.MonkeyPatch.context() as patch:
         for module in (first_rank, replica_collectives):
             patch.setattr(module, "sending_device", lambda *_: meta)
-        patch.setattr(dist, "broadcast_object_list", lambda *_, device, **__: sent.append(device))
+        patch.setattr(first_rank, "broadcast_object", lambda message, *, device, **_: sent.append(device) or message)
         patch.setattr(dist, "broadcast", lambda tensor, *_, **__: sent.append(tensor.device))
         sender = first_rank.FirstRank(ema._live.layout)  # noqa: SLF001
         sender.broadcast_tensor(lambda: torch.ones(3), torch.empty(3, device="meta"), torch.device("cpu"))
