@@ -20,9 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -37,11 +36,20 @@ from torch.distributed.fsdp import fully_shard
 
 from ema_dist import Compensated, Offloaded, ShardedEMA, Stochastic
 from ema_dist.kernels import KERNELS, CompensatedRounding, Rounding, StochasticRounding, TensorOffset, make_kernel
+from tests.gpu.measuring import (
+    DEVICE,
+    GIB,
+    IS_SMALL,
+    ON_GPU,
+    check,
+    copy_bandwidth,
+    guarded,
+    peak_bytes,
+    report,
+    seconds,
+)
 
 ROOT = Path(__file__).parents[2]
-DEVICE = os.environ.get("DEVICE", "cuda")
-ON_GPU = DEVICE == "cuda"
-IS_SMALL = bool(os.environ.get("SMALL"))
 OUT = Path(os.environ.get("OUT") or tempfile.gettempdir())
 DEADLINE_SECONDS = 465.0
 """After this time no section runs."""
@@ -53,71 +61,7 @@ CALL_SECONDS = 0.01
 """What a swap or serving of some hundred tensors may take beyond the bytes that it moves."""
 
 F32, BF16 = torch.float32, torch.bfloat16
-MIB, GIB = 2**20, 2**30
-
-
-def report(kind: str, name: str, value: object = "") -> None:
-    print(f"{kind} {name}: {value}", flush=True)
-
-
-def check(name: str, ok: bool, value: object = "") -> None:  # noqa: FBT001 - the result is what this is about
-    report("PASS" if ok else "FAIL", name, value)
-
-
-@contextmanager
-def guarded(name: str) -> Iterator[None]:
-    """An exception is a FAIL, and the next check runs."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001
-        report("FAIL", name, f"{type(error).__name__}: {str(error)[:300]}".replace("\n", " "))
-        traceback.print_exc(limit=-4, file=sys.stdout)
-
-
-def synchronize() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
-
-
-def seconds(call: Callable[[], object], repeats: int = 10, *, of_host: bool = False) -> float:
-    """The median time of the device, by events; or of the host, until the call returns."""
-    call()
-    synchronize()
-    measured: list[float] = []
-    for _ in range(repeats):
-        if of_host or not ON_GPU:
-            begin = time.perf_counter()
-            call()
-            measured.append(time.perf_counter() - begin)
-            synchronize()
-        else:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            measured.append(start.elapsed_time(end) / 1000)
-    return sorted(measured)[len(measured) // 2]
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Peak bytes of the device during the call, beyond those before."""
-    if not ON_GPU:
-        call()
-        return 0
-    synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second that a copy on the device reads and writes: what every other time is compared with."""
-    source = torch.empty(4096 if IS_SMALL else GIB, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
+MIB = 2**20
 
 
 def init_one_rank() -> None:
@@ -379,12 +323,11 @@ def run_group(command: Sequence[str | Path], log: Path, *, limit: float, **varia
 
     Returns: why it failed; empty if it did not.
     """
-    environment_variables = {**os.environ, **variables}
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment_variables,
+            env={**os.environ, **variables},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
