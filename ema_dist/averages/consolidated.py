@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ema_dist.averages.first_rank import FirstRank
-from ema_dist.averages.full_weights import to_cpu
+from ema_dist.averages.full_weights import copy_one, to_cpu
 from ema_dist.averages.state import make_state
 from ema_dist.averages.tracks import Tracks
 from ema_dist.schedules.clock import Clock
@@ -35,7 +35,7 @@ def gather_state(
 
     def gather(shard: Shard, track: str, name: str) -> Tensor | None:
         local = averages[track][name]
-        full = shard.full(local)
+        full = shard.full(local, copy_one)
         return to_cpu(full, local, local.dtype) if is_destination else None
 
     state = make_state(clock, layout, tracks, convert=gather)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ema_dist.averages.first_rank import SendingDevices
 from ema_dist.sharding import Layout
 
 
@@ -27,10 +28,12 @@ def relative_distance(layout: Layout, averages: Mapping[str, Tensor], *, is_coll
     Memory: a few copies in float64 of one averaged part.
     """
     numel = torch.tensor([layout.parameters[name].shape.numel() for name in averages], dtype=torch.float64)
-    sums = torch.stack([_sums(layout, name, average) for name, average in averages.items()])
-    if is_collective:
-        sums = sums.to(layout.shards[0].communication_device)
-        dist.all_reduce(sums, group=layout.group)
+    rows = [_sums(layout, name, average) for name, average in averages.items()]
+    sums = torch.stack([row.to(rows[0].device) for row in rows])  # one model may be on several devices
+    group = layout.group if is_collective else None
+    if group is not None:
+        sums = sums.to(SendingDevices(group, layout).for_tensor())
+        dist.all_reduce(sums, group=group)
     counts, differences, live = sums.cpu().unbind(dim=1)
     # How often each element was counted: on every replica, for instance. Expanded tensors hold elements once for many.
     copies = counts / numel

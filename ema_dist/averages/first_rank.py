@@ -12,19 +12,20 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ema_dist.communication.objects import broadcast_object
+from ema_dist.kernels import copy_pairs
 from ema_dist.sharding import Layout, as_bytes, sending_device
 
 T = TypeVar("T")
 
 
 class SendingDevices:
-    """The devices on which ``group`` sends tensors and pickled objects of a model."""
+    """The devices from which ``group`` sends tensors and pickled objects of a model."""
 
     def __init__(self, group: ProcessGroup, layout: Layout) -> None:
         self._group = group
         self._preferred = [*dict.fromkeys(shard.communication_device for shard in layout.shards)]
-        self.tensors = self.for_tensor()
-        self.objects = self.for_tensor(torch.device("cpu"))
+        self.for_host_values = self.for_tensor(torch.device("cpu"))
+        """For pickled objects, and for tensors that are on the CPU: the CPU wherever the group can send from it."""
 
     def for_tensor(self, *preferred: torch.device) -> torch.device:
         """The first of these devices from which the group can send; else another device of the model."""
@@ -64,7 +65,7 @@ class FirstRank:
         if self._group is not None and self._devices is not None:
             message = (result, problem)
             result, problem = broadcast_object(
-                message, source=self._source, group=self._group, device=self._devices.objects
+                message, source=self._source, group=self._group, device=self._devices.for_host_values
             )
         if problem:
             raise RuntimeError(problem) from cause
@@ -82,7 +83,7 @@ class FirstRank:
             device = self._devices.for_tensor(device)
         values: list[Tensor] = []
         self.broadcast_result(
-            lambda: values.append(_require_spec(read(), spec).resolve_conj().resolve_neg().to(device).contiguous()),
+            lambda: values.append(contiguous_on(device, _require_spec(read(), spec))),
             hint=self._hint,
         )
         value = values.pop() if values else self._receive_buffer(spec, device)
@@ -95,6 +96,16 @@ class FirstRank:
         if self._buffer.nbytes < spec.nbytes or self._buffer.device != device:
             self._buffer = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)
         return self._buffer[: spec.nbytes].view(spec.dtype).view(spec.shape)
+
+
+def contiguous_on(device: torch.device, tensor: Tensor) -> Tensor:
+    """``tensor`` itself if it is contiguous and on ``device``, else a copy there, whose bytes can be sent."""
+    tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.device == device:
+        return tensor.contiguous()
+    moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    copy_pairs([(moved, tensor)])
+    return moved
 
 
 def _require_spec(value: Tensor, spec: Tensor) -> Tensor:

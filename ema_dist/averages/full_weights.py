@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ema_dist.averages.first_rank import FirstRank, SendingDevices
+from ema_dist.averages.first_rank import FirstRank, SendingDevices, contiguous_on
 from ema_dist.averages.track import Track
 from ema_dist.communication.objects import receive_object, send_object
 from ema_dist.communication.rendezvous import rendezvous
@@ -46,7 +46,7 @@ def gather(
     failure: Exception | None = None
     for shard, local in _shards_and_values(layout, averages):
         _require_whole(shard, local)
-        full = shard.full(local)
+        full = shard.full(local, copy_one)
         value = None
         if is_destination and not failure:
             try:
@@ -111,27 +111,28 @@ def gather_pipeline(
     if len({*ranks} & {*layout.ranks}) > 1:
         raise ValueError(f"pipeline={ranks} should hold one rank of each stage, but one is held by {layout.ranks}")
     rendezvous("full_state_dict(pipeline=...)", ranks, timeout=timeout)
-    return _gather_stages(entries, pipeline, SendingDevices(pipeline, layout))
+    # Point to point, gloo reads the memory of the CPU only: it would take an address on a device for one of the CPU.
+    return _gather_stages(entries, pipeline, SendingDevices(pipeline, layout).for_host_values)
 
 
 def _gather_stages(
-    entries: Iterator[tuple[str, Any]], group: ProcessGroup, devices: SendingDevices
+    entries: Iterator[tuple[str, Any]], group: ProcessGroup, device: torch.device
 ) -> Iterator[tuple[str, Any]]:
     first, *others = dist.get_process_group_ranks(group)
     if dist.get_rank() == first:
         yield from entries
         for source in others:
-            yield from _receive(source, group, devices)
+            yield from _receive(source, group, device)
         return
     for name, value in entries:
         if value is None:
             continue
         tensor = value if isinstance(value, Tensor) else None
         header = (name, value) if tensor is None else (name, tensor.to("meta"))
-        send_object(header, destination=first, group=group, device=devices.objects)
+        send_object(header, destination=first, group=group, device=device)
         if tensor is not None:
-            dist.send(as_bytes(tensor.to(devices.tensors).contiguous()), dst=first, group=group)
-    send_object(None, destination=first, group=group, device=devices.objects)
+            dist.send(as_bytes(contiguous_on(device, tensor)), dst=first, group=group)
+    send_object(None, destination=first, group=group, device=device)
 
 
 def collect(entries: Iterator[tuple[str, Any]], *, is_destination: bool) -> dict[str, Any]:
@@ -152,16 +153,16 @@ def collect(entries: Iterator[tuple[str, Any]], *, is_destination: bool) -> dict
     return full
 
 
-def _receive(source: int, group: ProcessGroup, devices: SendingDevices) -> Iterator[tuple[str, Any]]:
+def _receive(source: int, group: ProcessGroup, device: torch.device) -> Iterator[tuple[str, Any]]:
     while True:
-        header = receive_object(source=source, group=group, device=devices.objects)
+        header = receive_object(source=source, group=group, device=device)
         if header is None:
             return
         name, value = header
         if isinstance(value, Tensor):
-            buffer = torch.empty(value.shape, dtype=value.dtype, device=devices.tensors)
+            buffer = torch.empty(value.shape, dtype=value.dtype, device=device)
             dist.recv(as_bytes(buffer), src=source, group=group)
-            value = copy_to_host(buffer)
+            value = buffer if device.type == "cpu" else copy_to_host(buffer)
         yield name, value
 
 
@@ -220,10 +221,10 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
     target.wait_for_device()
     for shard, local in _shards_and_values(layout, averages):
         target_shards = _targets_of(shard, target_shards_by_name)
-        full = local if all(other.is_sharded_like(shard) for other in target_shards) else shard.full(local)
+        full = local if all(other.is_sharded_like(shard) for other in target_shards) else shard.full(local, copy_one)
         for other in target_shards:
             if other.local is not local:
-                other.local.copy_(local if other.is_sharded_like(shard) else other.slice_full(full))
+                copy_one(other.local, local if other.is_sharded_like(shard) else other.slice_full(full))
                 other.increment_other_versions()
     for name, module in layout.extra_states.items():
         if target.extra_states[name] is not module:
@@ -242,7 +243,7 @@ def _require_expandable(target: Layout, layout: Layout, averages: Mapping[str, T
         for other in _targets_of(shard, targets_by_name):
             if isinstance(other, ExpandedShard) and not other.is_sharded_like(shard):
                 try:
-                    other.slice_full(shard.full(local))
+                    other.slice_full(shard.full(local, copy_one))
                 except ValueError as error:
                     raise ValueError(f"the averages do not fit {other.name!r} of the given model: {error}") from None
 
@@ -252,6 +253,14 @@ def _shards_and_values(layout: Layout, averages: Mapping[str, Tensor]) -> Iterat
     for shard in layout.shards:
         average = averages.get(shard.name)
         yield (shard, shard.local) if average is None else (shard.averaged_part, average)
+
+
+def copy_one(target: Tensor, source: Tensor) -> None:
+    """Copy ``source`` to ``target``: between a device and the host through pinned memory."""
+    if target.device == source.device or subclass_name(source) or subclass_name(target):
+        target.copy_(source)
+    else:
+        copy_pairs([(target, source)])
 
 
 def to_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:

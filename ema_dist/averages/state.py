@@ -18,6 +18,7 @@ from torch import Tensor
 from ema_dist.averages.full_weights import dtype_kind
 from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
+from ema_dist.kernels import copy_to_host
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import DecayRecord, describe_changed_laws, read_clock, record_decays
@@ -40,7 +41,8 @@ class ShardedState(dict[str, Any]):
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         for value in self.values():
             if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = cpu_copy(value)  # deepcopy() finds it here, and does not copy on the device
+                # deepcopy() finds it here, and does not copy on the device.
+                memo[id(value)] = cpu_copy(value, copy_to_host)
         return {key: deepcopy(value, memo) for key, value in self.items()}
 
     def __reduce_ex__(self, _protocol: SupportsIndex) -> NoReturn:

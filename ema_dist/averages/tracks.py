@@ -25,6 +25,7 @@ from ema_dist.kernels import (
     UpdateIndex,
     Weight,
     WriteLog,
+    copy_to_host,
     group_by_dtype,
     group_pairs,
     make_kernel,
@@ -123,7 +124,8 @@ class Tracks(Mapping[str, Track]):
         """Overwrite all averages with the live weights and buffers. Waits for the device."""
         for track in self.values():
             for name, (average, value) in (track.parameter_pairs(layout) | track.buffer_pairs(layout)).items():
-                track.write(name, value.to(average.device))  # cast there: it takes memory
+                # Cast where the average is: a cast on the device of the live weights would take memory there.
+                track.write(name, value if value.device == average.device else copy_to_host(value))
         self.bind_loaded(layout)
 
     def bind_layout(self, layout: Layout) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ema_dist.kernels import max_scratch_bytes
+from ema_dist.kernels import copy_pairs, max_scratch_bytes
 from ema_dist.sharding import all_gather, merge_bytes
 
 ALIGNMENT = 16
@@ -130,12 +130,14 @@ class _Scratch:
     def stage(self, start: int, nbytes: int) -> Tensor:
         """Copy bytes of ``local`` to the device that communicates, and return them there."""
         staged = self.staged[start : start + nbytes]
-        return staged if self.staged is self.local else staged.copy_(self.local[start : start + nbytes])
+        if self.staged is not self.local:
+            copy_pairs([(staged, self.local[start : start + nbytes])])
+        return staged
 
     def unstage(self, nbytes: int) -> None:
         """Copy the first bytes back to ``local``."""
         if self.staged is not self.local:
-            self.local[:nbytes].copy_(self.staged[:nbytes])
+            copy_pairs([(self.local[:nbytes], self.staged[:nbytes])])
 
 
 def _rounds(tensors_and_counts: Iterable[tuple[Tensor, int]], max_bytes: int) -> Iterator[tuple[int, list[_Piece]]]:

@@ -87,7 +87,9 @@ class _Staging(NamedTuple):
 def _to_host(targets: list[Tensor], sources: list[Tensor], staging: _Staging) -> None:
     previous: tuple[Any, list[Tensor], list[Tensor]] | None = None
     for _, some_targets, staged, some_sources in staging.batches(targets, sources):
-        torch._foreach_copy_(staged, [source.to(staged[0].dtype) for source in some_sources], non_blocking=True)
+        # Otherwise torch conjugates the copy of a lazily conjugated source on the host, before it has arrived.
+        resolved = [source.to(staged[0].dtype).resolve_conj().resolve_neg() for source in some_sources]
+        torch._foreach_copy_(staged, resolved, non_blocking=True)
         # The host empties the other buffer during this transfer.
         _complete(previous)
         previous = staging.record_event(), some_targets, staged

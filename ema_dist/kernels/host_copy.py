@@ -75,7 +75,10 @@ class HostBuffer:
         for batch_copy, targets in zip(self._batch_copies, self._targets, strict=True):
             if batch_copy.packed:
                 torch._foreach_copy_(batch_copy.packed, batch_copy.values)
-            torch._foreach_copy_(targets, batch_copy.sources, non_blocking=batch_copy.sources[0].device in non_blocking)
+            sources = batch_copy.sources
+            if batch_copy.has_lazy_sources:  # torch conjugates their copies on the host, before they have arrived
+                sources = [source.resolve_conj().resolve_neg() for source in sources]
+            torch._foreach_copy_(targets, sources, non_blocking=sources[0].device in non_blocking)
 
 
 class _BatchCopy(NamedTuple):
@@ -86,6 +89,8 @@ class _BatchCopy(NamedTuple):
     """Views of the scratch into which they are packed; empty if they are transferred directly."""
     sources: list[Tensor]
     """What is transferred to the host: the tensors themselves, or the scratch."""
+    has_lazy_sources: bool = False
+    """Whether sources are lazily conjugated or negated complex tensors."""
 
 
 class _Batch(NamedTuple):
@@ -111,7 +116,8 @@ class _Batch(NamedTuple):
 
     def batch_copy(self, scratch: Tensor | None) -> _BatchCopy:
         if scratch is None:
-            return _BatchCopy(self.values, [], self.values)
+            has_lazy_sources = any(value.is_conj() or value.is_neg() for value in self.values)
+            return _BatchCopy(self.values, [], self.values, has_lazy_sources)
         starts = [start - self.starts[0] for start in self.starts]
         packed = [_view(scratch, start, value) for start, value in zip(starts, self.values, strict=True)]
         return _BatchCopy(self.values, packed, [scratch[: self.nbytes]])

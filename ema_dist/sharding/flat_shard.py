@@ -19,7 +19,7 @@ from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 
 from ema_dist.sharding.gather_rows import as_bytes
 from ema_dist.sharding.rank_sets import group_ranks
-from ema_dist.sharding.shard import Shard, flat_view, memory_order
+from ema_dist.sharding.shard import CopyFunction, Shard, flat_view, memory_order
 
 ElementRange = tuple[int, int]
 """The first element and one past the last, counted in the memory order of the full tensor."""
@@ -150,14 +150,14 @@ class FlatShard(Shard):
         pieces = [block.tensor.permute(order).reshape(-1) for block in blocks]
         return torch.cat(pieces) if pieces else self.local.new_empty(0)
 
-    def full(self, local: Tensor) -> Tensor:
+    def full(self, local: Tensor, copy_local: CopyFunction = Tensor.copy_) -> Tensor:
         gathered = torch.empty_strided(self._shape, self.stride, dtype=local.dtype, device=self._device)
         ranks = group_ranks(self._group).ranks
         for group_rank in self.ranges.holders:
             start, stop = self.ranges.of_rank(group_rank)
             piece = flat_view(gathered)[start:stop]
             if group_rank == self._group.rank():
-                piece.copy_(local)
+                copy_local(piece, local)
             dist.broadcast(as_bytes(piece), ranks[group_rank], group=self._group)
         return gathered
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import Placement
 from ema_dist.sharding.devices import current_device
 from ema_dist.sharding.gather_rows import gather_dim
 from ema_dist.sharding.rank_sets import mesh_group, mesh_ranks
-from ema_dist.sharding.shard import Shard
+from ema_dist.sharding.shard import CopyFunction, Shard
 
 
 class _Block(NamedTuple):
@@ -114,8 +114,10 @@ class MeshShard(Shard):
             raise ValueError(f"expected this rank's part, got the part at {position} of {value.device_mesh}")
         return dtensor_local(value)
 
-    def full(self, local: Tensor) -> Tensor:
-        local = local.to(self.communication_device)
+    def full(self, local: Tensor, copy_local: CopyFunction = Tensor.copy_) -> Tensor:
+        if local.device != self.communication_device:
+            offloaded, local = local, torch.empty_like(local, device=self.communication_device)
+            copy_local(local, offloaded)
         if self._is_strided:
             return self.wrap(local).full_tensor()
         lengths = self._block().lengths
@@ -128,8 +130,8 @@ class MeshShard(Shard):
     def slice_full(self, full: Tensor) -> Tensor:
         if full.shape != self.shape:
             raise ValueError(f"expected {tuple(self.shape)}, got {tuple(full.shape)}")
-        full = full.to(self.communication_device)
         if self._is_strided:
+            full = full.to(self.communication_device)
             replicated = DTensor.from_local(full, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
             return dtensor_local(replicated.redistribute(placements=self.placements))
         # Not redistribute(): it makes the chunks of all ranks to return one.

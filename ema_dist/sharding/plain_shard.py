@@ -9,7 +9,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor  # no public n
 from torch.distributed.tensor import DTensor
 
 from ema_dist.sharding.memory import distinct_elements, has_equal_bits
-from ema_dist.sharding.shard import Shard
+from ema_dist.sharding.shard import CopyFunction, Shard
 
 
 class PlainShard(Shard):
@@ -39,7 +39,7 @@ class PlainShard(Shard):
             raise ValueError(f"expected a plain tensor, got this rank's part of one ({type(value).__name__})")
         return self.slice_full(value)
 
-    def full(self, local: Tensor) -> Tensor:
+    def full(self, local: Tensor, copy_local: CopyFunction = Tensor.copy_) -> Tensor:  # noqa: ARG002
         return local
 
     def slice_full(self, full: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class ExpandedShard(PlainShard):
     def wrap_for_forward(self, local: Tensor) -> Tensor:
         return local.expand(self._shape)
 
-    def full(self, local: Tensor) -> Tensor:
+    def full(self, local: Tensor, copy_local: CopyFunction = Tensor.copy_) -> Tensor:  # noqa: ARG002
         return local.expand(self._shape)
 
     def slice_full(self, full: Tensor) -> Tensor:

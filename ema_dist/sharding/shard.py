@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+CopyFunction = Callable[[Tensor, Tensor], object]
+"""Copies the second tensor to the first."""
 
 
 class Shard(ABC):
@@ -146,8 +149,11 @@ class Shard(ABC):
         """
 
     @abstractmethod
-    def full(self, local: Tensor) -> Tensor:
+    def full(self, local: Tensor, copy_local: CopyFunction = Tensor.copy_) -> Tensor:
         """The full tensor whose parts the ranks pass as ``local``; it may share storage with ``local``.
+
+        Args:
+            copy_local: copies ``local`` to `communication_device` if it is offloaded from there.
 
         Collective: over `gather_ranks`. Memory: two full tensors at most, while gathering.
         """

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ema_dist import Offloaded, ShardedEMA, checkpoint
-from ema_dist.averages import full_weights
+from ema_dist.averages import first_rank, full_weights
 from ema_dist.checkpoint import saving
 from ema_dist.evaluation import serving, swap
 from ema_dist.kernels import copy_pairs, copy_to_host
+from tests.support.layouts import YOUNG_AVERAGES
+
+pytestmark = YOUNG_AVERAGES
 
 
 class Recorder:
@@ -31,7 +37,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    for module in (full_weights, serving, swap):
+    for module in (first_rank, full_weights, serving, swap):
         monkeypatch.setattr(module, "copy_pairs", recorder)
     return recorder
 
@@ -63,11 +69,42 @@ def test_a_save_in_the_background_copies_each_tensor(tmp_path: Path, monkeypatch
     assert sorted(copied) == [2, 6]
 
 
+def test_only_copies_between_devices_are_recorded(recorder: Recorder) -> None:
+    """`meta` is the other device."""
+    host, other = torch.zeros(3), torch.empty(3, device="meta")
+    full_weights.copy_one(torch.empty(3), host)
+    assert not recorder.copied
+    full_weights.copy_one(other, host)
+    first_rank.contiguous_on(other.device, host)
+    assert recorder.copied == [(torch.float32, torch.float32, 3)] * 2
+
+
+CALLS = ("swapped", "serving", "full_state_dict", "save")
+OFFLOADED_CALLS = (*CALLS, "load_full_state_dict", "copy_to", "reset", "deepcopy")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("call", ["swapped", "serving", "full_state_dict", "save"])
-def test_on_the_gpu_no_large_copy_is_pageable(call: str, tmp_path: Path) -> None:
-    model = nn.Linear(4096, 4096, bias=False, device="cuda", dtype=torch.bfloat16)
-    ema = ShardedEMA(model, decay=0.5, store=None if call in ("full_state_dict", "save") else Offloaded())
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize(
+    ("call", "is_offloaded", "is_sharded"),
+    [
+        *[(call, call in ("swapped", "serving"), False) for call in CALLS],
+        ("deepcopy", False, True),
+        *[(call, True, True) for call in OFFLOADED_CALLS],
+    ],
+)
+def test_on_the_gpu_no_large_copy_is_pageable(
+    call: str,
+    is_offloaded: bool,  # noqa: FBT001
+    is_sharded: bool,  # noqa: FBT001
+    tmp_path: Path,
+) -> None:
+    def make_model() -> nn.Module:
+        net = nn.Sequential(nn.Linear(4096, 4096, bias=False, device="cuda", dtype=torch.bfloat16))
+        return fully_shard(net, mesh=init_device_mesh("cuda", (1,))) if is_sharded else net  # pyrefly: ignore[bad-return]
+
+    model, other_model = make_model(), make_model()
+    ema = ShardedEMA(model, decay=0.5, store=Offloaded() if is_offloaded else None)
 
     def swapped() -> None:
         with ema.swapped():
@@ -86,9 +123,13 @@ def test_on_the_gpu_no_large_copy_is_pageable(call: str, tmp_path: Path) -> None
         "serving": served,
         "full_state_dict": ema.full_state_dict,
         "save": save,
+        "load_full_state_dict": lambda: ema.load_full_state_dict(full),
+        "copy_to": lambda: ema.copy_to(other_model),
+        "reset": ema.reset,
+        "deepcopy": lambda: copy.deepcopy(ema.state_dict()),
     }
     ema.update()
-    ema.state_dict()
+    full = ema.full_state_dict()
     with torch.profiler.profile() as profile:
         calls[call]()
         torch.cuda.synchronize()

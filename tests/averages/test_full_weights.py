@@ -70,7 +70,7 @@ def test_a_rank_that_only_sends_waits_for_each_tensor(monkeypatch: pytest.Monkey
     layout = ema._live.layout  # noqa: SLF001
     device = torch.device("cuda", 1)
     for shard in layout.shards:
-        monkeypatch.setattr(shard, "full", lambda _: SimpleNamespace(device=device))
+        monkeypatch.setattr(shard, "full", lambda *_: SimpleNamespace(device=device))
     list(full_weights_module.gather(layout, {}, dtype=None, is_destination=False))
     assert waited == [device] * 2
 

@@ -15,7 +15,9 @@ from torch.distributed.fsdp import fully_shard
 
 from ema_dist import Offloaded, ShardedEMA, Stochastic
 from ema_dist.averages.side_streams import SideStreams
-from tests.support.layouts import assert_bitwise_equal
+from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal
+
+pytestmark = YOUNG_AVERAGES
 
 WIDTH = 512
 
@@ -80,6 +82,7 @@ def run(
 CASES = {
     "plain, foreach": (plain, {"optimizer": "foreach"}),
     "plain, scaled": (plain, {"scaled": True}),
+    "fsdp2, scaled": (fsdp2, {"scaled": True}),
     "fsdp2, accumulated": (fsdp2, {"accumulate": 3}),
     "fsdp2, not resharded": (partial(fsdp2, reshard_after_forward=False), {}),
 } | {

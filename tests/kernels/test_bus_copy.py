@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_dist.kernels import bus_copy, copy_pairs, copy_to_host
+from ema_dist.kernels import HostCopier, bus_copy, copy_pairs, copy_to_host
 from tests.support.sample_tensors import sample_tensors
 
 
@@ -27,6 +27,8 @@ class LateDevice:
 
     def foreach_copy(self, targets: list[Tensor], sources: list[Tensor], *, non_blocking: bool = False) -> None:
         if non_blocking:
+            lazy = [source for source in sources if source.is_conj() or source.is_neg()]
+            assert not lazy, "torch conjugates their copies on the host, before they have arrived"
             self.transferred.append(min((targets[0].dtype, sources[0].dtype), key=lambda dtype: dtype.itemsize))
             self.queue.append(partial(self._copy, targets, sources))
         else:
@@ -41,6 +43,10 @@ class LateEvent:
 
     def record(self) -> None:
         self._end = len(self._device.queue)
+
+    def record_and_synchronize(self) -> None:
+        self.record()
+        self.synchronize()
 
     def synchronize(self) -> None:
         queue = self._device.queue
@@ -66,6 +72,21 @@ def test_no_buffer_is_used_before_its_transfer_is_done(
     assert all(map(torch.equal, targets, [tensor.to(target) for tensor in sources]))
     assert {*device.transferred} == {min(target, source, key=lambda dtype: dtype.itemsize)}
     assert sum(buffer.nbytes for buffer in staging.buffers) <= 2 * buffer_bytes
+
+
+def test_lazily_conjugated_weights_are_resolved_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(5, dtype=torch.complex64)
+    sources = [weight.conj(), weight.conj().imag]
+    for source in sources:
+        device: Any = LateDevice(monkeypatch)
+        target = torch.empty_like(source).resolve_conj().resolve_neg()
+        staging = bus_copy._Staging.allocate([target], [source], device, pinned=False)  # noqa: SLF001
+        bus_copy._to_host([target], [source], staging)  # noqa: SLF001
+        host_buffer = HostCopier([source]).host_buffer(pinned=False)
+        host_buffer.fill(non_blocking={source.device})
+        LateEvent(device).record_and_synchronize()
+        assert torch.equal(target, source)
+        assert torch.equal(host_buffer.values[0], source)
 
 
 def test_only_copies_between_the_host_and_a_gpu_are_staged() -> None:

@@ -203,10 +203,11 @@ def test_an_update_is_captured_in_a_cuda_graph() -> None:
 def test_an_update_does_not_wait_for_the_gpu() -> None:
     (averages,), (values,) = on_the_gpu(torch.float32), on_the_gpu(torch.bfloat16)
     lerp = make_kernel([averages], values, kernel="triton")
+    weight = torch.tensor(0.5, device="cuda")  # this copy waits for the device
     torch.cuda.set_sync_debug_mode("error")
     try:
         lerp([0.5])
-        lerp([torch.tensor(0.5, device="cuda")])
+        lerp([weight])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

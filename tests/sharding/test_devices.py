@@ -12,13 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
 from ema_dist import ShardedEMA
 from ema_dist.averages import first_rank
 from ema_dist.communication import replica_collectives
-from ema_dist.sharding import devices, gather_rows
+from ema_dist.sharding import devices, gather_rows, mesh_shard
 from ema_dist.sharding.gather_rows import gather_dim
 from ema_dist.sharding.mesh_shard import MeshShard
+from ema_dist.sharding.plain_shard import PlainShard
 from tests.support.torch_2_7 import IS_BEFORE_TORCH_2_8
 
 CUDA_1, CUDA_2 = torch.device("cuda", 1), torch.device("cuda", 2)
@@ -153,11 +155,48 @@ def test_where_the_group_cannot_send_from_the_cpu_another_device_sends() -> None
     with pytest.MonkeyPatch.context() as patch:
         for module in (first_rank, replica_collectives):
             patch.setattr(module, "sending_device", lambda *_: meta)
-        patch.setattr(dist, "broadcast_object_list", lambda *_, device, **__: sent.append(device))
+        patch.setattr(first_rank, "broadcast_object", lambda message, *, device, **_: sent.append(device) or message)
         patch.setattr(dist, "broadcast", lambda tensor, *_, **__: sent.append(tensor.device))
         sender = first_rank.FirstRank(ema._live.layout)  # noqa: SLF001
         sender.broadcast_tensor(lambda: torch.ones(3), torch.empty(3, device="meta"), torch.device("cpu"))
         patch.setattr(dist, "all_reduce", lambda tensor, *_, **__: sent.append(tensor.device))
-        with pytest.raises(NotImplementedError):  # a meta tensor has no values to compare
-            ema.check_replicas()
-    assert sent == [meta] * 3
+        for call in (ema.check_replicas, ema.distance):
+            with pytest.raises(NotImplementedError):  # a meta tensor has no values to compare
+                call()
+    assert sent == [meta] * 4
+
+
+@pytest.mark.world_size(2)
+def test_pipeline_stages_send_from_the_cpu_where_their_group_can() -> None:
+    """Gloo's send and recv take an address on a device for one of the host. Its collectives do not."""
+    ema = ShardedEMA(nn.ModuleDict({str(dist.get_rank()): nn.Linear(2, 2)}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlainShard, "communication_device", property(lambda _: CUDA_1))
+        group = group_on("cuda", "cpu")
+        patch.setattr(first_rank, "sending_device", lambda _, *preferred: devices.sending_device(group, *preferred))
+        sent = record_collectives(patch)
+        full = ema.full_state_dict(pipeline=dist.group.WORLD)
+    assert len(full) == (4 if dist.get_rank() == 0 else 0)
+    assert {tensor.device.type for tensor in sent} == {"cpu"}
+
+
+@pytest.mark.world_size(1)
+def test_an_offloaded_part_is_copied_as_the_caller_says() -> None:
+    meta, copied = torch.device("meta"), list[tuple[torch.device, torch.device]]()
+    local = torch.ones(4, 3)
+    shard = MeshShard(
+        ("x",),
+        local,
+        local,
+        mesh=init_device_mesh("cpu", (1,)),
+        placements=[Shard(0)],
+        shape=local.shape,
+        stride=local.stride(),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MeshShard, "communication_device", property(lambda _: meta))
+        patch.setattr(mesh_shard, "gather_dim", lambda rows, *_: rows)
+        full = shard.full(local, lambda target, source: copied.append((target.device, source.device)))
+        assert shard.slice_full(local).device == local.device, "a slice is taken where the full tensor is"
+    assert full.device == meta
+    assert copied == [(meta, local.device)]
