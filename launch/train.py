@@ -45,8 +45,7 @@ def train(args: argparse.Namespace, device: torch.device, tensorboard: TensorBoa
     torch.manual_seed(args.seed)
     training, test = load_images(device)
     batches = Batches(training, args.batch_size, args.seed, *data_rank_and_size(args.parallel))
-    law = make_law(args.schedule, args.half_life, args.epochs * len(batches))
-    net = VisionTransformer()
+    law, net = make_law(args.schedule, args.half_life, args.epochs * len(batches)), VisionTransformer()
     print_rank_0(
         describe_run(args.parallel, device.type, net, law),
         f"results in {args.output_dir}; {describe_checkpoint_dir(args.checkpoint_dir)}",

@@ -38,11 +38,11 @@ class LiveWrites:
 
         def before_step(optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401  as torch calls it
             if (writes := self_ref()) is not None:
-                writes._before_step(optimizer)
+                writes.before_step(optimizer)
 
         def after_step(optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401  as torch calls it
             if (writes := self_ref()) is not None:
-                writes._after_step(optimizer)
+                writes.after_step(optimizer)
 
         finalize(self, register_optimizer_step_pre_hook(before_step).remove)
         finalize(self, register_optimizer_step_post_hook(after_step).remove)
@@ -78,6 +78,22 @@ class LiveWrites:
             if name != BEGINNING or self.averages_were_loaded:
                 self.mark(name)
 
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Called by torch before each step of any optimizer."""
+        if self._unwritten and _has_zero_learning_rates(optimizer):
+            self._drop_written()
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called by torch after each step of any optimizer."""
+        if not self._unwritten:
+            return
+        if _has_zero_learning_rates(optimizer):
+            self._mark_again()
+        elif not _is_known_to_skip(optimizer):
+            owner_ids = {id(owner) for name in self._live.selected for owner in self._shard(name).owners.values()}
+            if any(id(parameter) in owner_ids for group in optimizer.param_groups for parameter in group["params"]):
+                self._unwritten.clear()
+
     def _drop_written(self) -> None:
         if self._unwritten and not self._is_paused:
             versions = self._versions()
@@ -87,20 +103,6 @@ class LiveWrites:
         if not self._is_paused:
             for name in self._unwritten:
                 self.mark(name)
-
-    def _before_step(self, optimizer: Optimizer) -> None:
-        if self._unwritten and _has_zero_learning_rates(optimizer):
-            self._drop_written()
-
-    def _after_step(self, optimizer: Optimizer) -> None:
-        if not self._unwritten:
-            return
-        if _has_zero_learning_rates(optimizer):
-            self._mark_again()
-        elif not _is_known_to_skip(optimizer):
-            owner_ids = {id(owner) for name in self._live.selected for owner in self._shard(name).owners.values()}
-            if any(id(parameter) in owner_ids for group in optimizer.param_groups for parameter in group["params"]):
-                self._unwritten.clear()
 
     def _versions(self) -> list[object]:
         return [self._shard(name).owner_versions for name in self._live.selected]

@@ -301,9 +301,8 @@ def _warn_of_initial_weights(key: str, contents: Contents) -> None:
 
     record = DecayRecord.parse(*(stored("tracks", track, "decay", part) for part in ("kind", "value")))
     reading = read_clock({track: record}, steps=int(stored("steps")), updates=int(stored("updates")))
-    if (note := describe_stored(reading, track, record.describe())) and (
-        not dist.is_initialized() or dist.get_rank() == 0
-    ):
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if is_first and (note := describe_stored(reading, track, record.describe())):
         warn_caller(f"checkpoint.load(): {key!r}: {note}", InitialWeightsWarning)
 
 

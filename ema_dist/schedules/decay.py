@@ -53,8 +53,9 @@ def as_schedule(decay: Schedule | float) -> Schedule:
 
     Raises: TypeError for anything but a law or a number, ValueError for a number outside [0, 1].
     """
-    is_law = isinstance(decay, Schedule) and callable(decay.decay) and not isinstance(decay, type)
-    return decay if is_law else Constant(decay)
+    if isinstance(decay, Schedule) and callable(decay.decay) and not isinstance(decay, type):
+        return decay
+    return Constant(decay)  # pyrefly: ignore[bad-argument-type]  it checks that this is a number
 
 
 def as_schedules(decay: Schedule | float | Mapping[str, Schedule | float]) -> dict[str, Schedule]:

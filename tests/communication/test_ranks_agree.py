@@ -106,6 +106,17 @@ def test_a_new_process_group_resets_the_rendezvous(tmp_path: Path) -> None:
 
 
 @pytest.mark.world_size(2)
+@pytest.mark.parametrize("replicas", ["shard", "copy"])
+def test_a_time_that_differs_between_ranks_is_reported_before_weights_are_written(
+    replicas: Any, tmp_path: Path
+) -> None:
+    ema = ShardedEMA(DistributedDataParallel(nn.Linear(2, 2)), replicas=replicas, timeout=5.0)
+    ema.update(elapsed=1 + dist.get_rank())
+    with pytest.raises(RendezvousError, match=r"rank 0 has time=1\.0, rank 1 has time=2\.0|digest of all calls"):
+        checkpoint.gather(ema, tmp_path)
+
+
+@pytest.mark.world_size(2)
 def test_a_gather_cannot_continue_inside_a_swap() -> None:
     """What lies where changes under it."""
     _, ema = make_trained("ddp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_an_attached_optimizer_counts_its_own_time_without_skipped_steps() -> No
         assert ema.initial_mass(name) == pytest.approx(mass, abs=1e-12)
 
 
-@pytest.mark.parametrize("elapsed", [0, -1, math.nan, math.inf])
+@pytest.mark.parametrize("elapsed", [0, -1, math.nan, math.inf, 10**400])
 def test_elapsed_is_positive_and_finite(elapsed: float) -> None:
     ema = ShardedEMA(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"elapsed.*positive and finite.*got"):
@@ -158,3 +159,10 @@ def test_a_law_of_ones_own() -> None:
         ShardedEMA(model, decay=Wrong()).update()
     with pytest.raises(TypeError, match=r"law.*got <class"):
         ShardedEMA(model, decay=Halving)  # pyrefly: ignore[bad-argument-type]
+    with pytest.raises(TypeError, match=r"law.*got namespace"):
+        ShardedEMA(model, decay=SimpleNamespace(decay=0.999))  # pyrefly: ignore[bad-argument-type]
+
+
+def test_an_interval_may_be_an_integer_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert Clock({}, start=0, interval=numpy.int64(2)).interval == 2
