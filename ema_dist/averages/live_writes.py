@@ -74,6 +74,9 @@ class LiveWrites:
 
     def note_load(self) -> None:
         """Weights were loaded into the model: no optimizer wrote them, and they belong to averages loaded before."""
+        if self._is_paused:
+            return
+        self._live.refresh(only_if_moved=True)  # ``assign=True`` replaces parameters; the next call reports problems
         for name in self._unwritten:
             if name != BEGINNING or self.averages_were_loaded:
                 self.mark(name)

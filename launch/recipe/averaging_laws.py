@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable
 
 from ema_dist import Cosine, ExponentialWarmup, HalfLife, InverseGamma, Power, Schedule, Uniform, Warmup
-from recipe.script import UsageError
+
+from .script import UsageError
 
 RAMP = 0.09
 """The half-life is at most this fraction of the steps so far; EDM2's value."""

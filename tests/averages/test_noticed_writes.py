@@ -98,6 +98,13 @@ def _resume_by_load_state_dict(make_run: Make, saved: Make, _folder: Path) -> Sh
     return ema
 
 
+def _resume_by_assigning(make_run: Make, saved: Make, _folder: Path) -> ShardedEMA:
+    (model, _, ema), (saved_model, _, saved_ema) = make_run(), saved()
+    ema.load_state_dict(saved_ema.consolidated_state_dict())
+    model.load_state_dict(saved_model.state_dict(), assign=True)
+    return ema
+
+
 def _resume_by_dcp(make_run: Make, saved: Make, folder: Path) -> ShardedEMA:
     (model, _, ema), (saved_model, _, saved_ema) = make_run(), saved()
     dcp.save({"model": saved_model.state_dict(), "ema": saved_ema}, checkpoint_id=folder)
@@ -115,7 +122,7 @@ def _resume_in_two_loads(make_run: Make, saved: Make, folder: Path) -> ShardedEM
     return ema
 
 
-RESUMES = [_resume_by_load_state_dict, _resume_by_dcp, _resume_in_two_loads]
+RESUMES = [_resume_by_load_state_dict, _resume_by_assigning, _resume_by_dcp, _resume_in_two_loads]
 
 
 @pytest.mark.world_size(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 import shutil
 import socket
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 
 from ema_dist import ShardedEMA
-from launch.recipe.averaging_laws import LAWS
+from launch.recipe.averaging_laws import LAWS, make_law
+from launch.recipe.script import UsageError
 from tests.stress_restarts import KILL_POINTS
 from tests.support import LAUNCH, ROOT
 from tests.support.injected_signals import TORCHRUN, TRAIN_WITH_SIGNALS, InjectedSignal, differences, read_metrics
@@ -127,7 +129,7 @@ def test_every_schedule_is_a_law(name: str) -> None:
 
 
 def test_a_half_life_without_effect_is_refused() -> None:
-    with pytest.raises(UsageError, match="--half-life.*--schedule uniform"):
+    with pytest.raises(UsageError, match=r"--half-life.*--schedule uniform"):
         make_law("uniform", 60.0, 648)
 
 
