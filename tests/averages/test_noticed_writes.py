@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_model_state_dict
 
 from ema_dist import HalfLife, InitialWeightsWarning, OptimizerHookWarning, Power, ShardedEMA, checkpoint
-from tests.support.layouts import IGNORED_WARNINGS, layouts, make_net, train_step, wrap
-
-pytestmark = [mark for mark in IGNORED_WARNINGS if "InitialWeights" not in str(mark)]
+from tests.support.layouts import layouts, make_net, train_step, wrap
 
 Make = Callable[[], tuple[nn.Module, torch.optim.Optimizer, ShardedEMA]]
 
@@ -51,7 +51,17 @@ def _swap(ema: ShardedEMA) -> None:
         pass
 
 
+@contextmanager
+def warnings_as_errors() -> Iterator[None]:
+    """`layouts` ignores warnings about initial weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InitialWeightsWarning)
+        warnings.simplefilter("error", OptimizerHookWarning)
+        yield
+
+
 @layouts("plain", "ddp", "fsdp2")
+@warnings_as_errors()
 def test_a_swap_of_one_average_is_no_write_for_another(layout: str) -> None:
     model = wrap(layout, make_net(layout))
     first, second = ShardedEMA(model), ShardedEMA(model)
@@ -62,6 +72,7 @@ def test_a_swap_of_one_average_is_no_write_for_another(layout: str) -> None:
 
 
 @layouts("plain", "ddp", "fsdp1-flat", "fsdp2")
+@warnings_as_errors()
 def test_a_dummy_step_is_no_write_and_no_step(layout: str) -> None:
     """`get_optimizer_state_dict` takes one on a fresh optimizer."""
     model = wrap(layout, make_net(layout))
@@ -73,7 +84,7 @@ def test_a_dummy_step_is_no_write_and_no_step(layout: str) -> None:
     with torch.no_grad():
         next(model.parameters()).add_(1)
     get_optimizer_state_dict(model, optimizer)
-    with pytest.raises(InitialWeightsWarning):  # pytest makes warnings errors
+    with pytest.raises(InitialWeightsWarning):
         _swap(ema)
 
 
@@ -160,6 +171,7 @@ def test_a_load_does_not_silence_the_warning(resume: Any, tmp_path: Path) -> Non
 
 
 @layouts("ddp", "fsdp1", "fsdp1-flat", "fsdp2")
+@warnings_as_errors()
 def test_weights_loaded_into_a_wrapped_model_are_noticed(layout: str) -> None:
     model = wrap(layout, make_net(layout))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -173,7 +185,7 @@ def test_weights_loaded_into_a_wrapped_model_are_noticed(layout: str) -> None:
     _swap(ema)
     handle.remove()
     train_step(model, optimizer, 0)
-    with pytest.raises(InitialWeightsWarning, match="never updated"):  # pytest makes warnings errors
+    with pytest.raises(InitialWeightsWarning, match="never updated"):
         _swap(ema)
 
 

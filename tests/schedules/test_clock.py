@@ -20,6 +20,7 @@ pytestmark = YOUNG_AVERAGES
 @pytest.mark.parametrize(
     ("decay", "expected"), [(HalfLife(0), 8.0), (HalfLife(math.inf), 0.0), (0.0, 8.0), (1.0, 0.0), (HalfLife(1), 6.0)]
 )
+@pytest.mark.filterwarnings("ignore:decay=")  # a number that looks like the weight of the live values
 def test_decay_0_and_decay_1(decay: HalfLife | float, expected: float) -> None:
     """No averaging, and no update."""
     model = nn.Linear(1, 1, bias=False)
