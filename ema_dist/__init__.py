@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ema_dist.averages.initial_weights import InitialWeightsWarning
+    from ema_dist.averages.initial_weights import InitialWeightsWarning, OptimizerHookWarning
     from ema_dist.averages.offload import Offloaded
     from ema_dist.averages.precision import Compensated, Stochastic
     from ema_dist.ema import ShardedEMA
@@ -33,6 +33,7 @@ __all__ = [
     "InitialWeightsWarning",
     "InverseGamma",
     "Offloaded",
+    "OptimizerHookWarning",
     "Power",
     "Schedule",
     "ShardedEMA",
@@ -55,6 +56,7 @@ _DEFINING_MODULES = {
     "InitialWeightsWarning": "ema_dist.averages.initial_weights",
     "InverseGamma": "ema_dist.schedules.laws",
     "Offloaded": "ema_dist.averages.offload",
+    "OptimizerHookWarning": "ema_dist.averages.initial_weights",
     "Power": "ema_dist.schedules.laws",
     "Schedule": "ema_dist.schedules.schedule",
     "ShardedEMA": "ema_dist.ema",

@@ -141,6 +141,8 @@ class StateMethods:
             compared=list if for_loading else self._compared_calls,
         )
         averages = self._model_with_averages.averages_to_save()
+        if not for_loading:
+            self._model_with_averages.initial_weights.prepare_to_save()
         return make_state(
             self._clock,
             self._live.layout,
@@ -174,6 +176,7 @@ class StateMethods:
             "consolidated_state_dict()", collective=self._live.has_sharded_averages, compared=self._compared_calls
         )
         averages = {name: self._model_with_averages.averages_now(track) for name, track in self._tracks.items()}
+        self._model_with_averages.initial_weights.prepare_to_save()
         return gather_state(self._clock, self._live.layout, self._tracks, averages, is_destination=self._live.is_first)
 
     def load_consolidated_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -257,7 +260,7 @@ class StateMethods:
         self._model_with_averages.prepare(call, collective=True)
         scatter(self._live.layout, resolved_track, full)
         self._tracks.bind_loaded(self._live.layout)
-        self._model_with_averages.initial_weights.begin()
+        self._model_with_averages.initial_weights.begin(are_loaded=True)
         self.call_history.record(call)
 
     def copy_to(self, model: nn.Module, *, track: str | None = None) -> None:
@@ -275,4 +278,9 @@ class StateMethods:
         call = self._model_with_averages.describe_call("copy_to", resolved_track)
         self._model_with_averages.require_inactive(call)
         self._model_with_averages.prepare(call, collective=self._live.has_sharded_averages, used_track=resolved_track)
-        copy_into(Layout(model, "copy"), self._live.layout, resolved_track.recombined())
+        writes = self._model_with_averages.initial_weights.writes
+        writes.pause()  # if it is the live model, it equals these averages after this
+        try:
+            copy_into(Layout(model, "copy"), self._live.layout, resolved_track.recombined())
+        finally:
+            writes.resume()

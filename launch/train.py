@@ -20,7 +20,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
 from ema_dist import ShardedEMA, checkpoint
-from recipe.averaging_laws import DEFAULT_LAW, LAWS
+from recipe.averaging_laws import DEFAULT_HALF_LIFE, DEFAULT_LAW, LAWS, WITHOUT_HALF_LIFE, make_law
 from recipe.checkpoints import Checkpoints, TrainingProgress, checkpoint_errors_as_script_errors, saved_settings
 from recipe.data import Batches, load_images
 from recipe.evaluation import evaluate
@@ -45,15 +45,15 @@ def train(args: argparse.Namespace, device: torch.device, tensorboard: TensorBoa
     torch.manual_seed(args.seed)
     training, test = load_images(device)
     batches = Batches(training, args.batch_size, args.seed, *data_rank_and_size(args.parallel))
-    net = VisionTransformer()
+    law, net = make_law(args.schedule, args.half_life, args.epochs * len(batches)), VisionTransformer()
     print_rank_0(
-        describe_run(args.parallel, device.type, net, f"{args.schedule}, half-life {args.half_life:g} steps"),
+        describe_run(args.parallel, device.type, net, law),
         f"results in {args.output_dir}; {describe_checkpoint_dir(args.checkpoint_dir)}",
     )
     model = wrap(net, args.parallel, device)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     lr_scheduler = LinearLR(optimizer, start_factor=0.1, total_iters=len(batches))
-    ema = ShardedEMA(model, decay=LAWS[args.schedule](args.half_life, args.epochs * len(batches)))
+    ema = ShardedEMA(model, decay=law)
     progress = TrainingProgress(new_run_id(), lr_scheduler)
     checkpoints = Checkpoints(
         args.checkpoint_dir,
@@ -125,7 +125,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     option("--device", "auto takes a GPU if there is one", choices=["auto", "cpu", "cuda"], default="auto")
     option("--schedule", "averaging law; ramped is a half-life with a warm-up", choices=LAWS, default=DEFAULT_LAW)
-    option("--half-life", "half-life of the average, in optimizer steps", type=float, default=60.0, metavar="STEPS")
+    without = " and ".join(sorted(WITHOUT_HALF_LIFE))
+    half_life = f"half-life of the average, in optimizer steps; not for {without} (default: {DEFAULT_HALF_LIFE:g})"
+    option("--half-life", half_life, type=float, metavar="STEPS")
     option("--epochs", "total epochs, including those before --resume", type=positive_int, default=24)
     option("--batch-size", "images in a step, over all ranks together", type=positive_int, default=48)
     option("--learning-rate", "peak learning rate of AdamW, reached after one epoch", type=float, default=2e-3)

@@ -52,10 +52,10 @@ def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: st
     ("settings", "message"),
     [
         ({"dtype": "bfloat16"}, r"dtype is a torch\.dtype.*torch\.bfloat16.*'bfloat16'"),
-        ({"start": "100ba"}, r"start is a time.*'100ba'"),
-        ({"update_interval": 1.5}, r"update_interval is an integer.*\b1\.5\b"),
+        ({"start": "100ba"}, r"start must be a time.*'100ba'"),
+        ({"update_interval": 1.5}, r"update_interval must be an integer.*\b1\.5\b"),
         ({"select": ["weight"]}, r"select is a function.*\['weight'\]"),
-        ({"decay": "0.999"}, r"decay is a number.*'0\.999'"),
+        ({"decay": "0.999"}, r"decay must be a number.*'0\.999'"),
     ],
 )
 def test_a_setting_of_another_type_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -65,7 +65,7 @@ def test_a_setting_of_another_type_is_refused(settings: dict[str, Any], message:
 
 @pytest.mark.parametrize("value", ["1000ba", True])
 def test_a_half_life_that_is_no_number_is_refused(value: Any) -> None:  # noqa: ANN401
-    with pytest.raises(TypeError, match=rf"half-life is a time.*{value!r}"):
+    with pytest.raises(TypeError, match=rf"half-life must be a time.*{value!r}"):
         HalfLife(value)
 
 

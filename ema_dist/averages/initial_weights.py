@@ -1,31 +1,34 @@
-"""Warns before an average is used as the model's weights that still is, for more than a tenth, the initial weights."""
+"""Warns before an average that is still the initial weights, to more than 10 %, is used as the model's weights."""
 
 from __future__ import annotations
 
+import warnings
+
 from ema_dist.averages.live_model import LiveModel
-from ema_dist.averages.live_writes import LiveWrites
+from ema_dist.averages.live_writes import ATTACHING, BEGINNING, LiveWrites
 from ema_dist.averages.optimizer_hook import OptimizerHook
 from ema_dist.messages import warn_caller
-from ema_dist.schedules.clock import Clock
+from ema_dist.schedules.clock import Clock, Reading
 
 LARGEST_SHARE = 0.1
 """The share of an average that may still be the initial weights without a warning."""
 
-_BEGINNING = "beginning"
-_ATTACHING = "attach()"
-
 
 class InitialWeightsWarning(UserWarning):
-    """An average was used as the model's weights, but more than a tenth of it still is the weights it began with.
+    """An average was used as the model's weights, but more than 10 % of it is still the initial weights.
 
-    Or it was never updated although the live weights were written to, or the hook of an attached optimizer never ran.
+    The initial weights are those at which averaging began. This includes averages that were never updated.
     """
 
 
-class InitialWeights:
-    """Decides whether to warn, once for each kind of call and each track, and never waits for the device.
+class OptimizerHookWarning(UserWarning):
+    """The live weights were written to, but the attached optimizer has never called its ``step()``."""
 
-    Silent where the live weights were never written to, as in a check before training: the average then equals them.
+
+class InitialWeights:
+    """Decides whether to warn, once for each kind of call and each track, without waiting for the device.
+
+    An average without updates equals the live weights until these are written to: no warning before that.
     """
 
     def __init__(self, clock: Clock, live: LiveModel) -> None:
@@ -34,33 +37,46 @@ class InitialWeights:
         self.writes = LiveWrites(live)
         self._hook: OptimizerHook | None = None
         self._warned: set[tuple[str, ...]] = set()
-        self.begin()
+        self.begin(are_loaded=False)
 
-    def begin(self) -> None:
-        """Averages were made, loaded or reset: they belong to the live weights, which may have been loaded, too."""
-        self.writes.mark(_BEGINNING)
-        self.writes.mark(_ATTACHING)
+    def begin(self, *, are_loaded: bool) -> None:
+        """The averages now fit the live weights.
+
+        Args:
+            are_loaded: whether they were loaded, so that live weights may be loaded after them; else they are copies.
+        """
+        self.writes.averages_were_loaded = are_loaded
+        self.writes.mark(BEGINNING)
+        self.writes.mark(ATTACHING)
+        self._warned.clear()
 
     def watch(self, hook: OptimizerHook) -> None:
         """An optimizer was attached."""
         self._hook = hook
-        self.writes.mark(_ATTACHING)
+        self.writes.mark(ATTACHING)
+        self._warned.discard((ATTACHING,))
+
+    def prepare_to_save(self) -> None:
+        """Record in the clock that averages without updates are outdated, so that it is known after a load."""
+        if self.writes.was_written_since(BEGINNING):
+            self._clock.note_write()
 
     def check_hook(self) -> Warning | None:
-        """Warn if the hook of the attached optimizer never ran, although the live weights were written to.
+        """Warn if the attached optimizer never took a step, although the live weights were written to.
 
         Returns: the warning, where the user has made warnings errors.
         """
         hook = self._hook
-        if hook is None or not hook.is_active or hook.has_run or not self.writes.was_written_since(_ATTACHING):
+        if hook is None or not hook.is_active or hook.has_run or not self.writes.was_written_since(ATTACHING):
             return None
-        return self._warn(
-            ("attach()",),
-            f"attach() has seen no step of the {hook.optimizer_name}, but the live weights were written to: its step() "
-            "is never called, as in loops that call first_step() and second_step(), or another optimizer steps. Attach "
-            "the one whose step() runs last, or remove() the handle and call update(); if weights were loaded instead, "
-            "call reset()",
+        if_loaded = "" if self._clock.known.steps else "; if weights were loaded into the model instead, call reset()"
+        message = (
+            f"attach(): {hook.optimizer_name}.step() was never called, but the live weights were written to, so that "
+            "the averages were not updated. This happens in loops that call first_step() and second_step(), and when "
+            "another optimizer steps. Attach the optimizer whose step() is called last, or remove() the handle and "
+            f"call update() after each step{if_loaded}"
         )
+        return self._warn((ATTACHING,), message, OptimizerHookWarning)
 
     def check(self, call: str, track: str, *, track_label: str) -> Warning | None:
         """Warn before ``call`` uses the average of ``track`` as the model's weights, if too much of it is initial.
@@ -71,32 +87,67 @@ class InitialWeights:
 
         Returns: as `check_hook`.
         """
-        mass = self._clock.assumed_initial_mass(track)
-        if mass <= LARGEST_SHARE or self._clock.assumes_following or not self.writes.was_written_since(_BEGINNING):
+        clock = self._clock
+        known = clock.known
+        mass, updates = float(known.initial_masses[track]), int(known.updates)
+        if mass <= LARGEST_SHARE or known.is_following:
             return None
-        updates = self._clock.assumed_updates
-        if not updates:
+        if updates:
+            condition = "" if clock.is_known else ", if a gradient scaler skipped no step"
             message = (
-                f"{call}: the average{track_label} was never updated, but the live weights were written to since it "
-                "began: it still is the initial weights. Call update() after each optimizer step, or "
-                "attach(optimizer) once; after weights were loaded into the model, call reset()"
+                f"{describe_share(mass)} of the average{track_label} is still the initial weights after "
+                f"{_count(updates, 'update')} by {clock.schedules[track]!r}{condition}. Train for longer, or use a law "
+                "that forgets them sooner, such as HalfLife(1000, ramp=0.05)"
+            )
+        elif known.steps:
+            message = (
+                f"the average{track_label} is still the initial weights: none of {_count(int(known.steps), 'step')} "
+                f"has updated it, with start={clock.start} and update_interval={clock.interval}"
+            )
+        elif known.has_missed_writes or self.writes.was_written_since(BEGINNING):
+            message = (
+                f"the average{track_label} was never updated, but the live weights were written to: it is still the "
+                "initial weights. Call update() after each optimizer step, or attach(optimizer) once; after loading "
+                "weights into the model, call reset()"
             )
         else:
-            law = self._clock.schedules[track]
-            message = (
-                f"{call}: {mass:.1%} of the average{track_label} still is the weights at which averaging began, after "
-                f"{updates} update{'s' * (updates != 1)} by {law!r}. Train for longer, or take a law that forgets them "
-                "soon, such as HalfLife(1000, ramp=0.05)"
-            )
-        return self._warn((call, track), message)
+            return None
+        return self._warn((call, track), f"{call}(): {message}", InitialWeightsWarning)
 
-    def _warn(self, kind: tuple[str, ...], message: str) -> Warning | None:
+    def _warn(self, kind: tuple[str, ...], message: str, category: type[Warning]) -> Warning | None:
         if kind in self._warned:
             return None
         self._warned.add(kind)
-        if self._is_first:
-            try:
-                warn_caller(message, InitialWeightsWarning)
-            except Warning as warning:  # an error, which the caller must report to the other ranks first
-                return warning
+        try:
+            if self._is_first:
+                warn_caller(message, category)
+            else:
+                # Only where warnings are errors: a call that does not communicate must raise on all ranks or on none.
+                with warnings.catch_warnings(record=True):
+                    warn_caller(message, category)
+        except Warning as warning:  # an error, which the caller must report to the other ranks first
+            return warning
         return None
+
+
+def describe_stored(reading: Reading, track: str, law: str) -> str:
+    """What to know about stored averages that are not averages yet; empty if at most 10 % is the initial weights."""
+    mass, updates = float(reading.initial_masses[track]), int(reading.updates)
+    if mass <= LARGEST_SHARE:
+        return ""
+    if reading.is_following:
+        return f"the averages of track {track!r} are copies of the live weights: averaging has not begun (start)"
+    if updates:
+        share, count = describe_share(mass), _count(updates, "update")
+        return f"{share} of the averages of track {track!r} is still the initial weights after {count} by {law}"
+    steps = f" in {_count(int(reading.steps), 'step')}" if reading.steps else ""
+    return f"the averages of track {track!r} were never updated{steps}: they are still the initial weights"
+
+
+def describe_share(mass: float) -> str:
+    """A share in percent; 100 % only if it is all."""
+    return f"{mass:.1%}" if mass == 1 else f"{min(mass, 0.999):.1%}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -34,7 +34,7 @@ class OptimizerHook:
         self._update = update
         self.optimizer_name = type(optimizer).__name__
         self.has_run = False
-        """Whether the optimizer has stepped, be it only to initialize itself."""
+        """Whether the optimizer has taken a step that was meant to train."""
         self._handles = [optimizer.register_step_post_hook(self._after_step)]
         self._step_codes = _step_codes(optimizer)
         self._before_steps = before_steps
@@ -54,9 +54,9 @@ class OptimizerHook:
         self.is_active = False
 
     def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.has_run = True
         is_inner_step = len(self._step_codes) > 1 and _is_inside_step(optimizer, self._step_codes)
         if not (is_inner_step or _is_dummy_step(optimizer, kwargs)):
+            self.has_run = True
             # GradScaler sets this attribute during the step of a (fused) optimizer that skips on the device.
             self._update(getattr(optimizer, "found_inf", None))
 

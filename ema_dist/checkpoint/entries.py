@@ -9,15 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from ema_dist.averages.initial_weights import InitialWeightsWarning, describe_stored
+from ema_dist.averages.live_writes import note_load
 from ema_dist.checkpoint.dcp.contents import Contents
 from ema_dist.checkpoint.values import KeyPath, flatten, pack_value, require_plain_tensor, unflatten, unpack_value
 from ema_dist.ema import ShardedEMA
 from ema_dist.evaluation.serving import active_servings
 from ema_dist.evaluation.swap import active_swaps
-from ema_dist.messages import abbreviated, describe_difference
+from ema_dist.messages import abbreviated, describe_difference, warn_caller
+from ema_dist.schedules.decay import DecayRecord, read_clock
 from ema_dist.sharding import Layout, Shard, is_sharded
 
 
@@ -127,6 +131,8 @@ class ModelEntry(Entry):
         _require_not_active(self.layout.model)
         self.layout.require_writable()
         averages = contents.average_names(self.key)
+        if averages:
+            _warn_of_initial_weights(self.key, contents)
         source = contents.find_model_key(self.key, averages) if averages else self.key
         weight_names = (contents.weight_names(source) if source else {}) | averages
         extra_states = contents.extra_states((source,)) if source else {}
@@ -149,6 +155,7 @@ class ModelEntry(Entry):
     def finish_load(self, contents: Contents) -> None:
         for target in self._targets:
             target.copy_back()
+        note_load(self.layout.model)
         for name, state in self._extra_states.items():
             self.layout.extra_states[name].set_extra_state(state.value(contents))
 
@@ -157,22 +164,22 @@ class EMAEntry(Entry):
     """A `ShardedEMA`. From a checkpoint without averages for it, it starts from the live weights stored there.
 
     Args:
-        models: the other entries; if one is of its model, that takes over these live weights first.
+        models: the other entries; if one is of its model, or of one that contains it, that loads the live weights.
     """
 
     def __init__(self, key: str, ema: ShardedEMA, models: Iterable[ModelEntry]) -> None:
         super().__init__(key)
         self.ema = ema
-        self._is_model_loaded = any(self.belongs_to(model) for model in models)
+        self._is_model_loaded = any(_parameter_ids(ema.model) <= _parameter_ids(model.layout.model) for model in models)
         self._state: dict[KeyPath, Any] = {}
 
     def belongs_to(self, model: ModelEntry) -> bool:
         """Whether these are averages of that model: both hold the same parameters, wrapped or not."""
-        return {*map(id, self.ema.model.parameters())} == {*map(id, model.layout.model.parameters())}
+        return _parameter_ids(self.ema.model) == _parameter_ids(model.layout.model)
 
     def compared(self) -> Sequence[Mapping[str, str]]:
         """What ranks compare before they save."""
-        return self.ema.call_history.compared(steps=self.ema.steps, updates=self.ema.updates, time=self.ema.time)
+        return compared_counts(self.ema)
 
     def state_to_save(self) -> dict[str, Any]:
         return self.ema.state_dict()
@@ -182,6 +189,8 @@ class EMAEntry(Entry):
         self._state = flatten(self.ema.state_dict(for_loading=True))
         tensors = {path: value for path, value in self._state.items() if isinstance(value, Tensor)}
         stored = contents.entry_names(self.key)
+        if not stored and self._is_model_loaded:
+            return {}
         if not stored:
             model = contents.find_model_key(self.key, [str(path[-1]) for path in tensors])
             if model is None:
@@ -190,10 +199,9 @@ class EMAEntry(Entry):
                 )
             weight_names = contents.weight_names(model)
             first_track = self.ema.tracks[0]
-            targets = self._checked_targets(
+            return self._checked_targets(
                 {path: weight_names[str(path[-1])] for path in tensors if _track_name(path) == first_track}, contents
             )
-            return {} if self._is_model_loaded else targets
         average_paths = {path for path, name in stored.items() if name in contents.tensors}
         if (found_tracks := sorted({*map(_track_name, average_paths)})) != sorted(self.ema.tracks):
             raise ValueError(f"expected averages of the tracks {self.ema.tracks}, found {found_tracks}")
@@ -230,6 +238,15 @@ class EMAEntry(Entry):
             loaded = {path: self._state[(path[0], first_track, *path[2:])] for path in tensors}
             loaded |= {("steps",): 0, ("updates",): 0}
         self.ema.load_state_dict(unflatten(self._state | loaded))
+
+
+def _parameter_ids(model: nn.Module) -> set[int]:
+    return {*map(id, model.parameters())}
+
+
+def compared_counts(ema: ShardedEMA) -> Sequence[Mapping[str, str]]:
+    """The calls and counts of averages, which must be equal on all ranks before they are written."""
+    return ema.call_history.compared(steps=ema.steps, updates=ema.updates, time=ema.time)
 
 
 def _track_name(path: KeyPath) -> str:
@@ -272,6 +289,21 @@ class OtherEntry(Entry):
     def _current_value(self) -> Any:
         value = self._state[self.key]
         return value.state_dict() if isinstance(value, Stateful) else value
+
+
+def _warn_of_initial_weights(key: str, contents: Contents) -> None:
+    """Warn on the first rank if the averages that will be a model's weights are still the initial ones."""
+    names = contents.entry_names(key)
+    (track,) = contents.averages[(key,)]
+
+    def stored(*path: str) -> Any:
+        return contents.plain_values[names[path]]
+
+    record = DecayRecord.parse(*(stored("tracks", track, "decay", part) for part in ("kind", "value")))
+    reading = read_clock({track: record}, steps=int(stored("steps")), updates=int(stored("updates")))
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if is_first and (note := describe_stored(reading, track, record.describe())):
+        warn_caller(f"checkpoint.load(): {key!r}: {note}", InitialWeightsWarning)
 
 
 def _require_not_active(model: nn.Module) -> None:

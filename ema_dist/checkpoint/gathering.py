@@ -16,6 +16,7 @@ from ema_dist.checkpoint.agreement import (
     gather_problems,
     run_on_all_ranks,
 )
+from ema_dist.checkpoint.entries import compared_counts
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.saving import wait
 from ema_dist.checkpoint.weights.files import WeightWriter
@@ -69,7 +70,8 @@ def gather(
         "name": f"name={name!r}",
         "force": f"force={force}",
     }
-    group = checkpoint_rendezvous("checkpoint.gather(ema, folder)", timeout=timeout, compared=[texts])
+    compared = [texts, *compared_counts(ema)]
+    group = checkpoint_rendezvous("checkpoint.gather(ema, folder)", timeout=timeout, compared=compared)
     entries, planned = run_on_all_ranks(
         lambda: (ema.gather(dtype=dtype, track=track), ema.full_shapes(dtype=dtype)), group
     )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ema_dist.averages.initial_weights import LARGEST_SHARE
+from ema_dist.averages.initial_weights import describe_stored
 from ema_dist.averages.state import STATE_FORMAT
 from ema_dist.checkpoint.dcp.checkpoint_index import CheckpointIndex, TrackNames, dotted_name
 from ema_dist.checkpoint.dcp.metadata import read_metadata
@@ -77,17 +77,8 @@ class StoredAverages:
         return int(self.clock.updates)
 
     def describe_initial_weights(self, track: str) -> str:
-        """How much of a track still are the weights at which averaging began; empty for a tenth or less."""
-        mass = self.clock.initial_masses[track]
-        if mass <= LARGEST_SHARE:
-            return ""
-        if not self.updates:
-            steps = f"{self.steps} step{'s' * (self.steps != 1)}"
-            return f"the averages of track {track!r} are copies of live weights: none was taken in {steps}"
-        return (
-            f"{mass:.1%} of the averages of track {track!r} still are the weights at which averaging began: "
-            f"{self.updates} update{'s' * (self.updates != 1)} by {self.decays[track].record.describe()}"
-        )
+        """What to know about a track that is still the initial weights to more than 10 %; else empty."""
+        return describe_stored(self.clock, track, self.decays[track].record.describe())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ema_dist.averages.initial_weights import LARGEST_SHARE
 from ema_dist.checkpoint.dcp.checkpoint_index import CheckpointIndex, TrackNames, dotted_name
 from ema_dist.checkpoint.stored_checkpoint import StoredAverages, StoredCheckpoint, StoredDecay
 from ema_dist.checkpoint.values import KeyPath
@@ -31,7 +30,7 @@ def inspect(checkpoint: Path, *, step: int | None = None, as_json: bool = False)
     if as_json:
         print_json(summary)
         return
-    _print_header(summary)
+    _print_header(summary, stored)
     _print_entries(summary)
     models = {dotted_name(key_path): tensors for key_path, tensors in stored.index.models.items()}
     for entry, averages in summary["averages"].items():
@@ -130,12 +129,17 @@ def _compare_with_live(stored: StoredCheckpoint, track: TrackNames, model: KeyPa
     return {"averages": averages, "distances": distances}
 
 
-def _print_header(summary: Mapping[str, Any]) -> None:
-    for label, text in _header_rows(summary):
+def _print_header(summary: Mapping[str, Any], stored: StoredCheckpoint) -> None:
+    notes = {
+        (dotted_name(key_path), track): averages.describe_initial_weights(track)
+        for key_path, averages in stored.averages.items()
+        for track in averages.tracks
+    }
+    for label, text in _header_rows(summary, notes):
         stdout_console().print(f"[bold]{label:<12}[/]{escape(text)}", soft_wrap=True)
 
 
-def _header_rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _header_rows(summary: Mapping[str, Any], notes: Mapping[tuple[str, str], str]) -> Iterator[tuple[str, str]]:
     yield "checkpoint", summary["path"]
     if saved := summary["saved"]:
         ranks = saved["world_size"]
@@ -157,9 +161,8 @@ def _header_rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             counts += f", time {averages['time']:,.12g}" if averages["time"] != averages["steps"] else ""
             decay_per_unit = f"decay {decay['decay']:.9g} per {decay['per']}"
             yield "averages", f"{_entry_label(entry)}, track {name}: {half_life} ({decay_per_unit}), {counts}"
-            if track["initial_mass"] > LARGEST_SHARE:
-                share = f"{track['initial_mass']:.1%}"
-                yield "note", f"{share} of track {name} still is the weights at which averaging began"
+            if note := notes[entry, name]:
+                yield "note", note
 
 
 def _print_entries(summary: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ema_dist.averages.full_weights import gather
 from ema_dist.averages.initial_weights import InitialWeights
 from ema_dist.averages.live_model import LiveModel
+from ema_dist.averages.live_writes import all_writes_to
 from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
 from ema_dist.averages.updates import Updates
@@ -99,9 +100,9 @@ class ModelWithAverages:
             self.tracks.bind_buffers(self.live.layout)
 
     def start_from(self, call: str) -> None:
-        """Note that ``call`` has loaded other averages, and the clock."""
+        """Note that ``call`` has replaced the averages, and the clock."""
         self._updates.start_from(call)
-        self.initial_weights.begin()
+        self.initial_weights.begin(are_loaded=call != "reset()")
 
     def _check_initial_weights(self, call: str, used_track: Track | None) -> Warning | None:
         warning = self.initial_weights.check_hook()
@@ -231,7 +232,8 @@ class ModelWithAverages:
     def _write_parts(self, track: Track) -> Swap:
         swap = self._swap = Swap(self.live.layout, track)
         self.live.layout.wait_for_device()
-        self.initial_weights.writes.pause()
+        for writes in all_writes_to(self.live.layout.model):
+            writes.pause()
         swap.write_parts()
         return swap
 
@@ -242,7 +244,8 @@ class ModelWithAverages:
 
     def _resume_noticing_writes(self) -> None:
         if self.swap is None:
-            self.initial_weights.writes.resume()
+            for writes in all_writes_to(self.live.layout.model):
+                writes.resume()
 
     def _restore_parts(self, swap: Swap, problems: list[Exception]) -> None:
         self.live.layout.abandon_pass()

@@ -29,9 +29,18 @@ def checked_number(
     Raises: TypeError for anything but a number, ValueError out of range or for NaN.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | Real):
-        raise TypeError(f"{name} is {expected}, got {value!r}{hint}")
-    number = value if isinstance(value, int) else float(value)
+        raise TypeError(f"{name} must be {expected}, got {value!r}{hint}")
+    try:
+        as_float = float(value)
+    except OverflowError:  # an integer beyond the range of float64
+        as_float = math.nan
+    number = value if isinstance(value, int) else as_float
     is_excluded = (open_below and number == lowest) or (open_above and number == highest)
-    if is_excluded or not lowest <= number <= highest:
-        raise ValueError(f"{name} is {expected}, got {value!r}{hint}")
+    if is_excluded or not lowest <= as_float <= highest:
+        raise ValueError(f"{name} must be {expected}, got {_abbreviated(value)}{hint}")
     return number
+
+
+def _abbreviated(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"

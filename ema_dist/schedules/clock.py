@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -31,10 +32,17 @@ class Reading(NamedTuple):
     """The share of each track that still is the weights at which averaging began."""
     last_decays: Mapping[str, Number]
     """The decay of each track at the last update; 0 where it just followed."""
+    has_missed_writes: bool = False
+    """Whether the live weights were written to although no step was counted: the averages are outdated."""
+
+    @property
+    def is_following(self) -> bool:
+        """Whether averages still equal the live weights of the last step, before `Clock.start`. Reads the values."""
+        return bool(self.time > 0) and bool(self.start_time == self.time)
 
 
 class Readings(NamedTuple):
-    """The clock as it is, and as it is if no step was skipped: the host may look at the second without waiting."""
+    """The clock as it is, and as it is if no step was skipped: the host can read the second without waiting."""
 
     exact: Reading
     assumed: Reading
@@ -69,9 +77,11 @@ class Clock:
     def __init__(self, schedules: Mapping[str, Schedule], *, start: float, interval: int) -> None:
         self.schedules = schedules
         self.start = checked_number("start", start, "a time, 0 or later, in the unit of the clock")
-        self.interval = checked_number("update_interval", interval, "a number of optimizer steps, 1 or more", lowest=1)
-        if not isinstance(self.interval, int):
-            raise TypeError(f"update_interval is an integer, got {interval!r}")
+        checked_number("update_interval", interval, "a number of optimizer steps, 1 or more", lowest=1)
+        try:
+            self.interval = operator.index(interval)  # NumPy's integers, too
+        except TypeError:
+            raise TypeError(f"update_interval must be an integer, got {interval!r}") from None
         self.reset()
 
     @property
@@ -96,23 +106,22 @@ class Clock:
         """
         return float(self._readings.exact.initial_masses[track])
 
-    def assumed_initial_mass(self, track: str) -> float:
-        """As `initial_mass`, if no step was skipped on the device; never waits.
-
-        Never more than `initial_mass` where all steps are equally long, since averages then have seen fewer updates.
-        """
-        return float(self._readings.assumed.initial_masses[track])
+    @property
+    def is_known(self) -> bool:
+        """Whether the host can read the clock as it is without waiting for a device."""
+        steps = self._readings.exact.steps
+        return not isinstance(steps, Tensor) or steps.device.type == "cpu"
 
     @property
-    def assumed_updates(self) -> int:
-        """As `updates`, if no step was skipped on the device; never waits."""
-        return int(self._readings.assumed.updates)
+    def known(self) -> Reading:
+        """The clock as it is if `is_known`, else as it is if no step was skipped on the device. Never waits."""
+        return self._readings.exact if self.is_known else self._readings.assumed
 
-    @property
-    def assumes_following(self) -> bool:
-        """Whether averages just follow the live weights until `start`, if no step was skipped; never waits."""
-        assumed = self._readings.assumed
-        return bool(0 < assumed.time <= self.start)
+    def note_write(self) -> None:
+        """The live weights were written to; this matters until the first step is counted."""
+        if self.known.steps == 0:
+            reading = self.known._replace(has_missed_writes=True)
+            self._readings = Readings(reading, reading)
 
     def last_decay(self, track: str) -> float:
         """The factor of the old average at the last update, 0 where it just followed; waits as `initial_mass`."""
@@ -120,7 +129,7 @@ class Clock:
 
     def read(self) -> Reading:
         """The clock in numbers. Waits for the device if some steps were counted there."""
-        steps, updates, time, start_step, start_time, last_update, masses, decays = self._readings.exact
+        steps, updates, time, start_step, start_time, last_update, masses, decays, missed = self._readings.exact
         return Reading(
             int(steps),
             int(updates),
@@ -130,6 +139,7 @@ class Clock:
             float(last_update),
             {track: float(mass) for track, mass in masses.items()},
             {track: float(decay) for track, decay in decays.items()},
+            missed,
         )
 
     def set(self, reading: Reading) -> None:

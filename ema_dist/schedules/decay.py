@@ -44,6 +44,8 @@ LAWS: dict[str, type[Schedule]] = {
 
 _KINDS = {law: kind for kind, law in LAWS.items()}
 _TIMES = ("steps", "time", "start_step", "start_time", "last_update")
+_MISSED_WRITES = "has_missed_writes"
+"""Recorded only where it is true; earlier versions ignore it."""
 
 
 def as_schedule(decay: Schedule | float) -> Schedule:
@@ -51,7 +53,9 @@ def as_schedule(decay: Schedule | float) -> Schedule:
 
     Raises: TypeError for anything but a law or a number, ValueError for a number outside [0, 1].
     """
-    return decay if isinstance(decay, Schedule) and not isinstance(decay, type) else Constant(decay)
+    if isinstance(decay, Schedule) and callable(decay.decay) and not isinstance(decay, type):
+        return decay
+    return Constant(decay)  # pyrefly: ignore[bad-argument-type]  it checks that this is a number
 
 
 def as_schedules(decay: Schedule | float | Mapping[str, Schedule | float]) -> dict[str, Schedule]:
@@ -73,7 +77,7 @@ class DecayRecord:
     Args:
         kind: a key of `LAWS`, or the name of a user's own class.
         fields: of the law.
-        clock: `Reading` by field, for this track alone; empty in states that recorded nothing of it.
+        clock: `Reading` by field, for this track alone; empty in states that recorded no clock.
     """
 
     kind: str
@@ -151,6 +155,7 @@ def record_decays(clock: Clock) -> dict[str, DecayRecord]:
     records: dict[str, DecayRecord] = {}
     for track, schedule in clock.schedules.items():
         shown = times | {"initial_mass": reading.initial_masses[track], "last_decay": reading.last_decays[track]}
+        shown |= {_MISSED_WRITES: 1} if reading.has_missed_writes else {}
         law = DecayRecord.of_law(schedule)
         records[track] = DecayRecord(law.kind, law.fields, shown)
     return records
@@ -171,7 +176,8 @@ def read_clock(records: Mapping[str, DecayRecord], *, steps: int, updates: int) 
     """What the clock of a state shows.
 
     A state of format 1 without a clock, or whose counts were replaced since: averaging began at time 0, and the last
-    update was at ``steps``.
+    update was at ``steps``. The initial mass follows from the counts for a half-life and a number; for other laws it is
+    1, which may be too much.
 
     Raises: ValueError when the clocks of tracks differ.
     """
@@ -182,7 +188,8 @@ def read_clock(records: Mapping[str, DecayRecord], *, steps: int, updates: int) 
     (_, time, start_step, start_time, last_update), *_ = times
     masses = {track: clock["initial_mass"] for track, clock in clocks.items()}
     last_decays = {track: clock["last_decay"] for track, clock in clocks.items()}
-    return Reading(steps, updates, time, int(start_step), start_time, last_update, masses, last_decays)
+    missed = any(_MISSED_WRITES in clock for clock in clocks.values())
+    return Reading(steps, updates, time, int(start_step), start_time, last_update, masses, last_decays, missed)
 
 
 def _clock_of(record: DecayRecord, steps: int, updates: int) -> Mapping[str, float]:
@@ -202,4 +209,4 @@ def _checked_clock(clock: Mapping[str, Any]) -> dict[str, float]:
     is_sound = 0 <= start_step <= steps < math.inf and 0 <= start_time <= last_update <= time < math.inf
     if not is_sound or not 0 <= mass <= 1 or not 0 <= last_decay <= 1:
         raise ValueError(f"expected times in order, and shares in [0, 1], found {clock}")
-    return checked
+    return checked | ({_MISSED_WRITES: 1.0} if clock.get(_MISSED_WRITES) else {})

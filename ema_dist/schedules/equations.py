@@ -12,6 +12,8 @@ from ema_dist.schedules.arithmetic import Number, cosine, exponential, maximum, 
 
 LARGEST_SIGMA_REL = 12**-0.5
 """The relative width of a uniform average."""
+SMALLEST_SIGMA_REL = 1e-9
+"""The equation for the exponent overflows far below; such an average would be the last live value."""
 
 
 def half_life_decay(*, elapsed: Number, half_life: Number) -> Number:

@@ -11,6 +11,7 @@ from ema_dist.schedules.arithmetic import Number
 from ema_dist.schedules.checked_number import checked_number
 from ema_dist.schedules.equations import (
     LARGEST_SIGMA_REL,
+    SMALLEST_SIGMA_REL,
     cosine_decay,
     exponential_warmup_decay,
     gamma_from_sigma_rel,
@@ -142,8 +143,9 @@ class Power(_Law):
         if gamma is not None:
             gamma = exponent = checked_number("gamma", gamma, "a finite exponent, 0 or more", open_above=True)
         else:
-            expected = f"a width above 0 and up to 12 ** -0.5 = {LARGEST_SIGMA_REL:.5f}"
-            sigma_rel = checked_number("sigma_rel", sigma_rel, expected, highest=LARGEST_SIGMA_REL, open_below=True)
+            lowest, highest = SMALLEST_SIGMA_REL, LARGEST_SIGMA_REL
+            expected = f"a width from {lowest:g} to 12 ** -0.5 = {highest:.5f}"
+            sigma_rel = checked_number("sigma_rel", sigma_rel, expected, lowest=lowest, highest=highest)
             exponent = gamma_from_sigma_rel(sigma_rel)
         _set(self, gamma=gamma, sigma_rel=sigma_rel, exponent=exponent)
 

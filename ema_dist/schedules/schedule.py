@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from ema_dist.schedules.arithmetic import Number
@@ -44,13 +44,20 @@ def fields_of(law: object) -> dict[str, Any]:
             if field.init
         }
     else:
-        values = getattr(law, "__dict__", {})
+        values = {name: getattr(law, name) for name in _slots(type(law)) if hasattr(law, name)}
+        values |= getattr(law, "__dict__", {})
     return {name: _plain(value) for name, value in values.items()}
 
 
 def describe(name: str, fields: Mapping[str, Any]) -> str:
     """A law as a user writes it: the name of its class, and its fields without those that are None."""
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in fields.items() if value is not None)})"
+
+
+def _slots(cls: type) -> Iterator[str]:
+    for base in reversed(cls.__mro__):
+        slots = vars(base).get("__slots__", ())
+        yield from (name for name in ([slots] if isinstance(slots, str) else slots) if not name.startswith("__"))
 
 
 def _plain(value: object) -> Any:  # noqa: ANN401

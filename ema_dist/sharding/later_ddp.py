@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from weakref import finalize, ref
 
 from torch import nn
@@ -11,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 class LaterDDP:
     """Whether DDP has wrapped ``model``, a part of it, or a module around it since this object was made.
+
+    Another DDP around the module of one does not count: the ranks held the same weights before.
 
     DDP changes nothing in the module that it wraps, but it registers it as a submodule, for which torch calls a hook.
     """
@@ -26,7 +29,16 @@ class LaterDDP:
             if group is None or group.size() == 1:
                 return
             later_ddp, model = self_ref(), model_ref()
-            if later_ddp is not None and model is not None and not {*child.modules()}.isdisjoint(model.modules()):
+            if later_ddp is None or model is None or {*child.modules()}.isdisjoint(model.modules()):
+                return
+            if not _is_in_another_ddp(model, parent):
                 later_ddp.has_wrapped = True
 
         finalize(self, register_module_module_registration_hook(on_registration).remove)
+
+
+def _is_in_another_ddp(model: nn.Module, ddp: DistributedDataParallel) -> bool:
+    """Whether an older DDP than ``ddp`` contains all of ``model``. Modules do not know their parents: a slow search."""
+    modules = {*model.modules()}
+    others = (other for other in gc.get_objects() if issubclass(type(other), DistributedDataParallel))
+    return any(other is not ddp and modules <= {*other.modules()} for other in others)

@@ -1,8 +1,11 @@
 """The averaging laws that `--schedule` chooses from."""
 
+import math
 from collections.abc import Callable
 
 from ema_dist import Cosine, ExponentialWarmup, HalfLife, InverseGamma, Power, Schedule, Uniform, Warmup
+
+from .script import UsageError
 
 RAMP = 0.09
 """The half-life is at most this fraction of the steps so far; EDM2's value."""
@@ -20,7 +23,26 @@ LAWS: dict[str, Callable[[float, int], Schedule]] = {
 """By name; each takes the half-life in steps, and the number of steps of the run."""
 
 DEFAULT_LAW = "ramped"
+DEFAULT_HALF_LIFE = 60.0
+WITHOUT_HALF_LIFE = {"power", "uniform"}
+
+
+def make_law(name: str, half_life: float | None, steps: int) -> Schedule:
+    """The law that the options ask for.
+
+    Args:
+        name: a key of `LAWS`.
+        half_life: in steps; None for `DEFAULT_HALF_LIFE`.
+        steps: of the run.
+
+    Raises: UsageError for a half-life that is out of range, or that this law does not have.
+    """
+    if half_life is not None and name in WITHOUT_HALF_LIFE:
+        raise UsageError(f"--half-life has no effect with --schedule {name}: remove it")
+    if half_life is not None and not 0 < half_life < math.inf:
+        raise UsageError(f"--half-life must be a positive, finite number of steps, got {half_life:g}")
+    return LAWS[name](DEFAULT_HALF_LIFE if half_life is None else half_life, steps)
 
 
 def _decay(half_life: float) -> float:
-    return 0.5 ** (1 / half_life) if half_life else 0.0
+    return 0.5 ** (1 / half_life)

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ema_dist import HalfLife, InitialWeightsWarning, ShardedEMA, Uniform, Warmup
+from ema_dist import HalfLife, InitialWeightsWarning, OptimizerHookWarning, ShardedEMA, Uniform, Warmup
 from tests.support.layouts import layouts, make_net, train_step, wrap
 
 
@@ -60,16 +61,16 @@ def no_warning() -> Iterator[None]:
 def test_each_kind_of_call_warns_once_where_it_is_made(name: str) -> None:
     """The seed of a run, shipped as its result."""
     _, ema = make_written()
-    with pytest.warns(InitialWeightsWarning, match=rf"^{name}:.*never updated.*update\(\).*reset\(\)") as caught:
+    with pytest.warns(InitialWeightsWarning, match=rf"^{name}\(\):.*never updated.*update\(\).*reset\(\)") as caught:
         CALLS[name](ema)
     assert [warning.filename for warning in caught] == [__file__]
     CALLS[name](ema)
     for other in CALLS.keys() - {name, "copy_to"}:
-        with pytest.warns(InitialWeightsWarning, match=f"^{other}:"):
+        with pytest.warns(InitialWeightsWarning, match=rf"^{other}\(\):"):
             CALLS[other](ema)
 
 
-def test_the_share_and_its_law_are_told_for_each_track() -> None:
+def test_the_share_and_its_law_are_reported_for_each_track() -> None:
     model = nn.Linear(2, 2)
     ema = ShardedEMA(model, decay={"a": HalfLife(100), "b": Uniform(), "c": 0.5})
     for _ in range(2):
@@ -85,10 +86,11 @@ def test_the_share_and_its_law_are_told_for_each_track() -> None:
 
 def test_the_warning_comes_before_anything_changes() -> None:
     model, ema = make_written()
-    live = model.weight.clone()
+    live, version = model.weight.clone(), model.weight._version  # noqa: SLF001  has no public name
     with pytest.raises(InitialWeightsWarning), ema.swapped():  # pytest makes warnings errors
         pass
     assert torch.equal(model.weight, live)
+    assert model.weight._version == version, "not swapped and undone"  # noqa: SLF001
     _swap(ema)
 
 
@@ -96,7 +98,7 @@ def test_the_warning_comes_before_anything_changes() -> None:
     ("settings", "updates"),
     [({"decay": Warmup()}, 1), ({"decay": 0.5}, 4), ({"start": 5}, 5), ({"start": 5, "update_interval": 3}, 2)],
 )
-def test_nothing_is_told_of_averages_that_forgot_or_follow(settings: dict[str, Any], updates: int) -> None:
+def test_averages_that_forgot_or_equal_the_live_weights_are_silent(settings: dict[str, Any], updates: int) -> None:
     model, ema = make_written(**settings)
     for _ in range(updates):
         write(model)
@@ -105,7 +107,7 @@ def test_nothing_is_told_of_averages_that_forgot_or_follow(settings: dict[str, A
         call(ema)
 
 
-def test_nothing_is_told_before_the_live_weights_are_written_to() -> None:
+def test_calls_are_silent_before_the_live_weights_are_written_to() -> None:
     """Sanity checks before training, also repeated ones; after a reset or a load the same holds."""
     model = nn.Linear(2, 2)
     ema = ShardedEMA(model)
@@ -118,6 +120,53 @@ def test_nothing_is_told_before_the_live_weights_are_written_to() -> None:
         write(model)
     with pytest.warns(InitialWeightsWarning):
         ema.full_state_dict()
+
+
+def test_the_warning_is_repeated_after_a_reset() -> None:
+    model, ema = make_written()
+    for _ in range(2):
+        with pytest.warns(InitialWeightsWarning):
+            ema.full_state_dict()
+        ema.full_state_dict()
+        ema.reset()
+        write(model)
+
+
+def test_steps_without_an_update_are_counted_in_the_warning() -> None:
+    model, ema = make_written(update_interval=10, start=2)
+    for _ in range(5):
+        write(model)
+        ema.update()
+    with pytest.warns(InitialWeightsWarning, match=r"none of 5 steps.*start=2.*update_interval=10"):
+        ema.full_state_dict()
+
+
+def test_writes_through_data_are_known_by_the_updates() -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model)
+    model.weight.data.add_(1)
+    ema.update()
+    with pytest.warns(InitialWeightsWarning, match=r"99\.9%"):
+        ema.full_state_dict()
+
+
+@pytest.mark.parametrize(
+    ("skipped", "settings"),
+    [
+        ([1, 1, 1], {}),  # all of them: the average equals the live weights
+        ([1] * 5 + [0] * 9, {"start": 900}),  # averaging has not begun
+        ([1, 0, 0, 0, 0], {"update_interval": 4, "decay": HalfLife(25)}),  # whose steps are not equally long
+    ],
+)
+def test_skipped_steps_cause_no_warning_where_they_are_known(skipped: list[int], settings: dict[str, Any]) -> None:
+    """On the CPU, a tensor that says whether a step was skipped is read without waiting."""
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, **settings)
+    for step, is_skipped in enumerate(skipped):
+        if not is_skipped:
+            write(model)
+        ema.update(elapsed=1 if step < 4 else 100, found_inf=torch.tensor(float(is_skipped)))
+    ema.full_state_dict()
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp")
@@ -144,15 +193,17 @@ def test_every_optimizer_is_seen_to_write(layout: str, settings: dict[str, bool]
 
 
 @pytest.mark.world_size(2)
-def test_a_warning_that_is_an_error_reaches_every_rank() -> None:
-    """Raised on the first rank alone, it would leave the others waiting."""
-    model = DistributedDataParallel(nn.Linear(2, 2))
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_a_warning_that_is_an_error_is_raised_on_every_rank(layout: str) -> None:
+    """Raised on the first rank alone, it would leave the others waiting, or in a swap where ranks do not meet."""
+    model = nn.Linear(2, 2)
+    model = DistributedDataParallel(model) if layout == "ddp" else fully_shard(model)
     ema = ShardedEMA(model, timeout=10)
     write(model)
-    expected = InitialWeightsWarning if dist.get_rank() == 0 else RuntimeError
-    with pytest.raises(expected, match="never updated"), ema.swapped():
+    with pytest.raises(InitialWeightsWarning, match="never updated"), ema.swapped():
         pass
     _swap(ema)
+    ema.check_replicas()
 
 
 class SharpnessAware(torch.optim.SGD):
@@ -168,16 +219,23 @@ class SharpnessAware(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("call", [ShardedEMA.state_dict, ShardedEMA.full_state_dict, _swap])
-def test_a_hook_that_never_runs_is_told(call: Callable[[ShardedEMA], object]) -> None:
+def test_a_hook_that_never_runs_is_reported(call: Callable[[ShardedEMA], object]) -> None:
     model = nn.Linear(2, 2)
     optimizer = SharpnessAware(model.parameters(), lr=0.1)
     ema = ShardedEMA(model, decay=Warmup())
     ema.update()  # the average has forgotten what it began with
-    ema.attach(optimizer)
+    handle = ema.attach(optimizer)
     call(ema)
     optimizer.first_step()
     optimizer.second_step()
-    with pytest.warns(InitialWeightsWarning, match=r"attach\(\).*SharpnessAware.*first_step.*remove\(\).*update\(\)"):
+    match = r"attach\(\).*SharpnessAware.*first_step.*remove\(\).*update\(\)"
+    with pytest.warns(OptimizerHookWarning, match=match):
+        call(ema)
+    call(ema)
+    handle.remove()
+    ema.attach(optimizer)
+    optimizer.first_step()
+    with pytest.warns(OptimizerHookWarning):
         call(ema)
 
 
@@ -209,4 +267,6 @@ def test_wrapping_in_ddp_after_construction_is_refused() -> None:
                 call()
     untouched.update()
     ShardedEMA(wrapped).update()
-    ShardedEMA(wrapped.module).update()  # on one rank alone, say
+    alone = ShardedEMA(wrapped.module)
+    DistributedDataParallel(wrapped.module, find_unused_parameters=True)  # its ranks held the same weights before
+    alone.update()

@@ -276,6 +276,19 @@ def test_a_checkpoint_without_averages_starts_the_clock_anew(tmp_path: Path) -> 
     assert ema.metrics() == ShardedEMA(model, decay={"a": HalfLife(2), "b": Uniform()}).metrics()
 
 
+@pytest.mark.world_size(1)
+def test_averages_of_a_part_start_from_the_weights_of_the_whole_model(tmp_path: Path) -> None:
+    saved = nn.Sequential(nn.Linear(2, 1))
+    checkpoint.save({"model": saved}, tmp_path, step=1)
+    model = nn.Sequential(nn.Linear(2, 1))
+    ema = ShardedEMA(model[0])
+    ema.update()
+    with pytest.warns(UserWarning, match="no averages"):
+        checkpoint.load({"model": model, "ema": ema}, tmp_path)
+    assert torch.equal(ema.full_state_dict()["weight"], saved[0].weight)
+    assert (ema.steps, ema.initial_mass()) == (0, 1.0)
+
+
 def test_a_later_start_follows_again() -> None:
     """Averaging begins anew there, whatever the state says."""
     model = nn.Linear(1, 1, bias=False)
@@ -293,3 +306,21 @@ def test_a_later_start_follows_again() -> None:
         for name, formula in FORMULAS.items():
             expected = before[name] + formula.weight(t, 1, t - 1) * (t - before[name])
             assert value_of(later, name) == pytest.approx(expected, rel=1e-5)
+
+
+class Slotted:
+    """A law of a user without ``__dict__``."""
+
+    __slots__ = ("factor",)
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def decay(self, **_: float) -> float:
+        return self.factor
+
+
+def test_the_fields_of_a_law_in_slots_are_compared() -> None:
+    saved, loaded = (ShardedEMA(nn.Linear(2, 1), decay=Slotted(factor)) for factor in (0.5, 0.9))
+    with pytest.warns(UserWarning, match=r"Slotted\(factor=0\.5\) -> Slotted\(factor=0\.9\)"):
+        loaded.load_state_dict(saved.state_dict())

@@ -97,6 +97,27 @@ def test_averages_that_never_started_are_reported(tmp_path: Path) -> None:
     assert run("export", make_checkpoint(tmp_path / "moving")[0], tmp_path / "moving").stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("settings", "updates", "expected"),
+    [
+        ({}, 0, r"never updated: .*still the initial weights"),
+        ({"update_interval": 10}, 5, r"never updated in 5 steps: .*still the initial weights"),
+        ({"start": 100}, 5, r"copies of the live weights"),
+    ],
+)
+def test_averages_without_an_update_are_described(
+    settings: dict[str, Any], updates: int, expected: str, tmp_path: Path
+) -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, **settings)
+    for _ in range(updates):
+        ema.update()
+    checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=5)
+    assert re.search(rf"note +.*{expected}", run("inspect", tmp_path / "root").stdout)
+    assert re.search(expected, run("verify", tmp_path / "root").stderr)
+    assert re.search(expected, run("export", tmp_path / "root", tmp_path / "out").stderr)
+
+
 def test_averages_that_still_are_the_initial_weights_are_reported(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     ema = average_after_one_step(model, decay=HalfLife(10))

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import HalfLife, Offloaded, ShardedEMA, Stochastic, checkpoint
 from ema_dist.communication.rendezvous import RendezvousError, announce_failure
+from ema_dist.sharding import ReplicaPolicy
 from tests.support.layouts import (
     YOUNG_AVERAGES,
     assert_bitwise_equal,
@@ -103,6 +104,17 @@ def test_a_new_process_group_resets_the_rendezvous(tmp_path: Path) -> None:
             pass
         dist.barrier()
         dist.destroy_process_group()
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("replicas", ["shard", "copy"])
+def test_a_time_that_differs_between_ranks_is_reported_before_weights_are_written(
+    replicas: ReplicaPolicy, tmp_path: Path
+) -> None:
+    ema = ShardedEMA(DistributedDataParallel(nn.Linear(2, 2)), replicas=replicas, timeout=5.0)
+    ema.update(elapsed=1 + dist.get_rank())
+    with pytest.raises(RendezvousError, match=r"rank 0 has time=1\.0, rank 1 has time=2\.0|digest of all calls"):
+        checkpoint.gather(ema, tmp_path)
 
 
 @pytest.mark.world_size(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ pytestmark = YOUNG_AVERAGES
 @pytest.mark.parametrize(
     ("decay", "expected"), [(HalfLife(0), 8.0), (HalfLife(math.inf), 0.0), (0.0, 8.0), (1.0, 0.0), (HalfLife(1), 6.0)]
 )
+@pytest.mark.filterwarnings("ignore:decay=")  # a number that looks like the weight of the live values
 def test_decay_0_and_decay_1(decay: HalfLife | float, expected: float) -> None:
     """No averaging, and no update."""
     model = nn.Linear(1, 1, bias=False)
@@ -125,7 +127,7 @@ def test_an_attached_optimizer_counts_its_own_time_without_skipped_steps() -> No
         assert ema.initial_mass(name) == pytest.approx(mass, abs=1e-12)
 
 
-@pytest.mark.parametrize("elapsed", [0, -1, math.nan, math.inf])
+@pytest.mark.parametrize("elapsed", [0, -1, math.nan, math.inf, 10**400])
 def test_elapsed_is_positive_and_finite(elapsed: float) -> None:
     ema = ShardedEMA(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"elapsed.*positive and finite.*got"):
@@ -159,3 +161,10 @@ def test_a_law_of_ones_own() -> None:
         ShardedEMA(model, decay=Wrong()).update()
     with pytest.raises(TypeError, match=r"law.*got <class"):
         ShardedEMA(model, decay=Halving)  # pyrefly: ignore[bad-argument-type]
+    with pytest.raises(TypeError, match=r"law.*got namespace"):
+        ShardedEMA(model, decay=SimpleNamespace(decay=0.999))  # pyrefly: ignore[bad-argument-type]
+
+
+def test_an_interval_may_be_an_integer_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert Clock({}, start=0, interval=numpy.int64(2)).interval == 2
