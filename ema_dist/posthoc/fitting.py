@@ -82,19 +82,24 @@ def fit(snapshots: Sequence[tuple[float, Schedule | float]], *, target: Schedule
     wanted = profile_of(target, _checked_time("at", at))
     if at < (first := min(profile.end for profile in profiles)):
         raise ValueError(f"the target time {at:g} is before the first snapshot, which is at {first:g}")
-    coefficients = _least_squares(profiles, wanted)
-    return Fit(
-        coefficients=tuple(coefficients.tolist()),
-        total_variation=total_variation(profiles, coefficients, wanted),
-        amplification=coefficients.abs().sum().item(),
-    )
+    return fit_profiles(profiles, wanted)
 
 
-def total_variation(profiles: Sequence[Profile], coefficients: Tensor, wanted: Profile) -> float:
+def fit_profiles(profiles: Sequence[Profile], wanted: Profile) -> Fit:
+    """As `fit`, of profiles. Raises: ValueError when no profile overlaps with the wanted one."""
+    return judge(profiles, _least_squares(profiles, wanted).tolist(), wanted)
+
+
+def judge(profiles: Sequence[Profile], coefficients: Sequence[float], wanted: Profile) -> Fit:
+    """These coefficients, and how far the sum of profiles that they make is from the wanted profile."""
+    return Fit(tuple(coefficients), _total_variation(profiles, coefficients, wanted), sum(map(abs, coefficients)))
+
+
+def _total_variation(profiles: Sequence[Profile], coefficients: Sequence[float], wanted: Profile) -> float:
     """Half of the L1 distance between a combination of profiles and the wanted one, the starting weights included."""
     times = _cell_bounds({0.0, wanted.begin, *(profile.end for profile in (*profiles, wanted))})
     difference = -wanted.cumulative(times)
-    for coefficient, profile in zip(coefficients.tolist(), profiles, strict=True):
+    for coefficient, profile in zip(coefficients, profiles, strict=True):
         difference += coefficient * profile.cumulative(times)
     return 0.5 * (difference[0].abs() + difference.diff().abs().sum()).item()
 
