@@ -17,6 +17,7 @@ if missing := [name for name in ("huggingface_hub", "safetensors", "xxhash") if 
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.gathering import gather, scatter
 from ema_dist.checkpoint.loading import latest, load
+from ema_dist.checkpoint.reconstruction import reconstruct
 from ema_dist.checkpoint.saving import save, wait
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "gather",
     "latest",
     "load",
+    "reconstruct",
     "save",
     "scatter",
     "wait",

@@ -1,13 +1,23 @@
-"""Chooses the snapshots and coefficients that make a profile, and says how good they are."""
+"""Chooses the snapshots and coefficients that make a profile, says how good they are, and writes their sum."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from ema_dist.checkpoint.checkpoint_folder import find_checkpoint, find_steps, step_in_name
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.snapshots import Snapshot, Snapshots
+from ema_dist.checkpoint.snapshots import Snapshot, Snapshots, read_snapshots
+from ema_dist.checkpoint.sum_writing import SumFormat, write_weighted_sum
+from ema_dist.checkpoint.weight_source import CheckpointSource
+from ema_dist.checkpoint.weighted_sum import Term, WeightedSum
 from ema_dist.messages import abbreviated
+from ema_dist.modes import in_normal_mode
 from ema_dist.posthoc.fitting import Fit, fit_profiles, judge
 from ema_dist.posthoc.profiles import PowerProfile, Profile, Window, WindowProfile, profile_of
 from ema_dist.schedules.schedule import Schedule
@@ -90,6 +100,55 @@ def _without_negligible(candidates: Sequence[Snapshot], coefficients: Sequence[f
     return [snapshot for snapshot in candidates if id(snapshot) in kept]
 
 
+@in_normal_mode
+def reconstruct(
+    root: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    target: Schedule | Window,
+    *,
+    step: int | None = None,
+    tolerance: float = 0.05,
+    dtype: torch.dtype | None = None,
+    file_format: SumFormat = "safetensors",
+) -> Fit:
+    """Write the average that ``target`` would have given, as a weighted sum of the averages in a root of checkpoints.
+
+    Snapshots may have been saved by different numbers of ranks and from different layouts. Tensors without an average,
+    and buffers, are those of the snapshot nearest to ``step``.
+
+    Args:
+        root: a folder of checkpoints, each with averages by `Power`, `Uniform`, `HalfLife` without a ramp, or a number
+            taken once in each unit of the clock; of `checkpoint.save` or of ``dcp.save``.
+        folder: must not exist.
+        target: one of these laws, or `posthoc.Window`, in the unit of the clock since averaging began.
+        step: the checkpoint at whose time the average is meant; by default the last one.
+        tolerance: the largest total variation between the wanted and the obtained weights of past values.
+        dtype: of floating-point tensors; None for that of the live weights, or of the averages where these are missing.
+        file_format: ``"safetensors"``, ``"torch"``, or ``"dcp"``, which `checkpoint.load` takes under ``model``.
+
+    Returns: the coefficients of the snapshots that were used, the total variation, and the amplification of rounding.
+
+    Collective: no; one process, without a process group, or every rank of one with the same arguments, which share the
+        work. Memory: a few batches of 16 MiB or larger tensors; with ``"torch"`` one file.
+    Raises: CheckpointError when snapshots are damaged, too few, of different models, or end before ``step``, when no
+        combination is within the tolerance, and when ``folder`` exists; ValueError for a target without an exact
+        profile. Nothing is written then.
+    """
+    snapshots = open_snapshots(Path(root))
+    reconstruction = choose_snapshots(snapshots, target, step=step)
+    require_close(reconstruction, snapshots, tolerance=tolerance)
+    write_reconstruction(reconstruction, Path(folder), dtype=dtype, file_format=file_format)
+    return reconstruction.fit
+
+
+def open_snapshots(root: Path, *, entry: str | None = None) -> Snapshots:
+    """The averages in every step of a root, or in one checkpoint. Raises: as `read_snapshots`."""
+    if steps := find_steps(root):
+        return read_snapshots([(step, find_checkpoint(root, step)) for step in steps], entry=entry)
+    folder = find_checkpoint(root)
+    return read_snapshots([(step_in_name(folder) or 0, folder)], entry=entry)
+
+
 def require_close(reconstruction: Reconstruction, snapshots: Snapshots, *, tolerance: float) -> None:
     """Raises: CheckpointError when the total variation is above ``tolerance``."""
     fit = reconstruction.fit
@@ -101,3 +160,51 @@ def require_close(reconstruction: Reconstruction, snapshots: Snapshots, *, toler
             f"the tolerance of {tolerance:g}; the stored steps nearest to {reconstruction.step} are "
             f"{abbreviated(map(str, nearest))}. Keep more snapshots, take a wider profile, or pass --force"
         )
+
+
+def write_reconstruction(
+    reconstruction: Reconstruction,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    file_format: SumFormat = "safetensors",
+    max_shard_size: int | str = "5GiB",
+    entry: str | None = None,
+    on_bytes: Callable[[int], object] = lambda _: None,
+) -> list[Path]:
+    """Write the sum of the snapshots, and ``reconstruct.json`` with their paths, tracks and coefficients.
+
+    Raises: CheckpointError when a snapshot is damaged or of another model, or when the folder exists or cannot be
+        written. Memory and Collective: as `write_weighted_sum`.
+    """
+    nearest = reconstruction.snapshots.index(reconstruction.nearest)
+    selections = [it.stored.weights("ema", track=it.track, entry=entry) for it in reconstruction.snapshots]
+    terms = [
+        Term(CheckpointSource(snapshot.stored, selection), coefficient)
+        for snapshot, selection, coefficient in zip(
+            reconstruction.snapshots, selections, reconstruction.fit.coefficients, strict=True
+        )
+    ]
+    averaged = {*reconstruction.nearest.averages.tracks[reconstruction.nearest.track].averages.values()}
+    copied = {name for name, (dcp_name, _) in selections[nearest].sources.items() if dcp_name not in averaged}
+    weights = WeightedSum(terms, copied_from=nearest, copied=copied, dtype=dtype)
+    return write_weighted_sum(
+        weights,
+        folder,
+        file_format=file_format,
+        max_shard_size=max_shard_size,
+        record={"tracks": [snapshot.track for snapshot in reconstruction.snapshots], **describe(reconstruction)},
+        record_name="reconstruct.json",
+        on_bytes=on_bytes,
+    )
+
+
+def describe(reconstruction: Reconstruction) -> dict[str, Any]:
+    """What a reconstruction is meant for and how good it is, as JSON."""
+    return {
+        "step": reconstruction.step,
+        "time": reconstruction.time,
+        "window": reconstruction.window,
+        "total_variation": reconstruction.fit.total_variation,
+        "amplification": reconstruction.fit.amplification,
+    }
