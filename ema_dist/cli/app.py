@@ -24,7 +24,7 @@ from ema_dist.cli.options import (
     WeightsChoice,
     WeightsOption,
 )
-from ema_dist.cli.terminal import report_errors
+from ema_dist.cli.terminal import print_stderr, report_errors
 
 app = typer.Typer(
     name="ema-dist",
@@ -190,10 +190,11 @@ def diff(
 
     Exit codes are those of diff(1): 0 when all is equal, 1 when something differs, 2 when they cannot be compared.
     """
+    from ema_dist.checkpoint.weight_source import open_source  # noqa: PLC0415
     from ema_dist.cli.diff import diff as run  # noqa: PLC0415
-    from ema_dist.cli.diff import open_weights  # noqa: PLC0415
 
-    weights_a = open_weights(a, weights.value, step=step, track=track, entry=entry)
-    other = open_weights(b, (weights_b or weights).value, step=step_b, track=track, entry=entry)
+    weights_a = open_source(a, weights.value, step=step, track=track, entry=entry, on_ignored=print_stderr)
+    kind_b = (weights_b or weights).value
+    other = open_source(b, kind_b, step=step_b, track=track, entry=entry, on_ignored=print_stderr)
     if not run(weights_a, other, rtol=rtol, as_json=as_json):
         raise typer.Exit(1)

@@ -64,6 +64,12 @@ def find_steps(root: Path) -> dict[int, list[Path]]:
     return steps
 
 
+def step_in_name(path: Path) -> int | None:
+    """The step that the name of a folder or file ends with, such as 6 of step-6; None if it ends otherwise."""
+    match = re.search(r"(?<![.\d])(\d+)$", path.name if path.is_dir() else path.stem)
+    return int(match[1]) if match else None
+
+
 def _checkpoints_in(path: Path) -> list[Path]:
     """The path itself if DCP wrote it, else the folders in it that DCP wrote."""
     if _is_checkpoint(path) or not path.is_dir():
