@@ -23,8 +23,6 @@ ROWS = {
     "checkpoint.gathering": 13,
     "checkpoint.loading": 13,
     "checkpoint.stored_checkpoint": 13,
-    "checkpoint.reconstruction": 15,
-    "checkpoint.snapshots": 14,
     "checkpoint.saving": 12,
     "checkpoint.optimizer_entry": 11,
     "checkpoint.optimizer_wrappers": 10,

@@ -146,7 +146,7 @@ def _of_track(track: str, series: _Series, notes: list[str]) -> Iterator[Snapsho
 def _profile(averages: StoredAverages, track: str) -> Profile | str:
     """The profile of a stored average, or why it is not known."""
     clock, record = averages.clock, averages.decays[track].record
-    time = clock.last_update - clock.start_time
+    time = float(clock.last_update - clock.start_time)
     law = record.law
     if law is None:
         return f"{record.describe()} is no law of this package, and has no known profile"

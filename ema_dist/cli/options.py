@@ -25,6 +25,16 @@ class FormatChoice(str, Enum):
     TORCH = "torch"
 
 
+class SumFormatChoice(str, Enum):
+    """What to write a weighted sum of checkpoints into."""
+
+    # The values of `SumFormat`, repeated for the same reason.
+
+    SAFETENSORS = "safetensors"
+    TORCH = "torch"
+    DCP = "dcp"
+
+
 DTYPE_NAMES = (
     "float64",
     "float32",
@@ -101,4 +111,8 @@ DtypeOption = Annotated[
 ShardSizeOption = Annotated[
     str,
     typer.Option(callback=check_shard_size, metavar="SIZE", help="The maximum size of a file, such as 500MiB."),
+]
+SumFormatOption = Annotated[
+    SumFormatChoice,
+    typer.Option("--format", help="Files of weights, or a folder that checkpoint.load takes under the key `model`."),
 ]

@@ -24,6 +24,7 @@ from ema_dist.checkpoint.reconstruction import (
 from ema_dist.checkpoint.sum_writing import SumFormat
 from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, print_table, progress, stdout_console
 from ema_dist.posthoc import Window
+from ema_dist.schedules.laws import HalfLife, Power
 from ema_dist.schedules.schedule import Schedule
 
 
@@ -79,11 +80,32 @@ def reconstruct(
     sizes = {str(path): path.stat().st_size for path in paths}
     if as_json:
         print_json(
-            {"snapshots": [*_rows(reconstruction)], **describe(reconstruction), "notes": snapshots.notes, "files": sizes}
+            {
+                "snapshots": [*_rows(reconstruction)],
+                **describe(reconstruction),
+                "notes": snapshots.notes,
+                "files": sizes,
+            }
         )
         return
     for path, size in sizes.items():
         stdout_console().print(f"{path}  {format_bytes(size)}", markup=False, soft_wrap=True)
+
+
+def parse_target(*, sigma_rel: float | None, half_life: float | None, window: float | None) -> Schedule | Window:
+    """The target that exactly one of the options gives.
+
+    Raises: ValueError for none or several, and for numbers out of range.
+    """
+    options = {"--sigma-rel": sigma_rel, "--half-life": half_life, "--window": window}
+    if len(given := [name for name, value in options.items() if value is not None]) != 1:
+        raise ValueError(f"expected one of {', '.join(options)}, got {' and '.join(given) or 'none'}")
+    if sigma_rel is not None:
+        return Power(sigma_rel=sigma_rel)
+    if half_life is not None:
+        return HalfLife(half_life)
+    assert window is not None
+    return Window(window)
 
 
 def _rows(reconstruction: Reconstruction) -> Iterator[dict[str, Any]]:
