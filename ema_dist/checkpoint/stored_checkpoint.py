@@ -97,6 +97,8 @@ class WeightSelection:
     sources: dict[str, tuple[str, torch.dtype]]
     without_average: list[str] = field(default_factory=list)
     """Names of tensors without an average: their live values are selected among averages."""
+    ties: dict[str, str] = field(default_factory=dict)
+    """The first name of each tied tensor by its other names, where these have the same values."""
     guessed_ties: dict[str, str] = field(default_factory=dict)
     """Names that get the average of another tensor, because no manifest lists ties and their live values are equal."""
     extra_states: dict[str, dict[KeyPath, str]] = field(default_factory=dict)
@@ -157,6 +159,7 @@ class StoredCheckpoint:
         if weights_kind == "live" or key_path is None:
             return WeightSelection(
                 {name: self._source_and_dtype(dcp_name, dcp_name, dtype) for name, dcp_name in tensors.items()},
+                ties=self.manifest.ties.get(dotted_name(model), {}) if self.manifest and model is not None else {},
                 extra_states=states,
             )
         averages = self.averages[key_path]
@@ -177,6 +180,7 @@ class StoredCheckpoint:
         return WeightSelection(
             {name: self._source_and_dtype(averaged.get(name, live), live, dtype) for name, live in tensors.items()},
             without_average=[name for name in tensors if name not in averaged],
+            ties=ties,
             guessed_ties={} if self.manifest else ties,
             extra_states=states,
             averages=averages,

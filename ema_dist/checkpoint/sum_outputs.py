@@ -127,7 +127,7 @@ class DCPOutput(SumOutput):
             ties={MODEL_KEY: base.ties},
         )
         planner = _StreamPlanner(state, entries, self._group)
-        writer = _StreamWriter(folder, manifest, planner, commit=lambda _: None)
+        writer = _StreamWriter(folder, manifest, planner, commit=_do_nothing)
         try:
             dcp.save(state, storage_writer=writer, planner=planner, process_group=self._group)
         except CheckpointException as error:
@@ -172,6 +172,10 @@ class _StreamWriter(CheckpointWriter):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.per_thread_copy_ahead = 0  # torch would also sort tensors by size, on a machine with a GPU
+
+
+def _do_nothing(_folder: Path) -> None:
+    """The caller gives the folder its name, after more checks."""
 
 
 def make_output(

@@ -26,6 +26,9 @@ from ema_dist.modes import in_normal_mode
 
 SumFormat = Literal["safetensors", "torch", "dcp"]
 
+RECORD_FILE = "merge.json"
+"""Says which checkpoints a merge is of; it lies beside the weights."""
+
 
 @in_normal_mode
 def write_weighted_sum(
@@ -35,7 +38,7 @@ def write_weighted_sum(
     file_format: SumFormat = "safetensors",
     max_shard_size: int | str = "5GiB",
     record: Mapping[str, Any] | None = None,
-    record_name: str = "merge.json",
+    record_name: str = RECORD_FILE,
     on_bytes: Callable[[int], object] = lambda _: None,
     timeout: float = 60.0,
 ) -> list[Path]:

@@ -28,7 +28,7 @@ class WeightSource(ABC):
         meta_tensors: shape and dtype of each tensor, on the meta device, in the model's order. The dtype is the one of
             the model's weight, while an average may be stored in a wider one.
         extra_states: the names of values that are not tensors.
-        ties: the names of tensors that share the average of another, and the name of that other one.
+        ties: the first name of each tied tensor by its other names, which have the same values.
     """
 
     def __init__(
@@ -86,15 +86,11 @@ class CheckpointSource(WeightSource):
     def __init__(self, stored: StoredCheckpoint, selection: WeightSelection) -> None:
         tensors = {name: meta for name, meta in stored.meta_tensors(selection).items() if meta is not None}
         step = stored.manifest.step if stored.manifest else step_in_name(stored.folder)
-        dcp_names = {name: dcp_name for name, (dcp_name, _) in selection.sources.items()}
-        first_names: dict[str, str] = {}
-        for name, dcp_name in dcp_names.items():
-            first_names.setdefault(dcp_name, name)
-        ties = {name: first_names[source] for name, source in dcp_names.items() if first_names[source] != name}
+        ties = {name: first for name, first in selection.ties.items() if {name, first} <= tensors.keys()}
         super().__init__(stored.folder, step, tensors, selection.extra_states, ties)
         self.stored = stored
         self.selection = selection
-        self._dcp_names = dcp_names
+        self._dcp_names = {name: dcp_name for name, (dcp_name, _) in selection.sources.items()}
 
     @property
     def caveats(self) -> list[str]:

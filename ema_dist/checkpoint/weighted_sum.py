@@ -159,7 +159,8 @@ class WeightedSum:
             nbytes = max(term.source.stored_nbytes(name) for term in self._terms if self._reads(term, name))
             if batch and total + nbytes > BATCH_BYTES:
                 yield batch
-                batch, total = [], 0
+                batch = []
+                total = 0
             batch.append(name)
             total += nbytes
         if batch:

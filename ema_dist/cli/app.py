@@ -14,6 +14,7 @@ import typer
 
 from ema_dist.cli.options import (
     CheckpointArgument,
+    DecayChoice,
     DtypeOption,
     EntryOption,
     FormatChoice,
@@ -25,6 +26,7 @@ from ema_dist.cli.options import (
     TrackOption,
     WeightsChoice,
     WeightsOption,
+    parse_coefficients,
 )
 from ema_dist.cli.terminal import print_stderr, report_errors
 
@@ -200,6 +202,76 @@ def diff(
     other = open_source(b, kind_b, step=step_b, track=track, entry=entry, on_ignored=print_stderr)
     if not run(weights_a, other, rtol=rtol, as_json=as_json):
         raise typer.Exit(1)
+
+
+@app.command()
+@report_errors(exit_code=1)
+def merge(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CKPT...",
+            help="Checkpoints of ema_dist or DCP, and files or folders of weights (safetensors, bin, pt, pth), oldest "
+            "first. A folder of checkpoints stands for all of its steps.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", metavar="OUT", help="The folder to write; it must not exist.", show_default=False),
+    ],
+    coefficients: Annotated[
+        str | None,
+        typer.Option(
+            metavar="C,C,...",
+            help="One for each checkpoint, with the sum 1; by default the mean.",
+            show_default=False,
+        ),
+    ] = None,
+    emulate_decay: Annotated[
+        DecayChoice | None,
+        typer.Option(help="Take the coefficients that emulate this decay of the learning rate.", show_default=False),
+    ] = None,
+    weights: Annotated[WeightsChoice, typer.Option(help="The live weights, or the averages.")] = WeightsChoice.LIVE,
+    track: TrackOption = None,
+    last: Annotated[
+        int | None, typer.Option(min=1, help="Take only the last so many checkpoints.", show_default=False)
+    ] = None,
+    dtype: DtypeOption = None,
+    max_shard_size: ShardSizeOption = "5GiB",
+    format: SumFormatOption = SumFormatChoice.SAFETENSORS,  # noqa: A002
+    entry: EntryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the weighted mean of the weights in several checkpoints, saved by any layouts and numbers of ranks.
+
+    Prints the coefficients first. Integer tensors and extra states of modules are those of the last checkpoint. Each
+    input byte is read once, so checksums of checkpoints are not verified: ema-dist verify does that. What is written is
+    verified before OUT gets its name. merge.json in it has the path, step, coefficient and checksum of each source.
+
+    Several processes share the work: torchrun --nproc-per-node 4 -m ema_dist.cli merge ...
+
+    The keys of --json: sources (as in merge.json), notes, files (sizes in bytes by path).
+    """
+    from ema_dist.cli.merge import merge as run  # noqa: PLC0415
+
+    if coefficients is not None and emulate_decay is not None:
+        raise typer.BadParameter("--coefficients and --emulate-decay are two ways to say the same: pass one of them")
+    run(
+        checkpoints,
+        out,
+        coefficients=None if coefficients is None else parse_coefficients(coefficients),
+        emulate_decay=None if emulate_decay is None else emulate_decay.value,
+        weights_kind=weights.value,
+        track=track,
+        entry=entry,
+        last=last,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        file_format=format.value,
+        as_json=as_json,
+    )
 
 
 @app.command()

@@ -60,6 +60,24 @@ def parse_dtype(text: str) -> str:
     return name
 
 
+class DecayChoice(str, Enum):
+    """The decay of the learning rate that a merge emulates."""
+
+    # The values of `DecayShape`, repeated for the same reason.
+
+    LINEAR = "linear"
+    ONE_MINUS_SQRT = "1-sqrt"
+    COSINE = "cosine"
+
+
+def parse_coefficients(text: str) -> list[float]:
+    """Returns the numbers in a text like ``0.2,0.3,0.5``. Raises: typer.BadParameter when it is no such text."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers like 0.2,0.3,0.5") from None
+
+
 def check_shard_size(context: typer.Context, text: str) -> str:
     """Returns the same text, a number of bytes or a size like ``"5GiB"``.
 
