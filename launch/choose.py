@@ -18,24 +18,27 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 from safetensors.torch import load_file
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
-from ema_dist import Power, ShardedEMA, checkpoint
+from ema_dist import Power, ShardedEMA, checkpoint, posthoc
 from recipe.checkpoints import checkpoint_errors_as_script_errors
 from recipe.data import Batches, Images, load_images
 from recipe.evaluation import Scores, evaluate
 from recipe.folders import claim_output_dir, new_run_id
+from recipe.metrics import AVERAGE_COLOR, LIVE_COLOR
 from recipe.model import VisionTransformer
 from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, describe_run, process_group, wrap
 from recipe.preemption import Preempted, PreemptionHandler
-from recipe.script import OptionParser, positive_int, print_rank_0, run_script
+from recipe.script import OptionParser, UsageError, positive_int, print_rank_0, run_script
 
 TRACKS = {"narrow": Power(sigma_rel=0.05), "wide": Power(sigma_rel=0.10)}
-WIDTHS = (0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.13, 0.17, 0.21, 0.25, 0.28)
+WIDTHS = (0.014, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.13, 0.17, 0.21, 0.25, 0.28)
+SNAPSHOTS = "snapshots"
 TOLERANCE = 0.05
 """Of the total variation; profiles beyond it are drawn hollow. `ema-dist reconstruct` refuses them by default."""
 
@@ -55,6 +58,8 @@ def main() -> None:
     args = parse_arguments()
     with checkpoint_errors_as_script_errors(), process_group(args.device) as device:
         claim_output_dir(args.output_dir, new_run_id(), option="--output-dir")
+        if (args.output_dir / SNAPSHOTS).exists():  # those of another run would be taken for this one's
+            raise UsageError(f"{args.output_dir} holds {SNAPSHOTS} of another run; pass another --output-dir")
         test, live = train(args, device)
         if dist.get_rank() == 0:
             choose(args.output_dir, test, live)
@@ -87,7 +92,7 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Images, Score
             ema.update()
             if ema.steps % snapshot_interval == 0 or ema.steps == steps:
                 # The averages alone, and all of them: neither the optimizer nor the live weights are needed later.
-                checkpoint.save({"ema": ema}, args.output_dir / "snapshots", step=ema.steps, keep=None)
+                checkpoint.save({"ema": ema}, args.output_dir / SNAPSHOTS, step=ema.steps, keep=None)
     return test, evaluate(model, test)
 
 
@@ -108,7 +113,7 @@ def reconstruct_and_evaluate(folder: Path, test: Images) -> Iterator[Profile]:
     model = VisionTransformer().to(test.pixels.device)
     for width in WIDTHS:
         out = folder / f"sigma-rel-{width}"
-        fit = checkpoint.reconstruct(folder / "snapshots", out, Power(sigma_rel=width), tolerance=math.inf)
+        fit = checkpoint.reconstruct(folder / SNAPSHOTS, out, Power(sigma_rel=width), tolerance=math.inf)
         model.load_state_dict(load_file(out / "model.safetensors"), strict=True)
         scores = evaluate(model, test)
         print(f"sigma_rel {width:5}: test {scores}; total variation {fit.total_variation:.3f}")
@@ -117,30 +122,32 @@ def reconstruct_and_evaluate(folder: Path, test: Images) -> Iterator[Profile]:
 
 def draw(profiles: list[Profile], live: Scores) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, name, label, factor in zip(
-        figure.subplots(1, 2),
-        ("loss", "accuracy"),
-        ("test loss (cross-entropy, nats)", "test accuracy (%)"),
-        (1, 100),
-        strict=True,
-    ):
-        values = [factor * getattr(profile, name) for profile in profiles]
-        widths = [profile.sigma_rel for profile in profiles]
-        axes.plot(widths, values, color="#1f5fa8", linewidth=1.2)
-        for is_close, face, text in ((True, "#1f5fa8", "averages"), (False, "white", "averages, profile not reached")):
-            chosen = [i for i, profile in enumerate(profiles) if (profile.total_variation <= TOLERANCE) == is_close]
-            points = [widths[i] for i in chosen], [values[i] for i in chosen]
-            axes.plot(*points, "o", color="#1f5fa8", markerfacecolor=face, label=text)
-        axes.axhline(factor * getattr(live, name), color="#b0572c", linestyle="--", label="live weights")
-        for track, law in TRACKS.items():
-            axes.axvline(law.sigma_rel, color="#7a7a7a", linestyle=":", linewidth=1, label=f"stored: {track}")
-        axes.set(xlabel="sigma_rel, the width of the average as a fraction of the run", ylabel=label, xscale="log")
-        axes.xaxis.set_major_locator(FixedLocator([0.02, 0.03, 0.05, 0.1, 0.2, 0.28]))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    loss, accuracy = figure.subplots(1, 2)
+    draw_scores(loss, profiles, [profile.loss for profile in profiles], live.loss)
+    draw_scores(accuracy, profiles, [100 * profile.accuracy for profile in profiles], 100 * live.accuracy)
+    loss.set(ylabel="test loss (cross-entropy, nats)")
+    accuracy.set(ylabel="test accuracy (%)")
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure
+
+
+def draw_scores(axes: Axes, profiles: list[Profile], scores: list[float], live: float) -> None:
+    widths = [profile.sigma_rel for profile in profiles]
+    axes.plot(widths, scores, "o-", color=AVERAGE_COLOR, label="averages chosen after training")
+    beyond = [index for index, profile in enumerate(profiles) if profile.total_variation > TOLERANCE]
+    if beyond:
+        points = [widths[index] for index in beyond], [scores[index] for index in beyond]
+        label = f"total variation above {TOLERANCE}"
+        axes.plot(*points, "o", color=AVERAGE_COLOR, markerfacecolor="white", label=label)
+    axes.axhline(live, color=LIVE_COLOR, linestyle="--", label="live weights")
+    for law in TRACKS.values():
+        label = "tracks kept while training" if law is TRACKS["narrow"] else None
+        axes.axvline(posthoc.sigma_rel(gamma=law.exponent), color="gray", linestyle=":", label=label)
+    axes.set(xlabel="sigma_rel, the width of the average as a fraction of the run", xscale="log")
+    axes.xaxis.set_major_locator(FixedLocator([0.014, 0.02, 0.03, 0.05, 0.1, 0.2, 0.28]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.grid(alpha=0.3)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import inf
 from pathlib import Path
+from statistics import median
 
 from ema_dist.checkpoint.dcp.checkpoint_index import dotted_name
 from ema_dist.checkpoint.errors import CheckpointError
@@ -13,6 +15,9 @@ from ema_dist.checkpoint.stored_checkpoint import StoredAverages, StoredCheckpoi
 from ema_dist.messages import abbreviated
 from ema_dist.posthoc.profiles import Profile, profile_of
 from ema_dist.schedules.laws import Constant
+
+USUAL_SPEED = 0.9
+"""Steps that a gradient scaler skipped do not count: the clock may be so much slower than the names of steps."""
 
 MASS_TOLERANCE = 1e-6
 """The recorded share of the starting weights may differ from that of the law by rounding only."""
@@ -91,9 +96,11 @@ def _open(folder: Path, entry: str | None) -> tuple[StoredCheckpoint, StoredAver
     stored = StoredCheckpoint(folder)
     by_name = {dotted_name(key_path): averages for key_path, averages in stored.averages.items()}
     chosen = by_name if entry is None else {name: it for name, it in by_name.items() if name == entry}
-    if len(chosen) != 1:
-        expected = "one entry of averages" if entry is None else f"averages in an entry {entry!r}"
-        raise CheckpointError(f"expected {expected} in {folder}, found {[*by_name]}; --entry chooses one")
+    if not chosen:
+        in_entry = "" if entry is None else f" in an entry {entry!r}"
+        raise CheckpointError(f"expected averages{in_entry} in {folder}, found {[*by_name] or 'none'}")
+    if len(chosen) > 1:
+        raise CheckpointError(f"{folder} holds several averages, {[*by_name]}: choose one by --entry")
     return stored, next(iter(chosen.values()))
 
 
@@ -122,7 +129,20 @@ def _with_one_beginning(series: _Series, notes: list[str]) -> _Series:
         kept.append((step, stored, averages))
         later = clock.last_update
     notes += reversed(left_out)
-    return kept[::-1]
+    kept.reverse()
+    if suspects := _missing_steps(kept):
+        notes.append(
+            f"the clock counted fewer steps than the names of the checkpoints do, between the steps {suspects}: if "
+            "reset() was called there, move the older checkpoints away and reconstruct again"
+        )
+    return kept
+
+
+def _missing_steps(series: _Series) -> str:
+    """The checkpoints between which the clock went slower than usual; it cannot tell that it began anew."""
+    pairs = [(a[0], b[0], (b[2].steps - a[2].steps) / (b[0] - a[0])) for a, b in pairwise(series)]
+    usual = median(speed for _, _, speed in pairs) if pairs else 0.0
+    return abbreviated(f"{first} and {last}" for first, last, speed in pairs if speed < USUAL_SPEED * usual)
 
 
 def _of_track(track: str, series: _Series, notes: list[str]) -> Iterator[Snapshot]:

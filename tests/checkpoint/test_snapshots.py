@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,12 @@ def test_averages_that_began_anew_are_another_series(tmp_path: Path) -> None:
     found = read(tmp_path)
     assert times(found) == [(step, "default", step - 20.0) for step in (25, 30, 35, 40)]
     assert len(found.notes) == 2
+    for hidden in (20, 25, 30):
+        shutil.rmtree(tmp_path / f"step-{hidden:010}")
+    found = read(tmp_path)
+    assert times(found)[0] == (10, "default", 10.0), "the clock cannot tell"
+    (note,) = found.notes
+    assert re.search(r"10 and 35.*reset\(\)", note)
 
 
 @pytest.mark.parametrize(("before", "after"), [(HalfLife(9), HalfLife(5)), (HalfLife(9), Power(gamma=2))])
