@@ -12,6 +12,7 @@ import torch
 
 from ema_dist.checkpoint.checkpoint_folder import find_checkpoint, find_steps, step_in_name
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.manifest import verify_files
 from ema_dist.checkpoint.snapshots import Snapshot, Snapshots, read_snapshots
 from ema_dist.checkpoint.sum_writing import SumFormat, write_weighted_sum
 from ema_dist.checkpoint.weight_source import CheckpointSource
@@ -177,6 +178,7 @@ def write_reconstruction(
     Raises: CheckpointError when a snapshot is damaged or of another model, or when the folder exists or cannot be
         written. Memory and Collective: as `write_weighted_sum`.
     """
+    _require_intact(reconstruction, on_bytes)
     nearest = reconstruction.snapshots.index(reconstruction.nearest)
     selections = [it.stored.weights("ema", track=it.track, entry=entry) for it in reconstruction.snapshots]
     terms = [
@@ -197,6 +199,26 @@ def write_reconstruction(
         record_name="reconstruct.json",
         on_bytes=on_bytes,
     )
+
+
+def input_nbytes(reconstruction: Reconstruction) -> int:
+    """The bytes that `write_reconstruction` reads: the files for their checksums, and the tensors."""
+    stored = {id(snapshot.stored): snapshot.stored for snapshot in reconstruction.snapshots}.values()
+    files = [record.size for it in stored if it.manifest for record in it.manifest.files.values()]
+    tensors = [
+        snapshot.stored.index.nbytes(name)
+        for snapshot in reconstruction.snapshots
+        for name in snapshot.averages.tracks[snapshot.track].averages.values()
+    ]
+    return sum(files) + sum(tensors)
+
+
+def _require_intact(reconstruction: Reconstruction, on_bytes: Callable[[int], object]) -> None:
+    """Raises: CheckpointError when a file of a snapshot differs from its manifest."""
+    for stored in {id(snapshot.stored): snapshot.stored for snapshot in reconstruction.snapshots}.values():
+        files = stored.manifest.files if stored.manifest else {}
+        if problems := verify_files(stored.folder, files, on_bytes=on_bytes):
+            raise CheckpointError(f"a snapshot is damaged, nothing is written: {'; '.join(problems)}")
 
 
 def describe(reconstruction: Reconstruction) -> dict[str, Any]:

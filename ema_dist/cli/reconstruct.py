@@ -17,10 +17,12 @@ from ema_dist.checkpoint.reconstruction import (
     Reconstruction,
     choose_snapshots,
     describe,
+    input_nbytes,
     open_snapshots,
     require_close,
     write_reconstruction,
 )
+from ema_dist.checkpoint.snapshots import Snapshot
 from ema_dist.checkpoint.sum_writing import SumFormat
 from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, print_table, progress, stdout_console
 from ema_dist.posthoc import Window
@@ -67,7 +69,7 @@ def reconstruct(
         _print(reconstruction, target)
     if not force:
         require_close(reconstruction, snapshots, tolerance=tolerance)
-    with progress("reconstructing", _input_nbytes(reconstruction)) as advance:
+    with progress("reconstructing", input_nbytes(reconstruction)) as advance:
         paths = write_reconstruction(
             reconstruction,
             output.folder,
@@ -116,23 +118,14 @@ def _rows(reconstruction: Reconstruction) -> Iterator[dict[str, Any]]:
             "track": snapshot.track,
             "law": snapshot.law,
             "time": snapshot.profile.end,
-            "dtypes": _average_dtypes(reconstruction, snapshot.step, snapshot.track),
+            "dtypes": _average_dtypes(snapshot),
             "coefficient": coefficient,
         }
 
 
-def _average_dtypes(reconstruction: Reconstruction, step: int, track: str) -> list[str]:
-    (snapshot,) = [it for it in reconstruction.snapshots if (it.step, it.track) == (step, track)]
-    names = snapshot.averages.tracks[track].averages.values()
+def _average_dtypes(snapshot: Snapshot) -> list[str]:
+    names = snapshot.averages.tracks[snapshot.track].averages.values()
     return sorted({str(snapshot.stored.index.dtype(name)).removeprefix("torch.") for name in names})
-
-
-def _input_nbytes(reconstruction: Reconstruction) -> int:
-    return sum(
-        snapshot.stored.index.nbytes(name)
-        for snapshot in reconstruction.snapshots
-        for name in snapshot.averages.tracks[snapshot.track].averages.values()
-    )
 
 
 def _print(reconstruction: Reconstruction, target: Schedule | Window) -> None:

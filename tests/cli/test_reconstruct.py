@@ -232,6 +232,18 @@ def fails(*arguments: object) -> str:
 
 
 @pytest.mark.world_size(1)
+def test_a_damaged_snapshot_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    save_series(tmp_path / "root", steps=20, decay=Uniform())
+    data = tmp_path / "root" / "step-0000000010" / "__0_0.distcp"
+    flipped = bytearray(data.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    data.write_bytes(flipped)
+    error = fails("reconstruct", tmp_path / "root", "-o", tmp_path / "out", "--window", 10)
+    assert str(data) in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.world_size(1)
 def test_steps_of_plain_dcp_are_snapshots(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     ema = ShardedEMA(model, decay=Uniform())
