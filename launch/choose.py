@@ -38,6 +38,7 @@ from recipe.script import OptionParser, UsageError, positive_int, print_rank_0, 
 
 TRACKS = {"narrow": Power(sigma_rel=0.05), "wide": Power(sigma_rel=0.10)}
 WIDTHS = (0.014, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.13, 0.17, 0.21, 0.25, 0.28)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SNAPSHOTS = "snapshots"
 TOLERANCE = 0.05
 """Of the total variation; profiles beyond it are drawn hollow. `ema-dist reconstruct` refuses them by default."""
@@ -76,7 +77,7 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Images, Score
     model = wrap(net, args.parallel, device)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
     lr_scheduler = LinearLR(optimizer, start_factor=0.1, total_iters=len(batches))
-    ema = ShardedEMA(model, decay=TRACKS)
+    ema = ShardedEMA(model, decay=TRACKS, dtype=DTYPES[args.dtype])
     steps = args.epochs * len(batches)
     snapshot_interval = args.snapshot_every or len(batches)
     for epoch in range(1, args.epochs + 1):
@@ -113,7 +114,9 @@ def reconstruct_and_evaluate(folder: Path, test: Images) -> Iterator[Profile]:
     model = VisionTransformer().to(test.pixels.device)
     for width in WIDTHS:
         out = folder / f"sigma-rel-{width}"
-        fit = checkpoint.reconstruct(folder / SNAPSHOTS, out, Power(sigma_rel=width), tolerance=math.inf)
+        fit = checkpoint.reconstruct(
+            folder / SNAPSHOTS, out, Power(sigma_rel=width), tolerance=math.inf, dtype=torch.float32
+        )
         model.load_state_dict(load_file(out / "model.safetensors"), strict=True)
         scores = evaluate(model, test)
         print(f"sigma_rel {width:5}: test {scores}; total variation {fit.total_variation:.3f}")
@@ -165,6 +168,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--learning-rate", "peak learning rate of AdamW, reached after one epoch", type=float, default=2e-3)
     option("--seed", "seed of the initial weights and of the order of images", type=int, default=0)
     option("--snapshot-every", "steps between snapshots (default: one epoch)", type=positive_int, metavar="STEPS")
+    option("--dtype", "in which the snapshots are kept", choices=DTYPES, default="float32")
     option("--output-dir", "folder for snapshots, averages, table and figure", type=Path, default=Path("runs/choose"))
     return parser.parse_args()
 
