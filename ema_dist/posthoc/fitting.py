@@ -67,13 +67,11 @@ def fit(snapshots: Sequence[tuple[float, Schedule | float]], *, target: Schedule
 
     Args:
         snapshots: the time of the last update of each stored average, and its law: `Power`, `Uniform`, `HalfLife`
-            without a ramp, or a number that is taken once in each unit of the clock. At most one law for each track.
+            without a ramp, or a number that is taken once in each unit of the clock.
         target: one of these laws, or a `Window`.
         at: the time for which the wanted average is meant; usually that of the last snapshot.
 
-    Raises: TypeError for times that are no numbers; ValueError for no snapshots, for times that are not positive and
-        finite, for ``at`` before the first snapshot, for laws without an exact profile, and when no snapshot averages
-        what the target does.
+    Raises: TypeError for no number; ValueError for no or only later snapshots, and for laws without an exact profile.
     Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), Alg. 3, and eq. 151 for power averages.
     """
     if not snapshots:
