@@ -11,7 +11,6 @@ to the wanted one are in profiles.csv and profiles.png. Source: Karras et al. 20
 import argparse
 import csv
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -62,8 +61,7 @@ def main() -> None:
         if (args.output_dir / SNAPSHOTS).exists():  # those of another run would be taken for this one's
             raise UsageError(f"{args.output_dir} holds {SNAPSHOTS} of another run; pass another --output-dir")
         test, live = train(args, device)
-        if dist.get_rank() == 0:
-            choose(args.output_dir, test, live)
+        choose(args.output_dir, test, live)
 
 
 def train(args: argparse.Namespace, device: torch.device) -> tuple[Images, Scores]:
@@ -98,9 +96,11 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Images, Score
 
 
 def choose(folder: Path, test: Images, live: Scores) -> None:
-    """Evaluate an average of each width; write a table and a figure of them, and print the best."""
+    """Evaluate an average of each width; on the first rank, write a table and a figure, and print the best."""
     print_rank_0(f"live weights:    test {live}")
-    profiles = list(reconstruct_and_evaluate(folder, test))
+    profiles = [reconstruct_and_evaluate(folder, width, test) for width in WIDTHS]
+    if dist.get_rank() > 0:
+        return
     with (folder / "profiles.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Profile)])
         writer.writeheader()
@@ -110,17 +110,18 @@ def choose(folder: Path, test: Images, live: Scores) -> None:
     print(f"best: sigma_rel {best.sigma_rel}; {folder / 'profiles.csv'}, {folder / 'profiles.png'}")
 
 
-def reconstruct_and_evaluate(folder: Path, test: Images) -> Iterator[Profile]:
-    model = VisionTransformer().to(test.pixels.device)
-    for width in WIDTHS:
-        out = folder / f"sigma-rel-{width}"
-        fit = checkpoint.reconstruct(
-            folder / SNAPSHOTS, out, Power(sigma_rel=width), tolerance=math.inf, dtype=torch.float32
-        )
-        model.load_state_dict(load_file(out / "model.safetensors"), strict=True)
-        scores = evaluate(model, test)
-        print(f"sigma_rel {width:5}: test {scores}; total variation {fit.total_variation:.3f}")
-        yield Profile(width, *scores, fit.total_variation, fit.amplification)
+def reconstruct_and_evaluate(folder: Path, width: float, test: Images) -> Profile:
+    """Collective: every rank writes a part of the average, then reads all of it into a plain model."""
+    out = folder / f"sigma-rel-{width}"
+    fit = checkpoint.reconstruct(
+        folder / SNAPSHOTS, out, Power(sigma_rel=width), tolerance=math.inf, dtype=torch.float32
+    )
+    model = VisionTransformer()
+    files = [load_file(path) for path in out.glob("*.safetensors")]
+    model.load_state_dict({name: tensor for file in files for name, tensor in file.items()}, strict=True)
+    scores = evaluate(model.to(test.pixels.device), test)
+    print_rank_0(f"sigma_rel {width:5}: test {scores}; total variation {fit.total_variation:.3f}")
+    return Profile(width, *scores, fit.total_variation, fit.amplification)
 
 
 def draw(profiles: list[Profile], live: Scores) -> Figure:

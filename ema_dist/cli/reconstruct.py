@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def reconstruct(
 
     Raises: as `ema_dist.checkpoint.reconstruct`.
     """
-    if output.folder.exists():
+    if os.path.lexists(output.folder):
         raise CheckpointError(f"{output.folder} exists: choose another folder, or remove it")
     snapshots = open_snapshots(root, entry=entry)
     for note in snapshots.notes:
