@@ -14,11 +14,11 @@ from ema_dist.checkpoint.dcp.archive import byte_view
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.stored_checkpoint import BATCH_BYTES
 from ema_dist.checkpoint.weight_source import WeightSource, is_extra_state
-from ema_dist.checkpoint.weights.casts import cast
+from ema_dist.checkpoint.weights.casts import cast, upcast_float8
 from ema_dist.messages import abbreviated, describe_difference
 
-BLOCK_ELEMENTS = 2**16
-"""Tensors are added in blocks of this size, whose float32 copies fit into the processor's cache."""
+BLOCK_ELEMENTS = 2**20
+"""Tensors are added in blocks of this size: torch makes a copy of each in the dtype of the sum."""
 
 
 @dataclass
@@ -176,9 +176,10 @@ def add_scaled_(total: Tensor, tensor: Tensor, coefficient: float, *, keep_non_f
     """
     blocks = zip(total.view(-1).split(BLOCK_ELEMENTS), tensor.view(-1).split(BLOCK_ELEMENTS), strict=True)
     for target, stored in blocks:
-        values = stored.to(target.dtype)
-        target.add_(values, alpha=coefficient)
-        if keep_non_finite and not target.isfinite().all():
+        target.add_(upcast_float8(stored), alpha=coefficient)
+        # The sum is finite only if all elements are, and faster than `isfinite`.
+        if keep_non_finite and not target.sum().isfinite():
+            values = stored.to(target.dtype)
             finite = values.isfinite()
             if not target[finite].isfinite().all():
                 return False
