@@ -75,8 +75,9 @@ def expand_steps(path: Path) -> list[tuple[int | None, Path]]:
     if not steps and path.is_dir() and not entry_files(path):
         folders = [folder for folder in path.iterdir() if folder.is_dir() and entry_files(folder)]
         steps = {step: [folder] for folder in folders if (step := step_in_name(folder)) is not None}
-    expanded = [(step, _only_one(path, folders)) for step, folders in sorted(steps.items())]
-    return expanded or [(step_in_name(path), path)]
+    if not steps:
+        return [(step_in_name(path), path)]
+    return [(step, _only_one(path, folders)) for step, folders in sorted(steps.items())]
 
 
 def step_in_name(path: Path) -> int | None:

@@ -224,12 +224,15 @@ class StoredCheckpoint:
         }
         return {reason: names for reason, names in by_reason.items() if names}
 
-    def read_values(self, dcp_names: Iterable[str]) -> dict[str, Any]:
+    def read_values(self, dcp_names: Iterable[str], *, into: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Read values by DCP name, tensors on the CPU.
+
+        Args:
+            into: tensors to read into, for some of the names; new ones are allocated for the others.
 
         Raises: CheckpointError for a value that could not be read without running code.
         """
-        values: dict[str, Any] = dict.fromkeys(dcp_names)
+        values: dict[str, Any] = {**dict.fromkeys(dcp_names), **(into or {})}
         read_entries(self.folder, values, metadata=self._metadata)
         return values
 

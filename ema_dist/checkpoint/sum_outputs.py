@@ -162,7 +162,9 @@ class _StreamPlanner(SavePlanner):
         while index.fqn not in self._pending:  # a tied tensor comes before its turn
             name, tensor = next(self._entries)
             self._pending[f"{MODEL_KEY}.{name}"] = tensor
-        self._last_written = self._pending.pop(index.fqn)
+        tensor = self._pending.pop(index.fqn)
+        storage = tensor.untyped_storage()
+        self._last_written = tensor if storage.resizable() and storage.nbytes() == tensor.nbytes else tensor.clone()
         return self._last_written
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,28 @@ from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightSelect
 from ema_dist.checkpoint.weights.casts import cast
 from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.messages import abbreviated
+
+ALIGNMENT = 64
+"""Of tensors in memory, in bytes."""
+
+
+class Scratch:
+    """Memory for tensors that are needed until the next ones are read: new memory costs as much time as reading."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def tensors(self, shapes_and_dtypes: Sequence[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
+        """Tensors of these shapes and dtypes with undefined elements, in the memory of those before."""
+        sizes = [shape.numel() * dtype.itemsize for shape, dtype in shapes_and_dtypes]
+        ends = [*accumulate(size + -size % ALIGNMENT for size in sizes)]
+        if ends and ends[-1] > self._bytes.numel():
+            self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")  # frees the old memory first
+            self._bytes = torch.empty(ends[-1], dtype=torch.uint8, device="cpu")
+        return [
+            self._bytes[start : start + size].view(dtype).view(shape)
+            for start, size, (shape, dtype) in zip([0, *ends[:-1]], sizes, shapes_and_dtypes, strict=True)
+        ]
 
 
 class WeightSource(ABC):
@@ -62,6 +85,11 @@ class WeightSource(ABC):
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
         """Yield these tensors in this order, full, on the CPU and as they are stored."""
 
+    def read_batch(self, names: Sequence[str], scratch: Scratch) -> Iterator[Tensor]:
+        """Yield tensors as `read` does, perhaps in memory of ``scratch``, which the next batch overwrites."""
+        del scratch
+        return self.read(names)
+
     @abstractmethod
     def extra_state(self, name: str) -> Any:
         """Read one value that is not a tensor."""
@@ -101,6 +129,14 @@ class CheckpointSource(WeightSource):
 
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
         return self.stored.stream([self._dcp_names[name] for name in names])
+
+    def read_batch(self, names: Sequence[str], scratch: Scratch) -> Iterator[Tensor]:
+        dcp_names = [self._dcp_names[name] for name in names]
+        targets = scratch.tensors(
+            [(self.stored.index.shape(name), self.stored.index.dtype(name)) for name in dcp_names]
+        )
+        values = self.stored.read_values(dcp_names, into=dict(zip(dcp_names, targets, strict=True)))
+        return (values[name] for name in dcp_names)
 
     def extra_state(self, name: str) -> Any:
         return self.stored.extra_state(self.selection.extra_states[name])

@@ -13,12 +13,12 @@ from torch import Tensor
 from ema_dist.checkpoint.dcp.archive import byte_view
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.stored_checkpoint import BATCH_BYTES
-from ema_dist.checkpoint.weight_source import WeightSource, is_extra_state
-from ema_dist.checkpoint.weights.casts import cast
+from ema_dist.checkpoint.weight_source import Scratch, WeightSource, is_extra_state
+from ema_dist.checkpoint.weights.casts import cast, upcast_float8
 from ema_dist.messages import abbreviated, describe_difference
 
-BLOCK_ELEMENTS = 2**16
-"""Tensors are added in blocks of this size, whose float32 copies fit into the processor's cache."""
+BLOCK_ELEMENTS = 2**20
+"""Tensors are added in blocks of this size: torch makes a copy of each in the dtype of the sum."""
 
 
 @dataclass
@@ -85,7 +85,7 @@ class WeightedSum:
         )
 
     def entries(self, names: Iterable[str], *, on_bytes: Callable[[int], object]) -> Iterator[tuple[str, Any]]:
-        """Yield these tensors of the sum in this order, except that a tied tensor comes right after its first name.
+        """Yield these tensors of the sum in this order, except that tied tensors come right before their first name.
 
         Args:
             names: of tensors and extra states.
@@ -98,29 +98,41 @@ class WeightedSum:
         yield from ((name, self.base.extra_state(name)) for name in requested if name not in self.meta_tensors)
         tensors = [name for name in requested if name in self.meta_tensors]
         shared = self._shared_names(tensors)
+        scratch, sums = Scratch(), Scratch()
         for batch in self._batches(name for name in tensors if name not in shared):
-            totals: dict[str, Tensor] = {}
+            added = [name for name in batch if name in self.added_names and not self._is_copy]
+            shapes = [(self.meta_tensors[name].shape, self._sum_dtype(name)) for name in added]
+            totals = dict(zip(added, sums.tensors(shapes), strict=True))
+            for total in totals.values():
+                total.zero_()
             for term in self._terms:
-                self._add_batch(totals, term, batch, on_bytes)
+                self._add_batch(totals, term, batch, scratch, on_bytes)
             for name in batch:
                 total = totals.pop(name)
                 result = cast(name, total, self.meta_tensors[name].dtype)
-                yield name, result
+                if result is total and name in added:
+                    result = total.clone()  # the next batch overwrites the sums
+                # The copies first: what is yielded belongs to the caller, who may free it.
                 yield from ((other, result.clone()) for other, first in shared.items() if first == name)
+                yield name, result
 
     def _add_batch(
-        self, totals: dict[str, Tensor], term: Term, batch: list[str], on_bytes: Callable[[int], object]
+        self,
+        totals: dict[str, Tensor],
+        term: Term,
+        batch: list[str],
+        scratch: Scratch,
+        on_bytes: Callable[[int], object],
     ) -> None:
         names = [name for name in batch if self._reads(term, name)]
-        for name, stored in zip(names, term.source.read(names), strict=True):
+        stored_tensors = term.source.read(names) if self._is_copy else term.source.read_batch(names, scratch)
+        for name, stored in zip(names, stored_tensors, strict=True):
             tensor = stored.contiguous()
             term.checksums[name] = tensor_checksum(tensor)
             on_bytes(tensor.nbytes)
             if name not in self.added_names or self._is_copy:
-                totals[name] = tensor
+                totals[name] = tensor if self._is_copy else tensor.clone()
                 continue
-            if name not in totals:
-                totals[name] = torch.zeros(tensor.shape, dtype=self._sum_dtype(name))
             is_base = term is self._terms[-1]
             if not add_scaled_(totals[name], tensor, term.coefficient, keep_non_finite=is_base):
                 raise CheckpointError(
@@ -176,9 +188,10 @@ def add_scaled_(total: Tensor, tensor: Tensor, coefficient: float, *, keep_non_f
     """
     blocks = zip(total.view(-1).split(BLOCK_ELEMENTS), tensor.view(-1).split(BLOCK_ELEMENTS), strict=True)
     for target, stored in blocks:
-        values = stored.to(target.dtype)
-        target.add_(values, alpha=coefficient)
-        if keep_non_finite and not target.isfinite().all():
+        target.add_(upcast_float8(stored), alpha=coefficient)
+        # The sum is finite only if all elements are, and faster than `isfinite`.
+        if keep_non_finite and not target.sum().isfinite():
+            values = stored.to(target.dtype)
             finite = values.isfinite()
             if not target[finite].isfinite().all():
                 return False
