@@ -201,6 +201,14 @@ def write_reconstruction(
     )
 
 
+def caveats(reconstruction: Reconstruction, *, entry: str | None = None) -> list[str]:
+    """What a user may not expect of the tensors that are written, from the snapshot that decides about their names."""
+    nearest = reconstruction.nearest
+    source = CheckpointSource(nearest.stored, nearest.stored.weights("ema", track=nearest.track, entry=entry))
+    # Its own share of the starting weights says nothing about that of the sum.
+    return [it for it in source.caveats if it != nearest.averages.describe_initial_weights(nearest.track)]
+
+
 def input_nbytes(reconstruction: Reconstruction) -> int:
     """The bytes that `write_reconstruction` reads: the files for their checksums, and the tensors."""
     stored = {id(snapshot.stored): snapshot.stored for snapshot in reconstruction.snapshots}.values()

@@ -16,6 +16,7 @@ from rich.table import Table
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.reconstruction import (
     Reconstruction,
+    caveats,
     choose_snapshots,
     describe,
     input_nbytes,
@@ -63,9 +64,10 @@ def reconstruct(
     if os.path.lexists(output.folder):
         raise CheckpointError(f"{output.folder} exists: choose another folder, or remove it")
     snapshots = open_snapshots(root, entry=entry)
-    for note in snapshots.notes:
-        print_stderr(f"note: {note}")
     reconstruction = choose_snapshots(snapshots, target, step=step)
+    notes = snapshots.notes + caveats(reconstruction, entry=entry)
+    for note in notes:
+        print_stderr(f"note: {note}")
     if not as_json:
         _print(reconstruction, target)
     if not force:
@@ -86,7 +88,7 @@ def reconstruct(
             {
                 "snapshots": [*_rows(reconstruction)],
                 **describe(reconstruction),
-                "notes": snapshots.notes,
+                "notes": notes,
                 "files": sizes,
             }
         )

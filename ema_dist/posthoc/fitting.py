@@ -15,12 +15,12 @@ from ema_dist.schedules.checked_number import checked_number
 from ema_dist.schedules.equations import LARGEST_SIGMA_REL, gamma_from_sigma_rel, sigma_rel_from_gamma
 from ema_dist.schedules.schedule import Schedule
 
-NEGLIGIBLE_SHARE = 1e-13
-"""Combinations of snapshots whose squared norm is below this fraction of the largest are not used: in float64, rounding
-decides it."""
+NEGLIGIBLE_SHARE = 1e-7
+"""Combinations of snapshots whose squared norm is below this fraction of the largest are not used: profiles that nearly
+cancel would get coefficients of thousands, and amplify the rounding of the snapshots as much."""
 
-LARGEST_INITIAL_MASS_WEIGHT = 1e6
-"""The share of the starting weights counts as one unit of time, but not as less than this fraction of all of it."""
+LARGEST_INITIAL_MASS_WEIGHT = 1e3
+"""The starting weights count as the value of one unit of time, but not of less than a thousandth of the time."""
 
 CELLS_PER_OCTAVE, OCTAVES = 16, 20
 """Total variation is summed over cells, of which towards each end of a profile so many halve in size so often."""
@@ -63,7 +63,8 @@ def fit(snapshots: Sequence[tuple[float, Schedule | float]], *, target: Schedule
     """The weighted sum of averages whose profile is closest to that of ``target``: by least squares, then normalized.
 
     Times count since averaging began, in the unit of the clock. The weights at which averaging began count as the value
-    of one more unit of time. Snapshots with equal profiles get equal coefficients.
+    of one more unit of time, or of a thousandth of the time if that is more. Snapshots with equal profiles get equal
+    coefficients.
 
     Args:
         snapshots: the time of the last update of each stored average, and its law: `Power`, `Uniform`, `HalfLife`

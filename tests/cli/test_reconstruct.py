@@ -120,7 +120,9 @@ def save_series(root: Path, *, steps: int = 40, every: int = 10, **settings: Any
 @pytest.mark.world_size(1)
 def test_a_window_takes_two_checkpoints_and_says_which(tmp_path: Path) -> None:
     values = save_series(tmp_path / "root", decay={"mean": Uniform(), "other": Power(gamma=3)})
-    output = run_ok("reconstruct", tmp_path / "root", "-o", tmp_path / "out", "--window", 20.5, "--at", 30)
+    result = run("reconstruct", tmp_path / "root", "-o", tmp_path / "out", "--window", 20.5, "--at", 30)
+    output = result.stdout
+    assert re.search(r"step-0000000030 holds no live model", result.stderr)
     assert len(re.findall(r"Uniform\(\)", output)) == 2
     assert re.search(r"actual window +20, from 10 to 30", output)
     assert re.search(r"amplification +2\.00 ", output)
@@ -134,7 +136,7 @@ def test_a_window_takes_two_checkpoints_and_says_which(tmp_path: Path) -> None:
     assert re.search(r"0\.167.*0\.05.*10, 20, 30, 40", refused.stderr)
     assert not (tmp_path / "no").exists()
     forced = run("reconstruct", tmp_path / "root", "-o", tmp_path / "forced", "--window", 25, "--at", 30, "--force")
-    assert forced.exit_code == 0
+    assert forced.exit_code == 0, forced.output
 
 
 @pytest.mark.world_size(1)
@@ -252,7 +254,9 @@ def test_steps_of_plain_dcp_are_snapshots(tmp_path: Path) -> None:
             nn.init.constant_(model.weight, epoch)
             ema.update()
         save_with_dcp(tmp_path / "root" / f"epoch-{epoch}", {"model": model.state_dict(), "ema": ema})
-    run_ok("reconstruct", tmp_path / "root", "-o", tmp_path / "out", "--window", 5)
+    result = run("reconstruct", tmp_path / "root", "-o", tmp_path / "out", "--window", 5)
+    assert result.exit_code == 0
+    assert result.stderr == ""
     assert torch.allclose(load_exported(tmp_path / "out")["weight"], torch.tensor(2.0))
 
 
