@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from ema_dist.checkpoint.checkpoint_folder import expand_steps
 from ema_dist.checkpoint.merge_coefficients import (
@@ -20,7 +22,9 @@ from ema_dist.checkpoint.stored_checkpoint import WeightsKind
 from ema_dist.checkpoint.sum_writing import SumFormat, write_weighted_sum
 from ema_dist.checkpoint.weight_source import WeightSource, open_source
 from ema_dist.checkpoint.weighted_sum import Term, WeightedSum
-from ema_dist.messages import abbreviated, warn_caller
+from ema_dist.messages import abbreviated
+
+_log = logging.getLogger(__name__)
 
 
 def merge(
@@ -41,8 +45,8 @@ def merge(
     """Write the weighted mean of the weights in several checkpoints into a new folder; return its files.
 
     Tensors of 16 bits and less are added in float32, others in float64. Integer tensors and extra states of modules are
-    those of the last source. What a user may not expect of the sources is warned of. ``merge.json`` beside the weights
-    has the path, step, coefficient and checksum of each source.
+    those of the last source. ``merge.json`` beside the weights has the path, step, coefficient and checksum of each
+    source, and notes on what a user may not expect; these are logged too.
 
     Args:
         sources: checkpoints by `save` or plain ``dcp.save``, and files or folders of full weights; of a root with
@@ -67,14 +71,16 @@ def merge(
         model, or ``folder`` exists or cannot be written; ValueError for coefficients that do not match.
     """
     opened = open_sources(map(Path, sources), weights, track=track, entry=entry, last=last)
-    for caveat in [caveat for source in opened for caveat in source.caveats] + merge_caveats(opened):
-        warn_caller(caveat)
     terms = make_terms(opened, coefficients=coefficients, emulate_decay=emulate_decay)
+    notes = merge_notes(opened)
+    for note in notes if not dist.is_initialized() or dist.get_rank() == 0 else ():
+        _log.info(note)
     return write_weighted_sum(
         WeightedSum(terms, dtype=dtype),
         folder,
         file_format=file_format,
         max_shard_size=max_shard_size,
+        record={"notes": notes},
         timeout=timeout,
     )
 
@@ -125,22 +131,22 @@ def make_terms(
     return [Term(source, coefficient) for source, coefficient in zip(sources, chosen, strict=True)]
 
 
-def merge_caveats(sources: Sequence[WeightSource]) -> list[str]:
-    """What a user may not expect of a merge of these sources, in this order."""
+def merge_notes(sources: Sequence[WeightSource]) -> list[str]:
+    """What a user may not expect of these sources, and how their tensors that cannot be added are merged."""
     last = sources[-1]
-    caveats: list[str] = []
+    notes = [caveat for source in sources for caveat in source.caveats]
     steps = [source.step for source in sources if source.step is not None]
     if any(step > following for step, following in pairwise(steps)):
-        caveats.append(f"the checkpoints are not in the order of their steps: {abbreviated(map(str, steps))}")
+        notes.append(f"the checkpoints are not in the order of their steps: {abbreviated(map(str, steps))}")
     copied = [name for name, meta in last.meta_tensors.items() if not (meta.is_floating_point() or meta.is_complex())]
     if others := copied + last.extra_states:
-        caveats.append(
+        notes.append(
             f"{len(others)} integer tensors and extra states are those of the last checkpoint: {abbreviated(others)}"
         )
     lost = {name for source in sources for name in source.extra_states} - {*last.extra_states}
     if lost:
-        caveats.append(f"extra states that the last checkpoint lacks are left out: {abbreviated(sorted(lost))}")
+        notes.append(f"extra states that the last checkpoint lacks are left out: {abbreviated(sorted(lost))}")
     if last.ties:
         pairs = [f"{name} (that of {first})" for name, first in last.ties.items()]
-        caveats.append(f"{len(pairs)} tied tensors are written with the values of another: {abbreviated(pairs)}")
-    return caveats
+        notes.append(f"{len(pairs)} tied tensors are written with the values of another: {abbreviated(pairs)}")
+    return notes

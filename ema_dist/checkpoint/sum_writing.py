@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -134,9 +133,8 @@ def _new_folder(folder: Path, group: ProcessGroup | None) -> Iterator[Path]:
                 raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
             exit_stack.enter_context(made_folder(partial))
             exit_stack.enter_context(folder_lock(partial))
-            for path in partial.iterdir():  # of a process that was killed
-                path.unlink()
-            exit_stack.callback(shutil.rmtree, partial, ignore_errors=True)
+            _remove_files(partial)  # of a process that was killed
+            exit_stack.callback(_remove_files, partial)
 
         def publish() -> None:
             fsync(partial)
@@ -148,3 +146,8 @@ def _new_folder(folder: Path, group: ProcessGroup | None) -> Iterator[Path]:
         run_on_first_rank(make, group)
         yield partial
         run_on_first_rank(publish, group)
+
+
+def _remove_files(folder: Path) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        path.unlink()

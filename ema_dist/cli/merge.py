@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.merge_coefficients import DecayShape
-from ema_dist.checkpoint.merging import make_terms, merge_caveats, open_sources
+from ema_dist.checkpoint.merging import make_terms, merge_notes, open_sources
 from ema_dist.checkpoint.stored_checkpoint import WeightsKind
 from ema_dist.checkpoint.sum_writing import RECORD_FILE, SumFormat, write_weighted_sum
 from ema_dist.checkpoint.weighted_sum import Term, WeightedSum
@@ -47,7 +47,7 @@ def merge(
     sources = open_sources(checkpoints, weights_kind, track=track, entry=entry, last=last)
     terms = make_terms(sources, coefficients=coefficients, emulate_decay=emulate_decay)
     weights = WeightedSum(terms, dtype=None if dtype is None else getattr(torch, dtype))
-    notes = [caveat for source in sources for caveat in source.caveats] + merge_caveats(sources)
+    notes = merge_notes(sources)
     with _torchrun_group() as is_first:
         if is_first:
             for note in notes:
@@ -61,13 +61,14 @@ def merge(
                 out,
                 file_format=file_format,
                 max_shard_size=max_shard_size,
+                record={"notes": notes},
                 on_bytes=advance if is_first else lambda _size: None,
             )
     if not is_first:
         return
     sizes = {str(path): path.stat().st_size for path in paths}
     if as_json:
-        print_json({**json.loads((out / RECORD_FILE).read_text()), "notes": notes, "files": sizes})
+        print_json({**json.loads((out / RECORD_FILE).read_text()), "files": sizes})
         return
     for path, size in sizes.items():
         stdout_console().print(f"{path}  {format_bytes(size)}", markup=False, soft_wrap=True)
