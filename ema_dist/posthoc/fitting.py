@@ -64,7 +64,7 @@ def fit(snapshots: Sequence[tuple[float, Schedule | float]], *, target: Schedule
 
     Times count since averaging began, in the unit of the clock. The weights at which averaging began count as the value
     of one more unit of time, or of a thousandth of the time if that is more. Snapshots with equal profiles get equal
-    coefficients.
+    coefficients; if the target is among the snapshots, it is taken alone.
 
     Args:
         snapshots: the time of the last update of each stored average, and its law: `Power`, `Uniform`, `HalfLife`
@@ -86,6 +86,9 @@ def fit(snapshots: Sequence[tuple[float, Schedule | float]], *, target: Schedule
 
 def fit_profiles(profiles: Sequence[Profile], wanted: Profile) -> Fit:
     """As `fit`, of profiles. Raises: ValueError when no profile overlaps with the wanted one."""
+    if count := profiles.count(wanted):
+        # Itself, although other combinations come as close: the average is stored, and no rounding is amplified.
+        return judge(profiles, [float(profile == wanted) / count for profile in profiles], wanted)
     return judge(profiles, _least_squares(profiles, wanted).tolist(), wanted)
 
 

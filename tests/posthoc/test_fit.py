@@ -131,6 +131,13 @@ def test_equal_snapshots_get_equal_coefficients() -> None:
     assert ten.total_variation == pytest.approx(one.total_variation)
 
 
+@pytest.mark.parametrize("target", [HalfLife(30), Power(gamma=5), Uniform()], ids=repr)
+def test_a_target_that_is_stored_is_taken_alone(target: Any) -> None:  # noqa: ANN401
+    fit = posthoc.fit(MIXED, target=target, at=600)
+    assert fit.coefficients == tuple(float(snapshot == (600, target)) for snapshot in MIXED)
+    assert (fit.total_variation, fit.amplification) == (0, 1)
+
+
 @pytest.mark.parametrize("law", [HalfLife(30), HalfLife(3e5), Power(gamma=0.3), Power(gamma=40), posthoc.Window(77)])
 @pytest.mark.parametrize("other", [HalfLife(5), Power(gamma=2.5), Uniform(), posthoc.Window(150)])
 @pytest.mark.parametrize(("end", "other_end"), [(400, 400), (200, 500), (500, 200)])
