@@ -21,7 +21,13 @@ from torch.optim.lr_scheduler import LinearLR
 
 from ema_dist import ShardedEMA, checkpoint
 from recipe.averaging_laws import DEFAULT_HALF_LIFE, DEFAULT_LAW, LAWS, WITHOUT_HALF_LIFE, make_law
-from recipe.checkpoints import Checkpoints, TrainingProgress, checkpoint_errors_as_script_errors, saved_settings
+from recipe.checkpoints import (
+    Checkpoints,
+    TrainingProgress,
+    checkpoint_errors_as_script_errors,
+    resume_or_start,
+    saved_settings,
+)
 from recipe.data import Batches, load_images
 from recipe.evaluation import evaluate
 from recipe.folders import claim_output_dir, describe_checkpoint_dir, new_run_id
@@ -58,7 +64,7 @@ def train(args: argparse.Namespace, device: torch.device, tensorboard: TensorBoa
     checkpoints = Checkpoints(
         args.checkpoint_dir,
         {"model": model, "optim": optimizer, "ema": ema, "progress": progress},
-        settings=saved_settings(training, args),
+        settings=saved_settings(training, args) | {"--switch-each-epoch": args.switch_each_epoch},
     )
     save_interval = args.checkpoint_every or len(batches)
 
@@ -71,7 +77,7 @@ def train(args: argparse.Namespace, device: torch.device, tensorboard: TensorBoa
 
     step_time, update_time = stopwatch(device), stopwatch(device)
     with progress_bar(dist.get_rank()) as bar:
-        bar.console.print(checkpoints.resume(is_requested=args.resume))
+        bar.console.print(resume_or_start(checkpoints, ema, resume=args.resume, start_from=args.start_from))
         # After resume(), which loads the run's identifier: by it the run recognizes its own results.
         claim_output_dir(args.output_dir, progress.run_id, option="--output-dir")
         task = bar.add_task("steps", total=args.epochs * len(batches), completed=ema.steps)
@@ -105,13 +111,20 @@ def train(args: argparse.Namespace, device: torch.device, tensorboard: TensorBoa
             )
             tensorboard.add(progress.rows[-1], ema.metrics())
             bar.console.print(str(progress.rows[-1]))
+            if args.switch_each_epoch:
+                ema.copy_to(ema.model)  # the optimizer keeps its moments
             if ema.steps % save_interval == 0 or epoch == args.epochs:
                 checkpoints.save(ema.steps, block=not args.async_checkpoints)
     checkpoint.wait()
 
-    write_metrics(progress.rows, args.output_dir)
-    if checkpoint.gather(ema, args.output_dir):
-        print(f"averaged model: test {progress.rows[-1].average}; in {args.output_dir}")
+    write_results(ema, progress.rows, args.output_dir)
+
+
+def write_results(ema: ShardedEMA, rows: list[EpochMetrics], folder: Path) -> None:
+    """Writes metrics, curves and the averaged model. Collective: every rank."""
+    write_metrics(rows, folder)
+    if checkpoint.gather(ema, folder):
+        print(f"averaged model: test {rows[-1].average}; in {folder}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -136,6 +149,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--checkpoint-every", "steps between checkpoints (default: one epoch)", type=positive_int, metavar="STEPS")
     option("--async-checkpoints", "write checkpoints in the background", action="store_true")
     option("--resume", "continue from the newest checkpoint, if there is one", action="store_true")
+    option("--start-from", "weights to start from: a folder by ema-dist merge, export or dcp.save", type=Path)
+    option("--switch-each-epoch", "replace live weights by averages after each epoch (Switch EMA)", action="store_true")
     option("--output-dir", "folder for metrics, curves and the averaged model", type=Path, default=Path("runs/digits"))
     option("--tensorboard", "write scores and ema.metrics() into --output-dir, for TensorBoard", action="store_true")
     args = parser.parse_args()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,19 @@ def verify_files(
 
 def files_to_verify(files: dict[str, FileRecord], rank: int, num_ranks: int) -> dict[str, FileRecord]:
     """The files that one rank verifies, so that each reads about as many bytes."""
+    share = share_of_rank({name: record.size for name, record in files.items()}, rank, num_ranks)
+    return {name: files[name] for name in share}
+
+
+def share_of_rank(sizes: Mapping[str, int], rank: int, num_ranks: int) -> list[str]:
+    """The names that one rank works on, so that each has about as many bytes; the same order on every rank."""
     bytes_per_rank = [0] * num_ranks
-    assigned: dict[str, FileRecord] = {}
-    for name, record in sorted(files.items(), key=lambda item: (-item[1].size, item[0])):
+    assigned: list[str] = []
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
         least_loaded = bytes_per_rank.index(min(bytes_per_rank))
-        bytes_per_rank[least_loaded] += record.size
+        bytes_per_rank[least_loaded] += size
         if least_loaded == rank:
-            assigned[name] = record
+            assigned.append(name)
     return assigned
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -36,7 +37,7 @@ from ema_dist.checkpoint.manifest import Manifest
 from ema_dist.checkpoint.optimizer_entry import OptimizerEntry
 from ema_dist.checkpoint.optimizer_wrappers import require_torch_optimizer
 from ema_dist.checkpoint.planner import SavePlanner
-from ema_dist.checkpoint.step_folders import create_partial_folder, step_folder
+from ema_dist.checkpoint.step_folders import commit, create_partial_folder, step_folder
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.ema import ShardedEMA
 from ema_dist.kernels import copy_to_host
@@ -114,12 +115,12 @@ def save(
     planner.reuse_last_plan()
     manifest = _make_manifest(step, entries, group)
     partial_folder = run_on_first_rank(lambda: create_partial_folder(root, step), group)
-    writer = CheckpointWriter(partial_folder, manifest, planner, keep=keep)
+    writer = CheckpointWriter(partial_folder, manifest, planner, commit=partial(commit, keep=keep))
     if block:
         try:
             dcp.save(state_dict, storage_writer=writer, planner=planner, process_group=group)
         except CheckpointException as error:
-            raise CheckpointError(f"{step_folder(root, step)} was not saved: {_describe_failures(error)}") from error
+            raise CheckpointError(f"{step_folder(root, step)} was not saved: {describe_failures(error)}") from error
     else:
         future = dcp.async_save(state_dict, storage_writer=writer, planner=planner, process_group=group)
         assert isinstance(future, Future), "the writer has staged by the time it returns"
@@ -280,7 +281,7 @@ def _make_manifest(step: int, entries: Mapping[str, Entry], group: ProcessGroup 
     )
 
 
-def _describe_failures(error: CheckpointException) -> str:
+def describe_failures(error: CheckpointException) -> str:
     """The failures of all ranks, which DCP has collected, by reason."""
     ranks_by_reason: dict[str, list[int]] = {}
     for rank, (failure, _) in error.failures.items():
@@ -304,7 +305,7 @@ def _wait_for_pending() -> str:
 
 
 def _describe_error(error: BaseException) -> str:
-    return _describe_failures(error) if isinstance(error, CheckpointException) else f"{type(error).__name__}: {error}"
+    return describe_failures(error) if isinstance(error, CheckpointException) else f"{type(error).__name__}: {error}"
 
 
 def _log_failure(future: Future[Any]) -> None:

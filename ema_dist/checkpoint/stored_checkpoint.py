@@ -88,6 +88,8 @@ class WeightSelection:
     sources: dict[str, tuple[str, torch.dtype]]
     without_average: list[str] = field(default_factory=list)
     """Names of tensors without an average: their live values are selected among averages."""
+    ties: dict[str, str] = field(default_factory=dict)
+    """The first name of each tied tensor by its other names, where these have the same values."""
     guessed_ties: dict[str, str] = field(default_factory=dict)
     """Names that get the average of another tensor, because no manifest lists ties and their live values are equal."""
     extra_states: dict[str, dict[KeyPath, str]] = field(default_factory=dict)
@@ -148,6 +150,7 @@ class StoredCheckpoint:
         if weights_kind == "live" or key_path is None:
             return WeightSelection(
                 {name: self._source_and_dtype(dcp_name, dcp_name, dtype) for name, dcp_name in tensors.items()},
+                ties=self.manifest.ties.get(dotted_name(model), {}) if self.manifest and model is not None else {},
                 extra_states=states,
             )
         averages = self.averages[key_path]
@@ -168,6 +171,7 @@ class StoredCheckpoint:
         return WeightSelection(
             {name: self._source_and_dtype(averaged.get(name, live), live, dtype) for name, live in tensors.items()},
             without_average=[name for name in tensors if name not in averaged],
+            ties=ties,
             guessed_ties={} if self.manifest else ties,
             extra_states=states,
             averages=averages,
@@ -211,12 +215,15 @@ class StoredCheckpoint:
         }
         return {reason: names for reason, names in by_reason.items() if names}
 
-    def read_values(self, dcp_names: Iterable[str]) -> dict[str, Any]:
+    def read_values(self, dcp_names: Iterable[str], *, into: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Read values by DCP name, tensors on the CPU.
+
+        Args:
+            into: tensors to read into, for some of the names; new ones are allocated for the others.
 
         Raises: CheckpointError for a value that could not be read without running code.
         """
-        values: dict[str, Any] = dict.fromkeys(dcp_names)
+        values: dict[str, Any] = {**dict.fromkeys(dcp_names), **(into or {})}
         read_entries(self.folder, values, metadata=self._metadata)
         return values
 

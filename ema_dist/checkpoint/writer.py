@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,26 +22,27 @@ from ema_dist.checkpoint.dcp.reader import read_plain_values
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import FileRecord, Manifest
 from ema_dist.checkpoint.planner import SavePlanner
-from ema_dist.checkpoint.step_folders import commit
 
 
 class CheckpointWriter(FileSystemWriter):
-    """Writes the files of one checkpoint into ``partial``; the first rank adds the manifest, renames and prunes.
+    """Writes the files of one checkpoint into ``partial``; the first rank adds the manifest and commits.
 
     Args:
         manifest: without its files.
         planner: the planner of this save; it has the metadata on the first rank.
-        keep: how many complete checkpoints stay in the root; None for all.
+        commit: called on the first rank with ``partial`` when it is complete.
     """
 
-    def __init__(self, partial: Path, manifest: Manifest, planner: SavePlanner, *, keep: int | None) -> None:
+    def __init__(
+        self, partial: Path, manifest: Manifest, planner: SavePlanner, *, commit: Callable[[Path], object]
+    ) -> None:
         super().__init__(partial)
         self._file_system = HashingFileSystem()
         self.fs = self._file_system  # torch opens every file through this attribute
         self._partial = partial
         self._manifest = manifest
         self._planner = planner
-        self._keep = keep
+        self._commit = commit
 
     def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         results = super().write_data(plan, planner).wait()
@@ -83,7 +84,7 @@ class CheckpointWriter(FileSystemWriter):
         read_plain_values(self._partial)
         # The manifest must be on disk before the folder gets the name that promises it.
         replace(self._manifest, files=files).write(self._partial)
-        commit(self._partial, keep=self._keep)
+        self._commit(self._partial)
 
 
 class HashingFileSystem(FileSystem):

@@ -14,17 +14,21 @@ import typer
 
 from ema_dist.cli.options import (
     CheckpointArgument,
+    DecayChoice,
     DtypeOption,
     EntryOption,
     FormatChoice,
     JsonOption,
     ShardSizeOption,
     StepOption,
+    SumFormatChoice,
+    SumFormatOption,
     TrackOption,
     WeightsChoice,
     WeightsOption,
+    parse_coefficients,
 )
-from ema_dist.cli.terminal import report_errors
+from ema_dist.cli.terminal import print_stderr, report_errors
 
 app = typer.Typer(
     name="ema-dist",
@@ -190,10 +194,157 @@ def diff(
 
     Exit codes are those of diff(1): 0 when all is equal, 1 when something differs, 2 when they cannot be compared.
     """
+    from ema_dist.checkpoint.weight_source import open_source  # noqa: PLC0415
     from ema_dist.cli.diff import diff as run  # noqa: PLC0415
-    from ema_dist.cli.diff import open_weights  # noqa: PLC0415
 
-    weights_a = open_weights(a, weights.value, step=step, track=track, entry=entry)
-    other = open_weights(b, (weights_b or weights).value, step=step_b, track=track, entry=entry)
+    weights_a = open_source(a, weights.value, step=step, track=track, entry=entry, on_ignored=print_stderr)
+    kind_b = (weights_b or weights).value
+    other = open_source(b, kind_b, step=step_b, track=track, entry=entry, on_ignored=print_stderr)
     if not run(weights_a, other, rtol=rtol, as_json=as_json):
         raise typer.Exit(1)
+
+
+@app.command()
+@report_errors(exit_code=1)
+def merge(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CKPT...",
+            help="Checkpoints of ema_dist or DCP, and files or folders of weights (safetensors, bin, pt, pth), oldest "
+            "first. A folder of checkpoints stands for all of its steps.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", metavar="OUT", help="The folder to write; it must not exist.", show_default=False),
+    ],
+    coefficients: Annotated[
+        str | None,
+        typer.Option(
+            metavar="C,C,...",
+            help="One for each checkpoint, with the sum 1; by default the mean.",
+            show_default=False,
+        ),
+    ] = None,
+    emulate_decay: Annotated[
+        DecayChoice | None,
+        typer.Option(help="Take the coefficients that emulate this decay of the learning rate.", show_default=False),
+    ] = None,
+    weights: Annotated[WeightsChoice, typer.Option(help="The live weights, or the averages.")] = WeightsChoice.LIVE,
+    track: TrackOption = None,
+    last: Annotated[
+        int | None, typer.Option(min=1, help="Take only the last so many checkpoints.", show_default=False)
+    ] = None,
+    dtype: DtypeOption = None,
+    max_shard_size: ShardSizeOption = "5GiB",
+    format: SumFormatOption = SumFormatChoice.SAFETENSORS,  # noqa: A002
+    entry: EntryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the weighted mean of the weights in several checkpoints, saved by any layouts and numbers of ranks.
+
+    Prints the coefficients first. Integer tensors and extra states of modules are those of the last checkpoint. Each
+    input byte is read once, so checksums of checkpoints are not verified: ema-dist verify does that. What is written is
+    verified before OUT gets its name. merge.json in it has the path, step, coefficient and checksum of each source.
+
+    Several processes share the work: torchrun --nproc-per-node 4 -m ema_dist.cli merge ...
+
+    The keys of --json: sources (as in merge.json), notes, files (sizes in bytes by path).
+    """
+    from ema_dist.cli.merge import merge as run  # noqa: PLC0415
+
+    if coefficients is not None and emulate_decay is not None:
+        raise typer.BadParameter("--coefficients and --emulate-decay are two ways to say the same: pass one of them")
+    run(
+        checkpoints,
+        out,
+        coefficients=None if coefficients is None else parse_coefficients(coefficients),
+        emulate_decay=None if emulate_decay is None else emulate_decay.value,
+        weights_kind=weights.value,
+        track=track,
+        entry=entry,
+        last=last,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        file_format=format.value,
+        as_json=as_json,
+    )
+
+
+@app.command()
+@report_errors(exit_code=1)
+def reconstruct(  # noqa: PLR0913  one parameter for each option
+    root: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ROOT",
+            help="A folder of checkpoints with averages: all tracks of all complete steps are snapshots.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", metavar="OUT", help="The folder to write; it must not exist.", show_default=False),
+    ],
+    sigma_rel: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="The average that Power(sigma_rel=S) would have given.", show_default=False),
+    ] = None,
+    half_life: Annotated[
+        float | None,
+        typer.Option(metavar="H", help="That of HalfLife(H), in the unit of the clock.", show_default=False),
+    ] = None,
+    window: Annotated[
+        float | None,
+        typer.Option(metavar="W", help="The mean over the last W, in the unit of the clock.", show_default=False),
+    ] = None,
+    at: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEP", help="The step for which it is meant; by default the newest one.", show_default=False
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, metavar="V", help="The largest total variation that is not refused.")
+    ] = 0.05,
+    force: Annotated[bool, typer.Option("--force", help="Write also beyond the tolerance.")] = False,
+    dtype: DtypeOption = None,
+    max_shard_size: ShardSizeOption = "5GiB",
+    format: SumFormatOption = SumFormatChoice.SAFETENSORS,  # noqa: A002
+    entry: EntryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an average that was chosen after training, as a weighted sum of the averages in checkpoints.
+
+    Prints the coefficient of each snapshot first, then the total variation between the wanted and the obtained weights
+    of past values, in [0, 1], and the amplification: how many times the rounding of the snapshots can be in the result.
+
+    A window takes exactly two checkpoints if there is a track by Uniform(): those nearest to its ends. The window that
+    they make is printed, and the tolerance applies to the one asked for. Buffers, and tensors without an average, are
+    those of the nearest snapshot. Left out are averages whose profile is not known, and those from before averaging
+    began anew.
+
+    The keys of --json: snapshots (step, track, law, time, dtypes, coefficient of each), step, time, window (begin and
+    end, or null), total_variation, amplification, notes, files (sizes in bytes by path).
+    """
+    from ema_dist.cli.reconstruct import Output, parse_target  # noqa: PLC0415
+    from ema_dist.cli.reconstruct import reconstruct as run  # noqa: PLC0415
+
+    try:
+        target = parse_target(sigma_rel=sigma_rel, half_life=half_life, window=window)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    run(
+        root,
+        Output(out, format.value, dtype, max_shard_size),
+        target,
+        step=at,
+        tolerance=tolerance,
+        force=force,
+        entry=entry,
+        as_json=as_json,
+    )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 from rich.box import SIMPLE_HEAD
@@ -12,54 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightsKind
-from ema_dist.checkpoint.weights.reader import WeightReader
-from ema_dist.cli.checkpoint_folder import find_checkpoint, has_checkpoint
+from ema_dist.checkpoint.weight_source import WeightSource
 from ema_dist.cli.distance import Distance, distance
-from ema_dist.cli.terminal import print_json, print_stderr, print_table, progress, stdout_console
+from ema_dist.cli.terminal import print_json, print_table, progress, stdout_console
 
 MetaTensors: TypeAlias = dict[str, Tensor]
 """Tensors on the meta device, by name."""
 
 
-@dataclass(frozen=True)
-class TensorSource:
-    """The full tensors of a checkpoint or an export: the shapes of all, and the values of some, read one at a time."""
-
-    meta_tensors: MetaTensors
-    read: Callable[[Iterable[str]], Iterator[Tensor]]
-
-
-def open_weights(
-    path: Path, weights_kind: WeightsKind, *, step: int | None, track: str | None, entry: str | None
-) -> TensorSource:
-    """Opens the weights in a checkpoint, or those in an export.
-
-    Args:
-        step: applies to checkpoints only, as ``weights_kind``, ``track`` and ``entry`` do.
-
-    Raises: CheckpointError when there are no such weights, or an export is asked for a step.
-    """
-    if path.exists() and not has_checkpoint(path):
-        files = WeightReader(path)
-        if step is not None:
-            raise CheckpointError(f"{path} is an export, which has no steps: leave out --step")
-        if track is not None or entry is not None:
-            print_stderr(f"--track and --entry have no effect on {path}, which is an export")
-        meta_tensors = {name: tensor for name, tensor in files.meta_tensors.items() if tensor is not None}
-        return TensorSource(meta_tensors, lambda names: (files[name] for name in names))
-    stored = StoredCheckpoint(find_checkpoint(path, step))
-    weights = stored.weights(weights_kind, track=track, entry=entry)
-    meta_tensors = {name: tensor for name, tensor in stored.meta_tensors(weights).items() if tensor is not None}
-
-    def read(names: Iterable[str]) -> Iterator[Tensor]:
-        return (tensor for _, tensor in stored.read_weights(weights.subset(names)))
-
-    return TensorSource(meta_tensors, read)
-
-
-def diff(a: TensorSource, b: TensorSource, *, rtol: float | None = None, as_json: bool = False) -> bool:
+def diff(a: WeightSource, b: WeightSource, *, rtol: float | None = None, as_json: bool = False) -> bool:
     """Prints how far the weights of ``b`` are from those of ``a``, and returns whether all are equal.
 
     Args:
@@ -101,9 +61,9 @@ def _differing(a: MetaTensors, b: MetaTensors, attribute: Callable[[Tensor], Any
     return {name: [in_a, in_b] for name, (in_a, in_b) in values.items() if in_a != in_b}
 
 
-def _distances(a: TensorSource, b: TensorSource, names: list[str]) -> Iterator[tuple[str, Distance]]:
+def _distances(a: WeightSource, b: WeightSource, names: list[str]) -> Iterator[tuple[str, Distance]]:
     with progress("comparing", sum(a.meta_tensors[name].nbytes for name in names)) as advance:
-        for name, left, right in zip(names, a.read(names), b.read(names), strict=True):
+        for name, left, right in zip(names, a.read_cast(names), b.read_cast(names), strict=True):
             yield name, distance(left, right)
             advance(left.nbytes)
 

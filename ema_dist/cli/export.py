@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ema_dist.checkpoint.dcp.checkpoint_index import dotted_name
+from ema_dist.checkpoint.checkpoint_folder import find_checkpoint
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import verify_files
-from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightSelection, WeightsKind
+from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightsKind
+from ema_dist.checkpoint.weight_source import CheckpointSource
+from ema_dist.checkpoint.weighted_sum import Term, WeightedSum
 from ema_dist.checkpoint.weights.config_files import config_files
 from ema_dist.checkpoint.weights.files import WeightWriter
 from ema_dist.checkpoint.weights.formats import FORMATS, FileFormat
-from ema_dist.cli.checkpoint_folder import find_checkpoint
 from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, progress, stdout_console
-from ema_dist.messages import abbreviated
 
 
 @dataclass(frozen=True)
@@ -71,24 +71,23 @@ def export(
     """
     stored = StoredCheckpoint(find_checkpoint(checkpoint, step))
     cast_dtype = None if dtype is None else getattr(torch, dtype)
-    selection = stored.weights(weights_kind, track=track, entry=entry, dtype=cast_dtype)
-    caveats = list(_caveats(stored, selection))
-    for caveat in caveats:
+    source = CheckpointSource(stored, stored.weights(weights_kind, track=track, entry=entry, dtype=cast_dtype))
+    for caveat in source.caveats:
         print_stderr(caveat)
-    writer = destination.open_writer(stored.meta_tensors(selection))
-    total = sum(stored.index.nbytes(source) for source, _ in selection.sources.values())
+    weights = WeightedSum([Term(source, 1.0)])
+    keeps_non_tensors = FORMATS[destination.file_format].keeps_non_tensors
+    writer = destination.open_writer(weights.planned)
     with writer:
-        with progress("exporting", total) as advance:
-            for name, tensor in stored.read_weights(selection, on_bytes=advance):
-                _add(writer, name, tensor)
-        if FORMATS[destination.file_format].keeps_non_tensors:
-            for name, parts in selection.extra_states.items():
-                _add(writer, name, stored.extra_state(parts))
+        with progress("exporting", weights.input_nbytes) as advance:
+            for name, value in weights.entries(
+                weights.planned if keeps_non_tensors else weights.meta_tensors, on_bytes=advance
+            ):
+                _add(writer, name, value)
         # Before the block ends, which publishes the files; the disk still writes the last one meanwhile.
         _require_intact(stored)
     sizes = {str(path): path.stat().st_size for path in [*writer.paths, *writer.copied_paths]}
     if as_json:
-        print_json({"checkpoint": str(stored.folder), "files": sizes, "notes": caveats})
+        print_json({"checkpoint": str(stored.folder), "files": sizes, "notes": source.caveats})
         return
     for path, size in sizes.items():
         stdout_console().print(f"{path}  {format_bytes(size)}", markup=False, soft_wrap=True)
@@ -108,30 +107,3 @@ def _add(writer: WeightWriter, name: str, value: object) -> None:
         writer.add(name, value)
     except OSError as error:
         raise OSError(f"{writer.folder} cannot be written (is the disk full?): {error}") from error
-
-
-def _caveats(stored: StoredCheckpoint, selection: WeightSelection) -> Iterator[str]:
-    """What a user may not expect of these weights."""
-    if selection.is_model_missing:
-        model_names = ", ".join(repr(dotted_name(key_path)) for key_path in stored.index.models)
-        with_names = f" with the names of these averages (it holds {model_names})" if model_names else ""
-        yield (f"{stored.folder} holds no live model{with_names}: only tensors that have an average are exported")
-    if selection.averages and (note := selection.averages.describe_initial_weights(selection.track)):
-        yield note
-    if trained := [name for name in selection.without_average if name in stored.index.optimized_names]:
-        yield (
-            f"{len(trained)} tensors that an optimizer in the checkpoint trains have no average and are exported with "
-            f"their live values: {abbreviated(trained)}"
-        )
-    unexplained = [name for name in selection.without_average if name not in trained]
-    if unexplained and not stored.manifest:
-        yield (
-            f"{len(unexplained)} tensors have no average and are exported with their live values (frozen ones, or "
-            f"second names of tied ones: the checkpoint does not tell): {abbreviated(unexplained)}"
-        )
-    if ties := selection.guessed_ties:
-        pairs = [f"{name} (that of {first})" for name, first in ties.items()]
-        yield (
-            f"{len(pairs)} tensors are exported with the average of another, whose live values they equal (tied ones, "
-            f"most likely: the checkpoint does not tell): {abbreviated(pairs)}"
-        )

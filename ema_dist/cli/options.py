@@ -25,6 +25,16 @@ class FormatChoice(str, Enum):
     TORCH = "torch"
 
 
+class SumFormatChoice(str, Enum):
+    """What to write a weighted sum of checkpoints into."""
+
+    # The values of `SumFormat`, repeated for the same reason.
+
+    SAFETENSORS = "safetensors"
+    TORCH = "torch"
+    DCP = "dcp"
+
+
 DTYPE_NAMES = (
     "float64",
     "float32",
@@ -50,13 +60,31 @@ def parse_dtype(text: str) -> str:
     return name
 
 
+class DecayChoice(str, Enum):
+    """The decay of the learning rate that a merge emulates."""
+
+    # The values of `DecayShape`, repeated for the same reason.
+
+    LINEAR = "linear"
+    ONE_MINUS_SQRT = "1-sqrt"
+    COSINE = "cosine"
+
+
+def parse_coefficients(text: str) -> list[float]:
+    """Returns the numbers in a text like ``0.2,0.3,0.5``. Raises: typer.BadParameter when it is no such text."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers like 0.2,0.3,0.5") from None
+
+
 def check_shard_size(context: typer.Context, text: str) -> str:
     """Returns the same text, a number of bytes or a size like ``"5GiB"``.
 
     Raises: typer.BadParameter when it is not a size.
     """
     if not context.resilient_parsing:  # shell completion parses options too, and must not import torch
-        from ema_dist.checkpoint.weights.files import size_in_bytes  # noqa: PLC0415
+        from ema_dist.checkpoint.weights.file_set import size_in_bytes  # noqa: PLC0415
 
         try:
             size_in_bytes(text)
@@ -101,4 +129,8 @@ DtypeOption = Annotated[
 ShardSizeOption = Annotated[
     str,
     typer.Option(callback=check_shard_size, metavar="SIZE", help="The maximum size of a file, such as 500MiB."),
+]
+SumFormatOption = Annotated[
+    SumFormatChoice,
+    typer.Option("--format", help="Files of weights, or a folder that checkpoint.load takes under the key `model`."),
 ]

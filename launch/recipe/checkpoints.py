@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from ema_dist import checkpoint
+from ema_dist import ShardedEMA, checkpoint
 from ema_dist.communication.rendezvous import RendezvousError
 
 from .data import Images
@@ -80,6 +80,30 @@ class Checkpoints:
             with suppress(checkpoint.CheckpointError):  # logged when it failed; this save is the next attempt
                 checkpoint.wait()
             checkpoint.save({**self.state, "settings": dict(self.settings)}, self.root, step=step, block=block)
+
+
+def resume_or_start(checkpoints: Checkpoints, ema: ShardedEMA, *, resume: bool, start_from: Path | None) -> str:
+    """Resume from the newest checkpoint; if there is none, start from the weights in `start_from`.
+
+    Returns a message that says where the run starts. Collective: every rank. Raises: as `Checkpoints.resume`, and
+    UsageError if the weights are of another model.
+    """
+    message = checkpoints.resume(is_requested=resume)
+    return _start_from(start_from, ema) if start_from and not ema.steps else message
+
+
+def _start_from(folder: Path, ema: ShardedEMA) -> str:
+    """Replace live weights and averages by the weights in a folder of DCP or in weight files, on every layout."""
+    try:
+        if (folder / ".metadata").exists():
+            checkpoint.load({"model": ema.model}, folder)
+        else:
+            checkpoint.scatter(ema, folder)
+            ema.copy_to(ema.model)
+    except RuntimeError as error:  # RendezvousError and CheckpointError too
+        raise UsageError(f"--start-from {folder} does not fit this model: {error}") from error
+    ema.reset()
+    return f"starting from the weights in {folder}"
 
 
 def saved_settings(training: Images, args: argparse.Namespace) -> dict[str, Any]:

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
-from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from ema_dist.checkpoint.step_folders import fsync
 from ema_dist.checkpoint.weights.config_files import checksum, describe_edit, unedited_copies
+from ema_dist.checkpoint.weights.file_set import FileSet
 from ema_dist.checkpoint.weights.formats import (
     COPIED_CHECKSUMS_KEY,
     FORMATS,
     WRITER_MARK,
     FileFormat,
-    FileWriter,
-    dtype_name,
     entry_files,
     own_metadata,
-    unsupported_reason,
 )
 from ema_dist.messages import abbreviated
 from ema_dist.signals import deferred_signals
@@ -41,24 +36,6 @@ except ImportError:  # not a POSIX system
 
 PARTIAL_FOLDER = ".export-incomplete"
 """The folder inside the export's folder in which its files are written."""
-
-UNIT_BYTES = {"": 1, "B": 1} | {
-    f"{prefix}{unit}": base**power
-    for power, prefix in enumerate("KMGT", 1)
-    for unit, base in (("IB", 1024), ("B", 1000))
-}
-
-
-def size_in_bytes(size: int | str) -> int:
-    """Convert a number of bytes, or a text like ``"5GiB"``, to a number of bytes.
-
-    Raises: ValueError for anything else, and for sizes that are not positive.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    unit = UNIT_BYTES.get(match[2].upper()) if match else None
-    if match is None or unit is None or (nbytes := int(float(match[1]) * unit)) < 1:
-        raise ValueError(f'max_shard_size is a positive number of bytes or a text like "5GiB", got {size!r}')
-    return nbytes
 
 
 @final
@@ -107,37 +84,15 @@ class WeightWriter:
         self._copied = {self.folder / path.name: path for path in copied}
         self._copied_checksums: dict[str, str] = {}
         self._force = force
-        self._skipped = {
-            name for name, value in planned.items() if value is None and not self._format.keeps_non_tensors
-        }
-        self._planned = {name: value for name, value in planned.items() if name not in self._skipped}
-        if not self._planned:
+        if not planned:
             raise ValueError(f"there is no tensor to write into {self.folder}")
-        tensors = {name: value for name, value in self._planned.items() if value is not None}
-        if not self._format.keeps_non_tensors and (
-            unsupported := {n: reason for n, value in tensors.items() if (reason := unsupported_reason(n, value))}
-        ):
-            raise ValueError(
-                f'safetensors files cannot hold {unsupported}; cast or rename them, or use file_format="torch"'
-            )
-        self._split = split_state_dict_into_shards_factory(
-            self._planned,
-            get_storage_size=lambda value: 0 if value is None else value.nbytes,
-            filename_pattern=_escape_braces(self._format.stem) + "{suffix}" + self._format.suffix,
-            max_shard_size=size_in_bytes(max_shard_size),
-        )
-        self._open_writers: dict[str, FileWriter] = {}
-        self._missing = dict.fromkeys(self._planned)
-        self._missing_per_file = {file: len(names) for file, names in self._split.filename_to_tensors.items()}
-        self._sync_executor = ThreadPoolExecutor(1, "sync")
-        self._sync_futures: list[Future[None]] = []
+        self._files = FileSet(planned, self._format, max_shard_size=max_shard_size)
         self._exit_stack = ExitStack()
 
     @property
     def paths(self) -> list[Path]:
         """The files, in order; the index last, if there is one."""
-        names = [*self._split.filename_to_tensors, *[self._format.index_file] * self._split.is_sharded]
-        return [self.folder / name for name in names]
+        return [self.folder / name for name in self._files.file_names]
 
     @property
     def copied_paths(self) -> list[Path]:
@@ -147,15 +102,15 @@ class WeightWriter:
     def __enter__(self) -> WeightWriter:
         """Make the folder in which the files are written."""
         with ExitStack() as exit_stack:
-            exit_stack.enter_context(_made_folder(self.folder))
-            exit_stack.enter_context(_folder_lock(self.folder))
+            exit_stack.enter_context(made_folder(self.folder))
+            exit_stack.enter_context(folder_lock(self.folder))
             weights = {*self._format.files(self.folder), *entry_files(self.folder)}
             own = {path: metadata for path in weights if (metadata := own_metadata(path)) is not None}
             self._copied_checksums = unedited_copies(self.folder, own.values())
             self._require_no_conflict(own)
-            if self._skipped:
+            if self._files.skipped:
                 warnings.warn(
-                    f"{abbreviated(sorted(self._skipped))} are no tensors, and {self._format.suffix} files hold "
+                    f"{abbreviated(sorted(self._files.skipped))} are no tensors, and {self._format.suffix} files hold "
                     'nothing else: they are left out; file_format="torch" keeps them',
                     stacklevel=2,
                 )
@@ -168,6 +123,7 @@ class WeightWriter:
                 shutil.copyfile(source, copy)
                 fsync(copy)
                 self._copied_checksums[target.name] = checksum(copy)
+            self._files.start(self._partial_folder, self._metadata)
             self._exit_stack = exit_stack.pop_all()
         return self
 
@@ -216,35 +172,14 @@ class WeightWriter:
                 if error_type is None:
                     self._publish()
             finally:
-                self._open_writers.clear()
-                self._sync_executor.shutdown()
+                self._files.close()
 
     def add(self, name: str, value: Any) -> None:
         """Take the next entry, and finish its file if it is complete; until then the tensor must not change.
 
         Raises: ValueError when the entry was not planned with this dtype and shape, or was added before.
         """
-        if name in self._skipped:
-            return
-        if name not in self._missing:
-            raise ValueError(f"{name!r} is written already, or was never planned for {self.folder}")
-        planned = self._planned[name]
-        if _dtype_and_shape(value) != _dtype_and_shape(planned):
-            raise ValueError(f"{name!r} was planned as {_dtype_and_shape(planned)}, got {_dtype_and_shape(value)}")
-        del self._missing[name]
-        file = self._split.tensor_to_filename[name]
-        self._missing_per_file[file] -= 1
-        if file not in self._open_writers:
-            file_entries = {
-                entry_name: self._planned[entry_name] for entry_name in self._split.filename_to_tensors[file]
-            }
-            metadata = WRITER_MARK if self._split.is_sharded else self._metadata
-            self._open_writers[file] = self._format.open_writer(self._partial_folder / file, file_entries, metadata)
-        self._open_writers[file].add(name, _to_plain_cpu(value) if isinstance(value, Tensor) else value)
-        if not self._missing_per_file[file]:
-            self._open_writers.pop(file).close()
-            # In a thread, so that the next file is written meanwhile.
-            self._sync_futures.append(self._sync_executor.submit(fsync, self._partial_folder / file))
+        self._files.add(name, value)
 
     @property
     def _partial_folder(self) -> Path:
@@ -257,17 +192,10 @@ class WeightWriter:
         return {**WRITER_MARK, **copied}
 
     def _publish(self) -> None:
-        if self._missing:
-            raise ValueError(f"these tensors were planned for {self.folder} and never added: {[*self._missing]}")
-        for future in self._sync_futures:
-            future.result()
-        if self._split.is_sharded:
-            index = {
-                "metadata": {**self._split.metadata, **self._metadata},
-                "weight_map": self._split.tensor_to_filename,
-            }
-            (self._partial_folder / self._format.index_file).write_text(json.dumps(index, indent=2) + "\n")
-            fsync(self._partial_folder / self._format.index_file)
+        if missing := self._files.missing():
+            raise ValueError(f"these tensors were planned for {self.folder} and never added: {missing}")
+        self._files.wait()
+        self._files.write_index(self._metadata)
         with deferred_signals():  # Ctrl-C must not end this between old and new files
             self._replace_files()
 
@@ -287,7 +215,7 @@ class WeightWriter:
 
 
 @contextmanager
-def _made_folder(folder: Path) -> Iterator[None]:
+def made_folder(folder: Path) -> Iterator[None]:
     """Make a folder that does not exist yet, with its parents; those of them that are empty at the end are removed."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -300,7 +228,7 @@ def _made_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Hold an advisory lock on a folder, where the system has such locks; it releases them when the process dies."""
     if fcntl is None:
         yield
@@ -319,17 +247,3 @@ def _folder_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _dtype_and_shape(value: Any) -> tuple[str, tuple[int, ...]] | str:
-    return (dtype_name(value), tuple(value.shape)) if isinstance(value, Tensor) else "no tensor"
-
-
-def _to_plain_cpu(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, with its conjugate and negative bits resolved."""
-    return tensor.detach().cpu().resolve_conj().resolve_neg()
-
-
-def _escape_braces(text: str) -> str:
-    """The text as a part of a format string that stands for itself."""
-    return text.replace("{", "{{").replace("}", "}}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from ema_dist.checkpoint.dcp.metadata import METADATA_FILE
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.step_folders import complete_steps, locate
-from ema_dist.checkpoint.weights.formats import FORMATS
+from ema_dist.checkpoint.weights.formats import FORMATS, entry_files
 from ema_dist.messages import abbreviated
 
 ANY_STEP_NAME = re.compile(r"(?!step-\d{10,}$)(.*?)(?<![.\d])(\d+)(?:\.ckpt)?")
@@ -62,6 +62,28 @@ def find_steps(root: Path) -> dict[int, list[Path]]:
             "one of them"
         )
     return steps
+
+
+def expand_steps(path: Path) -> list[tuple[int | None, Path]]:
+    """The steps in a root and their folders, oldest first; the path itself and the step in its name for anything else.
+
+    A root may hold checkpoints, or folders of weight files whose names end with a step.
+
+    Raises: CheckpointError as `find_steps`, and when a step has several checkpoints.
+    """
+    steps: dict[int, list[Path]] = {} if _is_checkpoint(path) else find_steps(path)
+    if not steps and path.is_dir() and not entry_files(path):
+        folders = [folder for folder in path.iterdir() if folder.is_dir() and entry_files(folder)]
+        steps = {step: [folder] for folder in folders if (step := step_in_name(folder)) is not None}
+    if not steps:
+        return [(step_in_name(path), path)]
+    return [(step, _only_one(path, folders)) for step, folders in sorted(steps.items())]
+
+
+def step_in_name(path: Path) -> int | None:
+    """The step that the name of a folder or file ends with, such as 6 of step-6; None if it ends otherwise."""
+    match = re.search(r"(?<![.\d])(\d+)$", path.name if path.is_dir() else path.stem)
+    return int(match[1]) if match else None
 
 
 def _checkpoints_in(path: Path) -> list[Path]:

@@ -1,0 +1,200 @@
+"""Where a weighted sum of checkpoints is written: files of weights, or a folder of DCP; several processes share it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.manifest import Manifest, share_of_rank
+from ema_dist.checkpoint.planner import SavePlanner
+from ema_dist.checkpoint.saving import describe_failures
+from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
+from ema_dist.checkpoint.values import pack_value
+from ema_dist.checkpoint.weight_source import CheckpointSource, FileSource, WeightSource
+from ema_dist.checkpoint.weighted_sum import WeightedSum
+from ema_dist.checkpoint.weights.file_set import FileSet, size_in_bytes
+from ema_dist.checkpoint.weights.formats import FORMATS, WRITER_MARK, FileFormat
+from ema_dist.checkpoint.writer import CheckpointWriter
+from ema_dist.messages import abbreviated
+
+MODEL_KEY = "model"
+"""The key under which `checkpoint.load` takes the model from a folder of DCP."""
+
+
+class SumOutput(ABC):
+    """Files for the tensors of a sum, each written by one process.
+
+    Args:
+        group: the processes that share the work; None for one.
+    """
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self._group = group
+        self._rank, self._num_ranks = (group.rank(), group.size()) if group else (0, 1)
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The tensors and extra states that this process writes, in this order."""
+
+    @abstractmethod
+    def write(self, folder: Path, entries: Iterator[tuple[str, Any]]) -> None:
+        """Write the entries of `names`. Collective: over the group."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write what is left: called on the first rank, after all have written."""
+
+    @abstractmethod
+    def open(self, folder: Path) -> WeightSource:
+        """Open what was written."""
+
+
+class FilesOutput(SumOutput):
+    """Files by safetensors or ``torch.save`` in the Hugging Face layout; each process writes some of them."""
+
+    def __init__(
+        self, weights: WeightedSum, file_format: FileFormat, max_shard_size: int | str, group: ProcessGroup | None
+    ) -> None:
+        super().__init__(group)
+        total = sum(meta.nbytes for meta in weights.meta_tensors.values())
+        # At least one file for each process, as far as the sizes of the tensors allow.
+        size = max(1, min(size_in_bytes(max_shard_size), ceil(total / self._num_ranks)))
+        self._files = FileSet(weights.planned, FORMATS[file_format], max_shard_size=size)
+        self.left_out = sorted(self._files.skipped)
+        nbytes = {
+            file: sum(meta.nbytes for name in names if (meta := weights.planned[name]) is not None)
+            for file, names in self._files.names_by_file.items()
+        }
+        self._share = set(share_of_rank(nbytes, self._rank, self._num_ranks))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for file, names in self._files.names_by_file.items() if file in self._share for name in names]
+
+    def write(self, folder: Path, entries: Iterator[tuple[str, Any]]) -> None:
+        self._files.start(folder, WRITER_MARK)
+        try:
+            for name, value in entries:
+                self._files.add(name, value)
+            assert not self._files.missing(self._share), "entries has all of `names`"
+            self._files.wait()
+        finally:
+            self._files.close()
+
+    def finish(self) -> None:
+        self._files.write_index(WRITER_MARK)
+
+    def open(self, folder: Path) -> WeightSource:
+        return FileSource(folder)
+
+
+class DCPOutput(SumOutput):
+    """A folder that `checkpoint.load` takes under the key ``model``; each process writes one file."""
+
+    def __init__(self, weights: WeightedSum, step: int | None, group: ProcessGroup | None) -> None:
+        super().__init__(group)
+        self._weights = weights
+        self._step = step or 0
+        sizes = {name: meta.nbytes for name, meta in weights.meta_tensors.items()}
+        share = set(share_of_rank(sizes, self._rank, self._num_ranks))
+        self._names = [name for name in weights.meta_tensors if name in share]
+
+    @property
+    def names(self) -> list[str]:
+        return self._names
+
+    def write(self, folder: Path, entries: Iterator[tuple[str, Any]]) -> None:
+        model: dict[str, Any] = {name: self._weights.meta_tensors[name] for name in self._names}
+        base = self._weights.base
+        if self._rank == 0:
+            model |= {name: pack_value(base.extra_state(name), name) for name in base.extra_states}
+        state = {MODEL_KEY: model}
+        manifest = Manifest(
+            self._step,
+            world_size=self._num_ranks,
+            layouts={MODEL_KEY: "full tensors, a weighted sum of checkpoints"},
+            ties={MODEL_KEY: base.ties},
+        )
+        planner = _StreamPlanner(state, entries, self._group)
+        writer = _StreamWriter(folder, manifest, planner, commit=_do_nothing)
+        try:
+            dcp.save(state, storage_writer=writer, planner=planner, process_group=self._group)
+        except CheckpointException as error:
+            raise CheckpointError(f"{folder} cannot be written: {describe_failures(error)}") from error
+
+    def finish(self) -> None:
+        """Do nothing: `write` has written the metadata and the manifest."""
+
+    def open(self, folder: Path) -> WeightSource:
+        stored = StoredCheckpoint(folder)
+        return CheckpointSource(stored, stored.weights("live", entry=MODEL_KEY))
+
+
+class _StreamPlanner(SavePlanner):
+    """Plans tensors on the meta device, and takes their values from an iterator when they are written."""
+
+    def __init__(
+        self, state_dict: dict[str, Any], entries: Iterator[tuple[str, Any]], group: ProcessGroup | None
+    ) -> None:
+        super().__init__(state_dict, group)
+        self._entries = entries
+        self._pending: dict[str, Tensor] = {}
+        self._last_written: Tensor | None = None
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        value = super().lookup_object(index)
+        if not (isinstance(value, Tensor) and value.is_meta):
+            return value
+        if self._last_written is not None:
+            # torch keeps every tensor of a file until the file is complete: the whole model.
+            self._last_written.untyped_storage().resize_(0)
+        while index.fqn not in self._pending:  # a tied tensor comes before its turn
+            name, tensor = next(self._entries)
+            self._pending[f"{MODEL_KEY}.{name}"] = tensor
+        tensor = self._pending.pop(index.fqn)
+        storage = tensor.untyped_storage()
+        self._last_written = tensor if storage.resizable() and storage.nbytes() == tensor.nbytes else tensor.clone()
+        return self._last_written
+
+
+class _StreamWriter(CheckpointWriter):
+    """Asks for a tensor only after the one before has been written."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.per_thread_copy_ahead = 0  # torch would also sort tensors by size, on a machine with a GPU
+
+
+def _do_nothing(_folder: Path) -> None:
+    """The caller gives the folder its name, after more checks."""
+
+
+def make_output(
+    weights: WeightedSum,
+    file_format: str,
+    *,
+    max_shard_size: int | str,
+    step: int | None,
+    group: ProcessGroup | None,
+) -> SumOutput:
+    """The output in a format: ``"safetensors"``, ``"torch"`` or ``"dcp"``.
+
+    Raises: ValueError for any other format, and as `FileSet`.
+    """
+    match file_format:
+        case "dcp":
+            return DCPOutput(weights, step, group)
+        case "safetensors" | "torch":
+            return FilesOutput(weights, file_format, max_shard_size, group)
+    raise ValueError(f"file_format is one of {abbreviated([*FORMATS, 'dcp'])}, got {file_format!r}")

@@ -1,0 +1,153 @@
+"""Writes a weighted sum of checkpoints into a new folder, which gets its name when all is written and verified."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ema_dist.checkpoint.agreement import checkpoint_rendezvous, run_on_all_ranks, run_on_first_rank
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.step_folders import fsync
+from ema_dist.checkpoint.sum_outputs import SumOutput, make_output
+from ema_dist.checkpoint.weighted_sum import Term, WeightedSum, tensor_checksum
+from ema_dist.checkpoint.weights.files import folder_lock, made_folder
+from ema_dist.messages import abbreviated
+from ema_dist.modes import in_normal_mode
+
+SumFormat = Literal["safetensors", "torch", "dcp"]
+
+RECORD_FILE = "merge.json"
+"""Says which checkpoints a merge is of; it lies beside the weights."""
+
+
+@in_normal_mode
+def write_weighted_sum(
+    weights: WeightedSum,
+    folder: str | os.PathLike[str],
+    *,
+    file_format: SumFormat = "safetensors",
+    max_shard_size: int | str = "5GiB",
+    record: Mapping[str, Any] | None = None,
+    record_name: str = RECORD_FILE,
+    on_bytes: Callable[[int], object] = lambda _: None,
+    timeout: float = 60.0,
+) -> list[Path]:
+    """Write a sum into a new folder, read it again, and compare; return the files.
+
+    With a process group, the processes share the tensors, and each writes files of its own. Every input byte is read
+    once. Until all is verified, the files are in a folder beside ``folder``, which is removed on failure.
+
+    Args:
+        folder: must not exist; its parents are made.
+        file_format: files in the Hugging Face layout; or ``"dcp"``, which `checkpoint.load` takes under ``model``.
+        max_shard_size: of files in the Hugging Face layout; there are smaller ones if there are more processes.
+        record: what else to write into ``record_name``, beside the weights: that has the path, step, coefficient and
+            checksum of each source. The checksum is XXH3 of the bytes read, the same for any layout of the source.
+        on_bytes: called with the number of bytes read by this process since the last call.
+
+    Collective: over all ranks, if there is a process group.
+    Memory: the sums of 16 MiB of tensors, or of a larger one, and these tensors from one source; with ``"torch"`` one
+        file too.
+    Raises: CheckpointError on every rank when a source is damaged, ``folder`` exists or cannot be written, or what was
+        written reads differently; ValueError for a dtype that the format cannot hold.
+    """
+    folder = Path(folder).absolute()
+    call = f"checkpoint.merge(sources, {str(folder)!r})"
+    texts = {"coefficients": f"coefficients {[term.coefficient for term in weights.terms]}"}
+    group = checkpoint_rendezvous(call, timeout=timeout, compared=[texts])
+    step = weights.base.step
+    output = run_on_all_ranks(
+        lambda: make_output(weights, file_format, max_shard_size=max_shard_size, step=step, group=group), group
+    )
+    checksums: dict[str, str] = {}
+
+    def entries() -> Iterator[tuple[str, Any]]:
+        for name, value in weights.entries(output.names, on_bytes=on_bytes):
+            if isinstance(value, Tensor):
+                checksums[name] = tensor_checksum(value.contiguous())
+            yield name, value
+
+    with _new_folder(folder, group) as partial:
+        run_on_all_ranks(lambda: output.write(partial, entries()), group)
+        content = {"sources": _sources(weights.terms, group), **(record or {})}
+
+        def finish() -> None:
+            output.finish()
+            (partial / record_name).write_text(json.dumps(content, indent=1) + "\n")
+            fsync(partial / record_name)
+
+        run_on_first_rank(finish, group)
+        run_on_all_ranks(lambda: _verify(output, partial, checksums), group)
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def _sources(terms: list[Term], group: ProcessGroup | None) -> list[dict[str, Any]]:
+    """What the record says about each source. Collective: over ``group``."""
+    checksums = [term.checksums for term in terms]
+    by_rank: list[list[dict[str, str]]] = [checksums]
+    if group is not None:
+        by_rank = [[] for _ in range(group.size())]
+        dist.all_gather_object(by_rank, checksums, group=group)
+    merged = [{name: text for part in parts for name, text in part.items()} for parts in zip(*by_rank, strict=True)]
+    return [
+        {
+            "path": str(term.source.path.absolute()),
+            "step": term.source.step,
+            "coefficient": term.coefficient,
+            "checksum": xxhash.xxh3_128_hexdigest(json.dumps(sorted(parts.items())).encode()) if parts else None,
+        }
+        for term, parts in zip(terms, merged, strict=True)
+    ]
+
+
+def _verify(output: SumOutput, folder: Path, checksums: Mapping[str, str]) -> None:
+    """Raises: CheckpointError when a tensor reads differently from what was written."""
+    source = output.open(folder)
+    tensors = zip(checksums, source.read(checksums), strict=True)
+    if changed := [name for name, tensor in tensors if tensor_checksum(tensor.contiguous()) != checksums[name]]:
+        raise CheckpointError(
+            f"{abbreviated(changed)} read differently from what was written into {folder}: is the disk damaged?"
+        )
+
+
+@contextmanager
+def _new_folder(folder: Path, group: ProcessGroup | None) -> Iterator[Path]:
+    """Make a folder beside ``folder``, which gets its name when the block returns; when it raises, it is removed.
+
+    Collective: over ``group``. Raises: CheckpointError when ``folder`` exists, or cannot be made.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    with ExitStack() as exit_stack:
+
+        def make() -> None:
+            if os.path.lexists(folder):
+                raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
+            exit_stack.enter_context(made_folder(partial))
+            exit_stack.enter_context(folder_lock(partial))
+            _remove_files(partial)  # of a process that was killed
+            exit_stack.callback(_remove_files, partial)
+
+        def publish() -> None:
+            fsync(partial)
+            if os.path.lexists(folder):
+                raise CheckpointError(f"{folder} was made by another program meanwhile: nothing is written")
+            partial.rename(folder)
+            fsync(folder.parent)
+
+        run_on_first_rank(make, group)
+        yield partial
+        run_on_first_rank(publish, group)
+
+
+def _remove_files(folder: Path) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        path.unlink()
