@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import logging
 import os
 import platform
@@ -19,6 +18,11 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 from ema_dist.kernels.kernel import UnsupportedKernelError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
 
 _log = logging.getLogger(__name__)
 
@@ -133,8 +137,11 @@ def _write(path: Path, content: bytes) -> None:
 def _cache_folder() -> Path:
     """The folder of the cache, which is made if it does not exist.
 
-    Raises: OSError when it cannot be made, or others can write to it; RuntimeError when there is no home.
+    Raises: OSError when it cannot be made, or others can write to it, or might on this system; RuntimeError when there
+        is no home.
     """
+    if fcntl is None:
+        raise OSError("this system has no POSIX permissions, which say who can write to the cache")
     cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = (cache_home if cache_home.is_absolute() else Path.home() / ".cache") / "ema_dist"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
