@@ -174,6 +174,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _try_lock(descriptor: int) -> bool:
     """Raises: OSError on file systems that cannot lock folders, NFS among them."""
+    assert fcntl is not None  # else there is no cache
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
