@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ema_dist.averages.live_model import LiveModel
-from ema_dist.sharding import Shard
+from ema_dist.sharding import Shard, untraced
 
 
 class LiveWrites:
@@ -26,6 +26,7 @@ class LiveWrites:
         self._is_paused = False
         note_step = WeakMethod(self._note_step)  # torch references the hook globally
 
+        @untraced  # as torch.compile(optimizer.step) would trace it, at each mark anew
         def after_step(optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401  as torch calls it
             if (note := note_step()) is not None:
                 note(optimizer)
