@@ -18,9 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -34,81 +32,26 @@ from torch.distributed.fsdp import fully_shard
 
 from ema_dist import Compensated, Offloaded, ShardedEMA, Stochastic
 from ema_dist.kernels import KERNELS, CompensatedRounding, Rounding, StochasticRounding, TensorOffset, make_kernel
+from tests.gpu.measure import (
+    DEVICE,
+    GIB,
+    IS_SMALL,
+    MIB,
+    ON_GPU,
+    check,
+    copy_bandwidth,
+    guarded,
+    peak_bytes,
+    report,
+    seconds,
+)
 
 ROOT = Path(__file__).parents[2]
-DEVICE = os.environ.get("DEVICE", "cuda")
-ON_GPU = DEVICE == "cuda"
-IS_SMALL = bool(os.environ.get("SMALL"))
 OUT = Path(os.environ.get("OUT") or tempfile.gettempdir())
 DEADLINE_SECONDS = 460.0
 """After this time no other section begins."""
 
 F32, BF16 = torch.float32, torch.bfloat16
-MIB, GIB = 2**20, 2**30
-
-
-def report(kind: str, name: str, value: object = "") -> None:
-    print(f"{kind} {name}: {value}", flush=True)
-
-
-def check(name: str, ok: bool, value: object = "") -> None:  # noqa: FBT001 - the result is what this is about
-    report("PASS" if ok else "FAIL", name, value)
-
-
-@contextmanager
-def guarded(name: str) -> Iterator[None]:
-    """An exception is a FAIL, and the next check runs."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001
-        report("FAIL", name, f"{type(error).__name__}: {str(error)[:300]}".replace("\n", " "))
-        traceback.print_exc(limit=-4, file=sys.stdout)
-
-
-def synchronize() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
-
-
-def seconds(call: Callable[[], object], repeats: int = 10, *, of_host: bool = False) -> float:
-    """The median time of the device, by events; or of the host, until the call returns."""
-    call()
-    synchronize()
-    measured: list[float] = []
-    for _ in range(repeats):
-        if of_host or not ON_GPU:
-            begin = time.perf_counter()
-            call()
-            measured.append(time.perf_counter() - begin)
-            synchronize()
-        else:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            measured.append(start.elapsed_time(end) / 1000)
-    return sorted(measured)[len(measured) // 2]
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Peak bytes of the device during the call, beyond those before."""
-    if not ON_GPU:
-        call()
-        return 0
-    synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second that a copy on the device reads and writes: what every other time is compared with."""
-    source = torch.empty(4096 if IS_SMALL else GIB, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
 
 
 def init_one_rank() -> None:
@@ -266,6 +209,33 @@ def overlap() -> None:
             report("INFO", f"a step with an update {name}", text)
 
 
+def graphs() -> None:
+    """A step in a CUDA graph: update() is refused there; after each replay it takes as long as after other steps."""
+    if not ON_GPU:
+        report("SKIP", "graphs", "needs a GPU")
+        return
+    model = nn.Sequential(*(nn.Linear(512, 512, bias=False, device=DEVICE) for _ in range(100)))
+    ema, graph = ShardedEMA(model), torch.cuda.CUDAGraph()
+    weights = [parameter.detach() for parameter in model.parameters()]
+
+    def capture(update: Callable[[], object]) -> None:
+        with torch.cuda.graph(graph):
+            torch._foreach_mul_(weights, 1.0)
+            update()
+
+    refused = ""
+    try:
+        capture(ema.update)
+    except RuntimeError as error:
+        refused = str(error)
+    check("update() in a CUDA graph is refused", "captures a CUDA graph" in refused, refused[:80])
+    graph = torch.cuda.CUDAGraph()
+    capture(lambda: None)
+    for name, replay in {"update()": lambda: None, "replay() and update()": graph.replay}.items():
+        taken = seconds(lambda replay=replay: (replay(), ema.update()), 20)
+        report("INFO", f"{name}, 100 tensors of 512 x 512", f"{taken * 1e6:.0f} us")
+
+
 def offload() -> None:
     """Offloaded averages: what an update and a swap take."""
     width, layers = (64, 2) if IS_SMALL else (4096, 32)
@@ -347,6 +317,7 @@ SECTIONS: dict[str, tuple[Callable[[], None], int]] = {
     "bandwidth": (bandwidth, 100),
     "host_time": (host_time, 30),
     "overlap": (overlap, 50),
+    "graphs": (graphs, 30),
     "offload": (offload, 40),
     "memory": (memory, 70),
 }
