@@ -21,7 +21,14 @@ IS_BEFORE_TORCH_2_8 = VERSION < (2, 8)
 
 WARNINGS = (
     *(["ignore:TypedStorage is deprecated:UserWarning"] if IS_BEFORE_TORCH_2_8 else ()),  # of DCP, about its own code
-    *(["ignore:DTensor random operators may not have complete support:UserWarning"] if IS_BEFORE_TORCH_2_7 else ()),
+    *(
+        [
+            "ignore:DTensor random operators may not have complete support:UserWarning",
+            "ignore:Graph break due to unsupported builtin:UserWarning",
+        ]
+        if IS_BEFORE_TORCH_2_7
+        else ()
+    ),
 )
 """Filters for warnings that older versions raise about themselves."""
 
