@@ -145,9 +145,9 @@ class ShardedEMA(StateMethods):
 
         Collective: no.
         Memory: nothing where dtypes are equal, else a constant scratch.
-        Raises: RuntimeError inside `swapped` or `serving`, while an optimizer is attached, and when an earlier update
-            failed with ``store=Offloaded()`` or was interrupted and cannot be finished; ValueError when the model has
-            changed, or ``elapsed`` is not positive and finite.
+        Raises: RuntimeError inside `swapped` or `serving`, while an optimizer is attached, while a CUDA graph is
+            captured, and when an earlier update failed with ``store=Offloaded()`` or was interrupted and cannot be
+            finished; ValueError when the model has changed, or ``elapsed`` is not positive and finite.
         """
         if self._is_attached:
             raise RuntimeError(

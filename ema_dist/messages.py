@@ -23,7 +23,7 @@ def describe_difference(left: str, left_names: AbstractSet[str], right: str, rig
 
 def add_note(error: BaseException, note: str) -> None:
     """Add ``note`` to the traceback of ``error``; Python 3.10 keeps notes without printing them."""
-    error.__notes__ = [*getattr(error, "__notes__", ()), note]
+    vars(error)["__notes__"] = [*getattr(error, "__notes__", ()), note]
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:

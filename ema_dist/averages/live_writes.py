@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ema_dist.averages.live_model import LiveModel
-from ema_dist.sharding import Shard
+from ema_dist.sharding import Shard, untraced
 
 BEGINNING = "beginning"
 """The mark at which the averages fitted the live weights: they were made, loaded or reset."""
@@ -40,6 +40,7 @@ class LiveWrites:
             if (writes := self_ref()) is not None:
                 writes.before_step(optimizer)
 
+        @untraced  # as torch.compile(optimizer.step) would trace it, at each mark anew
         def after_step(optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401  as torch calls it
             if (writes := self_ref()) is not None:
                 writes.after_step(optimizer)

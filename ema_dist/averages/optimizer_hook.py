@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ema_dist.sharding import local_tensor
+from ema_dist.sharding import local_tensor, untraced
 
 
 class OptimizerHook:
@@ -40,7 +40,7 @@ class OptimizerHook:
         self._before_steps = before_steps
         if before_steps:
             # A global hook: with several optimizers, the others write to the same weights before this one steps.
-            pre_hook = register_optimizer_step_pre_hook(lambda *_: before_steps())
+            pre_hook = register_optimizer_step_pre_hook(untraced(lambda *_: before_steps()))
             finalize(self, pre_hook.remove)
             self._handles.append(pre_hook)
         self.is_active = True
@@ -53,6 +53,8 @@ class OptimizerHook:
             self._before_steps()
         self.is_active = False
 
+    # Else torch.compile(optimizer.step) would compile updates: counters as constants, and on a GPU streams and events.
+    @untraced
     def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_inner_step = len(self._step_codes) > 1 and _is_inside_step(optimizer, self._step_codes)
         if not (is_inner_step or _is_dummy_step(optimizer, kwargs)):

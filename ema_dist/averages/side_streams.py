@@ -30,6 +30,11 @@ class SideStreams:
         """The devices that have streams."""
         return {*self._modules}
 
+    @property
+    def is_capturing(self) -> bool:
+        """Whether a graph captures what is launched now, so that it runs at each replay, and not now."""
+        return any(map(_is_capturing, {*self._modules.values()}))
+
     @contextmanager
     def fork(self, inputs: Iterable[object] = ()) -> Iterator[None]:
         """Work launched in the block runs on the side streams, after the current stream's earlier work.
@@ -39,8 +44,6 @@ class SideStreams:
         """
         with ExitStack() as stack:
             for device, module in self._modules.items():
-                if _is_capturing(module):  # the graph being captured records the block on the capturing stream
-                    continue
                 if device not in self._streams:
                     self._streams[device] = module.Stream(device)
                 stream = self._streams[device]

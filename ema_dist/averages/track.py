@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ema_dist.averages.precision import Precision
-from ema_dist.kernels import recombine, split_hi_lo
-from ema_dist.sharding import Layout, Shard
+from ema_dist.kernels import copy_pairs, recombine, split_hi_lo
+from ema_dist.sharding import Layout
 
 
 class Track:
@@ -36,17 +36,18 @@ class Track:
     ) -> None:
         parts = {name: layout.parameters[name].averaged_part for name in names}
         self.parameters = {
-            name: _initial_average(averaged_part, precision.storage_dtype(averaged_part.local.dtype), device)
+            name: averaged_part.empty_local(precision.storage_dtype(averaged_part.local.dtype), device)
             for name, averaged_part in parts.items()
         }
         self.buffers = {
-            name: _initial_average(
-                shard,
+            name: shard.empty_local(
                 precision.buffer_precision.storage_dtype(shard.local.dtype) if name in averaged_buffers else None,
                 device,
             )
             for name, shard in layout.buffers.items()
         }
+        tensors = self.tensors
+        copy_pairs((tensors[name], shard.local) for name, shard in (parts | layout.buffers).items())
         self.residuals = {
             name: torch.zeros_like(self.parameters[name], dtype=torch.int16)
             for name, averaged_part in parts.items()
@@ -132,9 +133,3 @@ def _is_finite(tensor: Tensor) -> bool:
     # A finite sum proves that all elements are finite, without temporaries. The sum of finite elements may overflow, so
     # only a non-finite sum needs the exact check.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def _initial_average(shard: Shard, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
-    average = shard.empty_local(dtype, device)
-    # Move first and cast then: a cast on the device of the live weights would take memory there.
-    return average.copy_(shard.local.to(average.device))

@@ -61,6 +61,7 @@ class ModelWithAverages:
             for_loading: whether other averages will be loaded, so that an update need not be finished.
             used_track: the averages that ``call`` uses as the model's weights, to warn if they are the initial ones.
         """
+        self._require_not_capturing(call)
         self._require_unbroken()
         problem = None
         if self.swap is not None and self.swap.stage is not SwapStage.INSIDE:
@@ -89,8 +90,9 @@ class ModelWithAverages:
     def prepare_update(self) -> None:
         """A cheap `prepare` for each step: refreshes the layout only if a tensor has moved, and waits for no update.
 
-        Raises: ValueError when the model has changed.
+        Raises: ValueError when the model has changed; RuntimeError while a CUDA graph is captured.
         """
+        self._require_not_capturing("update()")
         self._updates.finish()
         self.live.require_not_wrapped_since("update()")
         if self.live.layout.has_moved() or not self.tracks.is_bound_to(self.live.layout):
@@ -204,6 +206,7 @@ class ModelWithAverages:
         """
         if swap is not self.swap:
             return
+        self._require_not_capturing("leaving swapped()")
         self._require_unbroken()
         problems: list[Exception] = []
         restore_parts = partial(self._restore_parts, swap, problems)
@@ -296,6 +299,15 @@ class ModelWithAverages:
             serving.leave()
         if self.swap is not None:
             self.leave_swap(self.swap)
+
+    def _require_not_capturing(self, call: str) -> None:
+        # A captured update would repeat one weight and one random seed for ever, and a captured swap would not happen.
+        if self.tracks.streams.is_capturing:
+            raise RuntimeError(
+                f"{call} while the current stream captures a CUDA graph: expected it outside of the capture. The graph "
+                "would record its writes instead of making them, and replays would repeat them without counting. Call "
+                "update() after each replay, without attach(); make other calls before the capture or after a replay"
+            )
 
     def _require_unbroken(self) -> None:
         if self.swap is not None and self.swap.is_broken:

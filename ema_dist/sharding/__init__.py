@@ -5,7 +5,7 @@ Code that knows averages, decays, kernels or checkpoint files does not belong he
 standard library and each other, and nothing else of `ema_dist`.
 """
 
-from ema_dist.sharding.compat import all_gather, world_store
+from ema_dist.sharding.compat import all_gather, untraced, world_store
 from ema_dist.sharding.cpu_copies import cpu_copy, is_sharded, subclass_name
 from ema_dist.sharding.devices import sending_device
 from ema_dist.sharding.discovery import ReplicaPolicy
@@ -39,5 +39,6 @@ __all__ = [
     "sending_device",
     "subclass_name",
     "unsupported_reason",
+    "untraced",
     "world_store",
 ]

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ema_dist import Offloaded, ShardedEMA, checkpoint
-from ema_dist.averages import first_rank, full_weights
+from ema_dist.averages import first_rank, full_weights, track
 from ema_dist.checkpoint import saving
 from ema_dist.evaluation import serving, swap
 from ema_dist.kernels import copy_pairs, copy_to_host
@@ -37,9 +37,14 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    for module in (first_rank, full_weights, serving, swap):
+    for module in (first_rank, full_weights, serving, swap, track):
         monkeypatch.setattr(module, "copy_pairs", recorder)
     return recorder
+
+
+def test_construction_moves_live_weights_in_their_own_dtype(recorder: Recorder) -> None:
+    ShardedEMA(nn.Linear(3, 2, bias=False).bfloat16(), store=Offloaded(pin_memory=False))
+    assert recorder.copied == [(torch.float32, torch.bfloat16, 6)]
 
 
 def test_swapped_moves_live_weights_and_averages_in_their_own_dtypes(recorder: Recorder) -> None:
@@ -47,6 +52,7 @@ def test_swapped_moves_live_weights_and_averages_in_their_own_dtypes(recorder: R
     model = nn.Linear(3, 2, bias=False).bfloat16()
     ema = ShardedEMA(model, decay=0.5, store=Offloaded(pin_memory=False))
     live = model.weight.detach().clone()
+    recorder.copied.clear()
     with ema.swapped():
         stashed, written_average = recorder.copied
     assert stashed == (torch.bfloat16, torch.bfloat16, 6)

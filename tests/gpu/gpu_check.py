@@ -213,6 +213,33 @@ def overlap() -> None:
     check("a step with overlap=True takes at most 1 % longer", overlapped <= 1.01 * base or IS_SMALL, text)
 
 
+def graphs() -> None:
+    """A step in a CUDA graph: update() is refused there; after each replay it takes as long as after other steps."""
+    if not ON_GPU:
+        report("SKIP", "graphs", "needs a GPU")
+        return
+    model = nn.Sequential(*(nn.Linear(512, 512, bias=False, device=DEVICE) for _ in range(100)))
+    ema, graph = ShardedEMA(model), torch.cuda.CUDAGraph()
+    weights = [parameter.detach() for parameter in model.parameters()]
+
+    def capture(update: Callable[[], object]) -> None:
+        with torch.cuda.graph(graph):
+            torch._foreach_mul_(weights, 1.0)
+            update()
+
+    refused = ""
+    try:
+        capture(ema.update)
+    except RuntimeError as error:
+        refused = str(error)
+    check("update() in a CUDA graph is refused", "captures a CUDA graph" in refused, refused[:80])
+    graph = torch.cuda.CUDAGraph()
+    capture(lambda: None)
+    for name, replay in {"update()": lambda: None, "replay() and update()": graph.replay}.items():
+        taken = seconds(lambda replay=replay: (replay(), ema.update()), 20)
+        report("INFO", f"{name}, 100 tensors of 512 x 512", f"{taken * 1e6:.0f} us")
+
+
 def offload() -> None:
     """Offloaded averages: what an update and a swap take."""
     width, layers = (64, 2) if IS_SMALL else (4096, 32)
@@ -309,6 +336,7 @@ SECTIONS: dict[str, tuple[Callable[[], None] | None, int]] = {
     "bandwidth": (bandwidth, 100),
     "host_time": (host_time, 30),
     "overlap": (overlap, 50),
+    "graphs": (graphs, 30),
     "offload": (offload, 40),
     "memory": (memory, 70),
 }

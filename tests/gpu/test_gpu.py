@@ -244,6 +244,32 @@ def test_the_distance_of_a_model_on_two_devices() -> None:
 
 
 @pytest.mark.gpu
+def test_updates_follow_each_replay_of_a_captured_step() -> None:
+    """Inside of the capture they are refused."""
+    model = nn.Linear(64, 64, bias=False, device="cuda")
+    ema = ShardedEMA(model, decay=0.5)
+    average, live = model.weight.detach().clone(), model.weight.detach()
+    optimizer = torch.optim.AdamW(model.parameters(), capturable=True)
+    model.weight.grad = torch.ones_like(model.weight)
+    handle = ema.attach(optimizer)
+    with pytest.raises(RuntimeError, match="captures a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    handle.remove()
+    with pytest.raises(RuntimeError, match="captures a CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        live.mul_(1.25)
+        ema.update()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        live.mul_(1.25)
+    for _ in range(3):
+        graph.replay()
+        ema.update()
+        average.lerp_(live, 0.5)
+    assert ema.steps == 3
+    torch.testing.assert_close(ema.full_state_dict()["weight"], average.cpu())
+
+
+@pytest.mark.gpu
 def test_a_graphed_callable_is_swapped() -> None:
     """The graph reads the addresses that it was captured with: the swap must write there."""
     net = nn.Linear(8, 8, device="cuda")

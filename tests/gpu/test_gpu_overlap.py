@@ -55,6 +55,7 @@ def run(
     optimizer: str = "fused",
     scaled: bool = False,
     accumulate: int = 1,
+    compiled: bool = False,
     wait: bool = True,
     **settings: Any,  # noqa: ANN401
 ) -> tuple[ShardedEMA, ShardedEMA]:
@@ -65,6 +66,8 @@ def run(
     overlapping, in_order = (ShardedEMA(model, decay=0.9, **settings) for _ in range(2))
     in_order.attach(adam)
     overlapping.attach(adam, overlap=True)
+    if compiled:
+        adam.step = torch.compile(adam.step, backend="aot_eager")
     scaler = torch.amp.GradScaler("cuda", init_scale=4.0, enabled=scaled)
     with late_side_streams(), pytest.MonkeyPatch.context() as patch:
         if not wait:
@@ -83,6 +86,7 @@ CASES = {
     "plain, foreach": (plain, {"optimizer": "foreach"}),
     "plain, scaled": (plain, {"scaled": True}),
     "fsdp2, scaled": (fsdp2, {"scaled": True}),
+    "plain, compiled step": (plain, {"optimizer": "foreach", "compiled": True}),
     "fsdp2, accumulated": (fsdp2, {"accumulate": 3}),
     "fsdp2, not resharded": (partial(fsdp2, reshard_after_forward=False), {}),
 } | {

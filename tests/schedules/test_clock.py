@@ -127,6 +127,23 @@ def test_an_attached_optimizer_counts_its_own_time_without_skipped_steps() -> No
         assert ema.initial_mass(name) == pytest.approx(mass, abs=1e-12)
 
 
+@pytest.mark.parametrize("default_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_averages_under_a_scaler_equal_those_without(default_dtype: torch.dtype) -> None:
+    model = nn.Linear(5, 3, dtype=torch.float32)
+    with_scaler, without = (ShardedEMA(model, decay=LAWS) for _ in range(2))
+    torch.set_default_dtype(default_dtype)
+    try:
+        for step in range(20):
+            nn.init.normal_(model.weight, step)
+            with_scaler.update(found_inf=torch.zeros((), dtype=torch.float32))
+            without.update()
+        for name in LAWS:
+            actual, expected = (ema.full_state_dict(track=name)["weight"] for ema in (with_scaler, without))
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("elapsed", [0, -1, math.nan, math.inf, 10**400])
 def test_elapsed_is_positive_and_finite(elapsed: float) -> None:
     ema = ShardedEMA(nn.Linear(2, 2))

@@ -103,14 +103,21 @@ def test_the_host_never_waits_for_the_device() -> None:
     assert operators.names.isdisjoint({"aten::scalar_tensor", "aten::_local_scalar_dense", "aten::copy_"})
 
 
-def test_tensors_are_float64_whatever_the_default_dtype() -> None:
-    torch.set_default_dtype(torch.bfloat16)
+@pytest.mark.parametrize("default_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensors_are_float64_whatever_the_default_dtype(default_dtype: torch.dtype) -> None:
+    """A step under a gradient scaler weighs as much as one without."""
+    on_host, on_device = (Clock(as_schedules(LAWS), start=3, interval=2) for _ in range(2))
+    torch.set_default_dtype(default_dtype)
     try:
-        clock = Clock(as_schedules(LAWS), start=3, interval=1)
         for _ in range(300):
-            clock.count(clock.next_step(1, torch.zeros(())))
-        assert (clock.steps, clock.updates, clock.time) == (300, 297, 300.0)
-        assert clock.initial_mass("half_life") == pytest.approx(2 ** (-297 / 60))
+            expected, step = on_host.next_step(1.1), on_device.next_step(1.1, torch.zeros(()))
+            on_host.count(expected)
+            on_device.count(step)
+            for name, weight in expected.weights.items():
+                assert step.weights[name].dtype == torch.float64
+                assert float(step.weights[name]) == pytest.approx(weight, rel=1e-12, abs=1e-15)
+        assert on_device.read()[:6] == on_host.read()[:6]
+        assert on_device.initial_mass("half_life") == pytest.approx(on_host.initial_mass("half_life"), rel=1e-12)
     finally:
         torch.set_default_dtype(torch.float32)
 

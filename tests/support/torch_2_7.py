@@ -1,11 +1,12 @@
-"""Workarounds for torch 2.7, which Composer requires.
+"""Workarounds for torch 2.6, and for torch 2.7, which Composer requires.
 
-Each problem was seen with torch 2.7.0 and is fixed in the torch of `constraints.txt`.
+Each problem was seen with torch 2.7.0, or 2.6.0 where it says so, and is fixed in the torch of `constraints.txt`.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
 
@@ -14,10 +15,22 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-IS_BEFORE_TORCH_2_8 = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 8)
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+IS_BEFORE_TORCH_2_7 = VERSION < (2, 7)
+IS_BEFORE_TORCH_2_8 = VERSION < (2, 8)
 
-WARNINGS = ("ignore:TypedStorage is deprecated:UserWarning",) if IS_BEFORE_TORCH_2_8 else ()
-"""Filters for warnings that DCP raises about its own code."""
+WARNINGS = (
+    *(["ignore:TypedStorage is deprecated:UserWarning"] if IS_BEFORE_TORCH_2_8 else ()),  # of DCP, about its own code
+    *(
+        [
+            "ignore:DTensor random operators may not have complete support:UserWarning",
+            "ignore:Graph break due to unsupported builtin:UserWarning",
+        ]
+        if IS_BEFORE_TORCH_2_7
+        else ()
+    ),
+)
+"""Filters for warnings that older versions raise about themselves."""
 
 FSDP2_TP_ROWS = 4 if IS_BEFORE_TORCH_2_8 else 6
 """Rows of a layer under FSDP2 and tensor parallelism together; torch 2.7 refuses an uneven split over four ranks."""
@@ -33,6 +46,8 @@ def apply_workarounds(device: str) -> None:
         _delay_group_destruction()
         if device == "cpu":
             _average_gradients()
+    if IS_BEFORE_TORCH_2_7 and device == "cpu":
+        _let_fsdp2_train()
 
 
 def _delay_group_destruction() -> None:
@@ -44,6 +59,26 @@ def _delay_group_destruction() -> None:
         destroy(group)
 
     dist.destroy_process_group = destroy_after_delay
+
+
+def _let_fsdp2_train() -> None:
+    """FSDP2 in torch 2.6 trained on GPUs only: the streams of CPUs lack methods, and gathering counted as a write."""
+
+    def do_nothing(*_: object) -> None:
+        pass
+
+    stream: Any = torch.cpu.Stream
+    stream.record_event = stream.wait_event = do_nothing
+    param_group: Any = import_module("torch.distributed.fsdp._fully_shard._fsdp_param_group")
+    copy_out = param_group.foreach_all_gather_copy_out
+
+    def copy_out_of_old_versions(gathered: object, params: list[Any], group: ProcessGroup) -> None:
+        with ExitStack() as stack:  # as later versions do
+            for output in [output for param in params for output in param.all_gather_outputs]:
+                stack.enter_context(torch.autograd._unsafe_preserve_version_counter(output))  # noqa: SLF001
+            copy_out(gathered, params, group)
+
+    param_group.foreach_all_gather_copy_out = copy_out_of_old_versions
 
 
 def _average_gradients() -> None:
