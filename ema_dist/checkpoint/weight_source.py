@@ -38,7 +38,7 @@ class Scratch:
             self._bytes = torch.empty(ends[-1], dtype=torch.uint8, device="cpu")
         return [
             self._bytes[start : start + size].view(dtype).view(shape)
-            for start, size, (shape, dtype) in zip([0, *ends[:-1]], sizes, shapes_and_dtypes, strict=True)
+            for start, size, (shape, dtype) in zip([0, *ends][: len(sizes)], sizes, shapes_and_dtypes, strict=True)
         ]
 
 
