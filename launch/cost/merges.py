@@ -3,8 +3,8 @@
 python -m launch.cost.merges                       # 8 checkpoints of 1 GiB; prints a table for docs
 python -m launch.cost.merges --quick               # a quick check with tiny tensors
 
-Rounds are interleaved. The processor's seconds hold on a busy machine too. The peak memory is that of a process with one
-checkpoint of one element, subtracted from that of the merge, without pages of mapped files.
+Rounds are interleaved. The processor's seconds hold on a busy machine too. The peak memory is without pages of mapped
+files, and without that of a merge of one tiny checkpoint.
 """
 
 import argparse
@@ -23,10 +23,17 @@ from torch import nn
 from ema_dist import checkpoint
 
 MERGE = """
-import resource, sys
+import sys, threading, time
 from ema_dist import checkpoint
+peak = 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")))
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
 checkpoint.merge(sys.argv[2:-1], sys.argv[-1])
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+print(peak)
 """
 
 
@@ -63,7 +70,10 @@ def main() -> None:
         print_table(runs, startup=baseline)
         matrix = width * width * 2
         peak = max(int(run.output) for run in runs["merge"]) - int(baseline.output)
-        print(f"peak memory of merge: {peak / 2**10:.0f} MiB; one tensor: {matrix / 2**20:.0f} MiB")
+        print(
+            f"peak memory of merge: {peak / 2**10:.0f} MiB; one tensor: {matrix / 2**20:.0f} MiB; "
+            f"the output: {args.layers * matrix / 2**20:.0f} MiB"
+        )
 
 
 def make_checkpoints(root: Path, count: int, layers: int, width: int) -> None:
