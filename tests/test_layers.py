@@ -42,6 +42,7 @@ ROWS = {
     "evaluation": 4,
     "averages": 3,
     "communication": 2,
+    "posthoc": 2,
     "schedules": 1,
     "kernels": 1,
     "sharding": 1,

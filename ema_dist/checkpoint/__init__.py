@@ -1,8 +1,8 @@
 """Atomic, verified checkpoints: written aside and renamed, checked before they are read, resharded by DCP.
 
-`save` and `load` are for resuming; `gather` and `scatter` for full weights in files that others read;
-`merge` for means of several checkpoints. Needs the extra
-``checkpoint``: ``pip install "ema-dist[checkpoint]"``.
+`save` and `load` are for resuming; `gather` and `scatter` for full weights in files that others read; `merge` for means
+of several checkpoints, `reconstruct` for averages chosen after training. Needs the extra ``checkpoint``:
+``pip install "ema-dist[checkpoint]"``.
 
 Reading a folder of DCP belongs in `dcp`, files of full weights in `weights`; what averages are, and how they are
 gathered, belongs in ``ema_dist.averages``. May import `ema_dist.ema` and the levels below it.
@@ -19,6 +19,7 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.gathering import gather, scatter
 from ema_dist.checkpoint.loading import latest, load
 from ema_dist.checkpoint.merging import merge
+from ema_dist.checkpoint.reconstruction import reconstruct
 from ema_dist.checkpoint.saving import save, wait
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "latest",
     "load",
     "merge",
+    "reconstruct",
     "save",
     "scatter",
     "wait",

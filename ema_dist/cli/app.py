@@ -272,3 +272,79 @@ def merge(
         file_format=format.value,
         as_json=as_json,
     )
+
+
+@app.command()
+@report_errors(exit_code=1)
+def reconstruct(  # noqa: PLR0913  one parameter for each option
+    root: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ROOT",
+            help="A folder of checkpoints with averages: all tracks of all complete steps are snapshots.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", metavar="OUT", help="The folder to write; it must not exist.", show_default=False),
+    ],
+    sigma_rel: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="The average that Power(sigma_rel=S) would have given.", show_default=False),
+    ] = None,
+    half_life: Annotated[
+        float | None,
+        typer.Option(metavar="H", help="That of HalfLife(H), in the unit of the clock.", show_default=False),
+    ] = None,
+    window: Annotated[
+        float | None,
+        typer.Option(metavar="W", help="The mean over the last W, in the unit of the clock.", show_default=False),
+    ] = None,
+    at: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEP", help="The step for which it is meant; by default the newest one.", show_default=False
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, metavar="V", help="The largest total variation that is not refused.")
+    ] = 0.05,
+    force: Annotated[bool, typer.Option("--force", help="Write also beyond the tolerance.")] = False,
+    dtype: DtypeOption = None,
+    max_shard_size: ShardSizeOption = "5GiB",
+    format: SumFormatOption = SumFormatChoice.SAFETENSORS,  # noqa: A002
+    entry: EntryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an average that was chosen after training, as a weighted sum of the averages in checkpoints.
+
+    Prints the coefficient of each snapshot first, then the total variation between the wanted and the obtained weights
+    of past values, in [0, 1], and the amplification: how many times the rounding of the snapshots can be in the result.
+
+    A window takes exactly two checkpoints if there is a track by Uniform(): those nearest to its ends. The window that
+    they make is printed, and the tolerance applies to the one asked for. Buffers, and tensors without an average, are
+    those of the nearest snapshot. Left out are averages whose profile is not known, and those from before averaging
+    began anew.
+
+    The keys of --json: snapshots (step, track, law, time, dtypes, coefficient of each), step, time, window (begin and
+    end, or null), total_variation, amplification, notes, files (sizes in bytes by path).
+    """
+    from ema_dist.cli.reconstruct import Output, parse_target  # noqa: PLC0415
+    from ema_dist.cli.reconstruct import reconstruct as run  # noqa: PLC0415
+
+    try:
+        target = parse_target(sigma_rel=sigma_rel, half_life=half_life, window=window)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    run(
+        root,
+        Output(out, format.value, dtype, max_shard_size),
+        target,
+        step=at,
+        tolerance=tolerance,
+        force=force,
+        entry=entry,
+        as_json=as_json,
+    )
