@@ -98,15 +98,17 @@ class WeightedSum:
         yield from ((name, self.base.extra_state(name)) for name in requested if name not in self.meta_tensors)
         tensors = [name for name in requested if name in self.meta_tensors]
         shared = self._shared_names(tensors)
-        scratch, sums = Scratch(), Scratch()
+        sums = Scratch()
         for batch in self._batches(name for name in tensors if name not in shared):
             added = [name for name in batch if name in self.added_names and not self._is_copy]
             shapes = [(self.meta_tensors[name].shape, self._sum_dtype(name)) for name in added]
             totals = dict(zip(added, sums.tensors(shapes), strict=True))
             for total in totals.values():
                 total.zero_()
+            scratch = Scratch()
             for term in self._terms:
                 self._add_batch(totals, term, batch, scratch, on_bytes)
+            del scratch  # before the sums are cast, into new memory
             for name in batch:
                 total = totals.pop(name)
                 result = cast(name, total, self.meta_tensors[name].dtype)
@@ -208,17 +210,15 @@ def _is_added(name: str, meta: Tensor) -> bool:
     return (meta.is_floating_point() or meta.is_complex()) and not is_extra_state(name)
 
 
-def _require_same_model(expected: WeightSource, found: WeightSource, added_names: Iterable[str]) -> None:
-    """Raises: CheckpointError when the tensors differ in names, or those to be added in shapes or kinds of dtype."""
+def _require_same_model(expected: WeightSource, found: WeightSource, added: Container[str]) -> None:
+    """Raises: CheckpointError when the tensors differ in names or kinds of dtypes, or those to be added in shapes."""
     left = {name for name in expected.meta_tensors if not is_extra_state(name)}
     right = {name for name in found.meta_tensors if not is_extra_state(name)}
     if difference := describe_difference(str(expected.path), left, str(found.path), right):
         raise CheckpointError(f"these are not of the same model: {difference} ({len(left & right)} names are in both)")
-    pairs = [(name, expected.meta_tensors[name], found.meta_tensors[name]) for name in added_names]
-    shapes = [
-        f"{name} {[*left.shape]} and {[*right.shape]}" for name, left, right in pairs if left.shape != right.shape
-    ]
-    kinds = [f"{name} {left.dtype} and {right.dtype}" for name, left, right in pairs if not _is_added(name, right)]
+    pairs = [(name, expected.meta_tensors[name], found.meta_tensors[name]) for name in left]
+    shapes = [f"{name} {[*a.shape]} and {[*b.shape]}" for name, a, b in pairs if name in added and a.shape != b.shape]
+    kinds = [f"{name} {a.dtype} and {b.dtype}" for name, a, b in pairs if _is_added(name, a) != _is_added(name, b)]
     for what, differing in {"shapes": shapes, "kinds of dtypes": kinds}.items():
         if differing:
             raise CheckpointError(

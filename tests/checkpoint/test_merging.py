@@ -69,7 +69,9 @@ def test_checkpoints_of_any_layout_and_number_of_ranks_merge(kind: Any, tmp_path
                     parameter.add_(1)
             ema.update()
             checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=step, keep=None)
-            full = full_weights(model) if kind == "live" else ema.full_state_dict()
+            dtypes = {name: tensor.dtype for name, tensor in make_net("plain").state_dict().items()}
+            live = {name: tensor.to(dtypes[name]) for name, tensor in full_weights(model).items()}
+            full = live if kind == "live" else ema.full_state_dict()
             if dist.get_rank() == 0:
                 torch.save(full, tmp_path / f"full-{step}.pt")
 
