@@ -120,7 +120,7 @@ class Clock:
     def note_write(self) -> None:
         """The live weights were written to; this matters until the first step is counted."""
         if self.known.steps == 0:
-            reading = self.known._replace(has_missed_writes=True)
+            reading = Reading(*self.known[:-1], has_missed_writes=True)
             self._readings = Readings(reading, reading)
 
     def last_decay(self, track: str) -> float:

@@ -14,7 +14,7 @@ from typer.main import get_command
 from ema_dist.cli.app import app
 from tests.support import ROOT
 
-PUBLIC_MODULES = ("ema_dist", "ema_dist.checkpoint")
+PUBLIC_MODULES = ("ema_dist", "ema_dist.checkpoint", "ema_dist.posthoc")
 
 FILE = ROOT / "tests" / "public_api.txt"
 
