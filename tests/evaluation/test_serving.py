@@ -637,6 +637,8 @@ def test_entering_and_leaving_takes_few_calls_for_each_tensor(shards: bool) -> N
     if shards:
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     ema = ShardedEMA(model)
+    nn.init.ones_(model[0].weight)
+    ema.update()  # as in training: before the first write, writes are looked for
     calls: list[str] = []
 
     def serve() -> None:
