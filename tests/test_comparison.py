@@ -39,14 +39,20 @@ def by_torch(model: nn.Module) -> Averages:
 
 def by_lightning(model: nn.Module) -> Averages:
     """The callback's own hooks, called as its Trainer does."""
-    callbacks = pytest.importorskip("pytorch_lightning.callbacks", reason=REASON)
-    callback = callbacks.EMAWeightAveraging(decay=DECAY, device="cpu")
-    trainer = SimpleNamespace(global_step=0)
-    callback.setup(trainer, model, "fit")
+    lightning = pytest.importorskip("pytorch_lightning", reason=REASON)
+
+    class Wrapper(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+    callback = lightning.callbacks.EMAWeightAveraging(decay=DECAY)
+    trainer, module = SimpleNamespace(global_step=0), Wrapper()
+    callback.setup(trainer, module, "fit")
 
     def update() -> None:
         trainer.global_step += 1
-        callback.on_train_batch_end(trainer, model, None, None, trainer.global_step)
+        callback.on_train_batch_end(trainer, module, None, None, trainer.global_step)
 
     return Averages(update, callback._average_model.module.parameters)  # noqa: SLF001  it has no public name
 
@@ -126,7 +132,7 @@ def test_torch_cannot_keep_float32_averages_of_bfloat16_weights() -> None:
 @pytest.mark.world_size(2)
 def test_diffusers_updates_an_fsdp2_model_and_cannot_evaluate_it_with_foreach() -> None:
     diffusers = pytest.importorskip("diffusers.training_utils", reason=REASON)
-    model = wrap("fsdp2", make_net("fsdp2"))
+    model = wrap("fsdp2", make_net("fsdp2").requires_grad_(requires_grad=True))
     averages = diffusers.EMAModel(model.parameters(), foreach=True)
     averages.step(model.parameters())
     assert all(isinstance(average, DTensor) for average in averages.shadow_params)
