@@ -98,8 +98,10 @@ class Canvas:
         step_x, step_y = (x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0)
         self.line([start, (x1 - 4 * step_x, y1 - 4 * step_y)], color=color)
         base_x, base_y = x1 - 9 * step_x, y1 - 9 * step_y
-        corners = f"{x1:g},{y1:g} {base_x + 5 * step_y:g},{base_y + 5 * step_x:g} {base_x - 5 * step_y:g},{base_y - 5 * step_x:g}"
-        self._elements.append(f'<polygon points="{corners}" style="fill:var(--{color})"/>')
+        across_x, across_y = 5 * step_y, 5 * step_x
+        corners = [(x1, y1), (base_x + across_x, base_y + across_y), (base_x - across_x, base_y - across_y)]
+        points = " ".join(f"{x:g},{y:g}" for x, y in corners)
+        self._elements.append(f'<polygon points="{points}" style="fill:var(--{color})"/>')
 
     def paragraph(self, x: float, y: float, lines: Sequence[str], *, color: str = "ink") -> None:
         for number, line in enumerate(lines):

@@ -19,8 +19,9 @@ def curves_picture(record: Path) -> Canvas:
     last = rows[-1]
     canvas = Canvas(
         680,
-        390,
-        f"Test accuracy of launch/train.py: at the end {last['live_accuracy']:.1%} live, {last['average_accuracy']:.1%} averaged",
+        402,
+        f"Test accuracy after {last['epoch']} epochs: {last['live_accuracy']:.1%} with the live weights, "
+        f"{last['average_accuracy']:.1%} with the averages",
     )
     lines = [
         Line(
@@ -41,7 +42,7 @@ def curves_picture(record: Path) -> Canvas:
     )
     canvas.text(
         20,
-        378,
+        388,
         f"{recorded['parameters']:,} parameters, 8x8 images of digits; {recorded['environment']['date']}",
         color="muted",
     )
