@@ -29,8 +29,8 @@ def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             if cell["cell_type"] == "code":
                 printed = io.StringIO()
                 with contextlib.redirect_stdout(printed):
-                    exec(compile("".join(cell["source"]), str(TOUR), "exec"), namespace)  # noqa: S102
-                lines = printed.getvalue().splitlines(keepends=True)
+                    exec(compile("".join(cell["source"]), str(TOUR), "exec"), namespace)
+                lines = [f"{line.rstrip()}\n" for line in printed.getvalue().rstrip().splitlines()]
                 cell["outputs"] = [{"name": "stdout", "output_type": "stream", "text": lines}] if lines else []
     assert namespace["average"] > namespace["live"]
     if os.environ.get("RECORD"):

@@ -88,7 +88,7 @@ def _summary(results: Results) -> Iterator[str]:
         yield (
             f"**{case}:** an update takes {_median_ms(update['seconds'][OURS])} ms ({times or 'no other runs'}), and a "
             f"rank keeps {mib(update['held_bytes'][OURS])} MiB of averages"
-            + (f" (the others {' or '.join(kept)})." if kept else ".")
+            + (f" (the others: {' or '.join(kept)})." if kept else ".")
         )
         if failing := [SHORT_NAMES[name] for name in update["failures"]]:
             yield f"Under {update['case'].layout} {', '.join(failing)} fail: see *What fails, and how*."

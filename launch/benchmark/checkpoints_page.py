@@ -98,14 +98,14 @@ def _is_source(it: Record) -> bool:
 
 def _picture(costs: list[Record], environment: Environment) -> Picture:
     """Seconds to save and to load by each tool, for the layout that is resharded, too."""
-    canvas = Canvas(720, 0, "Seconds to save and to load a model and its averages, by each tool")
+    canvas = Canvas(680, 0, "Seconds to save and to load a model and its averages, by each tool")
     top = 12.0
     for what in ("save", "load"):
         for it in costs:
             if it["what"] == what and _is_source(it):
                 seconds = {name: statistics.median(samples) for name, samples in it["seconds"].items()}
                 title = f"To {what}, {_case(it)}, {it['total_bytes'] / MIB:.0f} MiB: seconds"
-                top = 14 + bar_chart(canvas, top, title, bars(seconds, "{:.2f}".format, OURS), label_width=390)
+                top = 14 + bar_chart(canvas, top, title, bars(seconds, "{:.2f}".format, OURS), label_width=376)
     return Picture("checkpoints.svg", finish(canvas, top, environment))
 
 

@@ -69,7 +69,7 @@ def _summary(it: Record) -> str:
 
 
 def _picture(costs: list[Record], environment: Environment) -> Picture:
-    canvas = Canvas(720, 0, "Time and memory of an update by either EMA in Composer")
+    canvas = Canvas(680, 0, "Time and memory of an update by either EMA in Composer")
     top = 12.0
     for it in costs:
         seconds = {name: statistics.median(samples) for name, samples in it["seconds"].items()}

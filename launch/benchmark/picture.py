@@ -16,7 +16,7 @@ LABEL_WIDTH = 276
 
 def averages_picture(updates: Sequence[Record], swaps: Sequence[Record], environment: Environment) -> Picture:
     """The large model under DDP and FSDP2: times of an update, memory, and times of a swap."""
-    canvas = Canvas(720, 0, "Time and memory of an update by each way to average, under DDP and FSDP2")
+    canvas = Canvas(680, 0, "Time and memory of an update by each way to average, under DDP and FSDP2")
     top = 12.0
     for parallel in ("ddp", "fsdp2"):
         update = large_update(updates, parallel)
