@@ -77,7 +77,7 @@ class Canvas:
     ) -> None:
         """A line of text; `y` is its baseline."""
         style = f"fill:var(--{color})" + (";font-weight:600" if bold else "")
-        style += ";font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;font-size:15px" if mono else ""
+        style += ";font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace" if mono else ""
         place = f'x="{round(x, 1):g}" y="{round(y, 1):g}" text-anchor="{anchor}"'
         self._elements.append(f'<text {place} style="{style}">{escape(text)}</text>')
 

@@ -12,8 +12,8 @@ from launch.pictures.__main__ import DOCS, PICTURES
 from launch.pictures.charts import spread
 
 COMMITTED = [*PICTURES, *(f"benchmarks/{name}.svg" for name in ("results", "checkpoints", "composer"))]
-SMALLEST_PX = 15
-"""11 pt. On a phone pictures are 510 px wide, three quarters of their size: text of 16 px then is 9 pt."""
+SMALLEST_PX = 16
+"""12 pt. On a phone pictures are 510 px wide, three quarters of their size, and then it is 9 pt."""
 
 
 @pytest.mark.parametrize("name", PICTURES)
