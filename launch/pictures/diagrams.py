@@ -161,11 +161,10 @@ def checkpoint_picture() -> Canvas:
     for number, (depth, name, note) in enumerate(rows):
         y = 40 + 44 * number
         x = 16 + 26 * depth
+        above = max((index for index in range(number) if rows[index][0] <= depth), default=number)
         if depth:
-            canvas.line(
-                [(x - 14, y - 38 if rows[number - 1][0] == depth else y - 22), (x - 14, y - 5), (x - 4, y - 5)],
-                color="grid",
-            )
+            top = 40 + 44 * above + (-5 if rows[above][0] == depth else 9)
+            canvas.line([(x - 14, top), (x - 14, y - 5), (x - 4, y - 5)], color="grid")
         canvas.text(x, y, name, mono=True, bold=name.endswith("50/"), color="ink" if "partial" not in name else "muted")
         canvas.text(298, y, note, color="muted")
     return canvas
