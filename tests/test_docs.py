@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+import ema_dist
 from tests.support import ROOT
 from tests.support.cli_runs import run_ok
 
@@ -57,6 +58,11 @@ def test_commands_in_the_documentation_work_with_each_other(tmp_path: Path) -> N
         assert len(commands) >= 5
         for command in commands:
             run_ok(*shlex.split(command, comments=True)[1:])
+
+
+def test_the_reference_has_every_public_name() -> None:
+    shown = re.findall(r"^::: ema_dist\.(\w+)$", (ROOT / "docs" / "api" / "index.md").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(ema_dist.__all__)
 
 
 def run_script(source: str, path: Path, port: int) -> None:

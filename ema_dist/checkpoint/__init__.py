@@ -1,8 +1,7 @@
 """Atomic, verified checkpoints: written aside and renamed, checked before they are read, resharded by DCP.
 
 `save` and `load` are for resuming; `gather` and `scatter` for full weights in files that others read; `merge` for means
-of several checkpoints, `reconstruct` for averages chosen after training. Needs the extra ``checkpoint``:
-``pip install "ema-dist[checkpoint]"``.
+of several checkpoints, `reconstruct` for averages chosen after training. Needs the extra ``checkpoint``.
 
 Reading a folder of DCP belongs in `dcp`, files of full weights in `weights`; what averages are, and how they are
 gathered, belongs in ``ema_dist.averages``. May import `ema_dist.ema` and the levels below it.
@@ -12,7 +11,7 @@ from importlib.util import find_spec
 
 if missing := [name for name in ("huggingface_hub", "safetensors", "xxhash") if find_spec(name) is None]:
     raise ModuleNotFoundError(
-        f'ema_dist.checkpoint needs {", ".join(missing)}: pip install "ema-dist[checkpoint]"', name=missing[0]
+        f"ema_dist.checkpoint needs {', '.join(missing)}: pip install {' '.join(missing)}", name=missing[0]
     )
 
 from ema_dist.checkpoint.errors import CheckpointError

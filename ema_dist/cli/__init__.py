@@ -21,7 +21,7 @@ def main() -> None:
     if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
         sys.exit(
             f"ema-dist needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            'pip install "ema-dist[cli]"'
+            f"pip install {' '.join(missing)}"
         )
     from ema_dist.cli.app import app  # noqa: PLC0415  it imports rich and typer
 

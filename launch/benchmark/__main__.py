@@ -5,6 +5,7 @@
     python -m launch.benchmark --only checkpoints --output-dir docs/benchmarks      # one page of the documentation
     python -m launch.benchmark --only averages --size 1B           # the large model; for a machine with 100 GB
     python -m launch.benchmark --only composer                     # where Composer is installed; left out elsewhere
+    python -m launch.benchmark --rewrite --output-dir docs/benchmarks     # the pages again, from their recorded JSON
 
 It starts the ranks it needs by itself. Linux only: it reads the memory used from the kernel.
 """
@@ -16,9 +17,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from launch.benchmark.averages_page import SIZES, measure_averages
-from launch.benchmark.checkpoints_page import measure_checkpoints
+from launch.benchmark.averages_page import SIZES, averages_page, measure_averages
+from launch.benchmark.checkpoints_page import checkpoints_page, measure_checkpoints
+from launch.benchmark.composer_page import composer_page
 from launch.benchmark.page import Environment, Page
+from launch.benchmark.recorded import Recorded
 from launch.benchmark.run import Run, argument_parser, make_console, parse
 
 
@@ -27,10 +30,12 @@ class Section:
     """One page of results, and the rounds that it takes.
 
     Args:
+        rewrite: makes the page again of what its JSON has.
         skip_reason: why it cannot be measured on a type of device.
     """
 
     measure: Callable[[Run], Page]
+    rewrite: Callable[[Recorded], Page]
     repeats: int
     data_name: str
     page_name: str
@@ -43,22 +48,45 @@ def measure_composer(run: Run) -> Page:
     return composer.measure_composer(run)
 
 
+def rewrite_composer(recorded: Recorded) -> Page:
+    return composer_page(
+        recorded.environment, recorded.not_measured, recorded["costs"], composer_version=recorded["composer"]
+    )
+
+
+def rewrite_averages(recorded: Recorded) -> Page:
+    results = {key: recorded[key] for key in ("updates", "tracks", "swaps", "exports", "steps", "overlap")}
+    return averages_page(recorded.environment, recorded.not_measured, results, packages=recorded["packages"])
+
+
+def rewrite_checkpoints(recorded: Recorded) -> Page:
+    return checkpoints_page(
+        recorded.environment, recorded.not_measured, recorded["costs"], files_on=recorded["file_system"]
+    )
+
+
 def composer_skip_reason(device_type: str) -> str | None:
     if find_spec("composer") is None:
-        return 'it needs Composer, which is not installed: pip install "ema-dist[composer]"'
+        return 'it needs Composer, which is not installed: pip install -c constraints-composer.txt ".[composer]"'
     return "it is measured on a CPU: --device cpu" if device_type != "cpu" else None
 
 
 SECTIONS = {
-    "averages": Section(measure_averages, 20, "results.json", "index.md"),
-    "checkpoints": Section(measure_checkpoints, 7, "checkpoints.json", "checkpoints.md"),
-    "composer": Section(measure_composer, 20, "composer.json", "composer.md", composer_skip_reason),
+    "averages": Section(measure_averages, rewrite_averages, 20, "results.json", "index.md"),
+    "checkpoints": Section(measure_checkpoints, rewrite_checkpoints, 7, "checkpoints.json", "checkpoints.md"),
+    "composer": Section(measure_composer, rewrite_composer, 20, "composer.json", "composer.md", composer_skip_reason),
 }
 
 
 def main() -> None:
     args = parse_arguments()
     console = make_console()
+    if args.rewrite:
+        for name in args.only or SECTIONS:
+            section = SECTIONS[name]
+            page = section.rewrite(Recorded.read(args.output_dir / section.data_name))
+            page.write(args.output_dir, data=section.data_name, page=section.page_name, program="launch.benchmark")
+        return
     console.print(str(Environment.here(args.device)), highlight=False, soft_wrap=True)
     if args.quick:
         console.print("Tiny models: the times and the memory of these say nothing.")
@@ -82,10 +110,11 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("--only", choices=SECTIONS, nargs="+", help="one of the pages, or some; everything otherwise")
     option("--repeats", type=int, help="rounds of each case, 2 or more; 20 otherwise, 7 for checkpoints")
+    option("--rewrite", action="store_true", help="measure nothing: write the pages again from their JSON")
     option("--size", choices=SIZES, default="100M", help="parameters of the large model whose averages are measured")
     option("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to save on; 8 GB")
     args = parse(parser)
-    for name in args.only or ():
+    for name in (args.only or ()) if not args.rewrite else ():
         if skip_reason := SECTIONS[name].skip_reason(args.device):
             parser.error(f"--only {name}: {skip_reason}")
     return args

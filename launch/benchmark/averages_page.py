@@ -10,7 +10,7 @@ from launch.benchmark.averaging_methods import FOREACH, OURS, OURS_AUTO, PEER_ME
 from launch.benchmark.cases import Case, LiveDtype, Parallel, SmallTensors, Transformer
 from launch.benchmark.measure import Record, median_ratio
 from launch.benchmark.page import MIB, Environment, Page, Table, Target, entry, mib, ms, quartiles, target_table
-from launch.benchmark.picture import ratio_text, update_case, update_picture
+from launch.benchmark.picture import averages_picture, large_update, ratio_text, update_case
 from launch.benchmark.run import Run
 from launch.benchmark.steps import OVERLAPPED, overlap_costs, step_share_costs
 from launch.benchmark.swaps import SWAPPED, full_state_costs, swap_costs
@@ -69,9 +69,33 @@ def averages_page(
         {"packages": packages, **results},
         notes=[f"Peers: {', '.join(f'{name} {found}' for name, found in packages.items())}."],
         targets=targets,
-        tables=[target_table(targets), *_tables(results)],
-        picture=update_picture(results["updates"], results["tracks"], environment),
+        tables=[*_tables(results), target_table(targets)],
+        picture=averages_picture(results["updates"], results["swaps"], environment),
+        summary=[*_summary(results)],
     )
+
+
+def _summary(results: Results) -> Iterator[str]:
+    """How long, how much memory, and beside whom."""
+    for parallel in ("ddp", "fsdp2"):
+        update = large_update(results["updates"], parallel)
+        if update is None or OURS not in update["seconds"]:
+            continue
+        peers = [name for name in update["seconds"] if name in PEER_METHODS]
+        times = ", ".join(f"{SHORT_NAMES[name]} {_median_ms(update['seconds'][name])}" for name in peers)
+        kept = sorted({mib(update["held_bytes"][name]) for name in peers})
+        case = _with_elements(update, str(update["case"]))
+        yield (
+            f"**{case}:** an update takes {_median_ms(update['seconds'][OURS])} ms ({times or 'no other runs'}), and a "
+            f"rank keeps {mib(update['held_bytes'][OURS])} MiB of averages"
+            + (f" (the others: {' or '.join(kept)})." if kept else ".")
+        )
+        if failing := [SHORT_NAMES[name] for name in update["failures"]]:
+            yield f"Under {update['case'].layout} {', '.join(failing)} fail: see *What fails, and how*."
+    for steps in results["steps"]:
+        if steps["parallel"] == "fsdp2":
+            share = f"{steps['shares'][OURS]:.1%}"
+            yield f"**A step of launch/train.py, {_layout(steps)}:** {share} of it is `update()`, on a tiny model."
 
 
 def _targets(results: Results, *, on_gpu: bool) -> Iterator[Target]:
@@ -138,7 +162,7 @@ def _cpu_targets(results: Results) -> Iterator[Target]:
 
 def _tables(results: Results) -> list[Table]:
     updates = results["updates"]
-    other_tracks = [it for it in results["tracks"] if all(it is not update for update in updates)]
+    other_tracks = [it for it in results["tracks"] if it not in updates]
     return [
         Table(
             "Time of an update, in times that of a copy of as many bytes",

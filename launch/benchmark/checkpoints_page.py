@@ -1,5 +1,6 @@
 """The page on checkpoints: which cases are measured, which targets are to be reached, and the tables."""
 
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from launch.benchmark.page import (
     Environment,
     MethodColumn,
     Page,
+    Picture,
     Table,
     Target,
     comparison,
@@ -19,13 +21,17 @@ from launch.benchmark.page import (
     mib,
     target_table,
 )
+from launch.benchmark.picture import bars, finish
 from launch.benchmark.run import Run
+from launch.pictures.canvas import Canvas
+from launch.pictures.charts import bar_chart
 
 SAVE_LAYOUTS: list[tuple[Parallel, int]] = [("plain", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)]
 RESHARD_SOURCE: tuple[Parallel, int] = ("fsdp2", 2)
 RESHARD_TARGETS: list[tuple[Parallel, int]] = [("fsdp2", 1), ("fsdp2", 4), ("ddp", 2)]
 LARGE_TRANSFORMER = Transformer(blocks=76)
 """2.15 GiB, to be gathered in the memory of a few hundred MiB."""
+OURS = ("checkpoint.", "ema-dist ")
 LIMITS = {"save": (SAVE, 1.1), "load": (LOAD, 1.1), "export": (EXPORT, 1.5)}
 
 
@@ -58,7 +64,6 @@ def checkpoints_page(environment: Environment, not_measured: list[str], costs: l
         notes=[f"Files on {files_on}."],
         targets=targets,
         tables=[
-            target_table(targets),
             _table("Saving the model and its averages", costs, lambda it: it["what"] == "save"),
             _table("Loading them", costs, lambda it: it["what"] == "load" and it["case"] == it["saved"]),
             _table(
@@ -70,8 +75,38 @@ def checkpoints_page(environment: Environment, not_measured: list[str], costs: l
             _table(
                 "Exporting the averages out of a checkpoint, in one process", costs, lambda it: it["what"] == "export"
             ),
+            target_table(targets),
         ],
+        picture=_picture(costs, environment),
+        summary=[*_summary(costs)],
     )
+
+
+def _summary(costs: list[Record]) -> Iterator[str]:
+    """How long, and beside whom, for the layout that is resharded, too."""
+    for it in costs:
+        if it["what"] in LIMITS and it["what"] != "export" and not it["cold"] and _is_source(it):
+            seconds = {name: statistics.median(samples) for name, samples in it["seconds"].items()}
+            times = "; ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+            yield f"**To {it['what']} {it['total_bytes'] / MIB:.0f} MiB, {it['case'].layout}:** {times}."
+
+
+def _is_source(it: Record) -> bool:
+    """Whether it was saved and loaded as the checkpoint that other layouts load."""
+    return it["case"] == it["saved"] and (it["case"].parallel, it["case"].ranks) == RESHARD_SOURCE
+
+
+def _picture(costs: list[Record], environment: Environment) -> Picture:
+    """Seconds to save and to load by each tool, for the layout that is resharded, too."""
+    canvas = Canvas(680, 0, "Seconds to save and to load a model and its averages, by each tool")
+    top = 12.0
+    for what in ("save", "load"):
+        for it in costs:
+            if it["what"] == what and _is_source(it):
+                seconds = {name: statistics.median(samples) for name, samples in it["seconds"].items()}
+                title = f"To {what}, {_case(it)}, {it['total_bytes'] / MIB:.0f} MiB: seconds"
+                top = 14 + bar_chart(canvas, top, title, bars(seconds, "{:.2f}".format, OURS), label_width=376)
+    return Picture("checkpoints.svg", finish(canvas, top, environment))
 
 
 def _targets(costs: list[Record]) -> Iterator[Target]:

@@ -6,7 +6,7 @@ they take turns. Times are the slowest rank's, bytes the largest one's.
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -26,17 +26,15 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from ema_dist.composer import EMA
 from launch.benchmark.cases import Case, Parallel, Transformer, local, nbytes, scale_weights
+from launch.benchmark.composer_page import LIMITS, OURS, THEIRS, composer_page
 from launch.benchmark.measure import Record, Turns, highest_by_key, times_reference
-from launch.benchmark.page import Environment, Page, Table, Target, comparison, entry, mib, ms, target_table
+from launch.benchmark.page import Environment, Page
 from launch.benchmark.run import Run
 from launch.recipe.model import Block
 
-OURS, THEIRS = "ema_dist.composer.EMA", "composer.algorithms.EMA"
 BATCHES, SAMPLES, TOKENS = 3, 2, 8
 FSDP1 = {"sharding_strategy": "FULL_SHARD", "mixed_precision": "PURE", "state_dict_type": "sharded"}
 PARALLELISM_CONFIGS: dict[Parallel, Any] = {"ddp": None, "fsdp1": {"fsdp": FSDP1}}
-LIMITS: dict[Parallel, float] = {"ddp": 0.4, "fsdp1": 0.1}
-"""Of the time of our update over that of Composer's own."""
 
 
 class ComposerEMA(composer.algorithms.EMA):
@@ -79,47 +77,6 @@ def measure_composer(run: Run) -> Page:
     environment = Environment.here(run.device_type)
     costs = [it for parallel in LIMITS for it in run.measure(trainer_costs, Case(parallel, 2, shape))]
     return composer_page(environment, run.not_measured, costs, composer_version=version("mosaicml"))
-
-
-def composer_page(
-    environment: Environment, not_measured: list[str], costs: list[Record], *, composer_version: str
-) -> Page:
-    targets = [*_targets(costs)]
-    return Page(
-        environment,
-        not_measured,
-        {"composer": composer_version, "costs": costs},
-        notes=[f"Composer (mosaicml) {composer_version}."],
-        targets=targets,
-        tables=[
-            target_table(targets),
-            Table.by_method(
-                "Update at BATCH_END: slowest rank of each round",
-                costs,
-                {
-                    "case": lambda it, _: it["case"].layout,
-                    "elements": lambda it, _: f"{it['elements'] / 1e6:.1f}M",
-                    "by": lambda _, name: name,
-                    **comparison("ms", ms, digits=3),
-                    "collectives": entry("collectives", str),
-                },
-                once=("case", "elements"),
-                words=3,
-            ),
-            Table.by_method(
-                "Memory of one rank: averages, and what an update takes beyond them",
-                costs,
-                {
-                    "case": lambda it, _: it["case"].layout,
-                    "by": lambda _, name: name,
-                    "averages MiB": entry("held_bytes", mib),
-                    "extra MiB": entry("extra_bytes", mib),
-                    "together MiB": lambda it, name: mib(_together(it, name)),
-                    "times the first": lambda it, name: f"{_together(it, name) / _together(it, THEIRS):.2f}",
-                },
-            ),
-        ],
-    )
 
 
 def trainer_costs(device: torch.device, *, case: Case, repeats: int) -> list[Record]:
@@ -227,14 +184,3 @@ def _assert_averages_close(full: Mapping[str, Tensor], theirs: Mapping[str, Tens
         torch.testing.assert_close(
             {name.removeprefix(prefix): average for name, average in by_name.items()}, dict(full), rtol=1e-4, atol=1e-6
         )
-
-
-def _targets(costs: list[Record]) -> Iterator[Target]:
-    for it in costs:
-        layout, limit = it["case"].layout, LIMITS[it["case"].parallel]
-        yield Target(f"{layout}: update over {THEIRS}", limit, it["times_reference"][OURS], "x")
-        yield Target(f"{layout}: collectives in an update", 0, it["collectives"][OURS], "calls")
-
-
-def _together(it: Record, name: str) -> int:
-    return it["held_bytes"][name] + it["extra_bytes"][name]

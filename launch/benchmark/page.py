@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import rich.box
 import rich.table
 import torch
-from matplotlib.figure import Figure
 
 from launch.benchmark.measure import Record, round_ratios
+from launch.pictures.canvas import Canvas
 
 MIB = 2**20
 RecordColumn = Callable[[Record], str]
@@ -130,11 +130,10 @@ class Table:
 
 
 class Picture(NamedTuple):
-    """A figure, its file and what it shows."""
+    """A drawing and its file."""
 
     name: str
-    description: str
-    figure: Figure
+    canvas: Canvas
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,7 @@ class Page:
         not_measured: cases that were left out.
         data: goes to the JSON beside these and the targets.
         notes: sentences on how this was measured.
+        summary: what a reader wants to know, in Markdown; stands before everything else.
     """
 
     environment: Environment
@@ -154,6 +154,7 @@ class Page:
     targets: list[Target]
     tables: list[Table]
     picture: Picture | None = None
+    summary: Sequence[str] = ()
 
     def as_json(self) -> str:
         targets = [asdict(target) | {"reached": target.reached} for target in self.targets]
@@ -162,9 +163,11 @@ class Page:
 
     def as_markdown(self) -> str:
         where = self.environment
-        lines = [f"## Measured on {where.date}", f"`{where.command}`", f"{where}.", *self.notes]
+        lines = [f"## Measured on {where.date}"]
+        lines += ["\n".join(f"- {sentence}" for sentence in self.summary)] if self.summary else []
+        lines += [f"![{self.picture.canvas.description}]({self.picture.name})"] if self.picture else []
+        lines += [f"`{where.command}`", f"{where}.", *self.notes]
         lines += [f"Not measured: {what}." for what in self.not_measured]
-        lines += [f"![{self.picture.description}]({self.picture.name})"] if self.picture else []
         return "\n\n".join([*lines, *(table.as_markdown() for table in self.tables)]) + "\n"
 
     def write(self, folder: Path, *, data: str, page: str, program: str) -> None:
@@ -175,7 +178,7 @@ class Page:
         introduction = path.read_text().partition(marker)[0] if path.exists() else ""
         path.write_text(f"{introduction}{marker}\n\n" + self.as_markdown())
         if self.picture:
-            self.picture.figure.savefig(folder / self.picture.name)
+            (folder / self.picture.name).write_text(self.picture.canvas.as_svg())
 
 
 def target_table(targets: Iterable[Target]) -> Table:
@@ -186,7 +189,7 @@ def target_table(targets: Iterable[Target]) -> Table:
             measured = f"{target.show(target.measured)} {target.unit}"
             verdict = "reached" if target.reached else "MISSED"
         rows.append([target.what, f"{target.show(target.limit)} {target.unit}", measured, verdict])
-    return Table("Targets", ["", "to reach: at most", "measured", ""], rows)
+    return Table("Targets of this project, for maintainers", ["", "to reach: at most", "measured", ""], rows)
 
 
 def entry(key: str, show: Callable[[Any], str]) -> MethodColumn:

@@ -1,42 +1,72 @@
-"""A figure of the times of updates, and the names of methods in it."""
+"""Pictures of times and memory, with a bar for each method, and the names of methods in them."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 
-from matplotlib.figure import Figure
-
-from launch.benchmark.averaging_methods import FOREACH, OURS, OURS_AUTO, OURS_COPY, SHORT_NAMES
+from launch.benchmark.averaging_methods import OURS
 from launch.benchmark.cases import Transformer
 from launch.benchmark.measure import Record
-from launch.benchmark.page import Environment, Picture
+from launch.benchmark.page import MIB, Environment, Picture, ms
 from launch.benchmark.updates import COPY, NOT_INSTALLED
+from launch.pictures.canvas import Canvas
+from launch.pictures.charts import Bar, bar_chart
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-PEER_COLOR, LIMIT_COLOR = "#d3a07f", "#b0572c"
-COLORS = {OURS: "#1f5fa8", OURS_AUTO: "#1f5fa8", OURS_COPY: "#1f5fa8", FOREACH: "#7a7a7a"}
-COLUMNS = 2
+LABEL_WIDTH = 276
 
 
-def update_picture(updates: Sequence[Record], tracks: Sequence[Record], environment: Environment) -> Picture:
-    """The large cases, small tensors, and four tracks."""
-    chosen = [it for it in updates if isinstance(it["case"].shape, Transformer) or it is updates[0]]
-    chosen += [it for it in tracks if it["tracks"] == 4]
-    rows = -(-len(chosen) // COLUMNS)
-    figure = Figure(figsize=(12, 0.6 + 2.7 * rows), dpi=130, layout="constrained")
-    grid = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
-    for axes, update in zip(grid, chosen, strict=False):
-        _draw(axes, update)
-    for axes in grid[len(chosen) :]:
-        axes.set_axis_off()
-    figure.suptitle(
-        "Time of an update, in times that of a copy of as many bytes (dashed; shorter is better)\n"
-        f"{environment.gpu or environment.cpu}, {environment.threads} threads, torch {environment.torch}, "
-        f"{environment.date}",
-        fontsize=11,
-    )
-    return Picture("results.png", "Time of an update by each way, in each case", figure)
+def averages_picture(updates: Sequence[Record], swaps: Sequence[Record], environment: Environment) -> Picture:
+    """The large model under DDP and FSDP2: times of an update, memory, and times of a swap."""
+    canvas = Canvas(680, 0, "Time and memory of an update by each way to average, under DDP and FSDP2")
+    top = 12.0
+    for parallel in ("ddp", "fsdp2"):
+        update = large_update(updates, parallel)
+        if update is None:
+            continue
+        name = f"{update['case'].layout}, {update['elements'] / 1e6:.1f}M parameters"
+        seconds = {
+            method: statistics.median(samples) for method, samples in update["seconds"].items() if method != COPY
+        }
+        memory = {method: held + update["extra_bytes"][method] for method, held in update["held_bytes"].items()}
+        fails = [Bar(method, None, ratio_text(update, method)) for method in update["failures"]]
+        title = f"{name}: ms of an update"
+        top = 14 + bar_chart(canvas, top, title, [*bars(seconds, ms, (OURS,)), *fails], label_width=LABEL_WIDTH)
+        title = f"{name}: MiB kept, and added by an update"
+        top = 14 + bar_chart(canvas, top, title, bars(memory, whole_mib, (OURS,)), label_width=LABEL_WIDTH)
+    for swap in swaps:
+        if swap["case"].parallel == "ddp" and isinstance(swap["case"].shape, Transformer):
+            memory = {name: held + swap["extra_bytes"][name] for name, held in swap["held_bytes"].items()}
+            title = f"{swap['case'].layout}: MiB to evaluate with the averages"
+            top = 14 + bar_chart(canvas, top, title, bars(memory, whole_mib, (OURS,)), label_width=LABEL_WIDTH)
+    return Picture("results.svg", finish(canvas, top, environment))
+
+
+def bars(values: Mapping[str, float], show: Callable[[float], str], ours: tuple[str, ...]) -> list[Bar]:
+    """From the shortest to the longest; names that begin as one of `ours` have our color."""
+    return [
+        Bar(name, value, show(value), "average" if name.startswith(ours) else "muted")
+        for name, value in sorted(values.items(), key=lambda item: item[1])
+    ]
+
+
+def whole_mib(size: float) -> str:
+    return f"{size / MIB:.0f}"
+
+
+def finish(canvas: Canvas, top: float, environment: Environment) -> Canvas:
+    """The canvas, cut below the last chart, with a line on where that was measured."""
+    where = environment.gpu or f"{environment.cpu}, {environment.threads} threads"
+    canvas.text(16, top + 16, f"{where}, torch {environment.torch}, {environment.date}", color="muted")
+    canvas.height = int(top + 36)
+    return canvas
+
+
+def large_update(updates: Sequence[Record], parallel: str) -> Record | None:
+    """The update of the large model in float32 under a layout."""
+    for update in updates:
+        case = update["case"]
+        if (case.parallel, case.live) == (parallel, "float32") and isinstance(case.shape, Transformer):
+            return update
+    return None
 
 
 def update_case(update: Record) -> str:
@@ -50,20 +80,3 @@ def ratio_text(update: Record, name: str) -> str:
     if name in update["failures"]:
         return "missing" if update["failures"][name].startswith(NOT_INSTALLED) else "fails"
     return ""
-
-
-def _draw(axes: "Axes", update: Record) -> None:
-    ratios = {name: ratio for name, ratio in update["times_reference"].items() if name != COPY}
-    names = sorted(ratios, key=lambda name: ratios[name]) + list(update["failures"])
-    colors = [COLORS.get(name, PEER_COLOR) for name in names]
-    bars = axes.barh([SHORT_NAMES[name] for name in names], [ratios.get(name, 0.0) for name in names], color=colors)
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-    labels = axes.bar_label(bars, [ratio_text(update, name) for name in names], padding=3)
-    for name, label in zip(names, labels, strict=True):
-        label.set(fontsize=8, bbox=box, color="black" if name in ratios else LIMIT_COLOR)
-    axes.axvline(1, color=LIMIT_COLOR, linestyle="--", linewidth=1)
-    axes.set_xlim(0, 1.1 * max([1.0, *ratios.values()]))
-    axes.invert_yaxis()
-    axes.tick_params(labelsize=8)
-    axes.set_title(update_case(update), fontsize=9, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)

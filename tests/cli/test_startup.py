@@ -78,5 +78,5 @@ def test_the_completion_script_is_that_of_the_installed_command() -> None:
 def test_without_the_extra_it_says_what_to_install(name: str) -> None:
     result = run_python(RUN_WITHOUT_A_PACKAGE, name, "--help")
     assert result.returncode == 1
-    assert re.search(rf'\b{name}\b.*pip install "ema-dist\[cli\]"', result.stderr)
+    assert re.search(rf"\b{name}\b.*pip install {name}", result.stderr)
     assert "Traceback" not in result.stderr

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from launch.benchmark import __main__ as benchmark
 from launch.benchmark.averaging_methods import (
     AVERAGED_MODEL,
     COMPOSER,
@@ -189,8 +190,8 @@ def test_gpu_targets_are_not_measured_without_a_gpu(folder: Path, results: dict[
 
 
 def test_the_page_contains_the_figure(folder: Path) -> None:
-    assert "](results.png)" in (folder / "index.md").read_text()
-    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert "](results.svg)" in (folder / "index.md").read_text()
+    assert (folder / "results.svg").read_text().startswith("<svg ")
 
 
 @pytest.mark.parametrize("live", ["float32", "bfloat16"])
@@ -277,6 +278,17 @@ def test_targets_of_checkpoints_are_times_of_the_plain_tool_and_memory(checkpoin
     assert sorted(times) == [1.1] * 15 + [1.5] * 2
     assert len(memory) == 2 * (4 + 2 + 1)
     assert all(target["limit"] > 0 for target in memory)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_written_again_from_its_json(folder: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stem, text = ("results", folder / "index.md") if page == "averages" else ("checkpoints", folder / "checkpoints.md")
+    files = [text, folder / f"{stem}.json", folder / f"{stem}.svg"]
+    before = [file.read_text() for file in files]
+    text.write_text(f"{INTRODUCTION}old results\n")
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--rewrite", "--only", page, "--output-dir", str(folder)])
+    benchmark.main()
+    assert [file.read_text() for file in files] == before
 
 
 def test_pages_not_selected_are_left_unchanged(folder: Path) -> None:
