@@ -16,6 +16,7 @@ from tests.support.layouts import YOUNG_AVERAGES
 pytestmark = YOUNG_AVERAGES
 
 
+@pytest.mark.filterwarnings("ignore:decay=:UserWarning")
 @pytest.mark.parametrize(
     ("decay", "expected"), [(HalfLife(0), 8.0), (HalfLife(math.inf), 0.0), (0.0, 8.0), (1.0, 0.0), (HalfLife(1), 6.0)]
 )
