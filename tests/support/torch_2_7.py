@@ -20,7 +20,7 @@ IS_BEFORE_TORCH_2_7 = VERSION < (2, 7)
 IS_BEFORE_TORCH_2_8 = VERSION < (2, 8)
 
 WARNINGS = (
-    *(["ignore:TypedStorage is deprecated:UserWarning"] if IS_BEFORE_TORCH_2_8 else ()),  # of DCP, about its own code
+    *(["ignore:TypedStorage is deprecated:UserWarning"] if VERSION < (2, 13) else ()),  # of DCP, about its own code
     *(
         [
             "ignore:DTensor random operators may not have complete support:UserWarning",
