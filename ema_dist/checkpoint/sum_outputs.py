@@ -87,6 +87,7 @@ class FilesOutput(SumOutput):
         try:
             for name, value in entries:
                 self._files.add(name, value)
+                del value  # as in `WeightedSum.entries`
             assert not self._files.missing(self._share), "entries has all of `names`"
             self._files.wait()
         finally:

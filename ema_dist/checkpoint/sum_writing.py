@@ -75,6 +75,7 @@ def write_weighted_sum(
             if isinstance(value, Tensor):
                 checksums[name] = tensor_checksum(value.contiguous())
             yield name, value
+            del value  # as in `WeightedSum.entries`
 
     with _new_folder(folder, group) as partial:
         run_on_all_ranks(lambda: output.write(partial, entries()), group)

@@ -117,6 +117,7 @@ class WeightedSum:
                 # The copies first: what is yielded belongs to the caller, who may free it.
                 yield from ((other, result.clone()) for other, first in shared.items() if first == name)
                 yield name, result
+                del result, total  # else they would be alive while the next batch is added
 
     def _add_batch(
         self,

@@ -134,7 +134,7 @@ def _cpu_targets(results: Results) -> Iterator[Target]:
             yield Target(f"{what} a cast and foreach", 0.6, over_foreach, "x")
         is_small, is_narrow = isinstance(update["case"].shape, SmallTensors), update["case"].live != "float32"
         if update["case"].parallel != "ddp" and (is_small or is_narrow):
-            over_copy = _over(update, COPY, OURS_AUTO)
+            over_copy = _over(update, COPY, OURS_AUTO) if OURS_AUTO in update["seconds"] else None
             yield Target(
                 f'{update_case(update)}: kernel="auto" over a {COPY}', 1.4 if is_small else 0.9, over_copy, "x"
             )
