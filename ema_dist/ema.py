@@ -296,5 +296,5 @@ class ShardedEMA(StateMethods):
             f"serving_mode={self.serving_mode}{f', {self._tracks.store}' if self._tracks.store else ''})"
         )
 
-    moves_by = _renamed("moves_by", "update_kernel")
-    serves_by = _renamed("serves_by", "serving_mode")
+    moves_by: property = _renamed("moves_by", "update_kernel")
+    serves_by: property = _renamed("serves_by", "serving_mode")

@@ -24,7 +24,7 @@ class SendingDevices:
     def __init__(self, group: ProcessGroup, layout: Layout) -> None:
         self._group = group
         self._preferred = [*dict.fromkeys(shard.communication_device for shard in layout.shards)]
-        self.for_host_values = self.for_tensor(torch.device("cpu"))
+        self.for_host_values: torch.device = self.for_tensor(torch.device("cpu"))
         """For pickled objects, and for tensors that are on the CPU: the CPU wherever the group can send from it."""
 
     def for_tensor(self, *preferred: torch.device) -> torch.device:

@@ -34,7 +34,7 @@ class InitialWeights:
     def __init__(self, clock: Clock, live: LiveModel) -> None:
         self._clock = clock
         self._is_first = live.is_first
-        self.writes = LiveWrites(live)
+        self.writes: LiveWrites = LiveWrites(live)
         self._hook: OptimizerHook | None = None
         self._warned: set[tuple[str, ...]] = set()
         self.begin(are_loaded=False)

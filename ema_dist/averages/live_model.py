@@ -51,17 +51,17 @@ class LiveModel:
         self._failure = ""
         self.layout = Layout(model, replicas)
         self.layout.require_writable()
-        self.ranks = self.layout.ranks
+        self.ranks: list[int] = self.layout.ranks
         """The global ranks that hold the model together, in order; empty when this rank holds it alone."""
         self._later_ddp = None if self.ranks else LaterDDP(model)
-        self.history = CallHistory()
+        self.history: CallHistory = CallHistory()
         """The calls that have changed the averages; ranks compare theirs at every rendezvous."""
         self.selected: list[str] = []
         """The names of the parameters to average; see `select_parameters`."""
         self._unselected: list[str] = []
-        self.has_split_averages = any(shard.is_split for shard in self.layout.shards)
+        self.has_split_averages: bool = any(shard.is_split for shard in self.layout.shards)
         """Whether replicas split averages among themselves."""
-        self.has_sharded_averages = any(
+        self.has_sharded_averages: bool = any(
             shard.gather_ranks or shard.averaged_part.gather_ranks for shard in self.layout.shards
         )
         """Whether several ranks hold parts of the averages."""
@@ -209,7 +209,7 @@ class LiveModel:
                 # A layout of the same memory stays, so that averages and servings need not be bound again.
                 if not (is_current and self.layout.is_same_reading(layout)):
                     layout.require_writable()
-                    self.layout = layout
+                    self.layout: Layout = layout
             if newly_selected := [name for name in self._unselected if self._is_selected(name)]:
                 return ValueError(
                     f"parameters {abbreviated(newly_selected)} became trainable after ShardedEMA(model) and have no "

@@ -32,7 +32,7 @@ class OptimizerHook:
         before_steps: Callable[[], None] | None = None,
     ) -> None:
         self._update = update
-        self.optimizer_name = type(optimizer).__name__
+        self.optimizer_name: str = type(optimizer).__name__
         self.has_run = False
         """Whether the optimizer has taken a step that was meant to train."""
         self._handles = [optimizer.register_step_post_hook(self._after_step)]
@@ -51,14 +51,14 @@ class OptimizerHook:
             handle.remove()
         if self._before_steps:
             self._before_steps()
-        self.is_active = False
+        self.is_active: bool = False
 
     # Else torch.compile(optimizer.step) would compile updates: counters as constants, and on a GPU streams and events.
     @untraced
     def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_inner_step = len(self._step_codes) > 1 and _is_inside_step(optimizer, self._step_codes)
         if not (is_inner_step or _is_dummy_step(optimizer, kwargs)):
-            self.has_run = True
+            self.has_run: bool = True
             # GradScaler sets this attribute during the step of a (fused) optimizer that skips on the device.
             self._update(getattr(optimizer, "found_inf", None))
 

@@ -35,11 +35,11 @@ class Track:
         device: torch.device | None = None,
     ) -> None:
         parts = {name: layout.parameters[name].averaged_part for name in names}
-        self.parameters = {
+        self.parameters: dict[str, Tensor] = {
             name: averaged_part.empty_local(precision.storage_dtype(averaged_part.local.dtype), device)
             for name, averaged_part in parts.items()
         }
-        self.buffers = {
+        self.buffers: dict[str, Tensor] = {
             name: shard.empty_local(
                 precision.buffer_precision.storage_dtype(shard.local.dtype) if name in averaged_buffers else None,
                 device,
@@ -48,7 +48,7 @@ class Track:
         }
         tensors = self.tensors
         copy_pairs((tensors[name], shard.local) for name, shard in (parts | layout.buffers).items())
-        self.residuals = {
+        self.residuals: dict[str, Tensor] = {
             name: torch.zeros_like(self.parameters[name], dtype=torch.int16)
             for name, averaged_part in parts.items()
             if precision.has_residuals(averaged_part.local.dtype)
@@ -107,7 +107,7 @@ class Track:
 
     def refresh_infinite_names(self) -> None:
         """Find averages with infinities, such as masks, which need the non-finite kernel. Waits for the device."""
-        self.infinite_names = {name for name, average in self.parameters.items() if not _is_finite(average)}
+        self.infinite_names: set[str] = {name for name, average in self.parameters.items() if not _is_finite(average)}
 
 
 class _Recombined(Mapping[str, Tensor]):

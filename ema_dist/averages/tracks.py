@@ -74,14 +74,14 @@ class Tracks(Mapping[str, Track]):
         self._kernel = kernel
         self._agree = agree
         self.store = store
-        self.streams = SideStreams({shard.local.device for shard in layout.shards})
+        self.streams: SideStreams = SideStreams({shard.local.device for shard in layout.shards})
         """Streams on which updates may still run; join them before writing to live weights or reading averages."""
         # The allocator must not reuse the memory of dropped averages before the side stream has finished with it.
         finalize(self, self.streams.join).atexit = False  # pyrefly: ignore[missing-attribute]  a documented attribute
         self._make_offload_kernel = (
             partial(OffloadKernel, worker=Worker(), streams=self.streams, store=store) if store else None
         )
-        self.update_calls = 0
+        self.update_calls: int = 0
         """Number of calls of `update_averages`."""
         self._parameter_kernels: list[Kernel] = []
         self._buffer_kernels: list[Kernel] = []

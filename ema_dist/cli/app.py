@@ -30,7 +30,7 @@ from ema_dist.cli.options import (
 )
 from ema_dist.cli.terminal import print_stderr, report_errors
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="ema-dist",
     help="Look into checkpoints of ema_dist and torch.distributed.checkpoint, check, compare and export them. "
     "Nothing that a checkpoint holds is ever run.",

@@ -50,7 +50,7 @@ class CallHistory:
 
     def replace(self, call: str, *arguments: float) -> None:
         """Forget all calls but this one, which has set everything that the earlier ones changed."""
-        self.calls = Calls().after(call, *arguments)
+        self.calls: Calls = Calls().after(call, *arguments)
 
     def compared(self, **counts: float) -> Sequence[Mapping[str, str]]:
         """For `rendezvous`: the number of each call, then other ``counts``, then the order of the calls."""

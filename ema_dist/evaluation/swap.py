@@ -191,7 +191,7 @@ class Swap:
         self.stage = after
 
     def _end(self) -> None:
-        self.stage = SwapStage.DONE
+        self.stage: SwapStage = SwapStage.DONE
         _active_swaps.remove(self)
 
     def _was_written(self, name: str, shard: Shard) -> bool:

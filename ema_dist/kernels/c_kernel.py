@@ -41,8 +41,17 @@ COMPILER_FLAGS = (
     "-shared",
     "-fPIC",
 )
-C_TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "half", torch.bfloat16: "bfloat"}
-ROUNDING_MACROS = {type(None): (), StochasticRounding: ("STOCHASTIC",), CompensatedRounding: ("COMPENSATED",)}
+C_TYPES: dict[torch.dtype, str] = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.float16: "half",
+    torch.bfloat16: "bfloat",
+}
+ROUNDING_MACROS: dict[type, tuple[str, ...]] = {
+    type(None): (),
+    StochasticRounding: ("STOCHASTIC",),
+    CompensatedRounding: ("COMPENSATED",),
+}
 
 
 class CompiledKernel:

@@ -24,7 +24,12 @@ from ema_dist.kernels.triton_kernel import TritonKernel
 
 _log = logging.getLogger(__name__)
 
-KERNELS = {"foreach": ForeachKernel, "scratch": make_scratch_kernel, "compiled": CompiledKernel, "triton": TritonKernel}
+KERNELS: dict[str, Callable[..., Kernel]] = {
+    "foreach": ForeachKernel,
+    "scratch": make_scratch_kernel,
+    "compiled": CompiledKernel,
+    "triton": TritonKernel,
+}
 """Kernels by the names that users pass and summaries show."""
 
 AUTO = "auto"

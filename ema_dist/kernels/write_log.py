@@ -51,5 +51,5 @@ class WriteLog:
             self.is_uncertain = True
             function()
             self._results.append(None)
-            self.is_uncertain = False
+            self.is_uncertain: bool = False
         self._position = position + 1

@@ -76,10 +76,10 @@ class Clock:
 
     def __init__(self, schedules: Mapping[str, Schedule], *, start: float, interval: int) -> None:
         self.schedules = schedules
-        self.start = checked_number("start", start, "a time, 0 or later, in the unit of the clock")
+        self.start: float = checked_number("start", start, "a time, 0 or later, in the unit of the clock")
         checked_number("update_interval", interval, "a number of optimizer steps, 1 or more", lowest=1)
         try:
-            self.interval = operator.index(interval)  # NumPy's integers, too
+            self.interval: int = operator.index(interval)  # NumPy's integers, too
         except TypeError:
             raise TypeError(f"update_interval must be an integer, got {interval!r}") from None
         self.reset()

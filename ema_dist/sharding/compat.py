@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+F = TypeVar("F", bound=Callable[..., Any])
+
+all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Concatenates the tensors of all ranks; the older name of this function warns since torch 2.13."""
 
-untraced = torch._disable_dynamo
-"""Decorates a function: ``torch.compile`` calls it as it is, and traces neither it nor what it calls.
 
-The public ``torch.compiler.disable`` would load the compiler, which takes seconds, when it decorates; this does when
-the function is first called. Constructing an optimizer has loaded it before that.
-"""
+def untraced(function: F) -> F:
+    """Decorates a function: ``torch.compile`` calls it as it is, and traces neither it nor what it calls.
+
+    The public ``torch.compiler.disable`` would load the compiler when it decorates, which takes seconds. This one loads
+    it when the function is first called; constructing an optimizer has loaded it before that.
+    """
+    return cast("F", torch._disable_dynamo(function))
 
 
 def world_store() -> Store:

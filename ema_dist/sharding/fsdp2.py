@@ -46,7 +46,7 @@ class FSDP2Units:
         self.missing_attributes = _missing_attributes(self.states, self.groups, fsdp_params)
         """Private attributes that this version of torch lacks."""
         if self._modules and not self.states:
-            self.missing_attributes = ["_get_fsdp_state"]
+            self.missing_attributes: list[str] = ["_get_fsdp_state"]
         self._is_initialized = False
         self.fsdp_param_by_id: dict[int, FSDPParam] = (
             {} if self.missing_attributes else {id(fsdp_param.sharded_param): fsdp_param for fsdp_param in fsdp_params}

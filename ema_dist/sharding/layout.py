@@ -37,7 +37,7 @@ class Layout:
         self.model = model
         self._replicas: ReplicaPolicy = replicas
         replace_inference_buffers(model)
-        self.fsdp2_units = FSDP2Units(model)
+        self.fsdp2_units: FSDP2Units = FSDP2Units(model)
         """The parts of the model that FSDP2 shards."""
         # Found once: finding them again at each update would visit all modules.
         self._flat_handles = [handle for _, handle in fsdp1.handles(model)]
@@ -48,7 +48,8 @@ class Layout:
         self.buffers: dict[str, Shard] = {}
         self.registry_entries: dict[str, list[RegistryEntry]] = {}
         """The registry entries that hold each tensor, by its first name; none for tensors that FSDP1 has flattened."""
-        tensors, self.extra_states = find_tensors(model, replicas, self.fsdp2_units)
+        tensors, extra_states = find_tensors(model, replicas, self.fsdp2_units)
+        self.extra_states: dict[str, nn.Module] = extra_states
         for tensor in tensors:
             shard = tensor.make_shard(self.fsdp2_units)
             if shard.local.is_meta:

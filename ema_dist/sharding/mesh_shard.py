@@ -49,7 +49,7 @@ class MeshShard(Shard):
     ) -> None:
         super().__init__(names, local, owner, replica_group=replica_group)
         self.mesh = mesh
-        self.placements = tuple(placements)
+        self.placements: tuple[Placement, ...] = tuple(placements)
         self._shape = shape
         self.stride = stride
 

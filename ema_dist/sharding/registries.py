@@ -50,7 +50,7 @@ class RegistrySubstitution:
 
     def __init__(self, substitutes: Iterable[Substitute], modules: Iterable[nn.Module]) -> None:
         self._substitutes = list(substitutes)
-        self.live = {id(substitute.tensor): substitute.live for substitute in self._substitutes}
+        self.live: dict[int, Tensor] = {id(substitute.tensor): substitute.live for substitute in self._substitutes}
         """The live tensors by the ids of their substitutes."""
         self._by_registry: dict[int, list[Substitute]] = {}
         """The substitutes by the ids of their registries: copies of a module may share one."""

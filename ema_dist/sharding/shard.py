@@ -35,14 +35,14 @@ class Shard(ABC):
         self.names = names
         self.local = local
         self.owner = owner
-        self.owner_name = names[0]
+        self.owner_name: str = names[0]
         """The first name under which modules hold `owner`."""
         self.other_owners: dict[str, Tensor] = {}
         """The other objects that share all memory of the owner (``assign=True``, ``.data =``), by their first names."""
         self.replica_group = replica_group
         self.averaged_part: Shard = self
         """The part of ``local`` that this rank averages: all of it, or its share of the rows if replicas split it."""
-        self.padded_numel = local.numel()
+        self.padded_numel: int = local.numel()
         """Elements, including padding, of a tensor that the wrapper can gather in place of ``local``."""
         self.owner_offset: int | None = None
         """The offset of ``local`` in an owner that holds the elements of several tensors (a flat parameter)."""
