@@ -89,7 +89,7 @@ def make_state(
 def load_state(
     state: Mapping[str, Any], clock: Clock, layout: Layout, tracks: Tracks, *, empty_hint: str, warns: bool
 ) -> None:
-    """Load a state; the laws of ``clock`` stay.
+    """Load a state; the laws of ``clock`` are kept.
 
     Args:
         empty_hint: ends the error for an empty state.
@@ -104,7 +104,7 @@ def load_state(
         saved = {name: (entry["averages"], entry["buffers"]) for name, entry in state["tracks"].items()}
         decays = {name: (entry["decay"]["kind"], entry["decay"]["value"]) for name, entry in state["tracks"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"expected a state of ShardedEMA, a part of it is missing: {error}") from None
+        raise ValueError(f"expected a state of ShardedEMA, but a part of it is missing or invalid: {error}") from None
     if version != STATE_FORMAT:
         raise ValueError(f"expected a state of ShardedEMA with format {STATE_FORMAT}, got format {version!r}")
     if saved.keys() != tracks.keys():
@@ -118,19 +118,21 @@ def load_state(
         loaded.append((tracks[track], values))
     if warns and (changed := describe_changed_laws(records, clock.schedules)):
         warnings.warn(
-            f"the averages were taken by another law, and go on by the one of this ShardedEMA: {changed}", stacklevel=6
+            "this state was saved with a different schedule; training continues with the one given to ShardedEMA: "
+            f"{changed}",
+            stacklevel=6,
         )
     for target, values in loaded:
         for name, value in values.items():
             target.write(name, value)
-    clock.set(reading)
+    clock.restore(reading)
     tracks.bind_loaded(layout)
 
 
 def _local_tensors(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's local tensors of ``saved``."""
     if different := describe_difference("the model", shards.keys(), "the state", saved.keys()):
-        raise ValueError(f"these {kind} belong to another model: {different}")
+        raise ValueError(f"these {kind} do not match this model: {different}")
     values: dict[str, Tensor] = {}
     mismatches: list[str] = []
     for name, shard in shards.items():

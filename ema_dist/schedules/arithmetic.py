@@ -1,7 +1,7 @@
 """Arithmetic on numbers and 0-d tensors alike.
 
-Python's ``min``, ``math.cos`` or ``if`` of a tensor would wait for its device. Operators (``+``, ``/``, ``**``) work
-for both as they are, and keep the float64 of a tensor beside a number.
+Python's ``min``, ``math.cos`` and ``if`` wait for the device when given a tensor. Operators (``+``, ``/``, ``**``) do
+not, and keep float64. On MPS, which has no float64, tensors are float32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Number: TypeAlias = float | Tensor
-"""A Python number, or a 0-d float64 tensor that only its device knows."""
+"""A Python number, or a 0-d tensor of `widest_float` whose value only its device knows."""
 
 Truth: TypeAlias = bool | Tensor
 """A Python boolean, or a 0-d boolean tensor."""
@@ -44,21 +44,26 @@ def power_of_two(exponent: Number) -> Number:
     return exponent.exp2() if isinstance(exponent, Tensor) else 2.0**exponent
 
 
-def as_number(count: Number) -> Number:
-    """A count as laws take it: integer tensors become float64, because a division would give the default dtype."""
-    return count.double() if isinstance(count, Tensor) else count
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on MPS, which does not support float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def as_float64(count: Number) -> Number:
+    """Converts an integer tensor to float64; its quotient would have the default dtype, which may be bfloat16."""
+    return count.to(widest_float(count.device)) if isinstance(count, Tensor) else count
 
 
 def where(condition: Truth, if_true: Number, if_false: Number) -> Number:
     """``if_true`` or ``if_false``; a NaN or infinity in the other one has no effect."""
     if not isinstance(condition, Tensor):
         return if_true if condition else if_false
-    # Not torch.where of a number: it copies the number to the device and waits for that; and of two numbers it makes a
-    # tensor of the default dtype, which may be bfloat16.
+    # torch.where with a Python number copies the number to the device, which waits. With two numbers it returns the
+    # default dtype, which may be bfloat16.
     if not isinstance(if_true, Tensor):
         if isinstance(if_false, Tensor):
             return if_false.masked_fill(condition, if_true)
-        dtype = torch.float64 if isinstance(if_true, float) else torch.int64
+        dtype = widest_float(condition.device) if isinstance(if_true, float) else torch.int64
         if_true = torch.full_like(condition, if_true, dtype=dtype)
     if not isinstance(if_false, Tensor):
         return if_true.masked_fill(condition.logical_not(), if_false)

@@ -1,9 +1,8 @@
 """The ``decay`` argument of users, and the ``decay`` entry of each track in a state.
 
-The entry is ``{"kind": str, "value": ...}``, the name of the law and one value that is not a tensor. Until the first
-laws other than `HalfLife` and a number, the value was the number of these two. It now is a JSON text with the fields of
-the law and what the clock shows, so that the names of stored values remain those of format 1: plain ``dcp.load``
-requests values by name.
+The entry is ``{"kind": str, "value": str}``: the name of the law, and a JSON text with its fields and the clock.
+Earlier versions stored a number as the value. Both are one non-tensor leaf called ``decay.value``, because plain
+``dcp.load`` requests leaves by name.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ LAWS: dict[str, type[Schedule]] = {
     "exponential_warmup": ExponentialWarmup,
     "cosine": Cosine,
 }
-"""The laws of this package by the kind that states record; a user's own has the name of its class."""
+"""The laws of this package by the kind that states record; the kind of a user-defined law is the name of its class."""
 
 _KINDS = {law: kind for kind, law in LAWS.items()}
 _TIMES = ("steps", "time", "start_step", "start_time", "last_update")
@@ -53,7 +52,9 @@ def as_schedule(decay: Schedule | float) -> Schedule:
 
     Raises: TypeError for anything but a law or a number, ValueError for a number outside [0, 1].
     """
-    if isinstance(decay, Schedule) and callable(decay.decay) and not isinstance(decay, type):
+    if isinstance(decay, type):
+        raise TypeError(f"decay must be a law or a number in [0, 1], got {decay!r}; did you mean {decay.__name__}()?")
+    if isinstance(decay, Schedule) and callable(decay.decay):
         return decay
     return Constant(decay)  # pyrefly: ignore[bad-argument-type]  it checks that this is a number
 
@@ -66,7 +67,9 @@ def as_schedules(decay: Schedule | float | Mapping[str, Schedule | float]) -> di
     if not isinstance(decay, Mapping):
         return {DEFAULT_TRACK: as_schedule(decay)}
     if not decay or not all(isinstance(name, str) and name and "." not in name for name in decay):
-        raise ValueError(f"expected decays by the names of their tracks, texts without dots, got {dict(decay)!r}")
+        raise ValueError(
+            f"decay must map track names (non-empty strings without dots) to schedules or numbers, got {dict(decay)!r}"
+        )
     return {name: as_schedule(value) for name, value in decay.items()}
 
 
@@ -75,9 +78,9 @@ class DecayRecord:
     """The ``decay`` entry of one track.
 
     Args:
-        kind: a key of `LAWS`, or the name of a user's own class.
+        kind: a key of `LAWS`, or the class name of a user-defined law.
         fields: of the law.
-        clock: `Reading` by field, for this track alone; empty in states that recorded no clock.
+        clock: the fields of `Reading` for this track; empty in states that recorded no clock.
     """
 
     kind: str
@@ -93,27 +96,29 @@ class DecayRecord:
     def parse(cls, kind: object, value: object) -> DecayRecord:
         """The record that a state holds.
 
-        Raises: ValueError for a damaged one; a law that is unknown, or whose fields are, is not.
+        Raises: ValueError if it is damaged. An unknown law or unknown fields are accepted here.
         """
         if not isinstance(kind, str):
-            raise ValueError(f"expected the kind of a decay, got {kind!r}")
+            raise ValueError(f"decay.kind must be a string, got {kind!r}")
         if isinstance(value, int | float) and kind in ("half_life", "constant"):
             record = cls(kind, {"value": value}, {})
-            record.law  # noqa: B018  checks the number
+            record.make_law()  # checks the number
             return record
         if not isinstance(value, str):
-            raise ValueError(f"expected the fields of the decay {kind!r}, got {value!r}")
+            raise ValueError(f"decay.value of {kind!r} must be a JSON text or, in old states, a number; got {value!r}")
         try:
             fields, clock = (json.loads(value)[key] for key in ("law", "clock"))
             return cls(kind, dict(fields), _checked_clock(clock))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"expected the fields of the decay {kind!r} and its clock, got {value!r}: {error}"
-            ) from None
+            raise ValueError(f"decay.value of {kind!r} is damaged: {error}; got {value!r}") from None
 
     @property
     def law(self) -> Schedule | None:
-        """The law itself; None for a user's own.
+        """As `make_law`."""
+        return self.make_law()
+
+    def make_law(self) -> Schedule | None:
+        """The law itself; None for a user-defined one.
 
         Raises: ValueError when its fields are unknown or out of range.
         """
@@ -124,10 +129,13 @@ class DecayRecord:
         try:
             return LAWS[self.kind](*positional, **fields)
         except TypeError as error:
-            raise ValueError(f"this version cannot make the decay {self.describe_fields()}: {error}") from None
+            raise ValueError(
+                f"this version of ema_dist cannot construct {self.describe_fields()}: {error}; a newer version may "
+                "have saved it"
+            ) from None
 
     def describe(self) -> str:
-        """The law as a user writes it."""
+        """The call that constructs the law."""
         try:
             law = self.law
         except ValueError:
@@ -135,7 +143,7 @@ class DecayRecord:
         return self.describe_fields() if law is None else repr(law)
 
     def describe_fields(self) -> str:
-        """The fields of the law under its kind."""
+        """As `describe`, from the fields alone: the law need not be known to this version."""
         return describe(LAWS[self.kind].__name__ if self.kind in LAWS else self.kind, self.fields)
 
     def is_same_law(self, other: DecayRecord) -> bool:
@@ -149,8 +157,8 @@ class DecayRecord:
 
 
 def record_decays(clock: Clock) -> dict[str, DecayRecord]:
-    """What a state records, by track. Waits for the device if some steps were counted there."""
-    reading = clock.read()
+    """The records of a state, by track. Waits for the device if some steps were counted there."""
+    reading = clock.read_on_host()
     times = {name: getattr(reading, name) for name in _TIMES}
     records: dict[str, DecayRecord] = {}
     for track, schedule in clock.schedules.items():
@@ -173,18 +181,18 @@ def describe_changed_laws(records: Mapping[str, DecayRecord], schedules: Mapping
 
 
 def read_clock(records: Mapping[str, DecayRecord], *, steps: int, updates: int) -> Reading:
-    """What the clock of a state shows.
+    """The clock saved in a state.
 
-    A state of format 1 without a clock, or whose counts were replaced since: averaging began at time 0, and the last
-    update was at ``steps``. The initial mass follows from the counts for a half-life and a number; for other laws it is
-    1, which may be too much.
+    If the state has no clock, or its ``steps`` no longer matches the clock, assumes that averaging began at time 0 and
+    the last update was at ``steps``. The initial mass then follows from the counts for a half-life and a number; for
+    other laws it is assumed to be 1, which may be too much.
 
     Raises: ValueError when the clocks of tracks differ.
     """
     clocks = {track: _clock_of(record, steps, updates) for track, record in records.items()}
     times = {tuple(clock[name] for name in _TIMES) for clock in clocks.values()}
     if len(times) > 1:
-        raise ValueError(f"expected one clock for all tracks, found {clocks}")
+        raise ValueError(f"the tracks of this state have different clocks: {clocks}; the checkpoint is damaged")
     (_, time, start_step, start_time, last_update), *_ = times
     masses = {track: clock["initial_mass"] for track, clock in clocks.items()}
     last_decays = {track: clock["last_decay"] for track, clock in clocks.items()}
@@ -208,5 +216,8 @@ def _checked_clock(clock: Mapping[str, Any]) -> dict[str, float]:
     steps, time, start_step, start_time, last_update, mass, last_decay = checked.values()
     is_sound = 0 <= start_step <= steps < math.inf and 0 <= start_time <= last_update <= time < math.inf
     if not is_sound or not 0 <= mass <= 1 or not 0 <= last_decay <= 1:
-        raise ValueError(f"expected times in order, and shares in [0, 1], found {clock}")
+        raise ValueError(
+            "clock values must satisfy start_step <= steps and start_time <= last_update <= time, and shares must be "
+            f"in [0, 1]; got {clock}"
+        )
     return checked | ({_MISSED_WRITES: 1.0} if clock.get(_MISSED_WRITES) else {})

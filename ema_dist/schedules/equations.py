@@ -1,7 +1,8 @@
 """The averaging laws as equations, for numbers and 0-d tensors alike.
 
-Each returns the factor of the old average at one update. ``time`` has elapsed since averaging began, ``elapsed`` since
-the last update or since averaging began, ``step`` optimizer steps since averaging began, before this one.
+Each returns the factor of the old average at one update. ``time`` is the time since averaging began, ``elapsed`` the
+time since the last update or since averaging began, ``step`` the number of optimizer steps since averaging began,
+before this one.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from ema_dist.schedules.arithmetic import Number, cosine, exponential, maximum, 
 LARGEST_SIGMA_REL = 12**-0.5
 """The relative width of a uniform average."""
 SMALLEST_SIGMA_REL = 1e-9
-"""The equation for the exponent overflows far below; such an average would be the last live value."""
+"""The equation for the exponent overflows at much smaller values; such an average would be the last live value."""
 
 
 def half_life_decay(*, elapsed: Number, half_life: Number) -> Number:
-    """Half of the old average is left after ``half_life``.
+    """Decay for a half-life: after ``half_life``, half of the old average is left.
 
     Source: Composer's EMA, ``smoothing = exp(-log(2) / half_life)``, here ``2 ** (-elapsed / half_life)``.
     """
@@ -34,7 +35,7 @@ def ramped_half_life(*, time: Number, half_life: float, ramp: float) -> Number:
 
 
 def power_decay(*, time: Number, elapsed: Number, gamma: float) -> Number:
-    """The average weighs each past value by a power of its time.
+    """Decay of an average that weights each past value by a power of its time.
 
     Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), eq. 127, ``(1 - elapsed / time) ** (gamma + 1)``.
     """
@@ -43,7 +44,7 @@ def power_decay(*, time: Number, elapsed: Number, gamma: float) -> Number:
 
 
 def uniform_decay(*, time: Number, elapsed: Number) -> Number:
-    """The average weighs all times equally.
+    """Decay of an average that weights all times equally.
 
     Source: Polyak and Juditsky 1992; stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407).
     """
@@ -51,26 +52,26 @@ def uniform_decay(*, time: Number, elapsed: Number) -> Number:
 
 
 def inverse_gamma_decay(*, step: Number, decay: float, inv_gamma: float, power: float, min_decay: float) -> Number:
-    """The decay grows as ``1 - (1 + step / inv_gamma) ** -power``, between two bounds; the first update copies.
+    """Decay that grows as ``1 - (1 + step / inv_gamma) ** -power``, between two bounds; the first update copies.
 
     Source: Crowson's k-diffusion; diffusers' ``EMAModel(use_ema_warmup=True)``, timm's ``ModelEmaV3(use_warmup=True)``,
     ema-pytorch's ``EMA``.
     """
     grown = 1 - (1 + step / inv_gamma) ** -power
-    return _is_not_first(step) * minimum(maximum(grown, min_decay), decay)
+    return zero_at_first_step(step) * minimum(maximum(grown, min_decay), decay)
 
 
 def warmup_decay(*, step: Number, decay: float) -> Number:
-    """The decay grows as ``(1 + step) / (10 + step)`` up to a bound; the first update copies.
+    """Decay that grows as ``(1 + step) / (10 + step)`` up to a bound; the first update copies.
 
     Source: TensorFlow's ``ExponentialMovingAverage(num_updates=...)``, which does not copy first; diffusers'
     ``EMAModel``, which does.
     """
-    return _is_not_first(step) * minimum((1 + step) / (10 + step), decay)
+    return zero_at_first_step(step) * minimum((1 + step) / (10 + step), decay)
 
 
 def exponential_warmup_decay(*, step: Number, decay: float, tau: float) -> Number:
-    """The decay approaches its final value exponentially, ``decay * (1 - exp(-(step + 1) / tau))``.
+    """Decay that approaches its final value exponentially, ``decay * (1 - exp(-(step + 1) / tau))``.
 
     Source: YOLO's ``ModelEMA``.
     """
@@ -78,7 +79,7 @@ def exponential_warmup_decay(*, step: Number, decay: float, tau: float) -> Numbe
 
 
 def cosine_decay(*, time: Number, elapsed: Number, first: float, last: float, total: float) -> Number:
-    """The decay goes from ``first`` to ``last`` on half a cosine over the time ``total``.
+    """Decay that goes from ``first`` to ``last`` on half a cosine over the time ``total``.
 
     Source: BYOL (Grill et al. 2020, arXiv 2006.07733), eq. in section 3.2; DINO (Caron et al. 2021, arXiv 2104.14294).
     """
@@ -86,19 +87,24 @@ def cosine_decay(*, time: Number, elapsed: Number, first: float, last: float, to
     return last - (last - first) * (cosine(math.pi * progress) + 1) / 2
 
 
-def _is_not_first(step: Number) -> Number:
+def zero_at_first_step(step: Number) -> Number:
+    """0 at the first step, else 1."""
     return minimum(step, 1)
 
 
 def decay_from_half_life(half_life: float, steps: float = 1) -> float:
-    """The decay over ``steps`` steps for which ``half_life`` steps leave half of the old average."""
-    if half_life == 0:
-        return 0.0
-    return 2.0 ** (-steps / half_life)
+    """The decay over ``steps`` steps after which half of the old average is left every ``half_life`` steps.
+
+    Source: `half_life_decay`; a half-life of 0 means no averaging.
+    """
+    return 0.0 if half_life == 0 else float(half_life_decay(elapsed=steps, half_life=half_life))
 
 
 def half_life_from_decay(decay: float) -> float:
-    """The number of updates with this decay that leave half of the old average."""
+    """The number of updates with this decay that leave half of the old average.
+
+    Source: the inverse of `decay_from_half_life`.
+    """
     if decay in {0.0, 1.0}:
         return math.inf if decay else 0.0
     return -1 / math.log2(decay)
@@ -118,7 +124,8 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), Alg. 2: the largest real root of
     ``g^3 + 7 g^2 + (16 - s) g + (12 - s)``, ``s = sigma_rel ** -2``.
     """
-    # Substituting g = x - 7/3 removes the square; three real roots, and acos gives the largest one first.
+    # Substituting g = x - 7/3 removes the square. The cubic has three real roots; the trigonometric formula with k = 0
+    # gives the largest.
     s = sigma_rel**-2
     p = (16 - s) - 49 / 3
     q = 2 * 343 / 27 - 7 * (16 - s) / 3 + (12 - s)

@@ -22,19 +22,19 @@ from ema_dist.schedules.equations import (
     uniform_decay,
     warmup_decay,
 )
-from ema_dist.schedules.schedule import ARGUMENT, describe, fields_of
+from ema_dist.schedules.schedule import ARGUMENT_NAME, describe, fields_of
 
 
 class _Law:
-    """A law whose `repr` is what a user writes."""
+    """A law whose `repr` is the call that constructs it."""
 
     def __repr__(self) -> str:
         return describe(type(self).__name__, fields_of(self))
 
 
 def _argument(name: str) -> Any:  # noqa: ANN401  as dataclasses.field
-    """A field that has another name than the argument it comes from: ``decay`` is the method of every law."""
-    return field(metadata={ARGUMENT: name})
+    """A field whose constructor argument is called ``name``: ``decay`` is already the method of every law."""
+    return field(metadata={ARGUMENT_NAME: name})
 
 
 def _set(law: _Law, **values: float | None) -> None:
@@ -48,19 +48,20 @@ def _positive(name: str, value: float, expected: str) -> float:
 
 @dataclass(frozen=True, repr=False, init=False)
 class HalfLife(_Law):
-    """After this time, half of the old average is left, however often the average is taken.
+    """After this much time, half of the old average is left, however often the average is updated.
 
     In steps it is Composer's ``half_life``; in samples or tokens, one half-life fits every batch size (Busbridge et al.
     2023, arXiv 2307.13813). ``HalfLife(0)`` means no averaging (the average is the last live value),
     ``HalfLife(math.inf)`` no update (the average is the first live value).
 
     Args:
-        value: in the unit of the clock: optimizer steps, or what ``update(elapsed=)`` counts.
-        ramp: the half-life is at most this fraction of the time since averaging began, so that the first weights are
-            soon forgotten. EDM's ramp-up is ``HalfLife(500_000, ramp=0.05)`` in images, EDM2's ramp is 0.09;
-            torchtitan's default is ``HalfLife(ramp=0.05)``, without a value.
+        value: the half-life, in optimizer steps or the unit of ``update(elapsed=)``.
+        ramp: caps the half-life at this fraction of the time since averaging began, so that the initial weights are
+            forgotten early. EDM's ramp-up is ``HalfLife(500_000, ramp=0.05)`` in images, except that EDM uses the time
+            before the update; EDM2's ramp is 0.09; torchtitan's default is ``HalfLife(ramp=0.05)``, in updates.
 
-    Raises: TypeError for no number, or for neither; ValueError for a negative number or NaN, or a ramp of 0.
+    Raises: TypeError if an argument is not a number, or if both are missing; ValueError if ``value`` is negative or
+        NaN, or if ``ramp`` is not positive.
     """
 
     value: float | None
@@ -68,11 +69,13 @@ class HalfLife(_Law):
 
     def __init__(self, value: float | None = None, /, *, ramp: float | None = None) -> None:
         if value is None and ramp is None:
-            raise TypeError("expected a half-life, HalfLife(1000), or a ramp, HalfLife(ramp=0.05), got neither")
+            raise TypeError(
+                "HalfLife needs a value, as in HalfLife(1000), or a ramp, as in HalfLife(ramp=0.05); got neither"
+            )
         if value is not None:
-            value = checked_number("a half-life", value, "a time, 0 or more, in the unit of the clock")
+            value = checked_number("a half-life", value, "a number >= 0 (steps, or the unit of update(elapsed=))")
         if ramp is not None:
-            ramp = checked_number("ramp", ramp, "a positive fraction of the time", open_below=True)
+            ramp = checked_number("ramp", ramp, "a positive number, a fraction of the time", open_below=True)
         _set(self, value=value, ramp=ramp)
 
     def __repr__(self) -> str:
@@ -97,12 +100,12 @@ class HalfLife(_Law):
 
 @dataclass(frozen=True, repr=False)
 class Constant(_Law):
-    """The same factor of the old average at every update, whatever elapses between updates: what a number stands for.
+    """A constant decay per update, whatever the elapsed time; ``decay=0.999`` means ``Constant(0.999)``.
 
     Known as torch's ``get_ema_multi_avg_fn`` (0.999), Lightning's ``EMAWeightAveraging`` (0.999) and timm's
     ``ModelEmaV3`` (0.9999).
 
-    Raises: TypeError for no number, ValueError outside [0, 1].
+    Raises: TypeError if ``value`` is not a number, ValueError if it is outside [0, 1].
     """
 
     value: float
@@ -121,15 +124,16 @@ class Constant(_Law):
 
 @dataclass(frozen=True, repr=False, init=False)
 class Power(_Law):
-    """The average weighs past values by a power of their time: its width is a fraction of the time trained.
+    """Weights past values by a power of their time, so that the width of the average is a fixed fraction of the time.
 
     Known as EDM2's power-function EMA (Karras et al. 2024), whose tracks are ``sigma_rel`` 0.05 and 0.10.
 
     Args:
-        gamma: the exponent, 0 or more.
-        sigma_rel: instead of it, the standard deviation of the profile as a fraction of the time, at most 12 ** -0.5.
+        gamma: the exponent, at least 0.
+        sigma_rel: instead of it, the standard deviation of the profile as a fraction of the training time, from 1e-9 to
+            12 ** -0.5.
 
-    Raises: TypeError for no number, or unless exactly one is given; ValueError out of range.
+    Raises: TypeError if an argument is not a number, or unless exactly one is given; ValueError if it is out of range.
     """
 
     gamma: float | None
@@ -139,12 +143,12 @@ class Power(_Law):
 
     def __init__(self, *, gamma: float | None = None, sigma_rel: float | None = None) -> None:
         if (gamma is None) == (sigma_rel is None):
-            raise TypeError(f"expected either gamma or sigma_rel, got gamma={gamma!r}, sigma_rel={sigma_rel!r}")
+            raise TypeError(f"Power needs either gamma or sigma_rel, got gamma={gamma!r}, sigma_rel={sigma_rel!r}")
         if gamma is not None:
-            gamma = exponent = checked_number("gamma", gamma, "a finite exponent, 0 or more", open_above=True)
+            gamma = exponent = checked_number("gamma", gamma, "a finite number >= 0", open_above=True)
         else:
             lowest, highest = SMALLEST_SIGMA_REL, LARGEST_SIGMA_REL
-            expected = f"a width from {lowest:g} to 12 ** -0.5 = {highest:.5f}"
+            expected = f"a number from {lowest:g} to 12 ** -0.5 = {highest:.5f}"
             sigma_rel = checked_number("sigma_rel", sigma_rel, expected, lowest=lowest, highest=highest)
             exponent = gamma_from_sigma_rel(sigma_rel)
         _set(self, gamma=gamma, sigma_rel=sigma_rel, exponent=exponent)
@@ -156,7 +160,7 @@ class Power(_Law):
 
 @dataclass(frozen=True, repr=False)
 class Uniform(_Law):
-    """The mean of all live values since averaging began, each weighed by the time before it.
+    """The mean of all live values since averaging began, weighted by the time that elapsed before each of them.
 
     Known as stochastic weight averaging (SWA), Polyak averaging, and with ``start``, tail averaging; it is
     ``Power(gamma=0)``.
@@ -180,7 +184,7 @@ class InverseGamma(_Law):
         power: 2/3 suits a million steps and more, 3/4 fewer.
         min_decay: the smallest decay after the first update.
 
-    Raises: TypeError for no number, ValueError out of range.
+    Raises: TypeError if an argument is not a number, ValueError if it is out of range.
     """
 
     max_decay: float = _argument("decay")
@@ -191,13 +195,13 @@ class InverseGamma(_Law):
     def __init__(
         self, decay: float = 0.9999, inv_gamma: float = 1.0, power: float = 2 / 3, min_decay: float = 0.0
     ) -> None:
-        decay = checked_number("decay", decay, "the largest decay, in [0, 1]", highest=1)
+        decay = checked_number("decay", decay, "a number in [0, 1]", highest=1)
         _set(
             self,
             max_decay=decay,
             inv_gamma=_positive("inv_gamma", inv_gamma, "a positive number of steps"),
             power=_positive("power", power, "a positive exponent"),
-            min_decay=checked_number("min_decay", min_decay, "a decay of 0 to the largest one", highest=decay),
+            min_decay=checked_number("min_decay", min_decay, "a number from 0 to decay", highest=decay),
         )
 
     def decay(self, *, time: Number, elapsed: Number, step: Number) -> Number:  # noqa: ARG002  as `Schedule`
@@ -216,13 +220,13 @@ class Warmup(_Law):
     Args:
         decay: the largest decay.
 
-    Raises: TypeError for no number, ValueError out of range.
+    Raises: TypeError if an argument is not a number, ValueError if it is out of range.
     """
 
     max_decay: float = _argument("decay")
 
     def __init__(self, decay: float = 0.9999) -> None:
-        _set(self, max_decay=checked_number("decay", decay, "the largest decay, in [0, 1]", highest=1))
+        _set(self, max_decay=checked_number("decay", decay, "a number in [0, 1]", highest=1))
 
     def decay(self, *, time: Number, elapsed: Number, step: Number) -> Number:  # noqa: ARG002  as `Schedule`
         """See `Schedule.decay`."""
@@ -239,14 +243,14 @@ class ExponentialWarmup(_Law):
         decay: the final decay.
         tau: the number of steps after which the decay is 63 % of the final one.
 
-    Raises: TypeError for no number, ValueError out of range.
+    Raises: TypeError if an argument is not a number, ValueError if it is out of range.
     """
 
     max_decay: float = _argument("decay")
     tau: float
 
     def __init__(self, decay: float = 0.9999, tau: float = 2000) -> None:
-        decay = checked_number("decay", decay, "the final decay, in [0, 1]", highest=1)
+        decay = checked_number("decay", decay, "a number in [0, 1]", highest=1)
         _set(self, max_decay=decay, tau=_positive("tau", tau, "a positive number of steps"))
 
     def decay(self, *, time: Number, elapsed: Number, step: Number) -> Number:  # noqa: ARG002  as `Schedule`
@@ -256,16 +260,16 @@ class ExponentialWarmup(_Law):
 
 @dataclass(frozen=True, repr=False)
 class Cosine(_Law):
-    """The decay goes from ``first`` to ``last`` on half a cosine, and stays at ``last``.
+    """The decay goes from ``first`` to ``last`` on half a cosine, and is ``last`` after that.
 
     Known as the teacher's momentum of BYOL and DINO (0.996 to 1), and of DINOv2 and DINOv3 (0.992 to 1).
 
     Args:
         first: the decay when averaging begins.
         last: the decay from the time ``total`` on.
-        total: the length of the schedule, in the unit of the clock.
+        total: the length of the schedule, in steps or the unit of ``update(elapsed=)``.
 
-    Raises: TypeError for no number, ValueError out of range.
+    Raises: TypeError if an argument is not a number, ValueError if it is out of range.
     """
 
     first: float
@@ -273,9 +277,9 @@ class Cosine(_Law):
     total: float
 
     def __post_init__(self) -> None:
-        first = checked_number("first", self.first, "a decay in [0, 1]", highest=1)
-        last = checked_number("last", self.last, "a decay in [0, 1]", highest=1)
-        total = _positive("total", self.total, "a positive time, in the unit of the clock")
+        first = checked_number("first", self.first, "a number in [0, 1]", highest=1)
+        last = checked_number("last", self.last, "a number in [0, 1]", highest=1)
+        total = _positive("total", self.total, "a positive number (steps, or the unit of update(elapsed=))")
         _set(self, first=first, last=last, total=total)
 
     def decay(self, *, time: Number, elapsed: Number, step: Number) -> Number:  # noqa: ARG002  as `Schedule`

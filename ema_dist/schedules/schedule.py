@@ -1,4 +1,4 @@
-"""What an averaging law is: the protocol that a user's own follows, and how a law is put into words."""
+"""The protocol of a decay schedule (an averaging law), and its text form."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from typing import Any, Protocol, runtime_checkable
 
 from ema_dist.schedules.arithmetic import Number
 
-ARGUMENT = "argument"
-"""The key in the metadata of a dataclass field for the name of its argument, if that has another name."""
+ARGUMENT_NAME = "argument"
+"""Metadata key of a dataclass field whose constructor argument has a different name."""
 
 
 @runtime_checkable
 class Schedule(Protocol):
     """An averaging law: how much of the old average an update keeps.
 
-    Times are in the unit of the clock: optimizer steps, or whatever ``update(elapsed=)`` counts. A law of your own is
-    recorded in checkpoints by the name of its class and its fields, and compared when one is loaded.
+    Times are in optimizer steps, or in the unit of ``update(elapsed=)``. Checkpoints record a user-defined law by the
+    name of its class and its fields, and compare these on load.
     """
 
     def decay(self, *, time: Number, elapsed: Number, step: Number) -> Number:
         """The factor of the old average, in [0, 1].
 
-        Under a fused optimizer with a gradient scaler, only the device knows which steps count: the arguments are
-        0-d float64 tensors then. Use arithmetic that works for both; an ``if`` waits for the device.
+        With a fused optimizer and a gradient scaler, only the device knows which steps count, and the arguments are 0-d
+        float64 tensors. Use arithmetic that works for numbers and tensors; an ``if`` waits for the device.
 
         Args:
-            time: since averaging began, up to and including this step; until ``start``, averages just follow.
+            time: since averaging began, up to and including this step. Averaging begins at ``start``.
             elapsed: since the last update, or since averaging began; never more than ``time``.
-            step: the number of optimizer steps since averaging began, before this one: 0 at the first.
+            step: the number of optimizer steps between the one at which averaging began and this one; 0 at the first.
         """
         ...
 
 
 def fields_of(law: object) -> dict[str, Any]:
-    """The fields of a law, as JSON can hold them or as text."""
+    """The fields of a law as JSON values; any other value as its name or `repr`."""
     if dataclasses.is_dataclass(law):
         values = {
-            field.metadata.get(ARGUMENT, field.name): getattr(law, field.name)
+            field.metadata.get(ARGUMENT_NAME, field.name): getattr(law, field.name)
             for field in dataclasses.fields(law)
             if field.init
         }
@@ -50,7 +50,7 @@ def fields_of(law: object) -> dict[str, Any]:
 
 
 def describe(name: str, fields: Mapping[str, Any]) -> str:
-    """A law as a user writes it: the name of its class, and its fields without those that are None."""
+    """``Name(field=value, ...)``, omitting fields that are None."""
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in fields.items() if value is not None)})"
 
 

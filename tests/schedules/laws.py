@@ -1,4 +1,4 @@
-"""Every averaging law beside its formula, written down independently of the package."""
+"""Every averaging law with its formula, written independently of the package."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ FORMULAS: dict[str, Formula] = {
     "warmup": Formula(Warmup(0.7), lambda _t, _d, k: 1.0 if k == 0 else 1 - min(0.7, (1 + k) / (10 + k))),
     "exponential": Formula(ExponentialWarmup(0.9, 20), lambda _t, _d, k: 1 - 0.9 * (1 - math.exp(-(k + 1) / 20))),
     "cosine": Formula(
-        Cosine(0.5, 0.9, 50),
-        lambda t, d, _k: 1 - (0.9 - 0.4 * (math.cos(math.pi * (t - d) / 50) + 1) / 2 if t - d < 50 else 0.9),
+        # BYOL (Grill et al. 2020): the weight is (1 - tau_base) (cos(pi k / K) + 1) / 2 for a decay that ends at 1.
+        Cosine(0.5, 1.0, 50),
+        lambda t, d, _k: 0.5 * (math.cos(math.pi * min(t - d, 50) / 50) + 1) / 2,
     ),
 }
 
@@ -46,7 +47,7 @@ LAWS: dict[str, Any] = {name: formula.law for name, formula in FORMULAS.items()}
 
 
 class Update(NamedTuple):
-    """What a step does to the average: nothing, follow the live weights, or an update with t, d and k."""
+    """What a step does to the average: nothing, copy the live weights, or an update with t, d and k."""
 
     is_following: bool
     arguments: tuple[float, float, int] | None

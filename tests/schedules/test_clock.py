@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ema_dist import HalfLife, Power, ShardedEMA, Uniform
+from ema_dist import HalfLife, Power, Schedule, ShardedEMA, Uniform
 from ema_dist.schedules.clock import Clock
 from tests.schedules.laws import FORMULAS, LAWS, expected_updates
 from tests.support.layouts import YOUNG_AVERAGES
@@ -22,7 +22,7 @@ pytestmark = YOUNG_AVERAGES
     ("decay", "expected"), [(HalfLife(0), 8.0), (HalfLife(math.inf), 0.0), (0.0, 8.0), (1.0, 0.0), (HalfLife(1), 6.0)]
 )
 @pytest.mark.filterwarnings("ignore:decay=")  # a number that looks like the weight of the live values
-def test_decay_0_and_decay_1(decay: HalfLife | float, expected: float) -> None:
+def test_zero_and_infinite_half_lives(decay: HalfLife | float, expected: float) -> None:
     """No averaging, and no update."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
@@ -51,11 +51,6 @@ def test_a_half_life_is_not_negative() -> None:
         HalfLife(-1)
 
 
-def test_a_decay_that_is_no_number_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"'0\.9'"):
-        ShardedEMA(nn.Linear(2, 2), decay="0.9")  # pyrefly: ignore[bad-argument-type]
-
-
 @pytest.mark.parametrize(
     ("start", "interval", "tokens"), [(0, 1, 4096), (10_000, 3, 4096), (9_999, 4, 1500), (5, 7, 3)]
 )
@@ -80,7 +75,7 @@ def test_averages_follow_the_float64_reference_in_tokens(start: int, interval: i
 
 
 @pytest.mark.parametrize("law", [HalfLife(3000), Power(sigma_rel=0.1), Uniform()], ids=str)
-def test_a_batch_size_ramp_changes_nothing(law: HalfLife) -> None:
+def test_a_batch_size_ramp_changes_nothing(law: Schedule) -> None:
     """Two steps of 100 samples weigh as much as one of 200, if the live weights are the same after both."""
 
     def shares(batch_sizes: list[int]) -> list[float]:
@@ -147,7 +142,7 @@ def test_averages_under_a_scaler_equal_those_without(default_dtype: torch.dtype)
 @pytest.mark.parametrize("elapsed", [0, -1, math.nan, math.inf, 10**400])
 def test_elapsed_is_positive_and_finite(elapsed: float) -> None:
     ema = ShardedEMA(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"elapsed.*positive and finite.*got"):
+    with pytest.raises(ValueError, match=r"elapsed.*positive, finite.*got"):
         ema.update(elapsed=elapsed)
     assert (ema.steps, ema.time) == (0, 0.0)
 
@@ -158,7 +153,7 @@ def test_elapsed_is_a_number(elapsed: float) -> None:
         ShardedEMA(nn.Linear(2, 2)).update(elapsed=elapsed)
 
 
-def test_a_law_of_ones_own() -> None:
+def test_a_user_defined_schedule() -> None:
     class Halving:
         def __init__(self, every: int) -> None:
             self.every = every
@@ -176,7 +171,7 @@ def test_a_law_of_ones_own() -> None:
     assert ema.initial_mass() == 0.5
     with pytest.raises(ValueError, match=r"\[0, 1\].*\b1\.5\b"):
         ShardedEMA(model, decay=Wrong()).update()
-    with pytest.raises(TypeError, match=r"law.*got <class"):
+    with pytest.raises(TypeError, match=r"law.*got <class.*did you mean Halving\(\)\?"):
         ShardedEMA(model, decay=Halving)  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(TypeError, match=r"law.*got namespace"):
         ShardedEMA(model, decay=SimpleNamespace(decay=0.999))  # pyrefly: ignore[bad-argument-type]
