@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import griffe
 
-LABEL = re.compile(r"(?:^|(?<=\.) )(Collective|Memory|Shape|Raises|Source): ", re.MULTILINE)
+LABEL = re.compile(r"(?:^|(?<=\.) )(Collective|Memory|Shape|Raises|Warns|Source): ", re.MULTILINE)
 NAME = re.compile(r"(?<!`)`(\w+)`(?!`)")
 
 

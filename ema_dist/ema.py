@@ -59,9 +59,10 @@ class ShardedEMA(StateMethods):
         decay: an averaging law: `HalfLife`, `Power`, `Uniform`, `InverseGamma`, `Warmup`, `ExponentialWarmup`,
             `Cosine` or another `Schedule`; or the factor of the old average at each update, in [0, 1]; or a mapping
             from names to these, for several averages of one model, called tracks.
-        start: until this time the average equals the live weights: an optimizer step, or what ``update(elapsed=)``
-            counts. Laws count from there.
-        update_interval: average every k-th optimizer step, from step 0; laws in time account for it, a factor does not.
+        start: up to this time, in steps or the unit of ``update(elapsed=)``, the average copies the live weights.
+            Schedules count from there.
+        update_interval: update at every optimizer step that is a multiple of this. Schedules in time compensate for it;
+            a constant decay does not.
         dtype: dtype of the averages. None: float32 for weights narrower than float32, else the dtype of the weight.
         rounding: rounding of bfloat16 averages (``dtype=torch.bfloat16``): `Stochastic` or `Compensated`.
         replicas: ``"shard"`` splits the averages of replicated weights (DDP, HSDP) among the replicas, ``"copy"``
@@ -80,8 +81,9 @@ class ShardedEMA(StateMethods):
     Memory: for each track one average per selected parameter's shard, or 1/R of it if R replicas split it; and the
         memory of ``store``. While kernels are measured, at most 64 MiB (256 MiB on a GPU) for each track and as much
         for the live weights.
-    Raises: ValueError for a setting out of range, a model on the meta device, or when nothing is selected;
-        RuntimeError when ranks differ in a setting, in what they select or in the weights of replicas, or are absent.
+    Raises: TypeError for an argument of a wrong type; ValueError for a setting out of range, a model on the meta
+        device, or when nothing is selected; RuntimeError when ranks differ in a setting, in what they select or in the
+        weights of replicas, or are absent.
     """
 
     def __init__(
@@ -141,18 +143,20 @@ class ShardedEMA(StateMethods):
         Args:
             elapsed: the time since the last step, in the unit of the laws and of ``start``: steps, samples or tokens.
                 Equal on all ranks.
-            found_inf: a gradient scaler's tensor, on its device: if not zero, the step was skipped and is not counted.
+            found_inf: a gradient scaler's tensor, on its device. If it is nonzero, the step was skipped and is not
+                counted.
 
         Collective: no.
         Memory: nothing where dtypes are equal, else a constant scratch.
         Raises: RuntimeError inside `swapped` or `serving`, while an optimizer is attached, while a CUDA graph is
             captured, and when an earlier update failed with ``store=Offloaded()`` or was interrupted and cannot be
-            finished; ValueError when the model has changed, or ``elapsed`` is not positive and finite.
+            finished; TypeError when ``elapsed`` is not a number; ValueError when it is not positive and finite, when
+            the model has changed, or when a law returns a decay outside [0, 1].
         """
         if self._is_attached:
             raise RuntimeError(
-                "expected no call of update() while an optimizer is attached, which makes it after each of its steps: "
-                "the step would count twice. Remove this call, or call remove() of the handle that attach() returned"
+                "update() was called while an optimizer is attached, which already updates after each step: the step "
+                "would count twice. Remove this call, or call remove() on the handle that attach() returned"
             )
         self._update(found_inf, elapsed=elapsed, overlap=False)
 
@@ -165,10 +169,10 @@ class ShardedEMA(StateMethods):
     def attach(
         self, optimizer: Optimizer, *, elapsed: Callable[[], float] | None = None, overlap: bool = False
     ) -> OptimizerHook:
-        """Update after each real step of ``optimizer``, until ``remove()`` of the returned handle.
+        """Update after each real step of ``optimizer``, until ``remove()`` is called on the returned handle.
 
-        It does not count steps that a gradient scaler makes a fused optimizer skip on the device, and the dummy steps
-        by which ``torch.distributed.checkpoint`` initializes the state of an optimizer. Meanwhile `update` is an error.
+        Not counted: steps that a gradient scaler skips on the device, and the dummy steps of
+        ``torch.distributed.checkpoint``. While attached, `update` raises.
 
         Args:
             optimizer: a torch optimizer, or one wrapped by accelerate, Lightning or Fabric.
@@ -180,14 +184,14 @@ class ShardedEMA(StateMethods):
 
         Collective: no.
         Raises: RuntimeError when an optimizer is attached already: with several, attach the one that steps last.
-            TypeError when it is no torch Optimizer, or ``elapsed`` no function. ValueError when it steps none of the
-            averaged parameters, runs no hooks, or averages by itself (schedule-free).
+            TypeError when it is not a torch Optimizer, or ``elapsed`` is not a function. ValueError when it steps none
+            of the averaged parameters, runs no hooks, or averages by itself (schedule-free).
         """
         if self._is_attached:
             raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
         optimizer = unwrap_optimizer(optimizer)
         if elapsed is not None and not callable(elapsed):
-            raise TypeError(f"elapsed is a function that returns the time since the last step, got {elapsed!r}")
+            raise TypeError(f"elapsed must be a function that returns the time since the last step, got {elapsed!r}")
         self._model_with_averages.prepare("attach()", collective=False)
         stepped_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         averaged = (self._live.layout.parameters[name] for name in self._live.selected)
@@ -226,6 +230,7 @@ class ShardedEMA(StateMethods):
             made different calls, when replicas differ, and on leaving, when parameters were written to or the block of
             another rank raised. ValueError for an unknown track, when the model has changed, or
             when a parameter without an average became trainable.
+        Warns: InitialWeightsWarning if more than 10 % of the average is still the initial weights.
         """
         return self._model_with_averages.swapped(self._tracks.resolve(track))
 
@@ -243,6 +248,7 @@ class ShardedEMA(StateMethods):
         Memory: the buffers; and if `serving_mode` says so, a copy of this rank's live shards, in full on each replica.
         Raises: RuntimeError inside `swapped` or `serving`, when ranks do not arrive within ``timeout``, and on leaving,
             when parameters were written to. ValueError as `swapped`.
+        Warns: InitialWeightsWarning if more than 10 % of the average is still the initial weights.
         """
         return self._model_with_averages.serving(self._tracks.resolve(track))
 

@@ -41,23 +41,23 @@ class StateMethods:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps seen, without those that a gradient scaler skipped. May wait for the device."""
+        """Number of optimizer steps, excluding those that a gradient scaler skipped. May wait for the device."""
         return self._clock.steps
 
     @property
     def updates(self) -> int:
-        """Averages taken, not counting the steps until ``start``. May wait for the device."""
+        """Number of updates, excluding steps up to ``start``, which copy the live weights. May wait for the device."""
         return self._clock.updates
 
     @property
     def time(self) -> float:
-        """What has elapsed: optimizer steps, or the samples or tokens of ``elapsed``. May wait for the device."""
+        """Elapsed time, in steps, or in the samples or tokens of ``elapsed``. May wait for the device."""
         return self._clock.time
 
     def initial_mass(self, track: str | None = None) -> float:
-        """The share of an average, in [0, 1], that still is the weights at which averaging began.
+        """The share of an average, in [0, 1], that is still the weights at which averaging began.
 
-        It is the product of all decays since then: 1 while averages follow the live weights until ``start``.
+        It is the product of all decays since then; 1 up to ``start``, while steps copy the live weights.
 
         Args:
             track: the track; None for the only one, or the one called ``default``.
@@ -69,7 +69,7 @@ class StateMethods:
     def metrics(self) -> dict[str, float]:
         """Numbers to log: ``ema/steps``, ``ema/time``; and ``ema/<track>/decay``, ``ema/<track>/initial_mass`` of each.
 
-        The decay is that of the last update; 0 while averages follow the live weights.
+        The decay is that of the last update; 0 up to ``start``, while steps copy the live weights.
 
         Collective: no. May wait for the device.
         """
@@ -82,7 +82,8 @@ class StateMethods:
     def distance(self, track: str | None = None) -> float:
         """``|average - live| / |live|`` in the Euclidean norm over the averaged parameters, in float64.
 
-        Of a run that works it is small, and shrinks with the learning rate. Buffers are left out.
+        In a healthy run it is small, and shrinks with the learning rate. Buffers are excluded. On MPS it is computed in
+        float32.
 
         Args:
             track: the track; None for the only one, or the one called ``default``.
@@ -100,9 +101,10 @@ class StateMethods:
         return relative_distance(self._live.layout, averages, is_collective=self._live.has_sharded_averages)
 
     def reset(self) -> None:
-        """Begin anew from the live weights: averages := live weights, steps, updates and time := 0, initial mass := 1.
+        """Restart from the live weights.
 
-        For weights that were loaded into the model after construction.
+        Copies them into the averages, and sets steps, updates and time to 0 and the initial mass to 1. Call it after
+        loading weights into the model.
 
         Collective: no; each rank that holds the model must call it. Memory: one cast tensor where dtypes differ.
         Raises: RuntimeError inside `swapped` or `serving`; ValueError when the model has changed.
@@ -154,7 +156,8 @@ class StateMethods:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state of `state_dict`, of the same sharding or resharded by DCP, or of `consolidated_state_dict`.
 
-        The law given to the constructor stays; a different one in ``state_dict`` causes a warning on the first rank.
+        Keeps the schedule given to the constructor; a different one in ``state_dict`` causes a warning on the first
+        rank.
 
         Collective: no.
         Raises: RuntimeError inside `swapped`; ValueError before any change when format, tracks, names or shapes differ,
@@ -207,8 +210,15 @@ class StateMethods:
     def gather(self, *, dtype: torch.dtype | None = None, track: str | None = None) -> Iterator[tuple[str, Any]]:
         """The entries of `full_state_dict` one by one: (name, CPU tensor) on the first rank, (name, None) elsewhere.
 
+        Args:
+            dtype: dtype of floating tensors; None for the dtype of each live tensor.
+            track: the track to gather; None for the only one, or the one called ``default``.
+
         Collective: over all ranks that hold the model, if several hold parts of its averages; all must exhaust it.
         Memory: one full tensor; on the first rank beyond those it has yielded.
+        Raises: RuntimeError when ranks do not arrive within ``timeout``; ValueError for an unknown track, when the
+            model has changed, or for a sharded tensor subclass.
+        Warns: InitialWeightsWarning if more than 10 % of the average is still the initial weights.
         """
         return self._model_with_averages.gather("gather", self._tracks.resolve(track), dtype=dtype)
 
@@ -231,6 +241,7 @@ class StateMethods:
         Shape: full tensors, contiguous, on the CPU; tied names share one tensor.
         Raises: RuntimeError when ranks do not arrive within ``timeout``; ValueError when the model has changed, or when
             stages hold different tensors under one name.
+        Warns: InitialWeightsWarning if more than 10 % of the average is still the initial weights.
         """
         entries = self._model_with_averages.gather("full_state_dict", self._tracks.resolve(track), dtype=dtype)
         if pipeline is not None:
@@ -273,6 +284,7 @@ class StateMethods:
         Collective: over all ranks that hold the model, if several hold parts of its averages.
         Memory: one full tensor on each rank.
         Raises: RuntimeError inside `swapped`; ValueError when names or shapes differ, before anything changes.
+        Warns: InitialWeightsWarning if more than 10 % of the average is still the initial weights.
         """
         resolved_track = self._tracks.resolve(track)
         call = self._model_with_averages.describe_call("copy_to", resolved_track)

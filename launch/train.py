@@ -137,7 +137,12 @@ def parse_arguments() -> argparse.Namespace:
         default=default_parallel(),
     )
     option("--device", "auto takes a GPU if there is one", choices=["auto", "cpu", "cuda"], default="auto")
-    option("--schedule", "averaging law; ramped is a half-life with a warm-up", choices=LAWS, default=DEFAULT_LAW)
+    option(
+        "--schedule",
+        "averaging law; ramped is a half-life with a warm-up, power has sigma_rel=0.1",
+        choices=LAWS,
+        default=DEFAULT_LAW,
+    )
     without = " and ".join(sorted(WITHOUT_HALF_LIFE))
     half_life = f"half-life of the average, in optimizer steps; not for {without} (default: {DEFAULT_HALF_LIFE:g})"
     option("--half-life", half_life, type=float, metavar="STEPS")

@@ -54,7 +54,7 @@ def test_a_setting_out_of_range_is_refused(settings: dict[str, Any], message: st
         ({"dtype": "bfloat16"}, r"dtype is a torch\.dtype.*torch\.bfloat16.*'bfloat16'"),
         ({"start": "100ba"}, r"start must be a number.*'100ba'"),
         ({"update_interval": 1.5}, r"update_interval must be an integer.*\b1\.5\b"),
-        ({"select": ["weight"]}, r"select is a function.*\['weight'\]"),
+        ({"select": ["weight"]}, r"select must be a function.*\['weight'\]"),
         ({"decay": "0.999"}, r"decay must be a number.*'0\.999'"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ema_dist.averages.first_rank import FirstRank
+from ema_dist.averages.first_rank import FirstRankBroadcast
 from ema_dist.averages.full_weights import copy_one, to_cpu
 from ema_dist.averages.state import make_state
 from ema_dist.averages.tracks import Tracks
@@ -49,7 +49,7 @@ def scatter_state(layout: Layout, state: object) -> dict[str, Any]:
     Collective: over the layout's ranks. Memory: the result, and one full tensor.
     Raises: RuntimeError on every rank when the first rank's state cannot be read.
     """
-    first_rank = FirstRank(layout)
+    first_rank = FirstRankBroadcast(layout)
     shards = {shard.name: shard.averaged_part for shard in layout.shards}
     specs = first_rank.broadcast_result(lambda: _map_tensors(state, _spec))
 

@@ -44,14 +44,14 @@ def problems_reported(live: LiveModel) -> Iterator[None]:
 
 
 def warn_of_unlikely_decays(schedules: Mapping[str, Schedule]) -> None:
-    """Warn about numbers that are the weight of the live values more likely than the factor of the old average."""
+    """Warn about numbers that are probably the weight of the live values, not the factor of the old average."""
     for law in schedules.values():
         if isinstance(law, Constant) and (law.value < 0.5 or law.value == 1):
-            effect = "never changes" if law.value == 1 else f"keeps {law.value:.0%} of its value at each update"
+            intended = {0: "HalfLife(0) (no averaging)", 1: "HalfLife(math.inf) (never update)"}
             warn_caller(
-                f"decay={law!r} means an average that {effect}: decay is the factor of the old average, as 0.999, and "
-                "not the weight of the live one. If you mean it, pass HalfLife(0) for no averaging, HalfLife(steps) or "
-                "HalfLife(math.inf) for no update"
+                f"decay={law!r} keeps {100 * law.value:.3g} % of the old average at each update. decay is the factor "
+                "of the old average (such as 0.999), not of the live weight. If this is intended, use "
+                f"{intended.get(law.value, 'HalfLife(steps)')}"
             )
 
 

@@ -32,8 +32,10 @@ class SendingDevices:
         return sending_device(self._group, *preferred, *self._preferred)
 
 
-class FirstRank:
-    """Broadcasts from the layout's first rank. An error there is raised on every rank, which would else wait for it.
+class FirstRankBroadcast:
+    """Broadcasts from the layout's first rank.
+
+    If reading fails there, every rank raises, instead of waiting for the broadcast.
 
     Args:
         hint: ends the message of an error in `broadcast_tensor`.
@@ -92,7 +94,7 @@ class FirstRank:
         return value
 
     def _receive_buffer(self, spec: Tensor, device: torch.device) -> Tensor:
-        # One buffer for all tensors: threads of gloo free a received tensor late, so that a new one for each adds up.
+        # One buffer for all tensors: gloo threads release received tensors late, so memory would grow.
         if self._buffer.nbytes < spec.nbytes or self._buffer.device != device:
             self._buffer = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)
         return self._buffer[: spec.nbytes].view(spec.dtype).view(spec.shape)
@@ -110,6 +112,6 @@ def contiguous_on(device: torch.device, tensor: Tensor) -> Tensor:
 
 def _require_spec(value: Tensor, spec: Tensor) -> Tensor:
     if (value.shape, value.dtype) != (spec.shape, spec.dtype):
-        got = f"{value.dtype} of {tuple(value.shape)}"
-        raise ValueError(f"expected {spec.dtype} of {tuple(spec.shape)} as at first, found {got}")
+        expected, got = (f"{tensor.dtype} of {tuple(tensor.shape)}" for tensor in (spec, value))
+        raise ValueError(f"the tensor changed between two reads: expected {expected}, got {got}")
     return value

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ema_dist.averages.first_rank import FirstRank, SendingDevices, contiguous_on
+from ema_dist.averages.first_rank import FirstRankBroadcast, SendingDevices, contiguous_on
 from ema_dist.averages.track import Track
 from ema_dist.communication.objects import receive_object, send_object
 from ema_dist.communication.rendezvous import rendezvous
@@ -42,6 +42,7 @@ def gather(
 
     Collective: over the layout's ranks, which must all exhaust the iterator.
     Memory: one full tensor beyond those yielded.
+    Raises: ValueError for a sharded tensor subclass; an error of copying to the CPU, after all collectives.
     """
     failure: Exception | None = None
     for shard, local in _shards_and_values(layout, averages):
@@ -54,7 +55,7 @@ def gather(
             except Exception as error:  # noqa: BLE001  the other ranks wait in the collectives of the next tensors
                 failure = error
         else:
-            _wait_for(full)
+            _wait_for_sending(full)
         del full
         if not failure:
             for name in shard.names:
@@ -65,8 +66,8 @@ def gather(
         yield name, module.get_extra_state() if is_destination else None
 
 
-def _wait_for(full: Tensor) -> None:
-    """Let a rank that only sends queue no further tensor: before torch 2.8, each stays until its collective is done."""
+def _wait_for_sending(full: Tensor) -> None:
+    """Wait on ranks that only send: before torch 2.8, a queued tensor is freed only after its collective."""
     if full.device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(full.device)
 
@@ -74,13 +75,16 @@ def _wait_for(full: Tensor) -> None:
 def _require_whole(shard: Shard, local: Tensor) -> None:
     if shard.gather_ranks and (subclass := subclass_name(local)):
         raise ValueError(
-            f"{shard.name!r} is a {subclass}, a tensor subclass, of which this rank holds a part that cannot be "
-            "gathered: leave it whole on every rank, or replace it by a plain tensor"
+            f"{shard.name!r} is a {subclass} (tensor subclass) that is sharded over ranks, which cannot be gathered: "
+            "keep it whole on every rank, or replace it by a plain tensor"
         )
 
 
 def full_shapes(layout: Layout, *, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
-    """The entries of `gather` as tensors on the meta device; None for extra states that are not tensors."""
+    """The entries of `gather` as tensors on the meta device; None for extra states that are not tensors.
+
+    Collective: no. Raises: ValueError for a sharded tensor subclass.
+    """
     shapes: dict[str, Tensor | None] = {}
     for shard in layout.shards:
         target_dtype = dtype if dtype and shard.owner.is_floating_point() else shard.owner.dtype
@@ -180,10 +184,10 @@ def scatter(layout: Layout, track: Track, full: Mapping[str, Any]) -> None:
     """
     stored = track.tensors
     shards = {shard.name: shard.averaged_part for shard in layout.shards if shard.name in stored}
-    first_rank = FirstRank(layout, hint="; the averages are new in part only, so load them again")
+    first_rank = FirstRankBroadcast(layout, hint="; the averages are only partly loaded, so load them again")
     mismatch, specs = first_rank.broadcast_result(lambda: _find_mismatches(layout, shards, full))
     if mismatch:
-        raise ValueError(f"these full tensors belong to another model: {mismatch}")
+        raise ValueError(f"these full tensors do not match this model: {mismatch}")
     for name, (source, spec) in specs.items():
         shard = shards[name]
         value = first_rank.broadcast_tensor(partial(getitem, full, source), spec, shard.communication_device)

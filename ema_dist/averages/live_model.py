@@ -18,7 +18,7 @@ from ema_dist.communication.rendezvous import (
 )
 from ema_dist.communication.replica_collectives import describe_drift
 from ema_dist.messages import abbreviated
-from ema_dist.sharding import LaterDDP, Layout, ReplicaPolicy, is_wrapper_subclass
+from ema_dist.sharding import DDPWrapDetector, Layout, ReplicaPolicy, is_wrapper_subclass
 
 
 class LiveModel:
@@ -44,7 +44,7 @@ class LiveModel:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected the model, a torch.nn.Module, got a {type(model).__name__}: ShardedEMA(model)")
         if select is not None and not callable(select):
-            raise TypeError(f"select is a function (name, parameter) -> bool, or None, got {select!r}")
+            raise TypeError(f"select must be a function (name, parameter) -> bool or None, got {select!r}")
         self._replicas: ReplicaPolicy = replicas
         self._select = select or _requires_grad
         self.timeout = timeout
@@ -53,7 +53,7 @@ class LiveModel:
         self.layout.require_writable()
         self.ranks: list[int] = self.layout.ranks
         """The global ranks that hold the model together, in order; empty when this rank holds it alone."""
-        self._later_ddp = None if self.ranks else LaterDDP(model)
+        self._ddp_wrap_detector = None if self.ranks else DDPWrapDetector(model)
         self.history: CallHistory = CallHistory()
         """The calls that have changed the averages; ranks compare theirs at every rendezvous."""
         self.selected: list[str] = []
@@ -206,7 +206,7 @@ class LiveModel:
                         f"the model changed after ShardedEMA(model) was constructed: {described}. Change and wrap a "
                         "model first, then construct ShardedEMA"
                     )
-                # A layout of the same memory stays, so that averages and servings need not be bound again.
+                # A layout of the same memory is kept, so that averages and servings need not be bound again.
                 if not (is_current and self.layout.is_same_reading(layout)):
                     layout.require_writable()
                     self.layout: Layout = layout
@@ -221,13 +221,13 @@ class LiveModel:
             ).with_traceback(error.__traceback__)
         return None
 
-    def require_not_wrapped_since(self, call: str) -> None:
-        """Raise ValueError after DDP has wrapped the model that was not wrapped at construction."""
-        if self._later_ddp is not None and self._later_ddp.has_wrapped:
+    def require_not_wrapped_in_ddp(self, call: str) -> None:
+        """Raise ValueError if DDP has wrapped the model after construction."""
+        if self._ddp_wrap_detector is not None and self._ddp_wrap_detector.has_wrapped:
             raise ValueError(
-                f"{call}: expected the model wrapped in DDP, got the module in it: DDP wrapped it "
-                "after ShardedEMA(...), and broadcast the weights of rank 0, which averages on other ranks did not "
-                "begin with. Wrap the model first, then construct ShardedEMA(wrapped_model)"
+                f"{call}: DDP wrapped this model after ShardedEMA(...) was constructed, and broadcast rank 0's "
+                "weights, so the averages on other ranks started from different weights. Wrap the model first, then "
+                "construct ShardedEMA(wrapped_model)"
             )
 
     def describe_drift(self) -> str:

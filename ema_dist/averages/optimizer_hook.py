@@ -8,7 +8,7 @@ from types import CodeType
 from typing import Any
 from weakref import finalize
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -16,13 +16,13 @@ from ema_dist.sharding import local_tensor, untraced
 
 
 class OptimizerHook:
-    """Calls ``update(found_inf)`` after each step of ``optimizer`` that was meant to train, until `remove`.
+    """Calls ``update(found_inf)`` after each training step of ``optimizer``, until `remove`.
 
     Args:
-        update: its argument is None, or a device tensor that is not zero when a gradient scaler told a fused
-            optimizer to leave this step out.
-        before_steps: is called before each step of any optimizer, and by `remove`. torch references it globally, so it
-            should not reference the averages.
+        update: takes None, or a device tensor that is nonzero if a gradient scaler made a fused optimizer skip the
+            step.
+        before_steps: called before each step of any optimizer, and by `remove`. torch holds a global reference to it,
+            so it should not reference the averages.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class OptimizerHook:
         self._update = update
         self.optimizer_name: str = type(optimizer).__name__
         self.has_run = False
-        """Whether the optimizer has taken a step that was meant to train."""
+        """Whether the optimizer has taken a training step."""
         self._handles = [optimizer.register_step_post_hook(self._after_step)]
         self._step_codes = _step_codes(optimizer)
         self._before_steps = before_steps
@@ -53,7 +53,8 @@ class OptimizerHook:
             self._before_steps()
         self.is_active: bool = False
 
-    # Else torch.compile(optimizer.step) would compile updates: counters as constants, and on a GPU streams and events.
+    # Untraced: torch.compile(optimizer.step) would otherwise compile updates, with counters as constants, and on a GPU
+    # with streams and events.
     @untraced
     def _after_step(self, optimizer: Optimizer, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_inner_step = len(self._step_codes) > 1 and _is_inside_step(optimizer, self._step_codes)
@@ -77,10 +78,10 @@ By class, since learning-rate schedulers have such an attribute too.
 
 
 def unwrap_optimizer(optimizer: object) -> Optimizer:
-    """The optimizer whose hooks torch runs, inside of the wrappers of accelerate, Fabric and Lightning.
+    """The optimizer whose hooks torch runs, without the wrappers of accelerate, Fabric and Lightning.
 
-    Raises: TypeError or ValueError, which names what to attach, if its steps cannot be counted, or if it averages by
-        itself.
+    Raises: TypeError or ValueError if its steps cannot be counted, or if it averages by itself. The message says what
+        to attach instead.
     """
     while attribute := _wrapping_attribute(optimizer):
         optimizer = getattr(optimizer, attribute)
@@ -88,8 +89,8 @@ def unwrap_optimizer(optimizer: object) -> Optimizer:
     name = type(optimizer).__name__
     if hasattr(optimizer, "train_mode") or any("train_mode" in group for group in groups):
         raise ValueError(
-            f"{name} is schedule-free: it keeps an average of its own, which the parameters hold "
-            "only after its eval(). Call its eval(), ema.update() and its train() instead of attach()"
+            f"{name} is schedule-free: it keeps its own average, which the parameters hold only after its eval(). "
+            "Instead of attach(), call its eval(), then ema.update(), then its train()"
         )
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got a {name}: {_advice(optimizer)}")
@@ -97,8 +98,7 @@ def unwrap_optimizer(optimizer: object) -> Optimizer:
         optimizer.register_step_post_hook(lambda *_: None).remove()
     except AttributeError:
         raise ValueError(
-            f"expected an optimizer that calls Optimizer.__init__(), else torch runs no hooks after its steps, got a "
-            f"{name}: {_advice(optimizer)}"
+            f"{name} did not call Optimizer.__init__(), so torch runs no hooks after its steps: {_advice(optimizer)}"
         ) from None
     return optimizer
 
@@ -109,6 +109,8 @@ def _wrapping_attribute(optimizer: object) -> str | None:
 
 
 def _advice(holder: object) -> str:
+    if isinstance(holder, nn.Module):
+        return "pass the optimizer that trains the model, or call ema.update() after each optimizer step"
     held = [(name, value) for name, value in getattr(holder, "__dict__", {}).items() if isinstance(value, Optimizer)]
     if held:
         return f"attach the {type(held[0][1]).__name__} in its attribute {held[0][0]!r}"
@@ -116,7 +118,7 @@ def _advice(holder: object) -> str:
 
 
 def _step_codes(optimizer: Optimizer) -> set[CodeType]:
-    """The code objects of the ``step`` methods of its classes, without the decorators that torch adds."""
+    """The code objects of the ``step`` methods of all its classes, without the decorators that torch adds."""
     step_methods = [
         vars(cls)["step"] for cls in type(optimizer).__mro__ if "step" in vars(cls) and cls is not Optimizer
     ]

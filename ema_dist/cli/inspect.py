@@ -21,6 +21,8 @@ from ema_dist.cli.terminal import format_bytes, print_json, print_table, progres
 
 BAR_COLUMNS = 10
 """The width of the bar for the largest distance."""
+PLURALS = {"step": "steps", "unit of time": "units of time", "update": "updates"}
+"""Of `StoredDecay.unit`."""
 
 
 def inspect(checkpoint: Path, *, step: int | None = None, as_json: bool = False) -> None:
@@ -153,7 +155,7 @@ def _header_rows(summary: Mapping[str, Any], notes: Mapping[tuple[str, str], str
     for entry, averages in summary["averages"].items():
         for name, track in averages["tracks"].items():
             decay = track["decay"]
-            unit = decay["per"].replace("unit", "units") if " " in decay["per"] else f"{decay['per']}s"
+            unit = PLURALS[decay["per"]]
             half_life = (
                 f"half-life {decay['half_life']:,.6g} {unit}" if decay["half_life"] is not None else decay["law"]
             )

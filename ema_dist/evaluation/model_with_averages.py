@@ -94,7 +94,7 @@ class ModelWithAverages:
         """
         self._require_not_capturing("update()")
         self._updates.finish()
-        self.live.require_not_wrapped_since("update()")
+        self.live.require_not_wrapped_in_ddp("update()")
         if self.live.layout.has_moved() or not self.tracks.is_bound_to(self.live.layout):
             self.prepare("update()", collective=False)
         elif self.live.layout.refresh_buffers():
@@ -332,7 +332,7 @@ class ModelWithAverages:
         require_live_weights(self.live.layout.model, call)
 
     def _prepare_to_enter(self, call: str, used_track: Track | None, *, for_serving: bool = False) -> None:
-        self.live.require_not_wrapped_since(call)
+        self.live.require_not_wrapped_in_ddp(call)
         self.require_inactive(call)
         if active_servings(self.live.layout.model):
             raise RuntimeError(f"{call}: another ShardedEMA serves this model; leave its serving() first")

@@ -7,10 +7,10 @@ standard library and each other, and nothing else of `ema_dist`.
 
 from ema_dist.sharding.compat import all_gather, untraced, world_store
 from ema_dist.sharding.cpu_copies import cpu_copy, is_sharded, subclass_name
+from ema_dist.sharding.ddp_wrap_detector import DDPWrapDetector
 from ema_dist.sharding.devices import sending_device
 from ema_dist.sharding.discovery import ReplicaPolicy
 from ema_dist.sharding.gather_rows import as_bytes, merge_bytes
-from ema_dist.sharding.later_ddp import LaterDDP
 from ema_dist.sharding.layout import Layout
 from ema_dist.sharding.memory import has_equal_bits, is_wrapper_subclass
 from ema_dist.sharding.mesh_shard import local_tensor
@@ -20,8 +20,8 @@ from ema_dist.sharding.shard import Shard
 from ema_dist.sharding.substitution import Substitution, replays_cuda_graph, unsupported_reason
 
 __all__ = [
+    "DDPWrapDetector",
     "ExpandedShard",
-    "LaterDDP",
     "Layout",
     "ReplicaPolicy",
     "Shard",

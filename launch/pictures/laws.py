@@ -53,7 +53,7 @@ def laws_picture() -> Canvas:
             Axis("", 1e-4, 1, [1e-4, 1e-3, 1e-2, 0.1, 1], log=True),
         ),
         (
-            "Share of the average that still is the initial weights",
+            "Share of the average that is still the initial weights",
             Axis("optimizer step", 1, STEPS, [1, 250, 500, 750, 1000]),
             Axis("", 0, 1, [0, 0.25, 0.5, 0.75, 1]),
         ),

@@ -8,7 +8,7 @@ from ema_dist import Cosine, ExponentialWarmup, HalfLife, InverseGamma, Power, S
 from .script import UsageError
 
 RAMP = 0.09
-"""The half-life is at most this fraction of the steps so far; EDM2's value."""
+"""Caps the half-life at this fraction of the steps so far; EDM2's value."""
 
 LAWS: dict[str, Callable[[float, int], Schedule]] = {
     "ramped": lambda half_life, _: HalfLife(half_life, ramp=RAMP),

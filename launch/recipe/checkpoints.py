@@ -68,7 +68,7 @@ class Checkpoints:
         try:
             step = checkpoint.load(contents, self.root)
         except RendezvousError as error:
-            _require_mismatch(error)
+            _raise_unless_mismatch(error)
             require_same_settings(self.settings, *_load_settings(self.root))
             raise UsageError(f"the checkpoint in {self.root} does not fit this run: {error}") from error
         require_same_settings(self.settings, contents["settings"], f"step {step} in {self.root}")
@@ -138,12 +138,12 @@ def _load_settings(root: Path) -> tuple[dict[str, Any], str]:
     try:
         step = checkpoint.load(contents, root)
     except RendezvousError as error:
-        _require_mismatch(error)
+        _raise_unless_mismatch(error)
         return {}, f"the checkpoint in {root}"  # it has no such entry
     return contents["settings"], f"step {step} in {root}"
 
 
-def _require_mismatch(error: RendezvousError) -> None:
+def _raise_unless_mismatch(error: RendezvousError) -> None:
     """Raise a ScriptError unless `checkpoint.load` reports that names or shapes differ: some ranks did not arrive."""
     if not error.same_call:
         raise ScriptError(str(error)) from error

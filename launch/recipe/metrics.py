@@ -23,7 +23,7 @@ LIVE_COLOR, AVERAGE_COLOR = "#b0572c", "#1f5fa8"
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """Test scores of live and averaged weights after an epoch, and what averaging did and took."""
+    """Test scores after an epoch, the distance of the average, and the share of step time spent in update()."""
 
     epoch: int
     step: int
@@ -32,7 +32,7 @@ class EpochMetrics:
     average_loss: float
     average_accuracy: float
     average_distance: float
-    """Of the averaged weights from the live ones, over the norm of these."""
+    """The norm of the difference of average and live weights, over the norm of the live weights."""
     update_share_of_step_time: float
 
     def __str__(self) -> str:

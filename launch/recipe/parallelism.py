@@ -79,7 +79,7 @@ def describe_run(parallel: str, device: str, model: nn.Module, law: object) -> s
     """The line that a script prints before it trains; `model` is not wrapped yet, and `law` is that of its average."""
     ranks, parameters = dist.get_world_size(), sum(parameter.numel() for parameter in model.parameters())
     layout = f"layout {parallel}, {ranks} rank{'s' * (ranks > 1)}, device {device}"
-    return f"{layout}; {parameters:,} parameters; averages by {law}"
+    return f"{layout}; {parameters:,} parameters; EMA schedule {law}"
 
 
 def data_rank_and_size(parallel: str) -> tuple[int, int]:

@@ -63,7 +63,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_reset_is_as_constructing_anew(setting: str) -> None:
+def test_reset_equals_a_new_construction(setting: str) -> None:
     model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).bfloat16()
     ema = ShardedEMA(model, **SETTINGS[setting])
     for _ in range(3):

@@ -70,7 +70,7 @@ def test_each_kind_of_call_warns_once_where_it_is_made(name: str) -> None:
             CALLS[other](ema)
 
 
-def test_the_share_and_its_law_are_reported_for_each_track() -> None:
+def test_the_warning_names_share_and_schedule_of_each_track() -> None:
     model = nn.Linear(2, 2)
     ema = ShardedEMA(model, decay={"a": HalfLife(100), "b": Uniform(), "c": 0.5})
     for _ in range(2):
@@ -98,7 +98,7 @@ def test_the_warning_comes_before_anything_changes() -> None:
     ("settings", "updates"),
     [({"decay": Warmup()}, 1), ({"decay": 0.5}, 4), ({"start": 5}, 5), ({"start": 5, "update_interval": 3}, 2)],
 )
-def test_averages_that_forgot_or_equal_the_live_weights_are_silent(settings: dict[str, Any], updates: int) -> None:
+def test_no_warning_after_forgetting_or_before_start(settings: dict[str, Any], updates: int) -> None:
     model, ema = make_written(**settings)
     for _ in range(updates):
         write(model)
@@ -107,7 +107,7 @@ def test_averages_that_forgot_or_equal_the_live_weights_are_silent(settings: dic
         call(ema)
 
 
-def test_calls_are_silent_before_the_live_weights_are_written_to() -> None:
+def test_no_warning_before_the_live_weights_change() -> None:
     """Sanity checks before training, also repeated ones; after a reset or a load the same holds."""
     model = nn.Linear(2, 2)
     ema = ShardedEMA(model)
@@ -219,7 +219,7 @@ class SharpnessAware(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("call", [ShardedEMA.state_dict, ShardedEMA.full_state_dict, _swap])
-def test_a_hook_that_never_runs_is_reported(call: Callable[[ShardedEMA], object]) -> None:
+def test_a_hook_that_never_runs_warns(call: Callable[[ShardedEMA], object]) -> None:
     model = nn.Linear(2, 2)
     optimizer = SharpnessAware(model.parameters(), lr=0.1)
     ema = ShardedEMA(model, decay=Warmup())
@@ -256,14 +256,14 @@ def test_a_hook_that_runs_or_was_removed_is_not_suspected() -> None:
 
 @pytest.mark.world_size(2)
 def test_wrapping_in_ddp_after_construction_is_refused() -> None:
-    """DDP broadcasts the weights of rank 0: averages on the other ranks began with others."""
+    """DDP broadcasts the weights of rank 0: averages on the other ranks started from different weights."""
     model = nn.Sequential(nn.Linear(2, 2))
     whole, part = ShardedEMA(model), ShardedEMA(model[0])
     untouched = ShardedEMA(nn.Linear(2, 2))
     wrapped = DistributedDataParallel(model)
     for ema in (whole, part):
         for call in (ema.update, lambda ema=ema: _swap(ema), lambda ema=ema: _serve(ema)):
-            with pytest.raises(ValueError, match=r"expected the model wrapped in DDP.*got.*Wrap the model first"):
+            with pytest.raises(ValueError, match=r"DDP wrapped this model.*Wrap the model first"):
                 call()
     untouched.update()
     ShardedEMA(wrapped).update()

@@ -28,7 +28,7 @@ def test_attach_counts_real_steps_only(layout: str) -> None:
     assert ema.steps == 1
     with pytest.raises(RuntimeError, match=r"optimizer.*remove\(\).*update\(\)"):
         ema.attach(optimizer)
-    with pytest.raises(RuntimeError, match=r"update\(\) while an optimizer is attached.*twice.*remove\(\)"):
+    with pytest.raises(RuntimeError, match=r"update\(\) was called while an optimizer is attached.*twice.*remove\(\)"):
         ema.update()
     handle.remove()
     train_step(model, optimizer, 1)
@@ -167,21 +167,21 @@ def test_the_optimizer_in_a_known_wrapper_is_attached(wrapper: Any) -> None:  # 
 
 
 class WithoutInit(torch.optim.Optimizer):
-    """A wrapper that nobody knows, and that never called ``Optimizer.__init__``."""
+    """An unknown wrapper that never called ``Optimizer.__init__``."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
         self.param_groups = inner.param_groups
 
 
-def test_what_is_no_optimizer_is_refused_with_what_to_attach() -> None:
+def test_attach_rejects_non_optimizers_and_names_the_inner_one() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ema = ShardedEMA(model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer.*StepLR.*\bSGD\b.*'optimizer'"):
         ema.attach(scheduler)
-    with pytest.raises(ValueError, match=r"Optimizer\.__init__\(\).*WithoutInit.*\bSGD\b.*'inner'"):
+    with pytest.raises(ValueError, match=r"WithoutInit.*Optimizer\.__init__\(\).*\bSGD\b.*'inner'"):
         ema.attach(WithoutInit(optimizer))
     with pytest.raises(TypeError, match=r"expected.*\bLinear\b.*update\(\)"):
         ema.attach(model)

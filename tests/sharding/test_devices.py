@@ -157,7 +157,7 @@ def test_where_the_group_cannot_send_from_the_cpu_another_device_sends() -> None
             patch.setattr(module, "sending_device", lambda *_: meta)
         patch.setattr(first_rank, "broadcast_object", lambda message, *, device, **_: sent.append(device) or message)
         patch.setattr(dist, "broadcast", lambda tensor, *_, **__: sent.append(tensor.device))
-        sender = first_rank.FirstRank(ema._live.layout)  # noqa: SLF001
+        sender = first_rank.FirstRankBroadcast(ema._live.layout)  # noqa: SLF001
         sender.broadcast_tensor(lambda: torch.ones(3), torch.empty(3, device="meta"), torch.device("cpu"))
         patch.setattr(dist, "all_reduce", lambda tensor, *_, **__: sent.append(tensor.device))
         for call in (ema.check_replicas, ema.distance):

@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 
-class LaterDDP:
+class DDPWrapDetector:
     """Whether DDP has wrapped ``model``, a part of it, or a module around it since this object was made.
 
     Another DDP around the module of one does not count: the ranks held the same weights before.
@@ -28,11 +28,11 @@ class LaterDDP:
             group = parent.process_group  # set before the module is registered
             if group is None or group.size() == 1:
                 return
-            later_ddp, model = self_ref(), model_ref()
-            if later_ddp is None or model is None or {*child.modules()}.isdisjoint(model.modules()):
+            detector, model = self_ref(), model_ref()
+            if detector is None or model is None or {*child.modules()}.isdisjoint(model.modules()):
                 return
             if not _is_in_another_ddp(model, parent):
-                later_ddp.has_wrapped = True
+                detector.has_wrapped = True
 
         finalize(self, register_module_module_registration_hook(on_registration).remove)
 
