@@ -8,11 +8,18 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed import Store
+from torch.torch_version import TorchVersion
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """Concatenates the tensors of all ranks; the older name of this function warns since torch 2.13."""
+
+GATHERS_UNEVEN_STRIDED_SHARDS: bool = TorchVersion(torch.__version__) >= "2.11"
+"""Whether DTensor gathers blocks that FSDP2 over tensor parallelism splits unevenly.
+
+torch 2.9.1 exchanges rows and leaves some zero, without an error; 2.7 refuses; 2.8 and 2.10 were not tried.
+"""
 
 
 def untraced(function: F) -> F:

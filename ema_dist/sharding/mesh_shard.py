@@ -151,6 +151,18 @@ class MeshShard(Shard):
         """Whether any placement is strided (FSDP2 over TP): only DTensor knows the order of such blocks."""
         return any(type(placement) not in (ShardPlacement, Replicate) for placement in self.placements)
 
+    @property
+    def uneven_strided_dims(self) -> dict[int, int]:
+        """The dimensions that strided placements split unevenly, each with the number of blocks."""
+        if not self._is_strided:
+            return {}
+        blocks: dict[int, int] = {}
+        for mesh_dim, placement in enumerate(self.placements):
+            if not placement.is_replicate():
+                dim: int = placement.dim  # pyrefly: ignore[missing-attribute]  strided placements have it
+                blocks[dim] = blocks.get(dim, 1) * self.mesh.size(mesh_dim)
+        return {dim: count for dim, count in blocks.items() if self._shape[dim] % count}
+
     def _block(self) -> _Block:
         """This rank's block; requires ``not self._is_strided``."""
         ranks, coordinate = mesh_ranks(self.mesh), _coordinate(self.mesh)

@@ -6,6 +6,7 @@ from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import Placement
 
+from ema_dist.sharding import compat
 from ema_dist.sharding.mesh_shard import MeshShard, dtensor_local, permute_mesh, split_rows
 from ema_dist.sharding.names import NamedModule
 from ema_dist.sharding.plain_shard import PlainShard
@@ -92,6 +94,13 @@ class ShardFactory:
             stride=tensor.stride(),
             replica_group=replication.group,
         )
+        if (uneven := shard.uneven_strided_dims) and not compat.GATHERS_UNEVEN_STRIDED_SHARDS:
+            dim, count = next(iter(uneven.items()))
+            raise ValueError(
+                f"{names[0]!r} of shape {tuple(tensor.shape)}: FSDP2 over tensor parallelism splits dimension {dim} "
+                f"unevenly, and torch {torch.__version__} gathers and saves it wrongly: use a size that {count} "
+                "divides, or torch 2.11 or later"
+            )
         if replication.rows_mesh is not None and split and has_contiguous_rows(shard.local):
             shard.averaged_part = split_rows(
                 shard, replication.rows_mesh, replication.other_placements, tensor.stride()

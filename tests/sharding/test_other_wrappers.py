@@ -15,11 +15,12 @@ from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA, checkpoint
-from ema_dist.sharding import local_tensor
-from tests.support.layouts import YOUNG_AVERAGES
+from ema_dist.sharding import compat, local_tensor
+from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal
 from tests.support.quantized import Quantized
 
 pytestmark = YOUNG_AVERAGES
@@ -203,3 +204,23 @@ def test_trained_subclasses_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"2\.weight.*Quantized.*select="):
         ShardedEMA(model)
     ShardedEMA(model, select=lambda name, _: name != "2.weight").update()
+
+
+@pytest.mark.world_size(4)
+@pytest.mark.parametrize("gathers", [False, True])
+def test_uneven_fsdp2_over_tp_is_refused_where_torch_gathers_it_wrongly(
+    gathers: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compat, "GATHERS_UNEVEN_STRIDED_SHARDS", gathers)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 6))
+    expected = {name: value.clone() for name, value in net.state_dict().items()}
+    parallelize_module(net, mesh["model"], {"0": ColwiseParallel(), "1": ColwiseParallel()})
+    fully_shard(net, mesh=mesh["data"])
+    if gathers:
+        assert_bitwise_equal(ShardedEMA(net).full_state_dict(), expected if dist.get_rank() == 0 else {})
+    else:
+        with pytest.raises(ValueError, match=r"'1\.weight' of shape \(6, 8\).*dimension 0.*torch \d.*4 divides"):
+            ShardedEMA(net)
