@@ -47,7 +47,7 @@ def warn_of_unlikely_decays(schedules: Mapping[str, Schedule]) -> None:
     """Warn about numbers that are probably the weight of the live values, not the factor of the old average."""
     for law in schedules.values():
         if isinstance(law, Constant) and (law.value < 0.5 or law.value == 1):
-            intended = {0: "HalfLife(0) (no averaging)", 1: "HalfLife(math.inf) (never update)"}
+            intended = {0.0: "HalfLife(0) (no averaging)", 1.0: "HalfLife(math.inf) (never update)"}
             warn_caller(
                 f"decay={law!r} keeps {100 * law.value:.3g} % of the old average at each update. decay is the factor "
                 "of the old average (such as 0.999), not of the live weight. If this is intended, use "
