@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ema_dist import ShardedEMA
-from tests.support.layouts import YOUNG_AVERAGES, layouts, make_net, wrap
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, layouts, make_net, wrap
 from tests.support.torch_2_7 import IS_BEFORE_TORCH_2_8
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 REASON = "needs the package it compares with: tox -e peers"
 DECAY = 0.999

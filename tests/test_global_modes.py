@@ -16,16 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 from ema_dist import Compensated, Offloaded, ShardedEMA, checkpoint, compute_ema
 from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     IGNORED_WARNINGS,
     LAYOUTS,
-    YOUNG_AVERAGES,
     assert_bitwise_equal,
     full_weights,
     make_net,
     wrap,
 )
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 @contextmanager

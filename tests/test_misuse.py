@@ -16,7 +16,7 @@ from torch import nn
 
 from ema_dist import Offloaded, ShardedEMA, checkpoint, compute_ema
 from tests.support.layouts import (
-    YOUNG_AVERAGES,
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     assert_bitwise_equal,
     full_weights,
     layouts,
@@ -25,7 +25,7 @@ from tests.support.layouts import (
     wrap,
 )
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""This rank's averages: the model they follow, what is stored, in which dtype and where, and how it is updated.
+"""This rank's averages: the live model, what is stored, in which dtype and where, and how it is updated.
 
 Here are the live model, construction on all ranks, tracks, updates that can be interrupted, precision, CPU offload, the
 optimizer hook, the state that checkpoints hold, and the conversion between shards and full weights. Putting averages

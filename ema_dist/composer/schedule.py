@@ -1,4 +1,4 @@
-"""When averages are taken, and with which factor of the old average: parses and checks Composer's time strings."""
+"""When averages are updated, and with which decay: parses and checks Composer's time strings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DefaultHalfLife(str):
 
 @dataclass(frozen=True)
 class UpdateSchedule:
-    """When averages are taken, and how much of the old average each update keeps.
+    """When averages are updated, and how much of the old average each update keeps.
 
     Args:
         smoothing: the factor of the old average at each update (`ShardedEMA` calls it decay).
@@ -61,7 +61,7 @@ class UpdateSchedule:
 
     @property
     def update_event(self) -> Event:
-        """The event at which an average is taken, if one is due."""
+        """The event at which the averages are updated, if an update is due."""
         return UPDATE_EVENTS[self.interval.unit]
 
     def has_started(self, state: State) -> bool:
@@ -78,7 +78,7 @@ class UpdateSchedule:
         return not self.is_due(state)
 
     def is_due(self, state: State) -> bool:
-        """Whether an average is taken at this update event."""
+        """Whether the averages are updated at this event."""
         return state.timestamp.get(self.interval.unit).value % self.interval.value == 0
 
 

@@ -20,9 +20,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ema_dist import ShardedEMA
 from ema_dist.kernels import chunks
 from ema_dist.sharding import Layout
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)

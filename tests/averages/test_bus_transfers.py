@@ -17,9 +17,9 @@ from ema_dist.averages import first_rank, full_weights, track
 from ema_dist.checkpoint import saving
 from ema_dist.evaluation import serving, swap
 from ema_dist.kernels import copy_pairs, copy_to_host
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 class Recorder:

@@ -13,9 +13,9 @@ from torch._dynamo.convert_frame import register_bytecode_hook
 
 import ema_dist
 from ema_dist import ShardedEMA
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 PACKAGE = Path(ema_dist.__file__).parent
 

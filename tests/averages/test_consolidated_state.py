@@ -17,7 +17,7 @@ from torch import nn
 from ema_dist import Compensated, ShardedEMA
 from ema_dist.sharding import local_tensor
 from tests.support.layouts import (
-    YOUNG_AVERAGES,
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     assert_bitwise_equal,
     averages_of_tracks,
     layouts,
@@ -26,7 +26,7 @@ from tests.support.layouts import (
     wrap,
 )
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 SHARDED = ("ddp-3", "fsdp1", "fsdp2", "fsdp2-3", "hsdp", "fsdp2-tp")

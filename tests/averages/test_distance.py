@@ -12,9 +12,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import Compensated, HalfLife, Offloaded, ShardedEMA
-from tests.support.layouts import STORAGE_LAYOUTS, YOUNG_AVERAGES, full_weights, layouts, make_net, make_trained
+from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
+    STORAGE_LAYOUTS,
+    full_weights,
+    layouts,
+    make_net,
+    make_trained,
+)
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 def expected_distance(model: nn.Module, ema: ShardedEMA, track: str, names: list[str]) -> float:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ema_dist import ShardedEMA
-from tests.support.layouts import YOUNG_AVERAGES, full_weights, layouts, make_net, train_step, wrap
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, full_weights, layouts, make_net, train_step, wrap
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 def reference_step(average: dict[str, Tensor], live: dict[str, Tensor], decay: float, averaged: set[str]) -> None:

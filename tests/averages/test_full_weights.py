@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ema_dist import ShardedEMA, compute_ema
 from ema_dist.averages import full_weights as full_weights_module
 from tests.support.layouts import (
-    YOUNG_AVERAGES,
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     assert_bitwise_equal,
     evaluate,
     full_weights,
@@ -30,7 +30,7 @@ from tests.support.layouts import (
     wrap,
 )
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp", "ddp-compiled", "fsdp2-checkpointed")

@@ -12,9 +12,9 @@ from torch import nn
 
 from ema_dist import ShardedEMA
 from ema_dist.averages import side_streams
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 class CapturingDevice:

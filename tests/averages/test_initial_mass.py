@@ -10,9 +10,15 @@ from torch import nn
 
 from ema_dist import Compensated, Cosine, HalfLife, Offloaded, ShardedEMA, Uniform, Warmup
 from tests.schedules.laws import LAWS
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, averages_of_tracks, layouts, make_trained
+from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
+    assert_bitwise_equal,
+    averages_of_tracks,
+    layouts,
+    make_trained,
+)
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 @pytest.mark.parametrize(("start", "interval"), [(0, 1), (4, 3)])

@@ -187,9 +187,9 @@ def test_every_optimizer_is_seen_to_write(layout: str, settings: dict[str, bool]
         before = [warning for warning in found if warning.category is InitialWeightsWarning]
         train_step(model, optimizer, 0)
         ema.full_state_dict()
-    told = [warning for warning in found if warning.category is InitialWeightsWarning]
+    found_initial = [warning for warning in found if warning.category is InitialWeightsWarning]
     assert before == []
-    assert len(told) == (not dist.is_initialized() or dist.get_rank() == 0), "on one rank"
+    assert len(found_initial) == (not dist.is_initialized() or dist.get_rank() == 0), "on one rank"
 
 
 @pytest.mark.world_size(2)

@@ -16,9 +16,9 @@ from ema_dist import Compensated, HalfLife, Offloaded, Power, ShardedEMA
 from ema_dist.kernels import c_kernel, scratch
 from ema_dist.schedules.clock import Clock
 from tests.support.interrupter import Interrupter, Interruption
-from tests.support.layouts import YOUNG_AVERAGES, averages_of_tracks, make_trained
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, averages_of_tracks, make_trained
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 WRITING = ("averages/updates.py", "averages/tracks.py", "averages/offload.py", "kernels/*.py", "schedules/*.py")

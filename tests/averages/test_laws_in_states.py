@@ -18,10 +18,10 @@ from torch import nn
 from ema_dist import HalfLife, Power, ShardedEMA, Uniform, checkpoint
 from tests.schedules.laws import FORMULAS, LAWS
 from tests.support.cli_runs import run_ok
-from tests.support.layouts import IGNORED_WARNINGS, YOUNG_AVERAGES, averages_of_tracks, make_net, wrap
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, IGNORED_WARNINGS, averages_of_tracks, make_net, wrap
 from tests.support.reshard_cases import run_in_world
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 FORMAT_1 = Path(__file__).with_name("format_1")

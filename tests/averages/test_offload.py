@@ -31,9 +31,9 @@ from ema_dist.kernels import HostBuffer, HostCopier, host_copy
 from ema_dist.sharding import Layout
 from ema_dist.sharding.mesh_shard import MeshShard
 from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     IGNORED_WARNINGS,
     STORAGE_LAYOUTS,
-    YOUNG_AVERAGES,
     assert_bitwise_equal,
     evaluate,
     full_weights,
@@ -46,7 +46,7 @@ from tests.support.layouts import (
 )
 from tests.support.reshard_cases import run_in_world
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 few_layouts = layouts("plain", "ddp-3", "fsdp1", "hsdp")
 some_layouts = layouts("plain", "ddp-3", "fsdp1", "fsdp2-3", "hsdp", "tp", "fsdp2-tp")

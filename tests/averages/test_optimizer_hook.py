@@ -10,9 +10,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ema_dist import ShardedEMA
-from tests.support.layouts import YOUNG_AVERAGES, layouts, make_net, train_step, wrap
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, layouts, make_net, train_step, wrap
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 @layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "tp")

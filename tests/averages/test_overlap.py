@@ -16,9 +16,16 @@ from torch import nn
 from ema_dist import Offloaded, ShardedEMA
 from ema_dist.averages import side_streams
 from ema_dist.averages.side_streams import SideStreams
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, layouts, make_net, train_step, wrap
+from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
+    assert_bitwise_equal,
+    layouts,
+    make_net,
+    train_step,
+    wrap,
+)
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 class Stream:

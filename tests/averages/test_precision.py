@@ -18,10 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 from ema_dist import Compensated, ShardedEMA, Stochastic, checkpoint
 from ema_dist.sharding import Layout
 from tests.support.cli_runs import load_exported, run_ok
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, full_weights, layouts, make_net, wrap
+from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
+    assert_bitwise_equal,
+    full_weights,
+    layouts,
+    make_net,
+    wrap,
+)
 from tests.support.reshard_cases import run_in_world
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 WEIGHT = 1e-4  # decay 0.9999

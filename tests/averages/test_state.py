@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import HalfLife, ShardedEMA
 from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     IGNORED_WARNINGS,
-    YOUNG_AVERAGES,
     assert_bitwise_equal,
     full_weights,
     layouts,
@@ -27,7 +27,7 @@ from tests.support.layouts import (
 )
 from tests.support.reshard_cases import reshard_cases, run_in_world
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 @reshard_cases

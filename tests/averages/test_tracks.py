@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from tests.support.cli_runs import load_exported, run_ok
 from tests.support.layouts import (
-    YOUNG_AVERAGES,
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     assert_bitwise_equal,
     full_weights,
     layouts,
@@ -26,7 +26,7 @@ from tests.support.layouts import (
 )
 from tests.support.reshard_cases import run_in_world
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 DECAYS: dict[str, Any] = {"short": HalfLife(1), "long": HalfLife(20)}

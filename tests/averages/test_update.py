@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ema_dist import ShardedEMA
 from ema_dist.kernels import CPU_SCRATCH_BYTES
 from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     STORAGE_LAYOUTS,
-    YOUNG_AVERAGES,
     Net,
     assert_bitwise_equal,
     full_weights,
@@ -29,7 +29,7 @@ from tests.support.layouts import (
     wrap,
 )
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 class Ops(TorchDispatchMode):

@@ -20,9 +20,9 @@ from ema_dist.checkpoint.sum_writing import SumFormat
 from ema_dist.checkpoint.weight_source import open_source
 from tests.support.cli_runs import save_with_dcp
 from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     IGNORED_WARNINGS,
     LAYOUTS,
-    YOUNG_AVERAGES,
     assert_bitwise_equal,
     full_weights,
     layouts,
@@ -31,7 +31,7 @@ from tests.support.layouts import (
 )
 from tests.support.reshard_cases import run_in_world
 
-pytestmark = [*IGNORED_WARNINGS, YOUNG_AVERAGES]
+pytestmark = [*IGNORED_WARNINGS, IGNORE_INITIAL_WEIGHTS_WARNING]
 
 FORMATS = ["safetensors", "torch", "dcp"]
 

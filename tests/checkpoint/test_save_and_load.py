@@ -21,8 +21,8 @@ from ema_dist.checkpoint.dcp.metadata import read_metadata
 from ema_dist.checkpoint.dcp.reader import read_entries
 from ema_dist.sharding import local_tensor
 from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     STORAGE_LAYOUTS,
-    YOUNG_AVERAGES,
     Net,
     assert_bitwise_equal,
     full_weights,
@@ -33,7 +33,7 @@ from tests.support.layouts import (
 )
 from tests.support.reshard_cases import reshard_cases, run_in_world
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 Run = tuple[nn.Module, Optimizer, ShardedEMA]

@@ -16,9 +16,9 @@ from ema_dist.checkpoint.reconstruction import choose_snapshots
 from ema_dist.checkpoint.snapshots import Snapshots, read_snapshots
 from ema_dist.posthoc import Window
 from tests.averages.test_laws_in_states import FORMAT_1
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 
-pytestmark = [YOUNG_AVERAGES, pytest.mark.world_size(1)]
+pytestmark = [IGNORE_INITIAL_WEIGHTS_WARNING, pytest.mark.world_size(1)]
 
 
 def read(root: Path) -> Snapshots:

@@ -13,10 +13,10 @@ from torch.optim import AdamW
 
 from ema_dist import ShardedEMA, checkpoint
 from ema_dist.evaluation.serving import DIRECT
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 from tests.support.quantized import Quantized
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 # The first test here takes about five seconds: that is how long importing torchao takes.
 X = torch.linspace(-1.0, 1.0, 4 * 64).reshape(4, 64)

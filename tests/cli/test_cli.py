@@ -20,9 +20,16 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from tests.support.cli_runs import load_exported, make_checkpoint, make_dcp_checkpoint, run, run_ok, save_with_dcp
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, full_weights, layouts, make_net, make_trained
+from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
+    assert_bitwise_equal,
+    full_weights,
+    layouts,
+    make_net,
+    make_trained,
+)
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 SOURCES: dict[str, Callable[[Path], tuple[Path, ShardedEMA]]] = {
     "ours": lambda path: make_checkpoint(path / "root")[::2],

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from ema_dist import ShardedEMA, checkpoint
 from tests.support.cli_runs import load_exported, make_checkpoint, run, run_ok
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 def test_configuration_and_tokenizer_lie_beside_the_weights(tmp_path: Path) -> None:

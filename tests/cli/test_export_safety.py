@@ -19,9 +19,9 @@ from ema_dist.checkpoint.manifest import read_manifest
 from ema_dist.checkpoint.weights.casts import cast
 from ema_dist.checkpoint.weights.files import WeightWriter
 from tests.support.cli_runs import load_exported, make_checkpoint, make_dcp_checkpoint, run, run_ok, save_with_dcp
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, peak_resident_memory
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal, peak_resident_memory
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 def average_after_one_step(model: nn.Module, **settings: Any) -> ShardedEMA:  # noqa: ANN401

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ema_dist import checkpoint
 from tests.support.cli_runs import load_exported, make_checkpoint, run, run_ok, save_with_dcp
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 
 from ema_dist.communication.call_history import CallHistory
 from ema_dist.communication.outcome import Report, compare_reports
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 def history(calls: Sequence[tuple[str, float]]) -> CallHistory:

@@ -23,7 +23,7 @@ from ema_dist import HalfLife, Offloaded, ShardedEMA, Stochastic, checkpoint
 from ema_dist.communication.rendezvous import RendezvousError, announce_failure
 from ema_dist.sharding import ReplicaPolicy
 from tests.support.layouts import (
-    YOUNG_AVERAGES,
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     assert_bitwise_equal,
     evaluate,
     full_weights,
@@ -33,7 +33,7 @@ from tests.support.layouts import (
     wrap,
 )
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 @layouts("ddp", "ddp-3", "hsdp")

@@ -18,9 +18,9 @@ from ema_dist.communication.rendezvous import RendezvousSeries, announce_failure
 from ema_dist.communication.store import rendezvous_store
 from ema_dist.messages import describe_ranks
 from ema_dist.sharding import world_store
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 STORES = ["tcp", "tcp without libuv", "file", "memory"]

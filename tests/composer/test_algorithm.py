@@ -33,9 +33,9 @@ from tests.support.composer_runs import (
     on_ranks,
     reference_average,
 )
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 def averages(ema: EMA) -> dict[str, Tensor]:

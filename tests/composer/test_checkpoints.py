@@ -34,13 +34,13 @@ from tests.support.composer_runs import (
     on_ranks,
     reference_average,
 )
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 from tests.support.reshard_cases import run_in_world
 
 HALF_LIFE = "3ba"
 
 pytestmark = [
-    YOUNG_AVERAGES,
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     pytest.mark.filterwarnings(
         "ignore:Please use DTensor:FutureWarning"
     ),  # from torch's own code, in FSDP1's checkpoints

@@ -21,9 +21,9 @@ from ema_dist.evaluation import swap
 from ema_dist.kernels import scratch
 from ema_dist.sharding import Shard, has_equal_bits
 from tests.support.interrupter import Interrupter, Interruption
-from tests.support.layouts import YOUNG_AVERAGES, averages_of_tracks
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, averages_of_tracks
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 WRITING = ("evaluation/swap.py", "evaluation/model_with_averages.py", "kernels/exchange.py")

@@ -21,7 +21,7 @@ from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.evaluation.serving import CAST_COPY, DIRECT, GATHERED_COPY
 from ema_dist.sharding import fsdp2
 from tests.support.layouts import (
-    YOUNG_AVERAGES,
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     assert_bitwise_equal,
     evaluate,
     full_weights,
@@ -33,7 +33,7 @@ from tests.support.layouts import (
     wrap,
 )
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 SERVED = (

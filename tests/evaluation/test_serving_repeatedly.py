@@ -12,9 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ema_dist import ShardedEMA
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, evaluate, full_weights, layouts, make_trained
+from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
+    assert_bitwise_equal,
+    evaluate,
+    full_weights,
+    layouts,
+    make_trained,
+)
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 class Codebook(nn.Module):

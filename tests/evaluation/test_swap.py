@@ -21,8 +21,8 @@ from ema_dist import ShardedEMA, checkpoint, compute_ema
 from ema_dist.evaluation.swap import Swap
 from ema_dist.kernels import DEVICE_SCRATCH_BYTES
 from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     LAYOUTS,
-    YOUNG_AVERAGES,
     Net,
     assert_bitwise_equal,
     evaluate,
@@ -34,7 +34,7 @@ from tests.support.layouts import (
     wrap,
 )
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 def unwrapped_output(layout: str, weights: dict[str, Tensor]) -> Tensor:

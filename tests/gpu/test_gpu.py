@@ -20,9 +20,9 @@ from ema_dist.kernels.bus_copy import STAGING_BYTES
 from ema_dist.kernels.selection import MAX_MEASURED_NUMEL_ON_DEVICE
 from ema_dist.sharding import local_tensor
 from tests.schedules.laws import LAWS
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, full_weights
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal, full_weights
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 TABLE_BYTES = 2**20
 """Room for what kernels keep on the device, such as Triton's tables of addresses."""

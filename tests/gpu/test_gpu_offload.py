@@ -14,9 +14,9 @@ from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy, FullyShardedDat
 
 from ema_dist import Offloaded, ShardedEMA, checkpoint, compute_ema
 from tests.gpu.test_gpu import LAYOUTS, make_model, no_host_sync
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, full_weights
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal, full_weights
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 STAGING_BYTES = 64 * 2**20

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 
 from ema_dist import Offloaded, ShardedEMA, Stochastic
 from ema_dist.averages.side_streams import SideStreams
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 WIDTH = 512
 

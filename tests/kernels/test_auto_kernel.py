@@ -14,9 +14,9 @@ from ema_dist import Offloaded, ShardedEMA
 from ema_dist.kernels import KERNELS, make_kernel
 from tests.averages.test_float64_reference import averaged_names, reference_step
 from tests.support.fake_compiler import FakeCompiler, prefer
-from tests.support.layouts import YOUNG_AVERAGES, full_weights, layouts, make_net, train_step, wrap
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, full_weights, layouts, make_net, train_step, wrap
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 def selected(dtype: torch.dtype = torch.float32) -> str:

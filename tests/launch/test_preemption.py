@@ -28,9 +28,9 @@ from recipe.folders import require_checkpoint_dir
 from recipe.preemption import Preempted, PreemptionHandler
 from recipe.script import ScriptError, UsageError
 from tests.support.injected_signals import read_metrics
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 SHORT = ("--device", "cpu", "--epochs", "2", "--batch-size", "600", "--half-life", "2")

@@ -15,7 +15,7 @@ from ema_dist import Cosine, ExponentialWarmup, HalfLife, InverseGamma, Power, S
 from ema_dist.posthoc.equations import mixed_inner_product
 from ema_dist.posthoc.profiles import inner_product, profile_of
 from ema_dist.schedules.decay import as_schedule
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 
 WIDTHS = (0.03, 0.07, 0.15, 0.20, 0.25)
 PRECISION = {
@@ -82,7 +82,7 @@ def test_fits_are_those_of_discrete_weights(laws: slice, at: int, target: Any) -
 RUN = {"half_life": HalfLife(30), "number": 0.97, "narrow": Power(gamma=8), "mean": Uniform()}
 
 
-@YOUNG_AVERAGES
+@IGNORE_INITIAL_WEIGHTS_WARNING
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("start", [0, 40])
 @pytest.mark.parametrize("target", TARGETS, ids=repr)

@@ -12,9 +12,9 @@ from torch import nn
 from ema_dist import HalfLife, Power, Schedule, ShardedEMA, Uniform
 from ema_dist.schedules.clock import Clock
 from tests.schedules.laws import FORMULAS, LAWS, expected_updates
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 @pytest.mark.filterwarnings("ignore:decay=:UserWarning")

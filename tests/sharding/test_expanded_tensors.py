@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA, checkpoint
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 class Expanded(nn.Module):

@@ -11,9 +11,9 @@ import pytest
 
 from ema_dist import ShardedEMA
 from launch.cost.fake_ranks import FakeCase, FakeLayout, build, fake_ranks
-from tests.support.layouts import YOUNG_AVERAGES
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 def _count_calls(run: Callable[[], object]) -> int:

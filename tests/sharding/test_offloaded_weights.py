@@ -13,9 +13,9 @@ from torch.distributed.fsdp import FSDPModule
 from ema_dist import ShardedEMA, checkpoint, compute_ema
 from ema_dist.sharding import Layout
 from ema_dist.sharding.plain_shard import PlainShard
-from tests.support.layouts import YOUNG_AVERAGES, make_net, wrap
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, make_net, wrap
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 DEVICE = torch.device("cuda", 3)

@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_dist import ShardedEMA, checkpoint
 from ema_dist.sharding import compat, local_tensor
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal
 from tests.support.quantized import Quantized
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 class Wrapper(nn.Module):

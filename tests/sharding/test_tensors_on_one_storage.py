@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ema_dist import ShardedEMA, checkpoint, compute_ema
 from ema_dist.sharding import Layout
 from ema_dist.sharding.memory import Extent, overlaps, overlaps_itself
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 class TwoNames(nn.Module):

@@ -186,11 +186,11 @@ STORAGE_LAYOUTS = (
 Compilation and activation checkpointing change names and the forward pass, other world sizes the number of rows.
 """
 
-YOUNG_AVERAGES = pytest.mark.filterwarnings("ignore::ema_dist.InitialWeightsWarning")
+IGNORE_INITIAL_WEIGHTS_WARNING = pytest.mark.filterwarnings("ignore::ema_dist.InitialWeightsWarning")
 """For tests that read averages after a few steps, when much of them still is the initial weights."""
 
 IGNORED_WARNINGS = (
-    YOUNG_AVERAGES,
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     pytest.mark.filterwarnings("ignore:The `NO_SHARD` sharding strategy is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo
     pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning"),  # FSDP1 saves ShardedTensor

@@ -18,9 +18,9 @@ from ema_dist.checkpoint.weights.config_files import config_files
 from ema_dist.checkpoint.weights.files import WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
 from ema_dist.checkpoint.weights.reader import WeightReader
-from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, make_trained
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal, make_trained
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 TENSORS = {name: torch.full((4,), float(index)) for index, name in enumerate(("a", "b", "c"))}

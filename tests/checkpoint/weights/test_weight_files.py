@@ -33,8 +33,8 @@ from ema_dist.checkpoint.weights.formats import FileFormat
 from ema_dist.checkpoint.weights.reader import WeightReader
 from tests.support import harness
 from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
     IGNORED_WARNINGS,
-    YOUNG_AVERAGES,
     assert_bitwise_equal,
     layouts,
     make_net,
@@ -42,7 +42,7 @@ from tests.support.layouts import (
     peak_resident_memory,
 )
 
-pytestmark = YOUNG_AVERAGES
+pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
 
 # Before 1.0, huggingface_hub misses in each of several files what the others hold.
