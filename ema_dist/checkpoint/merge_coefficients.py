@@ -47,8 +47,11 @@ def decay_coefficients(shape: DecayShape, count: int) -> list[float]:
     ``w_i = shape(i / count)`` that a decay would give it, which makes ``c_0 = 1 - w_1``, ``c_j = w_j - w_(j+1)`` and
     ``c_k = w_k`` for the checkpoints 0 to k. A linear decay is the uniform mean.
 
+    Raises: ValueError for an unknown shape.
     Source: WSM, Tian et al. 2025, arXiv 2507.17634, theorem 3.1.
     """
+    if shape not in DECAY_SHAPES:
+        raise ValueError(f"emulate_decay must be one of {', '.join(DECAY_SHAPES)}, got {shape!r}")
     weights = [1.0, *(DECAY_SHAPES[shape](index / count) for index in range(1, count)), 0.0]
     return [weight - following for weight, following in pairwise(weights)]
 
@@ -63,6 +66,6 @@ def check_coefficients(coefficients: Sequence[float], count: int) -> list[float]
     if not all(map(isfinite, coefficients)) or abs(fsum(coefficients) - 1) > LARGEST_SUM_ERROR:
         raise ValueError(
             f"expected coefficients whose sum is 1 within {LARGEST_SUM_ERROR:g}, got {[*coefficients]}, whose sum is "
-            f"{sum(coefficients):.9g}"
+            f"{fsum(coefficients):.9g}"
         )
     return [*coefficients]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ema_dist.checkpoint.checkpoint_folder import find_checkpoint, find_steps, step_in_name
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.manifest import verify_files
 from ema_dist.checkpoint.snapshots import Snapshot, Snapshots, read_snapshots
+from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
+from ema_dist.checkpoint.sum_outputs import left_out_note
 from ema_dist.checkpoint.sum_writing import SumFormat, write_weighted_sum
 from ema_dist.checkpoint.weight_source import CheckpointSource
 from ema_dist.checkpoint.weighted_sum import Term, WeightedSum
@@ -22,6 +25,8 @@ from ema_dist.modes import in_normal_mode
 from ema_dist.posthoc.fitting import Fit, fit_profiles, judge
 from ema_dist.posthoc.profiles import PowerProfile, Profile, Window, WindowProfile, profile_of
 from ema_dist.schedules.schedule import Schedule
+
+_log = logging.getLogger(__name__)
 
 NEGLIGIBLE_COEFFICIENTS = 1e-3
 """Snapshots whose absolute coefficients together are below this are left out: each one costs reading a whole model."""
@@ -111,6 +116,9 @@ def reconstruct(
     tolerance: float = 0.05,
     dtype: torch.dtype | None = None,
     file_format: SumFormat = "safetensors",
+    max_shard_size: int | str = "5GiB",
+    entry: str | None = None,
+    timeout: float = 60.0,
 ) -> Fit:
     """Write the average that ``target`` would have given, as a weighted sum of the averages in a root of checkpoints.
 
@@ -126,19 +134,36 @@ def reconstruct(
         tolerance: the largest total variation between the wanted and the obtained weights of past values.
         dtype: of floating-point tensors; None for that of the live weights, or of the averages where these are missing.
         file_format: ``"safetensors"``, ``"torch"``, or ``"dcp"``, which `checkpoint.load` takes under ``model``.
+        max_shard_size: bytes of tensors in a file, as a number or like ``"5GiB"``; a larger tensor gets its own file.
+        entry: dotted name of the averages, if the checkpoints hold several.
+        timeout: seconds that ranks wait for each other at the start.
 
     Returns: the coefficients of the snapshots that were used, the total variation, and the amplification of rounding.
 
-    Collective: no; one process, without a process group, or every rank of one with the same arguments, which share the
-        work. Memory: a few batches of 16 MiB or larger tensors; with ``"torch"`` one file.
+    Collective: over all ranks, if there is a process group; all ranks must pass the same arguments. They share the
+        tensors, and the files whose checksums are verified.
+    Memory: the sum of one batch (16 MiB, or one larger tensor) and that batch from one snapshot; with ``"torch"``, also
+        one output file.
     Raises: CheckpointError when snapshots are damaged, too few, of different models, or end before ``step``, when no
         combination is within the tolerance, and when ``folder`` exists; ValueError for a target without an exact
         profile. Nothing is written then.
     """
-    snapshots = open_snapshots(Path(root))
+    snapshots = open_snapshots(Path(root), entry=entry)
     reconstruction = choose_snapshots(snapshots, target, step=step)
     require_close(reconstruction, snapshots, tolerance=tolerance)
-    write_reconstruction(reconstruction, Path(folder), dtype=dtype, file_format=file_format)
+    notes = snapshots.notes + caveats(reconstruction, file_format, entry=entry)
+    for note in notes if not dist.is_initialized() or dist.get_rank() == 0 else ():
+        _log.info(note)
+    write_reconstruction(
+        reconstruction,
+        Path(folder),
+        dtype=dtype,
+        file_format=file_format,
+        max_shard_size=max_shard_size,
+        entry=entry,
+        notes=notes,
+        timeout=timeout,
+    )
     return reconstruction.fit
 
 
@@ -157,9 +182,9 @@ def require_close(reconstruction: Reconstruction, snapshots: Snapshots, *, toler
         steps = sorted({snapshot.step for snapshot in snapshots.found})
         nearest = sorted(sorted(steps, key=lambda stored: abs(stored - reconstruction.step))[:5])
         raise CheckpointError(
-            f"the closest profile differs from the wanted one by a total variation of {fit.total_variation:.3f}, above "
-            f"the tolerance of {tolerance:g}; the stored steps nearest to {reconstruction.step} are "
-            f"{abbreviated(map(str, nearest))}. Keep more snapshots, take a wider profile, or pass --force"
+            f"the best fit has total variation {fit.total_variation:.3f}, above the tolerance of {tolerance:g}; the "
+            f"stored steps nearest to {reconstruction.step} are {abbreviated(map(str, nearest))}. Save more snapshots, "
+            "choose a wider profile, or raise `tolerance` (--force on the command line)"
         )
 
 
@@ -171,14 +196,33 @@ def write_reconstruction(
     file_format: SumFormat = "safetensors",
     max_shard_size: int | str = "5GiB",
     entry: str | None = None,
+    notes: Sequence[str] = (),
     on_bytes: Callable[[int], object] = lambda _: None,
+    timeout: float = 60.0,
 ) -> list[Path]:
-    """Write the sum of the snapshots, and ``reconstruct.json`` with their paths, tracks and coefficients.
+    """Write the sum of the snapshots, and ``reconstruct.json`` with their paths, tracks and coefficients, and notes.
 
     Raises: CheckpointError when a snapshot is damaged or of another model, or when the folder exists or cannot be
         written. Memory and Collective: as `write_weighted_sum`.
     """
-    _require_intact(reconstruction, on_bytes)
+    record = {"tracks": [it.track for it in reconstruction.snapshots], **describe(reconstruction), "notes": [*notes]}
+    return write_weighted_sum(
+        _weighted_sum(reconstruction, entry=entry, dtype=dtype),
+        folder,
+        call="checkpoint.reconstruct",
+        verified=_checkpoints(reconstruction),
+        file_format=file_format,
+        max_shard_size=max_shard_size,
+        record=record,
+        record_name="reconstruct.json",
+        on_bytes=on_bytes,
+        timeout=timeout,
+    )
+
+
+def _weighted_sum(
+    reconstruction: Reconstruction, *, entry: str | None, dtype: torch.dtype | None = None
+) -> WeightedSum:
     nearest = reconstruction.snapshots.index(reconstruction.nearest)
     selections = [it.stored.weights("ema", track=it.track, entry=entry) for it in reconstruction.snapshots]
     terms = [
@@ -189,44 +233,28 @@ def write_reconstruction(
     ]
     averaged = {*reconstruction.nearest.averages.tracks[reconstruction.nearest.track].averages.values()}
     copied = {name for name, (dcp_name, _) in selections[nearest].sources.items() if dcp_name not in averaged}
-    weights = WeightedSum(terms, copied_from=nearest, copied=copied, dtype=dtype)
-    return write_weighted_sum(
-        weights,
-        folder,
-        file_format=file_format,
-        max_shard_size=max_shard_size,
-        record={"tracks": [snapshot.track for snapshot in reconstruction.snapshots], **describe(reconstruction)},
-        record_name="reconstruct.json",
-        on_bytes=on_bytes,
-    )
+    return WeightedSum(terms, copied_from=nearest, copied=copied, dtype=dtype)
 
 
-def caveats(reconstruction: Reconstruction, *, entry: str | None = None) -> list[str]:
-    """What a user may not expect of the tensors that are written, from the snapshot that decides about their names."""
+def _checkpoints(reconstruction: Reconstruction) -> list[StoredCheckpoint]:
+    """The checkpoints that hold the snapshots, without duplicates."""
+    return [*{id(snapshot.stored): snapshot.stored for snapshot in reconstruction.snapshots}.values()]
+
+
+def caveats(reconstruction: Reconstruction, file_format: str, *, entry: str | None = None) -> list[str]:
+    """Warnings about the written tensors, from the snapshot that supplies their names."""
     nearest = reconstruction.nearest
     source = CheckpointSource(nearest.stored, nearest.stored.weights("ema", track=nearest.track, entry=entry))
     # Its own share of the starting weights says nothing about that of the sum.
-    return [it for it in source.caveats if it != nearest.averages.describe_initial_weights(nearest.track)]
+    notes = [it for it in source.caveats if it != nearest.averages.describe_initial_weights(nearest.track)]
+    return notes + left_out_note(source.extra_states, file_format)
 
 
-def input_nbytes(reconstruction: Reconstruction) -> int:
+def input_nbytes(reconstruction: Reconstruction, *, entry: str | None = None) -> int:
     """The bytes that `write_reconstruction` reads: the files for their checksums, and the tensors."""
-    stored = {id(snapshot.stored): snapshot.stored for snapshot in reconstruction.snapshots}.values()
-    files = [record.size for it in stored if it.manifest for record in it.manifest.files.values()]
-    tensors = [
-        snapshot.stored.index.nbytes(name)
-        for snapshot in reconstruction.snapshots
-        for name in snapshot.averages.tracks[snapshot.track].averages.values()
-    ]
-    return sum(files) + sum(tensors)
-
-
-def _require_intact(reconstruction: Reconstruction, on_bytes: Callable[[int], object]) -> None:
-    """Raises: CheckpointError when a file of a snapshot differs from its manifest."""
-    for stored in {id(snapshot.stored): snapshot.stored for snapshot in reconstruction.snapshots}.values():
-        files = stored.manifest.files if stored.manifest else {}
-        if problems := verify_files(stored.folder, files, on_bytes=on_bytes):
-            raise CheckpointError(f"a snapshot is damaged, nothing is written: {'; '.join(problems)}")
+    manifests = [stored.manifest for stored in _checkpoints(reconstruction) if stored.manifest]
+    files = [record.size for manifest in manifests for record in manifest.files.values()]
+    return sum(files) + _weighted_sum(reconstruction, entry=entry).input_nbytes
 
 
 def describe(reconstruction: Reconstruction) -> dict[str, Any]:

@@ -100,7 +100,9 @@ def _open(folder: Path, entry: str | None) -> tuple[StoredCheckpoint, StoredAver
         in_entry = "" if entry is None else f" in an entry {entry!r}"
         raise CheckpointError(f"expected averages{in_entry} in {folder}, found {[*by_name] or 'none'}")
     if len(chosen) > 1:
-        raise CheckpointError(f"{folder} holds several averages, {[*by_name]}: choose one by --entry")
+        raise CheckpointError(
+            f"{folder} holds several averages, {[*by_name]}: choose one by `entry` (--entry on the command line)"
+        )
     return stored, next(iter(chosen.values()))
 
 

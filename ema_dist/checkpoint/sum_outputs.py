@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,6 @@ class FilesOutput(SumOutput):
         # At least one file for each process, as far as the sizes of the tensors allow.
         size = max(1, min(size_in_bytes(max_shard_size), ceil(total / self._num_ranks)))
         self._files = FileSet(weights.planned, FORMATS[file_format], max_shard_size=size)
-        self.left_out = sorted(self._files.skipped)
         nbytes = {
             file: sum(meta.nbytes for name in names if (meta := weights.planned[name]) is not None)
             for file, names in self._files.names_by_file.items()
@@ -181,6 +180,17 @@ def _do_nothing(_folder: Path) -> None:
     """The caller gives the folder its name, after more checks."""
 
 
+def left_out_note(extra_states: Sequence[str], file_format: str) -> list[str]:
+    """A note on the extra states that files in this format cannot hold; empty if there are none."""
+    if not extra_states or file_format != "safetensors":
+        return []
+    note = (
+        f"safetensors files cannot hold {len(extra_states)} extra states that are not tensors, so they are not "
+        f'written: {abbreviated(extra_states)}. Use file_format="torch" or "dcp" (--format) to keep them'
+    )
+    return [note]
+
+
 def make_output(
     weights: WeightedSum,
     file_format: str,
@@ -198,4 +208,4 @@ def make_output(
             return DCPOutput(weights, step, group)
         case "safetensors" | "torch":
             return FilesOutput(weights, file_format, max_shard_size, group)
-    raise ValueError(f"file_format is one of {abbreviated([*FORMATS, 'dcp'])}, got {file_format!r}")
+    raise ValueError(f"expected file_format to be one of {abbreviated([*FORMATS, 'dcp'])}, got {file_format!r}")

@@ -180,7 +180,9 @@ def open_source(
     """
     if path.exists() and not has_checkpoint(path):
         if step is not None:
-            raise CheckpointError(f"{path} is an export, which has no steps: leave out --step")
+            raise CheckpointError(
+                f"{path} is an export, which has no steps: leave out `step` (--step on the command line)"
+            )
         if track is not None or entry is not None:
             on_ignored(f"--track and --entry have no effect on {path}, which is an export")
         return FileSource(path)

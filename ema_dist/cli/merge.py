@@ -47,7 +47,7 @@ def merge(
     sources = open_sources(checkpoints, weights_kind, track=track, entry=entry, last=last)
     terms = make_terms(sources, coefficients=coefficients, emulate_decay=emulate_decay)
     weights = WeightedSum(terms, dtype=None if dtype is None else getattr(torch, dtype))
-    notes = merge_notes(sources)
+    notes = merge_notes(weights, file_format)
     with _torchrun_group() as is_first:
         if is_first:
             for note in notes:

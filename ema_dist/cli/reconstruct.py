@@ -65,14 +65,14 @@ def reconstruct(
         raise CheckpointError(f"{output.folder} exists: choose another folder, or remove it")
     snapshots = open_snapshots(root, entry=entry)
     reconstruction = choose_snapshots(snapshots, target, step=step)
-    notes = snapshots.notes + caveats(reconstruction, entry=entry)
+    notes = snapshots.notes + caveats(reconstruction, output.file_format, entry=entry)
     for note in notes:
         print_stderr(f"note: {note}")
     if not as_json:
         _print(reconstruction, target)
     if not force:
         require_close(reconstruction, snapshots, tolerance=tolerance)
-    with progress("reconstructing", input_nbytes(reconstruction)) as advance:
+    with progress("reconstructing", input_nbytes(reconstruction, entry=entry)) as advance:
         paths = write_reconstruction(
             reconstruction,
             output.folder,
@@ -80,6 +80,7 @@ def reconstruct(
             file_format=output.file_format,
             max_shard_size=output.max_shard_size,
             entry=entry,
+            notes=notes,
             on_bytes=advance,
         )
     sizes = {str(path): path.stat().st_size for path in paths}

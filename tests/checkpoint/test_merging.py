@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.checkpoint.sum_writing import SumFormat
 from ema_dist.checkpoint.weight_source import open_source
+from ema_dist.checkpoint.weights.files import folder_lock
 from tests.support.cli_runs import save_with_dcp
 from tests.support.layouts import (
     IGNORED_WARNINGS,
@@ -156,7 +157,7 @@ class Counter(nn.Linear):
         self.seen = state["seen"]
 
 
-@pytest.mark.parametrize("file_format", ["torch", "dcp"])
+@pytest.mark.parametrize("file_format", FORMATS)
 def test_integers_extra_states_and_infinities_are_those_of_the_last(file_format: SumFormat, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         model = nn.Sequential(Counter())
@@ -164,14 +165,20 @@ def test_integers_extra_states_and_infinities_are_those_of_the_last(file_format:
         model[0].seen = step
         checkpoint.save({"model": model}, tmp_path / "root", step=step)
     checkpoint.merge([tmp_path / "root"], tmp_path / "out", coefficients=[2, -2, 1], file_format=file_format)
-    (note,) = json.loads((tmp_path / "out" / "merge.json").read_text())["notes"]
-    assert re.match(r"2 .*0\.count, 0\._extra_state", note)
+    note, *others = json.loads((tmp_path / "out" / "merge.json").read_text())["notes"]
     loaded = nn.Sequential(Counter())
     if file_format == "dcp":
         assert checkpoint.load({"model": loaded}, tmp_path / "out") == 3
-    else:
+    elif file_format == "torch":
         loaded.load_state_dict(torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True))
-    assert (loaded[0].seen, int(loaded[0].count)) == (3, 3)
+    else:
+        loaded.load_state_dict(read_all(tmp_path / "out"), strict=False)
+    is_kept = file_format != "safetensors"
+    assert re.match(r"2 .*0\.count, 0\._extra_state" if is_kept else r"1 .*0\.count$", note)
+    assert [bool(re.match(r".* 1 extra state.*0\._extra_state.*torch.*dcp", it)) for it in others] == [True] * (
+        not is_kept
+    )
+    assert (loaded[0].seen, int(loaded[0].count)) == (3 if is_kept else 0, 3)
     assert loaded[0].mask.tolist() == [0.0, float("-inf")]
 
 
@@ -197,9 +204,52 @@ def test_an_output_that_reads_differently_is_an_error_and_nothing_is_left(
     before = sorted(tmp_path.iterdir())
     calls = count()
     monkeypatch.setattr("ema_dist.checkpoint.sum_writing.tensor_checksum", lambda _: str(next(calls)))
-    with pytest.raises(checkpoint.CheckpointError, match=r"embed\.weight.*read differently"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"embed\.weight.*differ"):
         checkpoint.merge(paths, tmp_path / "new" / "out", file_format=file_format)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_tensor_as_an_extra_state_is_reported_as_copied(tmp_path: Path) -> None:
+    for number in range(2):
+        state = {"weight": torch.full((2,), float(number)), "_extra_state": torch.tensor([float(number)])}
+        save_file(state, tmp_path / f"{number}.safetensors")
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    checkpoint.merge(paths, tmp_path / "out")
+    merged = read_all(tmp_path / "out")
+    assert (merged["weight"].tolist(), merged["_extra_state"].tolist()) == ([0.5, 0.5], [1.0])
+    (note,) = json.loads((tmp_path / "out" / "merge.json").read_text())["notes"]
+    assert re.match(r"1 .*_extra_state", note)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"last": -1}, r"between 1 and 4.*got -1"),
+        ({"last": 0}, r"between 1 and 4.*got 0"),
+        ({"last": 5}, r"between 1 and 4.*got 5"),
+        ({"emulate_decay": "exponential"}, r"linear.*1-sqrt.*cosine.*'exponential'"),
+        ({"file_format": "onnx"}, r"safetensors.*torch.*dcp.*'onnx'"),
+    ],
+)
+def test_wrong_arguments_are_errors_with_the_choices(settings: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    paths, _ = make_mixed_sources(tmp_path)
+    with pytest.raises(ValueError, match=expected):
+        checkpoint.merge(paths, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_source_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"at least one.*none"):
+        checkpoint.merge([], tmp_path / "out")
+
+
+def test_a_folder_that_another_merge_writes_is_named(tmp_path: Path) -> None:
+    paths, _ = make_mixed_sources(tmp_path)
+    (tmp_path / ".out.partial").mkdir()
+    with folder_lock(tmp_path / ".out.partial"), pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.merge(paths, tmp_path / "out")
+    assert f"{tmp_path}/out" in str(caught.value)
+    assert "partial" not in str(caught.value)
 
 
 def test_averages_are_merged_in_the_dtype_they_are_stored_in(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_two_exports_into_one_folder_do_not_mix(tmp_path: Path) -> None:
         writer.add("a", tensors["a"])
         result = run("export", path, tmp_path / "out")
         assert result.exit_code == 1
-        assert re.search(rf"another export.*{re.escape(str(tmp_path / 'out'))}", result.stderr)
+        assert re.search(rf"another process.*{re.escape(str(tmp_path / 'out'))}", result.stderr)
         writer.add("b", tensors["b"])
     assert_bitwise_equal(load_exported(tmp_path / "out"), tensors)
     run_ok("export", path, tmp_path / "out")

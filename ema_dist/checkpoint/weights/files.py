@@ -63,7 +63,7 @@ class WeightWriter:
     Memory: nothing beside the tensor that is written; the tensors of one file with ``"torch"``.
     Raises: ValueError for a dtype that the format cannot hold or an invalid size or name, before anything is written;
         on entering, FileExistsError when the folder holds weights in the other format, folders with the names of files
-        to write, or, without ``force``, files by others; BlockingIOError when another export into it is going on.
+        to write, or, without ``force``, files by others; BlockingIOError when another process writes into it.
     """
 
     def __init__(
@@ -228,8 +228,14 @@ def made_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold an advisory lock on a folder, where the system has such locks; it releases them when the process dies."""
+def folder_lock(folder: Path, *, name: Path | None = None) -> Iterator[None]:
+    """Hold an advisory lock on a folder, if the file system supports it; the lock ends with the process.
+
+    Args:
+        name: the folder to name in the error, if the user did not choose ``folder``.
+
+    Raises: BlockingIOError when another process holds the lock.
+    """
     if fcntl is None:
         yield
         return
@@ -239,7 +245,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(descriptor)
         raise BlockingIOError(
-            f"another export into {folder} is going on; wait for its end, or choose another folder"
+            f"another process is writing into {name or folder}: wait until it finishes, or choose another folder"
         ) from None
     except OSError:
         pass  # some file systems, NFS among them, cannot lock folders
