@@ -194,7 +194,7 @@ def diff(
 
     Exit codes are those of diff(1): 0 when all is equal, 1 when something differs, 2 when they cannot be compared.
     """
-    from ema_dist.checkpoint.weight_source import open_source  # noqa: PLC0415
+    from ema_dist.checkpoint.weighted_sum.source import open_source  # noqa: PLC0415
     from ema_dist.cli.diff import diff as run  # noqa: PLC0415
 
     weights_a = open_source(a, weights.value, step=step, track=track, entry=entry, on_ignored=print_stderr)

@@ -14,12 +14,12 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from ema_dist.checkpoint.combine.decay_coefficients import DecayShape
+from ema_dist.checkpoint.combine.merging import make_terms, merge_notes, open_sources
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.merge_coefficients import DecayShape
-from ema_dist.checkpoint.merging import make_terms, merge_notes, open_sources
 from ema_dist.checkpoint.stored_checkpoint import WeightsKind
-from ema_dist.checkpoint.sum_writing import RECORD_FILE, SumFormat, write_weighted_sum
-from ema_dist.checkpoint.weighted_sum import Term, WeightedSum
+from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
+from ema_dist.checkpoint.weighted_sum.write import RECORD_FILE, SumFormat, write_weighted_sum
 from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, print_table, progress, stdout_console
 
 

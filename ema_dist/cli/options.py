@@ -84,7 +84,7 @@ def check_shard_size(context: typer.Context, text: str) -> str:
     Raises: typer.BadParameter when it is not a size.
     """
     if not context.resilient_parsing:  # shell completion parses options too, and must not import torch
-        from ema_dist.checkpoint.weights.file_set import size_in_bytes  # noqa: PLC0415
+        from ema_dist.checkpoint.weights.sharded_files import size_in_bytes  # noqa: PLC0415
 
         try:
             size_in_bytes(text)

@@ -13,8 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.reconstruction import (
+from ema_dist.checkpoint.combine.reconstruction import (
     Reconstruction,
     caveats,
     choose_snapshots,
@@ -24,8 +23,9 @@ from ema_dist.checkpoint.reconstruction import (
     require_close,
     write_reconstruction,
 )
-from ema_dist.checkpoint.snapshots import Snapshot
-from ema_dist.checkpoint.sum_writing import SumFormat
+from ema_dist.checkpoint.combine.snapshots import Snapshot
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.weighted_sum.write import SumFormat
 from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, print_table, progress, stdout_console
 from ema_dist.posthoc import Window
 from ema_dist.schedules.laws import HalfLife, Power

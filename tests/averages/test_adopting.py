@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ema_dist import ShardedEMA, checkpoint
-from ema_dist.checkpoint.weight_source import open_source
+from ema_dist.checkpoint.weighted_sum.source import open_source
 from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, train_step, wrap
 
 adopting_layouts = layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp", "fsdp2-tp")

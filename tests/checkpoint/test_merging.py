@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
-from ema_dist.checkpoint.sum_writing import SumFormat
-from ema_dist.checkpoint.weight_source import open_source
-from ema_dist.checkpoint.weights.files import folder_lock
+from ema_dist.checkpoint.folders import folder_lock
+from ema_dist.checkpoint.weighted_sum.source import open_source
+from ema_dist.checkpoint.weighted_sum.write import SumFormat
 from tests.support.cli_runs import save_with_dcp
 from tests.support.layouts import (
     IGNORED_WARNINGS,
@@ -203,7 +203,7 @@ def test_an_output_that_reads_differently_is_an_error_and_nothing_is_left(
     paths, _ = make_mixed_sources(tmp_path)
     before = sorted(tmp_path.iterdir())
     calls = count()
-    monkeypatch.setattr("ema_dist.checkpoint.sum_writing.tensor_checksum", lambda _: str(next(calls)))
+    monkeypatch.setattr("ema_dist.checkpoint.weighted_sum.write.tensor_checksum", lambda _: str(next(calls)))
     with pytest.raises(checkpoint.CheckpointError, match=r"embed\.weight.*differ"):
         checkpoint.merge(paths, tmp_path / "new" / "out", file_format=file_format)
     assert sorted(tmp_path.iterdir()) == before

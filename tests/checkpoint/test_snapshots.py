@@ -11,9 +11,9 @@ import pytest
 from torch import nn
 
 from ema_dist import HalfLife, InverseGamma, Power, ShardedEMA, Uniform, checkpoint
-from ema_dist.checkpoint.checkpoint_folder import find_steps
-from ema_dist.checkpoint.reconstruction import choose_snapshots
-from ema_dist.checkpoint.snapshots import Snapshots, read_snapshots
+from ema_dist.checkpoint.combine.reconstruction import choose_snapshots
+from ema_dist.checkpoint.combine.snapshots import Snapshots, read_snapshots
+from ema_dist.checkpoint.find_checkpoint import find_steps
 from ema_dist.posthoc import Window
 from tests.averages.test_laws_in_states import FORMAT_1
 from tests.support.layouts import YOUNG_AVERAGES

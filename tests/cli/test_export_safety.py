@@ -17,7 +17,7 @@ from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import read_manifest
 from ema_dist.checkpoint.weights.casts import cast
-from ema_dist.checkpoint.weights.files import WeightWriter
+from ema_dist.checkpoint.weights.weight_writer import WeightWriter
 from tests.support.cli_runs import load_exported, make_checkpoint, make_dcp_checkpoint, run, run_ok, save_with_dcp
 from tests.support.layouts import YOUNG_AVERAGES, assert_bitwise_equal, peak_resident_memory
 

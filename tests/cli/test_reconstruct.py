@@ -15,7 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ema_dist import HalfLife, InverseGamma, Power, ShardedEMA, Uniform, checkpoint, posthoc
-from ema_dist.checkpoint.reconstruction import choose_snapshots, input_nbytes, open_snapshots, write_reconstruction
+from ema_dist.checkpoint.combine.reconstruction import (
+    choose_snapshots,
+    input_nbytes,
+    open_snapshots,
+    write_reconstruction,
+)
 from tests.checkpoint.test_merging import Counter
 from tests.schedules.laws import POWER_OF_TEN_PERCENT
 from tests.support.cli_runs import load_exported, run, run_ok, save_with_dcp

@@ -16,12 +16,12 @@ from torch.distributed import ProcessGroup
 
 from ema_dist.checkpoint.agreement import checkpoint_rendezvous, run_on_all_ranks, run_on_first_rank
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.folders import folder_lock, made_folder
 from ema_dist.checkpoint.manifest import files_to_verify, verify_files
 from ema_dist.checkpoint.step_folders import fsync
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
-from ema_dist.checkpoint.sum_outputs import SumOutput, make_output
-from ema_dist.checkpoint.weighted_sum import Term, WeightedSum, tensor_checksum
-from ema_dist.checkpoint.weights.files import folder_lock, made_folder
+from ema_dist.checkpoint.weighted_sum.output_formats import SumOutput, make_output
+from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum, tensor_checksum
 from ema_dist.messages import abbreviated
 from ema_dist.modes import in_normal_mode
 

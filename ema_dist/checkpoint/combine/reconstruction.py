@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ema_dist.checkpoint.checkpoint_folder import find_checkpoint, find_steps, step_in_name
+from ema_dist.checkpoint.combine.snapshots import Snapshot, Snapshots, read_snapshots
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.snapshots import Snapshot, Snapshots, read_snapshots
+from ema_dist.checkpoint.find_checkpoint import find_checkpoint, find_steps, step_in_name
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
-from ema_dist.checkpoint.sum_outputs import left_out_note
-from ema_dist.checkpoint.sum_writing import SumFormat, write_weighted_sum
-from ema_dist.checkpoint.weight_source import CheckpointSource
-from ema_dist.checkpoint.weighted_sum import Term, WeightedSum
+from ema_dist.checkpoint.weighted_sum.output_formats import left_out_note
+from ema_dist.checkpoint.weighted_sum.source import CheckpointSource
+from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
+from ema_dist.checkpoint.weighted_sum.write import SumFormat, write_weighted_sum
 from ema_dist.messages import abbreviated
 from ema_dist.modes import in_normal_mode
 from ema_dist.posthoc.fitting import Fit, fit_profiles, judge

@@ -13,7 +13,8 @@ from torch import Tensor
 from ema_dist.checkpoint.dcp.archive import byte_view
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.stored_checkpoint import BATCH_BYTES
-from ema_dist.checkpoint.weight_source import Scratch, WeightSource, is_extra_state
+from ema_dist.checkpoint.weighted_sum.buffer import Scratch
+from ema_dist.checkpoint.weighted_sum.source import WeightSource, is_extra_state
 from ema_dist.checkpoint.weights.casts import cast, upcast_float8
 from ema_dist.messages import abbreviated, describe_difference
 

@@ -20,10 +20,10 @@ from ema_dist.checkpoint.planner import SavePlanner
 from ema_dist.checkpoint.saving import describe_failures
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 from ema_dist.checkpoint.values import pack_value
-from ema_dist.checkpoint.weight_source import CheckpointSource, FileSource, WeightSource
-from ema_dist.checkpoint.weighted_sum import WeightedSum
-from ema_dist.checkpoint.weights.file_set import FileSet, size_in_bytes
+from ema_dist.checkpoint.weighted_sum.source import CheckpointSource, FileSource, WeightSource
+from ema_dist.checkpoint.weighted_sum.weighted_sum import WeightedSum
 from ema_dist.checkpoint.weights.formats import FORMATS, WRITER_MARK, FileFormat
+from ema_dist.checkpoint.weights.sharded_files import FileSet, size_in_bytes
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.messages import abbreviated
 

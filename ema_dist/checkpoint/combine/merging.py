@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ema_dist.checkpoint.checkpoint_folder import expand_steps
-from ema_dist.checkpoint.merge_coefficients import (
+from ema_dist.checkpoint.combine.decay_coefficients import (
     DecayShape,
     check_coefficients,
     decay_coefficients,
     uniform_coefficients,
 )
+from ema_dist.checkpoint.find_checkpoint import expand_steps
 from ema_dist.checkpoint.stored_checkpoint import WeightsKind
-from ema_dist.checkpoint.sum_outputs import left_out_note
-from ema_dist.checkpoint.sum_writing import SumFormat, write_weighted_sum
-from ema_dist.checkpoint.weight_source import WeightSource, open_source
-from ema_dist.checkpoint.weighted_sum import Term, WeightedSum
+from ema_dist.checkpoint.weighted_sum.output_formats import left_out_note
+from ema_dist.checkpoint.weighted_sum.source import WeightSource, open_source
+from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
+from ema_dist.checkpoint.weighted_sum.write import SumFormat, write_weighted_sum
 from ema_dist.messages import abbreviated
 
 _log = logging.getLogger(__name__)

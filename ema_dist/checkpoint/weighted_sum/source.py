@@ -4,42 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ema_dist.checkpoint.checkpoint_folder import find_checkpoint, has_checkpoint, step_in_name
 from ema_dist.checkpoint.dcp.checkpoint_index import EXTRA_STATE_SUFFIX, dotted_name
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.find_checkpoint import find_checkpoint, has_checkpoint, step_in_name
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightSelection, WeightsKind
+from ema_dist.checkpoint.weighted_sum.buffer import Scratch
 from ema_dist.checkpoint.weights.casts import cast
 from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.messages import abbreviated
-
-ALIGNMENT = 64
-"""Of tensors in memory, in bytes."""
-
-
-class Scratch:
-    """Memory for tensors that are needed until the next ones are read: new memory costs as much time as reading."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def tensors(self, shapes_and_dtypes: Sequence[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
-        """Tensors of these shapes and dtypes with undefined elements, in the memory of those before."""
-        sizes = [shape.numel() * dtype.itemsize for shape, dtype in shapes_and_dtypes]
-        ends = [*accumulate(size + -size % ALIGNMENT for size in sizes)]
-        if ends and ends[-1] > self._bytes.numel():
-            self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")  # frees the old memory first
-            self._bytes = torch.empty(ends[-1], dtype=torch.uint8, device="cpu")
-        return [
-            self._bytes[start : start + size].view(dtype).view(shape)
-            for start, size, (shape, dtype) in zip([0, *ends][: len(sizes)], sizes, shapes_and_dtypes, strict=True)
-        ]
 
 
 class WeightSource(ABC):

@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Container, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +15,9 @@ from typing import Any, final
 
 from torch import Tensor
 
+from ema_dist.checkpoint.folders import folder_lock, made_folder
 from ema_dist.checkpoint.step_folders import fsync
 from ema_dist.checkpoint.weights.config_files import checksum, describe_edit, unedited_copies
-from ema_dist.checkpoint.weights.file_set import FileSet
 from ema_dist.checkpoint.weights.formats import (
     COPIED_CHECKSUMS_KEY,
     FORMATS,
@@ -26,13 +26,9 @@ from ema_dist.checkpoint.weights.formats import (
     entry_files,
     own_metadata,
 )
+from ema_dist.checkpoint.weights.sharded_files import FileSet
 from ema_dist.messages import abbreviated
 from ema_dist.signals import deferred_signals
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None
 
 PARTIAL_FOLDER = ".export-incomplete"
 """The folder inside the export's folder in which its files are written."""
@@ -212,44 +208,3 @@ class WeightWriter:
         fsync(self.folder)
         (self._partial_folder / entry_file.name).replace(entry_file)
         fsync(self.folder)
-
-
-@contextmanager
-def made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder that does not exist yet, with its parents; those of them that are empty at the end are removed."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        with suppress(OSError):  # of the first that is not empty
-            for path in made:
-                path.rmdir()
-
-
-@contextmanager
-def folder_lock(folder: Path, *, name: Path | None = None) -> Iterator[None]:
-    """Hold an advisory lock on a folder, if the file system supports it; the lock ends with the process.
-
-    Args:
-        name: the folder to name in the error, if the user did not choose ``folder``.
-
-    Raises: BlockingIOError when another process holds the lock.
-    """
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise BlockingIOError(
-            f"another process is writing into {name or folder}: wait until it finishes, or choose another folder"
-        ) from None
-    except OSError:
-        pass  # some file systems, NFS among them, cannot lock folders
-    try:
-        yield
-    finally:
-        os.close(descriptor)
