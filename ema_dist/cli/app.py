@@ -19,10 +19,10 @@ from ema_dist.cli.options import (
     EntryOption,
     FormatChoice,
     JsonOption,
+    OutputFormatChoice,
+    OutputFormatOption,
     ShardSizeOption,
     StepOption,
-    SumFormatChoice,
-    SumFormatOption,
     TrackOption,
     WeightsChoice,
     WeightsOption,
@@ -240,7 +240,7 @@ def merge(
     ] = None,
     dtype: DtypeOption = None,
     max_shard_size: ShardSizeOption = "5GiB",
-    format: SumFormatOption = SumFormatChoice.SAFETENSORS,  # noqa: A002
+    format: OutputFormatOption = OutputFormatChoice.SAFETENSORS,  # noqa: A002
     entry: EntryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -316,7 +316,7 @@ def reconstruct(  # noqa: PLR0913  one parameter for each option
     force: Annotated[bool, typer.Option("--force", help="Write the result even if it exceeds --tolerance.")] = False,
     dtype: DtypeOption = None,
     max_shard_size: ShardSizeOption = "5GiB",
-    format: SumFormatOption = SumFormatChoice.SAFETENSORS,  # noqa: A002
+    format: OutputFormatOption = OutputFormatChoice.SAFETENSORS,  # noqa: A002
     entry: EntryOption = None,
     as_json: JsonOption = False,
 ) -> None:

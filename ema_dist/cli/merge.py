@@ -19,7 +19,7 @@ from ema_dist.checkpoint.combine.merging import make_terms, merge_notes, open_so
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.stored_checkpoint import WeightsKind
 from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
-from ema_dist.checkpoint.weighted_sum.write import RECORD_FILE, SumFormat, write_weighted_sum
+from ema_dist.checkpoint.weighted_sum.write import RECORD_FILE, OutputFormat, write_weighted_sum
 from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, print_table, progress, stdout_console
 
 
@@ -35,7 +35,7 @@ def merge(
     last: int | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GiB",
-    file_format: SumFormat = "safetensors",
+    file_format: OutputFormat = "safetensors",
     as_json: bool = False,
 ) -> None:
     """Prints the coefficients of the checkpoints, then writes their weighted mean, and prints the files.

@@ -20,12 +20,12 @@ from ema_dist.checkpoint.combine.reconstruction import (
     describe,
     input_nbytes,
     open_snapshots,
-    require_close,
+    require_within_tolerance,
     write_reconstruction,
 )
 from ema_dist.checkpoint.combine.snapshots import Snapshot
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.weighted_sum.write import SumFormat
+from ema_dist.checkpoint.weighted_sum.write import OutputFormat
 from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, print_table, progress, stdout_console
 from ema_dist.posthoc import Window
 from ema_dist.schedules.laws import HalfLife, Power
@@ -37,7 +37,7 @@ class Output:
     """Where the average is written, and as what."""
 
     folder: Path
-    file_format: SumFormat
+    file_format: OutputFormat
     dtype: str | None
     max_shard_size: int | str
 
@@ -71,7 +71,7 @@ def reconstruct(
     if not as_json:
         _print(reconstruction, target)
     if not force:
-        require_close(reconstruction, snapshots, tolerance=tolerance)
+        require_within_tolerance(reconstruction, snapshots, tolerance=tolerance)
     with progress("reconstructing", input_nbytes(reconstruction, entry=entry)) as advance:
         paths = write_reconstruction(
             reconstruction,

@@ -60,7 +60,7 @@ def half_life_inner_product(end_a: float, rate_a: float, end_b: float, rate_b: f
     return rate_a * rate_b / (rate_a + rate_b) * at_overlap * -math.expm1(-(rate_a + rate_b) * overlap)
 
 
-def mixed_inner_product(power_end: float, gamma: float, half_life_end: float, rate: float) -> float:
+def power_half_life_inner_product(power_end: float, gamma: float, half_life_end: float, rate: float) -> float:
     """The integral of the product of a power density and an exponential one, by quadrature.
 
     With ``v`` the distance from the overlap's end as a fraction of it, the integrand is

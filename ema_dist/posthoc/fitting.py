@@ -88,11 +88,11 @@ def fit_profiles(profiles: Sequence[Profile], wanted: Profile) -> Fit:
     """As `fit`, of profiles. Raises: ValueError when no profile overlaps with the wanted one."""
     if count := profiles.count(wanted):
         # Itself, although other combinations come as close: the average is stored, and no rounding is amplified.
-        return judge(profiles, [float(profile == wanted) / count for profile in profiles], wanted)
-    return judge(profiles, _least_squares(profiles, wanted).tolist(), wanted)
+        return evaluate_coefficients(profiles, [float(profile == wanted) / count for profile in profiles], wanted)
+    return evaluate_coefficients(profiles, _least_squares(profiles, wanted).tolist(), wanted)
 
 
-def judge(profiles: Sequence[Profile], coefficients: Sequence[float], wanted: Profile) -> Fit:
+def evaluate_coefficients(profiles: Sequence[Profile], coefficients: Sequence[float], wanted: Profile) -> Fit:
     """These coefficients, and how far the sum of profiles that they make is from the wanted profile."""
     return Fit(tuple(coefficients), _total_variation(profiles, coefficients, wanted), sum(map(abs, coefficients)))
 

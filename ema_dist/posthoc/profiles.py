@@ -12,8 +12,8 @@ from torch import Tensor
 from ema_dist.posthoc.equations import (
     half_life_cumulative,
     half_life_inner_product,
-    mixed_inner_product,
     power_cumulative,
+    power_half_life_inner_product,
     power_inner_product,
     window_cumulative,
 )
@@ -124,7 +124,7 @@ def inner_product(a: Profile, b: Profile) -> float:
         case HalfLifeProfile(), HalfLifeProfile():
             return half_life_inner_product(a.end, a.rate, b.end, b.rate)
         case PowerProfile(), HalfLifeProfile():
-            return mixed_inner_product(a.end, a.gamma, b.end, b.rate)
+            return power_half_life_inner_product(a.end, a.gamma, b.end, b.rate)
         case WindowProfile(), _:
             # The mean density of the other one over the window.
             low, high = b.cumulative(torch.tensor([a.begin, a.end], dtype=torch.float64)).tolist()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.checkpoint.folders import folder_lock
 from ema_dist.checkpoint.weighted_sum.source import open_source
-from ema_dist.checkpoint.weighted_sum.write import SumFormat
+from ema_dist.checkpoint.weighted_sum.write import OutputFormat
 from tests.support.cli_runs import save_with_dcp
 from tests.support.layouts import (
     IGNORED_WARNINGS,
@@ -107,7 +107,7 @@ def make_mixed_sources(folder: Path) -> tuple[list[Path], list[dict[str, Tensor]
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_kinds_of_sources_mix_and_are_recorded(file_format: SumFormat, tmp_path: Path) -> None:
+def test_kinds_of_sources_mix_and_are_recorded(file_format: OutputFormat, tmp_path: Path) -> None:
     paths, states = make_mixed_sources(tmp_path)
     checkpoint.merge(paths, tmp_path / "out", file_format=file_format)
     assert_bitwise_equal(read_all(tmp_path / "out"), weighted_sum(states, [0.25] * 4))
@@ -158,7 +158,7 @@ class Counter(nn.Linear):
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_integers_extra_states_and_infinities_are_those_of_the_last(file_format: SumFormat, tmp_path: Path) -> None:
+def test_integers_extra_states_and_infinities_are_those_of_the_last(file_format: OutputFormat, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         model = nn.Sequential(Counter())
         model[0].count.fill_(step)
@@ -198,7 +198,7 @@ def test_a_merge_is_loaded_as_a_model_of_any_layout(layout: str, tmp_path: Path)
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_an_output_that_reads_differently_is_an_error_and_nothing_is_left(
-    file_format: SumFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file_format: OutputFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths, _ = make_mixed_sources(tmp_path)
     before = sorted(tmp_path.iterdir())

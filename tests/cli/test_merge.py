@@ -102,7 +102,7 @@ def test_wrong_options_are_errors_and_write_nothing(
         ({"weight": torch.ones(3, 2), "bias": torch.ones(2)}, r"shapes of 1 .*weight \[3, 2\] and \[2, 3\]"),
         (
             {"weight": torch.ones(2, 3), "bias": torch.ones(2).long()},
-            r"kinds.* 1 .*bias torch\.int64 and",
+            r"categories.* 1 .*bias torch\.int64 and",
         ),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_dist import Cosine, ExponentialWarmup, HalfLife, InverseGamma, Power, ShardedEMA, Uniform, Warmup, posthoc
-from ema_dist.posthoc.equations import mixed_inner_product
+from ema_dist.posthoc.equations import power_half_life_inner_product
 from ema_dist.posthoc.profiles import inner_product, profile_of
 from ema_dist.schedules.decay import as_schedule
 from tests.support.layouts import YOUNG_AVERAGES
@@ -152,7 +152,7 @@ def test_inner_products_are_those_of_densities(law: Any, other: Any, end: float,
 @pytest.mark.parametrize("x", [1e-9, 0.3, 12.0, 800.0])
 def test_the_quadrature_is_exact_to_ten_digits(x: float) -> None:
     """The product of an exponential density and a constant one has a closed form."""
-    assert mixed_inner_product(1.0, 0.0, 1.0, x) == pytest.approx(-math.expm1(-x), rel=1e-10)
+    assert power_half_life_inner_product(1.0, 0.0, 1.0, x) == pytest.approx(-math.expm1(-x), rel=1e-10)
 
 
 def test_half_lives_in_tokens_give_the_coefficients_of_those_in_steps() -> None:

@@ -14,17 +14,23 @@ LARGEST_SUM_ERROR = 1e-6
 
 
 def linear(x: float) -> float:
-    """The learning rate after a share ``x`` of a linear decay from 1 to 0."""
+    """Learning rate at fraction ``x`` of a linear decay from 1 to 0."""
     return 1 - x
 
 
 def one_minus_sqrt(x: float) -> float:
-    """The learning rate after a share ``x`` of a decay from 1 to 0, fast at first (Hägele et al. 2024)."""
+    """Learning rate at fraction ``x`` of a decay from 1 to 0 that is fast at first.
+
+    Source: Hägele et al. 2024, arXiv 2405.18392.
+    """
     return 1 - sqrt(x)
 
 
 def cosine(x: float) -> float:
-    """The learning rate after a share ``x`` of a decay from 1 to 0 along half a cosine (Loshchilov & Hutter 2017)."""
+    """Learning rate at fraction ``x`` of a decay from 1 to 0 along half a cosine.
+
+    Source: Loshchilov and Hutter 2017, arXiv 1608.03983.
+    """
     return (1 + cos(pi * x)) / 2
 
 
@@ -36,7 +42,10 @@ DECAY_SHAPES: dict[DecayShape, Callable[[float], float]] = {
 
 
 def uniform_coefficients(count: int) -> list[float]:
-    """Coefficients of the mean of ``count`` checkpoints (Li et al. 2025, PMA, arXiv 2505.12082)."""
+    """Coefficients of the mean of ``count`` checkpoints.
+
+    Source: PMA, Li et al. 2025, arXiv 2505.12082.
+    """
     return [1 / count] * count
 
 

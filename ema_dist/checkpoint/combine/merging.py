@@ -22,7 +22,7 @@ from ema_dist.checkpoint.stored_checkpoint import WeightsKind
 from ema_dist.checkpoint.weighted_sum.output_formats import left_out_note
 from ema_dist.checkpoint.weighted_sum.source import WeightSource, open_source
 from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
-from ema_dist.checkpoint.weighted_sum.write import SumFormat, write_weighted_sum
+from ema_dist.checkpoint.weighted_sum.write import OutputFormat, write_weighted_sum
 from ema_dist.messages import abbreviated
 
 _log = logging.getLogger(__name__)
@@ -39,26 +39,26 @@ def merge(
     entry: str | None = None,
     last: int | None = None,
     dtype: torch.dtype | None = None,
-    file_format: SumFormat = "safetensors",
+    file_format: OutputFormat = "safetensors",
     max_shard_size: int | str = "5GiB",
     timeout: float = 60.0,
 ) -> list[Path]:
     """Write the weighted mean of the weights in several checkpoints into a new folder; return its files.
 
-    Tensors of 16 bits and less are added in float32, others in float64. Integer tensors and extra states of modules are
-    those of the last source. ``merge.json`` beside the weights has the path, step, coefficient and checksum of each
-    source, and notes on what a user may not expect; these are logged too.
+    Floating-point tensors of 16 bits or fewer are accumulated in float32, all others in float64. Integer tensors and
+    extra states come from the last source. ``merge.json`` beside the weights has the path, step, coefficient and
+    checksum of each source, and warnings about the result, which are logged too.
 
     Args:
-        sources: checkpoints by `save` or plain ``dcp.save``, and files or folders of full weights; of a root with
-            several steps, all of them, oldest first.
+        sources: checkpoints saved by `save` or ``dcp.save``, or files or folders of full weights. A root of steps
+            stands for all its steps, oldest first.
         folder: must not exist.
         coefficients: one for each checkpoint, with the sum 1; None for the mean.
         emulate_decay: choose coefficients that emulate a decay of the learning rate over the sources, oldest first.
         weights: ``"live"`` weights or the averages, ``"ema"``; files hold one kind only.
         track: the track of the averages; None for the only one, or the one called ``default``.
         entry: dotted name of the entry of the model or of its averages, if a checkpoint holds several.
-        last: take only so many of the sources, from the end.
+        last: use only the last ``last`` sources.
         dtype: of floating-point tensors; None for that of each live weight in the last source.
         file_format: ``"safetensors"`` or ``"torch"`` files in the Hugging Face layout, or ``"dcp"``: a folder that
             `load` takes under the key ``model``.

@@ -19,35 +19,36 @@ from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 from ema_dist.checkpoint.weighted_sum.output_formats import left_out_note
 from ema_dist.checkpoint.weighted_sum.source import CheckpointSource
 from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
-from ema_dist.checkpoint.weighted_sum.write import SumFormat, write_weighted_sum
+from ema_dist.checkpoint.weighted_sum.write import OutputFormat, write_weighted_sum
 from ema_dist.messages import abbreviated
 from ema_dist.modes import in_normal_mode
-from ema_dist.posthoc.fitting import Fit, fit_profiles, judge
+from ema_dist.posthoc.fitting import Fit, evaluate_coefficients, fit_profiles
 from ema_dist.posthoc.profiles import PowerProfile, Profile, Window, WindowProfile, profile_of
 from ema_dist.schedules.schedule import Schedule
 
 _log = logging.getLogger(__name__)
 
 NEGLIGIBLE_COEFFICIENTS = 1e-3
-"""Snapshots whose absolute coefficients together are below this are left out: each one costs reading a whole model."""
+"""Snapshots are dropped while the sum of their absolute coefficients stays below this: reading one costs as much as
+reading a model."""
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The snapshots of a wanted profile with their coefficients."""
+    """The snapshots and coefficients whose sum is closest to the target profile."""
 
     snapshots: list[Snapshot]
     fit: Fit
     step: int
-    """The step that it is meant for."""
+    """The step at which the target average is taken."""
     time: float
     """The time of that step since averaging began."""
     window: tuple[float, float] | None = None
-    """The times between which it is exactly the mean, if it is the difference of two uniform averages."""
+    """Start and end of the window actually averaged; None unless the target is a window over a Uniform track."""
 
     @property
     def nearest(self) -> Snapshot:
-        """The snapshot nearest to the wanted step, and of these the one with the largest coefficient."""
+        """The snapshot nearest to the target step; among several, the one with the largest absolute coefficient."""
         weighed = zip(self.snapshots, self.fit.coefficients, strict=True)
         return min(weighed, key=lambda pair: (abs(pair[0].step - self.step), -abs(pair[1])))[0]
 
@@ -56,38 +57,39 @@ def choose_snapshots(snapshots: Snapshots, target: Schedule | Window, *, step: i
     """Find the weighted sum of averages that comes closest to ``target`` at a step, the last one by default.
 
     A window is taken from a uniform track if there is one: from the two checkpoints nearest to its ends, or from one if
-    it reaches back to the beginning. Everything else is a least-squares fit to the snapshots up to the step.
+    it reaches back to the beginning. For a window over a Uniform track, snapshots after `step` may also be used.
+    Everything else is a least-squares fit to the snapshots up to the step.
 
     Raises: CheckpointError for a step outside of those stored, and when there are too few snapshots; ValueError for a
         target without an exact profile, or a window that is longer than the time since averaging began.
     """
-    step = snapshots.found[-1].step if step is None else step
+    step = snapshots.snapshots[-1].step if step is None else step
     time = snapshots.time_of(step)
-    wanted = profile_of(target, time)
-    uniform = [snapshot for snapshot in snapshots.found if _is_uniform(snapshot.profile)]
-    if isinstance(wanted, WindowProfile) and uniform:
-        return _difference_of_means(uniform, wanted, step)
-    candidates = [snapshot for snapshot in snapshots.found if snapshot.step <= step]
-    fit = fit_profiles([snapshot.profile for snapshot in candidates], wanted)
+    target_profile = profile_of(target, time)
+    uniform = [snapshot for snapshot in snapshots.snapshots if _is_uniform(snapshot.profile)]
+    if isinstance(target_profile, WindowProfile) and uniform:
+        return _difference_of_means(uniform, target_profile, step)
+    candidates = [snapshot for snapshot in snapshots.snapshots if snapshot.step <= step]
+    fit = fit_profiles([snapshot.profile for snapshot in candidates], target_profile)
     chosen = _without_negligible(candidates, fit.coefficients)
-    return Reconstruction(chosen, fit_profiles([snapshot.profile for snapshot in chosen], wanted), step, time)
+    return Reconstruction(chosen, fit_profiles([snapshot.profile for snapshot in chosen], target_profile), step, time)
 
 
-def _difference_of_means(uniform: Sequence[Snapshot], wanted: WindowProfile, step: int) -> Reconstruction:
+def _difference_of_means(uniform: Sequence[Snapshot], target_profile: WindowProfile, step: int) -> Reconstruction:
     """The mean over ``(a, b]`` is ``(b * mean_b - a * mean_a) / (b - a)``, whose means begin at time 0.
 
     Source: icefall's ``average_checkpoints_with_averaged_model``.
     """
-    last = min(uniform, key=lambda snapshot: abs(snapshot.profile.end - wanted.end))
+    last = min(uniform, key=lambda snapshot: abs(snapshot.profile.end - target_profile.end))
     earlier = [snapshot for snapshot in uniform if snapshot.profile.end < last.profile.end]
-    first = min(earlier, key=lambda snapshot: abs(snapshot.profile.end - wanted.begin), default=None)
-    if first is None or wanted.begin <= abs(first.profile.end - wanted.begin):
+    first = min(earlier, key=lambda snapshot: abs(snapshot.profile.end - target_profile.begin), default=None)
+    if first is None or target_profile.begin <= abs(first.profile.end - target_profile.begin):
         chosen, coefficients, begin = [last], [1.0], 0.0
     else:
         begin, end = first.profile.end, last.profile.end
         chosen, coefficients = [first, last], [-begin / (end - begin), end / (end - begin)]
-    fit = judge([snapshot.profile for snapshot in chosen], coefficients, wanted)
-    return Reconstruction(chosen, fit, step, wanted.end, window=(begin, last.profile.end))
+    fit = evaluate_coefficients([snapshot.profile for snapshot in chosen], coefficients, target_profile)
+    return Reconstruction(chosen, fit, step, target_profile.end, window=(begin, last.profile.end))
 
 
 def _is_uniform(profile: Profile) -> bool:
@@ -115,7 +117,7 @@ def reconstruct(
     step: int | None = None,
     tolerance: float = 0.05,
     dtype: torch.dtype | None = None,
-    file_format: SumFormat = "safetensors",
+    file_format: OutputFormat = "safetensors",
     max_shard_size: int | str = "5GiB",
     entry: str | None = None,
     timeout: float = 60.0,
@@ -130,8 +132,9 @@ def reconstruct(
             taken once in each unit of the clock; of `checkpoint.save` or of ``dcp.save``.
         folder: must not exist.
         target: one of these laws, or `posthoc.Window`, in the unit of the clock since averaging began.
-        step: the checkpoint at whose time the average is meant; by default the last one.
-        tolerance: the largest total variation between the wanted and the obtained weights of past values.
+        step: the step at whose time the average is taken; by default the last one. For a window over a Uniform track,
+            snapshots after `step` may also be used.
+        tolerance: the maximum total variation between the target weights of past values and the weights obtained.
         dtype: of floating-point tensors; None for that of the live weights, or of the averages where these are missing.
         file_format: ``"safetensors"``, ``"torch"``, or ``"dcp"``, which `checkpoint.load` takes under ``model``.
         max_shard_size: bytes of tensors in a file, as a number or like ``"5GiB"``; a larger tensor gets its own file.
@@ -150,7 +153,7 @@ def reconstruct(
     """
     snapshots = open_snapshots(Path(root), entry=entry)
     reconstruction = choose_snapshots(snapshots, target, step=step)
-    require_close(reconstruction, snapshots, tolerance=tolerance)
+    require_within_tolerance(reconstruction, snapshots, tolerance=tolerance)
     notes = snapshots.notes + caveats(reconstruction, file_format, entry=entry)
     for note in notes if not dist.is_initialized() or dist.get_rank() == 0 else ():
         _log.info(note)
@@ -175,11 +178,11 @@ def open_snapshots(root: Path, *, entry: str | None = None) -> Snapshots:
     return read_snapshots([(step_in_name(folder) or 0, folder)], entry=entry)
 
 
-def require_close(reconstruction: Reconstruction, snapshots: Snapshots, *, tolerance: float) -> None:
+def require_within_tolerance(reconstruction: Reconstruction, snapshots: Snapshots, *, tolerance: float) -> None:
     """Raises: CheckpointError when the total variation is above ``tolerance``."""
     fit = reconstruction.fit
     if fit.total_variation > tolerance:
-        steps = sorted({snapshot.step for snapshot in snapshots.found})
+        steps = sorted({snapshot.step for snapshot in snapshots.snapshots})
         nearest = sorted(sorted(steps, key=lambda stored: abs(stored - reconstruction.step))[:5])
         raise CheckpointError(
             f"the best fit has total variation {fit.total_variation:.3f}, above the tolerance of {tolerance:g}; the "
@@ -193,7 +196,7 @@ def write_reconstruction(
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
-    file_format: SumFormat = "safetensors",
+    file_format: OutputFormat = "safetensors",
     max_shard_size: int | str = "5GiB",
     entry: str | None = None,
     notes: Sequence[str] = (),
@@ -233,7 +236,7 @@ def _weighted_sum(
     ]
     averaged = {*reconstruction.nearest.averages.tracks[reconstruction.nearest.track].averages.values()}
     copied = {name for name, (dcp_name, _) in selections[nearest].sources.items() if dcp_name not in averaged}
-    return WeightedSum(terms, copied_from=nearest, copied=copied, dtype=dtype)
+    return WeightedSum(terms, base=nearest, copied=copied, dtype=dtype)
 
 
 def _checkpoints(reconstruction: Reconstruction) -> list[StoredCheckpoint]:

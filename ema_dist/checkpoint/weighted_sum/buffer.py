@@ -12,8 +12,8 @@ ALIGNMENT = 64
 """Of tensors in memory, in bytes."""
 
 
-class Scratch:
-    """Memory for tensors that are needed until the next ones are read: new memory costs as much time as reading."""
+class ReusableBuffer:
+    """A buffer reused for each batch: allocating new memory takes as long as reading."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")

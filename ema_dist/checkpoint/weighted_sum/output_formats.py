@@ -23,7 +23,7 @@ from ema_dist.checkpoint.values import pack_value
 from ema_dist.checkpoint.weighted_sum.source import CheckpointSource, FileSource, WeightSource
 from ema_dist.checkpoint.weighted_sum.weighted_sum import WeightedSum
 from ema_dist.checkpoint.weights.formats import FORMATS, WRITER_MARK, FileFormat
-from ema_dist.checkpoint.weights.sharded_files import FileSet, size_in_bytes
+from ema_dist.checkpoint.weights.sharded_files import ShardedFiles, size_in_bytes
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.messages import abbreviated
 
@@ -31,7 +31,7 @@ MODEL_KEY = "model"
 """The key under which `checkpoint.load` takes the model from a folder of DCP."""
 
 
-class SumOutput(ABC):
+class WeightOutput(ABC):
     """Files for the tensors of a sum, each written by one process.
 
     Args:
@@ -49,18 +49,21 @@ class SumOutput(ABC):
 
     @abstractmethod
     def write(self, folder: Path, entries: Iterator[tuple[str, Any]]) -> None:
-        """Write the entries of `names`. Collective: over the group."""
+        """Write the entries of `names`.
+
+        Collective: over the group. Raises: CheckpointError or OSError when the files cannot be written.
+        """
 
     @abstractmethod
     def finish(self) -> None:
-        """Write what is left: called on the first rank, after all have written."""
+        """Writes the index after all ranks have written their files. Called on the first rank."""
 
     @abstractmethod
     def open(self, folder: Path) -> WeightSource:
-        """Open what was written."""
+        """Open what was written. Raises: CheckpointError when it cannot be read."""
 
 
-class FilesOutput(SumOutput):
+class HuggingFaceOutput(WeightOutput):
     """Files by safetensors or ``torch.save`` in the Hugging Face layout; each process writes some of them."""
 
     def __init__(
@@ -70,7 +73,7 @@ class FilesOutput(SumOutput):
         total = sum(meta.nbytes for meta in weights.meta_tensors.values())
         # At least one file for each process, as far as the sizes of the tensors allow.
         size = max(1, min(size_in_bytes(max_shard_size), ceil(total / self._num_ranks)))
-        self._files = FileSet(weights.planned, FORMATS[file_format], max_shard_size=size)
+        self._files = ShardedFiles(weights.planned, FORMATS[file_format], max_shard_size=size)
         nbytes = {
             file: sum(meta.nbytes for name in names if (meta := weights.planned[name]) is not None)
             for file, names in self._files.names_by_file.items()
@@ -99,7 +102,7 @@ class FilesOutput(SumOutput):
         return FileSource(folder)
 
 
-class DCPOutput(SumOutput):
+class DCPOutput(WeightOutput):
     """A folder that `checkpoint.load` takes under the key ``model``; each process writes one file."""
 
     def __init__(self, weights: WeightedSum, step: int | None, group: ProcessGroup | None) -> None:
@@ -169,7 +172,7 @@ class _StreamPlanner(SavePlanner):
 
 
 class _StreamWriter(CheckpointWriter):
-    """Asks for a tensor only after the one before has been written."""
+    """Disables read-ahead, so that the next tensor is read only after the previous one is written."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -198,14 +201,14 @@ def make_output(
     max_shard_size: int | str,
     step: int | None,
     group: ProcessGroup | None,
-) -> SumOutput:
+) -> WeightOutput:
     """The output in a format: ``"safetensors"``, ``"torch"`` or ``"dcp"``.
 
-    Raises: ValueError for any other format, and as `FileSet`.
+    Raises: ValueError for any other format, and as `ShardedFiles`.
     """
     match file_format:
         case "dcp":
             return DCPOutput(weights, step, group)
         case "safetensors" | "torch":
-            return FilesOutput(weights, file_format, max_shard_size, group)
+            return HuggingFaceOutput(weights, file_format, max_shard_size, group)
     raise ValueError(f"expected file_format to be one of {abbreviated([*FORMATS, 'dcp'])}, got {file_format!r}")

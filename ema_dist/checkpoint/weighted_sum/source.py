@@ -14,7 +14,7 @@ from ema_dist.checkpoint.dcp.checkpoint_index import EXTRA_STATE_SUFFIX, dotted_
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.find_checkpoint import find_checkpoint, has_checkpoint, step_in_name
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightSelection, WeightsKind
-from ema_dist.checkpoint.weighted_sum.buffer import Scratch
+from ema_dist.checkpoint.weighted_sum.buffer import ReusableBuffer
 from ema_dist.checkpoint.weights.casts import cast
 from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.messages import abbreviated
@@ -48,7 +48,7 @@ class WeightSource(ABC):
 
     @property
     def caveats(self) -> list[str]:
-        """What a user may not expect of these weights."""
+        """Warnings about these weights that a user should see."""
         return []
 
     def stored_dtype(self, name: str) -> torch.dtype:
@@ -61,16 +61,19 @@ class WeightSource(ABC):
 
     @abstractmethod
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
-        """Yield these tensors in this order, full, on the CPU and as they are stored."""
+        """Yield these tensors in this order, full, on the CPU and as they are stored.
 
-    def read_batch(self, names: Sequence[str], scratch: Scratch) -> Iterator[Tensor]:
-        """Yield tensors as `read` does, perhaps in memory of ``scratch``, which the next batch overwrites."""
-        del scratch
+        Raises: CheckpointError when a tensor cannot be read.
+        """
+
+    def read_batch(self, names: Sequence[str], buffer: ReusableBuffer) -> Iterator[Tensor]:
+        """Yield tensors as `read` does, perhaps in memory of ``buffer``, which the next batch overwrites."""
+        del buffer
         return self.read(names)
 
     @abstractmethod
     def extra_state(self, name: str) -> Any:
-        """Read one value that is not a tensor."""
+        """Read one value that is not a tensor. Raises: CheckpointError when it cannot be read."""
 
     def read_cast(self, names: Iterable[str]) -> Iterator[Tensor]:
         """Yield these tensors as `read` does, in the dtypes of `meta_tensors`.
@@ -108,11 +111,9 @@ class CheckpointSource(WeightSource):
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
         return self.stored.stream([self._dcp_names[name] for name in names])
 
-    def read_batch(self, names: Sequence[str], scratch: Scratch) -> Iterator[Tensor]:
+    def read_batch(self, names: Sequence[str], buffer: ReusableBuffer) -> Iterator[Tensor]:
         dcp_names = [self._dcp_names[name] for name in names]
-        targets = scratch.tensors(
-            [(self.stored.index.shape(name), self.stored.index.dtype(name)) for name in dcp_names]
-        )
+        targets = buffer.tensors([(self.stored.index.shape(name), self.stored.index.dtype(name)) for name in dcp_names])
         values = self.stored.read_values(dcp_names, into=dict(zip(dcp_names, targets, strict=True)))
         return (values[name] for name in dcp_names)
 
@@ -174,7 +175,7 @@ def is_extra_state(name: str) -> bool:
 
 
 def _caveats(stored: StoredCheckpoint, selection: WeightSelection) -> Iterator[str]:
-    """What a user may not expect of these weights."""
+    """Warnings about these weights that a user should see."""
     if selection.is_model_missing:
         model_names = ", ".join(repr(dotted_name(key_path)) for key_path in stored.index.models)
         with_names = f" with the names of these averages (it holds {model_names})" if model_names else ""
@@ -189,8 +190,8 @@ def _caveats(stored: StoredCheckpoint, selection: WeightSelection) -> Iterator[s
     unexplained = [name for name in selection.without_average if name not in trained]
     if unexplained and not stored.manifest:
         yield (
-            f"{len(unexplained)} tensors have no average and are taken with their live values (frozen ones, or "
-            f"second names of tied ones: the checkpoint does not tell): {abbreviated(unexplained)}"
+            f"{len(unexplained)} tensors have no average, so their live values are used (they may be frozen or tied: "
+            f"the checkpoint does not record which): {abbreviated(unexplained)}"
         )
     if ties := selection.guessed_ties:
         pairs = [f"{name} (that of {first})" for name, first in ties.items()]

@@ -20,12 +20,12 @@ from ema_dist.checkpoint.folders import folder_lock, made_folder
 from ema_dist.checkpoint.manifest import files_to_verify, verify_files
 from ema_dist.checkpoint.step_folders import fsync
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
-from ema_dist.checkpoint.weighted_sum.output_formats import SumOutput, make_output
+from ema_dist.checkpoint.weighted_sum.output_formats import WeightOutput, make_output
 from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum, tensor_checksum
 from ema_dist.messages import abbreviated
 from ema_dist.modes import in_normal_mode
 
-SumFormat = Literal["safetensors", "torch", "dcp"]
+OutputFormat = Literal["safetensors", "torch", "dcp"]
 
 RECORD_FILE = "merge.json"
 """Says which checkpoints a merge is of; it lies beside the weights."""
@@ -38,7 +38,7 @@ def write_weighted_sum(
     *,
     call: str = "checkpoint.merge",
     verified: Iterable[StoredCheckpoint] = (),
-    file_format: SumFormat = "safetensors",
+    file_format: OutputFormat = "safetensors",
     max_shard_size: int | str = "5GiB",
     record: Mapping[str, Any] | None = None,
     record_name: str = RECORD_FILE,
@@ -86,7 +86,7 @@ def write_weighted_sum(
 
     with _new_folder(folder, group) as partial:
         run_on_all_ranks(lambda: output.write(partial, entries()), group)
-        content = {"sources": _sources(weights.terms, group), **(record or {})}
+        content = {"sources": _provenance(weights.terms, group), **(record or {})}
 
         def finish() -> None:
             output.finish()
@@ -111,7 +111,7 @@ def _require_intact(
         raise CheckpointError(f"a source is damaged, nothing is written: {'; '.join(problems)}")
 
 
-def _sources(terms: list[Term], group: ProcessGroup | None) -> list[dict[str, Any]]:
+def _provenance(terms: list[Term], group: ProcessGroup | None) -> list[dict[str, Any]]:
     """What the record says about each source. Collective: over ``group``."""
     checksums = [term.checksums for term in terms]
     by_rank: list[list[dict[str, str]]] = [checksums]
@@ -130,7 +130,7 @@ def _sources(terms: list[Term], group: ProcessGroup | None) -> list[dict[str, An
     ]
 
 
-def _verify(output: SumOutput, folder: Path, checksums: Mapping[str, str]) -> None:
+def _verify(output: WeightOutput, folder: Path, checksums: Mapping[str, str]) -> None:
     """Raises: CheckpointError when a tensor reads differently from what was written."""
     source = output.open(folder)
     tensors = zip(checksums, source.read(checksums), strict=True)

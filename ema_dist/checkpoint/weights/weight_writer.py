@@ -26,7 +26,7 @@ from ema_dist.checkpoint.weights.formats import (
     entry_files,
     own_metadata,
 )
-from ema_dist.checkpoint.weights.sharded_files import FileSet
+from ema_dist.checkpoint.weights.sharded_files import ShardedFiles
 from ema_dist.messages import abbreviated
 from ema_dist.signals import deferred_signals
 
@@ -82,7 +82,7 @@ class WeightWriter:
         self._force = force
         if not planned:
             raise ValueError(f"there is no tensor to write into {self.folder}")
-        self._files = FileSet(planned, self._format, max_shard_size=max_shard_size)
+        self._files = ShardedFiles(planned, self._format, max_shard_size=max_shard_size)
         self._exit_stack = ExitStack()
 
     @property
