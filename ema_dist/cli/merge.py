@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +15,9 @@ from rich.table import Table
 
 from ema_dist.checkpoint.combine.decay_coefficients import DecayShape
 from ema_dist.checkpoint.combine.merging import make_terms, merge_notes, open_sources
-from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.stored_checkpoint import WeightsKind
 from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
-from ema_dist.checkpoint.weighted_sum.write import RECORD_FILE, OutputFormat, write_weighted_sum
+from ema_dist.checkpoint.weighted_sum.write import RECORD_FILE, OutputFormat, require_new_folder, write_weighted_sum
 from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, print_table, progress, stdout_console
 
 
@@ -42,8 +40,7 @@ def merge(
 
     Raises: as `ema_dist.checkpoint.merge`.
     """
-    if os.path.lexists(out):
-        raise CheckpointError(f"{out} exists: choose another folder, or remove it")
+    require_new_folder(out)
     sources = open_sources(checkpoints, weights_kind, track=track, entry=entry, last=last)
     terms = make_terms(sources, coefficients=coefficients, emulate_decay=emulate_decay)
     weights = WeightedSum(terms, dtype=None if dtype is None else getattr(torch, dtype))
@@ -88,7 +85,7 @@ def _print_coefficients(terms: Sequence[Term]) -> None:
 @contextmanager
 def _torchrun_group() -> Iterator[bool]:
     """The process group of the processes that torchrun started, if it did; whether this is the first process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield not dist.is_initialized() or dist.get_rank() == 0
         return
     dist.init_process_group("gloo")

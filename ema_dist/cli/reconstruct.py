@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,7 @@ from ema_dist.checkpoint.combine.reconstruction import (
     write_reconstruction,
 )
 from ema_dist.checkpoint.combine.snapshots import Snapshot
-from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.weighted_sum.write import OutputFormat
+from ema_dist.checkpoint.weighted_sum.write import OutputFormat, require_new_folder
 from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, print_table, progress, stdout_console
 from ema_dist.posthoc import Window
 from ema_dist.schedules.laws import HalfLife, Power
@@ -61,8 +59,7 @@ def reconstruct(
 
     Raises: as `ema_dist.checkpoint.reconstruct`.
     """
-    if os.path.lexists(output.folder):
-        raise CheckpointError(f"{output.folder} exists: choose another folder, or remove it")
+    require_new_folder(output.folder)
     snapshots = open_snapshots(root, entry=entry)
     reconstruction = choose_snapshots(snapshots, target, step=step)
     notes = snapshots.notes + caveats(reconstruction, output.file_format, entry=entry)

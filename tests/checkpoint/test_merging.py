@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.checkpoint.folders import folder_lock
-from ema_dist.checkpoint.weighted_sum.source import open_source
+from ema_dist.checkpoint.weighted_sum.source import FileSource, open_source
 from ema_dist.checkpoint.weighted_sum.write import OutputFormat
 from tests.support.cli_runs import save_with_dcp
 from tests.support.layouts import (
@@ -250,6 +250,98 @@ def test_a_folder_that_another_merge_writes_is_named(tmp_path: Path) -> None:
         checkpoint.merge(paths, tmp_path / "out")
     assert f"{tmp_path}/out" in str(caught.value)
     assert "partial" not in str(caught.value)
+
+
+def tied_or_not(*, is_tied: bool, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    if is_tied:
+        model[1].weight = model[0].weight
+    return model
+
+
+def test_tensors_that_only_some_sources_tie_are_not_tied_in_the_output(tmp_path: Path) -> None:
+    models = [tied_or_not(is_tied=is_tied, seed=seed) for seed, is_tied in enumerate((False, True))]
+    for step, model in enumerate(models):
+        checkpoint.save({"model": model}, tmp_path / "root", step=step)
+    expected = weighted_sum([dict(model.state_dict()) for model in models], [0.5, 0.5])
+    checkpoint.merge(tmp_path / "root", tmp_path / "out", file_format="dcp")
+    checkpoint.merge(tmp_path / "out", tmp_path / "again")
+    assert_bitwise_equal(read_all(tmp_path / "again"), expected)
+    (note,) = json.loads((tmp_path / "out" / "merge.json").read_text())["notes"]
+    assert re.match(r"1 .*some.*1\.weight", note)
+
+
+def test_a_folder_named_as_a_step_is_refused(tmp_path: Path) -> None:
+    paths, _ = make_mixed_sources(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="name of a step"):
+        checkpoint.merge(paths, tmp_path / "root" / "step-0000000100", file_format="dcp")
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["step-0000000007"]
+
+
+@pytest.mark.world_size(2)
+def test_an_extra_state_that_cannot_be_read_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+    if dist.get_rank() == 0:
+        torch.save(nn.Sequential(Counter()).state_dict(), tmp_path / "a.bin")
+    dist.barrier()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((checkpoint.CheckpointError, ValueError)):
+        if dist.get_rank() == 0:
+            patch.setattr(FileSource, "extra_state", lambda *_: object())
+        checkpoint.merge(tmp_path / "a.bin", tmp_path / "out", file_format="dcp")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_parameters_are_merged(tmp_path: Path) -> None:
+    models = [nn.Linear(2, 2) for _ in range(2)]
+    for number, model in enumerate(models):
+        torch.save(dict(model.named_parameters()), tmp_path / f"{number}.bin")
+    checkpoint.merge([tmp_path / "0.bin", tmp_path / "1.bin"], tmp_path / "out")
+    expected = weighted_sum([dict(model.state_dict()) for model in models], [0.5, 0.5])
+    assert_bitwise_equal(read_all(tmp_path / "out"), expected)
+
+
+def test_the_checksum_does_not_depend_on_the_position(tmp_path: Path) -> None:
+    for number in range(2):
+        save_file({"w": torch.randn(3), "n": torch.tensor(number)}, tmp_path / f"{number}.safetensors")
+    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    checksums = []
+    for out, order in {"a": files, "b": files[::-1]}.items():
+        checkpoint.merge(order, tmp_path / out)
+        sources = json.loads((tmp_path / out / "merge.json").read_text())["sources"]
+        checksums.append({source["path"]: source["checksum"] for source in sources})
+        assert [source["copied_checksum"] is None for source in sources] == [True, False]
+    assert checksums[0] == checksums[1]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["lr1-step-100", "lr1-step-200", "lr1-step-1000"], [100, 200, 1000]),
+        (["lr1-step-100", "a-step-100"], r"lr1-step-100|a-step-100"),
+        (["step-100", "step-0100"], r"several.*step-0100, step-100"),
+        (["step-100", "final"], r"without a step.*final"),
+        (["my-bf16", "my-v2"], "no weights"),
+    ],
+)
+def test_no_folder_of_weights_in_a_root_is_dropped(names: list[str], expected: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    for name in names:
+        (tmp_path / "root" / name).mkdir(parents=True)
+        save_file({"weight": torch.ones(1)}, tmp_path / "root" / name / "model.safetensors")
+    if isinstance(expected, str):
+        with pytest.raises(checkpoint.CheckpointError, match=expected):
+            checkpoint.merge(tmp_path / "root", tmp_path / "out")
+        return
+    checkpoint.merge(tmp_path / "root", tmp_path / "out")
+    sources = json.loads((tmp_path / "out" / "merge.json").read_text())["sources"]
+    assert [source["step"] for source in sources] == expected
+
+
+def test_numbered_weights_beside_steps_are_not_dropped(tmp_path: Path) -> None:
+    checkpoint.save({"model": nn.Linear(1, 1)}, tmp_path / "root", step=1)
+    (tmp_path / "root" / "step-2").mkdir()
+    save_file({"weight": torch.ones(1)}, tmp_path / "root" / "step-2" / "model.safetensors")
+    with pytest.raises(checkpoint.CheckpointError, match="weight files in step-2"):
+        checkpoint.merge(tmp_path / "root", tmp_path / "out")
 
 
 def test_averages_are_merged_in_the_dtype_they_are_stored_in(tmp_path: Path) -> None:

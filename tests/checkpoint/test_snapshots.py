@@ -92,7 +92,7 @@ def test_a_number_counts_where_it_was_taken_once_in_each_unit(tmp_path: Path) ->
             read(tmp_path / name)
 
 
-def test_averages_that_began_anew_are_another_series(tmp_path: Path) -> None:
+def test_checkpoints_before_a_reset_are_ignored(tmp_path: Path) -> None:
     """A reset sets the clock back: older checkpoints are averages over other values."""
     ema = save_run(tmp_path, steps=20)
     ema.reset()

@@ -106,7 +106,7 @@ def test_wrong_options_are_errors_and_write_nothing(
         ),
     ],
 )
-def test_other_models_are_told_apart(tensors: dict[str, Tensor], expected: str, root: Path) -> None:
+def test_different_models_are_rejected(tensors: dict[str, Tensor], expected: str, root: Path) -> None:
     other = other_model(tensors, root.parent)
     result = run("merge", root, other, "-o", root.parent / "out")
     assert result.exit_code == 1

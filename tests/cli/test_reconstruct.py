@@ -166,7 +166,7 @@ def test_other_formats_and_dtypes_hold_the_same(file_format: str, tmp_path: Path
 
 
 @pytest.mark.world_size(1)
-def test_the_function_does_the_same(tmp_path: Path) -> None:
+def test_python_api_matches_cli(tmp_path: Path) -> None:
     save_series(tmp_path / "root", decay=Power(gamma=5))
     fit = checkpoint.reconstruct(tmp_path / "root", tmp_path / "out", Power(gamma=6), tolerance=0.2)
     summary = json.loads(
@@ -308,6 +308,23 @@ def test_extra_states_that_safetensors_cannot_hold_are_named(tmp_path: Path) -> 
     assert re.search(r"note: .* 1 extra state.*0\._extra_state", result.stderr)
     kept = run("reconstruct", tmp_path / "root", "-o", tmp_path / "kept", "--window", 1, "--format", "torch")
     assert "extra state" not in kept.stderr
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("with_model", [{2}, {1}])
+def test_snapshots_with_and_without_the_tied_model_combine(with_model: set[int], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3))
+    model[1].weight = model[0].weight
+    ema = ShardedEMA(model, decay=Uniform())
+    for step in (1, 2):
+        nn.init.constant_(model[0].weight, step)
+        ema.update()
+        state = {"ema": ema, **({"model": model} if step in with_model else {})}
+        checkpoint.save(state, tmp_path / "root", step=step, keep=None)
+    checkpoint.reconstruct(tmp_path / "root", tmp_path / "out", posthoc.Window(1))
+    averages = load_exported(tmp_path / "out")
+    assert torch.allclose(averages["0.weight"], torch.tensor(2.0))
+    assert ("1.weight" in averages) == (2 in with_model)
 
 
 @pytest.mark.world_size(1)

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def merge(
-    sources: Iterable[str | os.PathLike[str]],
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     folder: str | os.PathLike[str],
     *,
     coefficients: Sequence[float] | None = None,
@@ -50,8 +50,8 @@ def merge(
     checksum of each source, and warnings about the result, which are logged too.
 
     Args:
-        sources: checkpoints saved by `save` or ``dcp.save``, or files or folders of full weights. A root of steps
-            stands for all its steps, oldest first.
+        sources: one or several checkpoints saved by `save` or ``dcp.save``, or files or folders of full weights. A root
+            of steps stands for all its steps, oldest first.
         folder: must not exist.
         coefficients: one for each checkpoint, with the sum 1; None for the mean.
         emulate_decay: choose coefficients that emulate a decay of the learning rate over the sources, oldest first.
@@ -72,7 +72,8 @@ def merge(
     Raises: CheckpointError on every rank when a source is damaged or lacks such weights, sources are not of the same
         model, or ``folder`` exists or cannot be written; ValueError for coefficients that do not match.
     """
-    opened = open_sources(map(Path, sources), weights, track=track, entry=entry, last=last)
+    paths = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    opened = open_sources(map(Path, paths), weights, track=track, entry=entry, last=last)
     terms = make_terms(opened, coefficients=coefficients, emulate_decay=emulate_decay)
     weighted_sum = WeightedSum(terms, dtype=dtype)
     notes = merge_notes(weighted_sum, file_format)
@@ -154,7 +155,12 @@ def merge_notes(weights: WeightedSum, file_format: str) -> list[str]:
     lost = {name for source in sources for name in source.extra_states} - {*last.extra_states}
     if lost:
         notes.append(f"extra states that the last checkpoint lacks are left out: {abbreviated(sorted(lost))}")
-    if last.ties:
-        pairs = [f"{name} (that of {first})" for name, first in last.ties.items()]
+    if untied := sorted({name for source in sources for name in source.ties} - weights.ties.keys()):
+        notes.append(
+            f"{len(untied)} tensors are tied in some checkpoints only, so each gets its own sum and the result does "
+            f"not tie them: {abbreviated(untied)}. A model that ties them keeps the values of one name"
+        )
+    if weights.ties:
+        pairs = [f"{name} (that of {first})" for name, first in weights.ties.items()]
         notes.append(f"{len(pairs)} tied tensors get the values of the tensor they are tied to: {abbreviated(pairs)}")
     return notes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ema_dist.checkpoint.combine.snapshots import Snapshot, Snapshots, read_snapshots
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.find_checkpoint import find_checkpoint, find_steps, step_in_name
-from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
+from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightSelection
 from ema_dist.checkpoint.weighted_sum.output_formats import left_out_note
 from ema_dist.checkpoint.weighted_sum.source import CheckpointSource
 from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
@@ -228,6 +228,8 @@ def _weighted_sum(
 ) -> WeightedSum:
     nearest = reconstruction.snapshots.index(reconstruction.nearest)
     selections = [it.stored.weights("ema", track=it.track, entry=entry) for it in reconstruction.snapshots]
+    base = selections[nearest]
+    selections = [_with_names_of(base, it, of) for it, of in zip(selections, reconstruction.snapshots, strict=True)]
     terms = [
         Term(CheckpointSource(snapshot.stored, selection), coefficient)
         for snapshot, selection, coefficient in zip(
@@ -235,8 +237,32 @@ def _weighted_sum(
         )
     ]
     averaged = {*reconstruction.nearest.averages.tracks[reconstruction.nearest.track].averages.values()}
-    copied = {name for name, (dcp_name, _) in selections[nearest].sources.items() if dcp_name not in averaged}
+    copied = {name for name, (dcp_name, _) in base.sources.items() if dcp_name not in averaged}
     return WeightedSum(terms, base=nearest, copied=copied, dtype=dtype)
+
+
+def _with_names_of(base: WeightSelection, selection: WeightSelection, snapshot: Snapshot) -> WeightSelection:
+    """The averages in ``selection``, under the second names of tied tensors too if ``base`` has these.
+
+    A checkpoint without the live model stores an average under its first name only, and no weights without an average.
+    """
+    if selection is base:
+        return selection
+    averaged = {*snapshot.averages.tracks[snapshot.track].averages.values()}
+    sources = {
+        name: source for name, source in selection.sources.items() if name in base.sources or source[0] in averaged
+    }
+    ties = {name: first for name, first in selection.ties.items() if name in sources}
+    for name, first in base.ties.items():
+        if name not in sources and first in sources:
+            sources[name], ties[name] = sources[first], first
+    # Second names that the base lacks, because it has no live model.
+    extra = {name for name, first in ties.items() if name not in base.sources and first in base.sources}
+    return replace(
+        selection,
+        sources={name: source for name, source in sources.items() if name not in extra},
+        ties={name: first for name, first in ties.items() if name not in extra},
+    )
 
 
 def _checkpoints(reconstruction: Reconstruction) -> list[StoredCheckpoint]:

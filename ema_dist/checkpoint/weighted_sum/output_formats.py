@@ -112,6 +112,9 @@ class DCPOutput(WeightOutput):
         sizes = {name: meta.nbytes for name, meta in weights.meta_tensors.items()}
         share = set(share_of_rank(sizes, self._rank, self._num_ranks))
         self._names = [name for name in weights.meta_tensors if name in share]
+        base = weights.base
+        # Before `write`, whose collective calls would wait for a rank that cannot read one.
+        self._extra_states = {name: pack_value(base.extra_state(name), name) for name in base.extra_states}
 
     @property
     def names(self) -> list[str]:
@@ -119,21 +122,22 @@ class DCPOutput(WeightOutput):
 
     def write(self, folder: Path, entries: Iterator[tuple[str, Any]]) -> None:
         model: dict[str, Any] = {name: self._weights.meta_tensors[name] for name in self._names}
-        base = self._weights.base
         if self._rank == 0:
-            model |= {name: pack_value(base.extra_state(name), name) for name in base.extra_states}
+            model |= self._extra_states
         state = {MODEL_KEY: model}
         manifest = Manifest(
             self._step,
             world_size=self._num_ranks,
             layouts={MODEL_KEY: "full tensors, a weighted sum of checkpoints"},
-            ties={MODEL_KEY: base.ties},
+            ties={MODEL_KEY: self._weights.ties},
         )
         planner = _StreamPlanner(state, entries, self._group)
         writer = _StreamWriter(folder, manifest, planner, commit=_do_nothing)
         try:
             dcp.save(state, storage_writer=writer, planner=planner, process_group=self._group)
         except CheckpointException as error:
+            if any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values()):
+                raise KeyboardInterrupt from error
             raise CheckpointError(f"{folder} cannot be written: {describe_failures(error)}") from error
 
     def finish(self) -> None:

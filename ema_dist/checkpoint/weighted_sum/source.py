@@ -131,7 +131,7 @@ class FileSource(WeightSource):
         super().__init__(path, step_in_name(path), tensors, entries.keys() - tensors.keys())
 
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
-        return (self._files[name] for name in names)
+        return (self._files[name].detach() for name in names)  # files by torch.save may hold parameters
 
     def extra_state(self, name: str) -> Any:
         return self._files[name]

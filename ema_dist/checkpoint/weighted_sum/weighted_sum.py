@@ -61,11 +61,17 @@ class WeightedSum:
         self.base = base_term.source
         # The base last: it decides about elements that are not finite.
         self._terms = [term for term in terms if term is not base_term] + [base_term]
+        self.ties = {
+            name: first
+            for name, first in self.base.ties.items()
+            if all(term.source.ties.get(name) == first for term in terms)
+        }
+        """Names tied in every source, mapped to the name under which the tensor is stored."""
         tensors = self.base.meta_tensors
         self._is_single_source = [term.coefficient for term in terms] == [1]
         self.added_names = {name for name, meta in tensors.items() if _is_added(name, meta) and name not in copied}
         for term in terms:
-            _require_same_model(self.base, term.source, self.added_names)
+            _require_same_model(self.base, term.source, self.added_names, copied)
         self.meta_tensors: dict[str, Tensor] = {
             name: meta.to(dtype) if dtype is not None and meta.is_floating_point() else meta
             for name, meta in tensors.items()
@@ -160,14 +166,9 @@ class WeightedSum:
         return term.source.stored_nbytes(name) if self._reads(term, name) else 0
 
     def _shared_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Names tied in every source, mapped to the name under which the tensor is stored."""
+        """The tied ones of these names, mapped to the name under which the tensor is stored."""
         present = set(names)
-        ties = self.base.ties.items()
-        return {
-            name: first
-            for name, first in ties
-            if {name, first} <= present and all(term.source.ties.get(name) == first for term in self._terms)
-        }
+        return {name: first for name, first in self.ties.items() if {name, first} <= present}
 
     def _batches(self, names: Iterable[str]) -> Iterator[list[str]]:
         batch: list[str] = []
@@ -213,10 +214,12 @@ def _is_added(name: str, meta: Tensor) -> bool:
     return (meta.is_floating_point() or meta.is_complex()) and not is_extra_state(name)
 
 
-def _require_same_model(expected: WeightSource, found: WeightSource, added: Container[str]) -> None:
+def _require_same_model(
+    expected: WeightSource, found: WeightSource, added: Container[str], copied: Container[str]
+) -> None:
     """Raises: CheckpointError when the tensors differ in names or dtype categories, or those to be added in shapes."""
-    left = {name for name in expected.meta_tensors if not is_extra_state(name)}
-    right = {name for name in found.meta_tensors if not is_extra_state(name)}
+    left = {name for name in expected.meta_tensors if not is_extra_state(name) and name not in copied}
+    right = {name for name in found.meta_tensors if not is_extra_state(name) and name not in copied}
     if difference := describe_difference(str(expected.path), left, str(found.path), right):
         raise CheckpointError(
             f"{expected.path} and {found.path} hold different models: {difference}; {len(left & right)} names match"

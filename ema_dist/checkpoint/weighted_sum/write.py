@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from ema_dist.checkpoint.agreement import checkpoint_rendezvous, run_on_all_rank
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import folder_lock, made_folder
 from ema_dist.checkpoint.manifest import files_to_verify, verify_files
-from ema_dist.checkpoint.step_folders import fsync
+from ema_dist.checkpoint.step_folders import STEP_NAME, fsync
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 from ema_dist.checkpoint.weighted_sum.output_formats import WeightOutput, make_output
 from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum, tensor_checksum
@@ -57,8 +58,9 @@ def write_weighted_sum(
         file_format: files in the Hugging Face layout; or ``"dcp"``, which `checkpoint.load` takes under ``model``.
         max_shard_size: of files in the Hugging Face layout; there are smaller ones if there are more processes.
         record: what else to write into ``record_name``, beside the weights: that has the path, step, coefficient and
-            checksum of each source. ``checksum`` is the XXH3 of the sorted per-tensor XXH3 checksums. It does not
-            depend on the source's layout, and is null if the source was not read (coefficient 0).
+            checksum of each source. ``checksum`` is the XXH3 of the sorted per-tensor XXH3 checksums of the tensors
+            that are added, as JSON. It does not depend on the source's layout, and is null if the source was not read
+            (coefficient 0). ``copied_checksum`` is that of tensors copied from this source.
         on_bytes: called with the number of bytes read by this process since the last call.
 
     Collective: over all ranks, if there is a process group; all ranks must pass the same arguments.
@@ -68,6 +70,7 @@ def write_weighted_sum(
         written reads differently; ValueError for a dtype that the format cannot hold.
     """
     folder = Path(folder).absolute()
+    require_new_folder(folder)
     texts = {"coefficients": f"coefficients {[term.coefficient for term in weights.terms]}"}
     group = checkpoint_rendezvous(f"{call}(..., {str(folder)!r})", timeout=timeout, compared=[texts])
     run_on_all_ranks(lambda: _require_intact(verified, group, on_bytes), group)
@@ -86,7 +89,7 @@ def write_weighted_sum(
 
     with _new_folder(folder, group) as partial:
         run_on_all_ranks(lambda: output.write(partial, entries()), group)
-        content = {"sources": _provenance(weights.terms, group), **(record or {})}
+        content = {"sources": _provenance(weights, group), **(record or {})}
 
         def finish() -> None:
             output.finish()
@@ -111,8 +114,9 @@ def _require_intact(
         raise CheckpointError(f"a source is damaged, nothing is written: {'; '.join(problems)}")
 
 
-def _provenance(terms: list[Term], group: ProcessGroup | None) -> list[dict[str, Any]]:
+def _provenance(weights: WeightedSum, group: ProcessGroup | None) -> list[dict[str, Any]]:
     """What the record says about each source. Collective: over ``group``."""
+    terms: list[Term] = weights.terms
     checksums = [term.checksums for term in terms]
     by_rank: list[list[dict[str, str]]] = [checksums]
     if group is not None:
@@ -124,10 +128,27 @@ def _provenance(terms: list[Term], group: ProcessGroup | None) -> list[dict[str,
             "path": str(term.source.path.absolute()),
             "step": term.source.step,
             "coefficient": term.coefficient,
-            "checksum": xxhash.xxh3_128_hexdigest(json.dumps(sorted(parts.items())).encode()) if parts else None,
+            "checksum": _combined(parts, weights.added_names),
+            "copied_checksum": _combined(parts, parts.keys() - weights.added_names),
         }
         for term, parts in zip(terms, merged, strict=True)
     ]
+
+
+def _combined(checksums: Mapping[str, str], names: AbstractSet[str]) -> str | None:
+    """The checksum of the sorted checksums of these names; None without any."""
+    chosen = sorted((name, text) for name, text in checksums.items() if name in names)
+    return xxhash.xxh3_128_hexdigest(json.dumps(chosen).encode()) if chosen else None
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raises: CheckpointError when ``folder`` exists, or has a name that `checkpoint.save` gives to a step."""
+    if os.path.lexists(folder):
+        raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
+    if STEP_NAME.fullmatch(folder.name):
+        raise CheckpointError(
+            f"{folder} has the name of a step that checkpoint.save wrote, and would be read as one: choose another name"
+        )
 
 
 def _verify(output: WeightOutput, folder: Path, checksums: Mapping[str, str]) -> None:
@@ -150,8 +171,8 @@ def _new_folder(folder: Path, group: ProcessGroup | None) -> Iterator[Path]:
     with ExitStack() as exit_stack:
 
         def make() -> None:
-            if os.path.lexists(folder):
-                raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
+            require_new_folder(folder)
+            exit_stack.callback(_remove_folder, partial)  # also one that a killed process left
             exit_stack.enter_context(made_folder(partial))
             exit_stack.enter_context(folder_lock(partial, name=folder))
             _remove_files(partial)  # of a process that was killed
@@ -170,6 +191,11 @@ def _new_folder(folder: Path, group: ProcessGroup | None) -> Iterator[Path]:
         run_on_first_rank(make, group)
         yield partial
         run_on_first_rank(publish, group)
+
+
+def _remove_folder(folder: Path) -> None:
+    with suppress(OSError):  # of a folder that another process locks and writes into
+        folder.rmdir()
 
 
 def _remove_files(folder: Path) -> None:
