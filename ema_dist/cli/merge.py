@@ -18,7 +18,15 @@ from ema_dist.checkpoint.combine.merging import make_terms, merge_notes, open_so
 from ema_dist.checkpoint.stored_checkpoint import WeightsKind
 from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
 from ema_dist.checkpoint.weighted_sum.write import RECORD_FILE, OutputFormat, require_new_folder, write_weighted_sum
-from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, print_table, progress, stdout_console
+from ema_dist.cli.terminal import (
+    exit_on_sigterm,
+    format_bytes,
+    print_json,
+    print_stderr,
+    print_table,
+    progress,
+    stdout_console,
+)
 
 
 def merge(
@@ -45,7 +53,7 @@ def merge(
     terms = make_terms(sources, coefficients=coefficients, emulate_decay=emulate_decay)
     weights = WeightedSum(terms, dtype=None if dtype is None else getattr(torch, dtype))
     notes = merge_notes(weights, file_format)
-    with _torchrun_group() as is_first:
+    with exit_on_sigterm(), _torchrun_group() as is_first:
         if is_first:
             for note in notes:
                 print_stderr(f"note: {note}")

@@ -24,7 +24,15 @@ from ema_dist.checkpoint.combine.reconstruction import (
 )
 from ema_dist.checkpoint.combine.snapshots import Snapshot
 from ema_dist.checkpoint.weighted_sum.write import OutputFormat, require_new_folder
-from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, print_table, progress, stdout_console
+from ema_dist.cli.terminal import (
+    exit_on_sigterm,
+    format_bytes,
+    print_json,
+    print_stderr,
+    print_table,
+    progress,
+    stdout_console,
+)
 from ema_dist.posthoc import Window
 from ema_dist.schedules.laws import HalfLife, Power
 from ema_dist.schedules.schedule import Schedule
@@ -69,7 +77,7 @@ def reconstruct(
         _print(reconstruction, target)
     if not force:
         require_within_tolerance(reconstruction, snapshots, tolerance=tolerance)
-    with progress("reconstructing", input_nbytes(reconstruction, entry=entry)) as advance:
+    with exit_on_sigterm(), progress("reconstructing", input_nbytes(reconstruction, entry=entry)) as advance:
         paths = write_reconstruction(
             reconstruction,
             output.folder,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,22 @@ def test_an_output_that_exists_is_left_alone(root: Path) -> None:
     result = run("merge", root, "-o", root.parent / "out")
     assert (result.exit_code, [*(root.parent / "out").iterdir()]) == (1, [])
     assert "exists" in result.stderr
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "dcp"])
+@pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_merge_and_leaves_nothing(
+    signal_number: int, exit_code: int, file_format: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> bool:
+        signal.raise_signal(signal_number)
+        return True
+
+    monkeypatch.setattr("ema_dist.checkpoint.weighted_sum.weighted_sum.add_scaled_", interrupted)
+    (root.parent / ".out.partial").mkdir()  # of a process that was killed
+    result = run("merge", root, "-o", root.parent / "out", "--format", file_format)
+    assert result.exit_code == exit_code, result.output
+    assert [path.name for path in root.parent.iterdir()] == ["root"]
 
 
 def test_torchrun_shares_the_work(root: Path) -> None:

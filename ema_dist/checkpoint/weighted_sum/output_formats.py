@@ -136,8 +136,9 @@ class DCPOutput(WeightOutput):
         try:
             dcp.save(state, storage_writer=writer, planner=planner, process_group=self._group)
         except CheckpointException as error:
-            if any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values()):
-                raise KeyboardInterrupt from error
+            for failure, _ in error.failures.values():
+                if isinstance(failure, (KeyboardInterrupt, SystemExit)):  # DCP collects these too
+                    raise failure from error
             raise CheckpointError(f"{folder} cannot be written: {describe_failures(error)}") from error
 
     def finish(self) -> None:
