@@ -327,8 +327,8 @@ def reconstruct(  # noqa: PLR0913  one parameter for each option
 
     A window takes exactly two checkpoints if there is a track by Uniform(): those nearest to its ends. The window that
     they make is printed, and the tolerance applies to the one asked for. Buffers, and tensors without an average, are
-    those of the nearest snapshot. Averages with an unknown profile, and those saved before averaging restarted, are
-    ignored.
+    those of the nearest snapshot used. Averages with an unknown profile, and those saved before averaging restarted,
+    are ignored.
 
     The keys of --json: snapshots (step, track, law, time, dtypes, coefficient of each), step, time, window (begin and
     end, or null), total_variation, amplification, notes, files (sizes in bytes by path).
