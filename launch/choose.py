@@ -1,4 +1,4 @@
-"""Chooses the width of the average after training: one run, a dozen averages of its weights, and the test loss of each.
+"""Chooses the width of the average after training: one run, 14 averages of its weights, and the test loss of each.
 
     python launch/choose.py                                             # one process, CPU or GPU
     torchrun --nproc-per-node 2 launch/choose.py --parallel fsdp2
@@ -44,7 +44,7 @@ TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Profile:
+class WidthResult:
     """An average of one width, and the scores of the model with it."""
 
     sigma_rel: float
@@ -102,7 +102,7 @@ def choose(folder: Path, test: Images, live: Scores) -> None:
     if dist.get_rank() > 0:
         return
     with (folder / "profiles.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Profile)])
+        writer = csv.DictWriter(file, [field.name for field in fields(WidthResult)])
         writer.writeheader()
         writer.writerows(asdict(profile) for profile in profiles)
     draw(profiles, live).savefig(folder / "profiles.png", dpi=130)
@@ -110,7 +110,7 @@ def choose(folder: Path, test: Images, live: Scores) -> None:
     print(f"best: sigma_rel {best.sigma_rel}; {folder / 'profiles.csv'}, {folder / 'profiles.png'}")
 
 
-def reconstruct_and_evaluate(folder: Path, width: float, test: Images) -> Profile:
+def reconstruct_and_evaluate(folder: Path, width: float, test: Images) -> WidthResult:
     """Collective: every rank writes a part of the average, then reads all of it into a plain model."""
     out = folder / f"sigma-rel-{width}"
     fit = checkpoint.reconstruct(
@@ -121,10 +121,10 @@ def reconstruct_and_evaluate(folder: Path, width: float, test: Images) -> Profil
     model.load_state_dict({name: tensor for file in files for name, tensor in file.items()}, strict=True)
     scores = evaluate(model.to(test.pixels.device), test)
     print_rank_0(f"sigma_rel {width:5}: test {scores}; total variation {fit.total_variation:.3f}")
-    return Profile(width, *scores, fit.total_variation, fit.amplification)
+    return WidthResult(width, *scores, fit.total_variation, fit.amplification)
 
 
-def draw(profiles: list[Profile], live: Scores) -> Figure:
+def draw(profiles: list[WidthResult], live: Scores) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     draw_scores(loss, profiles, [profile.loss for profile in profiles], live.loss)
@@ -135,7 +135,7 @@ def draw(profiles: list[Profile], live: Scores) -> Figure:
     return figure
 
 
-def draw_scores(axes: Axes, profiles: list[Profile], scores: list[float], live: float) -> None:
+def draw_scores(axes: Axes, profiles: list[WidthResult], scores: list[float], live: float) -> None:
     widths = [profile.sigma_rel for profile in profiles]
     axes.plot(widths, scores, "o-", color=AVERAGE_COLOR, label="averages chosen after training")
     beyond = [index for index, profile in enumerate(profiles) if profile.total_variation > TOLERANCE]
@@ -145,7 +145,7 @@ def draw_scores(axes: Axes, profiles: list[Profile], scores: list[float], live: 
         axes.plot(*points, "o", color=AVERAGE_COLOR, markerfacecolor="white", label=label)
     axes.axhline(live, color=LIVE_COLOR, linestyle="--", label="live weights")
     for law in TRACKS.values():
-        label = "tracks kept while training" if law is TRACKS["narrow"] else None
+        label = "stored tracks" if law is TRACKS["narrow"] else None
         axes.axvline(posthoc.sigma_rel(gamma=law.exponent), color="gray", linestyle=":", label=label)
     axes.set(xlabel="sigma_rel, the width of the average as a fraction of the run", xscale="log")
     axes.xaxis.set_major_locator(FixedLocator([0.014, 0.02, 0.03, 0.05, 0.1, 0.2, 0.28]))

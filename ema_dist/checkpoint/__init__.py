@@ -14,11 +14,11 @@ if missing := [name for name in ("huggingface_hub", "safetensors", "xxhash") if 
         f"ema_dist.checkpoint needs {', '.join(missing)}: pip install {' '.join(missing)}", name=missing[0]
     )
 
+from ema_dist.checkpoint.combine.merging import merge
+from ema_dist.checkpoint.combine.reconstruction import reconstruct
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.gathering import gather, scatter
 from ema_dist.checkpoint.loading import latest, load
-from ema_dist.checkpoint.merging import merge
-from ema_dist.checkpoint.reconstruction import reconstruct
 from ema_dist.checkpoint.saving import save, wait
 
 __all__ = [

@@ -19,9 +19,9 @@ from ema_dist.checkpoint.agreement import (
 from ema_dist.checkpoint.entries import compared_counts
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.saving import wait
-from ema_dist.checkpoint.weights.files import WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
 from ema_dist.checkpoint.weights.reader import WeightReader
+from ema_dist.checkpoint.weights.weight_writer import WeightWriter
 from ema_dist.ema import ShardedEMA
 from ema_dist.modes import in_normal_mode
 

@@ -349,7 +349,7 @@ class StoredCheckpoint:
         available = ", ".join(f"{kind} {dotted_name(key_path)!r}" for key_path, kind in index.entries()) or "nothing"
         if chosen:
             raise CheckpointError(
-                f"several entries of {self.folder} could be meant: choose one by --entry, of {available}"
+                f"several entries of {self.folder} could be meant: choose one by `entry` (--entry), of {available}"
             )
         expected = ("averages" if weights_kind == "ema" else "a model") + (f" in an entry {entry!r}" if entry else "")
         raise CheckpointError(

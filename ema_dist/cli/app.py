@@ -19,10 +19,10 @@ from ema_dist.cli.options import (
     EntryOption,
     FormatChoice,
     JsonOption,
+    OutputFormatChoice,
+    OutputFormatOption,
     ShardSizeOption,
     StepOption,
-    SumFormatChoice,
-    SumFormatOption,
     TrackOption,
     WeightsChoice,
     WeightsOption,
@@ -32,8 +32,8 @@ from ema_dist.cli.terminal import print_stderr, report_errors
 
 app: typer.Typer = typer.Typer(
     name="ema-dist",
-    help="Look into checkpoints of ema_dist and torch.distributed.checkpoint, check, compare and export them. "
-    "Nothing that a checkpoint holds is ever run.",
+    help="Inspect, verify, compare, export, merge and reconstruct checkpoints of ema_dist and "
+    "torch.distributed.checkpoint. No code stored in a checkpoint is run.",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # else each line of a docstring but the first paragraph ends a line of the help
     pretty_exceptions_enable=False,
@@ -194,7 +194,7 @@ def diff(
 
     Exit codes are those of diff(1): 0 when all is equal, 1 when something differs, 2 when they cannot be compared.
     """
-    from ema_dist.checkpoint.weight_source import open_source  # noqa: PLC0415
+    from ema_dist.checkpoint.weighted_sum.source import open_source  # noqa: PLC0415
     from ema_dist.cli.diff import diff as run  # noqa: PLC0415
 
     weights_a = open_source(a, weights.value, step=step, track=track, entry=entry, on_ignored=print_stderr)
@@ -236,11 +236,11 @@ def merge(
     weights: Annotated[WeightsChoice, typer.Option(help="The live weights, or the averages.")] = WeightsChoice.LIVE,
     track: TrackOption = None,
     last: Annotated[
-        int | None, typer.Option(min=1, help="Take only the last so many checkpoints.", show_default=False)
+        int | None, typer.Option(min=1, help="Merge only the last N checkpoints.", metavar="N", show_default=False)
     ] = None,
     dtype: DtypeOption = None,
     max_shard_size: ShardSizeOption = "5GiB",
-    format: SumFormatOption = SumFormatChoice.SAFETENSORS,  # noqa: A002
+    format: OutputFormatOption = OutputFormatChoice.SAFETENSORS,  # noqa: A002
     entry: EntryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -257,7 +257,7 @@ def merge(
     from ema_dist.cli.merge import merge as run  # noqa: PLC0415
 
     if coefficients is not None and emulate_decay is not None:
-        raise typer.BadParameter("--coefficients and --emulate-decay are two ways to say the same: pass one of them")
+        raise typer.BadParameter("--coefficients and --emulate-decay are mutually exclusive")
     run(
         checkpoints,
         out,
@@ -296,11 +296,13 @@ def reconstruct(  # noqa: PLR0913  one parameter for each option
     ] = None,
     half_life: Annotated[
         float | None,
-        typer.Option(metavar="H", help="That of HalfLife(H), in the unit of the clock.", show_default=False),
+        typer.Option(
+            metavar="H", help="The average that HalfLife(H) would have given; H in clock units.", show_default=False
+        ),
     ] = None,
     window: Annotated[
         float | None,
-        typer.Option(metavar="W", help="The mean over the last W, in the unit of the clock.", show_default=False),
+        typer.Option(metavar="W", help="The mean over the last W; W in clock units.", show_default=False),
     ] = None,
     at: Annotated[
         int | None,
@@ -309,24 +311,24 @@ def reconstruct(  # noqa: PLR0913  one parameter for each option
         ),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, metavar="V", help="The largest total variation that is not refused.")
+        float, typer.Option(min=0, metavar="V", help="Maximum total variation; a worse fit is refused.")
     ] = 0.05,
-    force: Annotated[bool, typer.Option("--force", help="Write also beyond the tolerance.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write the result even if it exceeds --tolerance.")] = False,
     dtype: DtypeOption = None,
     max_shard_size: ShardSizeOption = "5GiB",
-    format: SumFormatOption = SumFormatChoice.SAFETENSORS,  # noqa: A002
+    format: OutputFormatOption = OutputFormatChoice.SAFETENSORS,  # noqa: A002
     entry: EntryOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write an average that was chosen after training, as a weighted sum of the averages in checkpoints.
 
     Prints the coefficient of each snapshot first, then the total variation between the wanted and the obtained weights
-    of past values, in [0, 1], and the amplification: how many times the rounding of the snapshots can be in the result.
+    of past values, and the amplification: the factor by which rounding errors of the snapshots can grow.
 
     A window takes exactly two checkpoints if there is a track by Uniform(): those nearest to its ends. The window that
     they make is printed, and the tolerance applies to the one asked for. Buffers, and tensors without an average, are
-    those of the nearest snapshot. Left out are averages whose profile is not known, and those from before averaging
-    began anew.
+    those of the nearest snapshot used. Averages with an unknown profile, and those saved before averaging restarted,
+    are ignored.
 
     The keys of --json: snapshots (step, track, law, time, dtypes, coefficient of each), step, time, window (begin and
     end, or null), total_variation, amplification, notes, files (sizes in bytes by path).

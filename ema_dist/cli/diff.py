@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from ema_dist.checkpoint.weight_source import WeightSource
+from ema_dist.checkpoint.weighted_sum.source import WeightSource
 from ema_dist.cli.distance import Distance, distance
 from ema_dist.cli.terminal import print_json, print_table, progress, stdout_console
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ema_dist.checkpoint.checkpoint_folder import find_checkpoint
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.find_checkpoint import find_checkpoint
 from ema_dist.checkpoint.manifest import verify_files
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightsKind
-from ema_dist.checkpoint.weight_source import CheckpointSource
-from ema_dist.checkpoint.weighted_sum import Term, WeightedSum
+from ema_dist.checkpoint.weighted_sum.source import CheckpointSource
+from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
 from ema_dist.checkpoint.weights.config_files import config_files
-from ema_dist.checkpoint.weights.files import WeightWriter
 from ema_dist.checkpoint.weights.formats import FORMATS, FileFormat
+from ema_dist.checkpoint.weights.weight_writer import WeightWriter
 from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, progress, stdout_console
 
 

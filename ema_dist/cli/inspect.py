@@ -12,8 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ema_dist.checkpoint.checkpoint_folder import find_checkpoint
 from ema_dist.checkpoint.dcp.checkpoint_index import CheckpointIndex, TrackNames, dotted_name
+from ema_dist.checkpoint.find_checkpoint import find_checkpoint
 from ema_dist.checkpoint.stored_checkpoint import StoredAverages, StoredCheckpoint, StoredDecay
 from ema_dist.checkpoint.values import KeyPath
 from ema_dist.cli.distance import distance

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +13,20 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.merge_coefficients import DecayShape
-from ema_dist.checkpoint.merging import make_terms, merge_notes, open_sources
+from ema_dist.checkpoint.combine.decay_coefficients import DecayShape
+from ema_dist.checkpoint.combine.merging import make_terms, merge_notes, open_sources
 from ema_dist.checkpoint.stored_checkpoint import WeightsKind
-from ema_dist.checkpoint.sum_writing import RECORD_FILE, SumFormat, write_weighted_sum
-from ema_dist.checkpoint.weighted_sum import Term, WeightedSum
-from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, print_table, progress, stdout_console
+from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
+from ema_dist.checkpoint.weighted_sum.write import RECORD_FILE, OutputFormat, require_new_folder, write_weighted_sum
+from ema_dist.cli.terminal import (
+    exit_on_sigterm,
+    format_bytes,
+    print_json,
+    print_stderr,
+    print_table,
+    progress,
+    stdout_console,
+)
 
 
 def merge(
@@ -35,20 +41,19 @@ def merge(
     last: int | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GiB",
-    file_format: SumFormat = "safetensors",
+    file_format: OutputFormat = "safetensors",
     as_json: bool = False,
 ) -> None:
     """Prints the coefficients of the checkpoints, then writes their weighted mean, and prints the files.
 
     Raises: as `ema_dist.checkpoint.merge`.
     """
-    if os.path.lexists(out):
-        raise CheckpointError(f"{out} exists: choose another folder, or remove it")
+    require_new_folder(out)
     sources = open_sources(checkpoints, weights_kind, track=track, entry=entry, last=last)
     terms = make_terms(sources, coefficients=coefficients, emulate_decay=emulate_decay)
     weights = WeightedSum(terms, dtype=None if dtype is None else getattr(torch, dtype))
-    notes = merge_notes(sources)
-    with _torchrun_group() as is_first:
+    notes = merge_notes(weights, file_format)
+    with exit_on_sigterm(), _torchrun_group() as is_first:
         if is_first:
             for note in notes:
                 print_stderr(f"note: {note}")
@@ -88,7 +93,7 @@ def _print_coefficients(terms: Sequence[Term]) -> None:
 @contextmanager
 def _torchrun_group() -> Iterator[bool]:
     """The process group of the processes that torchrun started, if it did; whether this is the first process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield not dist.is_initialized() or dist.get_rank() == 0
         return
     dist.init_process_group("gloo")

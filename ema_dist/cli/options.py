@@ -25,10 +25,10 @@ class FormatChoice(str, Enum):
     TORCH = "torch"
 
 
-class SumFormatChoice(str, Enum):
+class OutputFormatChoice(str, Enum):
     """What to write a weighted sum of checkpoints into."""
 
-    # The values of `SumFormat`, repeated for the same reason.
+    # The values of `OutputFormat`, repeated for the same reason.
 
     SAFETENSORS = "safetensors"
     TORCH = "torch"
@@ -84,7 +84,7 @@ def check_shard_size(context: typer.Context, text: str) -> str:
     Raises: typer.BadParameter when it is not a size.
     """
     if not context.resilient_parsing:  # shell completion parses options too, and must not import torch
-        from ema_dist.checkpoint.weights.file_set import size_in_bytes  # noqa: PLC0415
+        from ema_dist.checkpoint.weights.sharded_files import size_in_bytes  # noqa: PLC0415
 
         try:
             size_in_bytes(text)
@@ -130,7 +130,7 @@ ShardSizeOption = Annotated[
     str,
     typer.Option(callback=check_shard_size, metavar="SIZE", help="The maximum size of a file, such as 500MiB."),
 ]
-SumFormatOption = Annotated[
-    SumFormatChoice,
+OutputFormatOption = Annotated[
+    OutputFormatChoice,
     typer.Option("--format", help="Files of weights, or a folder that checkpoint.load takes under the key `model`."),
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +12,27 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.reconstruction import (
+from ema_dist.checkpoint.combine.reconstruction import (
     Reconstruction,
     caveats,
     choose_snapshots,
     describe,
     input_nbytes,
     open_snapshots,
-    require_close,
+    require_within_tolerance,
     write_reconstruction,
 )
-from ema_dist.checkpoint.snapshots import Snapshot
-from ema_dist.checkpoint.sum_writing import SumFormat
-from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, print_table, progress, stdout_console
+from ema_dist.checkpoint.combine.snapshots import Snapshot
+from ema_dist.checkpoint.weighted_sum.write import OutputFormat, require_new_folder
+from ema_dist.cli.terminal import (
+    exit_on_sigterm,
+    format_bytes,
+    print_json,
+    print_stderr,
+    print_table,
+    progress,
+    stdout_console,
+)
 from ema_dist.posthoc import Window
 from ema_dist.schedules.laws import HalfLife, Power
 from ema_dist.schedules.schedule import Schedule
@@ -37,7 +43,7 @@ class Output:
     """Where the average is written, and as what."""
 
     folder: Path
-    file_format: SumFormat
+    file_format: OutputFormat
     dtype: str | None
     max_shard_size: int | str
 
@@ -61,18 +67,17 @@ def reconstruct(
 
     Raises: as `ema_dist.checkpoint.reconstruct`.
     """
-    if os.path.lexists(output.folder):
-        raise CheckpointError(f"{output.folder} exists: choose another folder, or remove it")
+    require_new_folder(output.folder)
     snapshots = open_snapshots(root, entry=entry)
     reconstruction = choose_snapshots(snapshots, target, step=step)
-    notes = snapshots.notes + caveats(reconstruction, entry=entry)
+    notes = snapshots.notes + caveats(reconstruction, output.file_format, entry=entry)
     for note in notes:
         print_stderr(f"note: {note}")
     if not as_json:
         _print(reconstruction, target)
     if not force:
-        require_close(reconstruction, snapshots, tolerance=tolerance)
-    with progress("reconstructing", input_nbytes(reconstruction)) as advance:
+        require_within_tolerance(reconstruction, snapshots, tolerance=tolerance)
+    with exit_on_sigterm(), progress("reconstructing", input_nbytes(reconstruction, entry=entry)) as advance:
         paths = write_reconstruction(
             reconstruction,
             output.folder,
@@ -80,6 +85,7 @@ def reconstruct(
             file_format=output.file_format,
             max_shard_size=output.max_shard_size,
             entry=entry,
+            notes=notes,
             on_bytes=advance,
         )
     sizes = {str(path): path.stat().st_size for path in paths}

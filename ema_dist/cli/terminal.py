@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -106,6 +107,16 @@ def report_errors(*, exit_code: int) -> Callable[[Callable[P, None]], Callable[P
         return run
 
     return decorate
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Raises SystemExit(143) on SIGTERM until the block ends, so that `with` blocks remove unfinished files."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ema_dist.checkpoint.checkpoint_folder import find_checkpoint
 from ema_dist.checkpoint.dcp.checkpoint_index import dotted_name
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.find_checkpoint import find_checkpoint
 from ema_dist.checkpoint.manifest import read_manifest, verify_files
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 from ema_dist.checkpoint.values import KeyPath

@@ -1,7 +1,7 @@
-"""Profiles of averages as equations: how much has been weighed up to a time, and inner products of densities.
+"""Profiles as equations: cumulative weights and inner products of densities.
 
-A profile is a density over the time since averaging began, and the share of the weights at which it began. It ends at
-the time of the last update. Its integral over one step is exactly the weight that the recursion gives to that step.
+A profile has a density over the time since averaging began, plus a point mass for the initial weights. It ends at the
+time of the last update. Its integral over one step is exactly the weight that the recursion gives to that step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ NEGLIGIBLE_EXPONENT = 50.0
 
 
 def power_cumulative(times: Tensor, *, end: float, gamma: float) -> Tensor:
-    """The share of values up to each time in a power average, ``(time / end) ** (gamma + 1)``.
+    """Fraction of the total weight given to values up to each time by a power average.
+
+    It is ``(time / end) ** (gamma + 1)``.
 
     Source: the integral of Karras et al. 2024 (EDM2, arXiv 2312.02696), eq. 121.
     """
@@ -29,7 +31,7 @@ def power_cumulative(times: Tensor, *, end: float, gamma: float) -> Tensor:
 
 
 def half_life_cumulative(times: Tensor, *, end: float, rate: float) -> Tensor:
-    """The share of values up to each time, the starting weights included, in an exponential average.
+    """Fraction of the total weight given to values up to each time, and the initial weights, by an exponential average.
 
     Source: the product of ``exp(-rate * elapsed)`` over the updates from each time to ``end``.
     """
@@ -37,7 +39,10 @@ def half_life_cumulative(times: Tensor, *, end: float, rate: float) -> Tensor:
 
 
 def window_cumulative(times: Tensor, *, end: float, length: float) -> Tensor:
-    """The share of values up to each time in the mean over ``(end - length, end]``."""
+    """Fraction of the total weight given to values up to each time by the mean over ``(end - length, end]``.
+
+    Source: the integral of the constant density ``1 / length``.
+    """
     return ((times - (end - length)) / length).clamp(0.0, 1.0)
 
 
@@ -52,7 +57,10 @@ def power_inner_product(end_a: float, gamma_a: float, end_b: float, gamma_b: flo
 
 
 def half_life_inner_product(end_a: float, rate_a: float, end_b: float, rate_b: float) -> float:
-    """The integral of the product of two exponential densities, ``rate * exp(-rate * (end - time))``, over time > 0."""
+    """The integral of the product of two exponential densities, ``rate * exp(-rate * (end - time))``, over time > 0.
+
+    Source: the antiderivative of the product, from 0 to the earlier end.
+    """
     if rate_a == 0 or rate_b == 0:
         return 0.0
     overlap = min(end_a, end_b)
@@ -60,7 +68,7 @@ def half_life_inner_product(end_a: float, rate_a: float, end_b: float, rate_b: f
     return rate_a * rate_b / (rate_a + rate_b) * at_overlap * -math.expm1(-(rate_a + rate_b) * overlap)
 
 
-def mixed_inner_product(power_end: float, gamma: float, half_life_end: float, rate: float) -> float:
+def power_half_life_inner_product(power_end: float, gamma: float, half_life_end: float, rate: float) -> float:
     """The integral of the product of a power density and an exponential one, by quadrature.
 
     With ``v`` the distance from the overlap's end as a fraction of it, the integrand is

@@ -1,4 +1,4 @@
-"""Finds the weighted sum of stored averages whose profile is closest to a wanted one."""
+"""Finds the weighted sum of snapshots whose profile is closest to that of a target."""
 
 from __future__ import annotations
 
@@ -15,33 +15,38 @@ from ema_dist.schedules.checked_number import checked_number
 from ema_dist.schedules.equations import LARGEST_SIGMA_REL, gamma_from_sigma_rel, sigma_rel_from_gamma
 from ema_dist.schedules.schedule import Schedule
 
-NEGLIGIBLE_SHARE = 1e-7
-"""Combinations of snapshots whose squared norm is below this fraction of the largest are not used: profiles that nearly
-cancel would get coefficients of thousands, and amplify the rounding of the snapshots as much."""
+MIN_EIGENVALUE_RATIO = 1e-7
+"""Eigenvalues of the normalized Gram matrix below this fraction of the largest are dropped (truncated pseudo-inverse).
+Keeping them would give coefficients in the thousands, which amplify rounding by the same factor."""
+
+MIN_COEFFICIENT_SUM = 1e-7
+"""Below this sum of the coefficients, no snapshot overlaps the target."""
 
 LARGEST_INITIAL_MASS_WEIGHT = 1e3
-"""The starting weights count as the value of one unit of time, but not of less than a thousandth of the time."""
+"""The initial weights enter the inner product as a density of width ``w = max(1, end / 1000)``, so the product of their
+masses is scaled by ``end / w``."""
 
 CELLS_PER_OCTAVE, OCTAVES = 16, 20
-"""Total variation is summed over cells, of which towards each end of a profile so many halve in size so often."""
+"""Total variation is summed on a grid that refines towards the end of each profile: 16 cells for each halving of the
+distance, 20 halvings."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A weighted sum of snapshots, and how far its profile is from the wanted one."""
+    """A weighted sum of snapshots, and how far its profile is from that of the target."""
 
     coefficients: tuple[float, ...]
-    """Of the snapshots, in the order given; their sum is 1."""
+    """Coefficient of each snapshot, in the order given; they sum to 1."""
     total_variation: float
-    """Half of the sum of absolute differences between the wanted and the obtained weights of past values."""
+    """Half the L1 distance between the target profile and the fitted one."""
     amplification: float
-    """The sum of the absolute coefficients: so many times the rounding of the snapshots may be in the result."""
+    """Sum of the absolute coefficients: the factor by which rounding errors of the snapshots can grow."""
 
 
 def sigma_rel(*, gamma: float) -> float:
     """The width of ``Power(gamma=gamma)`` as a fraction of the time trained.
 
-    Raises: TypeError for no number, ValueError below 0.
+    Raises: TypeError if ``gamma`` is not a number, ValueError below 0.
     Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), eq. 123.
     """
     return sigma_rel_from_gamma(checked_number("gamma", gamma, "a finite exponent, 0 or more", open_above=True))
@@ -50,7 +55,7 @@ def sigma_rel(*, gamma: float) -> float:
 def gamma(*, sigma_rel: float) -> float:
     """The exponent of ``Power(sigma_rel=sigma_rel)``; the inverse of `sigma_rel`.
 
-    Raises: TypeError for no number, ValueError unless above 0 and at most 12 ** -0.5.
+    Raises: TypeError if ``sigma_rel`` is not a number, ValueError unless above 0 and at most 12 ** -0.5.
     Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), Alg. 2.
     """
     expected = f"a width above 0 and up to 12 ** -0.5 = {LARGEST_SIGMA_REL:.5f}"
@@ -60,70 +65,74 @@ def gamma(*, sigma_rel: float) -> float:
 
 
 def fit(snapshots: Sequence[tuple[float, Schedule | float]], *, target: Schedule | float | Window, at: float) -> Fit:
-    """The weighted sum of averages whose profile is closest to that of ``target``: by least squares, then normalized.
+    """Finds the weighted sum of snapshots whose profile is closest to ``target``.
 
-    Times count since averaging began, in the unit of the clock. The weights at which averaging began count as the value
-    of one more unit of time, or of a thousandth of the time if that is more. Snapshots with equal profiles get equal
-    coefficients; if the target is among the snapshots, it is taken alone.
+    The coefficients minimize the squared distance of the profiles, and are then scaled to sum to 1. Times are in clock
+    units since averaging began. The initial weights count as the value of one more clock unit, or of a thousandth of
+    the time if that is more. Identical snapshots get identical coefficients. If ``target`` is itself a snapshot, only
+    that snapshot is used.
 
     Args:
         snapshots: the time of the last update of each stored average, and its law: `Power`, `Uniform`, `HalfLife`
-            without a ramp, or a number that is taken once in each unit of the clock.
+            without a ramp, or a constant decay applied once per clock unit.
         target: one of these laws, or a `Window`.
-        at: the time for which the wanted average is meant; usually that of the last snapshot.
+        at: the time at which the target average is taken; usually that of the last snapshot.
 
-    Raises: TypeError for no number; ValueError for no or only later snapshots, and for laws without an exact profile.
+    Raises: TypeError if a time is not a number; ValueError for no or only later snapshots, and for laws without an
+        exact profile.
     Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), Alg. 3, and eq. 151 for power averages.
     """
     if not snapshots:
         raise ValueError("expected at least one snapshot, a pair of a time and a law, got none")
     profiles = [profile_of(law, _checked_time("the time of a snapshot", time)) for time, law in snapshots]
-    wanted = profile_of(target, _checked_time("at", at))
+    target_profile = profile_of(target, _checked_time("at", at))
     if at < (first := min(profile.end for profile in profiles)):
         raise ValueError(f"the target time {at:g} is before the first snapshot, which is at {first:g}")
-    return fit_profiles(profiles, wanted)
+    return fit_profiles(profiles, target_profile)
 
 
-def fit_profiles(profiles: Sequence[Profile], wanted: Profile) -> Fit:
-    """As `fit`, of profiles. Raises: ValueError when no profile overlaps with the wanted one."""
-    if count := profiles.count(wanted):
+def fit_profiles(profiles: Sequence[Profile], target: Profile) -> Fit:
+    """As `fit`, of profiles. Raises: ValueError when no profile overlaps the target."""
+    if count := profiles.count(target):
         # Itself, although other combinations come as close: the average is stored, and no rounding is amplified.
-        return judge(profiles, [float(profile == wanted) / count for profile in profiles], wanted)
-    return judge(profiles, _least_squares(profiles, wanted).tolist(), wanted)
+        return evaluate_coefficients(profiles, [float(profile == target) / count for profile in profiles], target)
+    return evaluate_coefficients(profiles, _least_squares(profiles, target).tolist(), target)
 
 
-def judge(profiles: Sequence[Profile], coefficients: Sequence[float], wanted: Profile) -> Fit:
-    """These coefficients, and how far the sum of profiles that they make is from the wanted profile."""
-    return Fit(tuple(coefficients), _total_variation(profiles, coefficients, wanted), sum(map(abs, coefficients)))
+def evaluate_coefficients(profiles: Sequence[Profile], coefficients: Sequence[float], target: Profile) -> Fit:
+    """These coefficients, and how far the sum of profiles is from the target profile."""
+    return Fit(tuple(coefficients), _total_variation(profiles, coefficients, target), sum(map(abs, coefficients)))
 
 
-def _total_variation(profiles: Sequence[Profile], coefficients: Sequence[float], wanted: Profile) -> float:
-    """Half of the L1 distance between a combination of profiles and the wanted one, the starting weights included."""
-    times = _cell_bounds({0.0, wanted.begin, *(profile.end for profile in (*profiles, wanted))})
-    difference = -wanted.cumulative(times)
+def _total_variation(profiles: Sequence[Profile], coefficients: Sequence[float], target: Profile) -> float:
+    """Half the L1 distance between a combination of profiles and the target, the initial weights included."""
+    times = _cell_bounds({0.0, target.begin, *(profile.end for profile in (*profiles, target))})
+    difference = -target.cumulative(times)
     for coefficient, profile in zip(coefficients, profiles, strict=True):
         difference += coefficient * profile.cumulative(times)
     return 0.5 * (difference[0].abs() + difference.diff().abs().sum()).item()
 
 
-def _least_squares(profiles: Sequence[Profile], wanted: Profile) -> Tensor:
+def _least_squares(profiles: Sequence[Profile], target: Profile) -> Tensor:
     """Coefficients that minimize the squared distance of profiles, divided by their sum."""
     products = torch.tensor(
-        [[wanted.end * inner_product(a, b) for b in (*profiles, wanted)] for a in profiles], dtype=torch.float64
+        [[target.end * inner_product(a, b) for b in (*profiles, target)] for a in profiles],
+        dtype=torch.float64,
     )
-    masses = torch.tensor([profile.initial_mass for profile in (*profiles, wanted)], dtype=torch.float64)
-    products += min(wanted.end, LARGEST_INITIAL_MASS_WEIGHT) * masses[:-1, None] * masses
+    masses = torch.tensor([profile.initial_mass for profile in (*profiles, target)], dtype=torch.float64)
+    products += min(target.end, LARGEST_INITIAL_MASS_WEIGHT) * masses[:-1, None] * masses
     # Profiles of norm 1: what is negligible must not depend on how wide they are.
     norms = products.diagonal().sqrt()
     gram = products[:, :-1] / norms / norms[:, None]
     values, vectors = torch.linalg.eigh(gram)
-    inverse = torch.where(values > NEGLIGIBLE_SHARE * values[-1], 1 / values, 0.0)
+    inverse = torch.where(values > MIN_EIGENVALUE_RATIO * values[-1], 1 / values, 0.0)
     coefficients = vectors @ (inverse * (vectors.T @ (products[:, -1] / norms))) / norms
     total = coefficients.sum()
-    if not total > NEGLIGIBLE_SHARE:
+    if not total > MIN_COEFFICIENT_SUM:
         ends = sorted({profile.end for profile in profiles})
         raise ValueError(
-            f"none of the snapshots at the times {abbreviated(map('{:g}'.format, ends))} averages what {wanted} does"
+            f"no snapshot overlaps the target, which averages values from {target.begin:g} to {target.end:g}: the "
+            f"snapshots end at {abbreviated(map('{:g}'.format, ends))}. Save later snapshots, or choose a wider target"
         )
     return coefficients / total
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from ema_dist.posthoc.equations import (
     half_life_cumulative,
     half_life_inner_product,
-    mixed_inner_product,
     power_cumulative,
+    power_half_life_inner_product,
     power_inner_product,
     window_cumulative,
 )
@@ -26,9 +26,9 @@ from ema_dist.schedules.schedule import Schedule
 
 @dataclass(frozen=True)
 class Window:
-    """The mean of the live values of the last ``length``, in the unit of the clock: a target of `fit`.
+    """The mean of the live weights over the last ``length`` clock units; a target for `fit`.
 
-    Raises: TypeError for no number, ValueError unless it is positive and finite.
+    Raises: TypeError if ``length`` is not a number, ValueError unless it is positive and finite.
     """
 
     length: float
@@ -49,7 +49,7 @@ class PowerProfile:
     initial_mass: float = 0.0
 
     def cumulative(self, times: Tensor) -> Tensor:
-        """The share of values up to each time."""
+        """Fraction of the total weight given to values up to each time."""
         return power_cumulative(times, end=self.end, gamma=self.gamma)
 
 
@@ -63,11 +63,11 @@ class HalfLifeProfile:
 
     @property
     def initial_mass(self) -> float:
-        """The share of the weights at which averaging began."""
+        """Fraction of the total weight given to the initial weights."""
         return math.exp(-self.rate * self.end)
 
     def cumulative(self, times: Tensor) -> Tensor:
-        """The share of values up to each time, with that of the starting weights."""
+        """Fraction of the total weight given to values up to each time, and the initial weights."""
         return half_life_cumulative(times, end=self.end, rate=self.rate)
 
 
@@ -85,7 +85,7 @@ class WindowProfile:
         return self.end - self.length
 
     def cumulative(self, times: Tensor) -> Tensor:
-        """The share of values up to each time."""
+        """Fraction of the total weight given to values up to each time."""
         return window_cumulative(times, end=self.end, length=self.length)
 
 
@@ -111,8 +111,8 @@ def profile_of(law: Schedule | float | Window, end: float) -> Profile:
         case Constant(value=decay):
             return _half_life_profile(law, end, half_life_from_decay(decay))
     raise ValueError(
-        f"{law!r} has no exact profile: expected HalfLife without a ramp, Power, Uniform, or a number that is taken "
-        "once in each unit of the clock"
+        f"{law!r} has no exact profile: expected HalfLife without a ramp, Power, Uniform, or a constant decay "
+        "applied once per clock unit"
     )
 
 
@@ -124,7 +124,7 @@ def inner_product(a: Profile, b: Profile) -> float:
         case HalfLifeProfile(), HalfLifeProfile():
             return half_life_inner_product(a.end, a.rate, b.end, b.rate)
         case PowerProfile(), HalfLifeProfile():
-            return mixed_inner_product(a.end, a.gamma, b.end, b.rate)
+            return power_half_life_inner_product(a.end, a.gamma, b.end, b.rate)
         case WindowProfile(), _:
             # The mean density of the other one over the window.
             low, high = b.cumulative(torch.tensor([a.begin, a.end], dtype=torch.float64)).tolist()
@@ -134,5 +134,7 @@ def inner_product(a: Profile, b: Profile) -> float:
 
 def _half_life_profile(law: object, end: float, half_life: float) -> HalfLifeProfile:
     if half_life == 0:
-        raise ValueError(f"{law!r} keeps the last live value only: that is no average, so merge live weights instead")
+        raise ValueError(
+            f"{law!r} keeps only the latest live weights, which is not an average: use checkpoint.merge on live weights"
+        )
     return HalfLifeProfile(end, math.log(2) / half_life)

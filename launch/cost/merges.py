@@ -22,7 +22,7 @@ from torch import nn
 
 from ema_dist import checkpoint
 
-MERGE = """
+MERGE_SCRIPT = """
 import sys, threading, time
 from ema_dist import checkpoint
 peak = 0
@@ -84,7 +84,7 @@ def make_checkpoints(root: Path, count: int, layers: int, width: int) -> None:
 
 
 def merge(sources: list[Path], out: Path) -> Run:
-    return run_process([sys.executable, "-c", MERGE, "merge", *map(str, sources), str(out)])
+    return run_process([sys.executable, "-c", MERGE_SCRIPT, "merge", *map(str, sources), str(out)])
 
 
 def copy(sources: list[Path], out: Path) -> Run:

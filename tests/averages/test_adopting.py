@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ema_dist import ShardedEMA, checkpoint
-from ema_dist.checkpoint.weight_source import open_source
+from ema_dist.checkpoint.weighted_sum.source import open_source
 from tests.support.layouts import assert_bitwise_equal, full_weights, layouts, make_net, train_step, wrap
 
 adopting_layouts = layouts("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp", "tp", "fsdp2-tp")
@@ -66,7 +66,7 @@ def test_switch_ema_is_the_same_on_every_layout(layout: str) -> None:
 
 @adopting_layouts
 @pytest.mark.parametrize("file_format", ["dcp", "safetensors"])
-def test_a_phase_begins_at_a_merge(layout: str, file_format: str, tmp_path: Path) -> None:
+def test_training_resumes_from_a_merge(layout: str, file_format: str, tmp_path: Path) -> None:
     """As launch/train.py --start-from does: the merge becomes live weights and averages, and training goes on."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         for seed in range(2):

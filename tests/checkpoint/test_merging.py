@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
-from ema_dist.checkpoint.sum_writing import SumFormat
-from ema_dist.checkpoint.weight_source import open_source
+from ema_dist.checkpoint.folders import folder_lock
+from ema_dist.checkpoint.weighted_sum.source import FileSource, open_source
+from ema_dist.checkpoint.weighted_sum.write import OutputFormat
 from tests.support.cli_runs import save_with_dcp
 from tests.support.layouts import (
     IGNORE_INITIAL_WEIGHTS_WARNING,
@@ -106,7 +107,7 @@ def make_mixed_sources(folder: Path) -> tuple[list[Path], list[dict[str, Tensor]
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_kinds_of_sources_mix_and_are_recorded(file_format: SumFormat, tmp_path: Path) -> None:
+def test_kinds_of_sources_mix_and_are_recorded(file_format: OutputFormat, tmp_path: Path) -> None:
     paths, states = make_mixed_sources(tmp_path)
     checkpoint.merge(paths, tmp_path / "out", file_format=file_format)
     assert_bitwise_equal(read_all(tmp_path / "out"), weighted_sum(states, [0.25] * 4))
@@ -140,6 +141,16 @@ def test_low_precision_is_added_in_float32(stored: torch.dtype, result: torch.dt
     torch.testing.assert_close(merged.double(), expected, rtol=torch.finfo(result).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, 1.0), (torch.bfloat16, 0.0)])
+def test_wider_tensors_are_added_in_float64(dtype: torch.dtype, expected: float, tmp_path: Path) -> None:
+    """In float32, which is enough for 16 bits, 2**25 + 1 is 2**25."""
+    for number, value in enumerate((2.0**25, 1.0, 2.0**25)):
+        save_file({"weight": torch.tensor([value], dtype=dtype)}, tmp_path / f"{number}.safetensors")
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    checkpoint.merge(paths, tmp_path / "out", coefficients=[1, 1, -1])
+    assert read_all(tmp_path / "out")["weight"].item() == expected
+
+
 class Counter(nn.Linear):
     """A layer with an extra state, an integer buffer and a mask with infinities."""
 
@@ -156,29 +167,35 @@ class Counter(nn.Linear):
         self.seen = state["seen"]
 
 
-@pytest.mark.parametrize("file_format", ["torch", "dcp"])
-def test_integers_extra_states_and_infinities_are_those_of_the_last(file_format: SumFormat, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_integers_extra_states_and_infinities_are_those_of_the_last(file_format: OutputFormat, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         model = nn.Sequential(Counter())
         model[0].count.fill_(step)
         model[0].seen = step
         checkpoint.save({"model": model}, tmp_path / "root", step=step)
     checkpoint.merge([tmp_path / "root"], tmp_path / "out", coefficients=[2, -2, 1], file_format=file_format)
-    (note,) = json.loads((tmp_path / "out" / "merge.json").read_text())["notes"]
-    assert re.match(r"2 .*0\.count, 0\._extra_state", note)
+    note, *others = json.loads((tmp_path / "out" / "merge.json").read_text())["notes"]
     loaded = nn.Sequential(Counter())
     if file_format == "dcp":
         assert checkpoint.load({"model": loaded}, tmp_path / "out") == 3
-    else:
+    elif file_format == "torch":
         loaded.load_state_dict(torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True))
-    assert (loaded[0].seen, int(loaded[0].count)) == (3, 3)
+    else:
+        loaded.load_state_dict(read_all(tmp_path / "out"), strict=False)
+    is_kept = file_format != "safetensors"
+    assert re.match(r"2 .*0\.count, 0\._extra_state" if is_kept else r"1 .*0\.count$", note)
+    assert [bool(re.match(r".* 1 extra state.*0\._extra_state.*torch.*dcp", it)) for it in others] == [True] * (
+        not is_kept
+    )
+    assert (loaded[0].seen, int(loaded[0].count)) == (3 if is_kept else 0, 3)
     assert loaded[0].mask.tolist() == [0.0, float("-inf")]
 
 
 @layouts("ddp", "fsdp1", "fsdp2", "tp")
 def test_a_merge_is_loaded_as_a_model_of_any_layout(layout: str, tmp_path: Path) -> None:
+    states = [dict(make_net(layout, seed=seed).state_dict()) for seed in range(2)]
     if dist.get_rank() == 0:
-        states = [dict(make_net(layout, seed=seed).state_dict()) for seed in range(2)]
         for number, state in enumerate(states):
             save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / f"{number}.safetensors")
     dist.barrier()
@@ -186,20 +203,155 @@ def test_a_merge_is_loaded_as_a_model_of_any_layout(layout: str, tmp_path: Path)
     checkpoint.merge(paths, tmp_path / "out", file_format="dcp")
     model, _ = make_trained(layout)
     checkpoint.load({"model": model}, tmp_path / "out")
-    assert_bitwise_equal(full_weights(model), read_all(tmp_path / "out"))
+    assert_bitwise_equal(full_weights(model), weighted_sum(states, [0.5, 0.5]))
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_an_output_that_reads_differently_is_an_error_and_nothing_is_left(
-    file_format: SumFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file_format: OutputFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths, _ = make_mixed_sources(tmp_path)
     before = sorted(tmp_path.iterdir())
     calls = count()
-    monkeypatch.setattr("ema_dist.checkpoint.sum_writing.tensor_checksum", lambda _: str(next(calls)))
-    with pytest.raises(checkpoint.CheckpointError, match=r"embed\.weight.*read differently"):
+    monkeypatch.setattr("ema_dist.checkpoint.weighted_sum.write.tensor_checksum", lambda _: str(next(calls)))
+    with pytest.raises(checkpoint.CheckpointError, match=r"embed\.weight.*differ"):
         checkpoint.merge(paths, tmp_path / "new" / "out", file_format=file_format)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_tensor_as_an_extra_state_is_reported_as_copied(tmp_path: Path) -> None:
+    for number in range(2):
+        state = {"weight": torch.full((2,), float(number)), "_extra_state": torch.tensor([float(number)])}
+        save_file(state, tmp_path / f"{number}.safetensors")
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    checkpoint.merge(paths, tmp_path / "out")
+    merged = read_all(tmp_path / "out")
+    assert (merged["weight"].tolist(), merged["_extra_state"].tolist()) == ([0.5, 0.5], [1.0])
+    (note,) = json.loads((tmp_path / "out" / "merge.json").read_text())["notes"]
+    assert re.match(r"1 .*_extra_state", note)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"last": -1}, r"between 1 and 4.*got -1"),
+        ({"last": 0}, r"between 1 and 4.*got 0"),
+        ({"last": 5}, r"between 1 and 4.*got 5"),
+        ({"emulate_decay": "exponential"}, r"linear.*1-sqrt.*cosine.*'exponential'"),
+        ({"file_format": "onnx"}, r"safetensors.*torch.*dcp.*'onnx'"),
+    ],
+)
+def test_wrong_arguments_are_errors_with_the_choices(settings: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    paths, _ = make_mixed_sources(tmp_path)
+    with pytest.raises(ValueError, match=expected):
+        checkpoint.merge(paths, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_source_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"at least one.*none"):
+        checkpoint.merge([], tmp_path / "out")
+
+
+def test_a_folder_that_another_merge_writes_is_named(tmp_path: Path) -> None:
+    paths, _ = make_mixed_sources(tmp_path)
+    (tmp_path / ".out.partial").mkdir()
+    with folder_lock(tmp_path / ".out.partial"), pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.merge(paths, tmp_path / "out")
+    assert f"{tmp_path}/out" in str(caught.value)
+    assert "partial" not in str(caught.value)
+
+
+def tied_or_not(*, is_tied: bool, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    if is_tied:
+        model[1].weight = model[0].weight
+    return model
+
+
+def test_tensors_that_only_some_sources_tie_are_not_tied_in_the_output(tmp_path: Path) -> None:
+    models = [tied_or_not(is_tied=is_tied, seed=seed) for seed, is_tied in enumerate((False, True))]
+    for step, model in enumerate(models):
+        checkpoint.save({"model": model}, tmp_path / "root", step=step)
+    expected = weighted_sum([dict(model.state_dict()) for model in models], [0.5, 0.5])
+    checkpoint.merge(tmp_path / "root", tmp_path / "out", file_format="dcp")
+    checkpoint.merge(tmp_path / "out", tmp_path / "again")
+    assert_bitwise_equal(read_all(tmp_path / "again"), expected)
+    (note,) = json.loads((tmp_path / "out" / "merge.json").read_text())["notes"]
+    assert re.match(r"1 .*some.*1\.weight", note)
+
+
+def test_a_folder_named_as_a_step_is_refused(tmp_path: Path) -> None:
+    paths, _ = make_mixed_sources(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="name of a step"):
+        checkpoint.merge(paths, tmp_path / "root" / "step-0000000100", file_format="dcp")
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["step-0000000007"]
+
+
+@pytest.mark.world_size(2)
+def test_an_extra_state_that_cannot_be_read_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+    if dist.get_rank() == 0:
+        torch.save(nn.Sequential(Counter()).state_dict(), tmp_path / "a.bin")
+    dist.barrier()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((checkpoint.CheckpointError, ValueError)):
+        if dist.get_rank() == 0:
+            patch.setattr(FileSource, "extra_state", lambda *_: object())
+        checkpoint.merge(tmp_path / "a.bin", tmp_path / "out", file_format="dcp")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_parameters_are_merged(tmp_path: Path) -> None:
+    models = [nn.Linear(2, 2) for _ in range(2)]
+    for number, model in enumerate(models):
+        torch.save(dict(model.named_parameters()), tmp_path / f"{number}.bin")
+    checkpoint.merge([tmp_path / "0.bin", tmp_path / "1.bin"], tmp_path / "out")
+    expected = weighted_sum([dict(model.state_dict()) for model in models], [0.5, 0.5])
+    assert_bitwise_equal(read_all(tmp_path / "out"), expected)
+
+
+def test_the_checksum_does_not_depend_on_the_position(tmp_path: Path) -> None:
+    for number in range(2):
+        save_file({"w": torch.randn(3), "n": torch.tensor(number)}, tmp_path / f"{number}.safetensors")
+    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    checksums = []
+    for out, order in {"a": files, "b": files[::-1]}.items():
+        checkpoint.merge(order, tmp_path / out)
+        sources = json.loads((tmp_path / out / "merge.json").read_text())["sources"]
+        checksums.append({source["path"]: source["checksum"] for source in sources})
+        assert [source["copied_checksum"] is None for source in sources] == [True, False]
+    assert checksums[0] == checksums[1]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["lr1-step-100", "lr1-step-200", "lr1-step-1000"], [100, 200, 1000]),
+        (["lr1-step-100", "a-step-100"], r"lr1-step-100|a-step-100"),
+        (["step-100", "step-0100"], r"several.*step-0100, step-100"),
+        (["step-100", "final"], r"without a step.*final"),
+        (["my-bf16", "my-v2"], "no weights"),
+    ],
+)
+def test_no_folder_of_weights_in_a_root_is_dropped(names: list[str], expected: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    for name in names:
+        (tmp_path / "root" / name).mkdir(parents=True)
+        save_file({"weight": torch.ones(1)}, tmp_path / "root" / name / "model.safetensors")
+    if isinstance(expected, str):
+        with pytest.raises(checkpoint.CheckpointError, match=expected):
+            checkpoint.merge(tmp_path / "root", tmp_path / "out")
+        return
+    checkpoint.merge(tmp_path / "root", tmp_path / "out")
+    sources = json.loads((tmp_path / "out" / "merge.json").read_text())["sources"]
+    assert [source["step"] for source in sources] == expected
+
+
+def test_numbered_weights_beside_steps_are_not_dropped(tmp_path: Path) -> None:
+    checkpoint.save({"model": nn.Linear(1, 1)}, tmp_path / "root", step=1)
+    (tmp_path / "root" / "step-2").mkdir()
+    save_file({"weight": torch.ones(1)}, tmp_path / "root" / "step-2" / "model.safetensors")
+    with pytest.raises(checkpoint.CheckpointError, match="weight files in step-2"):
+        checkpoint.merge(tmp_path / "root", tmp_path / "out")
 
 
 def test_averages_are_merged_in_the_dtype_they_are_stored_in(tmp_path: Path) -> None:

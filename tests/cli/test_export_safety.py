@@ -17,7 +17,7 @@ from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import read_manifest
 from ema_dist.checkpoint.weights.casts import cast
-from ema_dist.checkpoint.weights.files import WeightWriter
+from ema_dist.checkpoint.weights.weight_writer import WeightWriter
 from tests.support.cli_runs import load_exported, make_checkpoint, make_dcp_checkpoint, run, run_ok, save_with_dcp
 from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal, peak_resident_memory
 
@@ -172,7 +172,7 @@ def test_two_exports_into_one_folder_do_not_mix(tmp_path: Path) -> None:
         writer.add("a", tensors["a"])
         result = run("export", path, tmp_path / "out")
         assert result.exit_code == 1
-        assert re.search(rf"another export.*{re.escape(str(tmp_path / 'out'))}", result.stderr)
+        assert re.search(rf"another process.*{re.escape(str(tmp_path / 'out'))}", result.stderr)
         writer.add("b", tensors["b"])
     assert_bitwise_equal(load_exported(tmp_path / "out"), tensors)
     run_ok("export", path, tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,7 @@ def other_model(names: dict[str, Tensor], folder: Path) -> Path:
         (("--coefficients", "0.5,0.5,0.5,0.5"), 1, r"1e-06.*sum is 2\b"),
         (("--coefficients", "a,b"), 2, "'a,b'"),
         (("--coefficients", "1", "--emulate-decay", "linear"), 2, "--coefficients.*--emulate-decay"),
-        (("--last", 5), 1, r"5 checkpoints.*found 4"),
+        (("--last", 5), 1, r"between 1 and 4.*got 5"),
         (("--weights", "ema"), 1, r"averages.*step-0000000000"),
         (("--max-shard-size", "0"), 2, "max_shard_size"),
     ],
@@ -102,11 +103,11 @@ def test_wrong_options_are_errors_and_write_nothing(
         ({"weight": torch.ones(3, 2), "bias": torch.ones(2)}, r"shapes of 1 .*weight \[3, 2\] and \[2, 3\]"),
         (
             {"weight": torch.ones(2, 3), "bias": torch.ones(2).long()},
-            r"kinds.* 1 .*bias torch\.int64 and",
+            r"categories.* 1 .*bias torch\.int64 and",
         ),
     ],
 )
-def test_other_models_are_told_apart(tensors: dict[str, Tensor], expected: str, root: Path) -> None:
+def test_different_models_are_rejected(tensors: dict[str, Tensor], expected: str, root: Path) -> None:
     other = other_model(tensors, root.parent)
     result = run("merge", root, other, "-o", root.parent / "out")
     assert result.exit_code == 1
@@ -133,6 +134,22 @@ def test_an_output_that_exists_is_left_alone(root: Path) -> None:
     result = run("merge", root, "-o", root.parent / "out")
     assert (result.exit_code, [*(root.parent / "out").iterdir()]) == (1, [])
     assert "exists" in result.stderr
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "dcp"])
+@pytest.mark.parametrize(("signal_number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_merge_and_leaves_nothing(
+    signal_number: int, exit_code: int, file_format: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> bool:
+        signal.raise_signal(signal_number)
+        return True
+
+    monkeypatch.setattr("ema_dist.checkpoint.weighted_sum.weighted_sum.add_scaled_", interrupted)
+    (root.parent / ".out.partial").mkdir()  # of a process that was killed
+    result = run("merge", root, "-o", root.parent / "out", "--format", file_format)
+    assert result.exit_code == exit_code, result.output
+    assert [path.name for path in root.parent.iterdir()] == ["root"]
 
 
 def test_torchrun_shares_the_work(root: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ema_dist import ShardedEMA, checkpoint
-from ema_dist.checkpoint.weights.files import WeightWriter
+from ema_dist.checkpoint.weights.weight_writer import WeightWriter
 from ema_dist.cli.terminal import SpeedColumn, format_bytes
 from tests.support.cli_runs import make_checkpoint, make_dcp_checkpoint, run, run_ok
 from tests.support.layouts import layouts, make_trained

@@ -15,9 +15,9 @@ from torch import Tensor
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.gathering import gather
 from ema_dist.checkpoint.weights.config_files import config_files
-from ema_dist.checkpoint.weights.files import WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
 from ema_dist.checkpoint.weights.reader import WeightReader
+from ema_dist.checkpoint.weights.weight_writer import WeightWriter
 from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal, make_trained
 
 pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING

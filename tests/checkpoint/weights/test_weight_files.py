@@ -28,9 +28,9 @@ from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.gathering import gather, scatter
 from ema_dist.checkpoint.loading import latest
 from ema_dist.checkpoint.saving import save
-from ema_dist.checkpoint.weights.files import WeightWriter
 from ema_dist.checkpoint.weights.formats import FileFormat
 from ema_dist.checkpoint.weights.reader import WeightReader
+from ema_dist.checkpoint.weights.weight_writer import WeightWriter
 from tests.support import harness
 from tests.support.layouts import (
     IGNORE_INITIAL_WEIGHTS_WARNING,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ema_dist.checkpoint.dcp.metadata import METADATA_FILE
@@ -50,18 +51,27 @@ def find_steps(root: Path) -> dict[int, list[Path]]:
     Raises: CheckpointError when names differ in more than their last number, so that these may count different things.
     """
     steps = {step: [folder] for step, folder in complete_steps(root).items()}
-    texts: dict[str, str] = {}
+    named: list[Path] = []
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         match = None if INCOMPLETE_NAME.fullmatch(path.name) else ANY_STEP_NAME.fullmatch(path.name)
         if match and (folders := _checkpoints_in(path)):
             steps.setdefault(int(match[2]), []).extend(folders)
-            texts.setdefault(re.sub(r"\d+", "#", match[1]), path.name)
-    if len(texts) > 1:
+            named.append(path)
+    _require_same_prefix(root, named)
+    return steps
+
+
+def _require_same_prefix(root: Path, folders: Iterable[Path]) -> None:
+    """Raises: CheckpointError when the names of folders differ in more than their numbers."""
+    names: dict[str, str] = {}
+    for folder in folders:
+        prefix = re.sub(r"\d+(\.ckpt)?$", "", folder.name)
+        names.setdefault(re.sub(r"\d+", "#", prefix), folder.name)
+    if len(names) > 1:
         raise CheckpointError(
-            f"the last numbers of {abbreviated(texts.values())} in {root} may count different things: give the path of "
+            f"the last numbers of {abbreviated(names.values())} in {root} may count different things: give the path of "
             "one of them"
         )
-    return steps
 
 
 def expand_steps(path: Path) -> list[tuple[int | None, Path]]:
@@ -69,21 +79,47 @@ def expand_steps(path: Path) -> list[tuple[int | None, Path]]:
 
     A root may hold checkpoints, or folders of weight files whose names end with a step.
 
-    Raises: CheckpointError as `find_steps`, and when a step has several checkpoints.
+    Raises: CheckpointError as `find_steps`, when a step has several checkpoints, and when a root of checkpoints also
+        has folders of weight files with a step in their name, or a root of such folders has others without one.
     """
     steps: dict[int, list[Path]] = {} if _is_checkpoint(path) else find_steps(path)
-    if not steps and path.is_dir() and not entry_files(path):
-        folders = [folder for folder in path.iterdir() if folder.is_dir() and entry_files(folder)]
-        steps = {step: [folder] for folder in folders if (step := step_in_name(folder)) is not None}
+    folders = _weight_folders(path)
+    numbered = [(step, folder) for folder in folders if (step := step_in_name(folder)) is not None]
+    if steps and numbered:
+        raise CheckpointError(
+            f"{path} holds checkpoints, and weight files in {abbreviated(folder.name for _, folder in numbered)}: give "
+            "the path of each source"
+        )
+    if numbered and len(numbered) < len(folders):
+        others = [folder.name for folder in folders if step_in_name(folder) is None]
+        raise CheckpointError(
+            f"{path} holds weight files in {numbered[0][1].name}, and in folders without a step in their name, "
+            f"{abbreviated(others)}: give the path of each source"
+        )
+    _require_same_prefix(path, (folder for _, folder in numbered))
+    for step, folder in numbered:
+        steps.setdefault(step, []).append(folder)
     if not steps:
         return [(step_in_name(path), path)]
     return [(step, _only_one(path, folders)) for step, folders in sorted(steps.items())]
 
 
 def step_in_name(path: Path) -> int | None:
-    """The step that the name of a folder or file ends with, such as 6 of step-6; None if it ends otherwise."""
-    match = re.search(r"(?<![.\d])(\d+)$", path.name if path.is_dir() else path.stem)
+    """The step that the name of a folder or file ends with, such as 6 of step-6; None if it ends otherwise.
+
+    The number follows a separator or a word for steps, so that bf16 and v2 are no steps.
+    """
+    match = re.search(
+        r"(?:^|[-_=]|step|epoch|iter|ep|ba)(\d+)$", path.name if path.is_dir() else path.stem, re.IGNORECASE
+    )
     return int(match[1]) if match else None
+
+
+def _weight_folders(root: Path) -> list[Path]:
+    """The folders of weight files in a folder that is neither one itself nor a checkpoint."""
+    if not root.is_dir() or _is_checkpoint(root) or entry_files(root):
+        return []
+    return [it for it in sorted(root.iterdir()) if it.is_dir() and not _checkpoints_in(it) and entry_files(it)]
 
 
 def _checkpoints_in(path: Path) -> list[Path]:

@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Container, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +15,9 @@ from typing import Any, final
 
 from torch import Tensor
 
+from ema_dist.checkpoint.folders import folder_lock, made_folder
 from ema_dist.checkpoint.step_folders import fsync
 from ema_dist.checkpoint.weights.config_files import checksum, describe_edit, unedited_copies
-from ema_dist.checkpoint.weights.file_set import FileSet
 from ema_dist.checkpoint.weights.formats import (
     COPIED_CHECKSUMS_KEY,
     FORMATS,
@@ -26,13 +26,9 @@ from ema_dist.checkpoint.weights.formats import (
     entry_files,
     own_metadata,
 )
+from ema_dist.checkpoint.weights.sharded_files import ShardedFiles
 from ema_dist.messages import abbreviated
 from ema_dist.signals import deferred_signals
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None
 
 PARTIAL_FOLDER = ".export-incomplete"
 """The folder inside the export's folder in which its files are written."""
@@ -63,7 +59,7 @@ class WeightWriter:
     Memory: nothing beside the tensor that is written; the tensors of one file with ``"torch"``.
     Raises: ValueError for a dtype that the format cannot hold or an invalid size or name, before anything is written;
         on entering, FileExistsError when the folder holds weights in the other format, folders with the names of files
-        to write, or, without ``force``, files by others; BlockingIOError when another export into it is going on.
+        to write, or, without ``force``, files by others; BlockingIOError when another process writes into it.
     """
 
     def __init__(
@@ -86,7 +82,7 @@ class WeightWriter:
         self._force = force
         if not planned:
             raise ValueError(f"there is no tensor to write into {self.folder}")
-        self._files = FileSet(planned, self._format, max_shard_size=max_shard_size)
+        self._files = ShardedFiles(planned, self._format, max_shard_size=max_shard_size)
         self._exit_stack = ExitStack()
 
     @property
@@ -212,38 +208,3 @@ class WeightWriter:
         fsync(self.folder)
         (self._partial_folder / entry_file.name).replace(entry_file)
         fsync(self.folder)
-
-
-@contextmanager
-def made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder that does not exist yet, with its parents; those of them that are empty at the end are removed."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        with suppress(OSError):  # of the first that is not empty
-            for path in made:
-                path.rmdir()
-
-
-@contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold an advisory lock on a folder, where the system has such locks; it releases them when the process dies."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise BlockingIOError(
-            f"another export into {folder} is going on; wait for its end, or choose another folder"
-        ) from None
-    except OSError:
-        pass  # some file systems, NFS among them, cannot lock folders
-    try:
-        yield
-    finally:
-        os.close(descriptor)

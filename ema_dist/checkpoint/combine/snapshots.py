@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import inf
@@ -16,8 +16,9 @@ from ema_dist.messages import abbreviated
 from ema_dist.posthoc.profiles import Profile, profile_of
 from ema_dist.schedules.laws import Constant
 
-USUAL_SPEED = 0.9
-"""Steps that a gradient scaler skipped do not count: the clock may be so much slower than the names of steps."""
+MIN_CLOCK_RATE = 0.9
+"""A gradient scaler may skip steps, so the clock may run this much slower than the step numbers. Below it, warn about a
+possible `reset`."""
 
 MASS_TOLERANCE = 1e-6
 """The recorded share of the starting weights may differ from that of the law by rounding only."""
@@ -45,20 +46,20 @@ class Snapshot:
 class Snapshots:
     """The averages in a series of checkpoints whose profiles are known, oldest first."""
 
-    found: list[Snapshot]
+    snapshots: list[Snapshot]
     notes: list[str] = field(default_factory=list)
-    """Which averages are left out, and why."""
+    """Which averages are ignored, and why."""
 
     def time_of(self, step: int) -> float:
         """The time since averaging began at a step; between two checkpoints, in proportion.
 
         Raises: CheckpointError for a step before the first or after the last checkpoint.
         """
-        times = {snapshot.step: snapshot.profile.end for snapshot in self.found}
+        times = {snapshot.step: snapshot.profile.end for snapshot in self.snapshots}
         if not min(times) <= step <= max(times):
             raise CheckpointError(
-                f"step {step} is not within the steps of the snapshots, {min(times)} to {max(times)}: choose one of "
-                f"these, {abbreviated(map(str, times))}"
+                f"expected a step between {min(times)} and {max(times)}, the first and last snapshots, got {step}; "
+                f"stored steps: {abbreviated(map(str, times))}"
             )
         before = max(stored for stored in times if stored <= step)
         after = min(stored for stored in times if stored >= step)
@@ -69,8 +70,8 @@ class Snapshots:
 def read_snapshots(checkpoints: Iterable[tuple[int, Path]], *, entry: str | None = None) -> Snapshots:
     """The averages in these checkpoints, as far as their profiles are known.
 
-    They belong to one averaging: checkpoints that saw it begin at another time, before `start` or a `reset`, are left
-    out, and so are tracks without an exact law.
+    Checkpoints from before averaging last restarted (by `reset`, or before `start`) are ignored, and so are tracks
+    without an exact law.
 
     Args:
         checkpoints: the step and folder of each.
@@ -78,14 +79,14 @@ def read_snapshots(checkpoints: Iterable[tuple[int, Path]], *, entry: str | None
 
     Raises: CheckpointError when a checkpoint is damaged or holds no averages, or when nothing is left.
     """
-    series = [(step, *_open(folder, entry)) for step, folder in sorted(checkpoints)]
+    series = [StoredStep(step, *_open(folder, entry)) for step, folder in sorted(checkpoints)]
     notes: list[str] = []
-    of_one_averaging = _with_one_beginning(series, notes)
-    tracks = dict.fromkeys(track for _, _, averages in of_one_averaging for track in averages.tracks)
+    of_one_averaging = _since_last_restart(series, notes)
+    tracks = dict.fromkeys(track for stored in of_one_averaging for track in stored.averages.tracks)
     found = [
         snapshot
         for track in tracks
-        for snapshot in _of_track(track, [it for it in of_one_averaging if track in it[2].tracks], notes)
+        for snapshot in _of_track(track, [it for it in of_one_averaging if track in it.averages.tracks], notes)
     ]
     if not found:
         raise CheckpointError("no averages to combine: " + "; ".join(notes))
@@ -100,67 +101,76 @@ def _open(folder: Path, entry: str | None) -> tuple[StoredCheckpoint, StoredAver
         in_entry = "" if entry is None else f" in an entry {entry!r}"
         raise CheckpointError(f"expected averages{in_entry} in {folder}, found {[*by_name] or 'none'}")
     if len(chosen) > 1:
-        raise CheckpointError(f"{folder} holds several averages, {[*by_name]}: choose one by --entry")
+        raise CheckpointError(
+            f"{folder} holds several averages, {[*by_name]}: choose one by `entry` (--entry on the command line)"
+        )
     return stored, next(iter(chosen.values()))
 
 
-_Series = list[tuple[int, StoredCheckpoint, StoredAverages]]
+@dataclass(frozen=True)
+class StoredStep:
+    """The averages of one step in a series of checkpoints."""
+
+    step: int
+    checkpoint: StoredCheckpoint
+    averages: StoredAverages
 
 
-def _with_one_beginning(series: _Series, notes: list[str]) -> _Series:
-    """The checkpoints since averaging began for the last time, and has taken an average."""
-    newest = series[-1][2].clock
-    kept: _Series = []
+def _since_last_restart(series: Sequence[StoredStep], notes: list[str]) -> list[StoredStep]:
+    """The checkpoints since averaging last restarted, after its first update."""
+    newest = series[-1].averages.clock
+    kept: list[StoredStep] = []
     left_out: list[str] = []
     later, is_earlier_averaging = inf, False
-    for step, stored, averages in reversed(series):
-        clock = averages.clock
+    for stored in reversed(series):
+        step, clock = stored.step, stored.averages.clock
         if not clock.updates or clock.last_update == clock.start_time:
-            left_out.append(f"step {step} is left out: no average was taken until then")
+            left_out.append(f"step {step} is ignored: no update had been made yet")
             continue
         has_other_start = (clock.start_step, clock.start_time) != (newest.start_step, newest.start_time)
         is_earlier_averaging |= has_other_start or clock.last_update >= later
         if is_earlier_averaging:
             left_out.append(
-                f"step {step} is left out: averaging began anew after it (there from the time {clock.start_time:g} to "
-                f"{clock.last_update:g}, at step {series[-1][0]} from {newest.start_time:g} to {newest.last_update:g})"
+                f"step {step} is ignored: averaging restarted after it (clock {clock.start_time:g} to "
+                f"{clock.last_update:g} there, {newest.start_time:g} to {newest.last_update:g} at step "
+                f"{series[-1].step})"
             )
             continue
-        kept.append((step, stored, averages))
+        kept.append(stored)
         later = clock.last_update
     notes += reversed(left_out)
     kept.reverse()
-    if suspects := _missing_steps(kept):
+    if suspects := _slow_clock_intervals(kept):
         notes.append(
-            f"the clock counted fewer steps than the names of the checkpoints do, between the steps {suspects}: if "
-            "reset() was called there, move the older checkpoints away and reconstruct again"
+            f"between steps {suspects} the clock advanced less than the checkpoint steps. If reset() was called there, "
+            "move the earlier checkpoints to another folder and run again"
         )
     return kept
 
 
-def _missing_steps(series: _Series) -> str:
-    """The checkpoints between which the clock went slower than usual; it cannot tell that it began anew."""
-    pairs = [(a[0], b[0], (b[2].steps - a[2].steps) / (b[0] - a[0])) for a, b in pairwise(series)]
+def _slow_clock_intervals(series: Sequence[StoredStep]) -> str:
+    """The steps between which the clock was slower than usual: it may have been reset, which it does not record."""
+    pairs = [(a.step, b.step, (b.averages.steps - a.averages.steps) / (b.step - a.step)) for a, b in pairwise(series)]
     usual = median(speed for _, _, speed in pairs) if pairs else 0.0
-    return abbreviated(f"{first} and {last}" for first, last, speed in pairs if speed < USUAL_SPEED * usual)
+    return abbreviated(f"{first} and {last}" for first, last, speed in pairs if speed < MIN_CLOCK_RATE * usual)
 
 
-def _of_track(track: str, series: _Series, notes: list[str]) -> Iterator[Snapshot]:
+def _of_track(track: str, series: Sequence[StoredStep], notes: list[str]) -> Iterator[Snapshot]:
     """The snapshots of one track, up to the first that has another law than the one before it."""
-    first_step, _, first = series[0]
-    first_record = first.decays[track].record
-    for step, stored, averages in series:
+    first_record = series[0].averages.decays[track].record
+    for stored in series:
+        step, averages = stored.step, stored.averages
         record = averages.decays[track].record
         if not record.is_same_law(first_record):
             notes.append(
-                f"track {track!r} is left out from step {step} on: it was averaged by {record.describe()} then, and by "
-                f"{first_record.describe()} at step {first_step}"
+                f"track {track!r} is ignored from step {step} on: its law was {record.describe()} then, and "
+                f"{first_record.describe()} at step {series[0].step}"
             )
             return
         if isinstance(profile := _profile(averages, track), str):
-            notes.append(f"track {track!r} of step {step} is left out: {profile}")
+            notes.append(f"track {track!r} of step {step} is ignored: {profile}")
         else:
-            yield Snapshot(step, track, averages, stored, profile)
+            yield Snapshot(step, track, averages, stored.checkpoint, profile)
 
 
 def _profile(averages: StoredAverages, track: str) -> Profile | str:
@@ -169,9 +179,12 @@ def _profile(averages: StoredAverages, track: str) -> Profile | str:
     time = float(clock.last_update - clock.start_time)
     law = record.law
     if law is None:
-        return f"{record.describe()} is no law of this package, and has no known profile"
+        return f"{record.describe()} is not an ema_dist law, so its profile is unknown"
     if isinstance(law, Constant) and clock.updates != time:
-        return f"{law!r} was taken {clock.updates} times in {time:g} units of time, not once in each unit"
+        return (
+            f"{law!r} was applied {clock.updates} times in {time:g} clock units: a constant decay has a known profile "
+            "only if applied once per unit"
+        )
     try:
         profile = profile_of(law, time)
     except ValueError as error:
@@ -179,7 +192,7 @@ def _profile(averages: StoredAverages, track: str) -> Profile | str:
     mass = clock.initial_masses[track]
     if abs(mass - profile.initial_mass) > MASS_TOLERANCE:
         return (
-            f"{mass:.3g} of it are the weights at which averaging began, but {profile.initial_mass:.3g} by {law!r}: "
-            "the law or the clock was replaced during the run"
+            f"the initial weights make up {mass:.3g} of this average, but {law!r} implies {profile.initial_mass:.3g}: "
+            "the law or the clock changed during the run"
         )
     return profile

@@ -4,42 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ema_dist.checkpoint.checkpoint_folder import find_checkpoint, has_checkpoint, step_in_name
 from ema_dist.checkpoint.dcp.checkpoint_index import EXTRA_STATE_SUFFIX, dotted_name
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.find_checkpoint import find_checkpoint, has_checkpoint, step_in_name
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightSelection, WeightsKind
+from ema_dist.checkpoint.weighted_sum.buffer import ReusableBuffer
 from ema_dist.checkpoint.weights.casts import cast
 from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.messages import abbreviated
-
-ALIGNMENT = 64
-"""Of tensors in memory, in bytes."""
-
-
-class Scratch:
-    """Memory for tensors that are needed until the next ones are read: new memory costs as much time as reading."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def tensors(self, shapes_and_dtypes: Sequence[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
-        """Tensors of these shapes and dtypes with undefined elements, in the memory of those before."""
-        sizes = [shape.numel() * dtype.itemsize for shape, dtype in shapes_and_dtypes]
-        ends = [*accumulate(size + -size % ALIGNMENT for size in sizes)]
-        if ends and ends[-1] > self._bytes.numel():
-            self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")  # frees the old memory first
-            self._bytes = torch.empty(ends[-1], dtype=torch.uint8, device="cpu")
-        return [
-            self._bytes[start : start + size].view(dtype).view(shape)
-            for start, size, (shape, dtype) in zip([0, *ends][: len(sizes)], sizes, shapes_and_dtypes, strict=True)
-        ]
 
 
 class WeightSource(ABC):
@@ -70,7 +48,7 @@ class WeightSource(ABC):
 
     @property
     def caveats(self) -> list[str]:
-        """What a user may not expect of these weights."""
+        """Warnings about these weights that a user should see."""
         return []
 
     def stored_dtype(self, name: str) -> torch.dtype:
@@ -83,16 +61,19 @@ class WeightSource(ABC):
 
     @abstractmethod
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
-        """Yield these tensors in this order, full, on the CPU and as they are stored."""
+        """Yield these tensors in this order, full, on the CPU and as they are stored.
 
-    def read_batch(self, names: Sequence[str], scratch: Scratch) -> Iterator[Tensor]:
-        """Yield tensors as `read` does, perhaps in memory of ``scratch``, which the next batch overwrites."""
-        del scratch
+        Raises: CheckpointError when a tensor cannot be read.
+        """
+
+    def read_batch(self, names: Sequence[str], buffer: ReusableBuffer) -> Iterator[Tensor]:
+        """Yield tensors as `read` does, perhaps in memory of ``buffer``, which the next batch overwrites."""
+        del buffer
         return self.read(names)
 
     @abstractmethod
     def extra_state(self, name: str) -> Any:
-        """Read one value that is not a tensor."""
+        """Read one value that is not a tensor. Raises: CheckpointError when it cannot be read."""
 
     def read_cast(self, names: Iterable[str]) -> Iterator[Tensor]:
         """Yield these tensors as `read` does, in the dtypes of `meta_tensors`.
@@ -130,11 +111,9 @@ class CheckpointSource(WeightSource):
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
         return self.stored.stream([self._dcp_names[name] for name in names])
 
-    def read_batch(self, names: Sequence[str], scratch: Scratch) -> Iterator[Tensor]:
+    def read_batch(self, names: Sequence[str], buffer: ReusableBuffer) -> Iterator[Tensor]:
         dcp_names = [self._dcp_names[name] for name in names]
-        targets = scratch.tensors(
-            [(self.stored.index.shape(name), self.stored.index.dtype(name)) for name in dcp_names]
-        )
+        targets = buffer.tensors([(self.stored.index.shape(name), self.stored.index.dtype(name)) for name in dcp_names])
         values = self.stored.read_values(dcp_names, into=dict(zip(dcp_names, targets, strict=True)))
         return (values[name] for name in dcp_names)
 
@@ -152,7 +131,7 @@ class FileSource(WeightSource):
         super().__init__(path, step_in_name(path), tensors, entries.keys() - tensors.keys())
 
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
-        return (self._files[name] for name in names)
+        return (self._files[name].detach() for name in names)  # files by torch.save may hold parameters
 
     def extra_state(self, name: str) -> Any:
         return self._files[name]
@@ -180,7 +159,9 @@ def open_source(
     """
     if path.exists() and not has_checkpoint(path):
         if step is not None:
-            raise CheckpointError(f"{path} is an export, which has no steps: leave out --step")
+            raise CheckpointError(
+                f"{path} is an export, which has no steps: leave out `step` (--step on the command line)"
+            )
         if track is not None or entry is not None:
             on_ignored(f"--track and --entry have no effect on {path}, which is an export")
         return FileSource(path)
@@ -194,7 +175,7 @@ def is_extra_state(name: str) -> bool:
 
 
 def _caveats(stored: StoredCheckpoint, selection: WeightSelection) -> Iterator[str]:
-    """What a user may not expect of these weights."""
+    """Warnings about these weights that a user should see."""
     if selection.is_model_missing:
         model_names = ", ".join(repr(dotted_name(key_path)) for key_path in stored.index.models)
         with_names = f" with the names of these averages (it holds {model_names})" if model_names else ""
@@ -209,8 +190,8 @@ def _caveats(stored: StoredCheckpoint, selection: WeightSelection) -> Iterator[s
     unexplained = [name for name in selection.without_average if name not in trained]
     if unexplained and not stored.manifest:
         yield (
-            f"{len(unexplained)} tensors have no average and are taken with their live values (frozen ones, or "
-            f"second names of tied ones: the checkpoint does not tell): {abbreviated(unexplained)}"
+            f"{len(unexplained)} tensors have no average, so their live values are used (they may be frozen or tied: "
+            f"the checkpoint does not record which): {abbreviated(unexplained)}"
         )
     if ties := selection.guessed_ties:
         pairs = [f"{name} (that of {first})" for name, first in ties.items()]

@@ -13,7 +13,8 @@ from torch import Tensor
 from ema_dist.checkpoint.dcp.archive import byte_view
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.stored_checkpoint import BATCH_BYTES
-from ema_dist.checkpoint.weight_source import Scratch, WeightSource, is_extra_state
+from ema_dist.checkpoint.weighted_sum.buffer import ReusableBuffer
+from ema_dist.checkpoint.weighted_sum.source import WeightSource, is_extra_state
 from ema_dist.checkpoint.weights.casts import cast, upcast_float8
 from ema_dist.messages import abbreviated, describe_difference
 
@@ -31,39 +32,46 @@ class Term:
 
 
 class WeightedSum:
-    """The sum of several models' weights, times a coefficient each: their shapes, and the tensors in batches.
+    """Computes ``sum(coefficient * weights)`` over several checkpoints of one model, one batch of tensors at a time.
 
-    Floating-point and complex tensors are added: those of 16 bits and less in float32, others in float64. Integer
-    tensors, extra states of modules and the names in ``copied`` are those of one of the models. So are elements that
-    are not finite there, such as the -inf of attention masks.
+    Floating-point tensors of 16 bits or fewer are accumulated in float32, all others in float64. Integer tensors, extra
+    states of modules and the names in ``copied`` come from one source, the base. So do elements that are not finite
+    there, such as the -inf of attention masks.
 
     Args:
         terms: of models with the same tensors.
-        copied_from: the index of the term from which all is taken that is not added.
+        base: the index of the term that supplies everything that is not added.
         copied: more names of tensors that are not added.
-        dtype: of floating-point tensors; None for the dtype of each in the model ``copied_from``.
+        dtype: of floating-point tensors; None for the dtype of each in the base.
 
-    Raises: CheckpointError when the models differ in names, shapes or kinds of dtypes.
+    Raises: CheckpointError when the models differ in names, shapes or dtype categories (floating-point/complex or
+        integer).
     """
 
     def __init__(
         self,
         terms: Sequence[Term],
         *,
-        copied_from: int = -1,
+        base: int = -1,
         copied: Container[str] = (),
         dtype: torch.dtype | None = None,
     ) -> None:
-        base = terms[copied_from]
+        base_term = terms[base]
         self.terms = list(terms)
-        self.base = base.source
+        self.base = base_term.source
         # The base last: it decides about elements that are not finite.
-        self._terms = [term for term in terms if term is not base] + [base]
+        self._terms = [term for term in terms if term is not base_term] + [base_term]
+        self.ties = {
+            name: first
+            for name, first in self.base.ties.items()
+            if all(term.source.ties.get(name) == first for term in terms)
+        }
+        """Names tied in every source, mapped to the name under which the tensor is stored."""
         tensors = self.base.meta_tensors
-        self._is_copy = [term.coefficient for term in terms] == [1]
+        self._is_single_source = [term.coefficient for term in terms] == [1]
         self.added_names = {name for name, meta in tensors.items() if _is_added(name, meta) and name not in copied}
         for term in terms:
-            _require_same_model(self.base, term.source, self.added_names)
+            _require_same_model(self.base, term.source, self.added_names, copied)
         self.meta_tensors: dict[str, Tensor] = {
             name: meta.to(dtype) if dtype is not None and meta.is_floating_point() else meta
             for name, meta in tensors.items()
@@ -85,30 +93,30 @@ class WeightedSum:
         )
 
     def entries(self, names: Iterable[str], *, on_bytes: Callable[[int], object]) -> Iterator[tuple[str, Any]]:
-        """Yield these tensors of the sum in this order, except that tied tensors come right before their first name.
+        """Yield the extra states, then the tensors in order; a tied tensor comes just before the one it is tied to.
 
         Args:
             names: of tensors and extra states.
             on_bytes: called with the number of bytes read since the last call.
 
         Memory: the sums of one batch of tensors (`BATCH_BYTES`, or one larger tensor), and the same from one source.
-        Raises: CheckpointError when a sum is beyond the range of its dtype, or not finite although ``copied_from`` is.
+        Raises: CheckpointError when a sum is beyond the range of its dtype, or not finite where the base is.
         """
         requested = list(names)
         yield from ((name, self.base.extra_state(name)) for name in requested if name not in self.meta_tensors)
         tensors = [name for name in requested if name in self.meta_tensors]
         shared = self._shared_names(tensors)
-        sums = Scratch()
+        sums = ReusableBuffer()
         for batch in self._batches(name for name in tensors if name not in shared):
-            added = [name for name in batch if name in self.added_names and not self._is_copy]
+            added = [name for name in batch if name in self.added_names and not self._is_single_source]
             shapes = [(self.meta_tensors[name].shape, self._sum_dtype(name)) for name in added]
             totals = dict(zip(added, sums.tensors(shapes), strict=True))
             for total in totals.values():
                 total.zero_()
-            scratch = Scratch()
+            buffer = ReusableBuffer()
             for term in self._terms:
-                self._add_batch(totals, term, batch, scratch, on_bytes)
-            del scratch  # before the sums are cast, into new memory
+                self._add_batch(totals, term, batch, buffer, on_bytes)
+            del buffer  # before the sums are cast, into new memory
             for name in batch:
                 total = totals.pop(name)
                 result = cast(name, total, self.meta_tensors[name].dtype)
@@ -124,23 +132,23 @@ class WeightedSum:
         totals: dict[str, Tensor],
         term: Term,
         batch: list[str],
-        scratch: Scratch,
+        buffer: ReusableBuffer,
         on_bytes: Callable[[int], object],
     ) -> None:
         names = [name for name in batch if self._reads(term, name)]
-        stored_tensors = term.source.read(names) if self._is_copy else term.source.read_batch(names, scratch)
+        stored_tensors = term.source.read(names) if self._is_single_source else term.source.read_batch(names, buffer)
         for name, stored in zip(names, stored_tensors, strict=True):
             tensor = stored.contiguous()
             term.checksums[name] = tensor_checksum(tensor)
             on_bytes(tensor.nbytes)
-            if name not in self.added_names or self._is_copy:
-                totals[name] = tensor if self._is_copy else tensor.clone()
+            if name not in self.added_names or self._is_single_source:
+                totals[name] = tensor if self._is_single_source else tensor.clone()
                 continue
             is_base = term is self._terms[-1]
             if not add_scaled_(totals[name], tensor, term.coefficient, keep_non_finite=is_base):
                 raise CheckpointError(
-                    f"{name!r} is finite in {self.base.path}, but not in the sum: one of the others holds NaN or "
-                    "infinities there (ema-dist verify names it), or the sum is beyond the range of the dtype"
+                    f"{name!r} is finite in {self.base.path} but not in the sum: another source holds NaN or inf "
+                    "there (run ema-dist verify on each), or the sum overflows"
                 )
 
     def _sum_dtype(self, name: str) -> torch.dtype:
@@ -158,14 +166,9 @@ class WeightedSum:
         return term.source.stored_nbytes(name) if self._reads(term, name) else 0
 
     def _shared_names(self, names: Iterable[str]) -> dict[str, str]:
-        """Tensors that every source stores once under another of these names, and that name."""
+        """The tied ones of these names, mapped to the name under which the tensor is stored."""
         present = set(names)
-        ties = self.base.ties.items()
-        return {
-            name: first
-            for name, first in ties
-            if {name, first} <= present and all(term.source.ties.get(name) == first for term in self._terms)
-        }
+        return {name: first for name, first in self.ties.items() if {name, first} <= present}
 
     def _batches(self, names: Iterable[str]) -> Iterator[list[str]]:
         batch: list[str] = []
@@ -211,18 +214,22 @@ def _is_added(name: str, meta: Tensor) -> bool:
     return (meta.is_floating_point() or meta.is_complex()) and not is_extra_state(name)
 
 
-def _require_same_model(expected: WeightSource, found: WeightSource, added: Container[str]) -> None:
-    """Raises: CheckpointError when the tensors differ in names or kinds of dtypes, or those to be added in shapes."""
-    left = {name for name in expected.meta_tensors if not is_extra_state(name)}
-    right = {name for name in found.meta_tensors if not is_extra_state(name)}
+def _require_same_model(
+    expected: WeightSource, found: WeightSource, added: Container[str], copied: Container[str]
+) -> None:
+    """Raises: CheckpointError when the tensors differ in names or dtype categories, or those to be added in shapes."""
+    left = {name for name in expected.meta_tensors if not is_extra_state(name) and name not in copied}
+    right = {name for name in found.meta_tensors if not is_extra_state(name) and name not in copied}
     if difference := describe_difference(str(expected.path), left, str(found.path), right):
-        raise CheckpointError(f"these are not of the same model: {difference} ({len(left & right)} names are in both)")
+        raise CheckpointError(
+            f"{expected.path} and {found.path} hold different models: {difference}; {len(left & right)} names match"
+        )
     pairs = [(name, expected.meta_tensors[name], found.meta_tensors[name]) for name in left]
     shapes = [f"{name} {[*a.shape]} and {[*b.shape]}" for name, a, b in pairs if name in added and a.shape != b.shape]
     kinds = [f"{name} {a.dtype} and {b.dtype}" for name, a, b in pairs if _is_added(name, a) != _is_added(name, b)]
-    for what, differing in {"shapes": shapes, "kinds of dtypes": kinds}.items():
+    for what, differing in {"shapes": shapes, "dtype categories": kinds}.items():
         if differing:
             raise CheckpointError(
-                f"{expected.path} and {found.path} are not of the same model: they differ in the {what} of "
+                f"{expected.path} and {found.path} hold different models: they differ in the {what} of "
                 f"{len(differing)} tensors: {abbreviated(sorted(differing), separator='; ')}"
             )

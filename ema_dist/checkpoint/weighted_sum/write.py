@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +17,16 @@ from torch.distributed import ProcessGroup
 
 from ema_dist.checkpoint.agreement import checkpoint_rendezvous, run_on_all_ranks, run_on_first_rank
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.step_folders import fsync
-from ema_dist.checkpoint.sum_outputs import SumOutput, make_output
-from ema_dist.checkpoint.weighted_sum import Term, WeightedSum, tensor_checksum
-from ema_dist.checkpoint.weights.files import folder_lock, made_folder
+from ema_dist.checkpoint.folders import folder_lock, made_folder
+from ema_dist.checkpoint.manifest import files_to_verify, verify_files
+from ema_dist.checkpoint.step_folders import STEP_NAME, fsync
+from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
+from ema_dist.checkpoint.weighted_sum.output_formats import WeightOutput, make_output
+from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum, tensor_checksum
 from ema_dist.messages import abbreviated
 from ema_dist.modes import in_normal_mode
 
-SumFormat = Literal["safetensors", "torch", "dcp"]
+OutputFormat = Literal["safetensors", "torch", "dcp"]
 
 RECORD_FILE = "merge.json"
 """Says which checkpoints a merge is of; it lies beside the weights."""
@@ -34,7 +37,9 @@ def write_weighted_sum(
     weights: WeightedSum,
     folder: str | os.PathLike[str],
     *,
-    file_format: SumFormat = "safetensors",
+    call: str = "checkpoint.merge",
+    verified: Iterable[StoredCheckpoint] = (),
+    file_format: OutputFormat = "safetensors",
     max_shard_size: int | str = "5GiB",
     record: Mapping[str, Any] | None = None,
     record_name: str = RECORD_FILE,
@@ -43,27 +48,32 @@ def write_weighted_sum(
 ) -> list[Path]:
     """Write a sum into a new folder, read it again, and compare; return the files.
 
-    With a process group, the processes share the tensors, and each writes files of its own. Every input byte is read
-    once. Until all is verified, the files are in a folder beside ``folder``, which is removed on failure.
+    With a process group, the ranks share the tensors, and each writes files of its own. Every tensor is read once.
+    Until all tensors are verified, the files are in a folder beside ``folder``, which is removed on failure.
 
     Args:
         folder: must not exist; its parents are made.
+        call: the function that the user called, for errors about ranks that differ.
+        verified: checkpoints whose files are compared with their manifests first; the ranks share these files.
         file_format: files in the Hugging Face layout; or ``"dcp"``, which `checkpoint.load` takes under ``model``.
         max_shard_size: of files in the Hugging Face layout; there are smaller ones if there are more processes.
         record: what else to write into ``record_name``, beside the weights: that has the path, step, coefficient and
-            checksum of each source. The checksum is XXH3 of the bytes read, the same for any layout of the source.
+            checksum of each source. ``checksum`` is the XXH3 of the sorted per-tensor XXH3 checksums of the tensors
+            that are added, as JSON. It does not depend on the source's layout, and is null if the source was not read
+            (coefficient 0). ``copied_checksum`` is that of tensors copied from this source.
         on_bytes: called with the number of bytes read by this process since the last call.
 
-    Collective: over all ranks, if there is a process group.
-    Memory: the sums of 16 MiB of tensors, or of a larger one, and these tensors from one source; with ``"torch"`` one
-        file too.
+    Collective: over all ranks, if there is a process group; all ranks must pass the same arguments.
+    Memory: the sum of one batch (16 MiB, or one larger tensor) and that batch from one source; with ``"torch"``, also
+        one output file.
     Raises: CheckpointError on every rank when a source is damaged, ``folder`` exists or cannot be written, or what was
         written reads differently; ValueError for a dtype that the format cannot hold.
     """
     folder = Path(folder).absolute()
-    call = f"checkpoint.merge(sources, {str(folder)!r})"
+    require_new_folder(folder)
     texts = {"coefficients": f"coefficients {[term.coefficient for term in weights.terms]}"}
-    group = checkpoint_rendezvous(call, timeout=timeout, compared=[texts])
+    group = checkpoint_rendezvous(f"{call}(..., {str(folder)!r})", timeout=timeout, compared=[texts])
+    run_on_all_ranks(lambda: _require_intact(verified, group, on_bytes), group)
     step = weights.base.step
     output = run_on_all_ranks(
         lambda: make_output(weights, file_format, max_shard_size=max_shard_size, step=step, group=group), group
@@ -79,7 +89,7 @@ def write_weighted_sum(
 
     with _new_folder(folder, group) as partial:
         run_on_all_ranks(lambda: output.write(partial, entries()), group)
-        content = {"sources": _sources(weights.terms, group), **(record or {})}
+        content = {"sources": _provenance(weights, group), **(record or {})}
 
         def finish() -> None:
             output.finish()
@@ -91,8 +101,22 @@ def write_weighted_sum(
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
-def _sources(terms: list[Term], group: ProcessGroup | None) -> list[dict[str, Any]]:
+def _require_intact(
+    checkpoints: Iterable[StoredCheckpoint], group: ProcessGroup | None, on_bytes: Callable[[int], object]
+) -> None:
+    """Raises: CheckpointError when one of the files that this rank verifies differs from its manifest."""
+    rank, num_ranks = (group.rank(), group.size()) if group else (0, 1)
+    problems: list[str] = []
+    for stored in checkpoints:
+        files = stored.manifest.files if stored.manifest else {}
+        problems += verify_files(stored.folder, files_to_verify(files, rank, num_ranks), on_bytes=on_bytes)
+    if problems:
+        raise CheckpointError(f"a source is damaged, nothing is written: {'; '.join(problems)}")
+
+
+def _provenance(weights: WeightedSum, group: ProcessGroup | None) -> list[dict[str, Any]]:
     """What the record says about each source. Collective: over ``group``."""
+    terms: list[Term] = weights.terms
     checksums = [term.checksums for term in terms]
     by_rank: list[list[dict[str, str]]] = [checksums]
     if group is not None:
@@ -104,19 +128,36 @@ def _sources(terms: list[Term], group: ProcessGroup | None) -> list[dict[str, An
             "path": str(term.source.path.absolute()),
             "step": term.source.step,
             "coefficient": term.coefficient,
-            "checksum": xxhash.xxh3_128_hexdigest(json.dumps(sorted(parts.items())).encode()) if parts else None,
+            "checksum": _combined(parts, weights.added_names),
+            "copied_checksum": _combined(parts, parts.keys() - weights.added_names),
         }
         for term, parts in zip(terms, merged, strict=True)
     ]
 
 
-def _verify(output: SumOutput, folder: Path, checksums: Mapping[str, str]) -> None:
+def _combined(checksums: Mapping[str, str], names: AbstractSet[str]) -> str | None:
+    """The checksum of the sorted checksums of these names; None without any."""
+    chosen = sorted((name, text) for name, text in checksums.items() if name in names)
+    return xxhash.xxh3_128_hexdigest(json.dumps(chosen).encode()) if chosen else None
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raises: CheckpointError when ``folder`` exists, or has a name that `checkpoint.save` gives to a step."""
+    if os.path.lexists(folder):
+        raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
+    if STEP_NAME.fullmatch(folder.name):
+        raise CheckpointError(
+            f"{folder} has the name of a step that checkpoint.save wrote, and would be read as one: choose another name"
+        )
+
+
+def _verify(output: WeightOutput, folder: Path, checksums: Mapping[str, str]) -> None:
     """Raises: CheckpointError when a tensor reads differently from what was written."""
     source = output.open(folder)
     tensors = zip(checksums, source.read(checksums), strict=True)
     if changed := [name for name, tensor in tensors if tensor_checksum(tensor.contiguous()) != checksums[name]]:
         raise CheckpointError(
-            f"{abbreviated(changed)} read differently from what was written into {folder}: is the disk damaged?"
+            f"verification failed: {abbreviated(changed)} in {folder} differ from the values written; check the disk"
         )
 
 
@@ -130,23 +171,31 @@ def _new_folder(folder: Path, group: ProcessGroup | None) -> Iterator[Path]:
     with ExitStack() as exit_stack:
 
         def make() -> None:
-            if os.path.lexists(folder):
-                raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
+            require_new_folder(folder)
+            exit_stack.callback(_remove_folder, partial)  # also one that a killed process left
             exit_stack.enter_context(made_folder(partial))
-            exit_stack.enter_context(folder_lock(partial))
+            exit_stack.enter_context(folder_lock(partial, name=folder))
             _remove_files(partial)  # of a process that was killed
             exit_stack.callback(_remove_files, partial)
 
         def publish() -> None:
             fsync(partial)
             if os.path.lexists(folder):
-                raise CheckpointError(f"{folder} was made by another program meanwhile: nothing is written")
+                raise CheckpointError(
+                    f"{folder} was created by another process during the merge: the merge is discarded; choose another "
+                    "folder"
+                )
             partial.rename(folder)
             fsync(folder.parent)
 
         run_on_first_rank(make, group)
         yield partial
         run_on_first_rank(publish, group)
+
+
+def _remove_folder(folder: Path) -> None:
+    with suppress(OSError):  # of a folder that another process locks and writes into
+        folder.rmdir()
 
 
 def _remove_files(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from ema_dist.checkpoint.planner import SavePlanner
 from ema_dist.checkpoint.saving import describe_failures
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 from ema_dist.checkpoint.values import pack_value
-from ema_dist.checkpoint.weight_source import CheckpointSource, FileSource, WeightSource
-from ema_dist.checkpoint.weighted_sum import WeightedSum
-from ema_dist.checkpoint.weights.file_set import FileSet, size_in_bytes
+from ema_dist.checkpoint.weighted_sum.source import CheckpointSource, FileSource, WeightSource
+from ema_dist.checkpoint.weighted_sum.weighted_sum import WeightedSum
 from ema_dist.checkpoint.weights.formats import FORMATS, WRITER_MARK, FileFormat
+from ema_dist.checkpoint.weights.sharded_files import ShardedFiles, size_in_bytes
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.messages import abbreviated
 
@@ -31,7 +31,7 @@ MODEL_KEY = "model"
 """The key under which `checkpoint.load` takes the model from a folder of DCP."""
 
 
-class SumOutput(ABC):
+class WeightOutput(ABC):
     """Files for the tensors of a sum, each written by one process.
 
     Args:
@@ -49,18 +49,21 @@ class SumOutput(ABC):
 
     @abstractmethod
     def write(self, folder: Path, entries: Iterator[tuple[str, Any]]) -> None:
-        """Write the entries of `names`. Collective: over the group."""
+        """Write the entries of `names`.
+
+        Collective: over the group. Raises: CheckpointError or OSError when the files cannot be written.
+        """
 
     @abstractmethod
     def finish(self) -> None:
-        """Write what is left: called on the first rank, after all have written."""
+        """Writes the index after all ranks have written their files. Called on the first rank."""
 
     @abstractmethod
     def open(self, folder: Path) -> WeightSource:
-        """Open what was written."""
+        """Open what was written. Raises: CheckpointError when it cannot be read."""
 
 
-class FilesOutput(SumOutput):
+class HuggingFaceOutput(WeightOutput):
     """Files by safetensors or ``torch.save`` in the Hugging Face layout; each process writes some of them."""
 
     def __init__(
@@ -70,8 +73,7 @@ class FilesOutput(SumOutput):
         total = sum(meta.nbytes for meta in weights.meta_tensors.values())
         # At least one file for each process, as far as the sizes of the tensors allow.
         size = max(1, min(size_in_bytes(max_shard_size), ceil(total / self._num_ranks)))
-        self._files = FileSet(weights.planned, FORMATS[file_format], max_shard_size=size)
-        self.left_out = sorted(self._files.skipped)
+        self._files = ShardedFiles(weights.planned, FORMATS[file_format], max_shard_size=size)
         nbytes = {
             file: sum(meta.nbytes for name in names if (meta := weights.planned[name]) is not None)
             for file, names in self._files.names_by_file.items()
@@ -100,7 +102,7 @@ class FilesOutput(SumOutput):
         return FileSource(folder)
 
 
-class DCPOutput(SumOutput):
+class DCPOutput(WeightOutput):
     """A folder that `checkpoint.load` takes under the key ``model``; each process writes one file."""
 
     def __init__(self, weights: WeightedSum, step: int | None, group: ProcessGroup | None) -> None:
@@ -110,6 +112,9 @@ class DCPOutput(SumOutput):
         sizes = {name: meta.nbytes for name, meta in weights.meta_tensors.items()}
         share = set(share_of_rank(sizes, self._rank, self._num_ranks))
         self._names = [name for name in weights.meta_tensors if name in share]
+        base = weights.base
+        # Before `write`, whose collective calls would wait for a rank that cannot read one.
+        self._extra_states = {name: pack_value(base.extra_state(name), name) for name in base.extra_states}
 
     @property
     def names(self) -> list[str]:
@@ -117,21 +122,23 @@ class DCPOutput(SumOutput):
 
     def write(self, folder: Path, entries: Iterator[tuple[str, Any]]) -> None:
         model: dict[str, Any] = {name: self._weights.meta_tensors[name] for name in self._names}
-        base = self._weights.base
         if self._rank == 0:
-            model |= {name: pack_value(base.extra_state(name), name) for name in base.extra_states}
+            model |= self._extra_states
         state = {MODEL_KEY: model}
         manifest = Manifest(
             self._step,
             world_size=self._num_ranks,
             layouts={MODEL_KEY: "full tensors, a weighted sum of checkpoints"},
-            ties={MODEL_KEY: base.ties},
+            ties={MODEL_KEY: self._weights.ties},
         )
         planner = _StreamPlanner(state, entries, self._group)
         writer = _StreamWriter(folder, manifest, planner, commit=_do_nothing)
         try:
             dcp.save(state, storage_writer=writer, planner=planner, process_group=self._group)
         except CheckpointException as error:
+            for failure, _ in error.failures.values():
+                if isinstance(failure, (KeyboardInterrupt, SystemExit)):  # DCP collects these too
+                    raise failure from error
             raise CheckpointError(f"{folder} cannot be written: {describe_failures(error)}") from error
 
     def finish(self) -> None:
@@ -170,7 +177,7 @@ class _StreamPlanner(SavePlanner):
 
 
 class _StreamWriter(CheckpointWriter):
-    """Asks for a tensor only after the one before has been written."""
+    """Disables read-ahead, so that the next tensor is read only after the previous one is written."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -181,6 +188,17 @@ def _do_nothing(_folder: Path) -> None:
     """The caller gives the folder its name, after more checks."""
 
 
+def left_out_note(extra_states: Sequence[str], file_format: str) -> list[str]:
+    """A note on the extra states that files in this format cannot hold; empty if there are none."""
+    if not extra_states or file_format != "safetensors":
+        return []
+    note = (
+        f"safetensors files cannot hold {len(extra_states)} extra states that are not tensors, so they are not "
+        f'written: {abbreviated(extra_states)}. Use file_format="torch" or "dcp" (--format) to keep them'
+    )
+    return [note]
+
+
 def make_output(
     weights: WeightedSum,
     file_format: str,
@@ -188,14 +206,14 @@ def make_output(
     max_shard_size: int | str,
     step: int | None,
     group: ProcessGroup | None,
-) -> SumOutput:
+) -> WeightOutput:
     """The output in a format: ``"safetensors"``, ``"torch"`` or ``"dcp"``.
 
-    Raises: ValueError for any other format, and as `FileSet`.
+    Raises: ValueError for any other format, and as `ShardedFiles`.
     """
     match file_format:
         case "dcp":
             return DCPOutput(weights, step, group)
         case "safetensors" | "torch":
-            return FilesOutput(weights, file_format, max_shard_size, group)
-    raise ValueError(f"file_format is one of {abbreviated([*FORMATS, 'dcp'])}, got {file_format!r}")
+            return HuggingFaceOutput(weights, file_format, max_shard_size, group)
+    raise ValueError(f"expected file_format to be one of {abbreviated([*FORMATS, 'dcp'])}, got {file_format!r}")

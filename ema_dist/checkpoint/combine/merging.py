@@ -11,24 +11,25 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ema_dist.checkpoint.checkpoint_folder import expand_steps
-from ema_dist.checkpoint.merge_coefficients import (
+from ema_dist.checkpoint.combine.decay_coefficients import (
     DecayShape,
     check_coefficients,
     decay_coefficients,
     uniform_coefficients,
 )
+from ema_dist.checkpoint.find_checkpoint import expand_steps
 from ema_dist.checkpoint.stored_checkpoint import WeightsKind
-from ema_dist.checkpoint.sum_writing import SumFormat, write_weighted_sum
-from ema_dist.checkpoint.weight_source import WeightSource, open_source
-from ema_dist.checkpoint.weighted_sum import Term, WeightedSum
+from ema_dist.checkpoint.weighted_sum.output_formats import left_out_note
+from ema_dist.checkpoint.weighted_sum.source import WeightSource, open_source
+from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
+from ema_dist.checkpoint.weighted_sum.write import OutputFormat, write_weighted_sum
 from ema_dist.messages import abbreviated
 
 _log = logging.getLogger(__name__)
 
 
 def merge(
-    sources: Iterable[str | os.PathLike[str]],
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     folder: str | os.PathLike[str],
     *,
     coefficients: Sequence[float] | None = None,
@@ -38,45 +39,48 @@ def merge(
     entry: str | None = None,
     last: int | None = None,
     dtype: torch.dtype | None = None,
-    file_format: SumFormat = "safetensors",
+    file_format: OutputFormat = "safetensors",
     max_shard_size: int | str = "5GiB",
     timeout: float = 60.0,
 ) -> list[Path]:
     """Write the weighted mean of the weights in several checkpoints into a new folder; return its files.
 
-    Tensors of 16 bits and less are added in float32, others in float64. Integer tensors and extra states of modules are
-    those of the last source. ``merge.json`` beside the weights has the path, step, coefficient and checksum of each
-    source, and notes on what a user may not expect; these are logged too.
+    Floating-point tensors of 16 bits or fewer are accumulated in float32, all others in float64. Integer tensors and
+    extra states come from the last source. ``merge.json`` beside the weights has the path, step, coefficient and
+    checksum of each source, and warnings about the result, which are logged too.
 
     Args:
-        sources: checkpoints by `save` or plain ``dcp.save``, and files or folders of full weights; of a root with
-            several steps, all of them, oldest first.
+        sources: one or several checkpoints saved by `save` or ``dcp.save``, or files or folders of full weights. A root
+            of steps stands for all its steps, oldest first.
         folder: must not exist.
         coefficients: one for each checkpoint, with the sum 1; None for the mean.
         emulate_decay: choose coefficients that emulate a decay of the learning rate over the sources, oldest first.
         weights: ``"live"`` weights or the averages, ``"ema"``; files hold one kind only.
         track: the track of the averages; None for the only one, or the one called ``default``.
         entry: dotted name of the entry of the model or of its averages, if a checkpoint holds several.
-        last: take only so many of the sources, from the end.
+        last: use only the last ``last`` sources.
         dtype: of floating-point tensors; None for that of each live weight in the last source.
         file_format: ``"safetensors"`` or ``"torch"`` files in the Hugging Face layout, or ``"dcp"``: a folder that
             `load` takes under the key ``model``.
         max_shard_size: bytes of tensors in a file, as a number or like ``"5GiB"``; a larger tensor gets its own file.
         timeout: seconds that ranks wait for each other at the start.
 
-    Collective: over all ranks, if there is a process group: they share the tensors.
-    Memory: the sums of 16 MiB of tensors, or of a larger one, and these tensors from one source; with ``"torch"`` one
-        file too.
+    Collective: over all ranks, if there is a process group; all ranks must pass the same arguments. They share the
+        tensors.
+    Memory: the sum of one batch (16 MiB, or one larger tensor) and that batch from one source; with ``"torch"``, also
+        one output file.
     Raises: CheckpointError on every rank when a source is damaged or lacks such weights, sources are not of the same
         model, or ``folder`` exists or cannot be written; ValueError for coefficients that do not match.
     """
-    opened = open_sources(map(Path, sources), weights, track=track, entry=entry, last=last)
+    paths = [sources] if isinstance(sources, (str, os.PathLike)) else sources
+    opened = open_sources(map(Path, paths), weights, track=track, entry=entry, last=last)
     terms = make_terms(opened, coefficients=coefficients, emulate_decay=emulate_decay)
-    notes = merge_notes(opened)
+    weighted_sum = WeightedSum(terms, dtype=dtype)
+    notes = merge_notes(weighted_sum, file_format)
     for note in notes if not dist.is_initialized() or dist.get_rank() == 0 else ():
         _log.info(note)
     return write_weighted_sum(
-        WeightedSum(terms, dtype=dtype),
+        weighted_sum,
         folder,
         file_format=file_format,
         max_shard_size=max_shard_size,
@@ -99,8 +103,10 @@ def open_sources(
     """
     steps_and_folders = [pair for path in paths for pair in expand_steps(path)]
     count = len(steps_and_folders)
-    if not count or (last is not None and not 1 <= last <= count):
-        raise ValueError(f"expected at least {last or 1} checkpoints, of which to take the last; found {count}")
+    if not count:
+        raise ValueError("expected at least one checkpoint, got none")
+    if last is not None and not 1 <= last <= count:
+        raise ValueError(f"expected last between 1 and {count}, the number of checkpoints, got {last}")
     sources: list[WeightSource] = []
     for step, folder in steps_and_folders[-(last or count) :]:
         source = open_source(folder, weights_kind, track=track, entry=entry)
@@ -120,7 +126,7 @@ def make_terms(
     Raises: ValueError when coefficients do not match in number or sum, or are given in two ways.
     """
     if coefficients is not None and emulate_decay is not None:
-        raise ValueError("expected coefficients or the decay that they shall emulate, got both")
+        raise ValueError("pass either coefficients or emulate_decay, not both")
     count = len(sources)
     if coefficients is not None:
         chosen = check_coefficients(coefficients, count)
@@ -131,22 +137,30 @@ def make_terms(
     return [Term(source, coefficient) for source, coefficient in zip(sources, chosen, strict=True)]
 
 
-def merge_notes(sources: Sequence[WeightSource]) -> list[str]:
-    """What a user may not expect of these sources, and how their tensors that cannot be added are merged."""
-    last = sources[-1]
+def merge_notes(weights: WeightedSum, file_format: str) -> list[str]:
+    """Warnings about the sources of a merge, and how tensors and values that cannot be added are written."""
+    sources = [term.source for term in weights.terms]
+    last = weights.base
     notes = [caveat for source in sources for caveat in source.caveats]
     steps = [source.step for source in sources if source.step is not None]
     if any(step > following for step, following in pairwise(steps)):
         notes.append(f"the checkpoints are not in the order of their steps: {abbreviated(map(str, steps))}")
-    copied = [name for name, meta in last.meta_tensors.items() if not (meta.is_floating_point() or meta.is_complex())]
-    if others := copied + last.extra_states:
+    left_out = left_out_note(last.extra_states, file_format)
+    copied = [name for name in last.meta_tensors if name not in weights.added_names]
+    if others := copied if left_out else copied + last.extra_states:
         notes.append(
             f"{len(others)} integer tensors and extra states are those of the last checkpoint: {abbreviated(others)}"
         )
+    notes += left_out
     lost = {name for source in sources for name in source.extra_states} - {*last.extra_states}
     if lost:
         notes.append(f"extra states that the last checkpoint lacks are left out: {abbreviated(sorted(lost))}")
-    if last.ties:
-        pairs = [f"{name} (that of {first})" for name, first in last.ties.items()]
-        notes.append(f"{len(pairs)} tied tensors are written with the values of another: {abbreviated(pairs)}")
+    if untied := sorted({name for source in sources for name in source.ties} - weights.ties.keys()):
+        notes.append(
+            f"{len(untied)} tensors are tied in some checkpoints only, so each gets its own sum and the result does "
+            f"not tie them: {abbreviated(untied)}. A model that ties them keeps the values of one name"
+        )
+    if weights.ties:
+        pairs = [f"{name} (that of {first})" for name, first in weights.ties.items()]
+        notes.append(f"{len(pairs)} tied tensors get the values of the tensor they are tied to: {abbreviated(pairs)}")
     return notes

@@ -6,7 +6,7 @@ from math import cos, fsum, pi, sqrt
 
 import pytest
 
-from ema_dist.checkpoint.merge_coefficients import DecayShape, check_coefficients, decay_coefficients
+from ema_dist.checkpoint.combine.decay_coefficients import DecayShape, check_coefficients, decay_coefficients
 
 
 def test_a_linear_decay_is_the_mean() -> None:

@@ -34,7 +34,7 @@ def size_in_bytes(size: int | str) -> int:
     return nbytes
 
 
-class FileSet:
+class ShardedFiles:
     """The files of one model in one format: which entry is in which file, and the writing of some or all of them.
 
     Args:
@@ -104,7 +104,7 @@ class FileSet:
         if name in self.skipped:
             return
         if name not in self._missing:
-            raise ValueError(f"{name!r} is written already, or was never planned for {self._folder}")
+            raise ValueError(f"{name!r} was already added, or is not in `planned`, for {self._folder}")
         planned = self._planned[name]
         if _dtype_and_shape(value) != _dtype_and_shape(planned):
             raise ValueError(f"{name!r} was planned as {_dtype_and_shape(planned)}, got {_dtype_and_shape(value)}")
@@ -144,7 +144,7 @@ class FileSet:
 
 
 def _dtype_and_shape(value: Any) -> tuple[str, tuple[int, ...]] | str:
-    return (dtype_name(value), tuple(value.shape)) if isinstance(value, Tensor) else "no tensor"
+    return (dtype_name(value), tuple(value.shape)) if isinstance(value, Tensor) else "not a tensor"
 
 
 def _to_plain_cpu(tensor: Tensor) -> Tensor:

@@ -14,17 +14,23 @@ LARGEST_SUM_ERROR = 1e-6
 
 
 def linear(x: float) -> float:
-    """The learning rate after a share ``x`` of a linear decay from 1 to 0."""
+    """Learning rate at fraction ``x`` of a linear decay from 1 to 0."""
     return 1 - x
 
 
 def one_minus_sqrt(x: float) -> float:
-    """The learning rate after a share ``x`` of a decay from 1 to 0, fast at first (Hägele et al. 2024)."""
+    """Learning rate at fraction ``x`` of a decay from 1 to 0 that is fast at first.
+
+    Source: Hägele et al. 2024, arXiv 2405.18392.
+    """
     return 1 - sqrt(x)
 
 
 def cosine(x: float) -> float:
-    """The learning rate after a share ``x`` of a decay from 1 to 0 along half a cosine (Loshchilov & Hutter 2017)."""
+    """Learning rate at fraction ``x`` of a decay from 1 to 0 along half a cosine.
+
+    Source: Loshchilov and Hutter 2017, arXiv 1608.03983.
+    """
     return (1 + cos(pi * x)) / 2
 
 
@@ -36,7 +42,10 @@ DECAY_SHAPES: dict[DecayShape, Callable[[float], float]] = {
 
 
 def uniform_coefficients(count: int) -> list[float]:
-    """Coefficients of the mean of ``count`` checkpoints (Li et al. 2025, PMA, arXiv 2505.12082)."""
+    """Coefficients of the mean of ``count`` checkpoints.
+
+    Source: PMA, Li et al. 2025, arXiv 2505.12082.
+    """
     return [1 / count] * count
 
 
@@ -47,8 +56,11 @@ def decay_coefficients(shape: DecayShape, count: int) -> list[float]:
     ``w_i = shape(i / count)`` that a decay would give it, which makes ``c_0 = 1 - w_1``, ``c_j = w_j - w_(j+1)`` and
     ``c_k = w_k`` for the checkpoints 0 to k. A linear decay is the uniform mean.
 
+    Raises: ValueError for an unknown shape.
     Source: WSM, Tian et al. 2025, arXiv 2507.17634, theorem 3.1.
     """
+    if shape not in DECAY_SHAPES:
+        raise ValueError(f"emulate_decay must be one of {', '.join(DECAY_SHAPES)}, got {shape!r}")
     weights = [1.0, *(DECAY_SHAPES[shape](index / count) for index in range(1, count)), 0.0]
     return [weight - following for weight, following in pairwise(weights)]
 
@@ -63,6 +75,6 @@ def check_coefficients(coefficients: Sequence[float], count: int) -> list[float]
     if not all(map(isfinite, coefficients)) or abs(fsum(coefficients) - 1) > LARGEST_SUM_ERROR:
         raise ValueError(
             f"expected coefficients whose sum is 1 within {LARGEST_SUM_ERROR:g}, got {[*coefficients]}, whose sum is "
-            f"{sum(coefficients):.9g}"
+            f"{fsum(coefficients):.9g}"
         )
     return [*coefficients]
