@@ -105,7 +105,9 @@ class DecayRecord:
             record.make_law()  # checks the number
             return record
         if not isinstance(value, str):
-            raise ValueError(f"decay.value of {kind!r} must be a JSON text or, in old states, a number; got {value!r}")
+            raise ValueError(
+                f"decay.value of {kind!r} must be a JSON text (or a number, for half_life and constant); got {value!r}"
+            )
         try:
             fields, clock = (json.loads(value)[key] for key in ("law", "clock"))
             return cls(kind, dict(fields), _checked_clock(clock))

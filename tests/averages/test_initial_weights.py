@@ -1,4 +1,4 @@
-"""An average that still is the initial weights is not used as the model's unnoticed."""
+"""An average that is still the initial weights is not used as the model's unnoticed."""
 
 from __future__ import annotations
 

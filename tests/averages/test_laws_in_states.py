@@ -260,7 +260,7 @@ def test_a_damaged_clock_changes_nothing() -> None:
             ema.load_state_dict({**state, "tracks": {"default": state["tracks"]["default"] | {"decay": decay}}})
     for value in ("soon", "[]", "{}", '{"law": 1, "clock": {}}', "[" * 100_000, 3, None):
         decay = state["tracks"]["default"]["decay"] | {"value": value}
-        with pytest.raises(ValueError, match=r"'uniform' is damaged"):
+        with pytest.raises(ValueError, match=r"'uniform' (is damaged|must be a JSON text)"):
             ema.load_state_dict({**state, "tracks": {"default": state["tracks"]["default"] | {"decay": decay}}})
     assert (ema.steps, ema.time) == (1, 1.0)
 

@@ -187,7 +187,7 @@ Compilation and activation checkpointing change names and the forward pass, othe
 """
 
 IGNORE_INITIAL_WEIGHTS_WARNING = pytest.mark.filterwarnings("ignore::ema_dist.InitialWeightsWarning")
-"""For tests that read averages after a few steps, when much of them still is the initial weights."""
+"""For tests that read averages after a few steps, when much of them is still the initial weights."""
 
 IGNORED_WARNINGS = (
     IGNORE_INITIAL_WEIGHTS_WARNING,
