@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import warnings
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from inspect import currentframe
+
+_package_logger = logging.getLogger(__package__)
 
 
 def abbreviated(names: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
@@ -24,6 +28,13 @@ def describe_difference(left: str, left_names: AbstractSet[str], right: str, rig
 def add_note(error: BaseException, note: str) -> None:
     """Add ``note`` to the traceback of ``error``; Python 3.10 keeps notes without printing them."""
     vars(error)["__notes__"] = [*getattr(error, "__notes__", ()), note]
+
+
+def log_visibly(logger: logging.Logger, level: int, message: str) -> None:
+    """Log a problem that no call may report later; print it, too, if the program has not configured logging."""
+    logger.log(level, "%s", message)
+    if not logging.root.handlers and all(isinstance(it, logging.NullHandler) for it in _package_logger.handlers):
+        sys.stderr.write(f"{logger.name}: {message}\n")
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:

@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -79,6 +80,7 @@ def test_averages_work_without_modules_that_only_posix_systems_have(tmp_path: Pa
     assert run_python(NOT_LINUX, tmp_path).endswith("done\n")
 
 
+@pytest.mark.world_size(1)
 def test_updates_go_on_during_a_save_in_the_background(tmp_path: Path) -> None:
     model, ema = make_trained("plain", decay=HalfLife(0.75))
     saved = ema.full_state_dict()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ema_dist.averages.side_streams import SideStreams
 from ema_dist.kernels import HostBuffer, HostCopier, Kernel, UpdateIndex, Weight, WriteLog
+from ema_dist.messages import log_visibly
 from ema_dist.signals import deferred_signals
 
 _log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Worker:
         except BaseException as error:  # noqa: BLE001  require_no_failure() raises it
             self._failure = error
             # At the end of the process no later call raises it.
-            _log.error("an update of the averages failed: %r", error)
+            log_visibly(_log, logging.ERROR, f"an update of the averages failed: {error!r}")
 
     def _require_same_process(self) -> None:
         if os.getpid() != self._process_id:

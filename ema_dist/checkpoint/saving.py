@@ -41,7 +41,7 @@ from ema_dist.checkpoint.step_folders import commit, create_partial_folder, step
 from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.ema import ShardedEMA
 from ema_dist.kernels import copy_to_host
-from ema_dist.messages import abbreviated
+from ema_dist.messages import abbreviated, log_visibly
 from ema_dist.modes import in_normal_mode
 from ema_dist.sharding import cpu_copy
 
@@ -311,4 +311,4 @@ def _describe_error(error: BaseException) -> str:
 def _log_failure(future: Future[Any]) -> None:
     # The next save or wait raises it, but the program may end without calling either.
     if error := future.exception():
-        _log.error("a checkpoint was not saved: %s", _describe_error(error))
+        log_visibly(_log, logging.ERROR, f"a checkpoint was not saved: {_describe_error(error)}")

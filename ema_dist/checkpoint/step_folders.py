@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.messages import log_visibly
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def commit(partial: Path, *, keep: int | None) -> None:
             _remove(complete.pop(old_step))
         _remove_leftovers(root, complete)
     except OSError as error:  # not an error of the save: the checkpoint has its name
-        _log.warning("%s is saved, but what is old in %s could not be removed: %s", final.name, root, error)
+        message = f"{final.name} is saved, but what is old in {root} could not be removed: {error}"
+        log_visibly(_log, logging.WARNING, message)
 
 
 def locate(path: Path, step: int | None = None) -> Path:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from ema_dist.averages.live_model import LiveModel
 from ema_dist.communication.rendezvous import RendezvousError
 from ema_dist.evaluation.swap import Swap, SwapStage
+from ema_dist.messages import log_visibly
 from ema_dist.signals import deferred_signals
 
 _log = logging.getLogger(__name__)
@@ -127,12 +128,8 @@ def _report(live: LiveModel, call: str, error: BaseException) -> None:
 
 
 def _log_report(live: LiveModel, problem: str) -> None:
-    _log.error(
-        "rank %d: %s. Waiting at most %g s for the other ranks",
-        dist.get_rank(),
-        problem,
-        live.timeout,
-    )
+    message = f"rank {dist.get_rank()}: {problem}. Waiting at most {live.timeout:g} s for the other ranks"
+    log_visibly(_log, logging.ERROR, message)
 
 
 def _with_hint(failure: RendezvousError, hint: str) -> RendezvousError:

@@ -195,7 +195,13 @@ def test_other_settings_than_the_checkpoints_are_refused_on_resuming(tmp_path: P
         run(tmp_path, "--parallel", "ddp", "--resume")
 
 
-SETTINGS = {"--batch-size": 600, "--seed": 0, "--learning-rate": 0.002, "data set (SHA-256)": "digest"}
+SETTINGS = {
+    "--batch-size": 600,
+    "--seed": 0,
+    "--learning-rate": 0.002,
+    "data set (SHA-256)": "digest",
+    "--switch-each-epoch": False,
+}
 
 
 @pytest.mark.world_size(2, timeout=120)

@@ -39,7 +39,7 @@ def test_a_script_alone_prints_one_line_and_exits_with_2(tmp_path: Path) -> None
 
 
 def test_help_shows_the_defaults(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for script, defaults in ((train, (60.0, 24, 48, 0.002, "runs/digits")), (distill, (20.0, 96, 0.3))):
+    for script, defaults in ((train, (60, 24, 48, 0.002, "runs/digits")), (distill, (20.0, 96, 0.3))):
         monkeypatch.setattr(sys, "argv", ["script", "--help"])
         with pytest.raises(SystemExit):
             script.parse_arguments()
