@@ -202,7 +202,7 @@ def test_peak_memory_is_one_tensor_beyond_the_result() -> None:
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("wrap_net", [DistributedDataParallel, fully_shard])
 def test_tensors_of_other_ranks_peak_at_the_largest(wrap_net: Callable[[nn.Module], nn.Module]) -> None:
-    """Of tensors alone, even if threads of gloo hold all the small ones for longer: half of the largest, which is last."""
+    """Of tensors alone. Threads of gloo may hold all the small ones for longer: half of the largest, which is last."""
     layers = [nn.Linear(256, 256, bias=False) for _ in range(16)]
     ema = ShardedEMA(wrap_net(nn.Sequential(*layers, nn.Linear(256, 256 * 32, bias=False))))
     largest = 4 * 256 * 256 * 32
