@@ -147,7 +147,11 @@ def test_a_signal_ends_a_merge_and_leaves_nothing(
 
     monkeypatch.setattr("ema_dist.checkpoint.weighted_sum.weighted_sum.add_scaled_", interrupted)
     (root.parent / ".out.partial").mkdir()  # of a process that was killed
-    result = run("merge", root, "-o", root.parent / "out", "--format", file_format)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
+    try:
+        result = run("merge", root, "-o", root.parent / "out", "--format", file_format)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert result.exit_code == exit_code, result.output
     assert [path.name for path in root.parent.iterdir()] == ["root"]
 

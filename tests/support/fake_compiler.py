@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class FakeCompiler:
     def set_version(self, version: str) -> None:
         """What it answers to ``--version`` from now on."""
         script = SCRIPT.format(version=version, log=self._log, seconds=self._seconds, compiler=self._compiler)
-        new = self._path.with_name(f"{self._path.name}-{version}")
+        new = self._path.with_name(f"{self._path.name}-{version}-{os.getpid()}")  # several ranks write it at once
         new.write_text(script)
         new.chmod(0o700)
         new.replace(self._path)
