@@ -78,8 +78,7 @@ def fit(snapshots: Sequence[tuple[float, Schedule | float]], *, target: Schedule
         target: one of these laws, or a `Window`.
         at: the time at which the target average is taken; usually that of the last snapshot.
 
-    Raises: TypeError if a time is not a number; ValueError for no or only later snapshots, and for laws without an
-        exact profile.
+    Raises: TypeError if a time is not a number; ValueError for no or only later snapshots, or laws without a profile.
     Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), Alg. 3, and eq. 151 for power averages.
     """
     if not snapshots:
