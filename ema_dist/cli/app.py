@@ -19,6 +19,7 @@ from ema_dist.cli.options import (
     EntryOption,
     FormatChoice,
     JsonOption,
+    NewFolderOption,
     OutputFormatChoice,
     OutputFormatOption,
     ShardSizeOption,
@@ -217,10 +218,7 @@ def merge(
         ),
     ],
     *,
-    out: Annotated[
-        Path,
-        typer.Option("-o", "--out", metavar="OUT", help="The folder to write; it must not exist.", show_default=False),
-    ],
+    out: NewFolderOption,
     coefficients: Annotated[
         str | None,
         typer.Option(
@@ -286,10 +284,7 @@ def reconstruct(  # noqa: PLR0913  one parameter for each option
         ),
     ],
     *,
-    out: Annotated[
-        Path,
-        typer.Option("-o", "--out", metavar="OUT", help="The folder to write; it must not exist.", show_default=False),
-    ],
+    out: NewFolderOption,
     sigma_rel: Annotated[
         float | None,
         typer.Option(metavar="S", help="The average that Power(sigma_rel=S) would have given.", show_default=False),

@@ -18,7 +18,7 @@ from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
 from ema_dist.checkpoint.weights.config_files import config_files
 from ema_dist.checkpoint.weights.formats import FORMATS, FileFormat
 from ema_dist.checkpoint.weights.weight_writer import WeightWriter
-from ema_dist.cli.terminal import format_bytes, print_json, print_stderr, progress, stdout_console
+from ema_dist.cli.terminal import print_files, print_json, print_stderr, progress
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ def export(
     if as_json:
         print_json({"checkpoint": str(stored.folder), "files": sizes, "notes": source.caveats})
         return
-    for path, size in sizes.items():
-        stdout_console().print(f"{path}  {format_bytes(size)}", markup=False, soft_wrap=True)
+    print_files(sizes)
 
 
 def _require_intact(stored: StoredCheckpoint) -> None:

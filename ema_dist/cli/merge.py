@@ -20,12 +20,11 @@ from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
 from ema_dist.checkpoint.weighted_sum.write import RECORD_FILE, OutputFormat, require_new_folder, write_weighted_sum
 from ema_dist.cli.terminal import (
     exit_on_sigterm,
-    format_bytes,
+    print_files,
     print_json,
     print_stderr,
     print_table,
     progress,
-    stdout_console,
 )
 
 
@@ -75,8 +74,7 @@ def merge(
     if as_json:
         print_json({**json.loads((out / RECORD_FILE).read_text()), "files": sizes})
         return
-    for path, size in sizes.items():
-        stdout_console().print(f"{path}  {format_bytes(size)}", markup=False, soft_wrap=True)
+    print_files(sizes)
 
 
 def _print_coefficients(terms: Sequence[Term]) -> None:

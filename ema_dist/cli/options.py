@@ -130,6 +130,10 @@ ShardSizeOption = Annotated[
     str,
     typer.Option(callback=check_shard_size, metavar="SIZE", help="The maximum size of a file, such as 500MiB."),
 ]
+NewFolderOption = Annotated[
+    Path,
+    typer.Option("-o", "--out", metavar="OUT", help="The folder to write; it must not exist.", show_default=False),
+]
 OutputFormatOption = Annotated[
     OutputFormatChoice,
     typer.Option("--format", help="Files of weights, or a folder that checkpoint.load takes under the key `model`."),

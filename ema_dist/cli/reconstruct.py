@@ -26,7 +26,7 @@ from ema_dist.checkpoint.combine.snapshots import Snapshot
 from ema_dist.checkpoint.weighted_sum.write import OutputFormat, require_new_folder
 from ema_dist.cli.terminal import (
     exit_on_sigterm,
-    format_bytes,
+    print_files,
     print_json,
     print_stderr,
     print_table,
@@ -99,8 +99,7 @@ def reconstruct(
             }
         )
         return
-    for path, size in sizes.items():
-        stdout_console().print(f"{path}  {format_bytes(size)}", markup=False, soft_wrap=True)
+    print_files(sizes)
 
 
 def parse_target(*, sigma_rel: float | None, half_life: float | None, window: float | None) -> Schedule | Window:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import IO, Any, NoReturn, ParamSpec
@@ -154,6 +154,12 @@ def format_bytes(size: int) -> str:
             return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
+
+
+def print_files(sizes: Mapping[str, int]) -> None:
+    """Prints a line for each file that a command has written: its path and size."""
+    for path, size in sizes.items():
+        stdout_console().print(f"{path}  {format_bytes(size)}", markup=False, soft_wrap=True)
 
 
 def _stderr_console() -> Console:
