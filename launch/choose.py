@@ -9,9 +9,8 @@ to the wanted one are in profiles.csv and profiles.png. Source: Karras et al. 20
 """
 
 import argparse
-import csv
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,9 +28,9 @@ from recipe.checkpoints import checkpoint_errors_as_script_errors
 from recipe.data import Batches, Images, load_images
 from recipe.evaluation import Scores, evaluate
 from recipe.folders import claim_output_dir, new_run_id
-from recipe.metrics import AVERAGE_COLOR, LIVE_COLOR
+from recipe.metrics import AVERAGE_COLOR, LIVE_COLOR, write_csv
 from recipe.model import VisionTransformer
-from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, describe_run, process_group, wrap
+from recipe.parallelism import add_layout_options, data_rank_and_size, describe_run, process_group, wrap
 from recipe.preemption import Preempted, PreemptionHandler
 from recipe.script import OptionParser, UsageError, positive_int, print_rank_0, run_script
 
@@ -101,10 +100,7 @@ def choose(folder: Path, test: Images, live: Scores) -> None:
     profiles = [reconstruct_and_evaluate(folder, width, test) for width in WIDTHS]
     if dist.get_rank() > 0:
         return
-    with (folder / "profiles.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(WidthResult)])
-        writer.writeheader()
-        writer.writerows(asdict(profile) for profile in profiles)
+    write_csv(WidthResult, profiles, folder / "profiles.csv")
     draw(profiles, live).savefig(folder / "profiles.png", dpi=130)
     best = min(profiles, key=lambda profile: profile.loss)
     print(f"best: sigma_rel {best.sigma_rel}; {folder / 'profiles.csv'}, {folder / 'profiles.png'}")
@@ -157,13 +153,7 @@ def draw_scores(axes: Axes, profiles: list[WidthResult], scores: list[float], li
 def parse_arguments() -> argparse.Namespace:
     parser = OptionParser(__doc__)
     option = parser.option
-    option(
-        "--parallel",
-        "how the model is distributed; by default ddp on several ranks, plain on one",
-        choices=WRAPPERS,
-        default=default_parallel(),
-    )
-    option("--device", "auto takes a GPU if there is one", choices=["auto", "cpu", "cuda"], default="auto")
+    add_layout_options(parser)
     option("--epochs", "total epochs", type=positive_int, default=24)
     option("--batch-size", "images in a step, over all ranks together", type=positive_int, default=48)
     option("--learning-rate", "peak learning rate of AdamW, reached after one epoch", type=float, default=2e-3)

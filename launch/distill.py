@@ -19,7 +19,7 @@ from ema_dist import HalfLife, ShardedEMA
 from recipe.data import Batches, Images, load_images
 from recipe.evaluation import evaluate
 from recipe.model import VisionTransformer
-from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, describe_run, process_group, wrap
+from recipe.parallelism import add_layout_options, data_rank_and_size, describe_run, process_group, wrap
 from recipe.preemption import Preempted, PreemptionHandler
 from recipe.script import OptionParser, positive_int, print_rank_0, run_script
 
@@ -87,13 +87,7 @@ def consistency_ramp(progress: float) -> float:
 def parse_arguments() -> argparse.Namespace:
     parser = OptionParser(__doc__)
     option = parser.option
-    option(
-        "--parallel",
-        "how the model is distributed; by default ddp on several ranks, plain on one",
-        choices=WRAPPERS,
-        default=default_parallel(),
-    )
-    option("--device", "auto takes a GPU if there is one", choices=["auto", "cpu", "cuda"], default="auto")
+    add_layout_options(parser)
     option("--labels", "training images that have a label", type=positive_int, default=48, metavar="IMAGES")
     option("--consistency", "weight of agreeing with the teacher", type=float, default=20.0, metavar="WEIGHT")
     option("--noise", "noise added to the images that the student sees", type=float, default=0.3)

@@ -33,7 +33,7 @@ from recipe.evaluation import evaluate
 from recipe.folders import claim_output_dir, describe_checkpoint_dir, new_run_id
 from recipe.metrics import HEADING, EpochMetrics, TensorBoard, progress_bar, write_metrics
 from recipe.model import VisionTransformer
-from recipe.parallelism import WRAPPERS, data_rank_and_size, default_parallel, describe_run, process_group, wrap
+from recipe.parallelism import add_layout_options, data_rank_and_size, describe_run, process_group, wrap
 from recipe.preemption import Preempted, PreemptionHandler
 from recipe.script import OptionParser, positive_int, print_rank_0, run_script
 from recipe.stopwatch import stopwatch
@@ -130,13 +130,7 @@ def write_results(ema: ShardedEMA, rows: list[EpochMetrics], folder: Path) -> No
 def parse_arguments() -> argparse.Namespace:
     parser = OptionParser(__doc__)
     option = parser.option
-    option(
-        "--parallel",
-        "how the model is distributed; by default ddp on several ranks, plain on one",
-        choices=WRAPPERS,
-        default=default_parallel(),
-    )
-    option("--device", "auto takes a GPU if there is one", choices=["auto", "cpu", "cuda"], default="auto")
+    add_layout_options(parser)
     option(
         "--schedule",
         "averaging law; ramped is a half-life with a warm-up, power has sigma_rel=0.1",

@@ -2,10 +2,10 @@
 
 import csv
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 from matplotlib.figure import Figure
@@ -16,6 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .evaluation import Scores
 from .folders import CURVES, METRICS
 from .script import UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 HEADING = " epoch   step | live loss  accuracy | average loss  accuracy  distance | update(), % of step time"
 LIVE_COLOR, AVERAGE_COLOR = "#b0572c", "#1f5fa8"
@@ -92,14 +97,14 @@ class TensorBoard:
 def write_metrics(rows: list[EpochMetrics], folder: Path) -> None:
     """Write `rows` to the first rank's `folder`: as CSV and as curves."""
     if dist.get_rank() == 0:
-        write_csv(rows, folder / METRICS)
+        write_csv(EpochMetrics, rows, folder / METRICS)
         write_curves(rows, folder / CURVES)
 
 
-def write_csv(rows: list[EpochMetrics], path: Path) -> None:
-    """Write `rows` as CSV; the header holds the names of the fields."""
+def write_csv(row_type: type[T], rows: Sequence[T], path: Path) -> None:
+    """Write instances of a dataclass as CSV; the header holds the names of the fields."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(EpochMetrics)])
+        writer = csv.DictWriter(file, [field.name for field in fields(row_type)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .model import Block, VisionTransformer
 from .preemption import Preempted
-from .script import UsageError
+from .script import OptionParser, UsageError
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # checkpoint plans are exchanged over gloo on both
 
@@ -89,9 +89,15 @@ def data_rank_and_size(parallel: str) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def default_parallel() -> str:
-    """DDP under torchrun with several ranks, else no wrapper."""
-    return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "plain"
+def add_layout_options(parser: OptionParser) -> None:
+    """Add the options of `process_group` and `wrap`. The default is DDP under torchrun with several ranks."""
+    parser.option(
+        "--parallel",
+        "how the model is distributed; by default ddp on several ranks, plain on one",
+        choices=WRAPPERS,
+        default="ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "plain",
+    )
+    parser.option("--device", "auto takes a GPU if there is one", choices=["auto", "cpu", "cuda"], default="auto")
 
 
 def _plain(model: VisionTransformer) -> nn.Module:
