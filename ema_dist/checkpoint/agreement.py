@@ -16,6 +16,12 @@ from ema_dist.communication.rendezvous import advice_on_absence, rendezvous
 
 T = TypeVar("T")
 
+
+def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
+    """This rank in ``group`` and the number of its ranks; without a group, those of one process."""
+    return (group.rank(), group.size()) if group else (0, 1)
+
+
 _groups: MutableMapping[object, ProcessGroup] = WeakKeyDictionary()
 """The group for checkpoints in the background, and where the default group does not communicate on the CPU."""
 

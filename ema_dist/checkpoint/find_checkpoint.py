@@ -61,6 +61,14 @@ def find_steps(root: Path) -> dict[int, list[Path]]:
     return steps
 
 
+def checkpoints_by_step(root: Path) -> list[tuple[int, Path]]:
+    """The complete steps in a root of checkpoints and the folder of each, oldest first; empty if there are none.
+
+    Raises: CheckpointError as `find_steps`, and when a step has several checkpoints.
+    """
+    return [(step, _only_one(root, folders)) for step, folders in sorted(find_steps(root).items())]
+
+
 def _require_same_prefix(root: Path, folders: Iterable[Path]) -> None:
     """Raises: CheckpointError when the names of folders differ in more than their numbers."""
     names: dict[str, str] = {}

@@ -17,6 +17,7 @@ from ema_dist.checkpoint.agreement import (
     checkpoint_rendezvous,
     gather_problems,
     prefix_rank,
+    rank_and_size,
     require_same_names,
     run_on_first_rank,
 )
@@ -151,8 +152,7 @@ def _open_and_verify(folder: Path, group: ProcessGroup | None) -> tuple[list[str
     checkpoint: OpenedCheckpoint | None = None
     try:
         if manifest := read_manifest(folder):
-            rank, num_ranks = (group.rank(), group.size()) if group else (0, 1)
-            problems = verify_files(folder, files_to_verify(manifest.files, rank, num_ranks))
+            problems = verify_files(folder, files_to_verify(manifest.files, *rank_and_size(group)))
         checkpoint = OpenedCheckpoint(folder, read_metadata(folder), manifest)
     except Exception as error:  # noqa: BLE001  every error must reach the other ranks
         problems.append(str(error) if isinstance(error, CheckpointError) else f"{folder}: {error!r}")

@@ -48,7 +48,7 @@ class StoredDecay:
     @classmethod
     def create(cls, record: DecayRecord, track: str, clock: Reading) -> StoredDecay:
         """The law that a track records, while the clock shows ``clock``."""
-        match record.law:
+        match record.make_law():
             case HalfLife(value=float() | int() as half_life, ramp=None):
                 unit = "step" if clock.time == clock.steps else "unit of time"
                 return cls(record, unit, decay_from_half_life(half_life), half_life)

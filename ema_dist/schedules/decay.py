@@ -114,11 +114,6 @@ class DecayRecord:
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"decay.value of {kind!r} is damaged: {error}; got {value!r}") from None
 
-    @property
-    def law(self) -> Schedule | None:
-        """As `make_law`."""
-        return self.make_law()
-
     def make_law(self) -> Schedule | None:
         """The law itself; None for a user-defined one.
 
@@ -139,7 +134,7 @@ class DecayRecord:
     def describe(self) -> str:
         """The call that constructs the law."""
         try:
-            law = self.law
+            law = self.make_law()
         except ValueError:
             law = None
         return self.describe_fields() if law is None else repr(law)
@@ -206,7 +201,7 @@ def _clock_of(record: DecayRecord, steps: int, updates: int) -> Mapping[str, flo
     if record.clock and record.clock["steps"] == steps:
         return record.clock
     mass, last_decay = 1.0, 0.0
-    if updates and isinstance(law := record.law, HalfLife | Constant):
+    if updates and isinstance(law := record.make_law(), HalfLife | Constant):
         last_decay = float(law.decay(time=steps, elapsed=steps / updates, step=steps - 1))
         mass = last_decay**updates
     times = (steps, float(steps), 0, 0.0, float(steps))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ema_dist.checkpoint.combine.snapshots import Snapshot, Snapshots, read_snapshots
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.find_checkpoint import find_checkpoint, find_steps, step_in_name
+from ema_dist.checkpoint.find_checkpoint import checkpoints_by_step, find_checkpoint, step_in_name
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightSelection
 from ema_dist.checkpoint.weighted_sum.output_formats import left_out_note
 from ema_dist.checkpoint.weighted_sum.source import CheckpointSource
@@ -172,8 +172,8 @@ def reconstruct(
 
 def open_snapshots(root: Path, *, entry: str | None = None) -> Snapshots:
     """The averages in every step of a root, or in one checkpoint. Raises: as `read_snapshots`."""
-    if steps := find_steps(root):
-        return read_snapshots([(step, find_checkpoint(root, step)) for step in steps], entry=entry)
+    if checkpoints := checkpoints_by_step(root):
+        return read_snapshots(checkpoints, entry=entry)
     folder = find_checkpoint(root)
     return read_snapshots([(step_in_name(folder) or 0, folder)], entry=entry)
 

@@ -177,7 +177,7 @@ def _profile(averages: StoredAverages, track: str) -> Profile | str:
     """The profile of a stored average, or why it is not known."""
     clock, record = averages.clock, averages.decays[track].record
     time = float(clock.last_update - clock.start_time)
-    law = record.law
+    law = record.make_law()
     if law is None:
         return f"{record.describe()} is not an ema_dist law, so its profile is unknown"
     if isinstance(law, Constant) and clock.updates != time:

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from ema_dist.checkpoint.agreement import rank_and_size
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import Manifest, share_of_rank
 from ema_dist.checkpoint.planner import SavePlanner
@@ -40,7 +41,7 @@ class WeightOutput(ABC):
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self._group = group
-        self._rank, self._num_ranks = (group.rank(), group.size()) if group else (0, 1)
+        self._rank, self._num_ranks = rank_and_size(group)
 
     @property
     @abstractmethod

@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ema_dist.checkpoint.agreement import checkpoint_rendezvous, run_on_all_ranks, run_on_first_rank
+from ema_dist.checkpoint.agreement import checkpoint_rendezvous, rank_and_size, run_on_all_ranks, run_on_first_rank
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.folders import folder_lock, made_folder
 from ema_dist.checkpoint.manifest import files_to_verify, verify_files
@@ -105,11 +105,11 @@ def _require_intact(
     checkpoints: Iterable[StoredCheckpoint], group: ProcessGroup | None, on_bytes: Callable[[int], object]
 ) -> None:
     """Raises: CheckpointError when one of the files that this rank verifies differs from its manifest."""
-    rank, num_ranks = (group.rank(), group.size()) if group else (0, 1)
     problems: list[str] = []
     for stored in checkpoints:
         files = stored.manifest.files if stored.manifest else {}
-        problems += verify_files(stored.folder, files_to_verify(files, rank, num_ranks), on_bytes=on_bytes)
+        share = files_to_verify(files, *rank_and_size(group))
+        problems += verify_files(stored.folder, share, on_bytes=on_bytes)
     if problems:
         raise CheckpointError(f"a source is damaged, nothing is written: {'; '.join(problems)}")
 
