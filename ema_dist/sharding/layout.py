@@ -39,7 +39,7 @@ class Layout:
         replace_inference_buffers(model)
         self.fsdp2_units: FSDP2Units = FSDP2Units(model)
         """The parts of the model that FSDP2 shards."""
-        # Found once: finding them again at each update would visit all modules.
+        # Found once: finding them again at each swap and serving would visit all modules.
         self._flat_handles = [handle for _, handle in fsdp1.handles(model)]
         self.reshard()
         self.shards: list[Shard] = []
