@@ -18,7 +18,11 @@ PACKAGE = Path(ema_dist.__file__).parent
 ROWS = {
     "__init__": 19,
     "cli": 18,
+    "diffusers": 18,
+    "transformers": 18,
+    "accelerate": 17,
     "composer": 17,
+    "lightning": 17,
     "checkpoint": 16,
     "checkpoint.combine": 15,
     "checkpoint.weighted_sum": 14,

@@ -44,7 +44,12 @@ _forkserver_context.set_forkserver_preload(
         "torch.distributed.fsdp",
         "torch.distributed.checkpoint",
         "ema_dist.checkpoint",
-        "ema_dist.composer",  # the server ignores this where Composer is not installed
+        # The server ignores what cannot be imported where a framework is not installed.
+        "ema_dist.composer",
+        "ema_dist.lightning",
+        "ema_dist.transformers",
+        "ema_dist.accelerate",
+        "ema_dist.diffusers",
     ]
 )
 
