@@ -20,6 +20,7 @@ from ema_dist.checkpoint.combine.reconstruction import (
     input_nbytes,
     open_snapshots,
     require_within_tolerance,
+    weighted_sum,
     write_reconstruction,
 )
 from ema_dist.checkpoint.combine.snapshots import Snapshot
@@ -77,14 +78,15 @@ def reconstruct(
         _print(reconstruction, target)
     if not force:
         require_within_tolerance(reconstruction, snapshots, tolerance=tolerance)
-    with exit_on_sigterm(), progress("reconstructing", input_nbytes(reconstruction, entry=entry)) as advance:
+    dtype = None if output.dtype is None else getattr(torch, output.dtype)
+    weights = weighted_sum(reconstruction, entry=entry, dtype=dtype)
+    with exit_on_sigterm(), progress("reconstructing", input_nbytes(reconstruction, weights)) as advance:
         paths = write_reconstruction(
             reconstruction,
+            weights,
             output.folder,
-            dtype=None if output.dtype is None else getattr(torch, output.dtype),
             file_format=output.file_format,
             max_shard_size=output.max_shard_size,
-            entry=entry,
             notes=notes,
             on_bytes=advance,
         )

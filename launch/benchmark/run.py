@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 
+from ema_dist import InitialWeightsWarning
 from launch.benchmark.cases import Case, Transformer
 from launch.benchmark.measure import Record
 from launch.benchmark.page import Page
@@ -106,6 +108,7 @@ def on_ranks(measure: Callable[[torch.device], T], ranks: int, device_type: str)
 def _main(
     rank: int, measure: Callable[[torch.device], object], ranks: int, device_type: str, port: int, threads: int
 ) -> None:
+    warnings.simplefilter("ignore", InitialWeightsWarning)  # averages of a few updates are measured, not used
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     device = torch.device(device_type)

@@ -16,11 +16,15 @@ from torch import Tensor, nn
 
 from ema_dist import HalfLife, InverseGamma, Power, ShardedEMA, Uniform, checkpoint, posthoc
 from ema_dist.checkpoint.combine.reconstruction import (
+    Reconstruction,
     choose_snapshots,
     input_nbytes,
     open_snapshots,
+    weighted_sum,
     write_reconstruction,
 )
+from ema_dist.posthoc.fitting import evaluate_coefficients
+from ema_dist.posthoc.profiles import profile_of
 from tests.checkpoint.test_merging import Counter
 from tests.schedules.laws import POWER_OF_TEN_PERCENT
 from tests.support.cli_runs import load_exported, run, run_ok, save_with_dcp
@@ -260,11 +264,12 @@ def test_ranks_share_the_reading_and_all_fail_on_a_damaged_file(tmp_path: Path) 
         ema.update()
         checkpoint.save({"model": model, "ema": ema}, root, step=step, keep=None)
     chosen = choose_snapshots(open_snapshots(root), posthoc.Window(1))
+    weights = weighted_sum(chosen)
     read_sizes: list[int] = []
-    write_reconstruction(chosen, out, on_bytes=read_sizes.append)
+    write_reconstruction(chosen, weights, out, on_bytes=read_sizes.append)
     by_rank = [0, 0]
     dist.all_gather_object(by_rank, sum(read_sizes))
-    assert sum(by_rank) == input_nbytes(chosen)
+    assert sum(by_rank) == input_nbytes(chosen, weights)
     assert min(by_rank) > 0.3 * max(by_rank)
     dist.barrier()
     if dist.get_rank() == 0:
@@ -273,6 +278,29 @@ def test_ranks_share_the_reading_and_all_fail_on_a_damaged_file(tmp_path: Path) 
     with pytest.raises(checkpoint.CheckpointError, match=r"damaged.*__1_0\.distcp"):
         checkpoint.reconstruct(root, tmp_path / "new", posthoc.Window(1))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.world_size(1)
+def test_buffers_are_those_of_the_nearest_snapshot_even_if_its_averages_are_not_used(tmp_path: Path) -> None:
+    model = nn.BatchNorm1d(2)
+    ema = ShardedEMA(model, decay=Uniform())
+    for step in (1, 2, 3):
+        model(torch.randn(8, 2))
+        ema.update()
+        checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=step, keep=None)
+    snapshots = open_snapshots(tmp_path / "root").snapshots
+    profiles = [snapshot.profile for snapshot in snapshots[:2]]
+    fit = evaluate_coefficients(profiles, [-1.0, 2.0], profile_of(posthoc.Window(1), 2.0))
+    reconstruction = Reconstruction(snapshots[:2], fit, snapshots[2], step=3, time=3.0)
+    write_reconstruction(reconstruction, weighted_sum(reconstruction), tmp_path / "out")
+
+    found, nearest = load_exported(tmp_path / "out"), ema.full_state_dict()
+    assert found["num_batches_tracked"] == 3
+    assert_bitwise_equal(*({name: it[name] for name in ("running_mean", "running_var")} for it in (found, nearest)))
+    assert torch.equal(found["weight"], model.weight), "the weights never moved"
+    recorded = json.loads((tmp_path / "out" / "reconstruct.json").read_text())
+    assert [source["coefficient"] for source in recorded["sources"]] == [-1, 2, 0]
+    assert len(recorded["tracks"]) == 3
 
 
 def flip_a_byte(path: Path) -> None:

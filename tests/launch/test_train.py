@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from ema_dist import ShardedEMA
+from ema_dist import ShardedEMA, checkpoint
 from launch.recipe.averaging_laws import LAWS, make_law
 from launch.recipe.script import UsageError
 from tests.stress_restarts import KILL_POINTS
@@ -108,6 +108,24 @@ def test_ranks_killed_while_stepping_swapping_and_saving_end_bit_identical(
     starts = re.findall(r"^(?:starting|continuing) from (?:the|step) (\w+)", output, re.MULTILINE)
     assert starts == ["beginning", "20", "20", "20"]
     assert not differences(tmp_path, directory)
+
+
+def test_a_run_starts_from_a_merge_and_switches_to_the_averages_each_epoch(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    directory, _ = finished
+    merged = tmp_path / "merged"
+    checkpoint.merge([directory / "checkpoints"], merged)
+    options = ("--start-from", merged, "--switch-each-epoch", "--learning-rate", "1e-12")
+    ranks = ("--standalone", "--nproc-per-node", "2")
+    output = output_of((*TORCHRUN, *ranks, *train_command(tmp_path, *map(str, options))))
+    assert f"starting from the weights in {merged}" in output
+    evaluated = output_of((sys.executable, LAUNCH / "evaluate_weights.py", *merged.glob("*.safetensors")))
+    # With hardly any learning rate, live weights and averages stay what the merge was.
+    (scores,) = re.findall(r"loss [\d.]+, accuracy [\d.]+%", evaluated)
+    last = read_metrics(tmp_path)[-1]
+    for kind in ("live", "average"):
+        assert scores == f"loss {float(last[f'{kind}_loss']):.4f}, accuracy {float(last[f'{kind}_accuracy']):.2%}"
 
 
 def test_the_stress_test_kills_in_functions_that_exist() -> None:

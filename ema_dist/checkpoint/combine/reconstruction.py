@@ -39,6 +39,9 @@ class Reconstruction:
 
     snapshots: list[Snapshot]
     fit: Fit
+    nearest: Snapshot
+    """The snapshot nearest to the target step, also if it is not in the sum: buffers and weights without an average are
+    its own."""
     step: int
     """The step at which the target average is taken."""
     time: float
@@ -47,10 +50,10 @@ class Reconstruction:
     """Start and end of the window actually averaged; None unless the target is a window over a Uniform track."""
 
     @property
-    def nearest(self) -> Snapshot:
-        """The snapshot nearest to the target step; among several, the one with the largest absolute coefficient."""
-        weighed = zip(self.snapshots, self.fit.coefficients, strict=True)
-        return min(weighed, key=lambda pair: (abs(pair[0].step - self.step), -abs(pair[1])))[0]
+    def terms(self) -> list[tuple[Snapshot, float]]:
+        """The snapshots that are read, and their coefficients: 0 for the nearest one, if it is not in the sum."""
+        terms = [*zip(self.snapshots, self.fit.coefficients, strict=True)]
+        return terms if self.nearest in self.snapshots else [*terms, (self.nearest, 0.0)]
 
 
 def choose_snapshots(snapshots: Snapshots, target: Schedule | Window, *, step: int | None = None) -> Reconstruction:
@@ -71,8 +74,10 @@ def choose_snapshots(snapshots: Snapshots, target: Schedule | Window, *, step: i
         return _difference_of_means(uniform, target_profile, step)
     candidates = [snapshot for snapshot in snapshots.snapshots if snapshot.step <= step]
     fit = fit_profiles([snapshot.profile for snapshot in candidates], target_profile)
+    nearest = _nearest(candidates, fit.coefficients, step)
     chosen = _without_negligible(candidates, fit.coefficients)
-    return Reconstruction(chosen, fit_profiles([snapshot.profile for snapshot in chosen], target_profile), step, time)
+    fit = fit_profiles([snapshot.profile for snapshot in chosen], target_profile)
+    return Reconstruction(chosen, fit, nearest, step, time)
 
 
 def _difference_of_means(uniform: Sequence[Snapshot], target_profile: WindowProfile, step: int) -> Reconstruction:
@@ -89,11 +94,17 @@ def _difference_of_means(uniform: Sequence[Snapshot], target_profile: WindowProf
         begin, end = first.profile.end, last.profile.end
         chosen, coefficients = [first, last], [-begin / (end - begin), end / (end - begin)]
     fit = evaluate_coefficients([snapshot.profile for snapshot in chosen], coefficients, target_profile)
-    return Reconstruction(chosen, fit, step, target_profile.end, window=(begin, last.profile.end))
+    return Reconstruction(chosen, fit, last, step, target_profile.end, window=(begin, last.profile.end))
 
 
 def _is_uniform(profile: Profile) -> bool:
     return isinstance(profile, PowerProfile) and profile.gamma == 0
+
+
+def _nearest(candidates: Sequence[Snapshot], coefficients: Sequence[float], step: int) -> Snapshot:
+    """The snapshot nearest to a step; among several tracks, the one with the largest absolute coefficient."""
+    weighed = zip(candidates, coefficients, strict=True)
+    return min(weighed, key=lambda pair: (abs(pair[0].step - step), -abs(pair[1])))[0]
 
 
 def _without_negligible(candidates: Sequence[Snapshot], coefficients: Sequence[float]) -> list[Snapshot]:
@@ -159,11 +170,10 @@ def reconstruct(
         _log.info(note)
     write_reconstruction(
         reconstruction,
+        weighted_sum(reconstruction, entry=entry, dtype=dtype),
         Path(folder),
-        dtype=dtype,
         file_format=file_format,
         max_shard_size=max_shard_size,
-        entry=entry,
         notes=notes,
         timeout=timeout,
     )
@@ -193,24 +203,23 @@ def require_within_tolerance(reconstruction: Reconstruction, snapshots: Snapshot
 
 def write_reconstruction(
     reconstruction: Reconstruction,
+    weights: WeightedSum,
     folder: Path,
     *,
-    dtype: torch.dtype | None = None,
     file_format: OutputFormat = "safetensors",
     max_shard_size: int | str = "5GiB",
-    entry: str | None = None,
     notes: Sequence[str] = (),
     on_bytes: Callable[[int], object] = lambda _: None,
     timeout: float = 60.0,
 ) -> list[Path]:
-    """Write the sum of the snapshots, and ``reconstruct.json`` with their paths, tracks and coefficients, and notes.
+    """Write the `weighted_sum` of the snapshots, and ``reconstruct.json`` with their paths, tracks and coefficients.
 
     Raises: CheckpointError when a snapshot is damaged or of another model, or when the folder exists or cannot be
         written. Memory and Collective: as `write_weighted_sum`.
     """
-    record = {"tracks": [it.track for it in reconstruction.snapshots], **describe(reconstruction), "notes": [*notes]}
+    record = {"tracks": [it.track for it, _ in reconstruction.terms], **describe(reconstruction), "notes": [*notes]}
     return write_weighted_sum(
-        _weighted_sum(reconstruction, entry=entry, dtype=dtype),
+        weights,
         folder,
         call="checkpoint.reconstruct",
         verified=_checkpoints(reconstruction),
@@ -223,18 +232,17 @@ def write_reconstruction(
     )
 
 
-def _weighted_sum(
-    reconstruction: Reconstruction, *, entry: str | None, dtype: torch.dtype | None = None
+def weighted_sum(
+    reconstruction: Reconstruction, *, entry: str | None = None, dtype: torch.dtype | None = None
 ) -> WeightedSum:
-    nearest = reconstruction.snapshots.index(reconstruction.nearest)
-    selections = [it.stored.weights("ema", track=it.track, entry=entry) for it in reconstruction.snapshots]
+    """The sum that a reconstruction stands for. Raises: CheckpointError when snapshots are of different models."""
+    snapshots = [snapshot for snapshot, _ in reconstruction.terms]
+    nearest = snapshots.index(reconstruction.nearest)
+    selections = [it.stored.weights("ema", track=it.track, entry=entry) for it in snapshots]
     base = selections[nearest]
-    selections = [_with_names_of(base, it, of) for it, of in zip(selections, reconstruction.snapshots, strict=True)]
     terms = [
-        Term(CheckpointSource(snapshot.stored, selection), coefficient)
-        for snapshot, selection, coefficient in zip(
-            reconstruction.snapshots, selections, reconstruction.fit.coefficients, strict=True
-        )
+        Term(CheckpointSource(snapshot.stored, _with_names_of(base, selection, snapshot)), coefficient)
+        for (snapshot, coefficient), selection in zip(reconstruction.terms, selections, strict=True)
     ]
     averaged = {*reconstruction.nearest.averages.tracks[reconstruction.nearest.track].averages.values()}
     copied = {name for name, (dcp_name, _) in base.sources.items() if dcp_name not in averaged}
@@ -266,8 +274,8 @@ def _with_names_of(base: WeightSelection, selection: WeightSelection, snapshot: 
 
 
 def _checkpoints(reconstruction: Reconstruction) -> list[StoredCheckpoint]:
-    """The checkpoints that hold the snapshots, without duplicates."""
-    return [*{id(snapshot.stored): snapshot.stored for snapshot in reconstruction.snapshots}.values()]
+    """The checkpoints that are read, without duplicates."""
+    return [*{id(snapshot.stored): snapshot.stored for snapshot, _ in reconstruction.terms}.values()]
 
 
 def caveats(reconstruction: Reconstruction, file_format: str, *, entry: str | None = None) -> list[str]:
@@ -279,11 +287,11 @@ def caveats(reconstruction: Reconstruction, file_format: str, *, entry: str | No
     return notes + left_out_note(source.extra_states, file_format)
 
 
-def input_nbytes(reconstruction: Reconstruction, *, entry: str | None = None) -> int:
+def input_nbytes(reconstruction: Reconstruction, weights: WeightedSum) -> int:
     """The bytes that `write_reconstruction` reads: the files for their checksums, and the tensors."""
     manifests = [stored.manifest for stored in _checkpoints(reconstruction) if stored.manifest]
     files = [record.size for manifest in manifests for record in manifest.files.values()]
-    return sum(files) + _weighted_sum(reconstruction, entry=entry).input_nbytes
+    return sum(files) + weights.input_nbytes
 
 
 def describe(reconstruction: Reconstruction) -> dict[str, Any]:
