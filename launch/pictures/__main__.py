@@ -16,7 +16,7 @@ from pathlib import Path
 from launch.benchmark.page import Environment
 from launch.pictures.canvas import Canvas
 from launch.pictures.diagrams import checkpoint_picture, layouts_picture, swap_picture
-from launch.pictures.laws import laws_picture, memory_picture
+from launch.pictures.laws import laws_picture, memory_picture, merges_picture
 from launch.pictures.measured import cost_picture, curves_picture
 from launch.recipe.model import VisionTransformer
 
@@ -29,6 +29,7 @@ PICTURES: dict[str, Callable[[], Canvas]] = {
     "assets/cost.svg": lambda: cost_picture(DOCS / "cost.json"),
     "assets/half-life.svg": memory_picture,
     "assets/schedules.svg": laws_picture,
+    "assets/merges.svg": merges_picture,
 }
 
 

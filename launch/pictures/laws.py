@@ -1,6 +1,7 @@
-"""Charts of the averaging laws, computed by the library's own clock."""
+"""Charts of the averaging laws and of merges, computed by the library."""
 
 from ema_dist import Cosine, ExponentialWarmup, HalfLife, InverseGamma, Power, Schedule, Uniform, Warmup
+from ema_dist.checkpoint.combine.decay_coefficients import DECAY_SHAPES, DecayShape, decay_coefficients
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import as_schedules
 from launch.pictures.canvas import Canvas
@@ -23,6 +24,10 @@ AGES = [age / 4 for age in range(81)]
 """In percent of the run."""
 HALF_LIVES = {1: "live", 2: "violet", 5: "average", 10: "green"}
 """In percent of the run, with their colours."""
+
+SHAPE_COLORS: dict[DecayShape, str] = {"linear": "live", "1-sqrt": "average", "cosine": "green"}
+MERGED = 10
+"""The number of checkpoints in the picture of merges."""
 
 
 def run(law: Schedule | float) -> tuple[list[float], list[float], list[float]]:
@@ -91,5 +96,35 @@ def memory_picture() -> Canvas:
         lines,
         x=Axis("age of the weights, in % of the run", 0, 20, [0, 5, 10, 15, 20]),
         y=Axis("", 0, 100, [0, 25, 50, 75, 100], "{:g} %".format),
+    )
+    return canvas
+
+
+def merges_picture() -> Canvas:
+    """The decay that a merge emulates, and the coefficients that do it."""
+    canvas = Canvas(680, 730, f"Three decays of the learning rate, and the coefficients of {MERGED} checkpoints")
+    shapes = [
+        Line(name, [(percent, shape(percent / 100)) for percent in range(101)], SHAPE_COLORS[name])
+        for name, shape in DECAY_SHAPES.items()
+    ]
+    coefficients = [
+        Line(name, [*enumerate(decay_coefficients(name, MERGED), start=1)], SHAPE_COLORS[name], dots=True)
+        for name in DECAY_SHAPES
+    ]
+    line_chart(
+        canvas,
+        Frame(74, 46, 440, 240),
+        "Emulated learning rate, relative to the constant one",
+        shapes,
+        x=Axis("time between the oldest and the newest checkpoint, in %", 0, 100, [0, 25, 50, 75, 100]),
+        y=Axis("", 0, 1, [0, 0.5, 1]),
+    )
+    line_chart(
+        canvas,
+        Frame(74, 406, 440, 240),
+        "Coefficient of each checkpoint in the merge",
+        coefficients,
+        x=Axis("checkpoint, oldest first", 1, MERGED, [1, 4, 7, 10]),
+        y=Axis("", 0, 0.35, [0, 0.1, 0.2, 0.3]),
     )
     return canvas
