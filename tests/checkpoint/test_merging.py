@@ -289,6 +289,12 @@ def test_a_folder_named_as_a_step_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["step-0000000007"]
 
 
+def test_a_file_where_a_parent_folder_is_expected_is_named(tmp_path: Path) -> None:
+    paths, _ = make_mixed_sources(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"weights-9\.safetensors is not a folder"):
+        checkpoint.merge(paths, paths[2] / "new" / "merged")
+
+
 @pytest.mark.world_size(2)
 def test_an_extra_state_that_cannot_be_read_is_an_error_on_all_ranks(tmp_path: Path) -> None:
     if dist.get_rank() == 0:

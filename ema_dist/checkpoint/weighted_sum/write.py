@@ -142,9 +142,12 @@ def _combined(checksums: Mapping[str, str], names: AbstractSet[str]) -> str | No
 
 
 def require_new_folder(folder: Path) -> None:
-    """Raises: CheckpointError when ``folder`` exists, or has a name that `checkpoint.save` gives to a step."""
+    """Raises: CheckpointError when ``folder`` exists, lies in a file, or has a name that `checkpoint.save` gives steps."""
     if os.path.lexists(folder):
         raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
+    nearest_parent = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+    if not nearest_parent.is_dir():
+        raise CheckpointError(f"{folder} cannot be made: {nearest_parent} is not a folder; choose another one")
     if STEP_NAME.fullmatch(folder.name):
         raise CheckpointError(
             f"{folder} has the name of a step that checkpoint.save wrote, and would be read as one: choose another name"
