@@ -142,7 +142,7 @@ def _combined(checksums: Mapping[str, str], names: AbstractSet[str]) -> str | No
 
 
 def require_new_folder(folder: Path) -> None:
-    """Raises: CheckpointError when ``folder`` exists, is inside a file, or has the name of a step of `checkpoint.save`."""
+    """Raises: CheckpointError when ``folder`` exists, is in a file, or has the name of a step of `checkpoint.save`."""
     if os.path.lexists(folder):
         raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
     nearest_parent = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
