@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 from tests.support.public_api import FILE, public_api
+from tests.typed_usage import train
 
 
 def test_the_public_api_is_the_recorded_one() -> None:
     """After a change on purpose, run ``python -m tests.support.public_api`` and note it in CHANGELOG.md."""
     assert public_api().splitlines() == FILE.read_text().splitlines()
+
+
+@pytest.mark.world_size(1)
+@IGNORE_INITIAL_WEIGHTS_WARNING
+def test_annotated_code_of_a_user_runs(tmp_path: Path) -> None:
+    """`tox -e types` checks its annotations."""
+    assert train(tmp_path / "run").keys() == {"weight", "bias"}

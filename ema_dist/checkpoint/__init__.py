@@ -9,9 +9,9 @@ gathered, belongs in ``ema_dist.averages``. May import `ema_dist.ema` and the le
 
 from importlib.util import find_spec
 
-if missing := [name for name in ("huggingface_hub", "safetensors", "xxhash") if find_spec(name) is None]:
+if _missing := [name for name in ("huggingface_hub", "safetensors", "xxhash") if find_spec(name) is None]:
     raise ModuleNotFoundError(
-        f"ema_dist.checkpoint needs {', '.join(missing)}: pip install {' '.join(missing)}", name=missing[0]
+        f"ema_dist.checkpoint needs {', '.join(_missing)}: pip install {' '.join(_missing)}", name=_missing[0]
     )
 
 from ema_dist.checkpoint.combine.merging import merge

@@ -104,7 +104,7 @@ class ModelEntry(Entry):
 
     def __init__(self, key: str, module: nn.Module) -> None:
         super().__init__(key)
-        self.layout = Layout(module, "copy")
+        self.layout: Layout = Layout(module, "copy")
         self._targets: list[Target] = []
         self._extra_states: dict[str, RebuiltValue] = {}
 

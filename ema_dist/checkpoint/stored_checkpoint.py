@@ -116,7 +116,7 @@ class StoredCheckpoint:
         self.folder = folder
         self.manifest: Manifest | None = read_manifest(folder)
         self._metadata = read_metadata(folder)
-        self.index = CheckpointIndex(self._metadata)
+        self.index: CheckpointIndex = CheckpointIndex(self._metadata)
 
     @cached_property
     def averages(self) -> dict[KeyPath, StoredAverages]:

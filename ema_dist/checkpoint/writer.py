@@ -38,7 +38,7 @@ class CheckpointWriter(FileSystemWriter):
     ) -> None:
         super().__init__(partial)
         self._file_system = HashingFileSystem()
-        self.fs = self._file_system  # torch opens every file through this attribute
+        self.fs: FileSystem = self._file_system  # torch opens every file through this attribute
         self._partial = partial
         self._manifest = manifest
         self._planner = planner
@@ -107,8 +107,8 @@ class HashingStream(io.RawIOBase):
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self.digest = xxhash.xxh3_128()
-        self.size = 0
+        self.digest: xxhash.xxh3_128 = xxhash.xxh3_128()
+        self.size: int = 0
 
     def writable(self) -> bool:
         return True

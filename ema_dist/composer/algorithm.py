@@ -90,10 +90,10 @@ class EMA(Algorithm):
         timeout: float = 300.0,
     ) -> None:
         self._schedule = UpdateSchedule.parse(half_life, smoothing, ema_start, update_interval)
-        self.half_life = self._schedule.half_life
-        self.smoothing = self._schedule.smoothing
-        self.ema_start = self._schedule.start
-        self.update_interval = self._schedule.interval
+        self.half_life: Time | None = self._schedule.half_life
+        self.smoothing: float = self._schedule.smoothing
+        self.ema_start: Time = self._schedule.start
+        self.update_interval: Time = self._schedule.interval
         self.train_with_ema_weights = train_with_ema_weights
         Precision(dtype, rounding)  # checks the settings now, not only when the averages begin
         self._settings: dict[str, Any] = {

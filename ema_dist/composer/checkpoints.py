@@ -39,7 +39,7 @@ class CheckpointHandler:
         state.get_model_state_dict = partial(_call_after, before_save, self._get_model_state)
         self._planner_override: PlannerOverride | None = None
         self._saved_part: Mapping[str, Any] | None = None
-        self.lacks_averages = False
+        self.lacks_averages: bool = False
         if ATTRIBUTE not in state.serialized_attributes:
             state.serialized_attributes.append(ATTRIBUTE)
         self.release()

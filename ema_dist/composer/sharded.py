@@ -159,7 +159,7 @@ class PartialLoadPlanner(DefaultLoadPlanner):
             if path[: len(ATTRIBUTE_PATH)] == ATTRIBUTE_PATH
         }
         self.found_paths = {path for name, path in requested.items() if name in stored}
-        self.state_dict = {
+        self.state_dict: dict[str, Any] = {
             name: value for name, value in self.state_dict.items() if name not in requested or name in stored
         }
 

@@ -19,7 +19,7 @@ class StepMonitor:
     """
 
     def __init__(self, optimizers: Iterable[Optimizer], *, has_stepped: bool) -> None:
-        self.optimizers = list(optimizers)
+        self.optimizers: list[Optimizer] = list(optimizers)
         self._handles = [OptimizerHook(optimizer, self._record_step) for optimizer in self.optimizers]
         self._has_stepped = has_stepped
         self._found_inf: Tensor | None = None

@@ -42,9 +42,9 @@ class WeightSource(ABC):
     ) -> None:
         self.path = path
         self.step = step
-        self.meta_tensors = dict(meta_tensors)
-        self.extra_states = list(extra_states)
-        self.ties = dict(ties or {})
+        self.meta_tensors: dict[str, Tensor] = dict(meta_tensors)
+        self.extra_states: list[str] = list(extra_states)
+        self.ties: dict[str, str] = dict(ties or {})
 
     @property
     def caveats(self) -> list[str]:

@@ -57,11 +57,11 @@ class WeightedSum:
         dtype: torch.dtype | None = None,
     ) -> None:
         base_term = terms[base]
-        self.terms = list(terms)
-        self.base = base_term.source
+        self.terms: list[Term] = list(terms)
+        self.base: WeightSource = base_term.source
         # The base last: it decides about elements that are not finite.
         self._terms = [term for term in terms if term is not base_term] + [base_term]
-        self.ties = {
+        self.ties: dict[str, str] = {
             name: first
             for name, first in self.base.ties.items()
             if all(term.source.ties.get(name) == first for term in terms)
@@ -69,7 +69,9 @@ class WeightedSum:
         """Names tied in every source, mapped to the name under which the tensor is stored."""
         tensors = self.base.meta_tensors
         self._is_single_source = [term.coefficient for term in terms] == [1]
-        self.added_names = {name for name, meta in tensors.items() if _is_added(name, meta) and name not in copied}
+        self.added_names: set[str] = {
+            name for name, meta in tensors.items() if _is_added(name, meta) and name not in copied
+        }
         for term in terms:
             _require_same_model(self.base, term.source, self.added_names, copied)
         self.meta_tensors: dict[str, Tensor] = {

@@ -50,7 +50,9 @@ class ShardedFiles:
         self, planned: Mapping[str, Tensor | None], file_format: FormatSpec, *, max_shard_size: int | str
     ) -> None:
         self._format = file_format
-        self.skipped = {name for name, value in planned.items() if value is None and not file_format.keeps_non_tensors}
+        self.skipped: set[str] = {
+            name for name, value in planned.items() if value is None and not file_format.keeps_non_tensors
+        }
         """The names of the values that the format cannot hold because they are not tensors."""
         self._planned = {name: value for name, value in planned.items() if name not in self.skipped}
         if not self._planned:

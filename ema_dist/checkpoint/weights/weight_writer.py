@@ -75,7 +75,7 @@ class WeightWriter:
     ) -> None:
         if file_format not in FORMATS:
             raise ValueError(f"file_format is one of {[*FORMATS]}, got {file_format!r}")
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
         self._format = FORMATS[file_format].named(name or FORMATS[file_format].single_file)
         self._copied = {self.folder / path.name: path for path in copied}
         self._copied_checksums: dict[str, str] = {}
