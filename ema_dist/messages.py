@@ -12,7 +12,7 @@ from inspect import currentframe
 _package_logger = logging.getLogger(__package__)
 
 
-def abbreviated(names: Iterable[str], limit: int = 10, separator: str = ", ") -> str:
+def abbreviated(names: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
     """The first ``limit`` names and the number of the others: a model has thousands of tensors."""
     all_names = list(names)
     more = f" and {len(all_names) - limit} more" if len(all_names) > limit else ""

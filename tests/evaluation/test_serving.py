@@ -49,7 +49,7 @@ TAUGHT = [name for name in SERVED if name not in ("ddp-3", "fsdp2-1", "fsdp2-4",
 TENSOR_PARALLEL = ("tp", "fsdp2-tp", "tp-compiled")
 """Layouts that add up in another order than the unwrapped model."""
 
-WRITTEN = r"serving\(\).*\bblocks\.0\..*(stats\.weight\b(?!, )|\b7 more\b)"
+WRITTEN = r"serving\(\).*\bblocks\.0\..*(stats\.weight\b(?!, )|\b(?:4|12) more\b)"
 """What is said when all weights were written to: the last one is named, or how many more there are."""
 
 
