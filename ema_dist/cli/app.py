@@ -18,6 +18,8 @@ from ema_dist.cli.options import (
     DtypeOption,
     EntryOption,
     FormatChoice,
+    ImportChoice,
+    ImportFormatChoice,
     JsonOption,
     NewFolderOption,
     OutputFormatChoice,
@@ -34,7 +36,7 @@ from ema_dist.cli.terminal import print_stderr, report_errors
 app: typer.Typer = typer.Typer(
     name="ema-dist",
     help="Inspect, verify, compare, export, merge and reconstruct checkpoints of ema_dist and "
-    "torch.distributed.checkpoint. No code stored in a checkpoint is run.",
+    "torch.distributed.checkpoint, and import averages by other packages. No code stored in a checkpoint is run.",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # else each line of a docstring but the first paragraph ends a line of the help
     pretty_exceptions_enable=False,
@@ -345,3 +347,52 @@ def reconstruct(  # noqa: PLR0913  one parameter for each option
         entry=entry,
         as_json=as_json,
     )
+
+
+@app.command(name="import")
+@report_errors(exit_code=1)
+def import_averages(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A file or folder with averages that another package has stored.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: NewFolderOption,
+    kind: Annotated[
+        ImportChoice, typer.Option("--from", help="The format of SOURCE; auto tells it by the content.")
+    ] = ImportChoice.AUTO,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The weights of the model: its state_dict() in a file by torch.save; or safetensors, which have no "
+            "order. Names averages without names, fills in tensors without an average, and tells parameters from "
+            "buffers.",
+            show_default=False,
+        ),
+    ] = None,
+    format: Annotated[  # noqa: A002
+        ImportFormatChoice,
+        typer.Option(help="Files of weights, or a folder that checkpoint.load takes under the key `ema`."),
+    ] = ImportFormatChoice.SAFETENSORS,
+    as_json: JsonOption = False,
+) -> None:
+    """Write averages by another package into files of weights, or into a folder that a ShardedEMA resumes from.
+
+    Reads torch's AveragedModel, checkpoints of Lightning, timm, Composer, torchtitan and NeMo, and averages of
+    diffusers and ema-pytorch. Nothing in them is run; pickles that cannot be read without running code are refused.
+
+    With MODEL the tensors, their names, shapes and integer dtypes are checked, and second names of tied tensors are
+    left out. --format dcp needs MODEL unless SOURCE tells parameters from buffers; it keeps the counts, and the
+    averaging law if SOURCE records it. import.json in OUT says where the averages are from.
+
+    The keys of --json: format, steps and updates (null if they are not recorded), law (null if it is not), names
+    without_average, notes, files (sizes in bytes by path).
+    """
+    from ema_dist.cli.import_averages import import_averages as run  # noqa: PLC0415
+
+    run(source, out, kind=kind.value, reference=reference, file_format=format.value, as_json=as_json)

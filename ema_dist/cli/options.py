@@ -35,6 +35,31 @@ class OutputFormatChoice(str, Enum):
     DCP = "dcp"
 
 
+class ImportFormatChoice(str, Enum):
+    """What to write imported averages into."""
+
+    # The values of `ImportFormat`, repeated for the same reason.
+
+    SAFETENSORS = "safetensors"
+    DCP = "dcp"
+
+
+class ImportChoice(str, Enum):
+    """The format of averages by another package."""
+
+    # The values of `KindOrAuto`, repeated for the same reason.
+
+    AUTO = "auto"
+    AVERAGED_MODEL = "averaged-model"
+    LIGHTNING = "lightning"
+    TIMM = "timm"
+    DIFFUSERS = "diffusers"
+    EMA_PYTORCH = "ema-pytorch"
+    COMPOSER = "composer"
+    TORCHTITAN = "torchtitan"
+    NEMO = "nemo"
+
+
 DTYPE_NAMES = (
     "float64",
     "float32",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ema_dist.schedules.clock import Clock, Reading
@@ -40,6 +40,9 @@ LAWS: dict[str, type[Schedule]] = {
     "cosine": Cosine,
 }
 """The laws of this package by the kind that states record; the kind of a user-defined law is the name of its class."""
+
+UNRECORDED = "unrecorded"
+"""The kind of the law of imported averages whose file does not record it."""
 
 _KINDS = {law: kind for kind, law in LAWS.items()}
 _TIMES = ("steps", "time", "start_step", "start_time", "last_update")
@@ -166,12 +169,32 @@ def record_decays(clock: Clock) -> dict[str, DecayRecord]:
     return records
 
 
+def record_counts(law: Schedule | None, *, steps: int, start: int, are_known: bool) -> DecayRecord:
+    """The record of averages that another package has updated at each step, with the clock that follows from it.
+
+    Nothing of the initial weights is left once there has been an update.
+
+    Args:
+        law: one whose first update copies the live weights; None if it is unknown.
+        start: the number of steps that only copy the live weights, if there have been so many.
+        are_known: whether ``steps`` is known, so that 0 means that nothing was averaged.
+    """
+    start_step = min(start, steps)
+    updates = steps - start_step
+    initial_mass = 0.0 if updates or not are_known else 1.0
+    has_decay = law is not None and updates
+    last_decay = float(law.decay(time=float(updates), elapsed=1.0, step=updates - 1.0)) if has_decay else 0.0
+    times = (steps, float(steps), start_step, float(start_step), float(steps))
+    clock = {**dict(zip(_TIMES, times, strict=True)), "initial_mass": initial_mass, "last_decay": last_decay}
+    return DecayRecord(UNRECORDED, {}, clock) if law is None else replace(DecayRecord.of_law(law), clock=clock)
+
+
 def describe_changed_laws(records: Mapping[str, DecayRecord], schedules: Mapping[str, Schedule]) -> str:
     """The laws that differ, as ``saved -> current``; with their tracks where there are several."""
     changed: list[str] = []
     for track, schedule in schedules.items():
         saved, current = records[track], DecayRecord.of_law(schedule)
-        if not saved.is_same_law(current):
+        if saved.kind != UNRECORDED and not saved.is_same_law(current):
             prefix = f"{track}: " if len(schedules) > 1 else ""
             changed.append(f"{prefix}{saved.describe()} -> {current.describe()}")
     return ", ".join(changed)
