@@ -21,6 +21,7 @@ from ema_dist.cli.options import (
     ImportChoice,
     ImportFormatChoice,
     JsonOption,
+    LayoutChoice,
     NewFolderOption,
     OutputFormatChoice,
     OutputFormatOption,
@@ -101,6 +102,14 @@ def export(  # noqa: PLR0913  one parameter for each option
             show_default=False,
         ),
     ] = None,
+    layout: Annotated[
+        LayoutChoice | None,
+        typer.Option(
+            help="The library that will load OUT: the file and the tensors get the names that it expects. "
+            "averaged-model is the state_dict() of torch's AveragedModel.",
+            show_default=False,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -122,7 +131,7 @@ def export(  # noqa: PLR0913  one parameter for each option
     Tensors are streamed: memory holds at most one output file and one tensor. The files get their names only after all
     checksums of the checkpoint have been verified; until then an earlier export in OUT stays.
 
-    transformers loads OUT with --config, diffusers with --config and --name diffusion_pytorch_model.safetensors.
+    transformers, diffusers and timm load OUT with --layout and --config.
 
     The keys of --json: checkpoint, files (sizes in bytes by path), notes.
     """
@@ -131,7 +140,15 @@ def export(  # noqa: PLR0913  one parameter for each option
 
     run(
         checkpoint,
-        Destination(out, max_shard_size, format.value, name=name, config=config, force=force),
+        Destination(
+            out,
+            max_shard_size,
+            format.value,
+            name=name,
+            config=config,
+            force=force,
+            layout=None if layout is None else layout.value,
+        ),
         weights_kind=weights.value,
         dtype=dtype,
         step=step,

@@ -25,6 +25,17 @@ class FormatChoice(str, Enum):
     TORCH = "torch"
 
 
+class LayoutChoice(str, Enum):
+    """The library that will load exported weights."""
+
+    # The keys of `LAYOUTS`, repeated for the same reason.
+
+    TRANSFORMERS = "transformers"
+    DIFFUSERS = "diffusers"
+    TIMM = "timm"
+    AVERAGED_MODEL = "averaged-model"
+
+
 class OutputFormatChoice(str, Enum):
     """What to write a weighted sum of checkpoints into."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def load_torch_file(path: Path) -> Any:
     Raises: CheckpointError when it cannot be read, or cannot be read without running code.
     """
     # Under the names in the file there are placeholders, never the objects themselves.
-    placeholders = [(_Placeholder, name) for name in PLACEHOLDER_NAMES]
+    placeholders: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
+    placeholders += [(_Placeholder, name) for name in PLACEHOLDER_NAMES]
     try:
         is_zip = zipfile.is_zipfile(path)
         with torch.serialization.safe_globals(placeholders), warnings.catch_warnings():
