@@ -43,8 +43,7 @@ def open_averages(path: Path, kind: KindOrAuto = "auto") -> ForeignAverages:
     Raises: CheckpointError when it cannot be read or holds no averages in a known format; ValueError for an unknown
         ``kind``.
     """
-    if kind not in ("auto", *get_args(Kind)):
-        raise ValueError(f"expected a format of {abbreviated(['auto', *get_args(Kind)])}, got {kind!r}")
+    require_known(kind)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     found: list[ForeignAverages] = []
@@ -64,6 +63,12 @@ def open_averages(path: Path, kind: KindOrAuto = "auto") -> ForeignAverages:
     if not averages.listed and not (averages.tensors and averages.tensors.meta):
         raise CheckpointError(f"{path} holds averages in the format {averages.kind!r}, but not one tensor")
     return averages
+
+
+def require_known(kind: str) -> None:
+    """Raise ValueError unless ``kind`` is a format, or ``"auto"``."""
+    if kind not in ("auto", *get_args(Kind)):
+        raise ValueError(f"expected kind to be one of {abbreviated(['auto', *get_args(Kind)])}, got {kind!r}")
 
 
 def _in_content(content: Any, path: Path, kind: KindOrAuto) -> list[ForeignAverages]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.importing.averages_output import make_ema_state
-from ema_dist.checkpoint.importing.detection import KindOrAuto, open_averages
+from ema_dist.checkpoint.importing.detection import KindOrAuto, open_averages, require_known
 from ema_dist.checkpoint.importing.named_tensors import NamedTensors
 from ema_dist.checkpoint.importing.reference import Reference
 from ema_dist.checkpoint.importing.resolution import ResolvedAverages, resolve
@@ -50,8 +50,10 @@ def import_averages(
     Memory: one full tensor, and a copy of this rank's averages; on the first rank the tensors of a file that torch
         cannot map into memory.
     Raises: RuntimeError on every rank, before anything changes, when the averages cannot be read or do not fit the
-        model, caused by a CheckpointError on the first rank; ValueError when ``ema`` has several tracks.
+        model, caused by a CheckpointError on the first rank; ValueError for an unknown ``kind``, and when ``ema`` has
+        several tracks.
     """
+    require_known(kind)
     if len(ema.tracks) != 1:
         raise ValueError(f"expected a ShardedEMA with one track, got the tracks {ema.tracks}: give it one")
     state = ema.state_dict(for_loading=True)

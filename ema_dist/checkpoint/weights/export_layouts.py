@@ -20,6 +20,8 @@ class ExportLayout:
 
     stem: str | None = None
     """The stem of the file; None for the format's own."""
+    suffix: str | None = None
+    """The suffix of the file; None for the format's own."""
     file_format: FileFormat | None = None
     """The only format that the library reads; None for any."""
     prefix: str = ""
@@ -30,7 +32,7 @@ class ExportLayout:
     def file_name(self, file_format: FileFormat) -> str:
         """The name of a single file in this format."""
         spec = FORMATS[file_format]
-        return spec.single_file if self.stem is None else self.stem + spec.suffix
+        return (self.stem or spec.stem) + (self.suffix or spec.suffix)
 
     def counts(self, updates: int) -> dict[str, Tensor]:
         """The tensors beside those of the model."""
@@ -46,6 +48,6 @@ LAYOUTS: dict[LayoutName, ExportLayout] = {
     "diffusers": ExportLayout(stem="diffusion_pytorch_model"),
     "timm": ExportLayout(),
     "averaged-model": ExportLayout(
-        stem="averaged_model", file_format="torch", prefix="module.", count_name="n_averaged"
+        stem="averaged_model", suffix=".pt", file_format="torch", prefix="module.", count_name="n_averaged"
     ),
 }

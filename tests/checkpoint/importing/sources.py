@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ema_dist.schedules.laws import InverseGamma
 from ema_dist.schedules.schedule import Schedule
 from tests.support.layouts import Net, make_net, train_step
+from tests.support.timm_parts import timm_module
 
 LAYOUTS_OF_NET = ("plain", "ddp", "fsdp1", "fsdp2", "tp")
 """The layouts that can wrap the model of all sources."""
@@ -83,9 +84,10 @@ def lightning(folder: Path) -> Source:
         def __init__(self) -> None:
             super().__init__()
             model = net()
-            self._modules.update(model._modules)
-            self._buffers.update(model._buffers)
-            self._non_persistent_buffers_set.update(model._non_persistent_buffers_set)
+            for name, child in model.named_children():
+                self.add_module(name, child)
+            self.register_buffer("mask", model.mask)
+            self.register_buffer("scratch", torch.zeros(3), persistent=False)
 
         def training_step(self, batch: Tensor) -> Tensor:
             return self(batch).square().mean()
@@ -105,19 +107,19 @@ def lightning(folder: Path) -> Source:
             enable_model_summary=False,
             callbacks=[averaging, saving],
         )
-        trainer.fit(LitNet(), torch.utils.data.DataLoader(torch.randn(24, 6), batch_size=8))
-    return Source(folder / "last.ckpt", averaging._average_model.module.state_dict(), steps=3)
+        trainer.fit(model := LitNet(), torch.utils.data.DataLoader(torch.randn(24, 6), batch_size=8))
+    return Source(folder / "last.ckpt", model.state_dict(), steps=3)  # the callback has left the averages in it
 
 
 def timm(folder: Path) -> Source:
-    utils = pytest.importorskip("timm.utils")
     model = net()
-    averages = utils.ModelEmaV3(model, decay=0.9)
-    train(model, lambda: averages.update(model))
     arguments = argparse.Namespace(model="net", lr=0.05, opt_betas=[0.9, 0.95])
     optimizer = torch.optim.AdamW(model.parameters())
-    saver = utils.CheckpointSaver(model, optimizer, args=arguments, model_ema=averages, checkpoint_dir=str(folder))
-    saver.save_checkpoint(0, metric=0.5)
+    with timm_module("timm.utils") as utils:
+        averages = utils.ModelEmaV3(model, decay=0.9)
+        train(model, lambda: averages.update(model))
+        saver = utils.CheckpointSaver(model, optimizer, args=arguments, model_ema=averages, checkpoint_dir=str(folder))
+        saver.save_checkpoint(0, metric=0.5)
     return Source(folder / "last.pth.tar", averages.module.state_dict(), steps=0)
 
 
