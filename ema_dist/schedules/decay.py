@@ -169,24 +169,23 @@ def record_decays(clock: Clock) -> dict[str, DecayRecord]:
     return records
 
 
-def record_counts(law: Schedule | None, *, steps: int, start: int, are_known: bool) -> DecayRecord:
-    """The record of averages that another package has updated at each step, with the clock that follows from it.
-
-    Nothing of the initial weights is left once there has been an update.
+def record_counts(law: Schedule | None, *, steps: int, start: int, has_average: bool) -> DecayRecord:
+    """The record of averages by another package, with the clock that follows from its counts.
 
     Args:
-        law: one whose first update copies the live weights; None if it is unknown.
+        law: one whose first update copies the live weights, at each step; None if it is unknown.
         start: the number of steps that only copy the live weights, if there have been so many.
-        are_known: whether ``steps`` is known, so that 0 means that nothing was averaged.
+        has_average: whether there has been an update. Then nothing of the initial weights counts as left.
     """
     start_step = min(start, steps)
-    updates = steps - start_step
-    initial_mass = 0.0 if updates or not are_known else 1.0
-    has_decay = law is not None and updates
-    last_decay = float(law.decay(time=float(updates), elapsed=1.0, step=updates - 1.0)) if has_decay else 0.0
     times = (steps, float(steps), start_step, float(start_step), float(steps))
-    clock = {**dict(zip(_TIMES, times, strict=True)), "initial_mass": initial_mass, "last_decay": last_decay}
-    return DecayRecord(UNRECORDED, {}, clock) if law is None else replace(DecayRecord.of_law(law), clock=clock)
+    clock = dict(zip(_TIMES, times, strict=True))
+    clock |= {"initial_mass": 0.0 if has_average else 1.0, "last_decay": 0.0}
+    if law is None:
+        return DecayRecord(UNRECORDED, {}, clock)
+    if since_start := float(steps - start_step):
+        clock["last_decay"] = float(law.decay(time=since_start, elapsed=1.0, step=since_start - 1))
+    return replace(DecayRecord.of_law(law), clock=clock)
 
 
 def describe_changed_laws(records: Mapping[str, DecayRecord], schedules: Mapping[str, Schedule]) -> str:

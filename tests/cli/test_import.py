@@ -115,6 +115,14 @@ def test_a_child_called_module_keeps_its_name(tmp_path: Path) -> None:
     assert ema.steps == 1
 
 
+def test_compiled_models_have_the_names_of_plain_ones(tmp_path: Path) -> None:
+    compiled = torch.compile(make_net("plain"))
+    source, reference = averaged(compiled, tmp_path / "a.pt"), save(compiled.state_dict(), tmp_path / "model.pt")
+    assert all("_orig_mod" in name for name in torch.load(reference))
+    run_ok("import", source, "-o", tmp_path / "out", "--reference", reference)
+    assert_bitwise_equal(load_exported(tmp_path / "out"), state_of(make_net("plain")))
+
+
 def test_buffers_stay_and_the_law_is_kept_without_a_reference(tmp_path: Path) -> None:
     model, ema = make_trained("plain", decay=HalfLife(3))
     expected = {name: value.clone() for name, value in ema.full_state_dict().items()}

@@ -46,6 +46,6 @@ def torchtitan(path: Path) -> ForeignAverages | None:
     counts = Counts(are_recorded=False)
     if _TORCHTITAN_STEP in stored.index.key_paths:
         (step,) = stored.read_values([_TORCHTITAN_STEP]).values()
-        counts = Counts(read_count(step, _TORCHTITAN_STEP, path))
+        counts = Counts.of_each_step(read_count(step, _TORCHTITAN_STEP, path))
     tensors = NamedTensors.of_checkpoint(stored, names)
     return ForeignAverages("torchtitan", path, tensors, counts=counts, buffers=frozenset())

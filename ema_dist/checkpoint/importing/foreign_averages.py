@@ -21,6 +21,7 @@ class Counts:
     """How many steps the averages have seen, and by which law."""
 
     steps: int = 0
+    updates: int = 0
     start: int = 0
     """The steps that only copied the live weights, if there have been so many."""
     law: Schedule | None = None
@@ -28,14 +29,15 @@ class Counts:
     are_recorded: bool = True
     """Whether the file holds counts; if not, they are 0."""
 
-    @property
-    def updates(self) -> int:
-        """The updates of the averages."""
-        return self.steps - min(self.start, self.steps)
+    @classmethod
+    def of_each_step(cls, steps: int, *, start: int = 0, law: Schedule | None = None) -> Counts:
+        """The counts of averages that were updated at each step after ``start``."""
+        return cls(steps, max(0, steps - start), start, law)
 
     def record(self) -> DecayRecord:
         """The law and the clock as a state of `ShardedEMA` holds them."""
-        return record_counts(self.law, steps=self.steps, start=self.start, are_known=self.are_recorded)
+        has_average = self.updates > 0 or not self.are_recorded
+        return record_counts(self.law, steps=self.steps, start=self.start, has_average=has_average)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 from ema_dist.checkpoint.weights.reader import WeightReader
+from ema_dist.sharding import uncompiled_name
 
 WRAPPER_PREFIX = "module."
 """The prefix of names in a module that is wrapped, such as by ``AveragedModel`` or for data parallelism."""
@@ -31,11 +32,13 @@ class NamedTensors:
 
     @classmethod
     def of_dictionary(cls, values: Mapping[Any, Any]) -> NamedTensors:
-        """The tensors in a dictionary; those that share all of their memory are tied.
+        """The tensors in a dictionary, as if it were of a model that is not compiled; tied if they share all memory.
 
         Raises: CheckpointError for a tensor that is sparse or quantized.
         """
-        tensors = {str(name): value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+        tensors = {
+            uncompiled_name(str(name)): value.detach() for name, value in values.items() if isinstance(value, Tensor)
+        }
         for name, tensor in tensors.items():
             if tensor.layout is not torch.strided or tensor.is_quantized:
                 raise CheckpointError(f"expected {name!r} to be a dense tensor, found {tensor.layout}, {tensor.dtype}")

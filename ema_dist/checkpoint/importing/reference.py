@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.importing.named_tensors import NamedTensors
 from ema_dist.checkpoint.importing.torch_files import is_torch_file, load_torch_file
-from ema_dist.sharding import Layout
+from ema_dist.sharding import Layout, uncompiled_name
 
 RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """The names of the buffers of torch's normalization layers."""
@@ -68,7 +68,8 @@ class Reference:
                 "model.state_dict() itself"
             )
         tensors = all_tensors.renamed({name: name for name in all_tensors.meta if name not in all_tensors.ties})
-        parameters = {name: content[name] for name in tensors.meta if isinstance(content[name], nn.Parameter)}
+        values = {uncompiled_name(str(name)): value for name, value in content.items()}
+        parameters = {name: values[name] for name in tensors.meta if isinstance(values[name], nn.Parameter)}
         return cls(
             str(path),
             tensors,

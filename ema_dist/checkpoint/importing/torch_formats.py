@@ -29,7 +29,7 @@ def averaged_model(content: Mapping[str, Any], path: Path) -> ForeignAverages | 
         return None
     tensors = NamedTensors.of_dictionary(content).without_prefix(WRAPPER_PREFIX).unwrapped()
     steps = read_count(content["n_averaged"], "n_averaged", path)
-    return ForeignAverages("averaged-model", path, tensors, counts=Counts(steps))
+    return ForeignAverages("averaged-model", path, tensors, counts=Counts.of_each_step(steps))
 
 
 def lightning(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
@@ -38,7 +38,7 @@ def lightning(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
     if not isinstance(averages, Mapping) or not isinstance(averaging_state, Mapping):
         return None
     steps = read_count(averaging_state.get("n_averaged"), "averaging_state.n_averaged", path)
-    return ForeignAverages("lightning", path, NamedTensors.of_dictionary(averages), counts=Counts(steps))
+    return ForeignAverages("lightning", path, NamedTensors.of_dictionary(averages), counts=Counts.of_each_step(steps))
 
 
 def timm(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
@@ -72,7 +72,7 @@ def ema_pytorch(content: Mapping[str, Any], path: Path) -> ForeignAverages | Non
             f"{path} holds its step as a {step.dtype}, {steps}, which is rounded: expected the name that PostHocEMA "
             "gave to the file, such as 0.5000.pt, which ends with the step; give it back to the file"
         )
-    return ForeignAverages("ema-pytorch", path, tensors, counts=Counts(steps))
+    return ForeignAverages("ema-pytorch", path, tensors, counts=Counts.of_each_step(steps))
 
 
 def composer(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
@@ -95,21 +95,23 @@ def _composer_averages(
     buffers: Mapping[str, Any],
     path: Path,
 ) -> ForeignAverages:
-    values = {**parameters, **buffers}
-    if ema.get("ema_weights_active", False):  # then these are the live weights, and the model's are the averages
-        exact = NamedTensors.of_dictionary(ema.get("averages") or {}).unwrapped()
-        averages = NamedTensors.of_dictionary({name: model[name] for name in values if name in model}).unwrapped()
-        if exact.meta.keys() >= averages.meta.keys():  # the model would have rounded them
-            averages = exact
-    else:
-        averages = NamedTensors.of_dictionary(values).unwrapped()
-    is_wrapped = not averages.meta.keys() & values.keys()
-    names = {name.removeprefix(WRAPPER_PREFIX) if is_wrapped else name for name in buffers}
+    # The model's names have no prefix of DDP, and a child of the model is often called `module`. Names that the model
+    # does not have are those of buffers that are not persistent.
+    unwrapped = {name: name if name in model else name.removeprefix(WRAPPER_PREFIX) for name in (*parameters, *buffers)}
+    names = {name: known for name, known in unwrapped.items() if known in model}
+    stored: Mapping[str, Any] = {**parameters, **buffers}
+    if ema.get("ema_weights_active", False):  # then these are the live weights, and the model holds the averages
+        stored = {name: model[known] for name, known in names.items()}
+        if exact := ema.get("averages"):  # this package stores them besides where the model has rounded them
+            stored = {name: exact[known] for name, known in names.items()}
+    averages = NamedTensors.of_dictionary({known: stored[name] for name, known in names.items()})
     counts = Counts(are_recorded=False)
     if "updates" in ema:  # Composer's own EMA counts nothing
         steps, updates = (read_count(ema[key], key, path) for key in ("steps", "updates"))
-        counts = Counts(steps, start=steps - updates)
-    return ForeignAverages("composer", path, averages, counts=counts, buffers=frozenset(names))
+        counts = Counts(steps, updates)
+    return ForeignAverages(
+        "composer", path, averages, counts=counts, buffers=frozenset(unwrapped[name] for name in buffers)
+    )
 
 
 def nemo(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
@@ -120,7 +122,8 @@ def nemo(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
     for optimizer in optimizers:
         if isinstance(optimizer, Mapping) and {"ema", "current_step"} <= optimizer.keys():
             steps = read_count(optimizer["current_step"], "current_step", path)
-            return ForeignAverages("nemo", path, NamedTensors.of_dictionary(averages), counts=Counts(steps))
+            tensors = NamedTensors.of_dictionary(averages)
+            return ForeignAverages("nemo", path, tensors, counts=Counts.of_each_step(steps))
     return None
 
 
@@ -137,7 +140,7 @@ def diffusers_counts(settings: Mapping[str, Any], path: Path) -> Counts:
             law = Warmup(settings["decay"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the settings of its averages are damaged: {error}") from None
-    return Counts(steps, start=start, law=law)
+    return Counts.of_each_step(steps, start=start, law=law)
 
 
 def read_count(value: object, name: str, path: Path) -> int:

@@ -159,15 +159,16 @@ def post_hoc(folder: Path) -> Source:
 
 
 def composer(folder: Path, *, active: bool = False) -> Source:
-    """As Composer 0.32 writes it, with the counts that this package adds; Composer needs an older torch."""
+    """As Composer 0.32 writes it under DDP, with the counts that this package adds; Composer needs an older torch."""
     model = net()
     averages = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     train(model, lambda: averages.update_parameters(model))
     live, averaged = model.state_dict(), averages.module.state_dict()
     parameters = [f"module.{name}" for name, parameter in model.named_parameters() if parameter.requires_grad]
     buffers = [f"module.{name}" for name in live if name.startswith(("stats.running", "stats.num", "mask"))]
+    buffers.append("module.scratch")
     in_model, beside = (averaged, live) if active else (live, averaged)
-    stored = {f"module.{name}": value for name, value in beside.items()}
+    stored = {f"module.{name}": value for name, value in (beside | {"scratch": torch.zeros(3)}).items()}
     state = {
         "repr": "EMA()",
         "ema_model": {
@@ -181,7 +182,7 @@ def composer(folder: Path, *, active: bool = False) -> Source:
     }
     content = {
         "state": {
-            "model": {f"module.{name}": value for name, value in in_model.items()},
+            "model": in_model,
             "algorithms": [("LowPrecisionLayerNorm", {"repr": ""}), ("EMA", state)],
             "timestamp": {"Timestamp": {"batch": 3, "total_wct": timedelta(seconds=1)}},
         },
