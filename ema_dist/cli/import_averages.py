@@ -41,6 +41,6 @@ def import_averages(
 
 def _describe(opened: Import) -> str:
     counts = opened.foreign.counts
-    recorded = f"{counts.steps} steps, {counts.updates} updates" if counts.are_recorded else "steps not recorded"
+    recorded = f"steps {counts.steps}, updates {counts.updates}" if counts.are_recorded else "steps not recorded"
     law = "law not recorded" if counts.law is None else repr(counts.law)
     return f"{opened.foreign.kind}: {len(opened.resolved.meta)} tensors, {recorded}, {law}"

@@ -135,7 +135,9 @@ class DecayRecord:
             ) from None
 
     def describe(self) -> str:
-        """The call that constructs the law."""
+        """The call that constructs the law, if it is recorded."""
+        if self.kind == UNRECORDED:
+            return "law not recorded"
         try:
             law = self.make_law()
         except ValueError:

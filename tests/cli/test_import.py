@@ -62,7 +62,7 @@ def refusal(*arguments: object) -> str:
 def test_what_is_printed_and_recorded(tmp_path: Path) -> None:
     source, out = averaged(make_net("plain"), tmp_path / "a.pt"), tmp_path / "out"
     printed = run_ok("import", source, "-o", out)
-    assert printed.startswith("averaged-model: 23 tensors, 1 steps, 1 updates")
+    assert printed.startswith("averaged-model: 23 tensors, steps 1, updates 1")
     assert str(out / "model.safetensors") in printed
     record = json.loads((out / "import.json").read_text())
     assert (record["format"], record["steps"], record["law"]) == ("averaged-model", 1, None)
@@ -82,7 +82,7 @@ def test_a_plain_reference_tells_buffers_by_dtype_and_name(tmp_path: Path) -> No
     assert (ema.steps, ema.updates) == (1, 1)
     run_ok("export", tmp_path / "out", tmp_path / "exported")
     assert_bitwise_equal(load_exported(tmp_path / "exported"), model.state_dict())
-    run_ok("inspect", tmp_path / "out")
+    assert "law not recorded, 1 steps, 1 updates" in run_ok("inspect", tmp_path / "out")
     run_ok("verify", tmp_path / "out")
 
 
@@ -113,6 +113,19 @@ def test_a_child_called_module_keeps_its_name(tmp_path: Path) -> None:
     ema = ShardedEMA(model)
     checkpoint.import_averages(source, ema)
     assert ema.steps == 1
+
+
+def test_ties_are_those_of_the_reference(tmp_path: Path) -> None:
+    """One that has only the second name, and one that holds both as tensors of their own."""
+    net = make_net("plain")
+    source = averaged(net, tmp_path / "source.pt")
+    untied = {name: value.clone() + 1 for name, value in net.state_dict().items()}
+    for left_out in ({"embed.weight"}, set[str]()):
+        kept = {name: value for name, value in untied.items() if name not in left_out}
+        save_file(kept, tmp_path / "model.safetensors")
+        out = tmp_path / f"without {len(left_out)}"
+        run_ok("import", source, "-o", out, "--reference", tmp_path / "model.safetensors")
+        assert_bitwise_equal(load_exported(out), {name: net.state_dict()[name] for name in kept})
 
 
 def test_compiled_models_have_the_names_of_plain_ones(tmp_path: Path) -> None:

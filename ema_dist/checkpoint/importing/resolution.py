@@ -37,7 +37,7 @@ class ResolvedAverages:
     def subset(self, names: Iterable[str]) -> ResolvedAverages:
         """The tensors of these names."""
         meta = {name: self.meta[name] for name in names}
-        return ResolvedAverages(meta, self.averages, self.filled, self.buffers, self.notes)
+        return ResolvedAverages(meta, self.averages, self.filled, self.buffers, [*self.notes])
 
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
         """Yield the tensors of these names in this order, in the dtypes of `meta` and in memory of their own.
@@ -75,7 +75,10 @@ def resolve(foreign: ForeignAverages, reference: Reference | None) -> ResolvedAv
         name: averages.meta[name] if _keeps_dtype(averages.meta.get(name), expected) else expected
         for name, expected in reference.tensors.meta.items()
     }
-    resolved = ResolvedAverages(meta, averages, reference.tensors, reference.buffers, _tie_notes(dropped))
+    buffers = reference.buffers
+    if foreign.buffers is not None and not reference.marks_parameters:
+        buffers = (buffers - averages.meta.keys()) | (foreign.buffers & averages.meta.keys())
+    resolved = ResolvedAverages(meta, averages, reference.tensors, buffers, _tie_notes(dropped))
     if (names := resolved.filled_names) and len(names) < len(meta):
         resolved.notes.append(
             f"{len(names)} tensors have no average and are those of {reference.label}: {abbreviated(names)}"
@@ -135,7 +138,7 @@ def _by_first_names(
     """The averages under the first names of tied tensors, and the first name of each that is left out."""
     names = {name: name for name in averages.meta}
     dropped: dict[str, str] = {}
-    for name, first in (dict(averages.ties) | dict(reference.ties)).items():
+    for name, first in _ties(averages, reference).items():
         if name not in averages.meta:
             continue
         if first not in averages.meta:
@@ -149,6 +152,17 @@ def _by_first_names(
         del names[name]
         dropped[name] = first
     return averages.renamed(names), dropped
+
+
+def _ties(averages: NamedTensors, reference: Reference) -> dict[str, str]:
+    """The ties that the reference tells, and of the averages those with a name that the reference leaves out."""
+    known = reference.tensors.meta
+    ties = dict(reference.ties)
+    for name, first in averages.ties.items():
+        other, kept = (name, first) if name not in known else (first, name)
+        if other not in known:
+            ties.setdefault(other, kept)
+    return ties
 
 
 def _require_match(foreign: ForeignAverages, averages: NamedTensors, reference: Reference) -> None:
@@ -167,8 +181,7 @@ def _require_match(foreign: ForeignAverages, averages: NamedTensors, reference: 
     kinds = [
         f"{name} ({expected[name].dtype}, average {tensor.dtype})"
         for name, tensor in found.items()
-        if (_is_inexact(expected[name]) and tensor.is_complex() != expected[name].is_complex())
-        or _is_inexact(expected[name]) > _is_inexact(tensor)
+        if tensor.is_complex() != expected[name].is_complex() or _is_inexact(expected[name]) > _is_inexact(tensor)
     ]
     for what, mismatches in {"shapes": shapes, "dtypes": kinds}.items():
         if mismatches:
@@ -186,10 +199,10 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of the tensor in ``dtype``, which differs from its own at most for integers that were cast to floats."""
     if tensor.dtype == dtype:
         return tensor.detach().clone()
-    if _is_inexact(tensor) and not dtype.is_floating_point and not dtype.is_complex:
+    if tensor.is_floating_point() and not dtype.is_floating_point:
         if not tensor.isfinite().all():
             raise CheckpointError(f"{name!r} is {dtype} in the model, and its average has values that are not finite")
-        tensor = tensor.real.double().round() if tensor.is_complex() else tensor.double().round()
+        tensor = tensor.double().round()
     return tensor.detach().to(dtype)
 
 

@@ -94,3 +94,18 @@ def test_a_sharded_ema_resumes_from_it(source: Source, layout: str, reference: P
         assert (ema.steps, ema.updates, ema.time, ema.initial_mass()) == (source.steps, source.steps, source.steps, 0)
         full = ema.full_state_dict()
         assert dist.get_rank() or differing(full, state) == []
+
+
+@pytest.mark.world_size(2)
+def test_every_rank_raises_what_the_first_one_finds(tmp_path: Path) -> None:
+    """And nothing has changed: neither averages nor counts."""
+    ema = ShardedEMA(wrap("fsdp2", net()))
+    before = ema.full_state_dict()
+    torch.save({"state_dict_ema": {"embed.weight": torch.ones(2)}}, tmp_path / f"rank {dist.get_rank()}.pt")
+    dist.barrier()
+    for path, expected in {"rank 0.pt": r"1 averages.*embed.weight \(\(5, 6\)", "missing.pt": "no such file"}.items():
+        with pytest.raises(RuntimeError, match=expected):
+            checkpoint.import_averages(tmp_path / path, ema)
+    assert (ema.steps, ema.updates) == (0, 0)
+    full = ema.full_state_dict()
+    assert dist.get_rank() or differing(full, before) == []
