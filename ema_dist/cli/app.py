@@ -105,8 +105,9 @@ def export(  # noqa: PLR0913  one parameter for each option
     layout: Annotated[
         LayoutChoice | None,
         typer.Option(
-            help="The library that will load OUT: the file and the tensors get the names that it expects. "
-            "averaged-model is the state_dict() of torch's AveragedModel.",
+            metavar="LIBRARY",
+            help="The library that will load OUT: transformers, diffusers, timm or averaged-model (torch's "
+            "AveragedModel). The file and the tensors get the names that it expects.",
             show_default=False,
         ),
     ] = None,
@@ -380,7 +381,13 @@ def import_averages(
     *,
     out: NewFolderOption,
     kind: Annotated[
-        ImportChoice, typer.Option("--from", help="The format of SOURCE; auto tells it by the content.")
+        ImportChoice,
+        typer.Option(
+            "--from",
+            metavar="FORMAT",
+            help="averaged-model, lightning, timm, diffusers, ema-pytorch, composer, torchtitan or nemo; by default it "
+            "is told by the content.",
+        ),
     ] = ImportChoice.AUTO,
     reference: Annotated[
         Path | None,
