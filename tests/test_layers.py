@@ -25,6 +25,7 @@ ROWS = {
     "lightning": 17,
     "checkpoint": 16,
     "checkpoint.combine": 15,
+    "checkpoint.importing": 15,
     "checkpoint.weighted_sum": 14,
     "checkpoint.gathering": 13,
     "checkpoint.loading": 13,

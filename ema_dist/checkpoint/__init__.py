@@ -1,7 +1,8 @@
 """Atomic, verified checkpoints: written aside and renamed, checked before they are read, resharded by DCP.
 
 `save` and `load` are for resuming; `gather` and `scatter` for full weights in files that others read; `merge` for means
-of several checkpoints, `reconstruct` for averages chosen after training. Needs the extra ``checkpoint``.
+of several checkpoints, `reconstruct` for averages chosen after training, `import_averages` for those of other
+packages. Needs the extra ``checkpoint``.
 
 Reading a folder of DCP belongs in `dcp`, files of full weights in `weights`; what averages are, and how they are
 gathered, belongs in ``ema_dist.averages``. May import `ema_dist.ema` and the levels below it.
@@ -18,12 +19,14 @@ from ema_dist.checkpoint.combine.merging import merge
 from ema_dist.checkpoint.combine.reconstruction import reconstruct
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.gathering import gather, scatter
+from ema_dist.checkpoint.importing.loading import import_averages
 from ema_dist.checkpoint.loading import latest, load
 from ema_dist.checkpoint.saving import save, wait
 
 __all__ = [
     "CheckpointError",
     "gather",
+    "import_averages",
     "latest",
     "load",
     "merge",

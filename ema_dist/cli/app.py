@@ -18,7 +18,10 @@ from ema_dist.cli.options import (
     DtypeOption,
     EntryOption,
     FormatChoice,
+    ImportChoice,
+    ImportFormatChoice,
     JsonOption,
+    LayoutChoice,
     NewFolderOption,
     OutputFormatChoice,
     OutputFormatOption,
@@ -34,7 +37,7 @@ from ema_dist.cli.terminal import print_stderr, report_errors
 app: typer.Typer = typer.Typer(
     name="ema-dist",
     help="Inspect, verify, compare, export, merge and reconstruct checkpoints of ema_dist and "
-    "torch.distributed.checkpoint. No code stored in a checkpoint is run.",
+    "torch.distributed.checkpoint, and import averages by other packages. No code stored in a checkpoint is run.",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # else each line of a docstring but the first paragraph ends a line of the help
     pretty_exceptions_enable=False,
@@ -99,6 +102,15 @@ def export(  # noqa: PLR0913  one parameter for each option
             show_default=False,
         ),
     ] = None,
+    layout: Annotated[
+        LayoutChoice | None,
+        typer.Option(
+            metavar="LIBRARY",
+            help="The library that will load OUT: transformers, diffusers, timm or averaged-model (torch's "
+            "AveragedModel). The file and the tensors get the names that it expects.",
+            show_default=False,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -120,7 +132,7 @@ def export(  # noqa: PLR0913  one parameter for each option
     Tensors are streamed: memory holds at most one output file and one tensor. The files get their names only after all
     checksums of the checkpoint have been verified; until then an earlier export in OUT stays.
 
-    transformers loads OUT with --config, diffusers with --config and --name diffusion_pytorch_model.safetensors.
+    transformers, diffusers and timm load OUT with --layout and --config.
 
     The keys of --json: checkpoint, files (sizes in bytes by path), notes.
     """
@@ -129,7 +141,15 @@ def export(  # noqa: PLR0913  one parameter for each option
 
     run(
         checkpoint,
-        Destination(out, max_shard_size, format.value, name=name, config=config, force=force),
+        Destination(
+            out,
+            max_shard_size,
+            format.value,
+            name=name,
+            config=config,
+            force=force,
+            layout=None if layout is None else layout.value,
+        ),
         weights_kind=weights.value,
         dtype=dtype,
         step=step,
@@ -345,3 +365,58 @@ def reconstruct(  # noqa: PLR0913  one parameter for each option
         entry=entry,
         as_json=as_json,
     )
+
+
+@app.command(name="import")
+@report_errors(exit_code=1)
+def import_averages(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A file or folder with averages that another package has stored.",
+            show_default=False,
+        ),
+    ],
+    *,
+    out: NewFolderOption,
+    kind: Annotated[
+        ImportChoice,
+        typer.Option(
+            "--from",
+            metavar="FORMAT",
+            help="averaged-model, lightning, timm, diffusers, ema-pytorch, composer, torchtitan or nemo; by default it "
+            "is told by the content.",
+        ),
+    ] = ImportChoice.AUTO,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The weights of the model: its state_dict() in a file by torch.save; or safetensors, which have no "
+            "order. Names averages without names, fills in tensors without an average, and tells parameters from "
+            "buffers.",
+            show_default=False,
+        ),
+    ] = None,
+    format: Annotated[  # noqa: A002
+        ImportFormatChoice,
+        typer.Option(help="Files of weights, or a folder that checkpoint.load takes under the key `ema`."),
+    ] = ImportFormatChoice.SAFETENSORS,
+    as_json: JsonOption = False,
+) -> None:
+    """Write averages by another package into files of weights, or into a folder that a ShardedEMA resumes from.
+
+    Reads torch's AveragedModel, checkpoints of Lightning, timm, Composer, torchtitan and NeMo, and averages of
+    diffusers and ema-pytorch. Nothing in them is run; pickles that cannot be read without running code are refused.
+
+    With MODEL the tensors, their names, shapes and integer dtypes are checked, and second names of tied tensors are
+    left out. --format dcp needs MODEL unless SOURCE tells parameters from buffers; it keeps the counts, and the
+    averaging law if SOURCE records it. import.json in OUT says where the averages are from.
+
+    The keys of --json: format, steps and updates (null if they are not recorded), law (null if it is not), names
+    without_average, notes, files (sizes in bytes by path).
+    """
+    from ema_dist.cli.import_averages import import_averages as run  # noqa: PLC0415
+
+    run(source, out, kind=kind.value, reference=reference, file_format=format.value, as_json=as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +16,13 @@ from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint, WeightsKind
 from ema_dist.checkpoint.weighted_sum.source import CheckpointSource
 from ema_dist.checkpoint.weighted_sum.weighted_sum import Term, WeightedSum
 from ema_dist.checkpoint.weights.config_files import config_files
+from ema_dist.checkpoint.weights.export_layouts import LAYOUTS, ExportLayout, LayoutName
 from ema_dist.checkpoint.weights.formats import FORMATS, FileFormat
 from ema_dist.checkpoint.weights.weight_writer import WeightWriter
 from ema_dist.cli.terminal import print_files, print_json, print_stderr, progress
+
+ONE_FILE = 2**62
+"""A maximum size of files that no model reaches."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,22 @@ class Destination:
     """A folder from which configuration and tokenizer are copied into `folder`."""
     force: bool = False
     """Whether to overwrite files by others."""
+    layout: LayoutName | None = None
+    """The library that will load the files; None for the Hugging Face layout."""
+
+    def for_layout(self) -> Destination:
+        """The same, with the format and the file name that the library expects.
+
+        Raises: ValueError when a file name is given as well.
+        """
+        if self.layout is None:
+            return self
+        if self.name is not None:
+            raise ValueError(f"--layout {self.layout} names the file: leave out --name {self.name}")
+        layout = LAYOUTS[self.layout]
+        file_format = layout.file_format or self.file_format
+        max_shard_size = self.max_shard_size if layout.file_format is None else ONE_FILE
+        return replace(self, file_format=file_format, name=layout.file_name(file_format), max_shard_size=max_shard_size)
 
     def open_writer(self, planned: Mapping[str, Tensor | None]) -> WeightWriter:
         """Return a writer of these entries. Raises: as `WeightWriter`, and CheckpointError without configuration."""
@@ -67,8 +87,12 @@ def export(
 
     Memory: one output file and one tensor.
     Raises: CheckpointError when the checkpoint is damaged or has no such weights, OSError when the folder cannot be
-        written; no file is left in it then.
+        written; no file is left in it then. ValueError for choices that exclude each other.
     """
+    destination = destination.for_layout()
+    layout = ExportLayout() if destination.layout is None else LAYOUTS[destination.layout]
+    if layout.count_name and weights_kind == "live":
+        raise ValueError(f"--layout {destination.layout} is for averages: leave out --weights live")
     stored = StoredCheckpoint(find_checkpoint(checkpoint, step))
     cast_dtype = None if dtype is None else getattr(torch, dtype)
     source = CheckpointSource(stored, stored.weights(weights_kind, track=track, entry=entry, dtype=cast_dtype))
@@ -76,13 +100,18 @@ def export(
         print_stderr(caveat)
     weights = WeightedSum([Term(source, 1.0)])
     keeps_non_tensors = FORMATS[destination.file_format].keeps_non_tensors
-    writer = destination.open_writer(weights.planned)
+    counts = layout.counts(source.selection.averages.updates if source.selection.averages else 0)
+    writer = destination.open_writer(
+        {**{name: count.to("meta") for name, count in counts.items()}, **layout.renamed(weights.planned)}
+    )
     with writer:
+        for name, count in counts.items():
+            writer.add(name, count)
         with progress("exporting", weights.input_nbytes) as advance:
             for name, value in weights.entries(
                 weights.planned if keeps_non_tensors else weights.meta_tensors, on_bytes=advance
             ):
-                _add(writer, name, value)
+                _add(writer, layout.prefix + name, value)
         # Before the block ends, which publishes the files; the disk still writes the last one meanwhile.
         _require_intact(stored)
     sizes = {str(path): path.stat().st_size for path in [*writer.paths, *writer.copied_paths]}

@@ -18,6 +18,7 @@ from ema_dist.checkpoint.stored_checkpoint import StoredAverages, StoredCheckpoi
 from ema_dist.checkpoint.values import KeyPath
 from ema_dist.cli.distance import distance
 from ema_dist.cli.terminal import format_bytes, print_json, print_table, progress, stdout_console
+from ema_dist.schedules.decay import UNRECORDED
 
 BAR_COLUMNS = 10
 """The width of the bar for the largest distance."""
@@ -161,8 +162,9 @@ def _header_rows(summary: Mapping[str, Any], notes: Mapping[tuple[str, str], str
             )
             counts = f"{averages['steps']:,} steps, {averages['updates']:,} updates"
             counts += f", time {averages['time']:,.12g}" if averages["time"] != averages["steps"] else ""
-            decay_per_unit = f"decay {decay['decay']:.9g} per {decay['per']}"
-            yield "averages", f"{_entry_label(entry)}, track {name}: {half_life} ({decay_per_unit}), {counts}"
+            is_known = decay["kind"] != UNRECORDED
+            decay_per_unit = f" (decay {decay['decay']:.9g} per {decay['per']})" if is_known else ""
+            yield "averages", f"{_entry_label(entry)}, track {name}: {half_life}{decay_per_unit}, {counts}"
             if note := notes[entry, name]:
                 yield "note", note
 

@@ -25,6 +25,17 @@ class FormatChoice(str, Enum):
     TORCH = "torch"
 
 
+class LayoutChoice(str, Enum):
+    """The library that will load exported weights."""
+
+    # The keys of `LAYOUTS`, repeated for the same reason.
+
+    TRANSFORMERS = "transformers"
+    DIFFUSERS = "diffusers"
+    TIMM = "timm"
+    AVERAGED_MODEL = "averaged-model"
+
+
 class OutputFormatChoice(str, Enum):
     """What to write a weighted sum of checkpoints into."""
 
@@ -33,6 +44,31 @@ class OutputFormatChoice(str, Enum):
     SAFETENSORS = "safetensors"
     TORCH = "torch"
     DCP = "dcp"
+
+
+class ImportFormatChoice(str, Enum):
+    """What to write imported averages into."""
+
+    # The values of `ImportFormat`, repeated for the same reason.
+
+    SAFETENSORS = "safetensors"
+    DCP = "dcp"
+
+
+class ImportChoice(str, Enum):
+    """The format of averages by another package."""
+
+    # The values of `KindOrAuto`, repeated for the same reason.
+
+    AUTO = "auto"
+    AVERAGED_MODEL = "averaged-model"
+    LIGHTNING = "lightning"
+    TIMM = "timm"
+    DIFFUSERS = "diffusers"
+    EMA_PYTORCH = "ema-pytorch"
+    COMPOSER = "composer"
+    TORCHTITAN = "torchtitan"
+    NEMO = "nemo"
 
 
 DTYPE_NAMES = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ema_dist.schedules.clock import Clock, Reading
@@ -40,6 +40,9 @@ LAWS: dict[str, type[Schedule]] = {
     "cosine": Cosine,
 }
 """The laws of this package by the kind that states record; the kind of a user-defined law is the name of its class."""
+
+UNRECORDED = "unrecorded"
+"""The kind of the law of imported averages whose file does not record it."""
 
 _KINDS = {law: kind for kind, law in LAWS.items()}
 _TIMES = ("steps", "time", "start_step", "start_time", "last_update")
@@ -132,7 +135,9 @@ class DecayRecord:
             ) from None
 
     def describe(self) -> str:
-        """The call that constructs the law."""
+        """The call that constructs the law, if it is recorded."""
+        if self.kind == UNRECORDED:
+            return "law not recorded"
         try:
             law = self.make_law()
         except ValueError:
@@ -166,12 +171,31 @@ def record_decays(clock: Clock) -> dict[str, DecayRecord]:
     return records
 
 
+def record_counts(law: Schedule | None, *, steps: int, start: int, has_average: bool) -> DecayRecord:
+    """The record of averages by another package, with the clock that follows from its counts.
+
+    Args:
+        law: one whose first update copies the live weights, at each step; None if it is unknown.
+        start: the number of steps that only copy the live weights, if there have been so many.
+        has_average: whether there has been an update. Then nothing of the initial weights counts as left.
+    """
+    start_step = min(start, steps)
+    times = (steps, float(steps), start_step, float(start_step), float(steps))
+    clock = dict(zip(_TIMES, times, strict=True))
+    clock |= {"initial_mass": 0.0 if has_average else 1.0, "last_decay": 0.0}
+    if law is None:
+        return DecayRecord(UNRECORDED, {}, clock)
+    if since_start := float(steps - start_step):
+        clock["last_decay"] = float(law.decay(time=since_start, elapsed=1.0, step=since_start - 1))
+    return replace(DecayRecord.of_law(law), clock=clock)
+
+
 def describe_changed_laws(records: Mapping[str, DecayRecord], schedules: Mapping[str, Schedule]) -> str:
     """The laws that differ, as ``saved -> current``; with their tracks where there are several."""
     changed: list[str] = []
     for track, schedule in schedules.items():
         saved, current = records[track], DecayRecord.of_law(schedule)
-        if not saved.is_same_law(current):
+        if saved.kind != UNRECORDED and not saved.is_same_law(current):
             prefix = f"{track}: " if len(schedules) > 1 else ""
             changed.append(f"{prefix}{saved.describe()} -> {current.describe()}")
     return ", ".join(changed)

@@ -14,6 +14,7 @@ from ema_dist.sharding.gather_rows import as_bytes, merge_bytes
 from ema_dist.sharding.layout import Layout
 from ema_dist.sharding.memory import has_equal_bits, is_wrapper_subclass
 from ema_dist.sharding.mesh_shard import local_tensor
+from ema_dist.sharding.names import uncompiled_name
 from ema_dist.sharding.plain_shard import ExpandedShard
 from ema_dist.sharding.rank_sets import group_ranks
 from ema_dist.sharding.shard import Shard
@@ -38,6 +39,7 @@ __all__ = [
     "replays_cuda_graph",
     "sending_device",
     "subclass_name",
+    "uncompiled_name",
     "unsupported_reason",
     "untraced",
     "world_store",

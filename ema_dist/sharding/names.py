@@ -76,6 +76,11 @@ def unwrap_once(module: nn.Module) -> nn.Module | None:
     return None
 
 
+def uncompiled_name(name: str) -> str:
+    """The name of a tensor in a ``state_dict()`` without the segments that ``torch.compile`` adds."""
+    return name.replace("_orig_mod.", "")
+
+
 def ddp_ignored_ids(ddp: DistributedDataParallel) -> frozenset[int]:
     """Ids of the tensors that the user made DDP ignore, so that replicas may differ in them."""
     ignored_names = set(getattr(ddp, "parameters_to_ignore", ()))

@@ -59,6 +59,12 @@ def export(folder: Path, output: Path) -> str | None:
     return _refusal_by_command("export", folder, output, "--weights", "live")
 
 
+def import_(folder: Path, output: Path) -> str | None:
+    files = [path for path in (folder / "pytorch_model.bin", folder / "averages.pt") if path.exists()]
+    refusals = [_refusal_by_command("import", path, "-o", output) for path in files or [folder]]
+    return next((refusal for refusal in refusals if refusal), None)
+
+
 READERS: dict[str, Callable[[Path, Path], str | None]] = {
     "checkpoint.load": load,
     "checkpoint.load of the model": load_model,
@@ -67,6 +73,7 @@ READERS: dict[str, Callable[[Path, Path], str | None]] = {
     "ema-dist verify": verify,
     "ema-dist diff": diff,
     "ema-dist export": export,
+    "ema-dist import": import_,
 }
 """Every reader of ema_dist: it returns the error that refuses the checkpoint, or None if it reads it."""
 

@@ -52,7 +52,7 @@ def test_help_and_usage_errors_do_not_import_torch(arguments: list[str], code: i
 @pytest.mark.parametrize(
     ("line", "word", "expected"),
     [
-        ("ema-dist ", 1, ["inspect", "export", "verify", "diff", "merge", "reconstruct"]),
+        ("ema-dist ", 1, ["inspect", "export", "verify", "diff", "merge", "reconstruct", "import"]),
         ("ema-dist ver", 1, ["verify"]),
         ("ema-dist export checkpoints out --max", 4, ["--max-shard-size"]),
         ("ema-dist export checkpoints out --max-shard-size 1GB --weights l", 7, ["live"]),

@@ -122,18 +122,10 @@ class DCPOutput(WeightOutput):
         return self._names
 
     def write(self, folder: Path, entries: Iterator[tuple[str, Any]]) -> None:
-        model: dict[str, Any] = {name: self._weights.meta_tensors[name] for name in self._names}
-        if self._rank == 0:
-            model |= self._extra_states
-        state = {MODEL_KEY: model}
-        manifest = Manifest(
-            self._step,
-            world_size=self._num_ranks,
-            layouts={MODEL_KEY: "full tensors, a weighted sum of checkpoints"},
-            ties={MODEL_KEY: self._weights.ties},
-        )
-        planner = _StreamPlanner(state, entries, self._group)
-        writer = _StreamWriter(folder, manifest, planner, commit=_do_nothing)
+        state = self._make_state({name: self._weights.meta_tensors[name] for name in self._names})
+        dcp_entries = ((self._dcp_name(name), tensor) for name, tensor in entries)
+        planner = _StreamPlanner(state, dcp_entries, self._group)
+        writer = _StreamWriter(folder, self._make_manifest(), planner, commit=_do_nothing)
         try:
             dcp.save(state, storage_writer=writer, planner=planner, process_group=self._group)
         except CheckpointException as error:
@@ -149,9 +141,25 @@ class DCPOutput(WeightOutput):
         stored = StoredCheckpoint(folder)
         return CheckpointSource(stored, stored.weights("live", entry=MODEL_KEY))
 
+    def _make_state(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """What this process saves, with its tensors on the meta device."""
+        return {MODEL_KEY: tensors | (self._extra_states if self._rank == 0 else {})}
+
+    def _dcp_name(self, name: str) -> str:
+        """The name under which DCP saves a tensor."""
+        return f"{MODEL_KEY}.{name}"
+
+    def _make_manifest(self) -> Manifest:
+        return Manifest(
+            self._step,
+            world_size=self._num_ranks,
+            layouts={MODEL_KEY: "full tensors, a weighted sum of checkpoints"},
+            ties={MODEL_KEY: self._weights.ties},
+        )
+
 
 class _StreamPlanner(SavePlanner):
-    """Plans tensors on the meta device, and takes their values from an iterator when they are written."""
+    """Plans tensors on the meta device, and takes their values, by DCP name, from an iterator when they are written."""
 
     def __init__(
         self, state_dict: dict[str, Any], entries: Iterator[tuple[str, Any]], group: ProcessGroup | None
@@ -169,8 +177,8 @@ class _StreamPlanner(SavePlanner):
             # torch keeps every tensor of a file until the file is complete: the whole model.
             self._last_written.untyped_storage().resize_(0)
         while index.fqn not in self._pending:  # a tied tensor comes before its turn
-            name, tensor = next(self._entries)
-            self._pending[f"{MODEL_KEY}.{name}"] = tensor
+            dcp_name, tensor = next(self._entries)
+            self._pending[dcp_name] = tensor
         tensor = self._pending.pop(index.fqn)
         storage = tensor.untyped_storage()
         self._last_written = tensor if storage.resizable() and storage.nbytes() == tensor.nbytes else tensor.clone()

@@ -40,6 +40,7 @@ def write_weighted_sum(
     call: str = "checkpoint.merge",
     verified: Iterable[StoredCheckpoint] = (),
     file_format: OutputFormat = "safetensors",
+    custom_output: Callable[[ProcessGroup | None], WeightOutput] | None = None,
     max_shard_size: int | str = "5GiB",
     record: Mapping[str, Any] | None = None,
     record_name: str = RECORD_FILE,
@@ -56,6 +57,7 @@ def write_weighted_sum(
         call: the function that the user called, for errors about ranks that differ.
         verified: checkpoints whose files are compared with their manifests first; the ranks share these files.
         file_format: files in the Hugging Face layout; or ``"dcp"``, which `checkpoint.load` takes under ``model``.
+        custom_output: makes the output over a group, in place of one in ``file_format``.
         max_shard_size: of files in the Hugging Face layout; there are smaller ones if there are more processes.
         record: what else to write into ``record_name``, beside the weights: that has the path, step, coefficient and
             checksum of each source. ``checksum`` is the XXH3 of the sorted per-tensor XXH3 checksums of the tensors
@@ -75,9 +77,13 @@ def write_weighted_sum(
     group = checkpoint_rendezvous(f"{call}(..., {str(folder)!r})", timeout=timeout, compared=[texts])
     run_on_all_ranks(lambda: _require_intact(verified, group, on_bytes), group)
     step = weights.base.step
-    output = run_on_all_ranks(
-        lambda: make_output(weights, file_format, max_shard_size=max_shard_size, step=step, group=group), group
-    )
+
+    def open_output() -> WeightOutput:
+        if custom_output is not None:
+            return custom_output(group)
+        return make_output(weights, file_format, max_shard_size=max_shard_size, step=step, group=group)
+
+    output = run_on_all_ranks(open_output, group)
     checksums: dict[str, str] = {}
 
     def entries() -> Iterator[tuple[str, Any]]:
@@ -185,8 +191,8 @@ def _new_folder(folder: Path, group: ProcessGroup | None) -> Iterator[Path]:
             fsync(partial)
             if os.path.lexists(folder):
                 raise CheckpointError(
-                    f"{folder} was created by another process during the merge: the merge is discarded; choose another "
-                    "folder"
+                    f"{folder} was created by another process meanwhile: what was to become it is discarded; choose "
+                    "another folder"
                 )
             partial.rename(folder)
             fsync(folder.parent)

@@ -1,0 +1,66 @@
+"""Averages as another package has stored them: their tensors, counts and averaging law."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from ema_dist.checkpoint.importing.named_tensors import NamedTensors
+from ema_dist.schedules.decay import DecayRecord, record_counts
+from ema_dist.schedules.schedule import Schedule
+
+Kind = Literal["averaged-model", "lightning", "timm", "diffusers", "ema-pytorch", "composer", "torchtitan", "nemo"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many steps the averages have seen, and by which law."""
+
+    steps: int = 0
+    updates: int = 0
+    start: int = 0
+    """The steps that only copied the live weights, if there have been so many."""
+    law: Schedule | None = None
+    """None if the file does not record it."""
+    are_recorded: bool = True
+    """Whether the file holds counts; if not, they are 0."""
+
+    @classmethod
+    def of_each_step(cls, steps: int, *, start: int = 0, law: Schedule | None = None) -> Counts:
+        """The counts of averages that were updated at each step after ``start``."""
+        return cls(steps, max(0, steps - start), start, law)
+
+    def record(self) -> DecayRecord:
+        """The law and the clock as a state of `ShardedEMA` holds them."""
+        has_average = self.updates > 0 or not self.are_recorded
+        return record_counts(self.law, steps=self.steps, start=self.start, has_average=has_average)
+
+
+@dataclass(frozen=True)
+class ForeignAverages:
+    """The averages in one file or folder by another package."""
+
+    kind: Kind
+    path: Path
+    tensors: NamedTensors | None
+    """By the names of the unwrapped model; None if the file only lists them."""
+    listed: Sequence[Tensor] = ()
+    """In the order of the model's parameters, if the file has no names."""
+    counts: Counts = field(default_factory=lambda: Counts(are_recorded=False))
+    buffers: frozenset[str] | None = None
+    """The names that are buffers, if the file tells them from parameters."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before training goes on from these averages."""
+        if self.counts.are_recorded:
+            return []
+        note = (
+            f"{self.path} does not record how many steps it has averaged, so steps and updates are 0, and a law that "
+            "depends on the step, such as Warmup, starts again"
+        )
+        return [note]

@@ -1,0 +1,144 @@
+"""Loads averages by another package into a `ShardedEMA`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.importing.averages_output import make_ema_state
+from ema_dist.checkpoint.importing.detection import KindOrAuto, open_averages, require_known
+from ema_dist.checkpoint.importing.named_tensors import NamedTensors
+from ema_dist.checkpoint.importing.reference import Reference
+from ema_dist.checkpoint.importing.resolution import ResolvedAverages, resolve
+from ema_dist.ema import ShardedEMA
+from ema_dist.messages import abbreviated
+from ema_dist.modes import in_normal_mode
+from ema_dist.sharding import Layout, is_sharded
+
+_log = logging.getLogger(__name__)
+
+
+@in_normal_mode
+def import_averages(
+    source: str | os.PathLike[str],
+    ema: ShardedEMA,
+    *,
+    kind: KindOrAuto = "auto",
+    reference: str | os.PathLike[str] | None = None,
+) -> None:
+    """Load averages that another package has stored into ``ema``, with their counts, on any layout.
+
+    Reads files of torch's ``AveragedModel``, Lightning, timm, diffusers, ema-pytorch, Composer, torchtitan and NeMo.
+    Nothing in them is run. The names, order, buffers and frozen parameters are those of the model. Live weights and the
+    averaging law of ``ema`` do not change. If the file does not record counts, steps and updates become 0.
+
+    Args:
+        source: a file or folder on the first rank; ignored on other ranks.
+        kind: its format; ``"auto"`` for the one that its content shows.
+        reference: weights of the model, for tensors that have no average in ``source``, such as buffers; without it,
+            buffers keep their values in ``ema``.
+
+    Collective: over all ranks that hold the model.
+    Memory: one full tensor, and a copy of this rank's averages; on the first rank the tensors of a file that torch
+        cannot map into memory.
+    Raises: RuntimeError on every rank, before anything changes, when the averages cannot be read or do not fit the
+        model, caused by a CheckpointError on the first rank; ValueError for an unknown ``kind``, and when ``ema`` has
+        several tracks.
+    """
+    require_known(kind)
+    if len(ema.tracks) != 1:
+        raise ValueError(f"expected a ShardedEMA with one track, got the tracks {ema.tracks}: give it one")
+    state = ema.state_dict(for_loading=True)
+    (track_name,) = state["tracks"]
+    track = state["tracks"][track_name]
+    layout = Layout(ema.model, "copy")
+
+    def read_state() -> Mapping[str, Any]:
+        foreign = open_averages(Path(source), kind)
+        needed = [*track["averages"], *track["buffers"]]
+        model = Reference.of_layout(layout, set(needed))
+        resolved = resolve(foreign, model)
+        missing = [name for name in needed if name not in resolved.averages.meta]
+        filled = _filled(missing, None if reference is None else Path(reference), model, track["buffers"])
+        tensors = replace(resolved, filled=filled).subset(needed)
+        for note in foreign.notes:
+            _log.info(note)
+        if missing:
+            _log.info(f"{len(missing)} tensors have no average in {foreign.path}: {abbreviated(missing)}")
+        sections = {section: _Tensors(tensors, list(track[section])) for section in ("averages", "buffers")}
+        return make_ema_state(sections, track_name, foreign.counts)
+
+    ema.load_consolidated_state_dict(_State(read_state))
+
+
+def _filled(names: list[str], reference: Path | None, model: Reference, buffers: Mapping[str, Tensor]) -> NamedTensors:
+    """Values for tensors without an average: of the reference, or of the buffers as they are.
+
+    Raises: CheckpointError when there is no value, or one of another shape.
+    """
+    stored = NamedTensors({}, lambda _names: iter(())) if reference is None else Reference.of_files(reference).tensors
+    current = {name: buffer for name, buffer in buffers.items() if not is_sharded(buffer)}
+    if without := [name for name in names if name not in stored.meta and name not in current]:
+        raise CheckpointError(
+            f"{len(without)} of {len(model.tensors.meta)} tensors of the model have no average"
+            f"{'' if reference is None else f' and are not in {reference}'}: {abbreviated(without)}; pass a "
+            "reference that has them (reference=...)"
+        )
+    meta = {name: stored.meta.get(name, model.tensors.meta[name]) for name in names}
+    if mismatches := [name for name, tensor in meta.items() if tensor.shape != model.tensors.meta[name].shape]:
+        first = mismatches[0]
+        raise CheckpointError(
+            f"{reference} and the model differ in the shapes of {abbreviated(mismatches)}: {first} is "
+            f"{tuple(meta[first].shape)}, and {tuple(model.tensors.meta[first].shape)} in the model"
+        )
+
+    def read(wanted: Iterable[str]) -> Iterator[Tensor]:
+        for name in wanted:
+            yield next(stored.read([name])) if name in stored.meta else current[name].cpu()
+
+    return NamedTensors(meta, read)
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """Some of the imported tensors, each read on access."""
+
+    def __init__(self, resolved: ResolvedAverages, names: list[str]) -> None:
+        self._resolved = resolved
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return next(self._resolved.read([name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _State(Mapping[str, Any]):
+    """A state that is opened on access, which only the first rank does: an error there reaches every rank."""
+
+    def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _state(self) -> Mapping[str, Any]:
+        return self._make()
+
+    def __getitem__(self, key: str) -> Any:
+        return self._state[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)

@@ -1,0 +1,104 @@
+"""The model that imported averages belong to: its tensors, their order, and which of them are buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.importing.named_tensors import NamedTensors
+from ema_dist.checkpoint.importing.torch_files import is_torch_file, load_torch_file
+from ema_dist.sharding import Layout, uncompiled_name
+
+RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""The names of the buffers of torch's normalization layers."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The tensors of a model, by which averages are checked and named, and what has no average is filled in."""
+
+    label: str
+    """Names the reference in messages."""
+    tensors: NamedTensors
+    """Without the second names of tied tensors."""
+    ties: Mapping[str, str]
+    """The first name of each tied tensor by its other names."""
+    buffers: frozenset[str]
+    frozen: frozenset[str] = frozenset()
+    """The parameters that are not trained, as far as it is known."""
+    is_ordered: bool = True
+    """Whether the tensors are in the order of the model's ``state_dict()``."""
+    marks_parameters: bool = True
+    """Whether it tells parameters from buffers itself; if not, `buffers` follows from names and dtypes."""
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the parameters, in the order of the tensors."""
+        return [name for name in self.tensors.meta if name not in self.buffers]
+
+    @classmethod
+    def of_files(cls, path: Path) -> Reference:
+        """The reference in a file by ``torch.save``, or in other files of weights, which have no order.
+
+        Raises: CheckpointError when it cannot be read or holds no tensors.
+        """
+        if not path.exists():
+            raise CheckpointError(f"{path}: there is no such file or folder, expected the reference model")
+        if path.is_file() and is_torch_file(path):
+            content = load_torch_file(path)
+            if not isinstance(content, Mapping):
+                raise CheckpointError(f"expected a state_dict() in {path}, found a {type(content).__name__}")
+            return cls._of_state_dict(content, path)
+        tensors = NamedTensors.of_files(path)
+        buffers = frozenset(_likely_buffers(tensors.meta))
+        return cls(str(path), tensors, tensors.ties, buffers, is_ordered=False, marks_parameters=False)
+
+    @classmethod
+    def _of_state_dict(cls, content: Mapping[str, Any], path: Path) -> Reference:
+        all_tensors = NamedTensors.of_dictionary(content)
+        if not all_tensors.meta:
+            raise CheckpointError(
+                f"expected a state_dict() with tensors by name in {path}, found {len(content)} other entries: save "
+                "model.state_dict() itself"
+            )
+        tensors = all_tensors.renamed({name: name for name in all_tensors.meta if name not in all_tensors.ties})
+        values = {uncompiled_name(str(name)): value for name, value in content.items()}
+        parameters = {name: values[name] for name in tensors.meta if isinstance(values[name], nn.Parameter)}
+        return cls(
+            str(path),
+            tensors,
+            all_tensors.ties,
+            frozenset(tensors.meta.keys() - parameters if parameters else _likely_buffers(tensors.meta)),
+            frozenset(name for name, parameter in parameters.items() if not parameter.requires_grad),
+            marks_parameters=bool(parameters),
+        )
+
+    @classmethod
+    def of_layout(cls, layout: Layout, averaged: set[str]) -> Reference:
+        """The reference that a live model is, without its values.
+
+        Args:
+            averaged: the names of the tensors that have an average.
+        """
+        meta = {shard.name: torch.empty(shard.shape, dtype=shard.owner.dtype, device="meta") for shard in layout.shards}
+
+        def read(names: object) -> Iterator[Tensor]:
+            raise AssertionError(f"{names} are read from elsewhere")
+
+        frozen = frozenset(layout.parameters.keys() - averaged)
+        return cls("the model", NamedTensors(meta, read), layout.ties, frozenset(layout.buffers), frozen)
+
+
+def _likely_buffers(meta: Mapping[str, Tensor]) -> set[str]:
+    """The tensors that are buffers by their dtype or their name."""
+    return {
+        name
+        for name, tensor in meta.items()
+        if not (tensor.is_floating_point() or tensor.is_complex()) or name.rpartition(".")[2] in RUNNING_STATISTICS
+    }

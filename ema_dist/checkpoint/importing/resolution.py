@@ -1,0 +1,210 @@
+"""Pairs imported averages with the tensors of the model: by name, or by position where they have no names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.importing.foreign_averages import ForeignAverages
+from ema_dist.checkpoint.importing.named_tensors import WRAPPER_PREFIX, NamedTensors
+from ema_dist.checkpoint.importing.reference import Reference
+from ema_dist.messages import abbreviated, describe_difference
+from ema_dist.sharding import has_equal_bits
+
+
+@dataclass(frozen=True)
+class ResolvedAverages:
+    """Averages by the names of the model, checked against it as far as it is known."""
+
+    meta: Mapping[str, Tensor]
+    """The tensors of the result on the meta device, in the order of the model, each tied tensor once."""
+    averages: NamedTensors
+    filled: NamedTensors | None
+    """Where the other tensors of `meta` are read."""
+    buffers: frozenset[str] | None
+    """The names of buffers; None if nothing tells them from parameters."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def filled_names(self) -> list[str]:
+        """The tensors that have no average."""
+        return [name for name in self.meta if name not in self.averages.meta]
+
+    def subset(self, names: Iterable[str]) -> ResolvedAverages:
+        """The tensors of these names."""
+        meta = {name: self.meta[name] for name in names}
+        return ResolvedAverages(meta, self.averages, self.filled, self.buffers, [*self.notes])
+
+    def read(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Yield the tensors of these names in this order, in the dtypes of `meta` and in memory of their own.
+
+        Raises: CheckpointError for a value that its integer dtype cannot hold.
+        """
+        wanted = list(names)
+        averages = self.averages.read([name for name in wanted if name in self.averages.meta])
+        others = [name for name in wanted if name not in self.averages.meta]
+        filled = self.filled.read(others) if self.filled and others else iter(())
+        for name in wanted:
+            tensor = next(averages if name in self.averages.meta else filled)
+            yield _converted(name, tensor, self.meta[name].dtype)
+
+
+def resolve(foreign: ForeignAverages, reference: Reference | None) -> ResolvedAverages:
+    """Pair averages with the tensors of ``reference``; what has no average is read from there.
+
+    Raises: CheckpointError when the averages do not fit, or have no names and there is no reference with an order.
+    """
+    if reference is None:
+        if foreign.tensors is None:
+            raise CheckpointError(
+                f"{foreign.path} lists {len(foreign.listed)} averages without names: expected a reference model, "
+                "model.state_dict() in a file by torch.save, to name them (--reference on the command line)"
+            )
+        tensors = foreign.tensors.renamed(
+            {name: name for name in foreign.tensors.meta if name not in foreign.tensors.ties}
+        )
+        return ResolvedAverages(tensors.meta, tensors, None, foreign.buffers, _tie_notes(foreign.tensors.ties))
+    named = _name_by_position(foreign, reference) if foreign.tensors is None else foreign.tensors
+    averages, dropped = _by_first_names(foreign, _with_prefix_of(reference, named), reference)
+    _require_match(foreign, averages, reference)
+    meta = {
+        name: averages.meta[name] if _keeps_dtype(averages.meta.get(name), expected) else expected
+        for name, expected in reference.tensors.meta.items()
+    }
+    buffers = reference.buffers
+    if foreign.buffers is not None and not reference.marks_parameters:
+        buffers = (buffers - averages.meta.keys()) | (foreign.buffers & averages.meta.keys())
+    resolved = ResolvedAverages(meta, averages, reference.tensors, buffers, _tie_notes(dropped))
+    if (names := resolved.filled_names) and len(names) < len(meta):
+        resolved.notes.append(
+            f"{len(names)} tensors have no average and are those of {reference.label}: {abbreviated(names)}"
+        )
+    return resolved
+
+
+def _keeps_dtype(average: Tensor | None, expected: Tensor) -> bool:
+    """Whether an average is written in its own dtype: an integer stays what it is in the model."""
+    return average is not None and _is_inexact(expected)
+
+
+def _name_by_position(foreign: ForeignAverages, reference: Reference) -> NamedTensors:
+    count = len(foreign.listed)
+    if not reference.is_ordered:
+        raise CheckpointError(
+            f"{foreign.path} lists {count} averages without names, which need a reference in the order of the model: "
+            f"expected model.state_dict() in a file by torch.save, got {reference.label}, whose format has no order"
+        )
+    names = reference.parameters
+    unmarked = (
+        "; the reference does not mark parameters, so that buffers may count as such: save "
+        "model.state_dict(keep_vars=True) instead"
+    )
+    hint = "" if reference.marks_parameters else unmarked
+    if count != len(names):
+        raise CheckpointError(
+            f"{foreign.path} lists {count} averages without names, and {reference.label} has {len(names)} parameters "
+            f"and {len(reference.buffers)} buffers: they are of different models{hint}"
+        )
+    found = [tuple(tensor.shape) for tensor in foreign.listed]
+    expected = [tuple(reference.tensors.meta[name].shape) for name in names]
+    mismatches = [
+        f"{name} (position {position}: {left}, listed {right})"
+        for position, (name, left, right) in enumerate(zip(names, expected, found, strict=True))
+        if left != right
+    ]
+    if mismatches:
+        raise CheckpointError(
+            f"{foreign.path} and {reference.label} differ in the shapes of {len(mismatches)} of {count} parameters: "
+            f"{abbreviated(mismatches, limit=3)}{hint}"
+        )
+    return NamedTensors.of_dictionary(dict(zip(names, foreign.listed, strict=True)))
+
+
+def _with_prefix_of(reference: Reference, averages: NamedTensors) -> NamedTensors:
+    """The averages with ``module.`` put back, if a child of the model is called so, and no wrapper."""
+    prefixed = {name: WRAPPER_PREFIX + name for name in averages.meta}
+    known = {*reference.tensors.meta, *reference.ties}
+    is_child = known.isdisjoint(prefixed) and known.issuperset(prefixed.values())
+    return averages.renamed(prefixed) if is_child else averages
+
+
+def _by_first_names(
+    foreign: ForeignAverages, averages: NamedTensors, reference: Reference
+) -> tuple[NamedTensors, dict[str, str]]:
+    """The averages under the first names of tied tensors, and the first name of each that is left out."""
+    names = {name: name for name in averages.meta}
+    dropped: dict[str, str] = {}
+    for name, first in _ties(averages, reference).items():
+        if name not in averages.meta:
+            continue
+        if first not in averages.meta:
+            names[name] = first
+            continue
+        if not has_equal_bits(*averages.read([name, first])):
+            raise CheckpointError(
+                f"{foreign.path} has different averages for {name!r} and {first!r}, which are one tensor in "
+                f"{reference.label}: the reference is of another model"
+            )
+        del names[name]
+        dropped[name] = first
+    return averages.renamed(names), dropped
+
+
+def _ties(averages: NamedTensors, reference: Reference) -> dict[str, str]:
+    """The ties that the reference tells, and of the averages those with a name that the reference leaves out."""
+    known = reference.tensors.meta
+    ties = dict(reference.ties)
+    for name, first in averages.ties.items():
+        other, kept = (name, first) if name not in known else (first, name)
+        if other not in known:
+            ties.setdefault(other, kept)
+    return ties
+
+
+def _require_match(foreign: ForeignAverages, averages: NamedTensors, reference: Reference) -> None:
+    """Raises: CheckpointError when names, shapes or kinds of dtype differ."""
+    expected = reference.tensors.meta
+    found = averages.meta
+    counts = f"{foreign.path} holds {len(found)} averages, {reference.label} {len(expected)} tensors"
+    if found.keys() - expected.keys():
+        difference = describe_difference("the file", found.keys(), "the model", expected.keys())
+        raise CheckpointError(f"{counts}, and they do not fit: {difference}")
+    shapes = [
+        f"{name} ({tuple(expected[name].shape)}, average {tuple(tensor.shape)})"
+        for name, tensor in found.items()
+        if tensor.shape != expected[name].shape
+    ]
+    kinds = [
+        f"{name} ({expected[name].dtype}, average {tensor.dtype})"
+        for name, tensor in found.items()
+        if tensor.is_complex() != expected[name].is_complex() or _is_inexact(expected[name]) > _is_inexact(tensor)
+    ]
+    for what, mismatches in {"shapes": shapes, "dtypes": kinds}.items():
+        if mismatches:
+            raise CheckpointError(
+                f"{counts}, and the {what} of {len(mismatches)} differ: {abbreviated(mismatches, separator='; ')}"
+            )
+
+
+def _tie_notes(dropped: Mapping[str, str]) -> list[str]:
+    pairs = [f"{name} (that of {first})" for name, first in dropped.items()]
+    return [f"second names of tied tensors are left out: {abbreviated(pairs)}"] if pairs else []
+
+
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of the tensor in ``dtype``, which differs from its own at most for integers that were cast to floats."""
+    if tensor.dtype == dtype:
+        return tensor.detach().clone()
+    if tensor.is_floating_point() and not dtype.is_floating_point:
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{name!r} is {dtype} in the model, and its average has values that are not finite")
+        tensor = tensor.double().round()
+    return tensor.detach().to(dtype)
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

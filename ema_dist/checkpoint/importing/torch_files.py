@@ -1,0 +1,83 @@
+"""Files by ``torch.save``, read without running anything in them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.messages import abbreviated
+
+PLACEHOLDER_NAMES = (
+    "argparse.Namespace",  # timm: the command line's arguments
+    "datetime.timedelta",  # Composer: the time trained
+    "torch.torch_version.TorchVersion",
+    "numpy.dtype",  # Composer: random states
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+)
+"""The names in other packages' files that torch does not load safely, and that no average needs."""
+
+CONVERSION = (
+    "load it where its code is trusted and installed, torch.save the state_dict() of the averaged module as "
+    "docs/importing.md shows, and import that file"
+)
+
+
+class _Placeholder:
+    """Stands for an object in a file; whatever the file says about the object is dropped."""
+
+    def __init__(self, *_args: object, **_settings: object) -> None:
+        pass
+
+    def __setstate__(self, _state: object) -> None:
+        pass
+
+
+def load_torch_file(path: Path) -> Any:
+    """Load a file by ``torch.save`` with its tensors on the CPU; nothing in the file is run.
+
+    Memory: the pages of the file that are in use, if torch can map it into memory; else its tensors.
+    Raises: CheckpointError when it cannot be read, or cannot be read without running code.
+    """
+    # Under the names in the file there are placeholders, never the objects themselves.
+    placeholders: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
+    placeholders += [(_Placeholder, name) for name in PLACEHOLDER_NAMES]
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        with torch.serialization.safe_globals(placeholders), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the protocol of a pickle that is refused
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except OSError:
+        raise
+    except Exception as error:  # parsers raise all kinds of errors
+        if names := _refused_names(path, str(error)):
+            raise CheckpointError(
+                f"{path} cannot be read without running code: it holds {abbreviated(names)}. Nothing in it was run; "
+                f"{CONVERSION}"
+            ) from error
+        raise CheckpointError(
+            f"{path} is damaged, or no file by torch.save that can be read without running code. Nothing in it was "
+            f"run. If it is a pickle of modules, as of EDM and StyleGAN: {CONVERSION}"
+        ) from error
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether the file begins as files by ``torch.save``, or other pickles, do."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start[:1] == b"\x80" or start == b"PK\x03\x04"
+
+
+def _refused_names(path: Path, message: str) -> list[str]:
+    try:
+        names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # noqa: BLE001  a damaged file, or one by an old version of torch
+        names = set(re.findall(r"GLOBAL (\S+) was not an allowed global", message))
+    return sorted(names - {*PLACEHOLDER_NAMES})

@@ -1,0 +1,152 @@
+"""The formats of averages that ``torch.save`` writes, one function each.
+
+Each takes the content of a file, and returns its averages, or None if it is of another format.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.importing.foreign_averages import Counts, ForeignAverages
+from ema_dist.checkpoint.importing.named_tensors import WRAPPER_PREFIX, NamedTensors
+from ema_dist.schedules.laws import InverseGamma, Warmup
+from ema_dist.schedules.schedule import Schedule
+
+LARGEST_EXACT_FLOAT16 = 2048
+"""The number from which on float16 cannot hold every integer."""
+
+
+def averaged_model(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
+    """The ``state_dict()`` of ``torch.optim.swa_utils.AveragedModel``."""
+    others = content.keys() - {"n_averaged"}
+    if "n_averaged" not in content or not others or not all(name.startswith(WRAPPER_PREFIX) for name in others):
+        return None
+    tensors = NamedTensors.of_dictionary(content).without_prefix(WRAPPER_PREFIX).unwrapped()
+    steps = read_count(content["n_averaged"], "n_averaged", path)
+    return ForeignAverages("averaged-model", path, tensors, counts=Counts.of_each_step(steps))
+
+
+def lightning(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
+    """A checkpoint of Lightning with its callback ``WeightAveraging``, or the one of this package."""
+    averages, averaging_state = content.get("state_dict"), content.get("averaging_state")
+    if not isinstance(averages, Mapping) or not isinstance(averaging_state, Mapping):
+        return None
+    steps = read_count(averaging_state.get("n_averaged"), "averaging_state.n_averaged", path)
+    return ForeignAverages("lightning", path, NamedTensors.of_dictionary(averages), counts=Counts.of_each_step(steps))
+
+
+def timm(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
+    """A checkpoint of timm's ``CheckpointSaver``; older versions call the averages ``model_ema``."""
+    for key in ("state_dict_ema", "model_ema"):
+        if isinstance(averages := content.get(key), Mapping):
+            return ForeignAverages("timm", path, NamedTensors.of_dictionary(averages).unwrapped())
+    return None
+
+
+def diffusers_state(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
+    """The ``state_dict()`` of diffusers' ``EMAModel``, which lists its tensors without names."""
+    listed = content.get("shadow_params")
+    if not isinstance(listed, list) or not all(isinstance(tensor, Tensor) for tensor in listed):
+        return None
+    tensors = [tensor.detach() for tensor in listed]
+    return ForeignAverages("diffusers", path, None, tensors, counts=diffusers_counts(content, path))
+
+
+def ema_pytorch(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
+    """The ``state_dict()`` of ema-pytorch's ``EMA``, or a snapshot of its ``PostHocEMA``, ``<index>.<step>.pt``."""
+    if not {"initted", "step"} <= content.keys() or not any(name.startswith("ema_model.") for name in content):
+        return None
+    tensors = NamedTensors.of_dictionary(content).without_prefix("ema_model.").unwrapped()
+    step = content["step"]
+    is_snapshot = isinstance(step, Tensor) and step.is_floating_point()
+    name = re.fullmatch(r"\d+\.(\d+)\.pt", path.name) if is_snapshot else None
+    steps = int(name[1]) if name else read_count(step, "step", path)
+    if is_snapshot and not name and steps > LARGEST_EXACT_FLOAT16:
+        raise CheckpointError(
+            f"{path} holds its step as a {step.dtype}, {steps}, which is rounded: expected the name that PostHocEMA "
+            "gave to the file, such as 0.5000.pt, which ends with the step; give it back to the file"
+        )
+    return ForeignAverages("ema-pytorch", path, tensors, counts=Counts.of_each_step(steps))
+
+
+def composer(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
+    """A monolithic checkpoint of Composer with its algorithm ``EMA``, or the one of this package."""
+    state = content.get("state")
+    if not isinstance(state, Mapping):
+        return None
+    algorithms = state.get("algorithms")
+    for pair in algorithms.items() if isinstance(algorithms, Mapping) else algorithms or ():
+        match tuple(pair):
+            case ("EMA", {"ema_model": {"named_parameters_dict": parameters, "named_buffers_dict": buffers}} as ema):
+                return _composer_averages(state["model"], ema, parameters, buffers, path)
+    return None
+
+
+def _composer_averages(
+    model: Mapping[str, Any],
+    ema: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    buffers: Mapping[str, Any],
+    path: Path,
+) -> ForeignAverages:
+    # The model's names have no prefix of DDP, and a child of the model is often called `module`. Names that the model
+    # does not have are those of buffers that are not persistent.
+    unwrapped = {name: name if name in model else name.removeprefix(WRAPPER_PREFIX) for name in (*parameters, *buffers)}
+    names = {name: known for name, known in unwrapped.items() if known in model}
+    stored: Mapping[str, Any] = {**parameters, **buffers}
+    if ema.get("ema_weights_active", False):  # then these are the live weights, and the model holds the averages
+        stored = {name: model[known] for name, known in names.items()}
+        if exact := ema.get("averages"):  # this package stores them besides where the model has rounded them
+            stored = {name: exact[known] for name, known in names.items()}
+    averages = NamedTensors.of_dictionary({known: stored[name] for name, known in names.items()})
+    counts = Counts(are_recorded=False)
+    if "updates" in ema:  # Composer's own EMA counts nothing
+        steps, updates = (read_count(ema[key], key, path) for key in ("steps", "updates"))
+        counts = Counts(steps, updates)
+    return ForeignAverages(
+        "composer", path, averages, counts=counts, buffers=frozenset(unwrapped[name] for name in buffers)
+    )
+
+
+def nemo(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
+    """The file ``*-EMA.ckpt`` that NeMo 1 writes beside a checkpoint."""
+    averages, optimizers = content.get("state_dict"), content.get("optimizer_states")
+    if not isinstance(averages, Mapping) or not isinstance(optimizers, list):
+        return None
+    for optimizer in optimizers:
+        if isinstance(optimizer, Mapping) and {"ema", "current_step"} <= optimizer.keys():
+            steps = read_count(optimizer["current_step"], "current_step", path)
+            tensors = NamedTensors.of_dictionary(averages)
+            return ForeignAverages("nemo", path, tensors, counts=Counts.of_each_step(steps))
+    return None
+
+
+def diffusers_counts(settings: Mapping[str, Any], path: Path) -> Counts:
+    """The counts and the law in the settings of diffusers' ``EMAModel``."""
+    steps = read_count(settings.get("optimization_step"), "optimization_step", path)
+    start = read_count(settings.get("update_after_step", 0), "update_after_step", path)
+    min_decay = settings.get("min_decay", 0.0)
+    law: Schedule | None = None
+    try:
+        if settings.get("use_ema_warmup"):
+            law = InverseGamma(settings["decay"], settings["inv_gamma"], settings["power"], min_decay)
+        elif min_decay == 0:
+            law = Warmup(settings["decay"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the settings of its averages are damaged: {error}") from None
+    return Counts.of_each_step(steps, start=start, law=law)
+
+
+def read_count(value: object, name: str, path: Path) -> int:
+    """A count in a file. Raises: CheckpointError unless it is a whole number that is not negative."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    is_whole = isinstance(number, int | float) and not isinstance(number, bool) and number == number // 1
+    if not is_whole or not 0 <= number < 2**53:
+        raise CheckpointError(f"{path}: expected a number of steps in {name}, found {value!r}")
+    return int(number)
