@@ -1,0 +1,59 @@
+"""`launch/train_diffusers.py`, a training loop like diffusers' own under accelerate, on two DDP ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("diffusers", reason="needs diffusers: tox -e frameworks")
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
+
+import train_diffusers
+from recipe.script import UsageError
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+def run(folder: Path, epochs: int, *options: str) -> None:
+    """Runs the script in this process, with a new Accelerator, in the process group that there is."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  as accelerate's own tests do
+    # accelerate asks for these, which torchrun sets, although the process group exists.
+    os.environ |= {"LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    arguments = ["train_diffusers.py", "--device", "cpu", "--epochs", str(epochs)]
+    arguments += ["--output-dir", str(folder), *options]
+    with mock.patch.object(sys, "argv", arguments), mock.patch.object(dist, "destroy_process_group"):
+        train_diffusers.main()
+    dist.barrier()
+
+
+@pytest.mark.world_size(2, timeout=180)
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
+    """Bit for bit: live weights, averages with their settings and count, and the pipeline, which holds the averages."""
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    run(unbroken, 3)
+    run(resumed, 1)
+    with pytest.raises(UsageError, match="--resume"):
+        run(resumed, 3)
+    run(resumed, 3, "--resume")
+    averages = "checkpoint-3/unet_ema/diffusion_pytorch_model.safetensors"
+    final = "unet/diffusion_pytorch_model.safetensors"
+    for file in ("checkpoint-3/model.safetensors", averages, final):
+        tensors, expected = load_file(resumed / file), load_file(unbroken / file)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in tensors.items())
+    config = UNet2DModel.load_config(resumed / "checkpoint-3/unet_ema")
+    assert config == UNet2DModel.load_config(unbroken / "checkpoint-3/unet_ema")
+    assert (config["optimization_step"], config["decay"], config["use_ema_warmup"]) == (24, 0.99, True)
+    pipeline, stored = load_file(resumed / final), load_file(resumed / averages)
+    assert all(torch.equal(value, stored[name]) for name, value in pipeline.items())
+    live = load_file(resumed / "checkpoint-3/model.safetensors")
+    assert not all(torch.equal(value, stored[name]) for name, value in live.items())
