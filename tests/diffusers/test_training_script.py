@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,15 +21,21 @@ from safetensors.torch import load_file
 
 import train_diffusers
 from recipe.script import UsageError
+from tests.support import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
 
-def run(folder: Path, epochs: int, *options: str) -> None:
-    """Runs the script in this process, with a new Accelerator, in the process group that there is."""
+def prepare_accelerate() -> None:
+    """Let the next Accelerator of this process start anew, in the process group that there is."""
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  as accelerate's own tests do
     # accelerate asks for these, which torchrun sets, although the process group exists.
     os.environ |= {"LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def run(folder: Path, epochs: int, *options: str) -> None:
+    """Runs the script in this process."""
+    prepare_accelerate()
     arguments = ["train_diffusers.py", "--device", "cpu", "--epochs", str(epochs)]
     arguments += ["--output-dir", str(folder), *options]
     with mock.patch.object(sys, "argv", arguments), mock.patch.object(dist, "destroy_process_group"):
@@ -57,3 +65,23 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
     assert all(torch.equal(value, stored[name]) for name, value in pipeline.items())
     live = load_file(resumed / "checkpoint-3/model.safetensors")
     assert not all(torch.equal(value, stored[name]) for name, value in live.items())
+
+
+@pytest.mark.world_size(2, timeout=120)
+def test_the_script_of_the_page(tmp_path: Path) -> None:
+    """As printed in docs/diffusers.md: the folder holds the averages after eight steps, not the live weights."""
+    script = re.search(
+        r'^```py title="train.py"\n(.*?)^```$', (ROOT / "docs/diffusers.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert script is not None
+    prepare_accelerate()
+    os.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(script[1], names)
+    assert UNet2DModel.load_config("unet_ema")["optimization_step"] == names["ema_unet"].optimization_step == 8
+    saved = [*UNet2DModel.from_pretrained("unet_ema").parameters()]
+    live = [*names["unet"].parameters()]
+    assert all(
+        torch.equal(value, average) for value, average in zip(saved, names["ema_unet"].shadow_params, strict=True)
+    )
+    assert not any(torch.equal(value, weight) for value, weight in zip(saved, live, strict=True))
