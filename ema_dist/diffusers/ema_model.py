@@ -12,12 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ema_dist.averages.full_weights import copy_one, gather
 from ema_dist.averages.offload import Offloaded
+from ema_dist.diffusers.full_averages import (
+    gather_averages,
+    is_sharded,
+    load_averages,
+    require_shapes,
+    shapes_of,
+    write,
+)
 from ema_dist.diffusers.settings import DecaySettings
 from ema_dist.ema import ShardedEMA
 from ema_dist.kernels import copy_to_host
-from ema_dist.messages import abbreviated
 from ema_dist.sharding import Layout
 
 
@@ -80,7 +86,7 @@ class EMAModel:
         self.model_config = model_config
         self._settings = DecaySettings(decay, min_decay, update_after_step, use_ema_warmup, inv_gamma, power)
         self._model = model
-        self._shapes = _shapes(model)
+        self._shapes = shapes_of(model)
         self._dtype = dtype
         self._timeout = timeout
         self._store: Offloaded | None = None
@@ -126,7 +132,7 @@ class EMAModel:
         if self._ema is None and self._loaded is not None:
             return [tensor.clone() for tensor in self._loaded]
         layout = Layout(self._model, "copy")
-        full = self._gather(layout, is_destination=True)
+        full = gather_averages(self._ema, layout, "shadow_params", timeout=self._timeout, is_destination=True)
         return [full[name] for name in layout.parameters]
 
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -141,7 +147,19 @@ class EMAModel:
         """
         self._require_own([*parameters], "step")
         if self._ema is None:
-            self._ema = self._construct()
+            ema = ShardedEMA(
+                self._model,
+                decay=self._settings.make_law(),
+                start=self.update_after_step,
+                dtype=self._dtype,
+                replicas="copy",  # so that the main process may work alone
+                buffers="copy",
+                store=self._store,
+                timeout=self._timeout,
+            )
+            if self._loaded_step or self._loaded is not None:
+                load_averages(ema, self._loaded, self._settings, self._loaded_step)
+            self._ema, self._loaded, self._loaded_step = ema, None, 0
         self._ema.update()
 
     def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -151,7 +169,8 @@ class EMAModel:
             parameters: those of the model, or those of an unwrapped model like it, in the same order.
 
         Collective: no, except for a sharded model.
-        Raises: ValueError for parameters that do not match the averages, before anything changes.
+        Raises: ValueError for parameters that do not match the averages, before anything changes; RuntimeError when
+            ranks of a sharded model do not arrive within ``timeout``.
         """
         targets = [*parameters]
         if not self._are_own(targets):
@@ -161,7 +180,7 @@ class EMAModel:
         elif self._loaded is not None:
             layout = Layout(self._model, "copy")
             shards = layout.parameters.values()
-            _write(layout, {s.name: s.slice_full(full) for s, full in zip(shards, self._loaded, strict=True)})
+            write(layout, {s.name: s.slice_full(full) for s, full in zip(shards, self._loaded, strict=True)})
 
     def store(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep a copy of the model's parameters and buffers on the CPU, for `restore`.
@@ -187,7 +206,7 @@ class EMAModel:
         if self._stored is None:
             raise RuntimeError("restore() puts back what store() kept, and store() was not called: call it first")
         self._require_own([*parameters], "restore")
-        _write(Layout(self._model, "copy"), self._stored)
+        write(Layout(self._model, "copy"), self._stored)
         self._stored = None
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
@@ -197,15 +216,14 @@ class EMAModel:
 
         Collective: over the ranks that hold a sharded model. Memory: a model on the CPU of the rank that writes.
         Raises: ValueError if ``model_cls`` or ``model_config`` was not given; RuntimeError when the model that they
-            make has other parameters.
+            make has other parameters, and when ranks of a sharded model do not arrive within ``timeout``.
         """
         for name in ("model_cls", "model_config"):
             if getattr(self, name) is None:
                 raise ValueError(f"save_pretrained() needs {name}: pass it, EMAModel(model, {name}=...)")
         layout = Layout(self._model, "copy")
-        is_sharded = any(shard.gather_ranks for shard in layout.shards)
-        is_writer = not is_sharded or dist.get_rank() == layout.ranks[0]
-        full = self._gather(layout, is_destination=is_writer)
+        is_writer = not is_sharded(layout) or dist.get_rank() == layout.ranks[0]
+        full = gather_averages(self._ema, layout, "save_pretrained()", timeout=self._timeout, is_destination=is_writer)
         if not is_writer:
             return
         if self._ema is None and self._loaded is not None:
@@ -260,7 +278,7 @@ class EMAModel:
             raise ValueError(f"optimization_step must be an integer >= 0, got {step!r}")
         tensors = state_dict.get("shadow_params")
         if tensors is not None:
-            _require_shapes(tensors, self._shapes, "shadow_params")
+            require_shapes(tensors, self._shapes, "shadow_params")
             tensors = [tensor.detach().clone() for tensor in tensors]
         elif self._ema is not None or self._loaded is not None:
             tensors = self.shadow_params
@@ -302,50 +320,9 @@ class EMAModel:
             raise RuntimeError("pin_memory() after the first step: call it before")
         self._store = Offloaded()
 
-    def _construct(self) -> ShardedEMA:
-        """Construct the averages of the model as it is wrapped now, from what was loaded if there is something."""
-        ema = ShardedEMA(
-            self._model,
-            decay=self._settings.make_law(),
-            start=self._settings.update_after_step,
-            dtype=self._dtype,
-            replicas="copy",
-            buffers="copy",
-            store=self._store,
-            timeout=self._timeout,
-        )
-        if self._loaded_step or self._loaded is not None:
-            state = ema.state_dict(for_loading=True)
-            track = state["tracks"]["default"]
-            averages = track["averages"]
-            if self._loaded is not None:
-                full = dict(zip(Layout(self._model, "copy").parameters, self._loaded, strict=True))
-                averages = {name: full[name] for name in averages}
-            counts = {
-                "steps": self._loaded_step,
-                "updates": max(0, self._loaded_step - self._settings.update_after_step),
-            }
-            decay = self._settings.decay_entry(self._loaded_step)
-            track = {**track, "averages": averages, "decay": decay}
-            ema.load_state_dict({**state, **counts, "tracks": {"default": track}})
-        self._loaded, self._loaded_step = None, 0
-        return ema
-
-    def _gather(self, layout: Layout, *, is_destination: bool) -> dict[str, Any]:
-        """The averaged model in full, by name; without averages the live one. Collective: for a sharded model."""
-        averages: dict[str, Tensor] = {}
-        if self._ema is not None:
-            stored = self._ema.state_dict()["tracks"]["default"]["averages"]
-            averages = {name: layout.parameters[name].unwrap(value) for name, value in stored.items()}
-        dtypes = {average.dtype for average in averages.values()}
-        is_rounded = any(average.dtype != layout.parameters[name].owner.dtype for name, average in averages.items())
-        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        entries = gather(layout, averages, dtype=dtype if is_rounded else None, is_destination=is_destination)
-        return dict(entries)
-
     def _copy_to_others(self, targets: list[nn.Parameter]) -> None:
         averages = self.shadow_params
-        _require_shapes(targets, [average.shape for average in averages], "parameters given to copy_to()")
+        require_shapes(targets, [average.shape for average in averages], "parameters given to copy_to()")
         with torch.no_grad():
             for target, average in zip(targets, averages, strict=True):
                 target.copy_(average)
@@ -362,29 +339,3 @@ class EMAModel:
                 f"of which {shared} are its parameters. Pass parameters() of the same model; if it was rebuilt, "
                 "construct EMAModel again from the new one"
             )
-
-
-def _shapes(model: nn.Module) -> list[torch.Size]:
-    return [parameter.shape for parameter in model.parameters()]
-
-
-def _require_shapes(tensors: list[Any], shapes: list[torch.Size], what: str) -> None:
-    """Raise ValueError unless there is one tensor for each shape."""
-    if len(tensors) != len(shapes):
-        raise ValueError(f"{what}: expected {len(shapes)} tensors, got {len(tensors)}")
-    if different := [
-        f"number {index} ({tuple(shape)}, {tuple(tensor.shape)})"
-        for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True))
-        if tensor.shape != shape
-    ]:
-        raise ValueError(f"{what} have other shapes (expected, got): {abbreviated(different)}")
-
-
-@torch.no_grad()
-def _write(layout: Layout, values: Mapping[str, Tensor]) -> None:
-    """Write this rank's values of parameters and buffers into the model."""
-    layout.wait_for_device()
-    for shard in layout.shards:
-        if shard.name in values:
-            copy_one(shard.local, values[shard.name])
-            shard.increment_other_versions()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from ema_dist.diffusers import EMAModel
+from tests.support import ROOT
 from tests.support.layouts import Net, full_weights, layouts, make_net, train_step, wrap
 
 pytestmark = pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained:FutureWarning")  # diffusers' own
@@ -157,6 +160,20 @@ def test_a_sharded_model_is_saved_and_loaded(tmp_path: Path) -> None:
     assert resumed.ema.initial_mass() == 0
 
 
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_one_rank_of_a_sharded_model_does_not_wait_for_ever(steps: int, tmp_path: Path) -> None:
+    unet = make_unet()
+    ema = EMAModel(unet, model_cls=UNet2DModel, model_config=unet.config, timeout=1)
+    fully_shard(unet)
+    for _ in range(steps):
+        ema.step(unet.parameters())
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"save_pretrained\(\)"):
+            ema.save_pretrained(tmp_path)
+    dist.barrier()
+
+
 @pytest.mark.parametrize("through", ["folder", "state"])
 @pytest.mark.parametrize("settings", SETTINGS[1:3], ids=["bounded", "warm-up"])
 def test_diffusers_and_this_class_continue_from_each_other(
@@ -257,6 +274,13 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
     net.embed.weight = nn.Parameter(torch.zeros(5, 6))  # as rebuilding the model does
     with pytest.raises(ValueError, match=r"embed\.weight.*\(5, 6\)"):
         ema.step(net.parameters())
+
+
+def test_without_diffusers_the_import_says_what_to_install() -> None:
+    with mock.patch("importlib.util.find_spec", return_value=None):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install.*diffusers") as raised:
+            runpy.run_path(str(ROOT / "ema_dist" / "diffusers" / "__init__.py"))
+        assert raised.value.name == "diffusers"
 
 
 def test_deepspeed_zero3_is_refused() -> None:

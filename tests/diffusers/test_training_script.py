@@ -15,11 +15,15 @@ pytest.importorskip("diffusers", reason="needs diffusers: tox -e frameworks")
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
+from torch import Tensor
 
 import train_diffusers
+from ema_dist.diffusers import EMAModel
 from recipe.script import UsageError
 from tests.support import ROOT
 
@@ -85,3 +89,33 @@ def test_the_script_of_the_page(tmp_path: Path) -> None:
         torch.equal(value, average) for value, average in zip(saved, names["ema_unet"].shadow_params, strict=True)
     )
     assert not any(torch.equal(value, weight) for value, weight in zip(saved, live, strict=True))
+
+
+@pytest.mark.world_size(2, timeout=120)
+@pytest.mark.parametrize("efficient_loading", ["plain", "meta"])
+def test_accelerate_shards_the_model_after_construction(efficient_loading: str, tmp_path: Path) -> None:
+    """FSDP2 by ``accelerator.prepare``, whose loading may pass through the meta device; then saved by all ranks."""
+    prepare_accelerate()
+    PartialState(cpu=True)
+    # On a CPU, accelerate ignores FSDP without a word, and trains with DDP.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # noqa: SLF001
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=efficient_loading == "meta"
+    )
+    accelerator = Accelerator(fsdp_plugin=plugin)
+    torch.manual_seed(0)
+    unet = UNet2DModel(**train_diffusers.UNET)
+    ema = EMAModel(unet, decay=0.9, model_cls=UNet2DModel, model_config=unet.config)
+    unet, optimizer = accelerator.prepare(unet, torch.optim.AdamW(unet.parameters(), lr=1e-2))
+    expected: list[Tensor] = []
+    for decay in (0.0, 2 / 11, 3 / 12):
+        accelerator.backward(unet(torch.ones(1, 1, 8, 8), torch.tensor([3])).sample.square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+        live = [parameter.full_tensor().double() for parameter in unet.parameters()]
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected or live, live, strict=True)]
+    ema.save_pretrained(tmp_path)
+    dist.barrier()
+    for average, value in zip(UNet2DModel.from_pretrained(tmp_path).parameters(), expected, strict=True):
+        torch.testing.assert_close(average.double(), value, rtol=1e-5, atol=1e-6)

@@ -14,6 +14,7 @@ pytest.importorskip("torchtitan", reason="needs torchtitan: tox -e frameworks")
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +25,7 @@ from torchtitan.components.optimizer.optimizer import ParamGroupConfig
 
 from ema_dist import HalfLife, ShardedEMA
 from tests.support import ROOT
+from tests.support.cli_runs import run_ok
 from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, assert_bitwise_equal, full_weights
 
 pytestmark = [
@@ -138,6 +140,10 @@ def test_a_resumed_run_equals_an_unbroken_one(mode: str, tmp_path: Path) -> None
     resumed = Run(tmp_path, seed=1, async_mode=mode, last_save_model_only=False)
     assert resumed.checkpointer.load(4)
     assert (resumed.train_state.step, resumed.ema.steps) == (4, 4)
+    loaded = averages(resumed)
+    if dist.get_rank() == 0:
+        run_ok("export", str(tmp_path / "checkpoint" / "step-4"), str(tmp_path / "averaged"), "--entry", "ema")
+        assert_bitwise_equal(load_file(tmp_path / "averaged" / "model.safetensors"), loaded)
     resumed.train(6, last=6)
     assert_bitwise_equal(resumed.weights(), unbroken.weights())
     assert_bitwise_equal(averages(resumed), averages(unbroken))
