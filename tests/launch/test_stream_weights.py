@@ -28,11 +28,11 @@ def output_of(*command: str | Path) -> str:
     return ended.stdout
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_the_engine_has_the_averages_of_the_trainer(parallel: str) -> None:
+def test_the_engine_has_the_averages_of_the_trainer() -> None:
     """Every tensor is verified after each epoch, and the engine scores as the trainer does with its averages."""
+    # Some seconds: torchrun, two ranks and the engine each import torch.
     short = ("--device", "cpu", "--epochs", "2", "--batch-size", "648", "--half-life", "2")
-    script = (LAUNCH / "stream_weights.py", "--parallel", parallel)
+    script = (LAUNCH / "stream_weights.py", "--parallel", "fsdp2")
     output = output_of(*TORCHRUN, "--standalone", "--nproc-per-node", "2", *script, *short)
     updates = re.findall(r"^epoch +(\d+)  engine: (\d+) tensors verified, (.*)$", output, re.MULTILINE)
     assert [(epoch, count) for epoch, count, _ in updates] == [("1", "55"), ("2", "55")]
@@ -73,6 +73,7 @@ def test_tensors_arrive_bit_identical(shape: tuple[int, ...], dtype: torch.dtype
 
 
 def test_both_ways_are_on_the_page(tmp_path: Path) -> None:
+    # Some seconds: four ranks and two engines import torch.
     options = ("--quick", "--device", "cpu", "--repeats", "2", "--output-dir", tmp_path)
     output_of(sys.executable, "-m", "launch.cost.streaming", *options)
     records = json.loads((tmp_path / "streaming.json").read_text())["streaming"]
