@@ -50,6 +50,8 @@ _forkserver_context.set_forkserver_preload(
         "ema_dist.transformers",
         "ema_dist.accelerate",
         "ema_dist.diffusers",
+        "diffusers.training_utils",
+        "diffusers.models.unets.unet_2d",
     ]
 )
 

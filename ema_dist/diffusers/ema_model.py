@@ -1,0 +1,341 @@
+"""diffusers' EMAModel, its arguments, methods and files, over a `ShardedEMA`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ema_dist.averages.offload import Offloaded
+from ema_dist.diffusers.full_averages import (
+    gather_averages,
+    is_sharded,
+    load_averages,
+    require_shapes,
+    shapes_of,
+    write,
+)
+from ema_dist.diffusers.settings import DecaySettings
+from ema_dist.ema import ShardedEMA
+from ema_dist.kernels import copy_to_host
+from ema_dist.sharding import Layout
+
+
+def _setting(name: str, meaning: str) -> Any:  # noqa: ANN401  as `property`
+    return property(attrgetter(f"_settings.{name}"), doc=meaning)
+
+
+class EMAModel:
+    """diffusers' EMAModel on every layout: change the import, and pass the model instead of its parameters.
+
+    The averages are constructed at the first `step`, so the model may be wrapped in DDP or by ``fully_shard`` after
+    this. Until then they are the weights of the model, or those loaded by `load_state_dict`. Frozen parameters have
+    no average of their own: they are copied from the model.
+
+    Args:
+        model: the model, before or after ``accelerator.prepare``. For FSDP1: what ``prepare`` returned.
+        decay: the largest decay.
+        min_decay: the smallest decay after the first update.
+        update_after_step: up to and including this step, and at the next one, the averages copy the weights.
+        use_ema_warmup: whether the decay grows as ``1 - (1 + step / inv_gamma) ** -power``. Otherwise it grows as
+            ``(1 + step) / (10 + step)``.
+        inv_gamma: of the warm-up.
+        power: of the warm-up.
+        foreach: accepted for compatibility; updates always run on lists of tensors.
+        model_cls: the model's class, for `save_pretrained`.
+        model_config: the model's configuration, for `save_pretrained`.
+        dtype: dtype of the averages, as for `ShardedEMA`.
+        timeout: seconds that ranks wait for each other in a collective call, as for `ShardedEMA`.
+
+    Collective: the first `step`, over the ranks that hold a model that was wrapped before or is sharded. Under DDP
+        after this, no method communicates.
+    Memory: as `ShardedEMA` with ``replicas="copy"``.
+    Raises: TypeError for an argument of a wrong type; ValueError for a number out of range.
+    Source: ``diffusers.training_utils.EMAModel`` of diffusers 0.42.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float = 0.9999,
+        min_decay: float = 0.0,
+        update_after_step: int = 0,
+        use_ema_warmup: bool = False,  # noqa: FBT001, FBT002  as diffusers has it
+        inv_gamma: float = 1.0,
+        power: float = 2 / 3,
+        foreach: bool = False,  # noqa: FBT001, FBT002
+        model_cls: Any | None = None,  # noqa: ANN401
+        model_config: Mapping[str, Any] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"expected the model, got a {type(model).__name__}: pass EMAModel(unet, ...) instead of "
+                "EMAModel(unet.parameters(), ...)"
+            )
+        self.foreach = foreach
+        self.model_cls = model_cls
+        self.model_config = model_config
+        self._settings = DecaySettings(decay, min_decay, update_after_step, use_ema_warmup, inv_gamma, power)
+        self._model = model
+        self._shapes = shapes_of(model)
+        self._dtype = dtype
+        self._timeout = timeout
+        self._store: Offloaded | None = None
+        self._ema: ShardedEMA | None = None
+        self._loaded: list[Tensor] | None = None
+        """Full averages that were loaded, until `_ema` is constructed."""
+        self._loaded_step = 0
+        self._stored: dict[str, Tensor] | None = None
+        """This rank's live parameters and buffers since `store`."""
+
+    decay: float = _setting("decay", "The largest decay.")
+    min_decay: float = _setting("min_decay", "The smallest decay after the first update.")
+    update_after_step: int = _setting("update_after_step", "The last step before averaging begins.")
+    use_ema_warmup: bool = _setting("use_ema_warmup", "Whether the decay grows by ``inv_gamma`` and ``power``.")
+    inv_gamma: float = _setting("inv_gamma", "The inverse multiplicative factor of the warm-up.")
+    power: float = _setting("power", "The exponent of the warm-up.")
+
+    @property
+    def ema(self) -> ShardedEMA | None:
+        """The averages; None until the first `step`."""
+        return self._ema
+
+    @property
+    def optimization_step(self) -> int:
+        """Number of calls of `step`, those of a loaded state included."""
+        return self._loaded_step if self._ema is None else self._ema.steps
+
+    @property
+    def cur_decay_value(self) -> float | None:
+        """The factor of the old average at the last step; None before the first one."""
+        return self.get_decay(self.optimization_step) if self.optimization_step else None
+
+    def get_decay(self, optimization_step: int) -> float:
+        """The factor of the old average at a step, counted from 1; 0 if it copies the weights."""
+        return self._settings.decay_at(optimization_step)
+
+    @property
+    def shadow_params(self) -> list[Tensor]:
+        """Copies of the full averages on the CPU, in the order of ``model.parameters()``, frozen parameters included.
+
+        Collective: over the ranks that hold a sharded model; on each of them it returns the whole list.
+        """
+        if self._ema is None and self._loaded is not None:
+            return [tensor.clone() for tensor in self._loaded]
+        layout = Layout(self._model, "copy")
+        full = gather_averages(self._ema, layout, "shadow_params", timeout=self._timeout, is_destination=True)
+        return [full[name] for name in layout.parameters]
+
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Update the averages; call it on every rank after each optimizer step.
+
+        Args:
+            parameters: ``model.parameters()``, of the model as it is wrapped now.
+
+        Collective: the first call; see the class. Later calls are not.
+        Raises: ValueError for parameters of another model, and when the model was changed or wrapped after the first
+            call, or is partitioned by DeepSpeed ZeRO-3.
+        """
+        self._require_own([*parameters], "step")
+        if self._ema is None:
+            ema = ShardedEMA(
+                self._model,
+                decay=self._settings.make_law(),
+                start=self.update_after_step,
+                dtype=self._dtype,
+                replicas="copy",  # so that the main process may work alone
+                buffers="copy",
+                store=self._store,
+                timeout=self._timeout,
+            )
+            if self._loaded_step or self._loaded is not None:
+                load_averages(ema, self._loaded, self._settings, self._loaded_step)
+            self._ema, self._loaded, self._loaded_step = ema, None, 0
+        self._ema.update()
+
+    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Overwrite ``parameters`` with the averages.
+
+        Args:
+            parameters: those of the model, or those of an unwrapped model like it, in the same order.
+
+        Collective: no, except for a sharded model.
+        Raises: ValueError for parameters that do not match the averages, before anything changes; RuntimeError when
+            ranks of a sharded model do not arrive within ``timeout``.
+        """
+        targets = [*parameters]
+        if not self._are_own(targets):
+            self._copy_to_others(targets)
+        elif self._ema is not None:
+            self._ema.copy_to(self._model)
+        elif self._loaded is not None:
+            layout = Layout(self._model, "copy")
+            shards = layout.parameters.values()
+            write(layout, {s.name: s.slice_full(full) for s, full in zip(shards, self._loaded, strict=True)})
+
+    def store(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep a copy of the model's parameters and buffers on the CPU, for `restore`.
+
+        Args:
+            parameters: ``model.parameters()``.
+
+        Collective: no. Memory: the live parameters and buffers of this rank, on the CPU.
+        Raises: ValueError for parameters of another model.
+        """
+        self._require_own([*parameters], "store")
+        self._stored = {shard.name: copy_to_host(shard.local) for shard in Layout(self._model, "copy").shards}
+
+    def restore(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Put back what `store` kept, bit-identical.
+
+        Args:
+            parameters: ``model.parameters()``.
+
+        Collective: no.
+        Raises: RuntimeError without a `store` before; ValueError for parameters of another model.
+        """
+        if self._stored is None:
+            raise RuntimeError("restore() puts back what store() kept, and store() was not called: call it first")
+        self._require_own([*parameters], "restore")
+        write(Layout(self._model, "copy"), self._stored)
+        self._stored = None
+
+    def save_pretrained(self, path: str | PathLike[str]) -> None:
+        """Write the averages and settings as a folder that diffusers' own `from_pretrained` loads.
+
+        The main process may call it alone, except for a sharded model: all of its ranks call it, the first one writes.
+
+        Collective: over the ranks that hold a sharded model. Memory: a model on the CPU of the rank that writes.
+        Raises: ValueError if ``model_cls`` or ``model_config`` was not given; RuntimeError when the model that they
+            make has other parameters, and when ranks of a sharded model do not arrive within ``timeout``.
+        """
+        for name in ("model_cls", "model_config"):
+            if getattr(self, name) is None:
+                raise ValueError(f"save_pretrained() needs {name}: pass it, EMAModel(model, {name}=...)")
+        layout = Layout(self._model, "copy")
+        is_writer = not is_sharded(layout) or dist.get_rank() == layout.ranks[0]
+        full = gather_averages(self._ema, layout, "save_pretrained()", timeout=self._timeout, is_destination=is_writer)
+        if not is_writer:
+            return
+        if self._ema is None and self._loaded is not None:
+            full |= dict(zip(layout.parameters, self._loaded, strict=True))
+        model = self.model_cls.from_config(self.model_config)  # pyrefly: ignore[missing-attribute]
+        model.register_to_config(**self._settings.as_dict(), optimization_step=self.optimization_step)
+        model.load_state_dict(full)
+        model.save_pretrained(path)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | PathLike[str],
+        model_cls: Any,  # noqa: ANN401
+        foreach: bool = False,  # noqa: FBT001, FBT002  as diffusers has it
+    ) -> EMAModel:
+        """An EMAModel with the averages and settings of a folder by `save_pretrained`, this class's or diffusers'.
+
+        It has a model of its own. Load its `state_dict` into the EMAModel of the model that is trained.
+
+        Args:
+            path: the folder.
+            model_cls: the model's class.
+            foreach: as for the constructor.
+        """
+        model = model_cls.from_pretrained(path)
+        ema = cls(model, foreach=foreach, model_cls=model_cls, model_config=model.config)
+        ema.load_state_dict(model_cls.load_config(path))
+        return ema
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings, ``optimization_step`` and `shadow_params`, as diffusers' own `load_state_dict` takes them.
+
+        Collective: as `shadow_params`.
+        """
+        return {
+            **self._settings.as_dict(),
+            "optimization_step": self.optimization_step,
+            "shadow_params": self.shadow_params,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a state by this class or diffusers' own, settings included; what it lacks stays as it is.
+
+        Every rank passes the same state. The averages are copied and sharded at the next `step`.
+
+        Raises: ValueError before any change, when tensors differ in number or shape from the model's parameters.
+        """
+        settings = self._settings.updated(state_dict)
+        step = state_dict.get("optimization_step", self.optimization_step)
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"optimization_step must be an integer >= 0, got {step!r}")
+        tensors = state_dict.get("shadow_params")
+        if tensors is not None:
+            require_shapes(tensors, self._shapes, "shadow_params")
+            tensors = [tensor.detach().clone() for tensor in tensors]
+        elif self._ema is not None or self._loaded is not None:
+            tensors = self.shadow_params
+        self._settings, self._loaded_step, self._loaded, self._ema = settings, step, tensors, None
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,  # noqa: ARG002, FBT001, FBT002  as diffusers has it
+    ) -> None:
+        """Choose the dtype of the averages, before the first `step`; ``device`` is accepted for compatibility.
+
+        Averages are on the device of the live weights, or in CPU memory after `pin_memory`: the transfers of scripts
+        with ``--offload_ema`` are not needed.
+
+        Raises: RuntimeError for another ``dtype`` after the first step.
+        Warns: UserWarning for ``to("cpu")`` without `pin_memory`, if the live weights are on another device.
+        """
+        if dtype is not None and dtype != self._dtype:
+            if self._ema is not None:
+                raise RuntimeError(f"to(dtype={dtype}) after the first step: call it before, or pass EMAModel(dtype=)")
+            self._dtype = dtype
+        if device is not None and self._store is None and torch.device(device).type == "cpu":
+            live = next(self._model.parameters()).device.type
+            if live not in ("cpu", "meta"):
+                warnings.warn(
+                    f'to("cpu") has no effect: the averages stay on {live} beside the weights. To keep them in CPU '
+                    "memory, call pin_memory() before the first step",
+                    stacklevel=2,
+                )
+
+    def pin_memory(self) -> None:
+        """Keep the averages in pinned CPU memory, as ``store=Offloaded()``; call it before the first `step`.
+
+        Raises: RuntimeError after the first step, unless they are there.
+        """
+        if self._ema is not None and self._store is None:
+            raise RuntimeError("pin_memory() after the first step: call it before")
+        self._store = Offloaded()
+
+    def _copy_to_others(self, targets: list[nn.Parameter]) -> None:
+        averages = self.shadow_params
+        require_shapes(targets, [average.shape for average in averages], "parameters given to copy_to()")
+        with torch.no_grad():
+            for target, average in zip(targets, averages, strict=True):
+                target.copy_(average)
+
+    def _are_own(self, parameters: list[nn.Parameter]) -> bool:
+        return [*map(id, parameters)] == [*map(id, self._model.parameters())]
+
+    def _require_own(self, parameters: list[nn.Parameter], method: str) -> None:
+        if not self._are_own(parameters):
+            own = {id(parameter) for parameter in self._model.parameters()}
+            shared = sum(id(parameter) in own for parameter in parameters)
+            raise ValueError(
+                f"{method}() expected the {len(own)} parameters of the model given to EMAModel, got {len(parameters)}, "
+                f"of which {shared} are its parameters. Pass parameters() of the same model; if it was rebuilt, "
+                "construct EMAModel again from the new one"
+            )

@@ -1,0 +1,124 @@
+"""Sends named weights to a stand-in for an inference engine, a process of its own that verifies each of them.
+
+A message is the header of a tensor, as JSON, followed by its bytes; nothing is unpickled.
+"""
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+END = "end of weights"
+STOP = "stop"
+
+
+class Engine:
+    """The trainer's end of an engine: a process that holds its own copy of the model.
+
+    Args:
+        make_model: makes the engine's model, in its process.
+        answer: what the engine returns for its model after each update, as JSON values; called in its process.
+        verifies: whether every tensor is compared by checksum with what was sent.
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        answer: Callable[[nn.Module], Any] | None = None,
+        *,
+        verifies: bool = True,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other_end = context.Pipe()
+        self._verifies = verifies
+        self._process = context.Process(target=serve, args=(other_end, make_model, answer), daemon=True)
+        self._process.start()
+        other_end.close()
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[int, Any]:
+        """Send the weights one by one; returns the number of tensors that the engine has verified, and its answer.
+
+        Raises: RuntimeError when the engine holds other values than those sent, or lacks some.
+        """
+        for name, tensor in weights:
+            send_tensor(self._connection, name, tensor, with_checksum=self._verifies)
+        _send_json(self._connection, END)
+        report = _receive_json(self._connection)
+        if report["wrong"] or report["missing"]:
+            raise RuntimeError(f"the engine's weights are not those sent: {report}")
+        return report["verified"], report["answer"]
+
+    def stop(self) -> None:
+        """End the process."""
+        _send_json(self._connection, STOP)
+        self._process.join()
+
+
+def serve(
+    connection: Connection, make_model: Callable[[], nn.Module], answer: Callable[[nn.Module], Any] | None
+) -> None:
+    """The engine's process: receives updates until it is told to stop, or the trainer has ended."""
+    torch.set_num_threads(1)
+    model = make_model()
+    weights = model.state_dict()
+    while True:
+        checksums: dict[str, str | None] = {}
+        try:
+            for name, tensor, checksum in receive_tensors(connection):
+                weights[name].copy_(tensor)
+                checksums[name] = checksum
+        except EOFError:
+            return
+        verified = [name for name, checksum in checksums.items() if checksum == sha256(weights[name])]
+        report = {
+            "verified": len(verified),
+            "wrong": [name for name, checksum in checksums.items() if checksum and name not in verified],
+            "missing": [name for name in weights if name not in checksums],
+            "answer": answer(model) if answer else None,
+        }
+        _send_json(connection, report)
+
+
+def send_tensor(connection: Connection, name: str, tensor: Tensor, *, with_checksum: bool) -> None:
+    """Send one CPU tensor."""
+    header = {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": [*tensor.shape]}
+    _send_json(connection, header | {"sha256": sha256(tensor) if with_checksum else None})
+    if tensor.numel():
+        connection.send_bytes(_bytes_of(tensor))
+
+
+def receive_tensors(connection: Connection) -> Iterator[tuple[str, Tensor, str | None]]:
+    """The name, value and checksum of each tensor of one update.
+
+    Raises: EOFError when the other end has ended, or has sent `STOP`.
+    """
+    while (header := _receive_json(connection)) != END:
+        if header == STOP:
+            raise EOFError
+        tensor = torch.empty(header["shape"], dtype=getattr(torch, header["dtype"]))
+        if tensor.numel():
+            connection.recv_bytes_into(_bytes_of(tensor))
+        yield header["name"], tensor, header["sha256"]
+
+
+def sha256(tensor: Tensor) -> str:
+    """The digest of the tensor's bytes."""
+    return hashlib.sha256(_bytes_of(tensor) if tensor.numel() else b"").hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _send_json(connection: Connection, value: object) -> None:
+    connection.send_bytes(json.dumps(value).encode())
+
+
+def _receive_json(connection: Connection) -> Any:  # noqa: ANN401
+    return json.loads(connection.recv_bytes())
