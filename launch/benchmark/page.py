@@ -196,7 +196,7 @@ def target_table(targets: Iterable[Target]) -> Table:
             measured = f"{target.show(target.measured)} {target.unit}"
             verdict = "reached" if target.reached else "MISSED"
         rows.append([target.what, f"{target.show(target.limit)} {target.unit}", measured, verdict])
-    return Table("Targets of this project, for maintainers", ["", "to reach: at most", "measured", ""], rows)
+    return Table("Targets of this project, for maintainers", ["target", "limit", "measured", "result"], rows)
 
 
 def entry(key: str, show: Callable[[Any], str]) -> MethodColumn:
