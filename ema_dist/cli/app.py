@@ -66,9 +66,9 @@ def inspect(
     step: StepOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the contents of a checkpoint: step, layouts, tracks, decays, tensors, and distances of averages.
+    """Show a checkpoint's step, layouts, tracks, decays and tensors, and how far averages are from live weights.
 
-    The distance of an average from the live weight is |average - live| / |live|, in Euclidean norms.
+    The distance of an average is |average - live| / |live|, in Euclidean norms.
 
     The keys of --json: path, step and saved (null after plain dcp.save; else world_size, torch, layouts by entry),
     entries (by name: kind, tensors, dtypes, pieces, bytes), averages (by entry: model, steps, updates, time, tracks
