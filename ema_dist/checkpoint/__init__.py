@@ -1,11 +1,11 @@
-"""Atomic, verified checkpoints: written aside and renamed, checked before they are read, resharded by DCP.
+"""Atomic, verified checkpoints: written under a temporary name and renamed, verified before loading, resharded by DCP.
 
-`save` and `load` are for resuming; `gather` and `scatter` for full weights in files that others read; `merge` for means
-of several checkpoints, `reconstruct` for averages chosen after training, `import_averages` for those of other
-packages. Needs the extra ``checkpoint``.
+`save` and `load` are for resuming. `gather` and `scatter` write and read files of full weights, which other libraries
+load. `merge` averages several checkpoints, `reconstruct` makes averages that were chosen after training, and
+`import_averages` loads those of other packages. Needs the extra ``checkpoint``.
 
-Reading a folder of DCP belongs in `dcp`, files of full weights in `weights`; what averages are, and how they are
-gathered, belongs in ``ema_dist.averages``. May import `ema_dist.ema` and the levels below it.
+Code that reads DCP folders belongs in `dcp`, and code for files of full weights in `weights`. What averages are and how
+they are gathered belongs in ``ema_dist.averages``. May import `ema_dist.ema` and the levels below it.
 """
 
 from importlib.util import find_spec

@@ -13,17 +13,18 @@ from torch.distributed import ProcessGroup
 
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.communication.rendezvous import advice_on_absence, rendezvous
+from ema_dist.messages import abbreviated
 
 T = TypeVar("T")
 
 
 def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
-    """This rank in ``group`` and the number of its ranks; without a group, those of one process."""
+    """Return this rank in ``group`` and the number of ranks; ``(0, 1)`` without a group."""
     return (group.rank(), group.size()) if group else (0, 1)
 
 
 _groups: MutableMapping[object, ProcessGroup] = WeakKeyDictionary()
-"""The group for checkpoints in the background, and where the default group does not communicate on the CPU."""
+"""The gloo group made beside each default group, for background saves and default groups without a CPU backend."""
 
 
 def checkpoint_rendezvous(
@@ -36,8 +37,8 @@ def checkpoint_rendezvous(
 ) -> ProcessGroup | None:
     """Wait until all ranks have reached ``call``; return the group for checkpoints, None without a process group.
 
-    That is the default group if it communicates on the CPU. Else, and for the background, it is a group of its own,
-    made once: two threads cannot share one.
+    This is the default group if it communicates on the CPU. Otherwise, and for background saves, it is a separate gloo
+    group, created once: two threads cannot use one group at the same time.
 
     Args:
         compared: as for `rendezvous`.
@@ -47,7 +48,7 @@ def checkpoint_rendezvous(
     Raises: RendezvousError when a rank does not arrive in time or arrives with a problem, and when ranks differ.
     """
     if not dist.is_initialized():
-        # torch warns of the obvious at each single-process save and load, some of them in a thread.
+        # torch warns about the missing process group at each single-process save and load, sometimes in a thread.
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         rendezvous(call, [], timeout=timeout, problem=problem)
         return None
@@ -87,7 +88,7 @@ def run_on_first_rank(call: Callable[[], T], group: ProcessGroup | None) -> T:
 def run_on_all_ranks(call: Callable[[], T], group: ProcessGroup | None) -> T:
     """Call ``call`` on every rank and return its result there; an error on one becomes a CheckpointError on all.
 
-    A rank raises its own error if that is a ValueError, or a RuntimeError.
+    A rank on which ``call`` raised a ValueError or a RuntimeError raises that error instead.
 
     Collective: over ``group``.
     """
@@ -122,7 +123,7 @@ def describe_rank_differences(names: Sequence[str], group: ProcessGroup | None) 
     Collective: over ``group``.
     """
     differing = sorted({*names} ^ {*run_on_first_rank(lambda: names, group)})
-    report = f"ranks 0 and {group.rank()} differ in {differing}" if differing and group else ""
+    report = f"ranks 0 and {group.rank()} differ in {abbreviated(differing)}" if differing and group else ""
     return "; ".join(gather_problems([report] * bool(report), group))
 
 

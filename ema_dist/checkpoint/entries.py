@@ -1,4 +1,4 @@
-"""The values that users save and load: how each becomes tensors for DCP, and takes over what DCP has read."""
+"""Entries: how each value that a user saves becomes tensors for DCP, and how it takes over what DCP has read."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class RebuiltValue:
 
 
 class ModelEntry(Entry):
-    """A module's live weights, also during a swap, under the names of the unwrapped module's ``state_dict()``.
+    """A module's live weights, even during a swap, under the names of the unwrapped module's ``state_dict()``.
 
     If the checkpoint holds averages under this key, they become the module's weights; tensors without an average are
     read from the model saved beside them.
@@ -110,7 +110,7 @@ class ModelEntry(Entry):
 
     def state_to_save(self) -> dict[str, Any]:
         swaps = active_swaps(self.layout.model)
-        # The module may be a submodule of a swapped model, with other names: storage is what the two have in common.
+        # The module may be a submodule of a swapped model, where its tensors have other names: match them by storage.
         swapped_out = {
             _storage_key(shard): tensor
             for swap in swaps
@@ -142,7 +142,7 @@ class ModelEntry(Entry):
         only_in_checkpoint = weight_names.keys() - self.layout.shards_by_name().keys()
         only_in_checkpoint |= extra_states.keys() - expected_states
         if difference := describe_difference("the model", only_in_model, "the checkpoint", only_in_checkpoint):
-            raise ValueError(f"it is of another model: {difference}")
+            raise ValueError(f"the checkpoint was saved from a different model: {difference}")
         _require_same_shapes({weight_names[shard.name]: shard.shape for shard in self.layout.shards}, contents)
         self.layout.wait_for_device()  # queued passes may still copy the weights that are about to be read into
         self._targets = [Target.create(shard, shard.local) for shard in self.layout.shards]
@@ -161,10 +161,10 @@ class ModelEntry(Entry):
 
 
 class EMAEntry(Entry):
-    """A `ShardedEMA`. From a checkpoint without averages for it, it starts from the live weights stored there.
+    """A `ShardedEMA`. If the checkpoint has no averages for it, the averages start from the live weights stored there.
 
     Args:
-        models: the other entries; if one is of its model, or of one that contains it, that loads the live weights.
+        models: the model entries beside it. If one of them contains its model, that entry loads the live weights.
     """
 
     def __init__(self, key: str, ema: ShardedEMA, models: Iterable[ModelEntry]) -> None:
@@ -195,7 +195,7 @@ class EMAEntry(Entry):
             model = contents.find_model_key(self.key, [str(path[-1]) for path in tensors])
             if model is None:
                 raise ValueError(
-                    f"the checkpoint has neither averages nor live weights of these; it has {contents.entry_keys}"
+                    f"expected averages or live weights of its model in the checkpoint, found {contents.entry_keys}"
                 )
             weight_names = contents.weight_names(model)
             first_track = self.ema.tracks[0]
@@ -208,7 +208,7 @@ class EMAEntry(Entry):
         only_in_model = {str(path[-1]) for path in tensors.keys() - average_paths}
         only_in_checkpoint = {str(path[-1]) for path in average_paths - tensors.keys()}
         if difference := describe_difference("the model", only_in_model, "the checkpoint", only_in_checkpoint):
-            raise ValueError(f"these averages belong to another model: {difference}")
+            raise ValueError(f"the averages were saved from a different model: {difference}")
         expected = self._state["format",]
         if (version := contents.plain_values.get(stored.get(("format",), ""))) != expected:
             raise ValueError(f"expected averages of format {expected}, found format {version!r}")
@@ -308,9 +308,9 @@ def _warn_of_initial_weights(key: str, contents: Contents) -> None:
 
 def _require_not_active(model: nn.Module) -> None:
     if active_swaps(model):
-        raise ValueError("the model holds its averages, inside swapped(); load after the block")
+        raise ValueError("the model holds its averages inside swapped(): load after the block")
     if active_servings(model):
-        raise ValueError("the model reads its averages, inside serving(); load after the block")
+        raise ValueError("the model reads its averages inside serving(): load after the block")
 
 
 def _storage_key(shard: Shard) -> tuple[int, torch.Size] | None:
@@ -319,11 +319,11 @@ def _storage_key(shard: Shard) -> tuple[int, torch.Size] | None:
 
 
 def _require_same_shapes(shapes: Mapping[str, torch.Size], contents: Contents) -> None:
-    """Raise ValueError when an entry, by DCP name, is stored with another shape than expected, or is not a tensor."""
+    """Raise ValueError unless each entry, by DCP name, is stored as a tensor of the expected shape."""
     mismatches: list[str] = []
     for name, shape in shapes.items():
         stored = tuple(contents.shape(name)) if name in contents.tensors else "no tensor"
         if stored != tuple(shape):
-            mismatches.append(f"{name} ({tuple(shape)}, stored {stored})")
+            mismatches.append(f"{name} (expected {tuple(shape)}, stored {stored})")
     if mismatches:
-        raise ValueError(f"other shapes are stored than expected: {abbreviated(mismatches)}")
+        raise ValueError(f"the shapes in the checkpoint differ: {abbreviated(mismatches)}")

@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a path stands for: a folder that DCP wrote, or one of the steps in a root."""
+"""Finds the checkpoint that a path refers to: a folder that DCP wrote, or one of the steps in a root."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ema_dist.checkpoint.weights.formats import FORMATS, entry_files
 from ema_dist.messages import abbreviated
 
 ANY_STEP_NAME = re.compile(r"(?!step-\d{10,}$)(.*?)(?<![.\d])(\d+)(?:\.ckpt)?")
-"""The name of a step folder by another program: it ends with the number of the step, no decimals."""
+"""The name of a step folder that another program wrote: it ends with the step, a whole number."""
 
 INCOMPLETE_NAME = re.compile(r"step-\d{10,}\..*")
 """The name of a folder of `ema_dist.checkpoint` that is unfinished, superseded or removed."""
@@ -25,7 +25,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     A step is a folder whose name ends with its number, such as step-6 or checkpoint-12, and that DCP wrote, or in which
     DCP wrote one folder.
 
-    Raises: CheckpointError when there is no such checkpoint, or when several could be meant.
+    Raises: CheckpointError when there is no such checkpoint, or when several match.
     """
     steps: dict[int, list[Path]] = {} if _is_checkpoint(path) else find_steps(path)
     if not steps:
@@ -41,7 +41,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 
 
 def has_checkpoint(path: Path) -> bool:
-    """Whether `find_checkpoint` finds something there, be it one checkpoint or several."""
+    """Whether the path is a checkpoint, or a folder that holds one or several."""
     return bool(_checkpoints_in(path) or find_steps(path))
 
 
@@ -77,8 +77,8 @@ def _require_same_prefix(root: Path, folders: Iterable[Path]) -> None:
         names.setdefault(re.sub(r"\d+", "#", prefix), folder.name)
     if len(names) > 1:
         raise CheckpointError(
-            f"the last numbers of {abbreviated(names.values())} in {root} may count different things: give the path of "
-            "one of them"
+            f"expected folders in {root} whose names differ only in the step, found {abbreviated(names.values())}: "
+            "give the path of one of them"
         )
 
 
@@ -101,8 +101,8 @@ def expand_steps(path: Path) -> list[tuple[int | None, Path]]:
     if numbered and len(numbered) < len(folders):
         others = [folder.name for folder in folders if step_in_name(folder) is None]
         raise CheckpointError(
-            f"{path} holds weight files in {numbered[0][1].name}, and in folders without a step in their name, "
-            f"{abbreviated(others)}: give the path of each source"
+            f"{path} holds folders of weight files with a step in their name ({numbered[0][1].name}), and others "
+            f"without one ({abbreviated(others)}): give the path of each source"
         )
     _require_same_prefix(path, (folder for _, folder in numbered))
     for step, folder in numbered:
@@ -115,7 +115,7 @@ def expand_steps(path: Path) -> list[tuple[int | None, Path]]:
 def step_in_name(path: Path) -> int | None:
     """The step that the name of a folder or file ends with, such as 6 of step-6; None if it ends otherwise.
 
-    The number follows a separator or a word for steps, so that bf16 and v2 are no steps.
+    The number must follow a separator or a word such as step, so that bf16 and v2 do not count.
     """
     match = re.search(
         r"(?:^|[-_=]|step|epoch|iter|ep|ba)(\d+)$", path.name if path.is_dir() else path.stem, re.IGNORECASE
@@ -124,7 +124,7 @@ def step_in_name(path: Path) -> int | None:
 
 
 def _weight_folders(root: Path) -> list[Path]:
-    """The folders of weight files in a folder that is neither one itself nor a checkpoint."""
+    """The subfolders that hold weight files; none if ``root`` itself holds some or is a checkpoint."""
     if not root.is_dir() or _is_checkpoint(root) or entry_files(root):
         return []
     return [it for it in sorted(root.iterdir()) if it.is_dir() and not _checkpoints_in(it) and entry_files(it)]
@@ -148,7 +148,7 @@ def _is_checkpoint(path: Path) -> bool:
 def _only_one(path: Path, folders: list[Path]) -> Path:
     if len(folders) > 1:
         names = ", ".join(str(folder.relative_to(path)) for folder in folders)
-        raise CheckpointError(f"several checkpoints in {path} could be meant: give the path of one of {names}")
+        raise CheckpointError(f"several checkpoints in {path} match: give the path of one of {names}")
     return folders[0]
 
 
@@ -158,6 +158,6 @@ def _refuse_weights(path: Path) -> None:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     if names := [file.name for file in files if file.suffix in suffixes and file.is_file()]:
         raise CheckpointError(
-            f"{path} holds full weights ({names[0]}{', ...' if len(names) > 1 else ''}), expected a checkpoint; "
-            "ema-dist diff compares full weights with each other and with checkpoints"
+            f"expected a checkpoint at {path}, found full weights ({names[0]}{', ...' if len(names) > 1 else ''}); to "
+            "compare full weights, use ema-dist diff"
         )

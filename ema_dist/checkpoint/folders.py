@@ -1,4 +1,4 @@
-"""Folders that are written into: made with their parents, and locked against other processes."""
+"""Creates output folders with their parents, and locks them against other processes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ except ImportError:  # not a POSIX system
 
 @contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder that does not exist yet, with its parents; those of them that are empty at the end are removed."""
+    """Create a folder and its missing parents; at the end, remove those of them that are empty."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        with suppress(OSError):  # of the first that is not empty
+        with suppress(OSError):  # the first that is not empty
             for path in made:
                 path.rmdir()
 

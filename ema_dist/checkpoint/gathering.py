@@ -59,7 +59,7 @@ def gather(
     Raises: CheckpointError on every rank when rank 0 cannot write, ``get_extra_state()`` raises, or the pending
         background save has failed; RuntimeError when a rank does not arrive in time; ValueError for an
         unknown track, for a dtype that the format cannot hold, and when ranks hold different models, as pipeline stages
-        do: unite those by ``full_state_dict(pipeline=...)``.
+        do: combine those with ``full_state_dict(pipeline=...)``.
     """
     wait()
     texts = {
@@ -77,8 +77,8 @@ def gather(
     )
     if different := describe_rank_differences([*planned], group):
         raise ValueError(
-            f"ranks hold different models: {different}; unite pipeline stages by ema.full_state_dict(pipeline=...), "
-            "and write that"
+            f"ranks hold different models: {different}; combine pipeline stages with "
+            "ema.full_state_dict(pipeline=...), and write the result"
         )
 
     def make_writer() -> WeightWriter:
@@ -142,7 +142,7 @@ def _write(writer: WeightWriter, entries: Iterator[tuple[str, Any]]) -> list[Pat
                 writer.add(name, value)
     except Exception as error:
         _exhaust(entries)
-        raise CheckpointError(f"{writer.folder} cannot be written: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"cannot write into {writer.folder}: {type(error).__name__}: {error}") from error
     return writer.paths
 
 

@@ -1,4 +1,4 @@
-"""Loading: the newest intact checkpoint, under any layout and number of ranks."""
+"""Loads the newest intact checkpoint, under any layout and number of ranks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load(
       average are read from the model saved beside them.
 
     Args:
-        root: the root that was passed to `save`; or one checkpoint, also by plain ``dcp.save`` (without checksums).
+        root: the root that was passed to `save`, or one checkpoint; plain ``dcp.save`` writes no checksums to verify.
         step: the step to load; None for the newest intact one, with a warning that names what is wrong with newer ones.
         timeout: seconds that ranks wait for each other before they start.
 
@@ -71,7 +71,7 @@ def load(
     root = Path(root).absolute()
     call = f"checkpoint.load({'' if step is None else f'step={step}'})"
     group = checkpoint_rendezvous(call, timeout=timeout)
-    require_same_names("the keys of what is loaded", [str(key) for key in state], group)
+    require_same_names("the keys of the loaded values", [str(key) for key in state], group)
     checkpoint = _find_intact(root, step, group)
     contents = Contents(checkpoint.metadata, model_keys=checkpoint.manifest.models if checkpoint.manifest else {})
     # Plain values first: whether an entry fits depends on them (parameter groups, the format of averages).
@@ -97,7 +97,7 @@ def load(
         try:
             entry.finish_load(contents)
         except Exception as error:  # noqa: BLE001, PERF203  every error must reach the other ranks
-            problems.append(f"{key!r} does not take over what was saved: {error!r}")
+            problems.append(f"{key!r} failed to load its saved state: {error!r}")
     # Not by a rendezvous: the rank that hosts the store could leave it first and exit while others still need it.
     if failures := gather_problems([prefix_rank(problem, group) for problem in problems], group):
         raise RuntimeError("; ".join(failures))
@@ -135,10 +135,12 @@ def _find_intact(root: Path, step: int | None, group: ProcessGroup | None) -> Op
         problems, checkpoint = _open_and_verify(folder, group)
         if checkpoint is not None and not problems:
             if damaged and (group is None or group.rank() == 0):
-                warnings.warn(f"passed over, and loaded {folder.name} instead: {'; '.join(damaged)}", stacklevel=4)
+                warnings.warn(
+                    f"loaded {folder.name}, because newer checkpoints are damaged: {'; '.join(damaged)}", stacklevel=4
+                )
             return checkpoint
         damaged += problems
-    raise CheckpointError(f"no sound checkpoint in {root}: {'; '.join(damaged)}")
+    raise CheckpointError(f"no intact checkpoint in {root}: {'; '.join(damaged)}")
 
 
 def _candidates(root: Path, step: int | None) -> list[Path]:
@@ -147,7 +149,7 @@ def _candidates(root: Path, step: int | None) -> list[Path]:
 
 
 def _open_and_verify(folder: Path, group: ProcessGroup | None) -> tuple[list[str], OpenedCheckpoint | None]:
-    """Verify a checkpoint, each rank a share; all ranks' problems, and the checkpoint if this rank can read it."""
+    """Verify a checkpoint, each rank some files; return all ranks' problems, and the checkpoint if it can be read."""
     problems: list[str] = []
     checkpoint: OpenedCheckpoint | None = None
     try:

@@ -60,16 +60,20 @@ def read_manifest(folder: Path) -> Manifest | None:
     saved_as = STEP_NAME.fullmatch(folder.resolve().name)
     if not os.path.lexists(path):
         if saved_as:
-            raise CheckpointError(f"{path} is missing: it was there when {folder.name} got its name")
+            raise CheckpointError(
+                f"{path} is missing, although save() writes one into every checkpoint: the folder is damaged"
+            )
         return None
     try:
         if not path.is_file():
-            raise ValueError("it is not a file")  # noqa: TRY301  caught below, like all that is wrong with it
+            raise ValueError("it is not a file")  # noqa: TRY301  caught below, as every other problem is
         manifest = _parse(path.read_bytes())
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from None
     if saved_as and int(saved_as[1]) != manifest.step:
-        raise CheckpointError(f"{folder} was renamed: {MANIFEST_FILE} in it is of step {manifest.step}")
+        raise CheckpointError(
+            f"expected step {int(saved_as[1])} in {path}, found step {manifest.step}: was the folder renamed?"
+        )
     return manifest
 
 
@@ -89,9 +93,9 @@ def verify_files(
             if size < 0:
                 problems.append(f"{path} is missing, or not a file")
             elif size != expected.size:
-                problems.append(f"{path} has {size} bytes, not the {expected.size} that were written")
+                problems.append(f"{path} has {size} bytes, but {expected.size} were written")
             elif _checksum(path, on_bytes) != expected.xxh3_128:
-                problems.append(f"{path} has another checksum than when it was written: some of its bytes changed")
+                problems.append(f"checksum mismatch in {path}: the file was modified or corrupted")
         except OSError as error:  # noqa: PERF203  all problems are reported at once
             problems.append(f"{folder / name} cannot be read: {error.strerror}")
         except CheckpointError as error:
@@ -133,7 +137,7 @@ def _parse(text: bytes) -> Manifest:
     if content["format"] != MANIFEST_FORMAT:
         raise ValueError(f"expected format {MANIFEST_FORMAT}, found {content['format']!r}")
     if _digest(content) != checksum:
-        raise ValueError("its own checksum does not fit")
+        raise ValueError("its own checksum does not match")
     del content["format"]
     files = {
         name: FileRecord(_require_count(record["size"]), str(record["xxh3_128"]))
@@ -158,7 +162,7 @@ def _require_count(value: object) -> int:
 
 def _require_strings(value: Any) -> dict[str, str]:
     if not all(isinstance(text, str) for text in value.values()):
-        raise ValueError(f"expected texts, found {value!r}")
+        raise ValueError(f"expected strings, found {value!r}")
     return dict(value)
 
 

@@ -14,12 +14,12 @@ from ema_dist.checkpoint.dcp.contents import Contents
 from ema_dist.checkpoint.entries import Entry, RebuiltValue, Target
 from ema_dist.checkpoint.optimizer_wrappers import saved_optimizer
 from ema_dist.checkpoint.values import KeyPath, flatten, pack_value, require_plain_tensor
-from ema_dist.messages import describe_difference
+from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.sharding import Layout, Shard, is_sharded
 
 
 class OwnedShard(NamedTuple):
-    """A parameter that an optimizer may step, and the tensor in it; several parameters may share one shard's memory."""
+    """A shard under one of its names, and the tensor that an optimizer steps; in FSDP1 that holds several shards."""
 
     name: str
     owner: Tensor
@@ -56,13 +56,13 @@ class OptimizerEntry(Entry):
         self._shards = {id(p): shards_by_owner[id(p)] for p in self._parameters() if id(p) in shards_by_owner}
         if unknown := [p.shape for p in self._parameters() if id(p) not in shards_by_owner]:
             raise ValueError(
-                f"it steps {len(unknown)} parameters (of shapes {[*map(tuple, unknown[:5])]}) that no module beside it "
-                'holds: pass the model as well, {"model": model, "optim": optimizer}'
+                f"it steps {len(unknown)} parameters (of shapes {[*map(tuple, unknown[:5])]}) that are in no module of "
+                'the dictionary: pass the model as well, {"model": model, "optim": optimizer}'
             )
         names = Counter(owned.name for shards in self._shards.values() for owned in shards)
         if duplicates := [name for name, count in names.items() if count > 1]:
             raise ValueError(
-                f"it steps several models with parameters called {duplicates}: give each an optimizer of its own"
+                f"it steps several models with parameters called {abbreviated(duplicates)}: give each its own optimizer"
             )
         self._moments: dict[int, dict[str, Tensor]] = {owner: {} for owner in self._shards}
         self._targets: list[Target] = []
@@ -83,7 +83,7 @@ class OptimizerEntry(Entry):
     def numbers_of_sharded_parameters(self) -> dict[str, str]:
         """The numbers in the states and groups of sharded parameters, by name; as text, so that NaN equals NaN.
 
-        This rank has no numbers of parameters of which it has no elements: its optimizer may not have stepped them.
+        Parameters of which this rank has no elements are left out: its optimizer may not have stepped them.
         """
         numbers: dict[str, Any] = {}
         for parameter, values in self._optimizer.state.items():
@@ -141,7 +141,7 @@ class OptimizerEntry(Entry):
                 self._optimizer.state[parameter].update(moments)
 
     def _load_in_place(self, state_dict: dict[str, Any]) -> None:
-        """Load into the group and state dictionaries that there are: wrappers and schedules may refer to them."""
+        """Load into the existing group and state dictionaries: wrappers and schedulers may hold references to them."""
         optimizer = self._optimizer
         state, groups = optimizer.state, optimizer.param_groups
         optimizer.load_state_dict(state_dict)
@@ -162,8 +162,9 @@ class OptimizerEntry(Entry):
         tensors = [leaf for leaf in flatten(value).values() if isinstance(leaf, Tensor)]
         if shard.gather_ranks and any(tensor.dim() for tensor in tensors):
             raise ValueError(
-                f"{key!r} of {shard.name!r} is not cut as the parameter is, and other ranks hold other parts: only "
-                "states of the parameter's own shape and scalars can be saved; get_optimizer_state_dict may know how"
+                f"the state {key!r} of {shard.name!r} does not have the parameter's shape, so it is unknown which part "
+                "of it each rank holds: only scalars and states of the parameter's shape can be saved; "
+                "get_optimizer_state_dict may be able to save this optimizer"
             )
         return pack_value(value, f"{self.key}.state.{shard.name}.{key}")
 
@@ -186,10 +187,10 @@ class OptimizerEntry(Entry):
         }
         saved = [contents.plain_values[names_by_group[index]] for index in sorted(names_by_group, key=int)]
         if len(expected) != len(saved):
-            raise ValueError(f"it has {len(expected)} parameter groups, and the checkpoint has {len(saved)}")
+            raise ValueError(f"it has {len(expected)} parameter groups, but the checkpoint has {len(saved)}")
         for index, (names, saved_names) in enumerate(zip(expected, saved, strict=True)):
             if different := describe_difference("the optimizer", {*names}, "the checkpoint", {*saved_names}):
-                raise ValueError(f"its parameter group {index} has other parameters: {different}")
+                raise ValueError(f"the parameters of its group {index} differ: {different}")
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
         for group in self._optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Finds the optimizer whose ``state`` and ``param_groups`` are all that a checkpoint must hold, or refuses by name."""
+"""Finds the optimizer whose ``state`` and ``param_groups`` are all that must be saved, and refuses any other."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ema_dist.sharding import has_equal_bits
 
 
 def saved_optimizer(optimizer: Optimizer, key: str, saved_beside: Iterable[Optimizer] = ()) -> Optimizer:
-    """``optimizer``, or the one inside it that holds all of its state.
+    """Return ``optimizer``, or the optimizer inside it that holds all of its state.
 
     Args:
-        key: of the optimizer in what is saved, for messages.
+        key: the optimizer's key in the saved dictionary, for messages.
         saved_beside: the optimizers that are saved under keys of their own.
 
-    Raises: ValueError when its ``state_dict()`` holds anything else, or raises: a checkpoint would lack moments.
+    Raises: ValueError when its ``state_dict()`` raises, or holds more than that: the checkpoint would be incomplete.
     """
     name = type(optimizer).__name__
     held = _held_optimizers(optimizer)
@@ -41,8 +41,8 @@ def saved_optimizer(optimizer: Optimizer, key: str, saved_beside: Iterable[Optim
         ((attribute, candidate),) = inner.items()
         if not _holds_all_of(candidate, state_dict):
             raise ValueError(
-                f"{name} keeps state beside that of its {attribute!r}: {_advice(optimizer, inner, key)}; the state of "
-                f"{name} itself is then not saved"
+                f"{name} keeps state in addition to that of its {attribute!r}: {_advice(optimizer, inner, key)}; the "
+                f"state of {name} itself is then not saved"
             )
         return saved_optimizer(candidate, key, saved_beside)
     if not _holds_all_of(optimizer, state_dict):
@@ -52,10 +52,10 @@ def saved_optimizer(optimizer: Optimizer, key: str, saved_beside: Iterable[Optim
                 "remove the hooks",
             )
         else:
-            cause, advice = f"{name} has a state_dict() of its own", "use an optimizer without one"
+            cause, advice = f"{name} overrides state_dict()", "use an optimizer that does not"
         raise ValueError(
-            f"{cause}: it returns other values than its state and param_groups, which alone are saved by the names of "
-            f"parameters; {advice}"
+            f"{cause}: it differs from the optimizer's state and param_groups, and only these can be saved under the "
+            f"names of parameters; {advice}"
         )
     if foreign_keys := [key for key in optimizer.state if id(key) not in own_ids]:
         shown = sorted({type(key).__name__ if isinstance(key, Tensor) else repr(key) for key in foreign_keys})
@@ -67,7 +67,7 @@ def saved_optimizer(optimizer: Optimizer, key: str, saved_beside: Iterable[Optim
 
 
 def require_torch_optimizer(value: Any, key: str) -> None:
-    """Raise ValueError if ``value`` wraps optimizers, is none, and its ``state_dict()`` has parameters by index.
+    """Raise ValueError if ``value`` wraps optimizers but is not one, and its ``state_dict()`` numbers the parameters.
 
     The error says what to save instead.
     """
@@ -87,7 +87,7 @@ def require_torch_optimizer(value: Any, key: str) -> None:
 
 
 def _held_optimizers(optimizer: Any) -> dict[str, Optimizer]:
-    """The optimizers in its attributes, and in lists, tuples and mappings there.
+    """The optimizers in the attributes of ``optimizer``, and in lists, tuples and mappings there.
 
     The keys are expressions such as ``inner[0]``.
     """
@@ -105,7 +105,7 @@ def _held_optimizers(optimizer: Any) -> dict[str, Optimizer]:
 def _holds_all_of(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> bool:
     """Whether ``state_dict`` equals what `Optimizer.state_dict` makes of the state and the groups of ``optimizer``.
 
-    It is built here, because calling that method would run the hooks that are to be found.
+    The expected value is built here: that method would run the hooks that this looks for.
     """
     indices: dict[int, int] = {}
     for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
@@ -139,7 +139,7 @@ def _is_same(left: object, right: object) -> bool:
 def _advice(optimizer: Any, inner: Mapping[str, Optimizer], key: str) -> str:
     if inner and _parameter_ids(optimizer) == set().union(*map(_parameter_ids, inner.values())):
         entries = ", ".join(f'"{key}{index or ""}": optimizer.{text}' for index, text in enumerate(inner))
-        return f"save what is inside, {{{entries}}}"
+        return f"save the wrapped {'optimizer' if len(inner) == 1 else 'optimizers'}, {{{entries}}}"
     return (
         "use an optimizer that holds the state of all its parameters on every rank, or shard the model with "
         "fully_shard(), which shards the optimizer's state"

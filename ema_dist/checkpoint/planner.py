@@ -42,14 +42,14 @@ _last_plans: MutableMapping[ProcessGroup, _FinishedPlan] = WeakKeyDictionary()
 class SavePlanner(DefaultSavePlanner):
     """Plans to save ``state_dict`` as torch does, or reuses the plan of the last save over ``group``.
 
-    torch gathers the plans of all ranks on the first one, which merges, validates and scatters them. That takes longer
-    with every rank and tensor, and gives the same result for every save of a run. At the end, torch sends the metadata
-    of the whole checkpoint to every rank, which takes longer still: here it stays on the first one, as
+    torch gathers the plans of all ranks on the first one, which merges, validates and scatters them. The time grows
+    with the numbers of ranks and tensors, and the result is the same for every save of a run. At the end, torch sends
+    the metadata of the whole checkpoint to every rank, which takes even longer: here it stays on the first rank, as
     `global_metadata`.
 
     After the constructor and before ``dcp.save``, every rank calls `reuse_last_plan`.
 
-    Memory: the last plan of each group stays: some hundred bytes for each tensor that this rank writes, and on the
+    Memory: the last plan of each group is kept: some hundred bytes for each tensor that this rank writes, and on the
         first rank the metadata of the checkpoint.
     Raises: what torch raises when it cannot plan a value of ``state_dict``.
     """
@@ -94,7 +94,7 @@ class SavePlanner(DefaultSavePlanner):
             number = next(_plan_numbers)
             # This field travels to every rank with its plan; torch has read the names in it by now.
             plans = [replace(plan, planner_data=number) for plan in plans]
-        return plans, Metadata({})  # torch sends to all ranks what is returned here
+        return plans, Metadata({})  # torch sends this result to all ranks
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         if self._reused:
@@ -107,7 +107,7 @@ class SavePlanner(DefaultSavePlanner):
 
 
 def _leave_plain_values_to_first(plans: list[SavePlan]) -> list[SavePlan]:
-    """Drop the values that are no tensors from the other ranks' plans, if the first rank has them too.
+    """Drop the values that are not tensors from the other ranks' plans, if the first rank has them too.
 
     Otherwise torch would choose a rank for each.
     """

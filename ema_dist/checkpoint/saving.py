@@ -1,4 +1,4 @@
-"""Saving: the values of a dictionary become one checkpoint folder, which gets its name only when it is complete."""
+"""Saves the values of a dictionary as one checkpoint folder, which gets its final name only when it is complete."""
 
 from __future__ import annotations
 
@@ -70,17 +70,17 @@ def save(
     block: bool = True,
     timeout: float = 60.0,
 ) -> None:
-    """Write ``state`` into ``root/step-NNNNNNNNNN``, a name that the folder gets when every rank has written its part.
+    """Write ``state`` into the folder ``root/step-NNNNNNNNNN``, which appears when every rank has written its part.
 
-    Modules are saved with their live weights, also inside `ShardedEMA.swapped`, under the names of the unwrapped
-    module's ``state_dict()``. Optimizers are saved by the names of their parameters, so ``state`` must also hold the
+    Modules are saved with their live weights, even inside `ShardedEMA.swapped`, under the names of the unwrapped
+    module's ``state_dict()``. Optimizers are saved under the names of their parameters, so ``state`` must also hold the
     modules that they step. Tensors that are not sharded are saved from one rank, other values (plain ones, and those
     that other ``Stateful`` objects return) from rank 0.
 
     Args:
         state: modules, optimizers, `ShardedEMA`, other ``Stateful`` objects and plain values.
         step: non-negative; a checkpoint of the same step is replaced, checkpoints of later steps are set aside.
-        keep: how many complete checkpoints stay in ``root``; None for all.
+        keep: how many complete checkpoints to keep in ``root``; None for all.
         block: if False, return when everything has been copied to CPU memory, and write in the background; see `wait`.
         timeout: seconds that ranks wait for each other before they start.
 
@@ -105,7 +105,7 @@ def save(
             problem = str(error)
     call = f"checkpoint.save(step={step})"
     group = checkpoint_rendezvous(call, timeout=timeout, problem=problem, compared=compared, in_background=not block)
-    label = "the names of what is saved (pipeline stages: save them by torch.distributed.checkpoint)"
+    label = "the names of the saved values (save pipeline stages with torch.distributed.checkpoint)"
     require_same_names(label, _saved_names(entries), group)
     state_dict, problems = _collect_state(entries, copy_to_cpu=not block)
     planner, planning_problems = _plan(state_dict, group) if not problems else (None, [])
@@ -123,7 +123,7 @@ def save(
             raise CheckpointError(f"{step_folder(root, step)} was not saved: {describe_failures(error)}") from error
     else:
         future = dcp.async_save(state_dict, storage_writer=writer, planner=planner, process_group=group)
-        assert isinstance(future, Future), "the writer has staged by the time it returns"
+        assert isinstance(future, Future), "CheckpointWriter.stage is synchronous, so async_save returns a plain future"
         future.add_done_callback(_log_failure)
         _pending_saves.append(PendingSave(step_folder(root, step), future))
 
@@ -142,13 +142,13 @@ def require_mapping(state: object, call: str) -> None:
     """Raise TypeError unless ``state`` is a dictionary."""
     if not isinstance(state, Mapping):
         name = type(state).__name__
-        raise TypeError(f"expected a dictionary of what is saved, got a {name}: {call}({{'model': model}}, root)")
+        raise TypeError(f"expected a dictionary, such as {call}({{'model': model}}, root), got a {name}")
 
 
 def make_entries(state: MutableMapping[str, Any]) -> dict[str, Entry]:
     """Make an entry for each value of ``state``, in the order of the keys, which is the same on every rank."""
     if bad_keys := [key for key in state if not isinstance(key, str)]:
-        raise ValueError(f"expected the names of what is saved as keys, got {bad_keys}")
+        raise ValueError(f"expected only strings as keys of the dictionary, got {bad_keys}")
     entries: dict[str, Entry] = {}
     models = {key: ModelEntry(key, value) for key, value in state.items() if isinstance(value, nn.Module)}
     for key, value in sorted(state.items()):
@@ -223,7 +223,7 @@ def _require_no_problems(step: int, problems: list[str], group: ProcessGroup | N
 def _require_same_numbers(step: int, entries: Mapping[str, Entry], group: ProcessGroup | None) -> None:
     """Raise RuntimeError on every rank if numbers in the states of sharded parameters differ between ranks.
 
-    An optimizer may compute them from its part of a parameter (norms), and a checkpoint can hold those of one rank.
+    An optimizer may compute such numbers (norms) from its part of a parameter, but a checkpoint holds one rank's.
 
     Collective: over ``group``.
     """
@@ -239,12 +239,12 @@ def _require_same_numbers(step: int, entries: Mapping[str, Entry], group: Proces
     numbers_of_ranks: list[dict[str, str]] = [{}] * group.size()
     dist.all_gather_object(numbers_of_ranks, numbers, group=group)
     values: dict[str, set[str]] = {}
-    for numbers_of_rank in numbers_of_ranks:  # some ranks have no elements of a parameter, and no numbers
+    for numbers_of_rank in numbers_of_ranks:  # a rank without elements of a parameter has no numbers for it
         for name, number in numbers_of_rank.items():
             values.setdefault(name, set()).add(number)
     if different := sorted(name for name, numbers_of_name in values.items() if len(numbers_of_name) > 1):
         raise RuntimeError(
-            f"step {step} is not saved: {abbreviated(different)} differ between ranks, and a checkpoint can hold one "
+            f"step {step} is not saved: {abbreviated(different)} differ between ranks, but a checkpoint holds one "
             "value of each: use an optimizer that computes the same numbers on all ranks that share a parameter"
         )
 
@@ -282,7 +282,7 @@ def _make_manifest(step: int, entries: Mapping[str, Entry], group: ProcessGroup 
 
 
 def describe_failures(error: CheckpointException) -> str:
-    """The failures of all ranks, which DCP has collected, by reason."""
+    """Describe the failures that DCP collected from all ranks, grouped by reason."""
     ranks_by_reason: dict[str, list[int]] = {}
     for rank, (failure, _) in error.failures.items():
         ranks_by_reason.setdefault(f"{type(failure).__name__}: {failure}{_explain(failure)}", []).append(rank)
@@ -290,7 +290,7 @@ def describe_failures(error: CheckpointException) -> str:
 
 
 def _explain(failure: BaseException) -> str:
-    # torch does not pass on why a write into a tensor's file has failed.
+    # torch does not report why a write to a tensor's file failed.
     return " (a file could not be written: is the disk full?)" if "inline_container" in str(failure) else ""
 
 
@@ -301,7 +301,7 @@ def _wait_for_pending() -> str:
     pending = _pending_saves[0]
     error = pending.future.exception()
     _pending_saves.clear()
-    return f"{pending.folder} was not saved, in the background: {_describe_error(error)}" if error else ""
+    return f"the background save of {pending.folder} failed: {_describe_error(error)}" if error else ""
 
 
 def _describe_error(error: BaseException) -> str:

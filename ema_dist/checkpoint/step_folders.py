@@ -1,4 +1,4 @@
-"""The step folders in a root of checkpoints: each gets its name only when the checkpoint in it is complete."""
+"""The step folders in a root of checkpoints: each gets its final name only when its checkpoint is complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ema_dist.messages import log_visibly
 _log = logging.getLogger(__name__)
 
 REPLACED_SUFFIX = ".replaced"
-"""Marks a complete checkpoint while another of the same step takes its name."""
+"""Marks a complete checkpoint while a new save of the same step takes its name."""
 
 STEP_NAME = re.compile(rf"step-(\d{{10,}})({re.escape(REPLACED_SUFFIX)})?")
 
@@ -35,13 +35,13 @@ def complete_steps(root: Path) -> dict[int, Path]:
 
 
 def create_partial_folder(root: Path, step: int) -> Path:
-    """Create an empty folder in which to write the checkpoint of a step; what an earlier attempt left is removed.
+    """Create an empty folder for the checkpoint of a step, and remove what an earlier attempt left.
 
     Checkpoints of later steps belong to a run that was rolled back: they are set aside, with a warning.
     """
     final = step_folder(root, step)
     if final.exists() and not final.is_dir():
-        raise CheckpointError(f"{final} is not a folder: move it away")
+        raise CheckpointError(f"expected {final} to be a folder or not to exist: move or delete the file")
     partial = final.with_suffix(".partial")
     root.mkdir(parents=True, exist_ok=True)
     if partial.exists():
@@ -68,8 +68,8 @@ def commit(partial: Path, *, keep: int | None) -> None:
         for old_step in list(complete)[: -keep if keep else 0]:
             _remove(complete.pop(old_step))
         _remove_leftovers(root, complete)
-    except OSError as error:  # not an error of the save: the checkpoint has its name
-        message = f"{final.name} is saved, but what is old in {root} could not be removed: {error}"
+    except OSError as error:  # the save has succeeded: the checkpoint has its name
+        message = f"{final.name} is saved, but old folders in {root} could not be removed: {error}"
         log_visibly(_log, logging.WARNING, message)
 
 
@@ -80,7 +80,7 @@ def locate(path: Path, step: int | None = None) -> Path:
     """
     if (path / ".metadata").exists():
         if step is not None:
-            raise CheckpointError(f"{path} is a checkpoint, not a root with several: leave out the step")
+            raise CheckpointError(f"{path} is a single checkpoint, not a root of several: leave out the step")
         return path
     complete = complete_steps(path)
     if step is not None and step in complete:
@@ -114,8 +114,8 @@ def _mark_superseded(folder: Path, step: int) -> None:
     superseded = next(path for path in candidates if not path.exists())
     folder.rename(superseded)
     warnings.warn(
-        f"{folder} is of a later step than the one saved now ({step}), so it is from a run that was rolled back: "
-        f"set aside as {superseded.name}; delete it when you do not need it",
+        f"{folder} has a later step than the one being saved ({step}), so it comes from a run that was rolled back: it "
+        f"was renamed to {superseded.name}; delete it when you do not need it",
         stacklevel=2,
     )
 

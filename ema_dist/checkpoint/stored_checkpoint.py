@@ -39,9 +39,9 @@ class StoredDecay:
 
     record: DecayRecord
     unit: Literal["step", "unit of time", "update"]
-    """The unit of `decay_per_unit` and `half_life`; of a law that has no half-life, an update."""
+    """The unit of `decay_per_unit` and `half_life`: an update, if the law has no half-life."""
     decay_per_unit: float
-    """The factor of the old average in one unit; of a law that has no half-life, at the last update."""
+    """The factor of the old average in one unit; at the last update, if the law has no half-life."""
     half_life: float | None
     """The number of units after which half of the old average is left; None for a law that has no half-life."""
 
@@ -73,11 +73,11 @@ class StoredAverages:
 
     @property
     def updates(self) -> int:
-        """Averages taken."""
+        """Updates made."""
         return int(self.clock.updates)
 
     def describe_initial_weights(self, track: str) -> str:
-        """What to know about a track that is still the initial weights to more than 10 %; else empty."""
+        """A note if more than 10 % of a track is still the initial weights; else empty."""
         return describe_stored(self.clock, track, self.decays[track].record.describe())
 
 
@@ -87,7 +87,7 @@ class WeightSelection:
 
     sources: dict[str, tuple[str, torch.dtype]]
     without_average: list[str] = field(default_factory=list)
-    """Names of tensors without an average: their live values are selected among averages."""
+    """Names of tensors without an average, whose live values are selected instead."""
     ties: dict[str, str] = field(default_factory=dict)
     """The first name of each tied tensor by its other names, where these have the same values."""
     guessed_ties: dict[str, str] = field(default_factory=dict)
@@ -141,7 +141,7 @@ class StoredCheckpoint:
             entry: dotted name of the entry of the model or of its averages, if the checkpoint holds several.
             dtype: dtype of floating-point tensors; None for the dtype of each live tensor.
 
-        Raises: CheckpointError when there are no such weights, or when averages and model do not fit together.
+        Raises: CheckpointError when there are no such weights, or when averages and model do not match.
         """
         key_path, model = self._select_entries(weights_kind, entry)
         tensors: dict[str, str] = {} if model is None else self.index.models[model]
@@ -164,7 +164,7 @@ class StoredCheckpoint:
         if mismatches := self.mismatches(selected, tensors):
             raise CheckpointError(
                 f"{self.folder}: the averages in {dotted_name(key_path)!r} and the model in {dotted_name(model)!r} "
-                f"differ: {mismatches}"
+                f"do not match: {mismatches}"
             )
         ties = self._ties(model, selected)
         averaged = self._average_names(model, selected, ties)
@@ -179,7 +179,7 @@ class StoredCheckpoint:
         )
 
     def matching_models(self, averages: KeyPath) -> list[KeyPath]:
-        """The models whose averages these may be: the one named by the manifest, else all whose names fit best."""
+        """The models whose averages these may be: the one that the manifest names, or else those that match best."""
         recorded = self.manifest.models.get(dotted_name(averages)) if self.manifest else None
         models = [model for model in self.index.models if dotted_name(model) == recorded]
         return models or self.index.matching_models(averages)
@@ -194,26 +194,26 @@ class StoredCheckpoint:
         """
         return self._average_names(model, track, self._ties(model, track))
 
-    def mismatches(self, track: TrackNames, tensors: Mapping[str, str]) -> dict[str, Any]:
-        """Averages that the model lacks or has with another shape or kind of dtype, by reason; empty if all fit."""
+    def mismatches(self, track: TrackNames, tensors: Mapping[str, str]) -> str:
+        """Describe averages that the model lacks or has with another shape or kind of dtype; empty if all match."""
         averaged = track.all
         missing = sorted(averaged.keys() - tensors.keys())
-        shapes = {
-            name: (tuple(self.index.shape(tensors[name])), tuple(self.index.shape(average)))
+        shapes = [
+            f"{name} ({tuple(self.index.shape(tensors[name]))}, average {tuple(self.index.shape(average))})"
             for name, average in averaged.items()
             if name in tensors and self.index.shape(average) != self.index.shape(tensors[name])
-        }
+        ]
         kinds = sorted(
             name
             for name, average in averaged.items()
             if name in tensors and self.index.is_floating_point(average) != self.index.is_floating_point(tensors[name])
         )
         by_reason = {
-            "names that the model lacks": missing,
-            "shapes (model, average)": shapes,
-            "floating on one side only": kinds,
+            "not in the model": missing,
+            "of another shape": shapes,
+            "floating-point in only one of the two": kinds,
         }
-        return {reason: names for reason, names in by_reason.items() if names}
+        return "; ".join(f"{reason}: {abbreviated(names)}" for reason, names in by_reason.items() if names)
 
     def read_values(self, dcp_names: Iterable[str], *, into: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Read values by DCP name, tensors on the CPU.
@@ -349,12 +349,12 @@ class StoredCheckpoint:
         available = ", ".join(f"{kind} {dotted_name(key_path)!r}" for key_path, kind in index.entries()) or "nothing"
         if chosen:
             raise CheckpointError(
-                f"several entries of {self.folder} could be meant: choose one by `entry` (--entry), of {available}"
+                f"several entries of {self.folder} match: choose one with `entry` (--entry), from {available}"
             )
         expected = ("averages" if weights_kind == "ema" else "a model") + (f" in an entry {entry!r}" if entry else "")
         raise CheckpointError(
             f"expected {expected} in {self.folder}, found {available}"
-            + ("; --weights live takes live weights" if weights_kind == "ema" and index.models else "")
+            + ("; for its live weights, pass --weights live" if weights_kind == "ema" and index.models else "")
         )
 
     def _read_averages(self, key_path: KeyPath) -> StoredAverages:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ema_dist.sharding import is_sharded, subclass_name
 
 KeyPath: TypeAlias = tuple[str | int, ...]
-"""Where a value lies in nested dictionaries (str) and lists (int)."""
+"""The path to a value: keys of nested dictionaries (str) and indices of lists (int)."""
 
 PACKED_MARKER = "ema_dist.packed"
 """Marks a packed mapping. DCP turns keys into strings and drops empty mappings, so such mappings are packed."""
@@ -123,6 +123,7 @@ def _require_storable(value: Any, name: str) -> Any:
 def _refuse_tensors_in(values: list[Any], name: str) -> None:
     if any(isinstance(leaf, Tensor) for value in values for leaf in flatten(value).values()):
         raise ValueError(
-            f"{name!r} holds tensors under keys that are not strings, or parts of a cut tensor in a tuple; DCP would "
-            "keep one rank's: pass optimizers and modules themselves, and tensors in dictionaries with string keys"
+            f"{name!r} holds tensors under keys that are not strings, or sharded tensors in a tuple, of which DCP "
+            "would save one rank's values only: pass optimizers and modules themselves, and tensors in dictionaries "
+            "with string keys"
         )

@@ -1,4 +1,4 @@
-"""A DCP writer that hashes what it writes, and names the checkpoint once all ranks have written and it can be read."""
+"""A DCP writer that hashes the files it writes, and gives the checkpoint its name once it is complete and readable."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ema_dist.checkpoint.dcp.reader import read_plain_values
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.manifest import FileRecord, Manifest
 from ema_dist.checkpoint.planner import SavePlanner
+from ema_dist.messages import abbreviated
 
 
 class CheckpointWriter(FileSystemWriter):
@@ -56,7 +57,7 @@ class CheckpointWriter(FileSystemWriter):
         return future
 
     def stage(self, state_dict: Any) -> Any:
-        return state_dict  # `save` has made the copy already, when ranks could still agree not to save
+        return state_dict  # `save` has already made the copy, before the ranks agreed to write
 
     def finish(
         self,
@@ -71,18 +72,18 @@ class CheckpointWriter(FileSystemWriter):
             if isinstance(result.storage_data, FileRecord)
         }
         super().finish(
-            replace(self._planner.global_metadata),  # a copy, so that the plan that is kept does not grow
+            replace(self._planner.global_metadata),  # a copy: torch adds to it, and the planner keeps the original
             [[result for result in all_results if not isinstance(result.storage_data, FileRecord)]],
         )
         # torch writes .metadata under a temporary name and renames it.
         files |= {name.removesuffix(".tmp"): record for name, record in self._file_system.records.items()}
         if missing := sorted(name for name in files if not (self._partial / name).exists()):
             raise CheckpointError(
-                f"other ranks wrote {missing}, which are not in {self._partial} as the first rank sees it: "
-                "save into a file system that all ranks share"
+                f"the first rank does not see files that other ranks wrote into {self._partial}: "
+                f"{abbreviated(missing)}; save into a file system that all ranks share"
             )
         read_plain_values(self._partial)
-        # The manifest must be on disk before the folder gets the name that promises it.
+        # The manifest must be on disk before the folder gets its final name.
         replace(self._manifest, files=files).write(self._partial)
         self._commit(self._partial)
 
@@ -126,5 +127,5 @@ class HashingStream(io.RawIOBase):
         self._stream.flush()
 
     def fileno(self) -> int:
-        self._stream.flush()  # torch syncs the file through its descriptor, without a flush before
+        self._stream.flush()  # torch syncs the file through its descriptor without flushing it first
         return self._stream.fileno()

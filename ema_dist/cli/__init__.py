@@ -1,6 +1,6 @@
 """The command `ema-dist`: inspects checkpoints, verifies them, compares them, and exports their weights.
 
-The arguments and help texts are in `app`, the work of each command in the module of its name. Code that a program may
+`app` holds the arguments and help texts, and the module with a command's name does its work. Code that a program may
 want to call, such as readers of checkpoints and writers of weights, belongs in ``ema_dist.checkpoint``.
 """
 
@@ -28,8 +28,8 @@ def main() -> None:
     try:
         app(prog_name="ema-dist")  # also under `python -m`: shell completion is derived from this name
     except SystemExit as exit_:
-        # typer exits with 1 if its output pipe is closed. That is no failure for help (`| head`), but an error message
-        # stays one: there the BrokenPipeError was raised while another exception was handled (`__context__`).
+        # typer exits with 1 if its output pipe is closed. For help (`| head`) that is not a failure. For an error
+        # message it is: the BrokenPipeError was then raised while another exception was handled (`__context__`).
         cause = exit_.__context__
         if not isinstance(cause, BrokenPipeError) or cause.__context__ is not None:
             raise

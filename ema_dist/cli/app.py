@@ -1,7 +1,7 @@
 """The arguments, options and help texts of each command.
 
-The work of a command is in the module of its name. That module is imported when the command runs, because help and
-shell completion must not wait for torch.
+The module with the command's name does the work. It is imported when the command runs, because help and shell
+completion must not wait for torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ app: typer.Typer = typer.Typer(
     help="Inspect, verify, compare, export, merge and reconstruct checkpoints of ema_dist and "
     "torch.distributed.checkpoint, and import averages by other packages. No code stored in a checkpoint is run.",
     no_args_is_help=True,
-    rich_markup_mode="markdown",  # else each line of a docstring but the first paragraph ends a line of the help
+    rich_markup_mode="markdown",  # else the help keeps the line breaks of docstrings after the first paragraph
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -69,7 +69,7 @@ def inspect(
     step: StepOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is in a checkpoint: step, layouts, tracks, decays, tensors, and how far averages are from live weights.
+    """Show a checkpoint's step, layouts, tracks, decays and tensors, and how far averages are from live weights.
 
     The distance of an average is |average - live| / |live|, in Euclidean norms.
 
@@ -129,8 +129,8 @@ def export(  # noqa: PLR0913  one parameter for each option
 ) -> None:
     """Write the averaged (or live) weights of a checkpoint into files in the Hugging Face layout.
 
-    Tensors are streamed: memory holds at most one output file and one tensor. The files get their names only after all
-    checksums of the checkpoint have been verified; until then an earlier export in OUT stays.
+    Tensors are streamed: memory holds at most one output file and one tensor. The files appear in OUT only after all
+    checksums of the checkpoint have been verified; until then an earlier export there is kept.
 
     transformers, diffusers and timm load OUT with --layout and --config.
 
@@ -162,12 +162,12 @@ def export(  # noqa: PLR0913  one parameter for each option
 @app.command()
 @report_errors(exit_code=1)
 def verify(checkpoint: CheckpointArgument, *, step: StepOption = None, as_json: JsonOption = False) -> None:
-    """Read all of a checkpoint and list its problems. The exit code is 0 if there are none, else 1.
+    """Read a whole checkpoint and list its problems. The exit code is 0 if there are none, else 1.
 
     Checks the sizes and checksums of its files (a folder that plain dcp.save wrote has no list of these), its
-    metadata, whether every value can be read and is finite, and whether the averages fit the model. Infinities outside
-    of weights and optimizers are noted only: masks kept as buffers hold them. If a file is damaged, the entries in the
-    files are not checked.
+    metadata, whether every value can be read and is finite, and whether the averages match the model. Infinities
+    outside of weights and optimizers are notes, not problems: buffers such as masks hold them. If a file is damaged,
+    the entries in the files are not checked.
 
     The keys of --json: path, problems, notes, tensors, bytes.
     """
@@ -181,7 +181,7 @@ def verify(checkpoint: CheckpointArgument, *, step: StepOption = None, as_json: 
 @report_errors(exit_code=2)
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint, or an export (a folder or one file).")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The checkpoint or export to compare with A.")],
     *,
     weights: WeightsOption = WeightsChoice.EMA,
     weights_b: Annotated[
@@ -199,18 +199,18 @@ def diff(
         float | None,
         typer.Option(
             min=0,
-            help="Take tensors as equal if max |b - a| <= RTOL * mean |a|, whatever their dtypes (not elementwise, as "
-            "torch.allclose does). Without it, they must be bit-identical and of one dtype.",
+            help="Tensors count as equal if max |b - a| <= RTOL * mean |a|, whatever their dtypes (torch.allclose "
+            "compares elements). Without it, they must be bit-identical and of one dtype.",
             show_default=False,
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how far the weights of B are from those of A, tensor by tensor, and what only one of them has.
+    """Show how far the weights of B are from those of A, by tensor, and which tensors only one of them has.
 
-    Relative to A: the largest distance is max |b - a| / mean |a|, the mean one is mean |b - a| / mean |a|.
+    Distances are relative to A: the largest is max |b - a| / mean |a|, the mean is mean |b - a| / mean |a|.
 
-    The keys of --json: equal, only_in_a, only_in_b, shapes and dtypes (by tensor, those that differ: A's and B's),
+    The keys of --json: equal, only_in_a, only_in_b, shapes and dtypes (those of A and B, by tensor, if they differ),
     tensors (by name: is_equal, largest, mean, norm, differs). Numbers that are not finite are strings.
 
     Exit codes are those of diff(1): 0 when all is equal, 1 when something differs, 2 when they cannot be compared.
@@ -233,7 +233,7 @@ def merge(
         typer.Argument(
             metavar="CKPT...",
             help="Checkpoints of ema_dist or DCP, and files or folders of weights (safetensors, bin, pt, pth), oldest "
-            "first. A folder of checkpoints stands for all of its steps.",
+            "first. A folder of checkpoints means all of its steps.",
             show_default=False,
         ),
     ],
@@ -243,13 +243,13 @@ def merge(
         str | None,
         typer.Option(
             metavar="C,C,...",
-            help="One for each checkpoint, with the sum 1; by default the mean.",
+            help="One for each checkpoint; their sum must be 1. By default, the mean.",
             show_default=False,
         ),
     ] = None,
     emulate_decay: Annotated[
         DecayChoice | None,
-        typer.Option(help="Take the coefficients that emulate this decay of the learning rate.", show_default=False),
+        typer.Option(help="Use the coefficients that emulate this decay of the learning rate.", show_default=False),
     ] = None,
     weights: Annotated[WeightsChoice, typer.Option(help="The live weights, or the averages.")] = WeightsChoice.LIVE,
     track: TrackOption = None,
@@ -262,11 +262,12 @@ def merge(
     entry: EntryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the weighted mean of the weights in several checkpoints, saved by any layouts and numbers of ranks.
+    """Write the weighted mean of the weights in several checkpoints, saved from any layouts and numbers of ranks.
 
-    Prints the coefficients first. Integer tensors and extra states of modules are those of the last checkpoint. Each
-    input byte is read once, so checksums of checkpoints are not verified: ema-dist verify does that. What is written is
-    verified before OUT gets its name. merge.json in it has the path, step, coefficient and checksum of each source.
+    Prints the coefficients first. Integer tensors and extra states of modules come from the last checkpoint. Each input
+    byte is read once, so the checksums of the checkpoints are not verified: run ema-dist verify for that. The output is
+    read back and verified before OUT appears. OUT/merge.json has the path, step, coefficient and checksum of each
+    source.
 
     Several processes share the work: torchrun --nproc-per-node 4 -m ema_dist.cli merge ...
 
@@ -322,11 +323,11 @@ def reconstruct(  # noqa: PLR0913  one parameter for each option
     at: Annotated[
         int | None,
         typer.Option(
-            metavar="STEP", help="The step for which it is meant; by default the newest one.", show_default=False
+            metavar="STEP", help="The step at which to take the average; by default the newest one.", show_default=False
         ),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, metavar="V", help="Maximum total variation; a worse fit is refused.")
+        float, typer.Option(min=0, metavar="V", help="The maximum total variation; a worse fit is an error.")
     ] = 0.05,
     force: Annotated[bool, typer.Option("--force", help="Write the result even if it exceeds --tolerance.")] = False,
     dtype: DtypeOption = None,
@@ -335,15 +336,15 @@ def reconstruct(  # noqa: PLR0913  one parameter for each option
     entry: EntryOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write an average that was chosen after training, as a weighted sum of the averages in checkpoints.
+    """Write an average that is chosen after training, as a weighted sum of the averages in checkpoints.
 
     Prints the coefficient of each snapshot first, then the total variation between the wanted and the obtained weights
     of past values, and the amplification: the factor by which rounding errors of the snapshots can grow.
 
-    A window takes exactly two checkpoints if there is a track by Uniform(): those nearest to its ends. The window that
-    they make is printed, and the tolerance applies to the one asked for. Buffers, and tensors without an average, are
-    those of the nearest snapshot used. Averages with an unknown profile, and those saved before averaging restarted,
-    are ignored.
+    If there is a track by Uniform(), a window needs only the two checkpoints nearest to its ends. The window between
+    them is printed, and the tolerance applies to the window asked for. Buffers, and tensors without an average, come
+    from the snapshot nearest to STEP. Averages with an unknown profile, and those saved before averaging restarted, are
+    ignored.
 
     The keys of --json: snapshots (step, track, law, time, dtypes, coefficient of each), step, time, window (begin and
     end, or null), total_variation, amplification, notes, files (sizes in bytes by path).

@@ -23,7 +23,7 @@ def diff(a: WeightSource, b: WeightSource, *, rtol: float | None = None, as_json
     """Prints how far the weights of ``b`` are from those of ``a``, and returns whether all are equal.
 
     Args:
-        rtol: the largest distance at which tensors count as equal, then whatever their dtypes; None: they must be
+        rtol: the largest distance at which tensors count as equal, whatever their dtypes; None if they must be
             bit-identical or both NaN, and of one dtype.
     """
     left, right = a.meta_tensors, b.meta_tensors
@@ -56,7 +56,7 @@ def diff(a: WeightSource, b: WeightSource, *, rtol: float | None = None, as_json
 
 
 def _differing(a: MetaTensors, b: MetaTensors, attribute: Callable[[Tensor], Any]) -> dict[str, list[Any]]:
-    """The values of an attribute in A and in B, by the names of tensors in which these differ."""
+    """The values of an attribute in A and in B, by the names of the tensors where they differ."""
     values = {name: [attribute(a[name]), attribute(b[name])] for name in a if name in b}
     return {name: [in_a, in_b] for name, (in_a, in_b) in values.items() if in_a != in_b}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**14
-"""Elements that are compared at a time: few enough for the temporaries to stay in the cache of one core."""
+"""Elements compared at a time: the temporaries fit into the cache of one core."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Distance:
     """
 
     is_equal: bool
-    """Whether all values are equal. The numbers below do not tell: a difference may underflow or overflow in them."""
+    """Whether all values are equal. The numbers below cannot show it, because differences may underflow or overflow."""
     largest: float
     """The largest absolute difference, over the mean absolute value."""
     mean: float
@@ -52,7 +52,7 @@ def distance(reference: Tensor, other: Tensor) -> Distance:
 
 
 def _equal(expected: Tensor, actual: Tensor) -> bool:
-    """Compares integers of one dtype exactly: not every int64 has a float64 of the same value."""
+    """Compares integers of one dtype exactly, because float64 cannot represent every int64."""
     if expected.dtype == actual.dtype and not (expected.is_floating_point() or expected.is_complex()):
         return torch.equal(expected, actual)
     return bool(_equal_or_nan(_to_double(expected), _to_double(actual)).all())

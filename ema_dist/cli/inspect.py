@@ -23,11 +23,11 @@ from ema_dist.schedules.decay import UNRECORDED
 BAR_COLUMNS = 10
 """The width of the bar for the largest distance."""
 PLURALS = {"step": "steps", "unit of time": "units of time", "update": "updates"}
-"""Of `StoredDecay.unit`."""
+"""The plurals of `StoredDecay.unit`."""
 
 
 def inspect(checkpoint: Path, *, step: int | None = None, as_json: bool = False) -> None:
-    """Prints what is in a checkpoint, as tables or as one JSON object."""
+    """Prints the contents of a checkpoint, as tables or as one JSON object."""
     stored = StoredCheckpoint(find_checkpoint(checkpoint, step))
     summary = _summarize(stored)
     if as_json:
@@ -196,7 +196,7 @@ def _print_entries(summary: Mapping[str, Any]) -> None:
 def _print_tensors(
     title: str,
     index: CheckpointIndex,
-    live: Mapping[str, str],  # as below: names in the model to DCP names
+    live: Mapping[str, str],  # names in the model to DCP names, as in `averages`
     *,
     averages: Mapping[str, str],
     distances: Mapping[str, float],

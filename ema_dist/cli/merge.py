@@ -90,11 +90,11 @@ def _print_coefficients(terms: Sequence[Term]) -> None:
 
 @contextmanager
 def _torchrun_group() -> Iterator[bool]:
-    """The process group of the processes that torchrun started, if it did; whether this is the first process."""
+    """Creates a process group if torchrun started this process; yields whether this is the first process."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield not dist.is_initialized() or dist.get_rank() == 0
         return
     dist.init_process_group("gloo")
     yield dist.get_rank() == 0
-    dist.barrier()  # not after an error: torchrun ends the other processes
+    dist.barrier()  # skipped after an error, when torchrun ends the other processes
     dist.destroy_process_group()

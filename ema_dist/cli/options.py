@@ -1,4 +1,4 @@
-"""The types of arguments and options that several commands share or that have to be parsed."""
+"""The types of arguments and options that several commands share or that need parsing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 class WeightsChoice(str, Enum):
-    """The weights to take."""
+    """The weights to use."""
 
     EMA = "ema"
     LIVE = "live"
@@ -37,7 +37,7 @@ class LayoutChoice(str, Enum):
 
 
 class OutputFormatChoice(str, Enum):
-    """What to write a weighted sum of checkpoints into."""
+    """The formats in which to write a weighted sum of checkpoints."""
 
     # The values of `OutputFormat`, repeated for the same reason.
 
@@ -92,7 +92,9 @@ def parse_dtype(text: str) -> str:
     """
     name = text.removeprefix("torch.")
     if name not in DTYPE_NAMES:
-        raise typer.BadParameter(f"{text!r} is no floating dtype to cast to: choose one of {', '.join(DTYPE_NAMES)}")
+        raise typer.BadParameter(
+            f"{text!r} is not a supported floating-point dtype: choose one of {', '.join(DTYPE_NAMES)}"
+        )
     return name
 
 
@@ -107,7 +109,7 @@ class DecayChoice(str, Enum):
 
 
 def parse_coefficients(text: str) -> list[float]:
-    """Returns the numbers in a text like ``0.2,0.3,0.5``. Raises: typer.BadParameter when it is no such text."""
+    """Returns the numbers in a text like ``0.2,0.3,0.5``. Raises: typer.BadParameter for any other text."""
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:
@@ -145,7 +147,7 @@ StepOption = Annotated[
 EntryOption = Annotated[
     str | None,
     typer.Option(
-        help="The entry of the model or of its averages, if there are several; a nested one with dots (state.model).",
+        help="The entry of the model or of its averages, if there are several; dots lead to nested ones (state.model).",
         show_default=False,
     ),
 ]
@@ -158,7 +160,7 @@ DtypeOption = Annotated[
     typer.Option(
         parser=parse_dtype,
         metavar="DTYPE",
-        help="The dtype of floating tensors, such as bfloat16; by default that of each live weight.",
+        help="The dtype of floating-point tensors, such as bfloat16; by default that of each live weight.",
         show_default=False,
     ),
 ]

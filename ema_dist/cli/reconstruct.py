@@ -41,7 +41,7 @@ from ema_dist.schedules.schedule import Schedule
 
 @dataclass(frozen=True)
 class Output:
-    """Where the average is written, and as what."""
+    """The folder into which the average is written, and the format of its files."""
 
     folder: Path
     file_format: OutputFormat
@@ -63,8 +63,8 @@ def reconstruct(
     """Prints the coefficients of snapshots and how good they are, then writes their sum.
 
     Args:
-        step: the checkpoint at whose time the average is meant; None for the last one.
-        tolerance: the largest total variation, which ``force`` ignores.
+        step: the step at which the average is taken; None for the last one.
+        tolerance: the maximum total variation; ``force`` ignores it.
 
     Raises: as `ema_dist.checkpoint.reconstruct`.
     """
@@ -105,7 +105,7 @@ def reconstruct(
 
 
 def parse_target(*, sigma_rel: float | None, half_life: float | None, window: float | None) -> Schedule | Window:
-    """The target that exactly one of the options gives.
+    """The target that the one option given describes.
 
     Raises: ValueError for none or several, and for numbers out of range.
     """
@@ -121,7 +121,7 @@ def parse_target(*, sigma_rel: float | None, half_life: float | None, window: fl
 
 
 def _rows(reconstruction: Reconstruction) -> Iterator[dict[str, Any]]:
-    """What is printed of each snapshot."""
+    """The printed values of each snapshot."""
     for snapshot, coefficient in zip(reconstruction.snapshots, reconstruction.fit.coefficients, strict=True):
         yield {
             "step": snapshot.step,

@@ -24,7 +24,7 @@ from rich.text import Text
 P = ParamSpec("P")
 
 PIPE_COLUMNS = 160
-"""The least width of a table that is written into a file or a pipe, whose width is not known."""
+"""The minimum width of a table that is written to a file or a pipe."""
 
 
 class _EscapingConsole(Console):
@@ -41,7 +41,7 @@ class _EscapingConsole(Console):
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
-        _discard_output(self.file)  # rich's own ends the process with exit code 1
+        _discard_output(self.file)  # rich's own method ends the process with exit code 1
 
 
 def stdout_console() -> Console:
@@ -61,7 +61,7 @@ def print_table(table: Table) -> None:
 
 
 def print_json(summary: Any) -> None:  # noqa: ANN401  JSON
-    """Prints one JSON object, in which text replaces the numbers that JSON cannot represent."""
+    """Prints one JSON object; numbers that JSON cannot represent become strings."""
     try:
         typer.echo(json.dumps(_replace_non_finite(summary), indent=1, allow_nan=False))
     except BrokenPipeError:
@@ -69,7 +69,7 @@ def print_json(summary: Any) -> None:  # noqa: ANN401  JSON
 
 
 def print_stderr(message: str) -> None:
-    """Prints a message on stderr, apart from the results."""
+    """Prints a message on stderr, because stdout is for results."""
     _stderr_console().print(escape(message))
 
 
@@ -83,13 +83,13 @@ def fail(message: str, exit_code: int) -> NoReturn:
 
 
 def report_errors(*, exit_code: int) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Decorates a command: an error that users can cause ends it with a message and this code, without a traceback."""
+    """Decorates a command: errors that users can cause print a message without a traceback, and exit with this code."""
 
     def decorate(command: Callable[P, None]) -> Callable[P, None]:
         @wraps(command)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
-            # Here, because help and completion must not import torch, which this does. Before `_plain_warnings`, which
-            # would show warnings that imports cause and Python hides.
+            # Imported here, because it imports torch, for which help and completion must not wait. Imported before
+            # `_plain_warnings`, which would show import warnings that Python hides.
             try:
                 from ema_dist.checkpoint.errors import CheckpointError  # noqa: PLC0415
 
@@ -123,7 +123,7 @@ def exit_on_sigterm() -> Iterator[None]:
 def progress(description: str, total: int) -> Iterator[Callable[[int], object]]:
     """Shows a bar on stderr, if that is a terminal, until the block ends; the caller advances it by bytes."""
     console = Console(stderr=True)
-    if not console.is_terminal:  # a bar that is disabled ends with an empty line before rich 14
+    if not console.is_terminal:  # before rich 14, a disabled bar prints an empty line
         yield lambda _size: None
         return
     columns = (
@@ -139,7 +139,7 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], object]]:
 
 
 class SpeedColumn(ProgressColumn):
-    """Bytes per second in binary units; rich's own column has decimal ones."""
+    """Bytes per second in binary units; rich's own column uses decimal units."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -167,9 +167,9 @@ def _stderr_console() -> Console:
 
 
 def _discard_output(file: IO[str]) -> None:
-    """Discards further output: the reader, such as head, has closed the pipe.
+    """Discards further output, because the reader, such as head, has closed the pipe.
 
-    The command goes on, and ends with the exit code that it would have ended with.
+    The command continues and keeps its exit code.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 

@@ -21,14 +21,14 @@ from ema_dist.messages import abbreviated
 
 
 def verify(checkpoint: Path, *, step: int | None = None, as_json: bool = False) -> bool:
-    """Reads all of a checkpoint, prints what is wrong with it, and returns whether nothing is."""
+    """Reads a whole checkpoint, prints its problems, and returns whether it has none."""
     folder = find_checkpoint(checkpoint, step)
     report = Report()
     with report.collecting_errors():
         _check_files(folder, report)
     num_tensors, num_bytes = 0, 0
     if report.problems:
-        # Most of what would be found now are consequences of a damaged file, which is reported already.
+        # Most problems found now would be consequences of a damaged file that is already reported.
         report.notes.append("the entries are not checked, because files are damaged")
     else:
         with report.collecting_errors():
@@ -48,13 +48,13 @@ def verify(checkpoint: Path, *, step: int | None = None, as_json: bool = False) 
         print_stderr(f"{folder}: {count} {'problem' if count == 1 else 'problems'}")
         return False
     contents = f"{num_tensors} tensors, {format_bytes(num_bytes)}"
-    stdout_console().print(f"{folder}: all is well ({contents})", markup=False, soft_wrap=True)
+    stdout_console().print(f"{folder}: no problems found ({contents})", markup=False, soft_wrap=True)
     return True
 
 
 @dataclass
 class Report:
-    """What is wrong with a checkpoint (problems), and what is only worth knowing (notes)."""
+    """The problems of a checkpoint, and notes that are not problems."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ def _check_files(folder: Path, report: Report) -> None:
     """Checks the sizes and checksums of the files that the manifest lists."""
     manifest = read_manifest(folder)
     if manifest is None:
-        report.notes.append(f"{folder} has no manifest (plain dcp.save writes none): files are not checked by checksum")
+        report.notes.append(f"{folder} has no manifest (plain dcp.save writes none), so checksums are not checked")
         return
     with progress("checksums", sum(record.size for record in manifest.files.values())) as advance:
         report.problems += verify_files(folder, manifest.files, on_bytes=advance)
@@ -102,7 +102,7 @@ def _check_averages(stored: StoredCheckpoint, report: Report) -> None:
                 if all(mismatches.values()):
                     model, mismatch = next(iter(mismatches.items()))
                     report.problems.append(
-                        f"track {name!r} of the averages in {dotted_name(key_path)!r} does not fit the model in "
+                        f"track {name!r} of the averages in {dotted_name(key_path)!r} does not match the model in "
                         f"{dotted_name(model)!r}: {mismatch}"
                     )
 
@@ -129,8 +129,8 @@ def _check_values(stored: StoredCheckpoint, report: Report) -> None:
 def _finite_tensor_names(stored: StoredCheckpoint) -> set[str]:
     """The DCP names of tensors that must be finite: weights, their averages, and the states of optimizers.
 
-    The weights of a model are its tensors that its averages do not list as buffers. Without averages they are those
-    that an optimizer trains; without either, all.
+    The weights of a model are the tensors that its averages do not list as buffers. Without averages, they are the
+    tensors that an optimizer trains. Without either, all tensors count.
     """
     index = stored.index
     finite_names = {name for key_path in index.optimizers for name in index.names_under(key_path)}

@@ -1,4 +1,4 @@
-"""The page on averages: which cases are measured, which targets are to be reached, and the tables."""
+"""The page on averages: the cases measured, the targets, and the tables."""
 
 import statistics
 from collections.abc import Iterable, Iterator
@@ -76,7 +76,7 @@ def averages_page(
 
 
 def _summary(results: Results) -> Iterator[str]:
-    """How long, how much memory, and beside whom."""
+    """The time and memory of an update, compared with the other methods."""
     for parallel in ("ddp", "fsdp2"):
         update = large_update(results["updates"], parallel)
         if update is None or OURS not in update["seconds"]:
@@ -91,11 +91,11 @@ def _summary(results: Results) -> Iterator[str]:
             + (f" (the others: {' or '.join(kept)})." if kept else ".")
         )
         if failing := [SHORT_NAMES[name] for name in update["failures"]]:
-            yield f"Under {update['case'].layout} {', '.join(failing)} fail: see *What fails, and how*."
+            yield f"**{update['case'].layout}:** {', '.join(failing)} fail, see *What fails, and how*."
     for steps in results["steps"]:
         if steps["parallel"] == "fsdp2":
             share = f"{steps['shares'][OURS]:.1%}"
-            yield f"**A step of launch/train.py, {_layout(steps)}:** {share} of it is `update()`, on a tiny model."
+            yield f"**A step of launch/train.py, {_layout(steps)}:** `update()` takes {share} of it. The model is tiny."
 
 
 def _targets(results: Results, *, on_gpu: bool) -> Iterator[Target]:
@@ -165,7 +165,7 @@ def _tables(results: Results) -> list[Table]:
     other_tracks = [it for it in results["tracks"] if it not in updates]
     return [
         Table(
-            "Time of an update, in times that of a copy of as many bytes",
+            "Time of an update, relative to a copy of as many bytes",
             ["case", *SHORT_NAMES.values()],
             [
                 [update_case(it), *(ratio_text(it, name) for name in SHORT_NAMES)]
@@ -226,7 +226,7 @@ def _tables(results: Results) -> list[Table]:
             once=("case", "step ms"),
         ),
         Table.by_method(
-            "Steps with averages, of the slowest rank",
+            "Time of a training step with averages, on the slowest rank",
             results["overlap"],
             {
                 "case": lambda it, _: _with_elements(it, str(it["case"])),

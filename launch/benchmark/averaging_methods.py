@@ -1,4 +1,4 @@
-"""All ways to average that the benchmark compares: ours, and those that a user could pick instead.
+"""All averaging methods that the benchmark compares: ours, and those that a user could choose instead.
 
 Each is set up as its own documentation does it, with its fastest setting, an average in float32 and a constant decay.
 Its package is imported only when it is made: a missing package is a row of the table that says so.

@@ -1,4 +1,4 @@
-"""The page on checkpoints: which cases are measured, which targets are to be reached, and the tables."""
+"""The page on checkpoints: the cases measured, the targets, and the tables."""
 
 import statistics
 import tempfile
@@ -30,7 +30,7 @@ SAVE_LAYOUTS: list[tuple[Parallel, int]] = [("plain", 1), ("ddp", 2), ("fsdp2", 
 RESHARD_SOURCE: tuple[Parallel, int] = ("fsdp2", 2)
 RESHARD_TARGETS: list[tuple[Parallel, int]] = [("fsdp2", 1), ("fsdp2", 4), ("ddp", 2)]
 LARGE_TRANSFORMER = Transformer(blocks=76)
-"""2.15 GiB, to be gathered in the memory of a few hundred MiB."""
+"""2.15 GiB, which must be gathered in a few hundred MiB of memory."""
 OURS = ("checkpoint.", "ema-dist ")
 LIMITS = {"save": (SAVE, 1.1), "load": (LOAD, 1.1), "export": (EXPORT, 1.5)}
 
@@ -65,15 +65,19 @@ def checkpoints_page(environment: Environment, not_measured: list[str], costs: l
         targets=targets,
         tables=[
             _table("Saving the model and its averages", costs, lambda it: it["what"] == "save"),
-            _table("Loading them", costs, lambda it: it["what"] == "load" and it["case"] == it["saved"]),
             _table(
-                "Loading what another layout has saved",
+                "Loading the model and its averages",
+                costs,
+                lambda it: it["what"] == "load" and it["case"] == it["saved"],
+            ),
+            _table(
+                "Loading a checkpoint that another layout saved",
                 costs,
                 lambda it: it["what"] == "load" and it["case"] != it["saved"],
             ),
-            _table("Gathering the averages into files of weights", costs, lambda it: it["what"] == "gather"),
+            _table("Gathering the averages into weight files", costs, lambda it: it["what"] == "gather"),
             _table(
-                "Exporting the averages out of a checkpoint, in one process", costs, lambda it: it["what"] == "export"
+                "Exporting the averages from a checkpoint, in one process", costs, lambda it: it["what"] == "export"
             ),
             target_table(targets),
         ],
@@ -83,7 +87,7 @@ def checkpoints_page(environment: Environment, not_measured: list[str], costs: l
 
 
 def _summary(costs: list[Record]) -> Iterator[str]:
-    """How long, and beside whom, for the layout that is resharded, too."""
+    """The times to save and to load by each tool, for the layout from which other layouts load."""
     for it in costs:
         if it["what"] in LIMITS and it["what"] != "export" and not it["cold"] and _is_source(it):
             seconds = {name: statistics.median(samples) for name, samples in it["seconds"].items()}
@@ -92,12 +96,12 @@ def _summary(costs: list[Record]) -> Iterator[str]:
 
 
 def _is_source(it: Record) -> bool:
-    """Whether it was saved and loaded as the checkpoint that other layouts load."""
+    """Whether it was saved and loaded in the layout from which other layouts load."""
     return it["case"] == it["saved"] and (it["case"].parallel, it["case"].ranks) == RESHARD_SOURCE
 
 
 def _picture(costs: list[Record], environment: Environment) -> Picture:
-    """Seconds to save and to load by each tool, for the layout that is resharded, too."""
+    """Seconds to save and to load by each tool, for the layout from which other layouts load."""
     canvas = Canvas(680, 0, "Seconds to save and to load a model and its averages, by each tool")
     top = 12.0
     for what in ("save", "load"):

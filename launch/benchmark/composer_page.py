@@ -1,4 +1,4 @@
-"""The page on Composer: which targets are to be reached, and the tables. It does not need Composer."""
+"""The page on Composer: the targets and the tables. This module does not need Composer."""
 
 import statistics
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from launch.pictures.charts import bar_chart
 
 OURS, THEIRS = "ema_dist.composer.EMA", "composer.algorithms.EMA"
 LIMITS: dict[Parallel, float] = {"ddp": 0.4, "fsdp1": 0.1}
-"""Of the time of our update over that of Composer's own."""
+"""The limits of the time of our update, relative to Composer's own."""
 
 
 def composer_page(
@@ -40,7 +40,7 @@ def composer_page(
                 words=3,
             ),
             Table.by_method(
-                "Memory of one rank: averages, and what an update takes beyond them",
+                "Memory of one rank: averages, and the additional memory of an update",
                 costs,
                 {
                     "case": lambda it, _: it["case"].layout,
@@ -59,12 +59,13 @@ def composer_page(
 
 
 def _summary(it: Record) -> str:
-    """How long, how much memory, and beside whom."""
+    """The time and memory of an update, compared with Composer's own."""
     times = {name: ms(statistics.median(samples)) for name, samples in it["seconds"].items()}
     memory = {name: mib(_together(it, name)) for name in times}
     return (
-        f"**{it['case'].layout}, {it['elements'] / 1e6:.1f}M parameters:** an update takes {times[OURS]} ms and "
-        f"{memory[OURS]} MiB of a rank; Composer's own {times[THEIRS]} ms and {memory[THEIRS]} MiB."
+        f"**{it['case'].layout}, {it['elements'] / 1e6:.1f}M parameters:** an update takes {times[OURS]} ms, and "
+        f"averages and update together {memory[OURS]} MiB of a rank (Composer's own: {times[THEIRS]} ms, "
+        f"{memory[THEIRS]} MiB)."
     )
 
 

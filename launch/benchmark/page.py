@@ -28,7 +28,7 @@ MethodColumn = Callable[[Record, str], str]
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and when: what it takes to run the same again. `load` is the system's average over the minute before."""
+    """What is needed to run the same measurement again. `load` is the system's load average over the minute before."""
 
     date: str
     command: str
@@ -66,7 +66,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Target:
-    """A number that should not be above its limit; both count as they are shown. None has not been measured."""
+    """A number that should not exceed its limit. Both are rounded as on the page. None: not measured."""
 
     what: str
     limit: float
@@ -83,7 +83,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under columns, all as text; the first `words` columns are set flush left, the others flush right."""
+    """Rows under columns, all as text. The first `words` columns are left-aligned, the others right-aligned."""
 
     title: str
     columns: Sequence[str]
@@ -106,7 +106,7 @@ class Table:
         once: Sequence[str] = ("case",),
         words: int = 2,
     ) -> "Table":
-        """One row for each method in `record[key]`; columns in `once` are empty in all but the first of a record."""
+        """One row for each method in `record[key]`. Columns in `once` are filled only in the first row of a record."""
         rows = [
             ["" if index and header in once else cell(record, name) for header, cell in columns.items()]
             for record in records
@@ -142,9 +142,9 @@ class Page:
 
     Args:
         not_measured: cases that were left out.
-        data: goes to the JSON beside these and the targets.
+        data: what else goes into the JSON.
         notes: sentences on how this was measured.
-        summary: what a reader wants to know, in Markdown; stands before everything else.
+        summary: the main results, as sentences in Markdown; they come first on the page.
     """
 
     environment: Environment
@@ -171,12 +171,19 @@ class Page:
         return "\n\n".join([*lines, *(table.as_markdown() for table in self.tables)]) + "\n"
 
     def write(self, folder: Path, *, data: str, page: str, program: str) -> None:
-        """The JSON, the picture, and the part of the page below its marker: the part above was written by hand."""
+        """Writes the JSON, the picture, and the part of the page between its two markers.
+
+        The text above the first marker and below the second one is written by hand, and is kept. A page may lack the
+        second marker.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / data).write_text(self.as_json())
-        path, marker = folder / page, f"<!-- Below this line {program} writes. -->"
-        introduction = path.read_text().partition(marker)[0] if path.exists() else ""
-        path.write_text(f"{introduction}{marker}\n\n" + self.as_markdown())
+        path = folder / page
+        begin, end = f"<!-- Below this line {program} writes. -->", f"<!-- Above this line {program} writes. -->"
+        introduction, _, rest = (path.read_text() if path.exists() else "").partition(begin)
+        _, has_end, conclusion = rest.partition(end)
+        kept = f"\n{end}{conclusion}" if has_end else ""
+        path.write_text(f"{introduction}{begin}\n\n{self.as_markdown()}{kept}")
         if self.picture:
             (folder / self.picture.name).write_text(self.picture.canvas.as_svg())
 
@@ -189,11 +196,11 @@ def target_table(targets: Iterable[Target]) -> Table:
             measured = f"{target.show(target.measured)} {target.unit}"
             verdict = "reached" if target.reached else "MISSED"
         rows.append([target.what, f"{target.show(target.limit)} {target.unit}", measured, verdict])
-    return Table("Targets of this project, for maintainers", ["", "to reach: at most", "measured", ""], rows)
+    return Table("Targets of this project, for maintainers", ["target", "limit", "measured", "result"], rows)
 
 
 def entry(key: str, show: Callable[[Any], str]) -> MethodColumn:
-    """What `record[key]` has for a method; empty where it has nothing."""
+    """The entry of `record[key]` for a method, or an empty text."""
     return lambda record, name: show(record[key][name]) if name in record[key] else ""
 
 
@@ -228,5 +235,5 @@ def mib(size: float) -> str:
 
 
 def _escaped(cell: str) -> str:
-    """Error messages are among them."""
+    """Cells may hold error messages, which may contain Markdown."""
     return cell.replace("|", r"\|").replace("<", "&lt;").replace("*", r"\*")

@@ -41,7 +41,7 @@ def averages_picture(updates: Sequence[Record], swaps: Sequence[Record], environ
 
 
 def bars(values: Mapping[str, float], show: Callable[[float], str], ours: tuple[str, ...]) -> list[Bar]:
-    """From the shortest to the longest; names that begin as one of `ours` have our color."""
+    """Bars from the shortest to the longest; those whose names start with one of `ours` have our color."""
     return [
         Bar(name, value, show(value), "average" if name.startswith(ours) else "muted")
         for name, value in sorted(values.items(), key=lambda item: item[1])
@@ -53,7 +53,7 @@ def whole_mib(size: float) -> str:
 
 
 def finish(canvas: Canvas, top: float, environment: Environment) -> Canvas:
-    """The canvas, cut below the last chart, with a line on where that was measured."""
+    """The canvas, cropped below the last chart, with a line that says where it was measured."""
     where = environment.gpu or f"{environment.cpu}, {environment.threads} threads"
     canvas.text(16, top + 16, f"{where}, torch {environment.torch}, {environment.date}", color="muted")
     canvas.height = int(top + 36)
@@ -74,7 +74,7 @@ def update_case(update: Record) -> str:
 
 
 def ratio_text(update: Record, name: str) -> str:
-    """The ratio to the copy; or that the method fails or is missing, or nothing where it does not apply."""
+    """The ratio to the copy, `fails`, `missing`, or an empty text if the method does not apply."""
     if name in update["seconds"]:
         return f"{update['times_reference'][name]:.2f}"
     if name in update["failures"]:

@@ -23,7 +23,7 @@ BATCH_SIZE = 48
 """The default of `train.py`."""
 NO_AVERAGES, ATTACHED, OVERLAPPED = "no averages", "attach(optimizer)", "attach(optimizer, overlap=True)"
 STEPS_PER_TURN = 4
-"""The last update of a turn is waited for in none of its steps."""
+"""No step of a turn waits for the last update of the turn."""
 INPUT_SHAPES = {"cuda": (8, 512), "cpu": (1, 16)}
 """Number of sequences, and their length."""
 
@@ -49,7 +49,7 @@ def step_share_costs(device: torch.device, *, case: Case, repeats: int) -> list[
         seconds_step.append(watch.read())
 
     made = {name: make_or_explain(make, model, [DECAY], device) for name, make in averaging_methods(case).items()}
-    step()  # the optimizer makes its state in the first one
+    step()  # the first step creates the optimizer's state
     seconds_step.clear()
     updates = {name: averager.update for name, averager in made.items() if isinstance(averager, Averager)}
     seconds = Turns(updates, device, before=step).take(repeats).seconds

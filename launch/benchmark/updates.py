@@ -22,16 +22,16 @@ from launch.benchmark.operators import count_operators
 
 COPY = "copy of as many bytes"
 NOT_INSTALLED = "not installed"
-"""How the failure of a method begins whose package is missing."""
+"""The beginning of the failure text of a method whose package is missing."""
 MAX_COPY_BYTES = 512 * 2**20
-"""Bytes read and written in one turn of the copy; the time of more is extrapolated."""
+"""The most bytes that one turn of the copy reads and writes; times of more bytes are extrapolated."""
 DECAYS = (DECAY, 0.99, 0.9, 0.5)
 MethodAndTracks = tuple[str, int]
 """A method to average, and how many tracks it keeps."""
 
 
 class CopyBaseline:
-    """Reads half of `size` bytes from memory and writes the other half; of more than `MAX_COPY_BYTES` only these."""
+    """Copies half of `size` bytes, so that `size` are read or written in all; at most `MAX_COPY_BYTES`."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         elements = max(1, min(size, MAX_COPY_BYTES) // 8)
@@ -118,7 +118,7 @@ def _take_turns(
 def update_numbers(
     averager: Averager, live_weights: Sequence[Tensor], element_sizes: ElementSizes, *, scratch_in_cache: bool
 ) -> dict[str, int]:
-    """What needs no repetition. A scratch that stays in the cache moves no bytes."""
+    """The results that need no repetition. A scratch that stays in the cache moves no bytes."""
     held = [[local(average) for average in track.values()] for track in averager.averages()]
     tensors = [*live_weights, *chain.from_iterable(held)] if scratch_in_cache else None
     operators = count_operators(averager.update, tensors=tensors)
@@ -133,7 +133,7 @@ def update_numbers(
 def make_or_explain(
     make: Make, model: nn.Module, decays: Sequence[float], device: torch.device, *, swap: bool = False
 ) -> Averager | str:
-    """The averages after two updates that do not change them, since the first may only copy; or how that fails.
+    """The averages after two updates that do not change them (the first may only copy), or how the method fails.
 
     Collective: every rank. A method that fails on one rank has failed on all. With `swap` it must be able to swap, too.
     """

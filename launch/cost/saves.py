@@ -1,9 +1,10 @@
 """Measures the time of a checkpoint on 64 processes with tiny tensors, where planning dominates.
 
-python -m launch.cost.saves --output-dir docs     # some minutes; writes the lower half of docs/saves.md
+python -m launch.cost.saves --output-dir docs     # takes minutes; writes the results in docs/saves.md
 python -m launch.cost.saves --quick               # a quick check, on 4 ranks
 """
 
+import statistics
 import tempfile
 from functools import partial
 from itertools import count
@@ -22,7 +23,7 @@ from launch.benchmark.run import argument_parser, make_console, on_ranks, parse
 
 RANKS, TENSORS = 64, 200
 PLAIN = "`dcp.save`"
-"""First, so that the others are compared with it."""
+"""The first method, with which the others are compared."""
 
 
 def main() -> None:
@@ -35,26 +36,32 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, console.status(f"{ranks} ranks"):
         measure = partial(measure_saves, folder=Path(folder), tensors=tensors, repeats=args.repeats)
         record = on_ranks(measure, ranks, "cpu")
-    page = Page(
+    page = saves_page(environment, record, ranks=ranks)
+    for table in page.tables:
+        console.print(table.for_terminal())
+    page.write(args.output_dir, data="saves.json", page="saves.md", program="launch.cost.saves")
+    console.print(f"in {args.output_dir}: saves.json, saves.md")
+
+
+def saves_page(environment: Environment, record: Record, *, ranks: int) -> Page:
+    times = "; ".join(f"{name} {statistics.median(seconds):.2f} s" for name, seconds in record["seconds"].items())
+    return Page(
         environment,
         [],
         {"saves": [record]},
-        notes=[f"{ranks} ranks, a process each, share this machine; the slowest rank counts."],
+        notes=[f"The {ranks} ranks are processes that share this machine. The time is that of the slowest rank."],
         targets=[],
         tables=[
             Table.by_method(
-                f"Measured: model and averages of {tensors} tensors, sharded by FSDP2",
+                f"Measured: model and averages of {record['tensors']} tensors, sharded by FSDP2",
                 [record],
                 {"save": lambda _, name: name, **comparison("s", lambda seconds: f"{seconds:.2f}", digits=2)},
                 once=(),
                 words=1,
             )
         ],
+        summary=[f"**To save {record['tensors']} small tensors and their averages from {ranks} ranks:** {times}."],
     )
-    for table in page.tables:
-        console.print(table.for_terminal())
-    page.write(args.output_dir, data="saves.json", page="saves.md", program="launch.cost.saves")
-    console.print(f"in {args.output_dir}: saves.json, saves.md")
 
 
 def measure_saves(device: torch.device, *, folder: Path, tensors: int, repeats: int) -> Record:
@@ -76,11 +83,11 @@ def measure_saves(device: torch.device, *, folder: Path, tensors: int, repeats: 
     methods = {
         PLAIN: FileMethod(partial(save_by_dcp, targets[0], reuses_plan=False), targets[0]),
         "`dcp.save`, plan reused": FileMethod(partial(save_by_dcp, targets[1], reuses_plan=True), targets[1]),
-        # Another key in each round: no plan of an earlier round fits.
+        # The state has a different key in each round, so no plan of an earlier round fits.
         "`checkpoint.save`, planned": FileMethod(
             lambda: save(targets[2], **{f"round {next(rounds)}": True}), targets[2]
         ),
-        # A save that is not timed makes the plan that fits.
+        # A save that is not timed makes a plan that the timed one can reuse.
         "`checkpoint.save`, plan reused": FileMethod(
             partial(save, targets[3]), targets[3], before=partial(save, targets[4])
         ),

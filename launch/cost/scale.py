@@ -1,13 +1,13 @@
 """Measures the host time of every call on one of 16, 1024 and 8192 ranks, without communication.
 
-    python -m launch.cost.scale --output-dir docs     # some minutes; writes the lower half of docs/scale.md
-    python -m launch.cost.scale --quick               # the same on tiny models: whether it works at all
+    python -m launch.cost.scale --output-dir docs     # takes minutes; writes the results in docs/scale.md
+    python -m launch.cost.scale --quick               # a quick check, on tiny models
 
-It needs no ranks: torch's fake process group stands for them.
+It runs one process. torch's fake process group stands in for the other ranks.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from launch.benchmark.measure import Record
@@ -21,7 +21,7 @@ TENSORS = 300
 MAX_GROWTH = 1.5
 """Time on the most ranks over that on the fewest."""
 NEGLIGIBLE_SECONDS = 0.002
-"""Less than this is not compared: a ratio of such times says nothing."""
+"""Shorter times are not compared: noise dominates their ratio."""
 LARGE_MODEL = (1024, 720)
 """Ranks and tensors of the model whose times have limits of their own."""
 LIMITS = {
@@ -61,7 +61,10 @@ def scale_page(environment: Environment, records: Sequence[Record], large: Seque
         environment,
         [],
         {"scale": [*records], "large": [*large]},
-        notes=[f"Milliseconds of one processor, on the first rank; medians. The model is {shape}, or as a table says."],
+        notes=[
+            "All times are medians, in milliseconds of CPU time on the first rank.",
+            f"The model: {shape} matrices.",
+        ],
         targets=targets,
         tables=[
             Table(
@@ -76,13 +79,45 @@ def scale_page(environment: Environment, records: Sequence[Record], large: Seque
                 words=2,
             ),
             Table(
-                f"Measured: host time with {_case(large[0]).shape}, on {_case(large[0]).ranks} ranks",
+                f"Measured: host time with {_case(large[0]).shape} matrices, on {_case(large[0]).ranks} ranks",
                 ["call", *map(_layout, large)],
                 [[call, *(ms(record["seconds"][call]) for record in large)] for call in large[0]["seconds"]],
             ),
             target_table(targets),
         ],
+        summary=[*_summary(records)],
     )
+
+
+def _summary(records: Sequence[Record]) -> Iterator[str]:
+    """How much slower the calls are on the most ranks than on the fewest, and the time of an update."""
+    growths: list[tuple[float, str, str]] = []
+    grown: list[str] = []
+    updates: list[str] = []
+    for layout, group in groupby(records, _layout):
+        first, *_, last = (record["seconds"] for record in group)
+        updates.append(f"{ms(last['update()'])} ms ({layout})")
+        for call in _compared(last):
+            growth = last[call] / first[call]
+            if layout in TARGET_LAYOUTS:
+                growths.append((growth, call, layout))
+            if growth > MAX_GROWTH:
+                grown.append(f"`{call}` under {layout} {growth:.1f} times ({ms(first[call])} to {ms(last[call])} ms)")
+    ranks = sorted({_case(record).ranks for record in records})
+    if growths:
+        growth, call, layout = max(growths)
+        names = ", ".join(dict.fromkeys(layout for _, _, layout in growths))
+        yield (
+            f"**From {ranks[0]} to {ranks[-1]} ranks, {names}:** no call takes more than {growth:.2f} times as long "
+            f"(`{call}` under {layout}). Calls of less than {1000 * NEGLIGIBLE_SECONDS:.0f} ms are not compared."
+        )
+    yield f"**`update()` on {ranks[-1]} ranks, {_case(records[0]).tensors} tensors:** {', '.join(updates)}."
+    if grown:
+        yield f"**What takes longer on more ranks:** {'; '.join(grown)}."
+
+
+def _compared(seconds: Mapping[str, float]) -> list[str]:
+    return [call for call, value in seconds.items() if value > NEGLIGIBLE_SECONDS]
 
 
 def _case(record: Record) -> FakeCase:
@@ -105,7 +140,7 @@ def _growth_targets(records: Sequence[Record]) -> Iterator[Target]:
     for layout, group in groupby(records, _layout):
         first, *_, last = (record["seconds"] for record in group)
         if layout in TARGET_LAYOUTS:
-            growths = {call: last[call] / first[call] for call in first if last[call] > NEGLIGIBLE_SECONDS}
+            growths = {call: last[call] / first[call] for call in _compared(last)}
             slowest = max(growths, key=growths.__getitem__, default="")
             yield Target(f"{layout}: growth of any call ({slowest})", MAX_GROWTH, growths.get(slowest, 0), "times")
 

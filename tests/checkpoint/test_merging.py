@@ -284,7 +284,7 @@ def test_tensors_that_only_some_sources_tie_are_not_tied_in_the_output(tmp_path:
 
 def test_a_folder_named_as_a_step_is_refused(tmp_path: Path) -> None:
     paths, _ = make_mixed_sources(tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match="name of a step"):
+    with pytest.raises(checkpoint.CheckpointError, match="step-0000000100 is named like a step"):
         checkpoint.merge(paths, tmp_path / "root" / "step-0000000100", file_format="dcp")
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["step-0000000007"]
 
@@ -335,7 +335,7 @@ def test_the_checksum_does_not_depend_on_the_position(tmp_path: Path) -> None:
         (["lr1-step-100", "lr1-step-200", "lr1-step-1000"], [100, 200, 1000]),
         (["lr1-step-100", "a-step-100"], r"lr1-step-100|a-step-100"),
         (["step-100", "step-0100"], r"several.*step-0100, step-100"),
-        (["step-100", "final"], r"without a step.*final"),
+        (["step-100", "final"], r"step-100.*without one.*final"),
         (["my-bf16", "my-v2"], "no weights"),
     ],
 )

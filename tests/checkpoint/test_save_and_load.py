@@ -407,7 +407,7 @@ def test_optimizers_of_models_with_equal_names_keep_their_own_moments(tmp_path: 
     for run, weights in zip(runs, expected, strict=True):
         assert_bitwise_equal(full_weights(run[0]), weights)
     both = AdamW([*runs[0][0].parameters(), *runs[1][0].parameters()])
-    with pytest.raises(RuntimeError, match=r"several models.*'blocks\.0\.out\.weight'"):
+    with pytest.raises(RuntimeError, match=r"several models.*\bblocks\.0\.out\.weight\b"):
         checkpoint.save({"a": runs[0][0], "b": runs[1][0], "optim": both}, tmp_path, step=2)
 
 
@@ -451,10 +451,10 @@ def test_two_averages_cannot_be_loaded_into_one_model(tmp_path: Path) -> None:
 def test_ranks_with_different_models_or_keys_get_an_error(tmp_path: Path) -> None:
     rank = dist.get_rank()
     stage = nn.ModuleDict({f"part{rank}": nn.Linear(2, 2)})
-    with pytest.raises(RuntimeError, match=r"ranks 0 and 1\b.*\['model\.part0\.bias'"):
+    with pytest.raises(RuntimeError, match=r"ranks 0 and 1\b.*\bmodel\.part0\.bias\b"):
         checkpoint.save({"model": stage}, tmp_path, step=0)
     checkpoint.save({"x": 1, "y": 2}, tmp_path, step=0)
-    with pytest.raises(RuntimeError, match=r"keys.*ranks 0 and 1\b.*\['y'\]"):
+    with pytest.raises(RuntimeError, match=r"keys.*ranks 0 and 1 differ in y\b"):
         checkpoint.load({"x": 1} if rank else {"x": 1, "y": 2}, tmp_path)
 
 

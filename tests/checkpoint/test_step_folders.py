@@ -164,11 +164,11 @@ def test_a_save_that_failed_in_the_background_is_raised_by_the_next_call(tmp_pat
     save_numbers(tmp_path, 1)
     make_writing_fail()
     save_numbers(tmp_path, 2, block=False)
-    with pytest.raises(RuntimeError, match=r"step-0000000002\b.*background.*\[1\].*OSError: full"):
+    with pytest.raises(RuntimeError, match=r"background.*step-0000000002\b.*\[1\].*OSError: full"):
         save_numbers(tmp_path, 3)
     assert loaded_number(tmp_path) == 1
     save_numbers(tmp_path, 4, block=False)
-    with pytest.raises(checkpoint.CheckpointError, match=r"step-0000000004\b.*background.*\[1\].*OSError: full"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"background.*step-0000000004\b.*\[1\].*OSError: full"):
         checkpoint.wait()
     checkpoint.wait()
 

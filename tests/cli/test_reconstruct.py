@@ -232,7 +232,7 @@ def test_snapshots_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert re.search(r"averages.*step-0000000001.*none", fails("reconstruct", root, *target))
     (tmp_path / "out").mkdir()
     save_series(root, steps=20, decay=Uniform())
-    assert re.search(rf"{tmp_path}/out exists", fails("reconstruct", root, *target))
+    assert re.search(rf"{tmp_path}/out already exists", fails("reconstruct", root, *target))
     assert [*(tmp_path / "out").iterdir()] == []
     assert re.search(r"absent", fails("reconstruct", tmp_path / "absent", "-o", tmp_path / "new", "--window", 3))
 

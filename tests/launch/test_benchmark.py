@@ -30,6 +30,7 @@ from launch.benchmark.averaging_methods import (
 from launch.benchmark.cases import Case, LiveDtype, SmallTensors
 from launch.benchmark.formulas import update_bytes
 from launch.benchmark.operators import count_operators
+from launch.benchmark.page import Environment, Page
 from launch.benchmark.updates import DECAYS, update_numbers
 from tests.support import ROOT
 from tests.support.torch_2_7 import IS_BEFORE_TORCH_2_8, needs_stable_storage
@@ -294,3 +295,16 @@ def test_a_page_is_written_again_from_its_json(folder: Path, page: str, monkeypa
 def test_pages_not_selected_are_left_unchanged(folder: Path) -> None:
     assert (folder / "composer.md").read_text() == f"{INTRODUCTION}old results\n"
     assert not (folder / "composer.json").exists()
+
+
+def test_text_below_the_results_is_kept(tmp_path: Path) -> None:
+    end = "<!-- Above this line test writes. -->"
+    (tmp_path / "page.md").write_text(
+        f"# Title\n\n<!-- Below this line test writes. -->\n\nold\n\n{end}\n\n## Method\n"
+    )
+    page = Page(Environment.here("cpu"), [], {}, [], [], [])
+    page.write(tmp_path, data="page.json", page="page.md", program="test")
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("# Title\n")
+    assert text.endswith(f"{end}\n\n## Method\n")
+    assert "old" not in text

@@ -51,7 +51,7 @@ def merge(
 
     Args:
         sources: one or several checkpoints saved by `save` or ``dcp.save``, or files or folders of full weights. A root
-            of steps stands for all its steps, oldest first.
+            of steps means all its steps, oldest first.
         folder: must not exist.
         coefficients: one for each checkpoint, with the sum 1; None for the mean.
         emulate_decay: choose coefficients that emulate a decay of the learning rate over the sources, oldest first.
@@ -97,9 +97,9 @@ def open_sources(
     entry: str | None = None,
     last: int | None = None,
 ) -> list[WeightSource]:
-    """Open the weights in checkpoints and files; of a root, those of all its steps, oldest first.
+    """Open the weights in checkpoints and files; a root means all its steps, oldest first.
 
-    Raises: CheckpointError when there are no such weights; ValueError when nothing or not enough is given.
+    Raises: CheckpointError when there are no such weights; ValueError without a path or for a ``last`` out of range.
     """
     steps_and_folders = [pair for path in paths for pair in expand_steps(path)]
     count = len(steps_and_folders)
@@ -121,9 +121,9 @@ def make_terms(
     coefficients: Sequence[float] | None = None,
     emulate_decay: DecayShape | None = None,
 ) -> list[Term]:
-    """Pair the sources, oldest first, with their coefficients: by default those of the mean.
+    """Pair the sources, oldest first, with their coefficients, by default those of the mean.
 
-    Raises: ValueError when coefficients do not match in number or sum, or are given in two ways.
+    Raises: ValueError when coefficients do not match in number or sum, or when both arguments are given.
     """
     if coefficients is not None and emulate_decay is not None:
         raise ValueError("pass either coefficients or emulate_decay, not both")
@@ -138,7 +138,7 @@ def make_terms(
 
 
 def merge_notes(weights: WeightedSum, file_format: str) -> list[str]:
-    """Warnings about the sources of a merge, and how tensors and values that cannot be added are written."""
+    """Warnings about the sources of a merge, and notes on what is written for values that cannot be added."""
     sources = [term.source for term in weights.terms]
     last = weights.base
     notes = [caveat for source in sources for caveat in source.caveats]
@@ -149,7 +149,7 @@ def merge_notes(weights: WeightedSum, file_format: str) -> list[str]:
     copied = [name for name in last.meta_tensors if name not in weights.added_names]
     if others := copied if left_out else copied + last.extra_states:
         notes.append(
-            f"{len(others)} integer tensors and extra states are those of the last checkpoint: {abbreviated(others)}"
+            f"{len(others)} integer tensors and extra states are copied from the last checkpoint: {abbreviated(others)}"
         )
     notes += left_out
     lost = {name for source in sources for name in source.extra_states} - {*last.extra_states}

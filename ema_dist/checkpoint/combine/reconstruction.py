@@ -1,4 +1,4 @@
-"""Chooses the snapshots and coefficients that make a profile, says how good they are, and writes their sum."""
+"""Chooses the snapshots and coefficients that fit a profile, measures the fit, and writes their sum."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Reconstruction:
     snapshots: list[Snapshot]
     fit: Fit
     nearest: Snapshot
-    """The snapshot nearest to the target step, also if it is not in the sum: buffers and weights without an average are
-    its own."""
+    """The snapshot nearest to the target step, whether or not it is in the sum. Buffers and weights without an average
+    come from it."""
     step: int
     """The step at which the target average is taken."""
     time: float
@@ -140,7 +140,7 @@ def reconstruct(
 
     Args:
         root: a folder of checkpoints, each with averages by `Power`, `Uniform`, `HalfLife` without a ramp, or a number
-            taken once in each unit of the clock; of `checkpoint.save` or of ``dcp.save``.
+            taken once in each unit of the clock; saved by `checkpoint.save` or ``dcp.save``.
         folder: must not exist.
         target: one of these laws, or `posthoc.Window`, in the unit of the clock since averaging began.
         step: the step at whose time the average is taken; by default the last one. For a window over a Uniform track,
@@ -235,7 +235,7 @@ def write_reconstruction(
 def weighted_sum(
     reconstruction: Reconstruction, *, entry: str | None = None, dtype: torch.dtype | None = None
 ) -> WeightedSum:
-    """The sum that a reconstruction stands for. Raises: CheckpointError when snapshots are of different models."""
+    """The sum that a reconstruction describes. Raises: CheckpointError when snapshots are of different models."""
     snapshots = [snapshot for snapshot, _ in reconstruction.terms]
     nearest = snapshots.index(reconstruction.nearest)
     selections = [it.stored.weights("ema", track=it.track, entry=entry) for it in snapshots]
@@ -250,7 +250,7 @@ def weighted_sum(
 
 
 def _with_names_of(base: WeightSelection, selection: WeightSelection, snapshot: Snapshot) -> WeightSelection:
-    """The averages in ``selection``, under the second names of tied tensors too if ``base`` has these.
+    """The averages in ``selection``, also under the second names of tied tensors if ``base`` has them.
 
     A checkpoint without the live model stores an average under its first name only, and no weights without an average.
     """
@@ -282,7 +282,7 @@ def caveats(reconstruction: Reconstruction, file_format: str, *, entry: str | No
     """Warnings about the written tensors, from the snapshot that supplies their names."""
     nearest = reconstruction.nearest
     source = CheckpointSource(nearest.stored, nearest.stored.weights("ema", track=nearest.track, entry=entry))
-    # Its own share of the starting weights says nothing about that of the sum.
+    # The share of the starting weights in this snapshot is not that in the sum.
     notes = [it for it in source.caveats if it != nearest.averages.describe_initial_weights(nearest.track)]
     return notes + left_out_note(source.extra_states, file_format)
 
@@ -295,7 +295,7 @@ def input_nbytes(reconstruction: Reconstruction, weights: WeightedSum) -> int:
 
 
 def describe(reconstruction: Reconstruction) -> dict[str, Any]:
-    """What a reconstruction is meant for and how good it is, as JSON."""
+    """The target of a reconstruction and the quality of its fit, as JSON."""
     return {
         "step": reconstruction.step,
         "time": reconstruction.time,

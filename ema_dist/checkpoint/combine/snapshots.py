@@ -1,4 +1,4 @@
-"""The averages in a series of checkpoints, each with the time and the law that its profile follows from."""
+"""The averages in a series of checkpoints, with the profile of each, which follows from its time and its law."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIN_CLOCK_RATE = 0.9
 possible `reset`."""
 
 MASS_TOLERANCE = 1e-6
-"""The recorded share of the starting weights may differ from that of the law by rounding only."""
+"""The recorded share of the starting weights may differ from the share under the law only by rounding."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Snapshot:
     averages: StoredAverages
     stored: StoredCheckpoint
     profile: Profile
-    """Which weight it gives to each past value."""
+    """The weight that the average gives to each past value."""
 
     @property
     def law(self) -> str:
@@ -51,7 +51,7 @@ class Snapshots:
     """Which averages are ignored, and why."""
 
     def time_of(self, step: int) -> float:
-        """The time since averaging began at a step; between two checkpoints, in proportion.
+        """The time since averaging began at a step, interpolated linearly between two checkpoints.
 
         Raises: CheckpointError for a step before the first or after the last checkpoint.
         """
@@ -68,7 +68,7 @@ class Snapshots:
 
 
 def read_snapshots(checkpoints: Iterable[tuple[int, Path]], *, entry: str | None = None) -> Snapshots:
-    """The averages in these checkpoints, as far as their profiles are known.
+    """The averages in these checkpoints whose profiles are known.
 
     Checkpoints from before averaging last restarted (by `reset`, or before `start`) are ignored, and so are tracks
     without an exact law.
@@ -149,14 +149,14 @@ def _since_last_restart(series: Sequence[StoredStep], notes: list[str]) -> list[
 
 
 def _slow_clock_intervals(series: Sequence[StoredStep]) -> str:
-    """The steps between which the clock was slower than usual: it may have been reset, which it does not record."""
+    """The steps between which the clock was slower than usual, perhaps because of a reset, which it does not record."""
     pairs = [(a.step, b.step, (b.averages.steps - a.averages.steps) / (b.step - a.step)) for a, b in pairwise(series)]
     usual = median(speed for _, _, speed in pairs) if pairs else 0.0
     return abbreviated(f"{first} and {last}" for first, last, speed in pairs if speed < MIN_CLOCK_RATE * usual)
 
 
 def _of_track(track: str, series: Sequence[StoredStep], notes: list[str]) -> Iterator[Snapshot]:
-    """The snapshots of one track, up to the first that has another law than the one before it."""
+    """The snapshots of one track, up to the first whose law differs from that of the first snapshot."""
     first_record = series[0].averages.decays[track].record
     for stored in series:
         step, averages = stored.step, stored.averages

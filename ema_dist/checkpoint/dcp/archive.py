@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 HEADER_BYTES = 30
-"""Of a local header in a zip archive; its last four bytes are the lengths of the name and the padding after it."""
+"""The size of a local header in a zip archive. Its last four bytes are the lengths of the name and of the padding."""
 
 DATA_RECORD = b"archive/data/0"
 
 MAX_OVERHEAD_BYTES = 2**16
-"""No archive of one tensor has more bytes beside the elements; a larger one would take long to search."""
+"""An archive of one tensor has fewer bytes besides the elements; searching a larger archive would take long."""
 
 
 class FileSlice(io.RawIOBase):
@@ -45,7 +45,7 @@ class FileSlice(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         position = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence] + offset
         if position < 0:
-            raise ValueError(f"expected a position in the slice, got {position}")
+            raise ValueError(f"expected a position of 0 or more, got {position}")
         self._position = position
         return position
 
@@ -61,8 +61,8 @@ class FileSlice(io.RawIOBase):
 def data_offset(stream: IO[bytes], dtype: torch.dtype, shape: torch.Size) -> int | None:
     """The offset of the elements, in order, of a CPU tensor that `torch.save` wrote; changes the stream's position.
 
-    None unless the archive is exactly what `torch.save` writes for a contiguous tensor of this dtype and shape with a
-    storage of its own: only `torch.load` can read any other archive.
+    None unless the archive is exactly what `torch.save` writes for a contiguous tensor of this dtype and shape that
+    does not share its storage: any other archive must be read by `torch.load`.
     """
     try:
         expected, size = _expected_pickle(dtype, shape), shape.numel() * dtype.itemsize
@@ -105,14 +105,14 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 @lru_cache(maxsize=1024)
 def _expected_pickle(dtype: torch.dtype, shape: torch.Size) -> bytes:
-    """What `torch.save` pickles for a contiguous CPU tensor, whose elements go into a record of their own."""
+    """The pickle that `torch.save` writes for a contiguous CPU tensor; the elements are in a separate record."""
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=2).dump(_TensorStandIn(dtype, shape))
     return buffer.getvalue()
 
 
 class _TensorStandIn:
-    """Is pickled as a tensor of this dtype and shape, without allocating it."""
+    """Pickles like a tensor of this dtype and shape, without allocating one."""
 
     def __init__(self, dtype: torch.dtype, shape: torch.Size) -> None:
         self._dtype = dtype
@@ -133,7 +133,7 @@ class _TensorStandIn:
 
 @dataclass(frozen=True)
 class _StorageStandIn:
-    """Is pickled as a storage of this class, with this size in elements."""
+    """Pickles like a storage of this class, with this size in elements."""
 
     storage_type: type
     size: int

@@ -1,4 +1,4 @@
-"""Finds the models, optimizers and averages in any DCP checkpoint, by the names of its entries alone."""
+"""Finds the models, optimizers and averages in any DCP checkpoint from the names of its entries alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CheckpointIndex:
     @cached_property
     def key_paths(self) -> dict[str, KeyPath]:
         """The path of each DCP name in the dictionary that was saved."""
-        # DCP keeps the order of the dictionary here only; entries have the order of the ranks that wrote them.
+        # Only planner_data keeps the order of the dictionary; DCP orders the entries by the ranks that wrote them.
         stored = self.metadata.state_dict_metadata
         return {name: path for name, path in self.metadata.planner_data.items() if name in stored}
 

@@ -47,8 +47,8 @@ class Contents(CheckpointIndex):
         tracks = self.averages.get((key,), {})
         if len(tracks) > 1:
             raise ValueError(
-                f"expected averages of one track, found {list(tracks)}: load them into a ShardedEMA, or export one by "
-                "ema-dist export --track"
+                f"expected averages of one track, found {list(tracks)}: load them into a ShardedEMA, or export one "
+                "with ema-dist export --track"
             )
         return next((track.all for track in tracks.values()), {})
 

@@ -31,13 +31,13 @@ T = TypeVar("T")
 EntryMetadata = TensorStorageMetadata | BytesStorageMetadata
 
 MAX_SHARDED_DIMS = 8
-"""Of one tensor. DCP's own layouts shard a few; the check below takes time for 2**dims corners."""
+"""The most sharded dimensions of a tensor. DCP's layouts shard few; the check below visits 2**dims corners."""
 
 _MEMORY_FORMATS = {0: torch.contiguous_format, 1: torch.channels_last, 2: torch.preserve_format}
 
 
 class UnexpectedError(ValueError):
-    """The metadata holds something that DCP does not write; the message names it and its entry."""
+    """The metadata holds a value that DCP does not write; the message names the value and its entry."""
 
 
 def parse_entry(name: str, record: object) -> EntryMetadata:
@@ -103,7 +103,7 @@ def _is_tiling(size: torch.Size, chunks: list[ChunkStorageMetadata], name: str) 
         if set(chunk_lengths) != {full_length}
     ]
     if len(sharded_dims) > MAX_SHARDED_DIMS:
-        raise_unexpected(f"a cut along {len(sharded_dims)} dimensions, more than {MAX_SHARDED_DIMS}", name)
+        raise_unexpected(f"a tensor sharded along {len(sharded_dims)} dimensions, more than {MAX_SHARDED_DIMS}", name)
     corners: Counter[tuple[int, ...]] = Counter()
     for corner in product((0, 1), repeat=len(sharded_dims)):
         sign = -1 if sum(corner) % 2 else 1
@@ -126,7 +126,7 @@ def require_count(value: object, name: str) -> int:
     """Return ``value`` if it is an integer that is not negative."""
     number = require_type(int, value, "number", name)
     if number < 0:
-        raise_unexpected(f"{number} where there is no negative number", name)
+        raise_unexpected(f"{number}, where DCP writes no negative number", name)
     return number
 
 

@@ -52,7 +52,9 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = safe_join(folder, METADATA_FILE)
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no complete checkpoint: it has no {METADATA_FILE}, which DCP writes last")
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint: it has no {METADATA_FILE}, which DCP writes last"
+        )
     try:
         with _gc_paused():
             return _parse_metadata(folder, require_type(MetadataRecord, unpickle(path.read_bytes()), "metadata"))
@@ -64,28 +66,30 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def safe_join(folder: Path, name: str) -> Path:
-    """Return the path of the file ``name``, which a checkpoint names, in its folder.
+    """Return the path in ``folder`` of the file ``name``, which the checkpoint refers to.
 
     Raises: CheckpointError when ``name`` leads out of the folder, by itself or as a link.
     """
     plain = name not in {"", ".."} and "\0" not in name
     if not plain or PurePosixPath(name).name != name or PureWindowsPath(name).name != name:
         raise CheckpointError(
-            f"{folder} speaks of a file {reprlib.repr(name)}; expected the plain name of a file in it"
+            f"expected the plain name of a file in {folder}, found {reprlib.repr(name)} in the checkpoint"
         )
     path = folder / name
     try:
         leads_out = not path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, or a name that no file can have
-        raise CheckpointError(f"{folder} speaks of a file {reprlib.repr(name)}, which cannot be: {error}") from None
+        raise CheckpointError(f"{folder} refers to a file {reprlib.repr(name)}, which cannot exist: {error}") from None
     if leads_out:
-        raise CheckpointError(f"{path} is a link out of the checkpoint's folder; put the file itself there")
+        raise CheckpointError(
+            f"{path} is a link that leads out of the checkpoint's folder: replace it with the file itself"
+        )
     return path
 
 
 @contextmanager
 def _gc_paused() -> Iterator[None]:
-    """Pause garbage collection: parsing makes a million objects that stay, and collections would triple its time."""
+    """Pause garbage collection: parsing creates a million objects that stay alive, and collecting triples its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -146,7 +150,7 @@ class _ItemParser:
         if end > size:
             path = self._folder / item.relative_path
             raise CheckpointError(
-                f"{path} is truncated: it has {size} bytes, and the entry {name!r} ends at byte {end}"
+                f"{path} is truncated: it has {size} bytes, but the entry {name!r} ends at byte {end}"
             )
         return item
 
@@ -154,7 +158,7 @@ class _ItemParser:
         if name not in self._sizes:
             path = safe_join(self._folder, name)
             if not path.is_file():
-                raise CheckpointError(f"{path} is missing; {METADATA_FILE} says that entries are stored in it")
+                raise CheckpointError(f"{path} is missing, but {METADATA_FILE} lists entries in it")
             self._sizes[name] = path.stat().st_size
         return self._sizes[name]
 
@@ -175,13 +179,13 @@ def _require_items(name: str, entry: EntryMetadata, items: Mapping[MetadataIndex
 
 def _parse_key_paths(value: object, entries: Mapping[str, EntryMetadata]) -> dict[str, tuple[str | int, ...]]:
     stored = {} if value is None else require_type(dict, value, "planner_data")
-    # In the order of planner_data, which is that of the dictionary that was saved.
+    # planner_data has the order of the dictionary that was saved.
     names = dict.fromkeys([name for name in stored if name in entries]) | dict.fromkeys(entries)
     paths: dict[str, tuple[str | int, ...]] = {name: (name,) for name in names}
     for name, path in stored.items():
         require_type(str, name, "name in planner_data")
         for part in require_type(tuple, path, "path", name):
-            # DCP stores every item of a list. A larger index would only make DCP build a list of the file's choice.
+            # DCP stores every item of a list. A larger index would make DCP build a list of any size.
             if type(part) is not str and require_count(part, name) >= len(stored):
                 raise_unexpected(f"index {part} in a path", name)
         if not path or ".".join(map(str, path)) != name:

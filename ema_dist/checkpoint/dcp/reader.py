@@ -1,4 +1,7 @@
-"""DCP's reader and load planner, changed to run no code from a checkpoint, and a load in two agreed phases."""
+"""DCP's reader and load planner, changed to run no code from a checkpoint, and a load in two phases.
+
+Every rank finishes the first phase, planning, before any rank starts the second one, reading.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,10 @@ from ema_dist.sharding import is_sharded
 T = TypeVar("T")
 
 ZIP_MAGIC = b"PK\x03\x04"
-"""The first bytes of a file by `torch.save`. DCP never used its older formats, which torch reads with older code."""
+"""The first bytes of a file by `torch.save`. DCP never used torch's older formats."""
 
 MAX_BUFFERED_BYTES = 4 * 2**20
-"""Up to this size an item is read at once: torch.load makes many small reads, which are slow in a `FileSlice`."""
+"""Items up to this size are read at once: torch.load makes many small reads, which are slow in a `FileSlice`."""
 
 
 def read_entries(
@@ -53,7 +56,7 @@ def read_entries(
         group: the ranks that read together; None for this process alone, whether or not there is a process group.
 
     Collective: over ``group``; a problem on one rank is an error on all.
-    Memory: one chunk of the checkpoint at a time, beside the values read.
+    Memory: one chunk of the checkpoint at a time, in addition to the values read.
     Raises: CheckpointError, before anything is read, when the metadata is damaged, or names are missing or shapes
         differ (all are named); and when an entry is damaged: tensors read before it then have their new values.
     """
@@ -90,8 +93,8 @@ class SafeReader(FileSystemReader):
         self._metadata = metadata
 
     def read_metadata(self, *_: object, **kwargs: object) -> Metadata:
-        if kwargs.get("rank") is not None:  # torch tries this when there is no .metadata for all ranks
-            raise CheckpointError(f"{self._folder} has metadata of single ranks only; expected one .metadata")
+        if kwargs.get("rank") is not None:  # torch asks for these when there is no common .metadata
+            raise CheckpointError(f"expected one .metadata in {self._folder}, found metadata of single ranks only")
         if self._metadata is None:
             self._metadata = read_metadata(self._folder)
         return self._metadata
@@ -144,7 +147,9 @@ class SafeReader(FileSystemReader):
         if not item.transform_descriptors:
             return stream
         if not hasattr(self, "transforms"):  # FileSystemReader's, since torch 2.7
-            raise CheckpointError(f"it is stored through {item.transform_descriptors}, which needs torch 2.7 or later")
+            raise CheckpointError(
+                f"it is stored with the transforms {item.transform_descriptors}, which need torch 2.7 or later"
+            )
         return io.BytesIO(self.transforms.transform_load_stream(request, item.transform_descriptors, stream).read(-1))
 
     def _open_chunk(self, stream: IO[bytes], index: MetadataIndex) -> LoadedChunk | StoredChunk:
@@ -212,7 +217,7 @@ class StoredChunk:
         while remaining:
             count = self.stream.readinto(remaining)
             if not count:
-                raise CheckpointError(f"it ends {len(remaining)} bytes too early")
+                raise CheckpointError(f"the file ends {len(remaining)} bytes too early")
             remaining = remaining[count:]
 
 
@@ -239,7 +244,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = safe_torch_load(value)
 
     def try_adopt(self, read_item: ReadItem, tensor: Tensor) -> bool:
-        """Make a tensor that was read the entry itself, if it is all of one on the meta device; whether it did."""
+        """Make ``tensor`` the entry if it is all of an entry on the meta device; return whether it is."""
         name = read_item.dest_index.fqn
         target = self.state_dict[name]
         if is_sharded(target) or not target.is_meta or not target.shape == read_item.lengths == tensor.shape:
@@ -257,12 +262,12 @@ class SafeLoadPlanner(DefaultLoadPlanner):
 
 
 def safe_torch_load(stream: IO[bytes]) -> Any:
-    """Load a file by `torch.save`, tensors on the CPU: plain values and classes allowed by `add_safe_globals` only.
+    """Load a file by `torch.save`, tensors on the CPU: only plain values and classes allowed by `add_safe_globals`.
 
     Raises: CheckpointError that names any other class; and whatever damaged bytes make `torch.load` raise.
     """
     if stream.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
-        raise CheckpointError("expected an archive as torch.save writes it, found something else")
+        raise CheckpointError("expected an archive written by torch.save, found other bytes")
     stream.seek(0)
     try:
         return torch.load(stream, map_location="cpu", weights_only=True)
@@ -272,8 +277,8 @@ def safe_torch_load(stream: IO[bytes]) -> Any:
             raise
         names = ", ".join(sorted(refused))
         raise CheckpointError(
-            f"it holds {names}, which torch does not read unless told to, as it could run code; if you trust "
-            f"the checkpoint, admit it: torch.serialization.add_safe_globals([{names}])"
+            f"it holds {names}, which torch does not load by default, because it could run code; if you trust "
+            f"the checkpoint, allow it: torch.serialization.add_safe_globals([{names}])"
         ) from error
 
 
@@ -281,12 +286,12 @@ def _plan(reader: SafeReader, state_dict: dict[str, Any]) -> tuple[LoadPlan, Saf
     metadata = reader.read_metadata()
     stored = metadata.state_dict_metadata
     if missing := state_dict.keys() - stored:
-        raise CheckpointError(
-            f"{reader.path} has no entries {abbreviated(sorted(missing))}; expected them among its {len(stored)}"
-        )
+        raise CheckpointError(f"{reader.path} has {len(stored)} entries, but lacks {abbreviated(sorted(missing))}")
     problems = {name: _describe_mismatch(value, stored[name]) for name, value in state_dict.items()}
     if mismatches := [f"{name!r} {problem}" for name, problem in problems.items() if problem]:
-        raise CheckpointError(f"{reader.path} does not fit: {abbreviated(mismatches, separator='; ')}")
+        raise CheckpointError(
+            f"{reader.path} does not match the values to read into: {abbreviated(mismatches, separator='; ')}"
+        )
     reader.set_up_storage_reader(metadata, is_coordinator=False)
     planner = SafeLoadPlanner()
     planner.set_up_planner({name: _target(value, stored[name]) for name, value in state_dict.items()}, metadata)
@@ -297,10 +302,10 @@ def _describe_mismatch(value: object, entry: TensorStorageMetadata | BytesStorag
     if not isinstance(value, Tensor):
         return ""
     if isinstance(entry, BytesStorageMetadata):
-        return f"is a tensor of shape {list(value.size())} here, and not a tensor there"
+        return f"is a tensor of shape {list(value.size())}, but the checkpoint holds no tensor"
     if value.size() != entry.size:
-        return f"has shape {list(value.size())} here, and {list(entry.size)} there"
-    return "is on the meta device here; materialise it first" if not is_sharded(value) and value.is_meta else ""
+        return f"has shape {list(value.size())}, but {list(entry.size)} in the checkpoint"
+    return "is on the meta device: materialize it first" if not is_sharded(value) and value.is_meta else ""
 
 
 def _target(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) -> Tensor | None:
@@ -309,7 +314,8 @@ def _target(value: object, entry: TensorStorageMetadata | BytesStorageMetadata) 
         return None
     if isinstance(value, Tensor):
         return value
-    device = "meta" if entry.size.numel() else "cpu"  # nothing is read for an empty tensor, so nothing would replace it
+    # An empty tensor is not read, so nothing would replace it if it were on the meta device.
+    device = "meta" if entry.size.numel() else "cpu"
     return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
 
 

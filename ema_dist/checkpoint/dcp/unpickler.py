@@ -1,10 +1,10 @@
 """Unpickles DCP's metadata into inert records: no class that the checkpoint chooses is looked up or called.
 
-There are two checks. Opcodes: only those that pickles of DCP's metadata consist of are allowed, so that nothing is
-called by name, put at a memo index of the file's choice (2**31 takes 32 GiB) or fetched from a registry. Globals: each
-of the few that DCP writes becomes a class of this module that only holds its arguments and that the pickle cannot
-modify. None of the real classes is used before `ema_dist.checkpoint.dcp.metadata` has checked every value.
-Not covered: a pickle that nests tuples some 100 000 deep and uses them as a key ends the process, in CPython's hash.
+There are two checks. Opcodes: only those in pickles of DCP's metadata are allowed, so that a pickle cannot call a
+function by name, choose its memo indices (2**31 takes 32 GiB) or fetch objects from a registry. Globals: each of the
+few that DCP writes is replaced by a class of this module, which only holds its arguments and which the pickle cannot
+modify. The real classes are used only after `ema_dist.checkpoint.dcp.metadata` has checked every value.
+Not covered: a pickle that nests tuples some 100 000 deep and uses them as a key crashes the process in CPython's hash.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _FrozenType(type):
 
 
 class Record(metaclass=_FrozenType):
-    """Stands for an object of a class that DCP writes: holds its arguments, and its state as attributes."""
+    """Replaces an object of a class that DCP writes; holds its arguments, and its state as attributes."""
 
     args: tuple[object, ...] = ()
 
@@ -103,7 +103,7 @@ RECORD_TYPES: dict[tuple[str, str], type[Record]] = {
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     },
 }
-"""The globals in pickles of DCP's metadata, besides torch.Size and dtypes, which a pickle cannot modify either."""
+"""The globals in pickles of DCP's metadata, besides torch.Size and dtypes, which a pickle cannot modify."""
 
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
@@ -117,7 +117,7 @@ class _Unpickler(pickle.Unpickler):
         try:
             return RECORD_TYPES[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of DCP's metadata") from None
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which DCP's metadata never contains") from None
 
 
 def unpickle(data: bytes) -> object:
@@ -143,7 +143,7 @@ _LENGTH_BYTES = {ord(b"\x8c"): 1, ord(b"X"): 4, ord(b"\x8a"): 1}
 def _check_opcodes(data: bytes) -> None:
     position = 0
     while position < len(data):
-        end = _FIXED_OPCODES.match(data, position).end()  # pyrefly: ignore[missing-attribute]  it matches nothing, too
+        end = _FIXED_OPCODES.match(data, position).end()  # pyrefly: ignore[missing-attribute]  it also matches an empty string
         if end == position:
             opcode = data[position]
             if opcode == ord(b"."):
@@ -156,4 +156,4 @@ def _check_opcodes(data: bytes) -> None:
             end = start + int.from_bytes(data[position + 1 : start], "little")
         position = end
     if position != len(data) - 1:
-        raise pickle.UnpicklingError(f"it has {len(data)} bytes, and what it says ends at byte {position}")
+        raise pickle.UnpicklingError(f"it has {len(data)} bytes, but its last instruction ends at byte {position}")

@@ -1,4 +1,4 @@
-"""Memory that is used again for each batch of tensors."""
+"""Memory that is reused for each batch of tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
-"""Of tensors in memory, in bytes."""
+"""Bytes to which each tensor in the buffer is aligned."""
 
 
 class ReusableBuffer:
@@ -19,7 +19,7 @@ class ReusableBuffer:
         self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def tensors(self, shapes_and_dtypes: Sequence[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
-        """Tensors of these shapes and dtypes with undefined elements, in the memory of those before."""
+        """Uninitialized tensors of these shapes and dtypes; they overwrite those of the call before."""
         sizes = [shape.numel() * dtype.itemsize for shape, dtype in shapes_and_dtypes]
         ends = [*accumulate(size + -size % ALIGNMENT for size in sizes)]
         if ends and ends[-1] > self._bytes.numel():

@@ -1,4 +1,4 @@
-"""Where a weighted sum of checkpoints is written: files of weights, or a folder of DCP; several processes share it."""
+"""The outputs of a weighted sum of checkpoints: files of weights, or a DCP folder; several processes may share one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ema_dist.checkpoint.writer import CheckpointWriter
 from ema_dist.messages import abbreviated
 
 MODEL_KEY = "model"
-"""The key under which `checkpoint.load` takes the model from a folder of DCP."""
+"""The key under which `checkpoint.load` finds the model in a DCP folder."""
 
 
 class WeightOutput(ABC):
@@ -72,7 +72,7 @@ class HuggingFaceOutput(WeightOutput):
     ) -> None:
         super().__init__(group)
         total = sum(meta.nbytes for meta in weights.meta_tensors.values())
-        # At least one file for each process, as far as the sizes of the tensors allow.
+        # At least one file for each process, if the tensors are small enough.
         size = max(1, min(size_in_bytes(max_shard_size), ceil(total / self._num_ranks)))
         self._files = ShardedFiles(weights.planned, FORMATS[file_format], max_shard_size=size)
         nbytes = {
@@ -114,7 +114,7 @@ class DCPOutput(WeightOutput):
         share = set(share_of_rank(sizes, self._rank, self._num_ranks))
         self._names = [name for name in weights.meta_tensors if name in share]
         base = weights.base
-        # Before `write`, whose collective calls would wait for a rank that cannot read one.
+        # Read here, because the collectives in `write` would wait for a rank that cannot read one.
         self._extra_states = {name: pack_value(base.extra_state(name), name) for name in base.extra_states}
 
     @property
@@ -174,7 +174,7 @@ class _StreamPlanner(SavePlanner):
         if not (isinstance(value, Tensor) and value.is_meta):
             return value
         if self._last_written is not None:
-            # torch keeps every tensor of a file until the file is complete: the whole model.
+            # torch keeps all tensors of a file until it is complete, which here would be the whole model.
             self._last_written.untyped_storage().resize_(0)
         while index.fqn not in self._pending:  # a tied tensor comes before its turn
             dcp_name, tensor = next(self._entries)
@@ -194,7 +194,7 @@ class _StreamWriter(CheckpointWriter):
 
 
 def _do_nothing(_folder: Path) -> None:
-    """The caller gives the folder its name, after more checks."""
+    """The caller renames the folder after more checks."""
 
 
 def left_out_note(extra_states: Sequence[str], file_format: str) -> list[str]:

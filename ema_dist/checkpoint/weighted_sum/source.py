@@ -24,10 +24,10 @@ class WeightSource(ABC):
     """Full weights that are read one at a time; nothing in their files is run.
 
     Args:
-        path: the folder or file that they are in.
-        step: the optimizer step that they are of, if it is known.
-        meta_tensors: shape and dtype of each tensor, on the meta device, in the model's order. The dtype is the one of
-            the model's weight, while an average may be stored in a wider one.
+        path: their folder or file.
+        step: the optimizer step at which they were saved, if known.
+        meta_tensors: shape and dtype of each tensor, on the meta device, in the model's order. The dtype is that of
+            the model's weight; an average may be stored in a wider one.
         extra_states: the names of values that are not tensors.
         ties: the first name of each tied tensor by its other names, which have the same values.
     """
@@ -89,7 +89,7 @@ class CheckpointSource(WeightSource):
     """The live weights or the averages in a folder that DCP wrote.
 
     Args:
-        selection: of the weights in ``stored``.
+        selection: selects the weights in ``stored``.
     """
 
     def __init__(self, stored: StoredCheckpoint, selection: WeightSelection) -> None:
@@ -131,7 +131,7 @@ class FileSource(WeightSource):
         super().__init__(path, step_in_name(path), tensors, entries.keys() - tensors.keys())
 
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
-        return (self._files[name].detach() for name in names)  # files by torch.save may hold parameters
+        return (self._files[name].detach() for name in names)  # torch.save files may hold parameters
 
     def extra_state(self, name: str) -> Any:
         return self._files[name]
@@ -147,15 +147,15 @@ def open_source(
     dtype: torch.dtype | None = None,
     on_ignored: Callable[[str], object] = lambda _: None,
 ) -> WeightSource:
-    """Open the weights in a checkpoint, or those in files.
+    """Open the weights in a checkpoint or in files.
 
     Args:
         path: a root of checkpoints, one checkpoint, any folder that ``dcp.save`` wrote, a file of weights, its index,
             or their folder.
-        step: applies to checkpoints only, as ``weights_kind``, ``track``, ``entry`` and ``dtype`` do.
+        step: applies to checkpoints only; so do ``weights_kind``, ``track``, ``entry`` and ``dtype``.
         on_ignored: called with a message if a choice has no effect.
 
-    Raises: CheckpointError when there are no such weights, or files are asked for a step.
+    Raises: CheckpointError when there are no such weights, or when ``step`` is given for files.
     """
     if path.exists() and not has_checkpoint(path):
         if step is not None:
@@ -179,13 +179,13 @@ def _caveats(stored: StoredCheckpoint, selection: WeightSelection) -> Iterator[s
     if selection.is_model_missing:
         model_names = ", ".join(repr(dotted_name(key_path)) for key_path in stored.index.models)
         with_names = f" with the names of these averages (it holds {model_names})" if model_names else ""
-        yield (f"{stored.folder} holds no live model{with_names}: only tensors that have an average are taken")
+        yield (f"{stored.folder} holds no live model{with_names}: only tensors that have an average are used")
     if selection.averages and (note := selection.averages.describe_initial_weights(selection.track)):
         yield note
     if trained := [name for name in selection.without_average if name in stored.index.optimized_names]:
         yield (
-            f"{len(trained)} tensors that an optimizer in the checkpoint trains have no average and are taken with "
-            f"their live values: {abbreviated(trained)}"
+            f"{len(trained)} tensors that an optimizer in the checkpoint trains have no average, so their live values "
+            f"are used: {abbreviated(trained)}"
         )
     unexplained = [name for name in selection.without_average if name not in trained]
     if unexplained and not stored.manifest:
@@ -196,6 +196,6 @@ def _caveats(stored: StoredCheckpoint, selection: WeightSelection) -> Iterator[s
     if ties := selection.guessed_ties:
         pairs = [f"{name} (that of {first})" for name, first in ties.items()]
         yield (
-            f"{len(pairs)} tensors are taken with the average of another, whose live values they equal (tied ones, "
-            f"most likely: the checkpoint does not tell): {abbreviated(pairs)}"
+            f"{len(pairs)} tensors get the average of another tensor with equal live values (most likely they are "
+            f"tied; the checkpoint does not record it): {abbreviated(pairs)}"
         )

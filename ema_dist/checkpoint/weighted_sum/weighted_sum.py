@@ -19,12 +19,12 @@ from ema_dist.checkpoint.weights.casts import cast, upcast_float8
 from ema_dist.messages import abbreviated, describe_difference
 
 BLOCK_ELEMENTS = 2**20
-"""Tensors are added in blocks of this size: torch makes a copy of each in the dtype of the sum."""
+"""Tensors are added in blocks of this size: torch copies each block into the dtype of the sum."""
 
 
 @dataclass
 class Term:
-    """Weights and their coefficient in a sum; ``checksums`` get filled with those of the tensors read."""
+    """Weights and their coefficient in a sum; reading adds the checksum of each tensor to ``checksums``."""
 
     source: WeightSource
     coefficient: float
@@ -35,8 +35,8 @@ class WeightedSum:
     """Computes ``sum(coefficient * weights)`` over several checkpoints of one model, one batch of tensors at a time.
 
     Floating-point tensors of 16 bits or fewer are accumulated in float32, all others in float64. Integer tensors, extra
-    states of modules and the names in ``copied`` come from one source, the base. So do elements that are not finite
-    there, such as the -inf of attention masks.
+    states of modules and the names in ``copied`` come from one source, the base. Elements that are not finite in the
+    base, such as the -inf of attention masks, come from it too.
 
     Args:
         terms: of models with the same tensors.
@@ -59,7 +59,7 @@ class WeightedSum:
         base_term = terms[base]
         self.terms: list[Term] = list(terms)
         self.base: WeightSource = base_term.source
-        # The base last: it decides about elements that are not finite.
+        # The base comes last, because its non-finite elements replace those of the sum.
         self._terms = [term for term in terms if term is not base_term] + [base_term]
         self.ties: dict[str, str] = {
             name: first
@@ -95,10 +95,10 @@ class WeightedSum:
         )
 
     def entries(self, names: Iterable[str], *, on_bytes: Callable[[int], object]) -> Iterator[tuple[str, Any]]:
-        """Yield the extra states, then the tensors in order; a tied tensor comes just before the one it is tied to.
+        """Yield the extra states, then the tensors in order; a tied tensor comes right before the one it is tied to.
 
         Args:
-            names: of tensors and extra states.
+            names: names of tensors and extra states.
             on_bytes: called with the number of bytes read since the last call.
 
         Memory: the sums of one batch of tensors (`BATCH_BYTES`, or one larger tensor), and the same from one source.
@@ -118,16 +118,16 @@ class WeightedSum:
             buffer = ReusableBuffer()
             for term in self._terms:
                 self._add_batch(totals, term, batch, buffer, on_bytes)
-            del buffer  # before the sums are cast, into new memory
+            del buffer  # free it before the sums are cast, which allocates memory
             for name in batch:
                 total = totals.pop(name)
                 result = cast(name, total, self.meta_tensors[name].dtype)
                 if result is total and name in added:
                     result = total.clone()  # the next batch overwrites the sums
-                # The copies first: what is yielded belongs to the caller, who may free it.
+                # The copies first, because the caller owns the yielded tensor and may free it.
                 yield from ((other, result.clone()) for other, first in shared.items() if first == name)
                 yield name, result
-                del result, total  # else they would be alive while the next batch is added
+                del result, total  # else their memory would be held while the next batch is added
 
     def _add_batch(
         self,
@@ -188,11 +188,11 @@ class WeightedSum:
 
 
 def add_scaled_(total: Tensor, tensor: Tensor, coefficient: float, *, keep_non_finite: bool = False) -> bool:
-    """Add ``coefficient * tensor`` in the dtype of ``total``, both contiguous; return whether the result is sound.
+    """Add ``coefficient * tensor`` in the dtype of ``total``, both contiguous; return whether the result is valid.
 
     Args:
-        keep_non_finite: elements of ``tensor`` that are not finite replace those of ``total``. The result is sound
-            if all its other elements are finite. Without this, every result is.
+        keep_non_finite: elements of ``tensor`` that are not finite replace those of ``total``. The result is valid
+            if all its other elements are finite. Without this, every result is valid.
     """
     blocks = zip(total.view(-1).split(BLOCK_ELEMENTS), tensor.view(-1).split(BLOCK_ELEMENTS), strict=True)
     for target, stored in blocks:
@@ -219,7 +219,7 @@ def _is_added(name: str, meta: Tensor) -> bool:
 def _require_same_model(
     expected: WeightSource, found: WeightSource, added: Container[str], copied: Container[str]
 ) -> None:
-    """Raises: CheckpointError when the tensors differ in names or dtype categories, or those to be added in shapes."""
+    """Raises: CheckpointError when names or dtype categories differ, or the shapes of tensors to be added."""
     left = {name for name in expected.meta_tensors if not is_extra_state(name) and name not in copied}
     right = {name for name in found.meta_tensors if not is_extra_state(name) and name not in copied}
     if difference := describe_difference(str(expected.path), left, str(found.path), right):

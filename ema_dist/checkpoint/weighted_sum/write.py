@@ -1,4 +1,4 @@
-"""Writes a weighted sum of checkpoints into a new folder, which gets its name when all is written and verified."""
+"""Writes a weighted sum of checkpoints into a new folder, which gets its name once the files are verified."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ema_dist.modes import in_normal_mode
 OutputFormat = Literal["safetensors", "torch", "dcp"]
 
 RECORD_FILE = "merge.json"
-"""Says which checkpoints a merge is of; it lies beside the weights."""
+"""The file beside the weights that records which checkpoints were merged."""
 
 
 @in_normal_mode
@@ -47,22 +47,22 @@ def write_weighted_sum(
     on_bytes: Callable[[int], object] = lambda _: None,
     timeout: float = 60.0,
 ) -> list[Path]:
-    """Write a sum into a new folder, read it again, and compare; return the files.
+    """Write a sum into a new folder, read it back to verify it, and return the files.
 
     With a process group, the ranks share the tensors, and each writes files of its own. Every tensor is read once.
     Until all tensors are verified, the files are in a folder beside ``folder``, which is removed on failure.
 
     Args:
-        folder: must not exist; its parents are made.
+        folder: must not exist; its parents are created.
         call: the function that the user called, for errors about ranks that differ.
         verified: checkpoints whose files are compared with their manifests first; the ranks share these files.
         file_format: files in the Hugging Face layout; or ``"dcp"``, which `checkpoint.load` takes under ``model``.
         custom_output: makes the output over a group, in place of one in ``file_format``.
-        max_shard_size: of files in the Hugging Face layout; there are smaller ones if there are more processes.
-        record: what else to write into ``record_name``, beside the weights: that has the path, step, coefficient and
+        max_shard_size: of files in the Hugging Face layout; with more processes than files, files are smaller.
+        record: more fields for the file ``record_name`` beside the weights, which has the path, step, coefficient and
             checksum of each source. ``checksum`` is the XXH3 of the sorted per-tensor XXH3 checksums of the tensors
             that are added, as JSON. It does not depend on the source's layout, and is null if the source was not read
-            (coefficient 0). ``copied_checksum`` is that of tensors copied from this source.
+            (coefficient 0). ``copied_checksum`` is the same for tensors copied from this source.
         on_bytes: called with the number of bytes read by this process since the last call.
 
     Collective: over all ranks, if there is a process group; all ranks must pass the same arguments.
@@ -117,11 +117,11 @@ def _require_intact(
         share = files_to_verify(files, *rank_and_size(group))
         problems += verify_files(stored.folder, share, on_bytes=on_bytes)
     if problems:
-        raise CheckpointError(f"a source is damaged, nothing is written: {'; '.join(problems)}")
+        raise CheckpointError(f"a source is damaged, so nothing is written: {'; '.join(problems)}")
 
 
 def _provenance(weights: WeightedSum, group: ProcessGroup | None) -> list[dict[str, Any]]:
-    """What the record says about each source. Collective: over ``group``."""
+    """The entries of the record about each source. Collective: over ``group``."""
     terms: list[Term] = weights.terms
     checksums = [term.checksums for term in terms]
     by_rank: list[list[dict[str, str]]] = [checksums]
@@ -142,21 +142,21 @@ def _provenance(weights: WeightedSum, group: ProcessGroup | None) -> list[dict[s
 
 
 def _combined(checksums: Mapping[str, str], names: AbstractSet[str]) -> str | None:
-    """The checksum of the sorted checksums of these names; None without any."""
+    """The checksum of the sorted checksums of these names; None if there are none."""
     chosen = sorted((name, text) for name, text in checksums.items() if name in names)
     return xxhash.xxh3_128_hexdigest(json.dumps(chosen).encode()) if chosen else None
 
 
 def require_new_folder(folder: Path) -> None:
-    """Raises: CheckpointError when ``folder`` exists, is in a file, or has the name of a step of `checkpoint.save`."""
+    """Raises: CheckpointError when ``folder`` exists, has a parent that is a file, or is named like a step folder."""
     if os.path.lexists(folder):
-        raise CheckpointError(f"{folder} exists: choose another folder, or remove it")
+        raise CheckpointError(f"{folder} already exists: choose another folder, or remove it")
     nearest_parent = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
     if not nearest_parent.is_dir():
-        raise CheckpointError(f"{folder} cannot be made: {nearest_parent} is not a folder; choose another one")
+        raise CheckpointError(f"cannot create {folder}: {nearest_parent} is not a folder; choose another folder")
     if STEP_NAME.fullmatch(folder.name):
         raise CheckpointError(
-            f"{folder} has the name of a step that checkpoint.save wrote, and would be read as one: choose another name"
+            f"{folder} is named like a step folder of checkpoint.save, and would be read as one: choose another name"
         )
 
 
@@ -172,19 +172,19 @@ def _verify(output: WeightOutput, folder: Path, checksums: Mapping[str, str]) ->
 
 @contextmanager
 def _new_folder(folder: Path, group: ProcessGroup | None) -> Iterator[Path]:
-    """Make a folder beside ``folder``, which gets its name when the block returns; when it raises, it is removed.
+    """Create a temporary folder beside ``folder``; rename it when the block returns, remove it when the block raises.
 
-    Collective: over ``group``. Raises: CheckpointError when ``folder`` exists, or cannot be made.
+    Collective: over ``group``. Raises: CheckpointError when ``folder`` exists, or cannot be created.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     with ExitStack() as exit_stack:
 
         def make() -> None:
             require_new_folder(folder)
-            exit_stack.callback(_remove_folder, partial)  # also one that a killed process left
+            exit_stack.callback(_remove_folder, partial)  # includes a folder that a killed process left
             exit_stack.enter_context(made_folder(partial))
             exit_stack.enter_context(folder_lock(partial, name=folder))
-            _remove_files(partial)  # of a process that was killed
+            _remove_files(partial)  # left by a process that was killed
             exit_stack.callback(_remove_files, partial)
 
         def publish() -> None:
@@ -203,7 +203,7 @@ def _new_folder(folder: Path, group: ProcessGroup | None) -> Iterator[Path]:
 
 
 def _remove_folder(folder: Path) -> None:
-    with suppress(OSError):  # of a folder that another process locks and writes into
+    with suppress(OSError):  # another process has locked the folder and writes into it
         folder.rmdir()
 
 

@@ -18,8 +18,8 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         largest = _largest_finite(tensor)
         if largest > limit:
             raise CheckpointError(
-                f"{name!r} holds {largest:.6g}, beyond the range of {dtype}, which ends at {limit:.6g}; "
-                "choose a dtype of a wider range, such as bfloat16"
+                f"{name!r} holds {largest:.6g}, but the largest value of {dtype} is {limit:.6g}: "
+                "choose a dtype with a wider range, such as bfloat16"
             )
     return tensor.to(dtype)
 

@@ -1,4 +1,4 @@
-"""The files beside weights that `from_pretrained` reads: configuration and tokenizer."""
+"""The files that `from_pretrained` reads beside the weights: configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ema_dist.checkpoint.weights.formats import COPIED_CHECKSUMS_KEY, INDEX_SUFF
 from ema_dist.messages import abbreviated
 
 CONFIG_SUFFIXES = (".codes", ".jinja", ".json", ".model", ".spm", ".tiktoken", ".txt", ".vocab")
-"""Configuration, vocabularies and chat templates; no weights, and no code."""
+"""Suffixes of configuration, vocabularies and chat templates, but not of weights or code."""
 
 
 def config_files(folder: Path) -> list[Path]:
@@ -27,7 +27,7 @@ def config_files(folder: Path) -> list[Path]:
     files = [path for path in names if path.suffix in CONFIG_SUFFIXES and path.is_file()]
     files = [path for path in files if not path.name.endswith(INDEX_SUFFIX)]
     if not files:
-        found = f"found {len(names)} other files" if names else "found no such folder, or an empty one"
+        found = f"found {len(names)} other files" if names else "found no files"
         raise CheckpointError(
             f"expected configuration files such as config.json in {folder}, {found}; give the folder of the model "
             "that was trained"
@@ -36,7 +36,7 @@ def config_files(folder: Path) -> list[Path]:
 
 
 def unedited_copies(folder: Path, metadata: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """The checksums, by name, of the files in ``folder`` that are still as an export by this package copied them.
+    """The checksums, by name, of the files in ``folder`` that this package copied there and nobody has edited since.
 
     Args:
         metadata: of the indices and single files of all exports into ``folder`` by this package.
@@ -51,11 +51,11 @@ def _copied_checksums(metadata: Mapping[str, Any]) -> dict[str, str]:
         record = json.loads(metadata.get(COPIED_CHECKSUMS_KEY, "{}"))
         return {name: value for name, value in record.items() if isinstance(value, str)}
     except (AttributeError, TypeError, ValueError, RecursionError):
-        return {}  # not written by this package after all: nothing counts as copied
+        return {}  # this package did not write the record, so no file counts as copied
 
 
 def checksum(path: Path) -> str:
-    """The SHA-256 of a file of configuration, in hexadecimal digits."""
+    """The SHA-256 of a configuration file, in hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -80,7 +80,7 @@ def _where_different(content: bytes, other: bytes) -> str:
 
 
 def _different_keys(content: bytes, other: bytes) -> list[str]:
-    """The keys of the top level with different values; empty if one of the two is no JSON object."""
+    """The top-level keys with different values; empty unless both are JSON objects."""
     try:
         values, other_values = json.loads(content), json.loads(other)
         in_one_only = values.keys() ^ other_values.keys()

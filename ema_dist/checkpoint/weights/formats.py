@@ -18,6 +18,7 @@ from torch import Tensor
 from ema_dist.checkpoint.dcp.archive import byte_view
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.values import require_loadable
+from ema_dist.messages import abbreviated
 from ema_dist.sharding import subclass_name
 
 FileFormat = Literal["safetensors", "torch"]
@@ -27,10 +28,10 @@ METADATA_KEY = "__metadata__"
 """The key of the entry in a safetensors header that is not a tensor."""
 
 WRITER_MARK = {"written_by": "ema_dist"}
-"""What this package writes into the metadata of its files and indices, so that a later export may replace them."""
+"""Marks the metadata of files and indices that this package wrote, so that a later export may replace them."""
 
 COPIED_CHECKSUMS_KEY = "ema_dist_copied_files"
-"""This metadata maps the key to the checksums, as JSON, of the files that were copied beside the weights."""
+"""The metadata key of the checksums, as JSON, of the files that were copied beside the weights."""
 
 SHARD_NUMBERS = r"-\d{5,}-of-\d{5,}"
 """Matches the part ``-00001-of-00003`` in the name of one of several files."""
@@ -38,7 +39,7 @@ SHARD_NUMBERS = r"-\d{5,}-of-\d{5,}"
 
 @dataclass(frozen=True)
 class OpenedFile:
-    """The names in one file, a function that reads the value of a name, and what the file says about itself."""
+    """The names in one file, a function that reads the value of a name, and the file's metadata."""
 
     names: list[str]
     read: Callable[[str], Any]
@@ -62,7 +63,7 @@ class FormatSpec:
     stem: str
     suffix: str
     suffixes: tuple[str, ...]
-    """The suffixes of files that are read in this format, also of files by other programs."""
+    """The suffixes of files that are read in this format, including those that other programs write."""
     open_writer: Callable[[Path, Mapping[str, Any], Mapping[str, str]], FileWriter]
     """Starts a file, given its path, its planned entries and its metadata."""
     open: Callable[[Path], OpenedFile]
@@ -71,7 +72,7 @@ class FormatSpec:
 
     @property
     def single_file(self) -> str:
-        """The name of the file of an export that consists of one file."""
+        """The file name of an export that consists of one file."""
         return self.stem + self.suffix
 
     @property
@@ -104,7 +105,7 @@ class FormatSpec:
 class SafetensorsFileWriter:
     """Writes the header first, then the bytes of each added tensor; safetensors' own writers need all tensors at once.
 
-    Memory: nothing beside the tensor that is written.
+    Memory: nothing beyond the tensor being written.
     """
 
     def __init__(self, path: Path, planned: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -159,8 +160,8 @@ def unsupported_reason(name: str, value: Tensor) -> str:
     except SafetensorError:
         return dtype_name(value)
     except UnicodeEncodeError:
-        return "a name that is no Unicode"
-    return "a name that the format has for itself" if name == METADATA_KEY else ""
+        return "a name that is not valid Unicode"
+    return "a name that the format reserves" if name == METADATA_KEY else ""
 
 
 def _open_safetensors(path: Path) -> OpenedFile:
@@ -188,8 +189,8 @@ class TorchFileWriter:
         else:
             require_loadable(
                 value,
-                f"{name!r} holds a {type(value).__name__}, which torch.load(weights_only=True) does not read back; "
-                'file_format="safetensors" leaves it out',
+                f"{name!r} holds a {type(value).__name__}, which torch.load(weights_only=True) cannot read; "
+                'file_format="safetensors" leaves such values out',
             )
         self._entries[name] = value
 
@@ -200,14 +201,17 @@ class TorchFileWriter:
         """
         try:
             torch.save(self._entries, self._path)
-        except RuntimeError as error:  # how torch reports a full disk
-            raise OSError(f"{self._path} cannot be written: {error}") from error
+        except RuntimeError as error:  # torch reports a full disk like this
+            raise OSError(f"cannot write {self._path}: {error}") from error
 
 
 def _open_torch(path: Path) -> OpenedFile:
     entries = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
-        raise CheckpointError(f"{path} holds a {type(entries).__name__}, expected a dictionary of tensors by name")
+        found = f"a {type(entries).__name__}"
+        if isinstance(entries, Mapping):
+            found = f"the keys {abbreviated(repr(key) for key in entries if not isinstance(key, str))}"
+        raise CheckpointError(f"expected a dictionary of tensors by name in {path}, found {found}")
     metadata = getattr(entries, "metadata", {})
     return OpenedFile(list(entries), entries.__getitem__, metadata if isinstance(metadata, Mapping) else {})
 
@@ -260,7 +264,7 @@ def detect_format(path: Path) -> FormatSpec:
         if path.suffix in file_format.suffixes:
             return file_format
     expected = [suffix for file_format in FORMATS.values() for suffix in file_format.suffixes]
-    raise CheckpointError(f"{path} is no file of weights: expected a name that ends in one of {expected}")
+    raise CheckpointError(f"expected a file name that ends in one of {expected}, got {path}")
 
 
 def dtype_name(value: Tensor) -> str:

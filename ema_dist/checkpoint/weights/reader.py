@@ -70,7 +70,10 @@ class WeightReader(Mapping[str, Any]):
             names_by_file = _read_index(entry_file)
         for path, names in names_by_file.items():
             if differing := names ^ set(self._open(path).names):
-                raise CheckpointError(f"{path} and {entry_file.name} differ in {abbreviated(sorted(differing))}")
+                raise CheckpointError(
+                    f"{path} does not hold the tensors that {entry_file.name} lists for it; they differ in "
+                    f"{abbreviated(sorted(differing))}"
+                )
         return {name: path for path in names_by_file for name in self._open(path).names}
 
     def _open(self, path: Path) -> OpenedFile:
@@ -83,16 +86,16 @@ class WeightReader(Mapping[str, Any]):
 
 
 def _find_entry_file(path: Path) -> Path:
-    """The file with which reading begins: an index, or a single file of weights."""
+    """The file to read first: an index, or a single file of weights."""
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or folder")
+        raise CheckpointError(f"{path} does not exist")
     if not path.is_dir():
         return path
     files = sorted(path.iterdir())
     suffixes = tuple(suffix for file_format in FORMATS.values() for suffix in file_format.suffixes)
     indices = [file for file in files if file.name.endswith(tuple(suffix + INDEX_SUFFIX for suffix in suffixes))]
     singles = [path / file_format.single_file for file_format in FORMATS.values()]
-    # Programs put other files beside theirs (training_args.bin), so the usual names come first.
+    # Programs write other files (training_args.bin) beside the weights, so files with the usual names come first.
     candidates = indices + [single_file for single_file in singles if single_file.exists()]
     shard_names = [file.name for file in files if re.search(SHARD_NUMBERS + "$", file.stem) and file.suffix in suffixes]
     if not candidates and not shard_names:
@@ -101,12 +104,12 @@ def _find_entry_file(path: Path) -> Path:
         return candidates[0]
     if candidates:
         raise CheckpointError(
-            f"{path} holds several models: name one of {[entry_file.name for entry_file in candidates]}"
+            f"{path} holds several models: give the path of one of {[entry_file.name for entry_file in candidates]}"
         )
     raise CheckpointError(
         f"{path} holds no weights: expected an index or a file like {[single_file.name for single_file in singles]}"
         + (
-            f", found {shard_names} without their index: an export that was interrupted, do it again"
+            f", found {abbreviated(shard_names)} without their index: the export was interrupted, so repeat it"
             if shard_names
             else ""
         )
@@ -131,7 +134,7 @@ def _read_index(entry_file: Path) -> dict[Path, set[str]]:
         ):
             raise CheckpointError(f"{entry_file} names {str(path)!r}, which leads outside of its folder")
         if path.suffix != suffix or not path.is_file():
-            raise CheckpointError(f"{entry_file} names {path.name!r}, which is no {suffix} file beside it")
+            raise CheckpointError(f"{entry_file} names {path.name!r}, but there is no such {suffix} file beside it")
     return names
 
 

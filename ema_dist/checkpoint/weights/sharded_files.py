@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ema_dist.checkpoint.step_folders import fsync
 from ema_dist.checkpoint.weights.formats import WRITER_MARK, FileWriter, FormatSpec, dtype_name, unsupported_reason
+from ema_dist.messages import abbreviated
 
 UNIT_BYTES = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base**power
@@ -30,7 +31,9 @@ def size_in_bytes(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     unit = UNIT_BYTES.get(match[2].upper()) if match else None
     if match is None or unit is None or (nbytes := int(float(match[1]) * unit)) < 1:
-        raise ValueError(f'max_shard_size is a positive number of bytes or a text like "5GiB", got {size!r}')
+        raise ValueError(
+            f'expected max_shard_size to be a positive number of bytes, or a text like "5GiB", got {size!r}'
+        )
     return nbytes
 
 
@@ -42,7 +45,7 @@ class ShardedFiles:
             tensors.
         max_shard_size: bytes of tensors in a file, as a number or like ``"5GiB"``; a larger tensor gets its own file.
 
-    Memory: nothing beside the tensor that is written; the tensors of one file with ``"torch"``.
+    Memory: nothing beyond the tensor being written; with ``"torch"``, the tensors of one file.
     Raises: ValueError for a dtype that the format cannot hold, an invalid size, and when there is nothing to write.
     """
 
@@ -56,13 +59,16 @@ class ShardedFiles:
         """The names of the values that the format cannot hold because they are not tensors."""
         self._planned = {name: value for name, value in planned.items() if name not in self.skipped}
         if not self._planned:
-            raise ValueError("there is no tensor to write")
+            raise ValueError("expected at least one value that the format can hold, got none")
         tensors = {name: value for name, value in self._planned.items() if value is not None}
         if not file_format.keeps_non_tensors and (
-            unsupported := {n: reason for n, value in tensors.items() if (reason := unsupported_reason(n, value))}
+            unsupported := [
+                f"{n!r} ({reason})" for n, value in tensors.items() if (reason := unsupported_reason(n, value))
+            ]
         ):
             raise ValueError(
-                f'safetensors files cannot hold {unsupported}; cast or rename them, or use file_format="torch"'
+                f"safetensors files cannot hold {abbreviated(unsupported)}: cast or rename them, or use "
+                'file_format="torch"'
             )
         self._split = split_state_dict_into_shards_factory(
             self._planned,
@@ -106,7 +112,7 @@ class ShardedFiles:
         if name in self.skipped:
             return
         if name not in self._missing:
-            raise ValueError(f"{name!r} was already added, or is not in `planned`, for {self._folder}")
+            raise ValueError(f"expected a planned entry that was not added yet, for {self._folder}, got {name!r}")
         planned = self._planned[name]
         if _dtype_and_shape(value) != _dtype_and_shape(planned):
             raise ValueError(f"{name!r} was planned as {_dtype_and_shape(planned)}, got {_dtype_and_shape(value)}")
@@ -119,7 +125,7 @@ class ShardedFiles:
         self._open_writers[file].add(name, _to_plain_cpu(value) if isinstance(value, Tensor) else value)
         if not self._missing_per_file[file]:
             self._open_writers.pop(file).close()
-            # In a thread, so that the next file is written meanwhile.
+            # In a thread, while the next file is written.
             self._sync_futures.append(self._sync_executor.submit(fsync, self._folder / file))
 
     def missing(self, files: set[str] | None = None) -> list[str]:
@@ -140,7 +146,7 @@ class ShardedFiles:
             fsync(path)
 
     def close(self) -> None:
-        """Forget unfinished files, and wait for the thread."""
+        """Discard unfinished files, and wait for the thread that syncs files."""
         self._open_writers.clear()
         self._sync_executor.shutdown()
 
@@ -155,5 +161,5 @@ def _to_plain_cpu(tensor: Tensor) -> Tensor:
 
 
 def _escape_braces(text: str) -> str:
-    """The text as a part of a format string that stands for itself."""
+    """Escape the text for a format string."""
     return text.replace("{", "{{").replace("}", "}}")

@@ -39,10 +39,10 @@ class WeightWriter:
     """Writes full tensors one at a time: into one file (``model.safetensors``), or into several and their index.
 
     A context manager: files are written into a folder inside ``folder``, and moved to their places when the block
-    returns; when it raises, they are removed. An earlier export of the same format stays complete until then. It is
-    replaced in this order: its index is removed, then its files, then the new files are moved in, and last the new
-    index or single file. A process killed in between leaves files without an index, which no reader takes for a model.
-    Only one process at a time writes into a folder, if the file system supports locks.
+    returns; when it raises, they are removed. Until then, an earlier export of the same format stays complete. It is
+    replaced in this order: its index is removed, then its files; then the new files are moved in, and finally the new
+    index or single file. A process killed in between leaves files without an index, which readers reject. Only one
+    process at a time can write into a folder, if the file system supports locks.
 
     Args:
         folder: created if it does not exist.
@@ -52,14 +52,14 @@ class WeightWriter:
         file_format: ``"torch"`` writes ``pytorch_model.bin`` by ``torch.save``, and keeps values that are not tensors.
         name: the file name; if there are several files, they and their index are named after it. None for
             ``model.safetensors`` or ``pytorch_model.bin``.
-        copied: files of configuration to copy into ``folder`` together with the weights.
+        copied: configuration files to copy into ``folder`` together with the weights.
         force: whether to overwrite weights that this package did not write, and configuration files that were edited or
             come from elsewhere. Files that this package wrote, and unedited copies, are always replaced.
 
-    Memory: nothing beside the tensor that is written; the tensors of one file with ``"torch"``.
+    Memory: nothing beyond the tensor being written; with ``"torch"``, the tensors of one file.
     Raises: ValueError for a dtype that the format cannot hold or an invalid size or name, before anything is written;
         on entering, FileExistsError when the folder holds weights in the other format, folders with the names of files
-        to write, or, without ``force``, files by others; BlockingIOError when another process writes into it.
+        to write, or, without ``force``, files by other programs; BlockingIOError when another process writes into it.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class WeightWriter:
         force: bool = False,
     ) -> None:
         if file_format not in FORMATS:
-            raise ValueError(f"file_format is one of {[*FORMATS]}, got {file_format!r}")
+            raise ValueError(f"expected file_format to be one of {abbreviated(FORMATS)}, got {file_format!r}")
         self.folder: Path = Path(folder)
         self._format = FORMATS[file_format].named(name or FORMATS[file_format].single_file)
         self._copied = {self.folder / path.name: path for path in copied}
         self._copied_checksums: dict[str, str] = {}
         self._force = force
         if not planned:
-            raise ValueError(f"there is no tensor to write into {self.folder}")
+            raise ValueError(f"expected at least one tensor to write into {self.folder}, got none")
         self._files = ShardedFiles(planned, self._format, max_shard_size=max_shard_size)
         self._exit_stack = ExitStack()
 
@@ -106,13 +106,15 @@ class WeightWriter:
             self._require_no_conflict(own)
             if self._files.skipped:
                 warnings.warn(
-                    f"{abbreviated(sorted(self._files.skipped))} are no tensors, and {self._format.suffix} files hold "
-                    'nothing else: they are left out; file_format="torch" keeps them',
+                    f"{abbreviated(sorted(self._files.skipped))} are left out, because they are not tensors and "
+                    f'{self._format.suffix} files hold only tensors; file_format="torch" keeps them',
                     stacklevel=2,
                 )
             if self._partial_folder.exists():
                 shutil.rmtree(self._partial_folder)
-            exit_stack.callback(shutil.rmtree, self._partial_folder, ignore_errors=True)  # if not, the next export does
+            exit_stack.callback(
+                shutil.rmtree, self._partial_folder, ignore_errors=True
+            )  # if this fails, the next export removes it
             self._partial_folder.mkdir()
             for target, source in self._copied.items():
                 copy = self._partial_folder / target.name
@@ -132,15 +134,15 @@ class WeightWriter:
         ]
         if other_files := [path.name for file_format in other_formats for path in file_format.files(self.folder)]:
             raise FileExistsError(
-                f"{self.folder} holds weights in another format, which readers could take for the new ones: "
-                f"{', '.join(sorted(other_files))}; remove them, or choose another folder"
+                f"{self.folder} holds weights in another format, which readers could load instead of the new ones: "
+                f"{abbreviated(sorted(other_files))}; remove them, or choose another folder"
             )
         weights = {*self.paths, *self._format.files(self.folder)}
         replaced = {*weights, *self._copied}
         if folders := [path.name for path in sorted(replaced) if path.is_dir() and not path.is_symlink()]:
             raise FileExistsError(
-                f"{self.folder} holds folders with the names of files to be written: {folders}; remove them, or "
-                "choose another folder"
+                f"{self.folder} holds folders with the names of files to be written: {abbreviated(folders)}; "
+                "remove them, or choose another folder"
             )
         conflicts: list[str] = []
         if foreign := sorted(path.name for path in weights if os.path.lexists(path) and path not in own_weights):
@@ -189,7 +191,7 @@ class WeightWriter:
 
     def _publish(self) -> None:
         if missing := self._files.missing():
-            raise ValueError(f"these tensors were planned for {self.folder} and never added: {missing}")
+            raise ValueError(f"{self.folder} is not written: planned entries were never added: {abbreviated(missing)}")
         self._files.wait()
         self._files.write_index(self._metadata)
         with deferred_signals():  # Ctrl-C must not end this between old and new files
@@ -197,8 +199,8 @@ class WeightWriter:
 
     def _replace_files(self) -> None:
         *shards, entry_file = self.paths
-        # Old names first, the entry file before the others: readers must never find a mixture. A single new file
-        # replaces a single old one atomically. Each fsync keeps the disk from reordering the steps.
+        # Remove the old files first, and the entry file before the others: readers must never find a mixture of old and
+        # new files. A single new file replaces a single old one atomically. Each fsync fixes the order on disk.
         for path in self._format.files(self.folder):
             if path != entry_file or shards:
                 path.unlink()

@@ -342,7 +342,7 @@ def test_a_folder_in_the_place_of_a_file_stops_an_export_before_it_begins(tmp_pa
 @pytest.mark.parametrize(
     ("settings", "entries", "message"),
     [
-        ({}, {}, "no tensor.*/out"),
+        ({}, {}, "tensor.*/out"),
         ({}, {"a": torch.zeros(2, dtype=torch.complex128)}, "safetensors.*'a'.*complex128.*file_format=\"torch\""),
         ({"max_shard_size": 0}, OLD_TENSORS, r"max_shard_size.*\b0\b"),
         ({"max_shard_size": "5 apples"}, OLD_TENSORS, "max_shard_size.*'5 apples'"),
@@ -364,8 +364,8 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
 @pytest.mark.parametrize(
     ("stream", "message"),
     [
-        ({"a": torch.zeros(4)}, r"planned.*\['b', 'c'\]"),
-        (OLD_TENSORS | {"d": torch.zeros(1)}, "'d'.*planned"),
+        ({"a": torch.zeros(4)}, r"planned.*\bb, c\b"),
+        (OLD_TENSORS | {"d": torch.zeros(1)}, "planned.*'d'"),
         ({"a": torch.zeros(5)}, r"'a'.*planned.*\b4\b.*\b5\b"),
         ({"a": torch.zeros(4).half()}, "'a'.*planned.*float32.*float16"),
     ],
@@ -458,7 +458,7 @@ def test_files_of_another_model_or_none_are_refused_on_every_rank(tmp_path: Path
     """Before any average changes."""
     _, ema = make_trained("fsdp2")
     before = ema.full_state_dict()
-    with pytest.raises(RuntimeError, match=r"nowhere.*no such file"):
+    with pytest.raises(RuntimeError, match=r"nowhere does not exist"):
         scatter(ema, tmp_path / "nowhere")
     wrong = {name: value for name, value in before.items() if name != "blocks.0.scale"} | {"other": torch.zeros(2)}
     wrong |= {"stats.bias": torch.zeros(7), "head.weight": torch.zeros(5, 6)}
@@ -605,7 +605,7 @@ def test_an_index_and_its_files_must_agree(tmp_path: Path, weight_map: object, m
     ("value", "message"),
     [
         ([torch.ones(2)], r"model\.pt.*\blist\b"),
-        ({3: torch.ones(2)}, r"model\.pt.*\bdict\b.*\bname"),
+        ({3: torch.ones(2)}, r"\bname\b.*model\.pt.*\b3\b"),
         ({"a": torch.ones(2, device="meta")}, r"'a'.*torch\.strided.*\bmeta\b"),
         ({"a": torch.ones(2).to_sparse()}, r"'a'.*torch\.sparse_coo.*\bcpu\b"),
     ],
