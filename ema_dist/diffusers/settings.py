@@ -6,29 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ema_dist.schedules.arithmetic import Number, maximum
 from ema_dist.schedules.checked_number import checked_number
-from ema_dist.schedules.decay import DecayRecord
-from ema_dist.schedules.equations import warmup_decay, zero_at_first_step
-from ema_dist.schedules.laws import InverseGamma, Warmup
+from ema_dist.schedules.decay import record_counts
+from ema_dist.schedules.diffusers_law import diffusers_law
 from ema_dist.schedules.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class BoundedWarmup:
-    """`Warmup` that is at least ``min_decay`` after the first update.
-
-    Args:
-        max_decay: the largest decay.
-        min_decay: the smallest decay after the first update.
-    """
-
-    max_decay: float
-    min_decay: float
-
-    def decay(self, *, time: Number, elapsed: Number, step: Number) -> Number:  # noqa: ARG002  as `Schedule`
-        """See `Schedule.decay`."""
-        return zero_at_first_step(step) * maximum(warmup_decay(step=step, decay=self.max_decay), self.min_decay)
 
 
 @dataclass(frozen=True)
@@ -68,10 +49,13 @@ class DecaySettings:
 
     def make_law(self) -> Schedule:
         """The law whose decays are those of diffusers, with ``start=update_after_step``."""
-        warmup = InverseGamma(self.decay, self.inv_gamma, self.power, self.min_decay)
-        if self.use_ema_warmup:
-            return warmup
-        return BoundedWarmup(self.decay, self.min_decay) if self.min_decay else Warmup(self.decay)
+        return diffusers_law(
+            decay=self.decay,
+            min_decay=self.min_decay,
+            use_ema_warmup=self.use_ema_warmup,
+            inv_gamma=self.inv_gamma,
+            power=self.power,
+        )
 
     def decay_at(self, optimization_step: int) -> float:
         """The factor of the old average at a step, counted from 1; 0 if the step copies the live weights."""
@@ -80,15 +64,8 @@ class DecaySettings:
 
     def decay_entry(self, optimization_step: int) -> dict[str, str]:
         """The ``decay`` entry of a state of `ShardedEMA` after that many steps."""
-        start = min(optimization_step, self.update_after_step)
-        clock = {
-            "steps": optimization_step,
-            "time": optimization_step,
-            "start_step": start,
-            "start_time": start,
-            "last_update": optimization_step,
-            "initial_mass": float(optimization_step <= self.update_after_step),  # the first update copies
-            "last_decay": self.decay_at(optimization_step),
-        }
-        law = DecayRecord.of_law(self.make_law())
-        return DecayRecord(law.kind, law.fields, clock).state()
+        has_average = optimization_step > self.update_after_step
+        record = record_counts(
+            self.make_law(), steps=optimization_step, start=self.update_after_step, has_average=has_average
+        )
+        return record.state()

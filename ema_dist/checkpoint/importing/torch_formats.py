@@ -15,8 +15,7 @@ from torch import Tensor
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.importing.foreign_averages import Counts, ForeignAverages
 from ema_dist.checkpoint.importing.named_tensors import WRAPPER_PREFIX, NamedTensors
-from ema_dist.schedules.laws import InverseGamma, Warmup
-from ema_dist.schedules.schedule import Schedule
+from ema_dist.schedules.diffusers_law import diffusers_law
 
 LARGEST_EXACT_FLOAT16 = 2048
 """The number from which on float16 cannot hold every integer."""
@@ -131,13 +130,14 @@ def diffusers_counts(settings: Mapping[str, Any], path: Path) -> Counts:
     """The counts and the law in the settings of diffusers' ``EMAModel``."""
     steps = read_count(settings.get("optimization_step"), "optimization_step", path)
     start = read_count(settings.get("update_after_step", 0), "update_after_step", path)
-    min_decay = settings.get("min_decay", 0.0)
-    law: Schedule | None = None
     try:
-        if settings.get("use_ema_warmup"):
-            law = InverseGamma(settings["decay"], settings["inv_gamma"], settings["power"], min_decay)
-        elif min_decay == 0:
-            law = Warmup(settings["decay"])
+        law = diffusers_law(
+            decay=settings["decay"],
+            min_decay=settings.get("min_decay", 0.0),
+            use_ema_warmup=bool(settings.get("use_ema_warmup")),
+            inv_gamma=settings.get("inv_gamma", 1.0),
+            power=settings.get("power", 2 / 3),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the settings of its averages are damaged: {error}") from None
     return Counts.of_each_step(steps, start=start, law=law)
