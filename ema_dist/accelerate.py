@@ -19,14 +19,17 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from accelerate import Accelerator, PartialState
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ema_dist import checkpoint
 from ema_dist.ema import ShardedEMA
+from ema_dist.evaluation.swap import active_swaps
 from ema_dist.messages import warn_caller
 
 __all__ = ["Registration", "register"]
 
+# No value may refer to its accelerator, which would then never be freed.
 _registrations: WeakKeyDictionary[Accelerator, list[Registration]] = WeakKeyDictionary()
 
 
@@ -43,7 +46,7 @@ def register(accelerator: Accelerator, ema: ShardedEMA, *, name: str = "ema", ti
 
     Returns: an object whose ``remove()`` undoes this call.
 
-    Collective: no; ``save_state`` and ``load_state`` are, over all ranks.
+    Collective: no; ``save_state``, which raises inside ``swapped()``, and ``load_state`` are, over all ranks.
     Memory: as `ema_dist.checkpoint.save` and `ema_dist.checkpoint.load`.
     Raises: TypeError for arguments of other types; ValueError if these averages or this name are registered already, or
         if ``name`` is not the name of a folder.
@@ -53,7 +56,7 @@ def register(accelerator: Accelerator, ema: ShardedEMA, *, name: str = "ema", ti
             "expected register(accelerator, ema) with an Accelerator and a ShardedEMA, got "
             f"{type(accelerator).__name__} and {type(ema).__name__}"
         )
-    if not name or Path(name).name != name:
+    if name in ("", "..") or Path(name).name != name:
         raise ValueError(f"name must be the name of a folder in each checkpoint, got {name!r}")
     registered = _registrations.setdefault(accelerator, [])
     if any(other.ema is ema or other.name == name for other in registered):
@@ -86,6 +89,11 @@ class Registration:
                 registered.remove(self)
 
     def _save(self, _models: list[nn.Module], _weights: list[dict[str, Any]], folder: str) -> None:
+        if active_swaps(self.ema.model):
+            raise RuntimeError(
+                "save_state() was called inside swapped(), and would save the averages as the live weights: call it "
+                "after the block"
+            )
         save_averages(self.ema, Path(folder, self.name), step=self.ema.steps, timeout=self._timeout)
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
@@ -93,7 +101,6 @@ class Registration:
         if averages.is_dir():
             checkpoint.load({"ema": self.ema}, averages, timeout=self._timeout)
         elif models:
-            # This hook runs before accelerate loads these models, and there is no hook after it.
             _reset_after_next_load(self.ema, folder)
         else:
             start_from_weights(self.ema, folder)  # FSDP: accelerate has loaded the weights already
@@ -112,8 +119,12 @@ def start_from_weights(ema: ShardedEMA, folder: str | os.PathLike[str]) -> None:
 
 
 def _reset_after_next_load(ema: ShardedEMA, folder: str) -> None:
+    """Restart the averages when accelerate has loaded the model, which it does after its last hook."""
+
     def reset(_module: nn.Module, _incompatible_keys: object) -> None:
         handle.remove()
         start_from_weights(ema, folder)
 
-    handle = ema.model.register_load_state_dict_post_hook(reset)
+    # The inner module: accelerate loads into it or into its wrapper, and both call its hooks.
+    inner_module = extract_model_from_parallel(ema.model, keep_torch_compile=False)
+    handle = inner_module.register_load_state_dict_post_hook(reset)

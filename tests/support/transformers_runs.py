@@ -18,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -48,6 +49,12 @@ def trainer_layouts(*names: str, timeout: float = 120) -> pytest.MarkDecorator:
 
 def start_accelerate(layout: str) -> None:
     """Make accelerate see this rank's CPU, and shard on it if the layout does."""
+    if layout == "plain":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+    else:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  accelerate's own tests do the same
     state = PartialState(cpu=True)
     if layout.startswith("fsdp"):
         # accelerate ignores FSDP on several CPUs, without a word; on several XPUs it shards, and asks for no XPU.
@@ -108,11 +115,6 @@ def make_trainer(
     **settings: Any,  # noqa: ANN401  of TrainingArguments
 ) -> Trainer:
     """A Trainer on this rank; `settings` override the arguments below."""
-    if layout == "plain":
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)
-    else:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     start_accelerate(layout)
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 2,
