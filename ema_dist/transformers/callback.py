@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -18,8 +18,7 @@ from ema_dist.accelerate import save_averages, start_from_weights
 from ema_dist.averages.optimizer_hook import OptimizerHook
 from ema_dist.ema import ShardedEMA
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+T = TypeVar("T")
 
 FOLDER = "ema"
 """The folder of the averages in each ``checkpoint-N``."""
@@ -52,7 +51,7 @@ class EMACallback(TrainerCallback):
         self._evaluates_live = False
         self._is_swapped = False
 
-    def bind(self, trainer: Trainer) -> Self:
+    def bind(self, trainer: Trainer) -> EMACallback:
         """Add this callback to a `Trainer` or a subclass of it, before ``train()``; returns the callback.
 
         It wraps the trainer's methods ``train``, ``evaluation_loop`` and ``save_model``: no event comes before an
@@ -112,12 +111,15 @@ class EMACallback(TrainerCallback):
                 f"{type(model).__name__} has no save_pretrained(): write its averages by "
                 "ema_dist.checkpoint.gather(callback.ema, folder)"
             )
-        with self._averages_in_model():
+
+        def save() -> None:
             full = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
             if trainer.args.should_save:
                 model.save_pretrained(folder, state_dict=full)
                 if trainer.processing_class is not None:
                     trainer.processing_class.save_pretrained(folder)
+
+        self._with_averages(save)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         # The first event at which the model is wrapped and, if training is resumed, has the weights of the checkpoint.
@@ -168,8 +170,8 @@ class EMACallback(TrainerCallback):
             self._detach()
 
     def _evaluate(self, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        with nullcontext() if self._evaluates_live else self._averages_in_model():
-            return evaluation_loop(*args, **kwargs)
+        evaluate = partial(evaluation_loop, *args, **kwargs)
+        return evaluate() if self._evaluates_live else self._with_averages(evaluate)
 
     def _save_model(
         self,
@@ -181,23 +183,23 @@ class EMACallback(TrainerCallback):
         is_checkpoint = _internal_call and output_dir is not None  # push_to_hub passes no folder
         if is_checkpoint:
             self._run_folder = Path(output_dir).parent
+        save = partial(save_model, output_dir, _internal_call)
         if is_checkpoint or self._evaluates_live or self.ema is None:
-            save_model(output_dir, _internal_call)
-            return
-        with self._averages_in_model():
-            save_model(output_dir, _internal_call)
-        if _saves_only_shards(trainer):
+            save()
+        elif _saves_only_shards(trainer):
             self.save_pretrained(output_dir or str(trainer.args.output_dir))
+        else:
+            self._with_averages(save)
 
-    @contextmanager
-    def _averages_in_model(self) -> Iterator[None]:
+    def _with_averages(self, call: Callable[[], T]) -> T:
+        """Call it while the averages are in the model, if there are averages."""
+        # No context manager of our own: warnings of swapped() would name a line of contextlib.
         if self.ema is None or self._is_swapped:
-            yield
-            return
+            return call()
         with self.ema.swapped():
             self._is_swapped = True
             try:
-                yield
+                return call()
             finally:
                 self._is_swapped = False
 

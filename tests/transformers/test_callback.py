@@ -169,7 +169,7 @@ class FailingMetrics:
 def test_live_weights_are_back_after_an_evaluation_that_raises(layout: str, tmp_path: Path) -> None:
     """And the same trainer trains again, with new averages."""
     recorder = Recorder()
-    settings = {"trainer_settings": {"compute_metrics": FailingMetrics()}, **EVERY_FOUR_STEPS}
+    settings: dict[str, Any] = {"trainer_settings": {"compute_metrics": FailingMetrics()}, **EVERY_FOUR_STEPS}
     trainer = make_trainer(layout, tmp_path, recorder, **settings)
     callback = EMACallback(decay=DECAY).bind(trainer)
     with pytest.raises(Exception, match="no score"):
@@ -276,7 +276,8 @@ def test_wrong_use_is_refused(layout: str, tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match=message):
             TRAINERS[-1].train()
 
-    for settings in ({"bf16_full_eval": True}, {"fp16_full_eval": True}):
+    casting: list[dict[str, Any]] = [{"bf16_full_eval": True}, {"fp16_full_eval": True}]
+    for settings in casting:
         with pytest.raises(ValueError, match="full_eval"):
             EMACallback().bind(make_trainer(layout, tmp_path, **settings))
     trainer = make_trainer(layout, tmp_path)
