@@ -32,7 +32,7 @@ class EMACallback(TrainerCallback):
     ``load_best_model_at_end`` load both. ``trainer.save_model()`` and `save_pretrained` write the averages.
 
     Args:
-        settings: the keyword arguments of `ShardedEMA`. ``timeout`` is the Trainer's ``ddp_timeout`` by default.
+        settings: the keyword arguments of `ShardedEMA`.
 
     Collective: over all ranks of the Trainer, at the start of training, in evaluation, and whenever it saves or loads.
     Memory: as `ShardedEMA`; with PEFT, that of the adapters' averages.
@@ -99,7 +99,7 @@ class EMACallback(TrainerCallback):
         The tokenizer or processor is written, too.
 
         Collective: over all ranks; the main process writes.
-        Memory: as `ShardedEMA.swapped`; under FSDP, the full model on each rank's CPU.
+        Memory: as `ShardedEMA.swapped`; under FSDP, the full model in the main process's CPU memory.
         Raises: RuntimeError before ``train()``; ValueError for a model without ``save_pretrained``.
         """
         trainer = self._require_trainer()
@@ -114,10 +114,11 @@ class EMACallback(TrainerCallback):
 
         def save() -> None:
             full = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-            if trainer.args.should_save:
-                model.save_pretrained(folder, state_dict=full)
-                if trainer.processing_class is not None:
-                    trainer.processing_class.save_pretrained(folder)
+            is_writer = trainer.args.should_save
+            if is_writer or getattr(trainer, "is_distributed_loading_by_transformers", False):  # then it is collective
+                model.save_pretrained(folder, state_dict=full, is_main_process=is_writer)
+            if is_writer and trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(folder)
 
         self._with_averages(save)
 
@@ -126,7 +127,7 @@ class EMACallback(TrainerCallback):
         trainer = self._require_trainer()
         self._detach()  # auto_find_batch_size begins again in the same train()
         self.ema = None  # frees the averages of an earlier train() before new ones are made
-        ema = ShardedEMA(trainer.model_wrapped, **{"timeout": args.ddp_timeout, **self._settings})
+        ema = ShardedEMA(trainer.model_wrapped, **self._settings)
         if self._resumed_folder is not None:
             self._load(ema, self._resumed_folder)
         self._optimizer_hook = ema.attach(trainer.optimizer)
@@ -196,12 +197,24 @@ class EMACallback(TrainerCallback):
         # No context manager of our own: warnings of swapped() would name a line of contextlib.
         if self.ema is None or self._is_swapped:
             return call()
+        self._wait_for_everyone()
         with self.ema.swapped():
             self._is_swapped = True
             try:
-                return call()
+                result = call()
+                self._wait_for_everyone()
             finally:
                 self._is_swapped = False
+        return result
+
+    def _wait_for_everyone(self) -> None:
+        """Wait as long as the Trainer's own collectives do: one rank may be uploading, or writing the model.
+
+        The timeout of `ShardedEMA` is shorter, so that an exception on one rank soon ends all. With
+        ``replicas="copy"`` ranks do not wait for each other, so that one rank may evaluate or save alone under DDP.
+        """
+        if self._settings.get("replicas") != "copy":
+            self._require_trainer().accelerator.wait_for_everyone()
 
     def _load(self, ema: ShardedEMA, folder: Path) -> None:
         if (folder / FOLDER).is_dir():

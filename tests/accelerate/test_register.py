@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -158,3 +160,12 @@ def test_registering_for_checkpointing_is_refused(layout: str, tmp_path: Path) -
             run.accelerator.save_state(str(tmp_path))
     else:
         run.accelerator.save_state(str(tmp_path))  # the main process alone writes
+
+
+@pytest.mark.parametrize("name", ["accelerate", "transformers"])
+def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    for module in [module for module in sys.modules if module.startswith(f"ema_dist.{name}")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(ModuleNotFoundError, match=f"ema_dist.{name} needs {name}: pip install"):
+        import_module(f"ema_dist.{name}")

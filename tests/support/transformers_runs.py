@@ -49,16 +49,25 @@ def trainer_layouts(*names: str, timeout: float = 120) -> pytest.MarkDecorator:
 
 def start_accelerate(layout: str) -> None:
     """Make accelerate see this rank's CPU, and shard on it if the layout does."""
+    set_environment(layout)
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  accelerate's own tests do the same
+    PartialState(cpu=True)
+    allow_sharding(layout)
+
+
+def set_environment(layout: str) -> None:
+    """Set the variables that accelerate reads beside those of torchrun; for one process, remove those."""
     if layout == "plain":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
     else:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001  accelerate's own tests do the same
-    state = PartialState(cpu=True)
+
+
+def allow_sharding(layout: str) -> None:
+    """Make accelerate shard on CPUs: on several CPUs it ignores FSDP without a word, and it asks for no XPU."""
     if layout.startswith("fsdp"):
-        # accelerate ignores FSDP on several CPUs, without a word; on several XPUs it shards, and asks for no XPU.
-        state._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # noqa: SLF001  it has no public setting
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # noqa: SLF001  has no public setting
 
 
 def make_model(seed: int = 0, **settings: Any) -> LlamaForCausalLM:  # noqa: ANN401  of LlamaConfig
@@ -115,7 +124,7 @@ def make_trainer(
     **settings: Any,  # noqa: ANN401  of TrainingArguments
 ) -> Trainer:
     """A Trainer on this rank; `settings` override the arguments below."""
-    start_accelerate(layout)
+    set_environment(layout)
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 4,
@@ -130,6 +139,8 @@ def make_trainer(
         "seed": 17,
     }
     arguments = arguments_class(output_dir=str(folder), **defaults | FSDP_SETTINGS[layout] | settings)
+    assert arguments.device.type == "cpu"  # the first look at it resets accelerate's state
+    allow_sharding(layout)
     given = {"train_dataset": make_samples(24), "eval_dataset": make_samples(8, seed=8)} | (trainer_settings or {})
     return trainer_class(model=model or make_model(), args=arguments, callbacks=[*callbacks], **given)
 

@@ -14,6 +14,7 @@ pytest.importorskip("transformers", reason="needs transformers: tox -e framework
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 from ema_dist.transformers import EMACallback
@@ -84,6 +85,7 @@ def test_evaluations_use_averages_and_a_resumed_run_is_bit_identical(layout: str
     trainer.train()
     assert callback.ema is not None
     assert callback.ema.steps == 8
+    assert all(isinstance(weight, DTensor) == layout.startswith("fsdp2") for weight in trainer.model.parameters())
     references = [reference_average([initial, *recorder.weights[:count]], DECAY) for count in (0, 4, 8)]
     assert_averages(callback, references[-1])
     averages = averages_of(callback)
