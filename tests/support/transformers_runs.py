@@ -138,7 +138,7 @@ def make_trainer(
         "logging_strategy": "no",
         "seed": 17,
     }
-    arguments = arguments_class(output_dir=str(folder), **defaults | FSDP_SETTINGS[layout] | settings)
+    arguments = arguments_class(output_dir=str(folder), **defaults | FSDP_SETTINGS.get(layout, {}) | settings)
     assert arguments.device.type == "cpu"  # the first look at it resets accelerate's state
     allow_sharding(layout)
     given = {"train_dataset": make_samples(24), "eval_dataset": make_samples(8, seed=8)} | (trainer_settings or {})

@@ -30,6 +30,7 @@ from tests.support.transformers_runs import (
     make_samples,
     make_trainer,
     reference_average,
+    start_accelerate,
     trainer_layouts,
 )
 
@@ -200,6 +201,27 @@ def test_a_checkpoint_without_averages_starts_them_from_its_weights(layout: str,
     assert callback.ema.steps == 2
     saved = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-8").state_dict()
     assert_averages(callback, reference_average([saved, *recorder.weights], DECAY))
+
+
+@pytest.mark.world_size(2, timeout=60)
+def test_a_model_that_transformers_shards_when_it_loads_it(tmp_path: Path) -> None:
+    """Tensor parallelism without accelerate's wrappers; the Trainer cannot resume such a run."""
+    if is_first_rank():
+        make_model().save_pretrained(tmp_path / "base")
+    dist.barrier()
+    start_accelerate("ddp")
+    with ignored_warnings():
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base", tp_plan="auto")
+    trainer = make_trainer("fsdp2-at-load-time", tmp_path, model=model, save_only_model=True, **EVERY_FOUR_STEPS)
+    callback = EMACallback(decay=DECAY).bind(trainer)
+    with ignored_warnings():
+        trainer.train()
+        callback.save_pretrained(tmp_path / "averaged")
+        trainer.save_model(str(tmp_path / "saved"))
+    averages = averages_of(callback)
+    for folder in ("averaged", "saved"):
+        if is_first_rank():
+            assert_same(LlamaForCausalLM.from_pretrained(tmp_path / folder).state_dict(), averages)
 
 
 class WeightsSeen(Seq2SeqTrainer):
