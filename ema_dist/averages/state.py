@@ -49,7 +49,8 @@ class ShardedState(dict[str, Any]):
         raise TypeError(
             "ShardedEMA.state_dict() holds only this rank's part of the averages, so torch.save and pickle would lose "
             "the others: save ShardedEMA.consolidated_state_dict() instead, or use ema_dist.checkpoint.save or "
-            "torch.distributed.checkpoint"
+            "torch.distributed.checkpoint. With accelerate, replace register_for_checkpointing(ema) by "
+            "ema_dist.accelerate.register(accelerator, ema)"
         )
 
 
