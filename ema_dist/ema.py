@@ -49,7 +49,7 @@ def _renamed(old: str, new: str) -> property:
 
 @public_calls_in_normal_mode
 class ShardedEMA(StateMethods):
-    """The exponential moving average (EMA) of a model's weights; each rank stores the averages of its own shards.
+    """The exponential moving average (EMA) of a model's weights; each rank stores a shard of it, beside live weights.
 
     The layout is read from the model: plain, DDP, FSDP1, FSDP2 (``fully_shard``), HSDP or tensor parallel, compiled or
     with activation checkpointing. Wrap the model and move it to its device first.
@@ -61,8 +61,8 @@ class ShardedEMA(StateMethods):
             a mapping from names to these, for several averages of one model, called tracks.
         start: up to this time, in steps or in the unit of ``update(elapsed=)``, the averages are copies of the live
             weights. Schedules count time from there.
-        update_interval: update at every optimizer step whose number is a multiple of this. Schedules that depend on
-            time compensate for skipped steps; a constant decay does not.
+        update_interval: update at every optimizer step whose number is a multiple of this. Schedules that depend on the
+            elapsed time compensate for it; a constant decay does not.
         dtype: dtype of the averages. None: float32 for weights narrower than float32, else the dtype of the weight.
         rounding: rounding of bfloat16 averages (``dtype=torch.bfloat16``): `Stochastic` or `Compensated`.
         replicas: ``"shard"`` splits the averages of replicated weights (DDP, HSDP) among the replicas, ``"copy"``

@@ -46,7 +46,7 @@ def gather(
     """
     failure: Exception | None = None
     for shard, local in _shards_and_values(layout, averages):
-        _require_whole(shard, local)
+        _require_gatherable(shard, local)
         full = shard.full(local, copy_one)
         value = None
         if is_destination and not failure:
@@ -72,7 +72,7 @@ def _wait_for_sending(full: Tensor) -> None:
         torch.accelerator.synchronize(full.device)
 
 
-def _require_whole(shard: Shard, local: Tensor) -> None:
+def _require_gatherable(shard: Shard, local: Tensor) -> None:
     if shard.gather_ranks and (subclass := subclass_name(local)):
         raise ValueError(
             f"{shard.name!r} is a {subclass} (a tensor subclass) sharded over ranks, which cannot be gathered: store "
@@ -89,7 +89,7 @@ def full_shapes(layout: Layout, *, dtype: torch.dtype | None) -> dict[str, Tenso
     for shard in layout.shards:
         target_dtype = dtype if dtype and shard.owner.is_floating_point() else shard.owner.dtype
         shape = torch.empty(shard.shape, dtype=target_dtype, device="meta")
-        _require_whole(shard, shard.local)
+        _require_gatherable(shard, shard.local)
         for name in shard.names:
             shapes[name] = shard.local.to("meta") if subclass_name(shard.local) else shape
     for name, module in layout.extra_states.items():

@@ -122,7 +122,8 @@ class InitialWeights:
             if self._is_first:
                 warn_caller(message, category)
             else:
-                # Prints nothing, but raises if warnings are errors, as a call without communication must on all ranks.
+                # Shows nothing, but raises if warnings are errors: a call without communication must raise on all ranks
+                # or on none.
                 with warnings.catch_warnings(record=True):
                     warn_caller(message, category)
         except Warning as warning:  # an error, which the caller must report to the other ranks first

@@ -26,7 +26,7 @@ def copy_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         that size on the device; torch keeps the buffers for the next call.
     """
     for targets, sources in _split_by_source_device(pairs):
-        device = _other_than_host(targets[0].device, sources[0].device)
+        device = _pinnable_device(targets[0].device, sources[0].device)
         if device is None or sum(source.nbytes for source in sources) < MIN_STAGED_BYTES:
             torch._foreach_copy_(targets, sources)
             continue
@@ -122,7 +122,7 @@ def _split_by_source_device(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tupl
     return [(targets, sources) for group in by_source_device.values() for targets, sources in group_rows(group)]
 
 
-def _other_than_host(*devices: torch.device) -> torch.device | None:
-    """The device, for a copy between the host and a device for which torch can pin memory; None for other copies."""
+def _pinnable_device(*devices: torch.device) -> torch.device | None:
+    """The device, if the copy is between the host and a device for which torch can pin memory; else None."""
     others = [device for device in devices if device.type != "cpu"]
     return others[0] if len(others) == 1 and others[0].type in ("cuda", "xpu") else None

@@ -34,15 +34,15 @@ def gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Ten
     chunk_size = max(1, -(-length // group.size()))
     row_bytes = shape.numel() * local.element_size()
     padded = chunk_size * group.size()
-    few_lengths = chunk_size * (MAX_BROADCAST_RANKS if local.device.type == "cpu" else 1)
-    if length > few_lengths and (padded - length) * row_bytes <= MAX_PADDING_BYTES:
+    max_broadcast_length = chunk_size * (MAX_BROADCAST_RANKS if local.device.type == "cpu" else 1)
+    if length > max_broadcast_length and (padded - length) * row_bytes <= MAX_PADDING_BYTES:
         gathered = local.new_empty((padded, *shape))
         padded_local = local
         if len(local) < chunk_size:
             padded_local = local.new_empty((chunk_size, *shape))
             padded_local[: len(local)] = local
         all_gather(as_bytes(gathered), as_bytes(padded_local), group=group)
-    elif length <= few_lengths or chunk_size * row_bytes >= MIN_BROADCAST_BYTES:
+    elif length <= max_broadcast_length or chunk_size * row_bytes >= MIN_BROADCAST_BYTES:
         gathered = local.new_empty((length, *shape))
         ranks = group_ranks(group).ranks
         for index, rows in enumerate(gathered.split(chunk_size)):

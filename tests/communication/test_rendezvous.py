@@ -240,4 +240,4 @@ def test_a_wait_leaves_the_connection_of_the_process_group_free() -> None:
                 waiting.result(timeout=10)
         dist.destroy_process_group()
     rendezvous("alone()", [0], timeout=1)
-    announce_failure([0, 1], "process group no longer exists")
+    announce_failure([0, 1], "there is no process group")
