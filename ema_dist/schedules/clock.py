@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
     @property
     def is_following(self) -> bool:
-        """Whether the last step was not after `Clock.start`, so that it copied the live weights. Waits for tensors."""
+        """Whether the last step was not after `Clock.start`, and so copied the weights. Waits for the device."""
         return bool(self.time > 0) and bool(self.start_time == self.time)
 
 
