@@ -190,7 +190,8 @@ class ShardedEMA(StateMethods):
         if self._is_attached:
             raise RuntimeError(
                 "an optimizer is attached already: call remove() on the handle that attach() returned before attaching "
-                "another one. If several optimizers step this model, attach only the one that steps last"
+                "another one. If several optimizers step this model, attach only the one that steps last, or none and "
+                "call update() after each step"
             )
         optimizer = unwrap_optimizer(optimizer)
         if elapsed is not None and not callable(elapsed):
