@@ -1,7 +1,7 @@
 """Sharded exponential moving averages of model weights for PyTorch: DDP, FSDP1, FSDP2, HSDP and tensor parallelism.
 
-The averages live as shards beside the live weights on every rank, are updated without communication, swapped in for
-evaluation, gathered on rank 0, saved and resharded by ``torch.distributed.checkpoint``. Start with `ShardedEMA`.
+Each rank stores its shards of the averages and updates them without communication. The averages can be swapped in for
+evaluation, gathered on rank 0, and saved and resharded by ``torch.distributed.checkpoint``. Start with `ShardedEMA`.
 """
 
 import logging
@@ -44,10 +44,10 @@ __all__ = [
 ]
 __version__ = "0.2.0"
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # messages go where the program sends them
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # the program decides where messages go
 
-# The module that defines each public name. It is imported when the name is first used, because the help and the shell
-# completion of `ema-dist` import this package too, and importing torch takes longer than both.
+# The module that defines each public name. It is imported when the name is first used, because the help text and the
+# shell completion of `ema-dist` import this package too, and importing torch would take longer than either of them.
 _DEFINING_MODULES = {
     "Compensated": "ema_dist.averages.precision",
     "Cosine": "ema_dist.schedules.laws",
@@ -72,7 +72,7 @@ if not TYPE_CHECKING:  # a type checker that sees a module's `__getattr__` accep
         if name not in _DEFINING_MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(_DEFINING_MODULES[name]), name)
-        globals()[name] = value  # later uses do not come here
+        globals()[name] = value  # later uses find it without this function
         return value
 
 

@@ -49,7 +49,7 @@ def _renamed(old: str, new: str) -> property:
 
 @public_calls_in_normal_mode
 class ShardedEMA(StateMethods):
-    """The exponential moving average (EMA) of a model's weights, kept as shards beside the live ones on every rank.
+    """The exponential moving average (EMA) of a model's weights; each rank stores a shard of it, beside live weights.
 
     The layout is read from the model: plain, DDP, FSDP1, FSDP2 (``fully_shard``), HSDP or tensor parallel, compiled or
     with activation checkpointing. Wrap the model and move it to its device first.
@@ -57,12 +57,12 @@ class ShardedEMA(StateMethods):
     Args:
         model: the model to average.
         decay: an averaging law: `HalfLife`, `Power`, `Uniform`, `InverseGamma`, `Warmup`, `ExponentialWarmup`,
-            `Cosine` or another `Schedule`; or the factor of the old average at each update, in [0, 1]; or a mapping
-            from names to these, for several averages of one model, called tracks.
-        start: up to this time, in steps or the unit of ``update(elapsed=)``, the average copies the live weights.
-            Schedules count from there.
-        update_interval: update at every optimizer step that is a multiple of this. Schedules in time compensate for it;
-            a constant decay does not.
+            `Cosine` or another `Schedule`; or a constant in [0, 1] that multiplies the old average at each update; or
+            a mapping from names to these, for several averages of one model, called tracks.
+        start: up to this time, in steps or in the unit of ``update(elapsed=)``, the averages are copies of the live
+            weights. Schedules count time from there.
+        update_interval: update at every optimizer step whose number is a multiple of this. Schedules that depend on the
+            elapsed time compensate for it; a constant decay does not.
         dtype: dtype of the averages. None: float32 for weights narrower than float32, else the dtype of the weight.
         rounding: rounding of bfloat16 averages (``dtype=torch.bfloat16``): `Stochastic` or `Compensated`.
         replicas: ``"shard"`` splits the averages of replicated weights (DDP, HSDP) among the replicas, ``"copy"``
@@ -70,20 +70,20 @@ class ShardedEMA(StateMethods):
         buffers: ``"average"`` or ``"copy"`` for floating buffers; integer buffers are always copied. Non-persistent
             buffers are ignored.
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
-        kernel: the kernel of updates: ``"foreach"``, ``"scratch"``, ``"compiled"`` (by this machine's C compiler) or
-            ``"triton"``; None for the fastest one, which compiles nothing on a CPU and may be Triton's on a GPU;
-            ``"auto"``, recommended on CPUs, for the fastest one including ``"compiled"``, if all ranks have a compiler.
+        kernel: the update kernel: ``"foreach"``, ``"scratch"``, ``"compiled"`` (by this machine's C compiler) or
+            ``"triton"``. None selects the fastest one, excluding ``"compiled"``. ``"auto"``, recommended on CPUs, also
+            considers ``"compiled"`` if all ranks have a working C compiler.
         store: `Offloaded` to store the averages in CPU memory; None to store them on the device of the live weights.
-        timeout: seconds that ranks wait for each other before a collective call fails, and on leaving `swapped`.
+        timeout: seconds that ranks wait for each other in a collective call, or on leaving `swapped`, before it fails.
 
-    Collective: construction, over all ranks that hold the model: compares settings and selected parameters, and if
-        averages are split among replicas, the weights. Pass the unwrapped module to average on one rank.
-    Memory: for each track one average per selected parameter's shard, or 1/R of it if R replicas split it; and the
+    Collective: construction, over all ranks that hold the model. They compare their settings and selected parameters,
+        and if replicas split the averages, also the weights. Pass the unwrapped module to average on one rank only.
+    Memory: for each track, one average of each selected parameter's shard, or 1/R of it if R replicas split it; and the
         memory of ``store``. While kernels are measured, at most 64 MiB (256 MiB on a GPU) for each track and as much
         for the live weights.
     Raises: TypeError for an argument of a wrong type; ValueError for a setting out of range, a model on the meta
-        device, or when nothing is selected; RuntimeError when ranks differ in a setting, in what they select or in the
-        weights of replicas, or are absent.
+        device, or when nothing is selected; RuntimeError when ranks have different settings, select different
+        parameters or are absent, or when the weights of replicas differ.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ShardedEMA(StateMethods):
         live = LiveModel(model, replicas=replicas, select=select, timeout=timeout)
         with problems_reported(live):
             if not isinstance(replicas, ProcessGroup) and replicas not in ("shard", "copy"):
-                raise ValueError(f'replicas is "shard", "copy" or a process group, got {replicas!r}')
+                raise ValueError(f'replicas must be "shard", "copy" or a process group, got {replicas!r}')
             precision = Precision(dtype, rounding)
             self._clock = Clock(as_schedules(decay), start=start, interval=update_interval)
             if live.is_first:
@@ -138,7 +138,7 @@ class ShardedEMA(StateMethods):
     def update(self, *, elapsed: float = 1, found_inf: Tensor | None = None) -> None:
         """Update the averages from the live weights; call it after each optimizer step. Never waits for the device.
 
-        With ``store=Offloaded()`` it waits for earlier updates when too many are pending.
+        With ``store=Offloaded()``, it waits while the maximum number of updates is pending.
 
         Args:
             elapsed: the time since the last step, in the unit of the laws and of ``start``: steps, samples or tokens.
@@ -147,11 +147,11 @@ class ShardedEMA(StateMethods):
                 counted.
 
         Collective: no.
-        Memory: nothing where dtypes are equal, else a constant scratch.
+        Memory: none if averages and weights have the same dtype, else a scratch of constant size.
         Raises: RuntimeError inside `swapped` or `serving`, while an optimizer is attached, while a CUDA graph is
             captured, and when an earlier update failed with ``store=Offloaded()`` or was interrupted and cannot be
-            finished; TypeError when ``elapsed`` is not a number; ValueError when it is not positive and finite, when
-            the model has changed, or when a law returns a decay outside [0, 1].
+            finished; TypeError when ``elapsed`` is not a number; ValueError when ``elapsed`` is not positive and
+            finite, when the model has changed, or when a law returns a decay outside [0, 1].
         """
         if self._is_attached:
             raise RuntimeError(
@@ -176,19 +176,23 @@ class ShardedEMA(StateMethods):
 
         Args:
             optimizer: a torch optimizer, or one wrapped by accelerate, Lightning or Fabric.
-            elapsed: returns the time since the last step, as for `update`; None for one step. It is called at each step
-                of the optimizer, also a skipped one, whose time does not count.
+            elapsed: returns the time since the last step, as for `update`; None for one step. It is called at each
+                optimizer step, including skipped ones, whose time is not counted.
             overlap: run the update on a side stream of the GPU, concurrent with the next forward and backward pass. The
                 next step of any optimizer and every call of this object wait for it; other code must not write to
                 parameters before that. No effect on a CPU.
 
         Collective: no.
-        Raises: RuntimeError when an optimizer is attached already: with several, attach the one that steps last.
+        Raises: RuntimeError when an optimizer is attached already; if you have several, attach the one that steps last.
             TypeError when it is not a torch Optimizer, or ``elapsed`` is not a function. ValueError when it steps none
-            of the averaged parameters, runs no hooks, or averages by itself (schedule-free).
+            of the averaged parameters, runs no hooks, or keeps its own average (schedule-free).
         """
         if self._is_attached:
-            raise RuntimeError("an optimizer is attached already; remove() its handle first, or call update() yourself")
+            raise RuntimeError(
+                "an optimizer is attached already: call remove() on the handle that attach() returned before attaching "
+                "another one. If several optimizers step this model, attach only the one that steps last, or none and "
+                "call update() after each step"
+            )
         optimizer = unwrap_optimizer(optimizer)
         if elapsed is not None and not callable(elapsed):
             raise TypeError(f"elapsed must be a function that returns the time since the last step, got {elapsed!r}")
@@ -215,8 +219,8 @@ class ShardedEMA(StateMethods):
     def swapped(self, track: str | None = None) -> AbstractContextManager[nn.Module]:
         """Inside the ``with`` block the model holds its averages; after it the live weights are back, bit-identical.
 
-        They come back when the block returns and when it raises. Inside, buffers may be written (``update_bn``), and
-        the written values stay in the averages. Parameters may not be written. A graph built before the block cannot
+        They are put back whether the block returns or raises. Inside, buffers may be written to (``update_bn``), and
+        the averages keep the written values. Parameters must not be written to. A graph built before the block cannot
         run backward inside or after it: autograd raises, because its weights were written to.
 
         Args:
@@ -225,11 +229,12 @@ class ShardedEMA(StateMethods):
         Collective: entering and leaving, if averages are split among replicas (the default under DDP, HSDP, and for
             tensor-parallel parameters placed ``Replicate()``). Never with ``replicas="copy"``, so that one rank may
             evaluate alone under DDP.
-        Memory: at most 64 MiB; for averages of another dtype or device, one live shard on the device of the average.
-        Raises: RuntimeError when averages are in the model already, when ranks do not arrive within ``timeout`` or have
+        Memory: at most 64 MiB; for averages whose dtype or device differs from the weights', one live shard on the
+            device of the average.
+        Raises: RuntimeError when the model already holds averages, when ranks do not arrive within ``timeout`` or have
             made different calls, when replicas differ, and on leaving, when parameters were written to or the block of
-            another rank raised. ValueError for an unknown track, when the model has changed, or
-            when a parameter without an average became trainable.
+            another rank raised. ValueError for an unknown track, when the model has changed, or when a parameter
+            without an average became trainable.
         Warns: InitialWeightsWarning if more than 10 % of the average is still the initial weights.
         """
         return self._model_with_averages.swapped(self._tracks.resolve(track))
@@ -237,17 +242,18 @@ class ShardedEMA(StateMethods):
     def serving(self, track: str | None = None) -> AbstractContextManager[nn.Module]:
         """Forward passes in the ``with`` block read the averages, without gradients; the live weights stay in place.
 
-        For a teacher, the block may lie between a forward pass and its backward: the gradients are bit-identical.
-        Inside, the model's ``state_dict()`` returns the live weights, and buffers are copies: values written to them
-        are dropped. For models that cannot be served (FSDP1, CUDA graphs) it warns and uses `swapped`.
+        The block may run between a forward pass and its backward pass, such as for a teacher model, and does not change
+        the gradients. Inside, the model's ``state_dict()`` returns the live weights, and buffers are copies: values
+        written to them are dropped. For models that cannot be served (FSDP1, CUDA graphs) it warns and uses `swapped`.
 
         Args:
             track: the track to serve; None for the only one, or the one called ``default``.
 
         Collective: entering, if averages are split among replicas; leaving, only with `swapped`.
-        Memory: the buffers; and if `serving_mode` says so, a copy of this rank's live shards, in full on each replica.
+        Memory: a copy of the buffers; if `serving_mode` says "copy", also a copy of this rank's live shards, in full on
+            each replica.
         Raises: RuntimeError inside `swapped` or `serving`, when ranks do not arrive within ``timeout``, and on leaving,
-            when parameters were written to. ValueError as `swapped`.
+            when parameters were written to. ValueError: as `swapped`.
         Warns: InitialWeightsWarning if more than 10 % of the average is still the initial weights.
         """
         return self._model_with_averages.serving(self._tracks.resolve(track))
@@ -256,13 +262,13 @@ class ShardedEMA(StateMethods):
     def update_kernel(self) -> str:
         """The names of the kernels that update averages of parameters: the fastest here, unless ``kernel`` was given.
 
-        "foreach" reads the live weights once for each track, the others once for all tracks.
+        "foreach" reads the live weights once for each track; the others read them once for all tracks.
         """
         return " and ".join(self._tracks.kernel_names)
 
     @property
     def serving_mode(self) -> str:
-        """What forward passes read inside `serving`; if it differs between parameters, the costliest.
+        """What forward passes read inside `serving`; if parameters differ, the costliest of their modes.
 
         One of "the averages themselves", "a cast copy" (dtypes differ), "a copy on the model's device" (the averages
         are on another one), "a gathered copy" (replicas split the averages), or "swapped(), since" and the reason.
@@ -270,7 +276,7 @@ class ShardedEMA(StateMethods):
         return self._model_with_averages.get_serving(next(iter(self._tracks.values()))).mode
 
     def restore(self) -> None:
-        """Leave `swapped` early, or after an interruption, or after ranks could not leave it together.
+        """Leave `swapped` early, after an interruption, or after ranks failed to leave it together.
 
         Collective: as `swapped`. Memory: as `swapped`. Raises: as `swapped` on leaving.
         """

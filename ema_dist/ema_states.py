@@ -57,7 +57,7 @@ class StateMethods:
     def initial_mass(self, track: str | None = None) -> float:
         """The share of an average, in [0, 1], that is still the weights at which averaging began.
 
-        It is the product of all decays since then; 1 up to ``start``, while steps copy the live weights.
+        It is the product of all decays since then. It is 1 up to ``start``, while steps copy the live weights.
 
         Args:
             track: the track; None for the only one, or the one called ``default``.
@@ -67,9 +67,9 @@ class StateMethods:
         return self._clock.initial_mass(self._tracks.resolve_name(track))
 
     def metrics(self) -> dict[str, float]:
-        """Numbers to log: ``ema/steps``, ``ema/time``; and ``ema/<track>/decay``, ``ema/<track>/initial_mass`` of each.
+        """Numbers to log: ``ema/steps``, ``ema/time``; per track ``ema/<track>/decay``, ``ema/<track>/initial_mass``.
 
-        The decay is that of the last update; 0 up to ``start``, while steps copy the live weights.
+        The decay is the one of the last update. It is 0 up to ``start``, while steps copy the live weights.
 
         Collective: no. May wait for the device.
         """
@@ -89,7 +89,7 @@ class StateMethods:
             track: the track; None for the only one, or the one called ``default``.
 
         Collective: one all-reduce over all ranks that hold the model, if several hold parts of its averages. Waits for
-            the device. Memory: a few copies in float64 of this rank's part of one parameter.
+            the device. Memory: a few float64 copies of this rank's part of one parameter.
         Raises: RuntimeError inside `swapped` or `serving`, and when ranks do not arrive; ValueError for an unknown
             track, or when the model has changed.
         """
@@ -122,14 +122,14 @@ class StateMethods:
         return self._live.history
 
     def state_dict(self, *, for_loading: bool = False) -> dict[str, Any]:
-        """The averages and counts as `torch.distributed.checkpoint` (DCP) saves and reshards them.
+        """The averages and counts, in the form that `torch.distributed.checkpoint` (DCP) saves and reshards.
 
-        The tensors share storage with the averages, so that DCP loads into them; DCP compares only names before that.
+        The tensors share storage with the averages, so DCP loads into the averages; it compares only names before that.
         Inside `swapped`, and for `Compensated` averages, they are copies, which `load_state_dict` copies back. If
         several ranks hold parts of the averages, the state cannot be pickled: see `consolidated_state_dict`.
 
         Args:
-            for_loading: whether the state is only loaded into; ranks that have made different calls are then allowed.
+            for_loading: whether the state is only a target to load into; ranks may then have made different calls.
 
         Collective: a rendezvous of all ranks that hold the model, if several hold parts of its averages.
         Shape: ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {...}, "averages": {name:
@@ -154,14 +154,13 @@ class StateMethods:
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state of `state_dict`, of the same sharding or resharded by DCP, or of `consolidated_state_dict`.
+        """Load a state from `consolidated_state_dict`, or from `state_dict` (same sharding, or resharded by DCP).
 
-        Keeps the schedule given to the constructor; a different one in ``state_dict`` causes a warning on the first
-        rank.
+        Keeps the schedule given to the constructor; the first rank warns if ``state_dict`` has a different one.
 
         Collective: no.
         Raises: RuntimeError inside `swapped`; ValueError before any change when format, tracks, names or shapes differ,
-            or when the state is the part of another rank.
+            or when the state holds another rank's shards.
         """
         self._model_with_averages.require_inactive("load_state_dict()")
         self._model_with_averages.prepare("load_state_dict()", collective=False, for_loading=True)
@@ -169,10 +168,10 @@ class StateMethods:
         self._load_state(state_dict, "load_state_dict()", empty_hint=hint)
 
     def consolidated_state_dict(self) -> dict[str, Any]:
-        """The state with full averages on the first rank, which ``torch.save`` may write; ``{}`` elsewhere.
+        """The state with full averages on the first rank, which ``torch.save`` can write; ``{}`` elsewhere.
 
         Collective: over all ranks that hold the model, if several hold parts of its averages.
-        Memory: the result, and one full tensor. Shape: as `state_dict`; full tensors as they are stored, on the CPU.
+        Memory: the result, and one full tensor. Shape: as `state_dict`, with full tensors on the CPU.
         Raises: as `state_dict`.
         """
         self._model_with_averages.prepare(
@@ -183,12 +182,12 @@ class StateMethods:
         return gather_state(self._clock, self._live.layout, self._tracks, averages, is_destination=self._live.is_first)
 
     def load_consolidated_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the `consolidated_state_dict` that the first rank passes; that of other ranks is ignored.
+        """Load the `consolidated_state_dict` that the first rank passes; ``state`` is ignored on other ranks.
 
-        Where every rank has read the file, `load_state_dict` takes the same state without communication.
+        If every rank has read the file, `load_state_dict` loads the same state without communication.
 
         Collective: over all ranks that hold the model. Memory: one full tensor, and a copy of this rank's averages.
-        Raises: as `load_state_dict`, on every rank; RuntimeError when ranks do not arrive, or it cannot be read.
+        Raises: as `load_state_dict`, on every rank; RuntimeError when ranks do not arrive, or ``state`` is unreadable.
         """
         self._model_with_averages.require_inactive("load_consolidated_state_dict()")
         self._model_with_averages.prepare(
@@ -214,8 +213,9 @@ class StateMethods:
             dtype: dtype of floating tensors; None for the dtype of each live tensor.
             track: the track to gather; None for the only one, or the one called ``default``.
 
-        Collective: over all ranks that hold the model, if several hold parts of its averages; all must exhaust it.
-        Memory: one full tensor; on the first rank beyond those it has yielded.
+        Collective: over all ranks that hold the model, if several hold parts of its averages; each rank must exhaust
+            the iterator.
+        Memory: one full tensor, besides those already yielded.
         Raises: RuntimeError when ranks do not arrive within ``timeout``; ValueError for an unknown track, when the
             model has changed, or for a sharded tensor subclass.
         Warns: InitialWeightsWarning if more than 10 % of the average is still the initial weights.
@@ -227,20 +227,21 @@ class StateMethods:
     ) -> dict[str, Any]:
         """The averaged model on the first rank, ``{}`` elsewhere; ``load_state_dict(..., strict=True)`` accepts it.
 
-        It contains frozen parameters, tied names, buffers and extra states, too. If each rank holds an unwrapped model
-        of its own, each rank gets its own dictionary. With pipeline parallelism and without ``pipeline``, the first
-        rank of each stage gets the modules of that stage.
+        It also contains frozen parameters, tied names, buffers and extra states. If each rank holds its own unwrapped
+        model, each rank gets its own dictionary. With pipeline parallelism and without ``pipeline``, the first rank of
+        each stage gets the modules of that stage.
 
         Args:
             dtype: dtype of floating tensors; None for the dtype of each live tensor.
             track: the track to gather; None for the only one, or the one called ``default``.
-            pipeline: a process group with one rank of each pipeline stage; its first rank gets the entries of all.
+            pipeline: a process group with one rank of each pipeline stage; its first rank gets the entries of all
+                stages.
 
-        Collective: over all ranks that hold the model, if several hold parts of its averages; over ``pipeline``.
+        Collective: over all ranks that hold the model, if several hold parts of its averages; and over ``pipeline``.
         Memory: the result and one more full tensor on the first rank, one full tensor elsewhere.
         Shape: full tensors, contiguous, on the CPU; tied names share one tensor.
         Raises: RuntimeError when ranks do not arrive within ``timeout``; ValueError when the model has changed, or when
-            stages hold different tensors under one name.
+            stages hold different tensors under the same name.
         Warns: InitialWeightsWarning if more than 10 % of the average is still the initial weights.
         """
         entries = self._model_with_averages.gather("full_state_dict", self._tracks.resolve(track), dtype=dtype)
@@ -291,7 +292,7 @@ class StateMethods:
         self._model_with_averages.require_inactive(call)
         self._model_with_averages.prepare(call, collective=self._live.has_sharded_averages, used_track=resolved_track)
         writes = self._model_with_averages.initial_weights.writes
-        writes.pause()  # if it is the live model, it equals these averages after this
+        writes.pause()  # these writes make the weights equal to the averages if ``model`` is the live model
         try:
             copy_into(Layout(model, "copy"), self._live.layout, resolved_track.recombined())
         finally:

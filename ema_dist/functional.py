@@ -17,16 +17,16 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     """Update the weights of ``ema_model`` in place to ``ema_model * smoothing + model * (1 - smoothing)``.
 
     Parameters and floating buffers are averaged; integer buffers are copied, as averages of counts would be truncated.
-    Both models may be wrapped, in the same way: then each rank averages its shards.
+    The models may be wrapped if both are wrapped in the same way; each rank then averages its own shards.
 
     Args:
         model: the live model.
         ema_model: the model that holds the averages.
         smoothing: the factor of the old average, in [0, 1] (`ShardedEMA` calls it decay).
 
-    Collective: no. Memory: a constant scratch.
-    Raises: ValueError when the models differ in names, shapes, ties or sharding, RuntimeError inside `swapped` of a
-        `ShardedEMA` of either; both before anything changes.
+    Collective: no. Memory: a scratch of constant size.
+    Raises: before anything changes: ValueError when the models differ in names, shapes, ties or sharding; RuntimeError
+        when a `ShardedEMA` has swapped its averages into either model.
     Source: ``composer.algorithms.ema.compute_ema``, whose half-life is ``-log(2) / log(smoothing)``.
     """
     weight = 1 - Constant(smoothing).value
@@ -43,9 +43,12 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         or not average_shards[name].is_sharded_like(live_shards[name])
     ]
     if different:
-        raise ValueError(f"the models differ in the names, shapes or sharding of {abbreviated(sorted(different))}")
-    if tied_only_there := average_layout.ties_missing_in(live_layout):
-        raise ValueError(f"ema_model ties {abbreviated(tied_only_there)}, and model does not: untie them")
+        raise ValueError(
+            f"model and ema_model differ in the names, shapes or sharding of {abbreviated(sorted(different))}: "
+            "construct and wrap both in the same way"
+        )
+    if extra_ties := average_layout.ties_missing_in(live_layout):
+        raise ValueError(f"ema_model ties {abbreviated(extra_ties)}, and model does not: untie them in ema_model")
     averaged: list[tuple[Tensor, Tensor]] = []
     copied: list[tuple[Tensor, Tensor]] = []
     for name, shard in (average_layout.parameters | average_layout.buffers).items():

@@ -1,4 +1,4 @@
-"""Helpers that word error messages, and warn."""
+"""Helpers that format error messages and issue warnings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ def abbreviated(names: Iterable[str], limit: int = 5, separator: str = ", ") -> 
 
 
 def describe_difference(left: str, left_names: AbstractSet[str], right: str, right_names: AbstractSet[str]) -> str:
-    """Names that only the left or only the right has, each under its label; empty if there are none."""
+    """Which names only the left side has and which only the right side has; empty if both have the same names.
+
+    Args:
+        left: how the message calls the left side.
+        right: how the message calls the right side.
+    """
     only_in = {left: left_names - right_names, right: right_names - left_names}
     return "; ".join(f"only {label} has {abbreviated(sorted(names))}" for label, names in only_in.items() if names)
 
@@ -31,7 +36,7 @@ def add_note(error: BaseException, note: str) -> None:
 
 
 def log_visibly(logger: logging.Logger, level: int, message: str) -> None:
-    """Log a problem that no call may report later; print it, too, if the program has not configured logging."""
+    """Log a problem that no later call may report; print it to stderr too if the program has not configured logging."""
     logger.log(level, "%s", message)
     if not logging.root.handlers and all(isinstance(it, logging.NullHandler) for it in _package_logger.handlers):
         sys.stderr.write(f"{logger.name}: {message}\n")
@@ -46,14 +51,14 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def describe_ranks(ranks: Iterable[int]) -> str:
-    """Ranks as text: "rank 1", or "ranks 0, 2-9999" with at most eight runs."""
+    """Ranks as text: "rank 1", or "ranks 0, 2-9999" with at most eight ranges."""
     numbers = sorted(ranks)
     parts = [str(first) if first == last else f"{first}-{last}" for first, last in runs(numbers)]
     return f"rank{'s' * (len(numbers) != 1)} {abbreviated(parts, limit=8)}"
 
 
 def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """The first and last number of each run of consecutive ones in ascending ``numbers``."""
+    """The first and last number of each run of consecutive integers in ``numbers``, which are in ascending order."""
     found: list[tuple[int, int]] = []
     for number in numbers:
         if found and number == found[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""Leaves ``torch.inference_mode()`` while `ema_dist` works: tensors made in it could not be updated outside of it."""
+"""Leaves ``torch.inference_mode()`` while `ema_dist` works: tensors created in it cannot be updated outside of it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CALLED_BY_USERS = ("__init__", "__repr__", "__enter__", "__exit__")
 
 
 def normal_mode() -> AbstractContextManager[object]:
-    """The mode in which `ema_dist` works: normal tensors, and no gradients inside of ``torch.inference_mode()``."""
+    """A context in which new tensors are normal; within ``torch.inference_mode()``, it also disables gradients."""
     return _NormalMode() if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def in_normal_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, in `normal_mode`. Iterators and context managers that it returns run in the caller's modes."""
+    """Decorates a function to run in `normal_mode`; iterators and context managers that it returns do not."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -37,7 +37,7 @@ def in_normal_mode(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def public_calls_in_normal_mode(cls: type[T]) -> type[T]:
-    """Decorates a class: its public methods and properties, and `CALLED_BY_USERS`, run in `normal_mode`."""
+    """Decorates a class to run its public methods and properties, and `CALLED_BY_USERS`, in `normal_mode`."""
     for name, member in vars(cls).copy().items():
         if name.startswith("_") and name not in CALLED_BY_USERS:
             continue
@@ -49,7 +49,7 @@ def public_calls_in_normal_mode(cls: type[T]) -> type[T]:
 
 
 def iterate_in_normal_mode(iterator: Iterator[T]) -> Iterator[T]:
-    """The items of ``iterator``, each made in `normal_mode`; the caller's loop keeps its modes."""
+    """The items of ``iterator``, each computed in `normal_mode`; the body of the caller's loop keeps its own modes."""
     while True:
         with normal_mode():
             try:
@@ -60,7 +60,7 @@ def iterate_in_normal_mode(iterator: Iterator[T]) -> Iterator[T]:
 
 
 class _NormalMode:
-    """Leaves inference mode; that alone would switch gradients on."""
+    """Leaves inference mode and disables gradients, which leaving inference mode alone would enable."""
 
     def __enter__(self) -> None:
         self._inference_mode = torch.inference_mode(mode=False)

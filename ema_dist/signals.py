@@ -1,4 +1,4 @@
-"""Defers Python signal handlers where one that raises would leave other ranks in a collective, or a lock held."""
+"""Defers Python signal handlers: an exception from one could leave other ranks in a collective, or a lock held."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SECOND_SIGNAL_SECONDS = 5.0
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Python signal handlers run at the end of the ``with`` block, on the main thread; on others it does nothing.
+    """Defers Python signal handlers to the end of the ``with`` block; has no effect outside of the main thread.
 
-    Python runs them between two bytecodes of the main thread, where they may raise. A second signal of the same number
-    within `SECOND_SIGNAL_SECONDS` runs its handler at once.
+    Otherwise Python would run them, and they could raise, between any two bytecodes of the main thread. A second signal
+    of the same number within `SECOND_SIGNAL_SECONDS` runs its handler at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

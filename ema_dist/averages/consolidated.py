@@ -25,7 +25,7 @@ def gather_state(
     *,
     is_destination: bool,
 ) -> dict[str, Any]:
-    """The state with full averages as they are stored, on the CPU; empty unless this rank ``is_destination``.
+    """The state with full averages on the CPU, in the dtype of ``averages``; empty unless this rank ``is_destination``.
 
     Args:
         averages: this rank's averages, by track and name.
@@ -44,7 +44,7 @@ def gather_state(
 
 @torch.no_grad()
 def scatter_state(layout: Layout, state: object) -> dict[str, Any]:
-    """The state that the first rank passes, with this rank's part of each tensor; `load_state` takes it.
+    """The first rank's state, with each full tensor replaced by this rank's part of it, for `load_state`.
 
     Collective: over the layout's ranks. Memory: the result, and one full tensor.
     Raises: RuntimeError on every rank when the first rank's state cannot be read.
@@ -56,7 +56,7 @@ def scatter_state(layout: Layout, state: object) -> dict[str, Any]:
     def scatter(path: tuple[str, ...], spec: Tensor) -> Tensor:
         shard = shards.get(path[-1])
         if shard is None or spec.shape != shard.shape:
-            return spec  # `load_state` reports all that do not fit
+            return spec  # `load_state` reports all mismatches together
         full = first_rank.broadcast_tensor(lambda: _value_at(state, path), spec, shard.communication_device)
         return shard.wrap(shard.slice_full(full).clone())
 
@@ -65,14 +65,17 @@ def scatter_state(layout: Layout, state: object) -> dict[str, Any]:
 
 def _spec(path: tuple[str, ...], tensor: Tensor) -> Tensor:
     if is_sharded(tensor) or subclass_name(tensor):
-        raise ValueError(f"expected full tensors, as consolidated_state_dict() returns, got a part of {path[-1]!r}")
+        raise ValueError(
+            f"expected full plain tensors, got a {type(tensor).__name__} for {path[-1]!r}: pass the state that "
+            "consolidated_state_dict() returned on the first rank"
+        )
     return tensor.to("meta")
 
 
 def _map_tensors(
     value: object, function: Callable[[tuple[str, ...], Tensor], Tensor], path: tuple[str, ...] = ()
 ) -> Any:  # noqa: ANN401
-    """``value`` with the results of ``function`` in place of its tensors, which get their paths."""
+    """A copy of ``value`` in which ``function(path, tensor)`` replaces each tensor."""
     if isinstance(value, Mapping):
         return {key: _map_tensors(item, function, (*path, key)) for key, item in value.items()}
     return function(path, value) if isinstance(value, Tensor) else value

@@ -31,7 +31,7 @@ _NAMES_SENT = 200
 
 @contextmanager
 def problems_reported(live: LiveModel) -> Iterator[None]:
-    """An exception in the ``with`` block of one rank becomes an error on all, which would else wait for this one.
+    """Reports an exception in the ``with`` block to the other ranks, so that they raise and do not wait for this one.
 
     Collective: over the ranks that hold the model, if the block raises.
     """
@@ -44,7 +44,7 @@ def problems_reported(live: LiveModel) -> Iterator[None]:
 
 
 def warn_of_unlikely_decays(schedules: Mapping[str, Schedule]) -> None:
-    """Warn about numbers that are probably the weight of the live values, not the factor of the old average."""
+    """Warn about constant decays that are probably the weight of the live values, not the factor of the old average."""
     for law in schedules.values():
         if isinstance(law, Constant) and (law.value < 0.5 or law.value == 1):
             intended = {0.0: "HalfLife(0) (no averaging)", 1.0: "HalfLife(math.inf) (never update)"}
@@ -56,7 +56,7 @@ def warn_of_unlikely_decays(schedules: Mapping[str, Schedule]) -> None:
 
 
 def resolve_kernel(kernel: str | None, live: LiveModel, settings: Mapping[str, str]) -> str | None:
-    """``kernel``, but None in place of `AUTO` unless every rank has a C compiler that works: all use the same kernel.
+    """``kernel``; for `AUTO`, None unless every rank has a working C compiler, so that all ranks use the same kernel.
 
     Collective: over the ranks that hold the model, for `AUTO` only.
     Raises: RendezvousError when ranks differ in their settings, and when another rank has a problem or is absent.
@@ -66,19 +66,19 @@ def resolve_kernel(kernel: str | None, live: LiveModel, settings: Mapping[str, s
     with problems_reported(live):
         problem = compiler_problem()
     try:
-        _rendezvous(live, [settings, {_COMPILER: "no C compiler that works" if problem else "a C compiler that works"}])
+        _rendezvous(live, [settings, {_COMPILER: "no working C compiler" if problem else "a working C compiler"}])
     except RendezvousError as error:
         if [*error.differing] != [_COMPILER]:
             raise
-        problem = problem or "another rank has no C compiler that works"
+        problem = problem or "another rank has no working C compiler"
     if problem:
-        _log.info("kernel='auto' selects among kernels that are not compiled: %s", problem)
+        _log.info("kernel='auto' does not consider 'compiled': %s", problem)
         return None
     return kernel
 
 
 def construct_on_all_ranks(live: LiveModel, settings: Mapping[str, str], make_tracks: Callable[[], Tracks]) -> Tracks:
-    """Make the averages, and compare settings and selected parameters between ranks. An error on one is one on all.
+    """Make the averages, and compare settings and selected parameters between ranks. All ranks raise if one does.
 
     Args:
         settings: see `describe_settings`.
@@ -107,20 +107,20 @@ def _compare(live: LiveModel, settings: Mapping[str, str]) -> None:
         failure = error
     else:
         return
-    # Outside of except, so that the error of this comparison does not show the one before, of digests. Ten thousand
-    # ranks cannot all send every name: they send those of one part that differs.
+    # Outside of except, so that the error raised here is not chained to the previous one, which compared digests. Ten
+    # thousand ranks cannot all send every name, so each sends only the names in one of the parts that differ.
     names = [name for name in sorted(selected) if _part(name) == min(differing_parts)]
     _rendezvous(live, [{name: f"selected {name}" for name in names[:_NAMES_SENT]}])
     raise failure
 
 
 def _rendezvous(live: LiveModel, compared: Sequence[Mapping[str, str]]) -> None:
-    advice = advice_on_absence("construct it on each of them; averages on rank 0 only take the unwrapped module")
+    advice = advice_on_absence("construct it on each of them; to average on rank 0 only, pass the unwrapped module")
     live.rendezvous(_CALL, compared=compared, advice=advice)
 
 
 def describe_settings(clock: Clock, precision: Precision, **others: object) -> dict[str, str]:
-    """Settings for `construct_on_all_ranks`: texts that are equal where the settings of ranks fit together."""
+    """Settings as text for `construct_on_all_ranks`; the texts of two ranks are equal if their settings agree."""
     decays = {
         "decay" if track == DEFAULT_TRACK else f"decay[{track!r}]": DecayRecord.of_law(law).describe()
         for track, law in clock.schedules.items()
@@ -137,7 +137,7 @@ def describe_settings(clock: Clock, precision: Precision, **others: object) -> d
 
 
 def _describe(setting: object) -> str:
-    # Where the model is tensor-parallel too, ranks have different groups of the same size.
+    # If the model is also tensor-parallel, ranks correctly pass different groups of the same size.
     return f"a process group of {setting.size()} ranks" if isinstance(setting, ProcessGroup) else repr(setting)
 
 

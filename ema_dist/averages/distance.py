@@ -18,7 +18,7 @@ from ema_dist.sharding import Layout
 def relative_distance(layout: Layout, averages: Mapping[str, Tensor], *, is_collective: bool) -> float:
     """``|average - live| / |live|`` in the Euclidean norm over all ``averages``, computed in float64 (on MPS, float32).
 
-    Elements held by several ranks count once. Where both values are the same infinity or both NaN, the difference is 0.
+    Elements held by several ranks count once. If both values are the same infinity or both NaN, the difference is 0.
     Non-finite live values count as 0 in the norm. If all live values are 0, the result is 0 or infinity.
 
     Args:
@@ -26,7 +26,7 @@ def relative_distance(layout: Layout, averages: Mapping[str, Tensor], *, is_coll
         is_collective: whether other ranks hold parts of the averages.
 
     Collective: one all-reduce of three numbers for each parameter, if ``is_collective``.
-    Memory: a few copies in float64 of one averaged part.
+    Memory: a few float64 copies of one averaged part.
     """
     numel = torch.tensor([layout.parameters[name].shape.numel() for name in averages], dtype=torch.float64)
     rows = [_square_sums(layout, name, average) for name, average in averages.items()]
@@ -37,7 +37,8 @@ def relative_distance(layout: Layout, averages: Mapping[str, Tensor], *, is_coll
         sums = sums.to(device, widest_float(device))
         dist.all_reduce(sums, group=group)
     counts, differences, live = sums.cpu().unbind(dim=1)
-    # How often each element was counted: on every replica, for instance. Expanded tensors hold elements once for many.
+    # How often each element was counted, such as once per replica; below 1 for expanded tensors, which store one
+    # element for many.
     copies = counts / numel
     held = counts > 0
     difference, size = ((squares[held] / copies[held]).sum().item() for squares in (differences, live))

@@ -1,4 +1,4 @@
-"""Results and tensors that the first rank of a model sends to its other ranks, whatever device each of them is on."""
+"""Sends results and tensors from the first rank of a model to its other ranks, whatever devices they are on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SendingDevices:
         self._group = group
         self._preferred = [*dict.fromkeys(shard.communication_device for shard in layout.shards)]
         self.for_host_values: torch.device = self.for_tensor(torch.device("cpu"))
-        """For pickled objects, and for tensors that are on the CPU: the CPU wherever the group can send from it."""
+        """The device for pickled objects and for CPU tensors: the CPU if the group can send from it."""
 
     def for_tensor(self, *preferred: torch.device) -> torch.device:
         """The first of these devices from which the group can send; else another device of the model."""
@@ -38,7 +38,7 @@ class FirstRankBroadcast:
     If reading fails there, every rank raises, instead of waiting for the broadcast.
 
     Args:
-        hint: ends the message of an error in `broadcast_tensor`.
+        hint: appended to the message of an error in `broadcast_tensor`.
     """
 
     def __init__(self, layout: Layout, *, hint: str = "") -> None:
@@ -53,7 +53,7 @@ class FirstRankBroadcast:
         """Calls ``call`` on the first rank, and returns its result on every rank.
 
         Args:
-            hint: added to the message of an error.
+            hint: appended to the message of an error.
         """
         result: Any = None
         problem, cause = "", None

@@ -17,7 +17,7 @@ from ema_dist.averages.track import Track
 from ema_dist.communication.objects import receive_object, send_object
 from ema_dist.communication.rendezvous import rendezvous
 from ema_dist.kernels import copy_pairs, copy_to_host
-from ema_dist.messages import abbreviated, describe_difference
+from ema_dist.messages import abbreviated, describe_difference, describe_ranks
 from ema_dist.sharding import (
     ExpandedShard,
     Layout,
@@ -42,11 +42,11 @@ def gather(
 
     Collective: over the layout's ranks, which must all exhaust the iterator.
     Memory: one full tensor beyond those yielded.
-    Raises: ValueError for a sharded tensor subclass; an error of copying to the CPU, after all collectives.
+    Raises: ValueError for a sharded tensor subclass; errors in copying to the CPU, after all collectives.
     """
     failure: Exception | None = None
     for shard, local in _shards_and_values(layout, averages):
-        _require_whole(shard, local)
+        _require_gatherable(shard, local)
         full = shard.full(local, copy_one)
         value = None
         if is_destination and not failure:
@@ -67,16 +67,16 @@ def gather(
 
 
 def _wait_for_sending(full: Tensor) -> None:
-    """Wait on ranks that only send: before torch 2.8, a queued tensor is freed only after its collective."""
+    """Wait for the device on ranks that only send: torch before 2.8 frees a sent tensor only after its collective."""
     if full.device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(full.device)
 
 
-def _require_whole(shard: Shard, local: Tensor) -> None:
+def _require_gatherable(shard: Shard, local: Tensor) -> None:
     if shard.gather_ranks and (subclass := subclass_name(local)):
         raise ValueError(
-            f"{shard.name!r} is a {subclass} (tensor subclass) that is sharded over ranks, which cannot be gathered: "
-            "keep it whole on every rank, or replace it by a plain tensor"
+            f"{shard.name!r} is a {subclass} (a tensor subclass) sharded over ranks, which cannot be gathered: store "
+            "it in full on every rank, or replace it with a plain tensor"
         )
 
 
@@ -89,7 +89,7 @@ def full_shapes(layout: Layout, *, dtype: torch.dtype | None) -> dict[str, Tenso
     for shard in layout.shards:
         target_dtype = dtype if dtype and shard.owner.is_floating_point() else shard.owner.dtype
         shape = torch.empty(shard.shape, dtype=target_dtype, device="meta")
-        _require_whole(shard, shard.local)
+        _require_gatherable(shard, shard.local)
         for name in shard.names:
             shapes[name] = shard.local.to("meta") if subclass_name(shard.local) else shape
     for name, module in layout.extra_states.items():
@@ -104,7 +104,7 @@ def gather_pipeline(
     """The entries of all pipeline stages on the first rank of ``pipeline``, stage by stage; nothing elsewhere.
 
     Args:
-        entries: those of this rank's stage; every rank exhausts its own.
+        entries: the entries of this rank's stage; every rank exhausts its own iterator.
         layout: this rank's stage.
         timeout: seconds that the stages wait for each other.
 
@@ -113,9 +113,12 @@ def gather_pipeline(
     """
     ranks = dist.get_process_group_ranks(pipeline)
     if len({*ranks} & {*layout.ranks}) > 1:
-        raise ValueError(f"pipeline={ranks} should hold one rank of each stage, but one is held by {layout.ranks}")
+        raise ValueError(
+            f"pipeline must be a process group with one rank of each stage, but several of its {describe_ranks(ranks)} "
+            f"hold the same stage, which is on {describe_ranks(layout.ranks)}"
+        )
     rendezvous("full_state_dict(pipeline=...)", ranks, timeout=timeout)
-    # Point to point, gloo reads the memory of the CPU only: it would take an address on a device for one of the CPU.
+    # gloo's send and recv access CPU memory only: they would take a device address for a CPU address.
     return _gather_stages(entries, pipeline, SendingDevices(pipeline, layout).for_host_values)
 
 
@@ -140,7 +143,7 @@ def _gather_stages(
 
 
 def collect(entries: Iterator[tuple[str, Any]], *, is_destination: bool) -> dict[str, Any]:
-    """All entries in one dictionary; entries without a value only if this rank gets the tensors.
+    """All entries in one dictionary; drops entries whose value is None unless this rank ``is_destination``.
 
     Raises: ValueError when pipeline stages hold different tensors under one name.
     """
@@ -153,7 +156,10 @@ def collect(entries: Iterator[tuple[str, Any]], *, is_destination: bool) -> dict
             different.append(name)
         full.setdefault(name, value)
     if different:
-        raise ValueError(f"pipeline stages hold different tensors under the names {abbreviated(different)}")
+        raise ValueError(
+            f"pipeline stages hold different tensors under the same names: {abbreviated(different)}. Rename them, or "
+            "gather each stage without pipeline="
+        )
     return full
 
 
@@ -175,8 +181,8 @@ def scatter(layout: Layout, track: Track, full: Mapping[str, Any]) -> None:
     """Scatters full averages from the first rank to all ranks; the inverse of `gather`.
 
     Args:
-        full: ignored except on the first rank, which reads each value twice, one at a time. So it may be a mapping that
-            reads tensors from files on access.
+        full: read on the first rank only, which reads each value twice, one at a time. It may be a mapping that reads
+            tensors from files on access.
 
     Collective: over the layout's ranks. Memory: one full tensor on each rank; two while tied tensors are compared.
     Raises: ValueError on every rank, before anything changes, when names, shapes or kinds of dtype differ from the
@@ -203,7 +209,7 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
         layout: the model that has averages.
         averages: as for `gather`.
 
-    Collective: over the layout's ranks, except for tensors that both models shard alike.
+    Collective: over the layout's ranks, except for tensors that are sharded the same way in both models.
     Memory: one full tensor on each rank.
     Raises: ValueError when names, shapes or ties differ, before anything changes.
     """
@@ -211,15 +217,16 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
     shards_by_name, target_shards_by_name = layout.shards_by_name(), target.shards_by_name()
     names = shards_by_name.keys() | layout.extra_states.keys()
     target_names = target_shards_by_name.keys() | target.extra_states.keys()
-    if different := describe_difference("the averaged one", names, "the given one", target_names):
+    if different := describe_difference("the averaged model", names, "the given model", target_names):
         raise ValueError(f"the models differ: {different}")
     if mismatched := [
         name for name, shard in shards_by_name.items() if target_shards_by_name[name].shape != shard.shape
     ]:
         raise ValueError(f"the models differ in the shapes of {abbreviated(mismatched)}")
-    if tied_only_there := target.ties_missing_in(layout):
+    if extra_ties := target.ties_missing_in(layout):
         raise ValueError(
-            f"the given model ties {abbreviated(tied_only_there)}, and the averaged one does not: untie them"
+            f"the given model ties {abbreviated(extra_ties)}, and the averaged model does not: untie them in the given "
+            "model"
         )
     _require_expandable(target, layout, averages)
     target.wait_for_device()
@@ -236,12 +243,12 @@ def copy_into(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) ->
 
 
 def _targets_of(shard: Shard, targets_by_name: Mapping[str, Shard]) -> list[Shard]:
-    """The other model's shards of one tensor; several if it does not tie what the shard's model ties."""
+    """The target model's shards of one tensor; several if the tensor is tied in the source model only."""
     return [*{id(targets_by_name[name]): targets_by_name[name] for name in shard.names}.values()]
 
 
 def _require_expandable(target: Layout, layout: Layout, averages: Mapping[str, Tensor]) -> None:
-    """Raise ValueError when a value would have to be repeated in ``target`` (`Tensor.expand`), and is not."""
+    """Raise ValueError when a tensor of ``target`` repeats elements (`Tensor.expand`), and the new value does not."""
     targets_by_name = target.shards_by_name()
     for shard, local in _shards_and_values(layout, averages):
         for other in _targets_of(shard, targets_by_name):
@@ -260,7 +267,7 @@ def _shards_and_values(layout: Layout, averages: Mapping[str, Tensor]) -> Iterat
 
 
 def copy_one(target: Tensor, source: Tensor) -> None:
-    """Copy ``source`` to ``target``: between a device and the host through pinned memory."""
+    """Copy ``source`` to ``target``; copies between a device and the host go through pinned memory."""
     if target.device == source.device or subclass_name(source) or subclass_name(target):
         target.copy_(source)
     else:
@@ -269,7 +276,7 @@ def copy_one(target: Tensor, source: Tensor) -> None:
 
 def to_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
     """``full`` as a contiguous CPU tensor that shares no storage with ``local``."""
-    if subclass_name(full):  # a frozen quantized weight: it has neither a dtype to cast to nor one storage
+    if subclass_name(full):  # such as a frozen quantized weight, which has no dtype to cast to and no single storage
         return full.detach().clone().to("cpu")
     target_dtype = dtype if full.is_floating_point() else full.dtype
     if full.device.type != "cpu":
@@ -283,9 +290,9 @@ def to_cpu(full: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
 def _find_mismatches(
     layout: Layout, shards: Mapping[str, Shard], full: Mapping[str, Any]
 ) -> tuple[str, dict[str, tuple[str, Any]]]:
-    """How ``full`` differs from the model; and for each canonical name, the name of its value in ``full`` and its spec.
+    """A message that says how ``full`` differs from the model; per canonical name, the name in ``full`` and the spec.
 
-    The difference is a message, empty if ``full`` can be loaded. Any of the names of a tied tensor will do.
+    The message is empty if ``full`` can be loaded. A tied tensor may be in ``full`` under any of its names.
     """
     present_names = {canonical: [name for name in shard.names if name in full] for canonical, shard in shards.items()}
     specs = {canonical: (names[0], _spec_of(full[names[0]])) for canonical, names in present_names.items() if names}
@@ -337,7 +344,7 @@ def _spec_of(value: object) -> Tensor | str:
 
 
 def dtype_kind(dtype: torch.dtype) -> str:
-    """The kind of a dtype: a cast within a kind rounds at most, a cast between kinds may drop information."""
+    """The kind of a dtype: a cast within a kind can only round, a cast between kinds may drop other information."""
     if dtype.is_floating_point or dtype.is_complex:
         return "floating" if dtype.is_floating_point else "complex"
     return "boolean" if dtype is torch.bool else "integer"

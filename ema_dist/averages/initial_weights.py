@@ -1,4 +1,4 @@
-"""Warns before an average that is still the initial weights, to more than 10 %, is used as the model's weights."""
+"""Warns before an average is used as the model's weights while more than 10 % of it is still the initial weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ema_dist.messages import warn_caller
 from ema_dist.schedules.clock import Clock, Reading
 
 LARGEST_SHARE = 0.1
-"""The share of an average that may still be the initial weights without a warning."""
+"""The largest share of the initial weights in an average for which there is no warning."""
 
 
 class InitialWeightsWarning(UserWarning):
@@ -28,7 +28,7 @@ class OptimizerHookWarning(UserWarning):
 class InitialWeights:
     """Decides whether to warn, once for each kind of call and each track, without waiting for the device.
 
-    An average without updates equals the live weights until these are written to: no warning before that.
+    An average without updates equals the live weights until they are written to, so there is no warning before that.
     """
 
     def __init__(self, clock: Clock, live: LiveModel) -> None:
@@ -40,10 +40,10 @@ class InitialWeights:
         self.begin(are_loaded=False)
 
     def begin(self, *, are_loaded: bool) -> None:
-        """The averages now fit the live weights.
+        """Record that the averages now match the live weights.
 
         Args:
-            are_loaded: whether they were loaded, so that live weights may be loaded after them; else they are copies.
+            are_loaded: True if they were loaded, and the live weights may be loaded later; False if they are copies.
         """
         self.writes.averages_were_loaded = are_loaded
         self.writes.mark(BEGINNING)
@@ -51,39 +51,39 @@ class InitialWeights:
         self._warned.clear()
 
     def watch(self, hook: OptimizerHook) -> None:
-        """An optimizer was attached."""
+        """Record that an optimizer was attached."""
         self._hook = hook
         self.writes.mark(ATTACHING)
         self._warned.discard((ATTACHING,))
 
     def prepare_to_save(self) -> None:
-        """Record in the clock that averages without updates are outdated, so that it is known after a load."""
+        """Record writes to the live weights in the clock, so that averages without updates count as outdated later."""
         if self.writes.was_written_since(BEGINNING):
             self._clock.note_write()
 
     def check_hook(self) -> Warning | None:
         """Warn if the attached optimizer never took a step, although the live weights were written to.
 
-        Returns: the warning, where the user has made warnings errors.
+        Returns: the warning if the user has turned warnings into errors, else None.
         """
         hook = self._hook
         if hook is None or not hook.is_active or hook.has_run or not self.writes.was_written_since(ATTACHING):
             return None
         if_loaded = "" if self._clock.known.steps else "; if weights were loaded into the model instead, call reset()"
         message = (
-            f"attach(): {hook.optimizer_name}.step() was never called, but the live weights were written to, so that "
-            "the averages were not updated. This happens in loops that call first_step() and second_step(), and when "
-            "another optimizer steps. Attach the optimizer whose step() is called last, or remove() the handle and "
-            f"call update() after each step{if_loaded}"
+            f"attach(): {hook.optimizer_name}.step() was never called although the live weights were written to, so "
+            "the averages were not updated. This happens if the loop calls other methods instead, such as first_step() "
+            "and second_step(), or steps another optimizer. Attach the optimizer whose step() is called last, or "
+            f"remove() the handle and call update() after each step{if_loaded}"
         )
         return self._warn((ATTACHING,), message, OptimizerHookWarning)
 
     def check(self, call: str, track: str, *, track_label: str) -> Warning | None:
-        """Warn before ``call`` uses the average of ``track`` as the model's weights, if too much of it is initial.
+        """Warn before ``call`` uses an average as the model's weights, if too much of it is the initial weights.
 
         Args:
-            call: the kind of call.
-            track_label: names the track where there are several, else empty.
+            call: the name of the method that uses the average.
+            track_label: names the track if there are several; else empty.
 
         Returns: as `check_hook`.
         """
@@ -122,7 +122,8 @@ class InitialWeights:
             if self._is_first:
                 warn_caller(message, category)
             else:
-                # Only where warnings are errors: a call that does not communicate must raise on all ranks or on none.
+                # Shows nothing, but raises if warnings are errors: a call without communication must raise on all ranks
+                # or on none.
                 with warnings.catch_warnings(record=True):
                     warn_caller(message, category)
         except Warning as warning:  # an error, which the caller must report to the other ranks first
@@ -131,7 +132,7 @@ class InitialWeights:
 
 
 def describe_stored(reading: Reading, track: str, law: str) -> str:
-    """What to know about stored averages that are not averages yet; empty if at most 10 % is the initial weights."""
+    """Says how much of the stored averages is still the initial weights; empty if at most 10 % is."""
     mass, updates = float(reading.initial_masses[track]), int(reading.updates)
     if mass <= LARGEST_SHARE:
         return ""
@@ -145,7 +146,7 @@ def describe_stored(reading: Reading, track: str, law: str) -> str:
 
 
 def describe_share(mass: float) -> str:
-    """A share in percent; 100 % only if it is all."""
+    """A share in percent; a share below 1 is never rounded up to 100 %."""
     return f"{mass:.1%}" if mass == 1 else f"{min(mass, 0.999):.1%}"
 
 

@@ -42,7 +42,9 @@ class LiveModel:
         timeout: float,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"expected the model, a torch.nn.Module, got a {type(model).__name__}: ShardedEMA(model)")
+            raise TypeError(
+                f"expected the model, a torch.nn.Module, got a {type(model).__name__}: call ShardedEMA(model)"
+            )
         if select is not None and not callable(select):
             raise TypeError(f"select must be a function (name, parameter) -> bool or None, got {select!r}")
         self._replicas: ReplicaPolicy = replicas
@@ -71,7 +73,8 @@ class LiveModel:
             and all(shard.replica_group is not replicas for shard in self.layout.shards)
         ):
             warnings.warn(
-                "replicas=<group> has no effect: the model's own wrapping says what is replicated", stacklevel=4
+                "replicas=<group> has no effect, because the model's wrapper determines its replicas: omit it",
+                stacklevel=4,
             )
 
     @property
@@ -87,7 +90,7 @@ class LiveModel:
     def select_parameters(self) -> list[str]:
         """Fill `selected`, and return it.
 
-        Raises: ValueError when no parameter is selected, or one that has no average.
+        Raises: ValueError when no parameter is selected, or one that cannot be averaged.
         """
         self.selected = [name for name in self.layout.parameters if self._is_selected(name)]
         selected = {*self.selected}
@@ -96,9 +99,9 @@ class LiveModel:
             raise ValueError(
                 f"nothing to average: none of the {len(self._unselected)} parameters "
                 + (
-                    "requires a gradient"
+                    "requires a gradient: choose some with select="
                     if self._select is _requires_grad
-                    else "is selected by select(name, parameter)"
+                    else "was selected: select(name, parameter) must return True for some"
                 )
             )
         owners = {name: self.layout.parameters[name].owner for name in self.selected}
@@ -106,7 +109,8 @@ class LiveModel:
             name for name, owner in owners.items() if not (owner.is_floating_point() or owner.is_complex())
         ]:
             raise ValueError(
-                f"select picked {abbreviated(unsupported)}, which are not floating-point and have no average"
+                f"select returned True for {abbreviated(unsupported)}, which cannot be averaged, because they are "
+                "neither floating-point nor complex: exclude them"
             )
         if subclasses := [
             f"{name} ({type(local).__name__})"
@@ -114,8 +118,8 @@ class LiveModel:
             if is_wrapper_subclass(local := self.layout.parameters[name].local)
         ]:
             raise ValueError(
-                f"tensor subclasses have no average: {abbreviated(subclasses)}. Train plain tensors (with torchao's "
-                "float8, enable_fsdp_float8_all_gather=False), or leave them out by select="
+                f"tensor subclasses cannot be averaged: {abbreviated(subclasses)}. Train plain tensors (with torchao's "
+                "float8, enable_fsdp_float8_all_gather=False), or exclude these with select="
             )
         return self.selected
 
@@ -158,14 +162,14 @@ class LiveModel:
         check: Callable[[], Exception | None] | None = None,
         compared: Sequence[Mapping[str, str]] | None = None,
     ) -> None:
-        """Refresh the layout; if ``collective``, also run the rendezvous: a problem on one rank fails on all.
+        """Refresh the layout; if ``collective``, also run the rendezvous, so that a problem on one rank raises on all.
 
         Args:
             call: the user's call, for messages.
             collective: whether ``call`` communicates.
             for_serving: as for `refresh`.
             problem: an error found earlier on this rank; it is raised after the rendezvous.
-            check: returns another one, if there is none; called once the layout is refreshed.
+            check: called after the refresh if there is no error yet; returns an error or None.
             compared: as for `rendezvous`.
 
         Collective: over `ranks`, if ``collective``.
@@ -176,7 +180,7 @@ class LiveModel:
         change = self.refresh(for_serving=for_serving)
         problem = problem or change or (check() if check else None)
         if collective:
-            # A rank with a problem arrives, too: alone, it would leave the others waiting in the collective after this.
+            # A rank with a problem takes part, too: if it raised first, the others would wait for it in the collective.
             try:
                 self.rendezvous(call, str(problem or ""), compared=compared)
             except RendezvousError:
@@ -189,8 +193,8 @@ class LiveModel:
         """Read the current storage of the live weights into `layout`. Returns an error if the model cannot be averaged.
 
         Args:
-            only_if_moved: read the model again only if something in it has moved.
-            for_serving: as ``only_if_moved``; and let FSDP2 initialize itself now instead of in its next forward pass.
+            only_if_moved: read the model again only if its tensors were replaced or their storage has changed.
+            for_serving: as ``only_if_moved``; also let FSDP2 initialize itself now, not in its next forward pass.
         """
         try:
             is_current = self.layout.is_current(init_fsdp2=for_serving)
@@ -206,7 +210,7 @@ class LiveModel:
                         f"the model changed after ShardedEMA(model) was constructed: {described}. Change and wrap a "
                         "model first, then construct ShardedEMA"
                     )
-                # A layout of the same memory is kept, so that averages and servings need not be bound again.
+                # If the tensors are in the same memory, keep the layout: kernels and servings need not be bound again.
                 if not (is_current and self.layout.is_same_reading(layout)):
                     layout.require_writable()
                     self.layout: Layout = layout
@@ -233,7 +237,7 @@ class LiveModel:
     def describe_drift(self) -> str:
         """Name the live weights that differ between replicas, by checksums; empty if there are none.
 
-        Collective: over `ranks`; other ranks than the replicas do not learn of the difference.
+        Collective: over `ranks`; only the replicas that differ get the names, other ranks get an empty text.
         """
         return describe_drift(self.layout.parameters.values())
 

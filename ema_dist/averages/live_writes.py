@@ -1,4 +1,4 @@
-"""Whether the live weights were written to since a mark, without reading their values."""
+"""Detects whether the live weights were written to since a mark, without reading their values."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ema_dist.averages.live_model import LiveModel
 from ema_dist.sharding import Shard, untraced
 
 BEGINNING = "beginning"
-"""The mark at which the averages fitted the live weights: they were made, loaded or reset."""
+"""The mark set when the averages last matched the live weights: when they were made, loaded or reset."""
 ATTACHING = "attach()"
-"""The mark at which an optimizer was attached."""
+"""The mark set when an optimizer was attached."""
 
 
 class LiveWrites:
@@ -34,13 +34,13 @@ class LiveWrites:
         self.averages_were_loaded = False
         """Whether the averages were loaded, so that live weights loaded after them do not make them outdated."""
         _instances.add(self)
-        self_ref = ref(self)  # torch references the hooks globally
+        self_ref = ref(self)  # torch references the hooks globally, and so would keep this object alive
 
         def before_step(optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401  as torch calls it
             if (writes := self_ref()) is not None:
                 writes.before_step(optimizer)
 
-        @untraced  # as torch.compile(optimizer.step) would trace it, at each mark anew
+        @untraced  # otherwise torch.compile(optimizer.step) would trace it, and again after each mark
         def after_step(optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401  as torch calls it
             if (writes := self_ref()) is not None:
                 writes.after_step(optimizer)
@@ -51,7 +51,7 @@ class LiveWrites:
             finalize(self, module.register_load_state_dict_post_hook(_after_load).remove)
 
     def mark(self, name: str) -> None:
-        """Set a mark, or move it here."""
+        """Set a mark, or move an existing one to the present."""
         self._unwritten[name] = self._versions()
 
     def was_written_since(self, name: str) -> bool:
@@ -60,7 +60,7 @@ class LiveWrites:
         return name not in self._unwritten
 
     def pause(self) -> None:
-        """Ignore writes until `resume`: they change no weight in the end."""
+        """Ignore writes until `resume`, because `ema_dist` makes them: they do not make the averages outdated."""
         self._drop_written()
         self._is_paused = True
 
@@ -70,11 +70,11 @@ class LiveWrites:
         self._mark_again()
 
     def shares_modules_with(self, model: nn.Module) -> bool:
-        """Whether a write to ``model`` may be one to these parameters."""
+        """Whether a write to ``model`` may change these parameters."""
         return self._live.layout.shares_modules_with(model)
 
     def note_load(self) -> None:
-        """Weights were loaded into the model: no optimizer wrote them, and they belong to averages loaded before."""
+        """Record a load into the model: it is no optimizer step, and the weights match averages loaded before it."""
         if self._is_paused:
             return
         self._live.refresh(only_if_moved=True)  # ``assign=True`` replaces parameters; the next call reports problems
@@ -119,23 +119,23 @@ _instances: WeakSet[LiveWrites] = WeakSet()
 
 
 def all_writes_to(model: nn.Module) -> list[LiveWrites]:
-    """Those of every ShardedEMA that shares modules with ``model``."""
+    """The `LiveWrites` of every ShardedEMA that shares modules with ``model``."""
     return [writes for writes in _instances if writes.shares_modules_with(model)]
 
 
 def note_load(model: nn.Module) -> None:
-    """Weights were loaded into ``model``; see `LiveWrites.note_load`."""
+    """Record that weights were loaded into ``model``; see `LiveWrites.note_load`."""
     for writes in all_writes_to(model):
         writes.note_load()
 
 
 def _after_load(module: nn.Module, _incompatible_keys: object) -> None:
-    # A function of this module, so that models that have it as a hook can be pickled and copied.
+    # A module-level function, so that models that have it as a hook can be pickled and copied.
     note_load(module)
 
 
 def _wrappers_and_model(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, and the modules that it wraps: either may be the one that loads a state."""
+    """The model and the modules that it wraps: users may call ``load_state_dict`` on any of them."""
     yield model
     while not [*model.parameters(recurse=False)] and len(children := [*model.children()]) == 1:
         (model,) = children

@@ -31,8 +31,8 @@ class Offloaded:
     call that reads the averages (a swap, serving, saving, gathering) waits for the pending updates.
 
     Args:
-        pin_memory: copy the live weights into pinned memory, so that the host need not wait for the device. Without a
-            device nothing is pinned.
+        pin_memory: copy the live weights into pinned memory, so that the host need not wait for the device. Nothing is
+            pinned if all weights are on the CPU.
         max_pending: maximum number of updates in progress; the next one waits for the oldest.
 
     Memory: on the device at most 64 MiB. On the CPU, beside the averages, ``max_pending`` copies of this rank's live
@@ -45,11 +45,11 @@ class Offloaded:
 
     def __post_init__(self) -> None:
         if self.max_pending < 1:
-            raise ValueError(f"max_pending is a number of updates, 1 or more, got {self.max_pending!r}")
+            raise ValueError(f"max_pending must be a number of updates, 1 or more, got {self.max_pending!r}")
 
 
 class Worker:
-    """One thread that runs jobs in the order of submission; after a failure it runs none."""
+    """One thread that runs jobs in the order of submission; after a failure it skips all later jobs."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ema_dist")
@@ -69,11 +69,11 @@ class Worker:
             (job or self._pool.submit(lambda: None)).result()
 
     def require_no_failure(self) -> None:
-        """Raise RuntimeError if any job has failed, also earlier: its averages may be partly written."""
+        """Raise RuntimeError if any job has failed so far: the averages may be partly written."""
         if self._failure:
             raise RuntimeError(
-                f"an update of the averages failed on its thread: {self._failure!r}. Some may have moved: construct "
-                "ShardedEMA again, and load its averages from a checkpoint"
+                f"an update of the averages failed on its thread: {self._failure!r}. Some averages may be updated and "
+                "others not: construct ShardedEMA again, and load its averages from a checkpoint"
             ) from self._failure
 
     def _run_job(self, job: Callable[..., None], *arguments: object) -> None:
@@ -83,14 +83,14 @@ class Worker:
             job(*arguments)
         except BaseException as error:  # noqa: BLE001  require_no_failure() raises it
             self._failure = error
-            # At the end of the process no later call raises it.
+            # The process may end before a later call raises the error.
             log_visibly(_log, logging.ERROR, f"an update of the averages failed: {error!r}")
 
     def _require_same_process(self) -> None:
         if os.getpid() != self._process_id:
             raise RuntimeError(
-                "these averages move on a thread of the process that this one was forked from: use them there, or "
-                "construct ShardedEMA(..., store=Offloaded()) after forking"
+                "these averages are updated by a thread of the parent process, which this forked process does not "
+                "have: use them in the parent process, or construct ShardedEMA(..., store=Offloaded()) after forking"
             )
 
 
@@ -101,7 +101,7 @@ class OffloadKernel:
         values: live tensors on any devices.
         make_kernels: makes the kernels that read the CPU copies; it gets the copies in the order of ``values``.
         worker: the thread that runs the kernels.
-        streams: the streams on which devices make the copies.
+        streams: the streams on which the devices copy the live values.
         store: the number of copies, and whether they are pinned.
 
     Memory: as `Offloaded`.
@@ -150,7 +150,7 @@ class OffloadKernel:
             run_kernels = partial(_run_kernels, slot.kernels, wait_for_copies, host_weights, host_index)
             self._last_job = _Job(write_log, run_kernels)
         write_log.begin()
-        # Repeated after an interrupt, this submits the same job again, which runs once.
+        # If this call is repeated after an interrupt, it submits the same job again, and the job runs only once.
         slot.future = self._worker.submit(self._last_job.run)
         self._slots.rotate(-1)
 

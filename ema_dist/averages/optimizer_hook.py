@@ -71,17 +71,17 @@ _WRAPPERS = {
     ("lightning", "LightningOptimizer"): "optimizer",
     ("pytorch_lightning", "LightningOptimizer"): "optimizer",
 }
-"""The attribute that holds the wrapped optimizer, by the package and the name of the class.
+"""The attribute that holds the wrapped optimizer, by the package and the name of the wrapper class.
 
-By class, since learning-rate schedulers have such an attribute too.
+The class is checked because learning-rate schedulers have an attribute of this name, too.
 """
 
 
 def unwrap_optimizer(optimizer: object) -> Optimizer:
     """The optimizer whose hooks torch runs, without the wrappers of accelerate, Fabric and Lightning.
 
-    Raises: TypeError or ValueError if its steps cannot be counted, or if it averages by itself. The message says what
-        to attach instead.
+    Raises: TypeError or ValueError if its steps cannot be counted, or if it keeps its own average. The message says
+        what to do instead.
     """
     while attribute := _wrapping_attribute(optimizer):
         optimizer = getattr(optimizer, attribute)
@@ -89,8 +89,8 @@ def unwrap_optimizer(optimizer: object) -> Optimizer:
     name = type(optimizer).__name__
     if hasattr(optimizer, "train_mode") or any("train_mode" in group for group in groups):
         raise ValueError(
-            f"{name} is schedule-free: it keeps its own average, which the parameters hold only after its eval(). "
-            "Instead of attach(), call its eval(), then ema.update(), then its train()"
+            f"{name} is schedule-free: it keeps its own average, and the parameters hold that average only after "
+            "its eval(). Instead of attach(), call its eval(), then ema.update(), then its train()"
         )
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got a {name}: {_advice(optimizer)}")

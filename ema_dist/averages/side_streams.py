@@ -32,7 +32,7 @@ class SideStreams:
 
     @property
     def is_capturing(self) -> bool:
-        """Whether a graph captures what is launched now, so that it runs at each replay, and not now."""
+        """Whether a graph is being captured: work launched now then runs at each replay, and not now."""
         return any(map(_is_capturing, {*self._modules.values()}))
 
     @contextmanager
@@ -40,7 +40,8 @@ class SideStreams:
         """Work launched in the block runs on the side streams, after the current stream's earlier work.
 
         Args:
-            inputs: tensors that the block reads and that may be freed before its work is done; ignores other values.
+            inputs: tensors that the block reads and that may be freed before its work is done. Values that are not
+                tensors are ignored.
         """
         with ExitStack() as stack:
             for device, module in self._modules.items():
@@ -52,7 +53,7 @@ class SideStreams:
                 stack.callback(self._record_end, device, _new_event(module))
                 stack.enter_context(module.stream(stream))
             for tensor in inputs:
-                # Else the allocator may give a freed tensor's memory away while the side stream still reads it.
+                # Otherwise the allocator may reuse a freed tensor's memory while the side stream still reads it.
                 if isinstance(tensor, Tensor) and tensor.device in self._streams:
                     tensor.record_stream(self._streams[tensor.device])
             yield
@@ -76,8 +77,8 @@ class SideStreams:
 
     def synchronize(self, events: Iterable[Any]) -> None:
         """Let the host wait for ``events``; any thread may call it."""
-        # A new thread starts on device 0, and waiting for an event creates the context of the current device: on every
-        # rank, half a gigabyte of the GPU that belongs to the first one.
+        # A new thread starts on device 0, and waiting for an event creates a context on the current device. Without
+        # this, the thread of every rank would take half a gigabyte of the first rank's GPU.
         for device, module in [*self._modules.items()][:1]:
             module.set_device(device)
         for event in events:

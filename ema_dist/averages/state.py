@@ -1,8 +1,8 @@
-"""The state that checkpoints hold: its format is fixed, and all of it is checked before any of it is loaded.
+"""The state stored in checkpoints: its format is fixed, and all of it is checked before any of it is loaded.
 
 ``{"format": 1, "steps": int, "updates": int, "tracks": {track: {"decay": {"kind": str, "value": str}, "averages":
-{name: tensor}, "buffers": {name: tensor}}}}``; the names of tensors are first canonical names, and
-`ema_dist.schedules.decay` says what the value of a decay holds.
+{name: tensor}, "buffers": {name: tensor}}}}``. The names of tensors are first canonical names, and
+`ema_dist.schedules.decay` describes the value of a decay.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ STATE_FORMAT = 1
 
 
 class ShardedState(dict[str, Any]):
-    """A state with this rank's parts of tensors, for `torch.distributed.checkpoint` alone.
+    """A state with this rank's parts of tensors, which only `torch.distributed.checkpoint` (DCP) can save.
 
     Pickling raises TypeError: the file would hold the parts of one rank, and other ranks would load them as theirs.
-    A deep copy is made of plain dictionaries with tensors on the CPU: DCP's ``DefaultStager`` makes one of every type
-    that it does not know, leaves the tensors in it where they are, and may pickle it for a process that writes.
+    A deep copy has plain dictionaries and CPU tensors: DCP's ``DefaultStager`` deep-copies each object whose type it
+    does not know, does not move tensors in it to the CPU, and may pickle the copy for a process that writes it.
     """
 
     def __copy__(self) -> ShardedState:
@@ -41,7 +41,7 @@ class ShardedState(dict[str, Any]):
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         for value in self.values():
             if isinstance(value, Tensor) and id(value) not in memo:
-                # deepcopy() finds it here, and does not copy on the device.
+                # deepcopy() uses this CPU copy, and makes no copy on the device.
                 memo[id(value)] = cpu_copy(value, copy_to_host)
         return {key: deepcopy(value, memo) for key, value in self.items()}
 
@@ -65,8 +65,8 @@ def make_state(
     """The state to save.
 
     Args:
-        convert: makes the value of a tensor from its averaged part, the name of the track and its own name; called in
-            the same order on every rank.
+        convert: takes the averaged part of a tensor, the name of its track and its own name, and returns the value to
+            save; called in the same order on every rank.
         make_dict: makes the dictionary of each level.
     """
     track_states: dict[str, Any] = {}
@@ -93,10 +93,10 @@ def load_state(
     """Load a state; the laws of ``clock`` are kept.
 
     Args:
-        empty_hint: ends the error for an empty state.
-        warns: whether a law that differs causes a warning.
+        empty_hint: appended to the error for an empty state.
+        warns: whether to warn about laws that differ.
 
-    Raises: ValueError when its format, tracks, names or shapes differ, before anything changes.
+    Raises: ValueError when the format, tracks, names or shapes differ, before anything changes.
     """
     if not state:
         raise ValueError(f"expected a state of ShardedEMA, got an empty one: {empty_hint}")
@@ -146,7 +146,7 @@ def _local_tensors(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, T
             mismatches.append(f"{name} ({error})")
     if mismatches:
         raise ValueError(
-            f"these {kind} have other shapes or are sharded differently: {abbreviated(mismatches)}. For another "
-            "sharding, load through torch.distributed.checkpoint, or load a consolidated_state_dict()"
+            f"these {kind} differ from the model in shape, kind of dtype or sharding: {abbreviated(mismatches)}. To "
+            "change the sharding, load through torch.distributed.checkpoint, or load a consolidated_state_dict()"
         )
     return values

@@ -65,25 +65,25 @@ class Track:
         """The averages by name; those with residuals as float32, each recombined when it is read.
 
         Args:
-            tensors: stands in for `tensors` while the averages are swapped into the model.
+            tensors: used instead of `tensors` while the averages are swapped into the model.
         """
         return _Recombined(self.tensors if tensors is None else tensors, self.residuals)
 
     def without_shared_storage(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``values`` of `recombined` without shared storage: recombined ones are new already, the others are cloned."""
+        """``values`` of `recombined` without shared storage: recombined values are new tensors, others are cloned."""
         return {name: tensor if name in self.residuals else tensor.clone() for name, tensor in values.items()}
 
     def value_for_dtype(self, name: str, dtype: torch.dtype) -> Tensor:
         """The value to load into a weight of ``dtype``: the stored average, or the float32 one recombined from it.
 
-        Only another dtype than the stored one can represent the recombined value better.
+        Only a dtype other than the stored one can represent the recombined value better.
         """
         stored = self._stored(name)
         return stored if stored.dtype == dtype else _recombine_if_split(stored, self.residuals.get(name))
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
-        """Store ``value`` as an average, unless it shares storage with the average, as DCP loads it."""
+        """Store ``value`` as an average, unless it shares the average's storage because DCP has loaded it in place."""
         stored = self._stored(name)
         if value.data_ptr() == stored.data_ptr():
             return

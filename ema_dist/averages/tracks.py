@@ -67,9 +67,9 @@ class Tracks(Mapping[str, Track]):
         store: Offloaded | None = None,
     ) -> None:
         if store is not None and not isinstance(store, Offloaded):
-            raise ValueError(f"store is Offloaded(...) or None, got {store!r}")
+            raise ValueError(f"store must be Offloaded(...) or None, got {store!r}")
         if buffers not in ("average", "copy"):
-            raise ValueError(f'buffers is "average" or "copy", got {buffers!r}')
+            raise ValueError(f'buffers must be "average" or "copy", got {buffers!r}')
         self._seed = precision.rounding.seed if isinstance(precision.rounding, Stochastic) else 0
         self._kernel = kernel
         self._agree = agree
@@ -129,8 +129,8 @@ class Tracks(Mapping[str, Track]):
         self.bind_loaded(layout)
 
     def bind_layout(self, layout: Layout) -> None:
-        """Make kernels for the weights of ``layout``, for later updates. Raises: as `drain`, once they are made."""
-        self._bound_layout = None  # until all kernels are made: an exception must not leave updates without some
+        """Make kernels for the weights of ``layout``, for later updates. Raises: as `drain`, after making them."""
+        self._bound_layout = None  # until all kernels are made: after an exception, no update may run with only some
         try:
             self.drain()
         finally:
@@ -151,7 +151,7 @@ class Tracks(Mapping[str, Track]):
         return self._bound_layout is layout
 
     def bind_buffers(self, layout: Layout) -> None:
-        """Make kernels for the buffers of ``layout``, for later updates. Raises: as `drain`, once they are made."""
+        """Make kernels for the buffers of ``layout``, for later updates. Raises: as `drain`, after making them."""
         bound_layout, self._bound_layout = self._bound_layout, None
         try:
             self._drain([*self._buffer_kernels, *self._copy_kernels])
@@ -176,9 +176,10 @@ class Tracks(Mapping[str, Track]):
         """Move the averages towards the live weights, without a collective and without waiting for the device.
 
         Args:
-            weights: the weight of the live values, by track; 0 leaves averages unchanged, and buffers are still copied.
+            weights: the weight of the live values, by track. A weight of 0 leaves the averages unchanged; buffers that
+                are not averaged are still copied.
             update_index: the number of this update; stochastic rounding derives its random bits from it.
-            write_log: the writes of this update that are made already, if it was interrupted.
+            write_log: records the writes that this update has already made, for the case that it is interrupted.
             overlap: run the update of parameters on a side stream, until `streams` are joined.
 
         Raises: RuntimeError when an earlier update failed on its thread.
@@ -282,7 +283,7 @@ class Tracks(Mapping[str, Track]):
 
 
 class CopyKernel:
-    """Copies buffers that are not averaged, whatever the weights.
+    """Copies buffers that are not averaged; the weights have no effect.
 
     Args:
         pairs: (target, source) of each copy.

@@ -19,10 +19,10 @@ class Updates:
         self._live = live
         self._tracks = tracks
         self._unfinished: _Update | None = None
-        """An update that has begun and is not counted."""
+        """An update that has begun and is not counted yet."""
 
     def update(self, found_inf: Tensor | None, *, elapsed: float, overlap: bool) -> None:
-        """Take one update, and count the step.
+        """Make one update, and count the step.
 
         Args:
             elapsed: as for `Clock.next_step`.
@@ -39,7 +39,7 @@ class Updates:
     def finish(self) -> None:
         """Finish an update that an exception interrupted; call it before anything reads averages or counts.
 
-        Raises: RuntimeError when it cannot be finished, at this call and all later ones.
+        Raises: RuntimeError when it cannot be finished, in this call and in all later ones.
         """
         update = self._unfinished
         if update is None:
@@ -49,13 +49,13 @@ class Updates:
             return
         if reason := self._reason_not_to_finish(update):
             raise RuntimeError(
-                f"update() was interrupted and cannot be finished: {reason}. Some averages have moved and others have "
-                "not: load them from a checkpoint (load_state_dict)"
+                f"update() was interrupted and cannot be finished: {reason}. Some averages were updated and others "
+                "were not: load them from a checkpoint (load_state_dict)"
             )
         self._run(update)
 
     def start_from(self, call: str) -> None:
-        """Forget earlier calls and an update that cannot be finished, as ``call`` has loaded other averages."""
+        """Forget earlier calls and an unfinished update, because ``call`` has replaced the averages."""
         self._unfinished = None
         self._live.history.replace(call, self._clock.steps)
 

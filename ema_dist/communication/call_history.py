@@ -20,7 +20,7 @@ class Calls(NamedTuple):
 
     def after(self, call: str, *arguments: float) -> Calls:
         """These calls and one more; see `CallHistory.record`."""
-        # Not hash(): those of texts differ between processes.
+        # Not hash(): the hash of a string differs between processes.
         digest = crc32(call.encode(), self.digest)
         for argument in arguments:
             digest = crc32(_pack(argument), digest)
@@ -49,7 +49,7 @@ class CallHistory:
         self.calls = self.calls.after(call, *arguments)
 
     def replace(self, call: str, *arguments: float) -> None:
-        """Forget all calls but this one, which has set everything that the earlier ones changed."""
+        """Forget all calls but this one, because it has overwritten everything that the earlier ones changed."""
         self.calls: Calls = Calls().after(call, *arguments)
 
     def compared(self, **counts: float) -> Sequence[Mapping[str, str]]:

@@ -1,4 +1,4 @@
-"""Sends pickled objects between ranks. `torch.distributed` has such functions, too, but these need NumPy."""
+"""Sends pickled objects between ranks. `torch.distributed` has functions for this, but they need NumPy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def broadcast_object(value: object, *, source: int, group: ProcessGroup, device:
     """The object that the rank ``source`` of the world passes, on every rank of ``group``.
 
     Args:
-        value: ignored except on ``source``. There, pickling it must succeed.
-        device: one from which ``group`` can send.
+        value: ignored except on ``source``, where pickling it must succeed.
+        device: a device from which ``group`` can send.
 
     Collective: over ``group``.
     """

@@ -14,7 +14,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank brings to a rendezvous.
+    """What one rank reports at a rendezvous.
 
     Args:
         call: the user's call with its arguments.
@@ -43,9 +43,9 @@ class Outcome:
     Args:
         message: why no rank may continue; empty if all may.
         same_call: whether every rank arrived and made the same call, so that all raise together.
-        all_arrived: whether every rank arrived, at whichever call.
-        arrived_runs: the ranks that had arrived when one gave up or was interrupted, as first and last ranks of runs;
-            None if none did.
+        all_arrived: whether every rank arrived, even if they made different calls.
+        arrived_runs: the ranks that had arrived when one gave up or was interrupted, as the first and last rank of each
+            run of consecutive ranks; None if no rank gave up or was interrupted.
         differing: the keys of ``compared`` whose values differ.
         is_final: whether no later rendezvous of these ranks can succeed.
     """
@@ -92,7 +92,7 @@ def compare_reports(reports: Mapping[int, str]) -> Outcome:
     described = abbreviated(differences.values(), separator="; ")
     text = (
         f"{call}: ranks disagree: {described}. Make the same calls with the same settings on every rank; after "
-        "other calls, ranks agree again once all have loaded the same checkpoint"
+        "different calls, ranks agree again once all have loaded the same checkpoint"
     )
     return Outcome(text if differences else "", same_call=True, all_arrived=True, differing=[*differences])
 
@@ -111,7 +111,7 @@ def ranks_by_value(values: Mapping[int, K]) -> dict[K, list[int]]:
 
 
 def _first_differences(reports: Mapping[int, Report]) -> dict[str, str]:
-    """The differences in the first of the mappings compared that differs at all, described by key."""
+    """Describes, by key, the differences in the first compared mapping that is not equal on all ranks."""
     for position in range(max(len(report.compared) for report in reports.values())):
         entries = {
             rank: report.compared[position] if position < len(report.compared) else {}

@@ -25,7 +25,7 @@ _answers: MutableMapping[object, dict[str, str]] = WeakKeyDictionary()
 """The answers that each world has agreed on, by question."""
 
 OUTCOME_SECONDS = 10.0
-"""After ``timeout``, ranks wait so long, or ``timeout`` if it is less, for the outcome of the first one to give up."""
+"""After ``timeout``, ranks wait this long (at most ``timeout``) for the outcome of the first rank that gave up."""
 
 
 CALL_ON_ALL = "call it on every rank, not under `if rank == 0:`"
@@ -42,13 +42,13 @@ def advice_on_absence(first: str = CALL_ON_ALL, *, takes_timeout: str = "Sharded
 
 
 class RendezvousError(RuntimeError):
-    """Ranks could not go on together.
+    """A rendezvous failed: the ranks cannot continue together.
 
     Args:
         message: what happened and what to do.
         same_call: whether every rank has arrived at this call and raises this error now, because one of them reported a
             problem or because they differ. False when ranks are absent, gave up, or made different calls.
-        differing: the keys of what was compared whose values differ.
+        differing: the keys of the compared mappings whose values differ.
         is_final: whether a rank has announced a failure, so that no later rendezvous can succeed.
     """
 
@@ -65,8 +65,8 @@ def require_process_group(call: str, ranks: list[int]) -> None:
     """Raise RendezvousError when ``ranks`` are several and there is no process group for their rendezvous."""
     if len(ranks) > 1 and not dist.is_initialized():
         raise RendezvousError(
-            f"{call} needs {describe_ranks(ranks)} together, and there is no process group any more; "
-            "call it before dist.destroy_process_group()"
+            f"{call} must run on {describe_ranks(ranks)} together, but the process group no longer exists: call it "
+            "before dist.destroy_process_group()"
         )
 
 
@@ -116,8 +116,8 @@ def rendezvous(
         outcome = _series_of(ranks).join(rendezvous_store(), Report(call, problem, compared), timeout, advice)
     except RuntimeError as error:
         raise RendezvousError(
-            f"{call} needs {describe_ranks(ranks)} together, and their store cannot be used: {error}. The process that "
-            "hosts it (rank 0, or the launcher) has probably ended: start the job again"
+            f"{call} must run on {describe_ranks(ranks)} together, but the process group's store failed: {error}. The "
+            "process that hosts the store (rank 0, or the launcher) has probably ended: start the job again"
         ) from error
     if outcome.message:
         raise RendezvousError(
@@ -128,7 +128,7 @@ def rendezvous(
 def announce_failure(ranks: list[int], message: str) -> None:
     """Make the next rendezvous of ``ranks`` fail at once on every other rank, with ``message``.
 
-    For a rank that leaves a collective in the middle. It neither waits nor raises an error.
+    Call it on a rank that an exception has interrupted in a collective. It neither waits nor raises an error.
 
     Collective: no.
     """
@@ -138,7 +138,7 @@ def announce_failure(ranks: list[int], message: str) -> None:
         # Not through the connection of `rendezvous`: another thread may be waiting there.
         _series_of(ranks).announce(world_store(), message)
     except Exception:  # noqa: BLE001  the caller is about to raise its own error
-        _log.exception("%s cannot be told that %s", describe_ranks(ranks), message)
+        _log.exception("cannot report this failure to %s: %s", describe_ranks(ranks), message)
 
 
 def _series_of(ranks: list[int]) -> RendezvousSeries:
@@ -162,17 +162,17 @@ class RendezvousSeries:
         self._prefix = f"ema_dist/{hash(tuple(ranks))}"
         self._number = 0
         self._entered = -1
-        """The last number that this rank has arrived at; the current one if an exception ended its wait."""
+        """The number at which this rank last arrived; it equals the current one if an exception ended the wait."""
         self._first_uncleared = 0
 
     def join(self, store: Store, report: Report, timeout: float, advice: str = "") -> Outcome:
-        """Come to the next rendezvous and wait for its outcome."""
+        """Arrive at the next rendezvous and wait for its outcome."""
         if self._entered == self._number:
             self._cancel(store, f"rank {self._rank} was interrupted while it waited")
         outcome = self._join_once(store, report, timeout, advice)
         if not outcome.is_too_late_for(self._rank):
             return outcome
-        # This rank was missing when others gave up, any number of times. They may arrive again.
+        # Other ranks have given up, perhaps several times, before this rank arrived. They may arrive again.
         missed = outcome
         while outcome.is_too_late_for(self._rank):
             outcome = self._join_once(store, report, timeout, advice)
@@ -210,7 +210,7 @@ class RendezvousSeries:
         number = self._number
         self._number = number + 1
         if outcome.all_arrived and self._rank == self._ranks[0]:
-            # All ranks have arrived here, so that none reads an earlier outcome any more. Some may still read this one.
+            # All ranks have arrived here, so none will read an earlier outcome again. Some may still read this one.
             for earlier in range(self._first_uncleared, number):
                 self._at(store, earlier).clear()
             self._first_uncleared = number
@@ -248,14 +248,14 @@ class _Rendezvous:
         return self.decide(self._outcome_without_absent(report.call, timeout, advice).encode())
 
     def decide(self, outcome: str) -> Outcome:
-        """Make ``outcome`` the one of this rendezvous, unless it has one. Returns the one that it has."""
+        """Set the outcome of this rendezvous, unless it has one. Returns the outcome that it has."""
         decided = self._store.compare_set(self._outcome, "", outcome).decode()
-        # Not every TCPStore wakes those who wait for a key when `compare_set` creates it; all do after `set`.
+        # Not every TCPStore wakes waiting ranks when `compare_set` creates their key; all do after `set`.
         self._store.set(self._outcome, decided)
         return Outcome.decode(decided)
 
     def cancel(self, reason: str) -> Outcome:
-        """End this rendezvous for all ranks, since this one no longer waits; does nothing if it has an outcome."""
+        """End this rendezvous for all ranks, because this one no longer waits; does nothing if it has an outcome."""
         arrived_runs = runs(sorted({*self._read_reports(), self._rank})) if self.has_begun() else []
         return self.decide(Outcome(reason, arrived_runs=arrived_runs).encode())
 
@@ -264,14 +264,14 @@ class _Rendezvous:
         return self._store.check([self._arrived])
 
     def clear(self) -> None:
-        """Delete the keys."""
+        """Delete its keys from the store."""
         for key in (self._reports, self._arrived, self._gave_up, self._outcome):
             self._store.delete_key(key)
 
     def _outcome_without_absent(self, call: str, timeout: float, advice: str) -> Outcome:
         reports = self._read_reports()
         if len(reports) == len(self._ranks):
-            return compare_reports(reports)  # the last rank arrived just now, or has ended before it could compare
+            return compare_reports(reports)  # the last rank arrived just now, or ended before it could compare them
         calls = ranks_by_value({rank: Report.decode(text).call for rank, text in reports.items()})
         absent = describe_ranks({*self._ranks} - reports.keys())
         others = f" ({describe_calls(calls)})" if len(calls) > 1 else ""

@@ -24,14 +24,14 @@ MAX_LOCATED = 10
 def describe_drift(shards: Iterable[Shard]) -> str:
     """Names the tensors that differ between replicas, by checksums of their bits; empty if there are none.
 
-    Collective: over the replicas of each shard; other ranks do not learn of the difference. One all-reduce of 16 bytes
-    for each tensor; only if tensors differ, an all-gather of the checksums of the first of them.
+    Collective: over the replicas of each shard; each rank gets only the differences in its own replica groups. One
+    all-reduce of 16 bytes for each tensor; if tensors differ, also an all-gather of the first `MAX_LOCATED` checksums.
     """
     drifted: list[str] = []
     for group, group_shards in _group_by_replicas(shards):
         device = sending_device(group, *(shard.communication_device for shard in group_shards))
         checksums = torch.stack([checksum(shard.local).to(device) for shard in group_shards])
-        # The largest complement is that of the smallest checksum: one all-reduce finds both ends.
+        # The largest complement belongs to the smallest checksum, so one all-reduce finds both extremes.
         bounds = torch.stack([checksums, ~checksums])
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
         different = (bounds[0] != ~bounds[1]).nonzero().flatten().tolist()
@@ -61,18 +61,18 @@ def all_gather_parts(shards: Iterable[Shard]) -> None:
 def prepare_all_gather_parts(shards: Iterable[Shard]) -> Callable[[], None]:
     """Returns a function that fills every replica's ``local`` with the averaged parts of all replicas.
 
-    Memory is allocated here, so that a rank which lacks it does not leave the others in a collective. If the function
-    fails, it can be called again: only what other replicas own is written to, or a replica's own rows with the
-    bits that they have.
+    Memory is allocated here, so that a rank that runs out of memory does not leave the others in a collective. If the
+    function fails, it can be called again: it writes only to rows that other replicas own, or writes the bits that a
+    replica's own rows already have.
 
-    The parts of several tensors are sent together, as bytes. Padding adds at most a tenth where each replica has ten
-    rows or more, and nothing where rows divide evenly. A tensor that padding would more than double is all-reduced
-    instead, which sends each byte twice.
+    The parts of several tensors are sent together, as bytes. Padding adds at most a tenth if each replica has ten rows
+    or more, and nothing if rows divide evenly. A tensor that padding would more than double is all-reduced instead,
+    which sends each byte twice.
 
     Collective: the returned function, over the replicas of each split shard. The number of collectives depends on the
-    bytes of the tensors, not on the number of replicas. Memory: one scratch of `ema_dist.kernels` for each group
-    of replicas, device of tensors and way of sending, as much on the device that communicates if that is another, and
-    what the backend needs.
+    bytes of the tensors, not on the number of replicas.
+    Memory: one scratch of `ema_dist.kernels` for each combination of replica group, tensor device and kind of
+        collective; the same on the device that communicates, if it is a different one; and what the backend needs.
     """
     collectives: list[Callable[[], None]] = []
     for group, split_shards in _group_by_replicas(shard for shard in shards if shard.is_split):

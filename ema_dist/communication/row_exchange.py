@@ -1,7 +1,7 @@
-"""Replicas send each other the rows that each of them owns, those of many tensors in one collective.
+"""Replicas send each other the rows that each of them owns; one collective sends the rows of many tensors.
 
-Rows are owned as ``Shard(0)`` gives them: ``ceil(rows / replicas)`` by each replica, fewer or none by the last ones.
-The rows of a replica are contiguous in memory and follow those of the replica before.
+Rows are assigned as by ``Shard(0)``: ``ceil(rows / replicas)`` to each replica, fewer or none to the last ones. The
+rows of a replica are contiguous in memory and follow those of the previous replica.
 
 Nothing here loops over replicas: the number of operations depends on the number of tensors and of collectives.
 """
@@ -23,7 +23,7 @@ ALIGNMENT = 16
 
 
 class _Piece(NamedTuple):
-    """What one collective sends of a tensor; counted in elements of the tensor."""
+    """The part of a tensor that one collective sends; positions and sizes are in elements of the tensor."""
 
     tensor: Tensor
     start: int
@@ -32,22 +32,22 @@ class _Piece(NamedTuple):
 
 
 def part_numel(tensor: Tensor, replicas: int) -> int:
-    """Elements of the first replica's rows; no other replica has more."""
+    """The number of elements in the first replica's rows; no other replica has more."""
     rows = tensor.shape[0]
     return -(-rows // replicas) * (tensor.numel() // max(1, rows))
 
 
 def prepare_all_gather(tensors: Iterable[Tensor], group: ProcessGroup, device: torch.device) -> Callable[[], None]:
-    """Returns a function that writes the rows of all replicas to ``tensors``; parts are padded to the first replica's.
+    """Returns a function that writes the rows of all replicas to ``tensors``; each part is padded to the largest one.
 
-    The scratch is allocated here, and not in the collective call, which no rank may leave alone.
+    The scratch is allocated here, because a rank that fails in the collective call would leave the others waiting.
 
     Args:
         tensors: dense and not empty, on one device; the first dimension is outermost in memory.
-        device: where ``group`` communicates.
+        device: the device from which ``group`` communicates.
 
     Collective: the returned function, over ``group``.
-    Memory: a scratch; a second one if ``device`` is not that of the tensors.
+    Memory: a scratch; a second one if the tensors are not on ``device``.
     """
     replicas, replica = group.size(), group.rank()
     parts = [(tensor, part_numel(tensor, replicas)) for tensor in _by_itemsize(tensors)]
@@ -84,7 +84,7 @@ def prepare_all_gather(tensors: Iterable[Tensor], group: ProcessGroup, device: t
 
 
 def prepare_all_reduce(tensors: Iterable[Tensor], group: ProcessGroup, device: torch.device) -> Callable[[], None]:
-    """As `prepare_all_gather`, without padding: each replica adds its rows, and zeros elsewhere."""
+    """As `prepare_all_gather`, without padding: each replica contributes its own rows, and zeros elsewhere."""
     replicas, replica = group.size(), group.rank()
     ordered = _by_itemsize(tensors)
     rounds = list(_rounds(((tensor, tensor.numel()) for tensor in ordered), max_scratch_bytes(ordered[0])))
@@ -114,7 +114,10 @@ def prepare_all_reduce(tensors: Iterable[Tensor], group: ProcessGroup, device: t
 
 
 class _Scratch:
-    """Bytes on the device of the tensors, and if another device communicates, as many on that; else the same ones."""
+    """A byte buffer on the device of the tensors, and one of the same size on the device that communicates.
+
+    Both are the same buffer if the devices are the same.
+    """
 
     def __init__(self, nbytes: int, local_device: torch.device, device: torch.device) -> None:
         self.local = torch.empty(nbytes, dtype=torch.uint8, device=local_device)
@@ -141,11 +144,11 @@ class _Scratch:
 
 
 def _rounds(tensors_and_counts: Iterable[tuple[Tensor, int]], max_bytes: int) -> Iterator[tuple[int, list[_Piece]]]:
-    """Divide the first elements of each tensor, as many as its count, into rounds of at most ``max_bytes``.
+    """Divide the first ``count`` elements of each tensor into rounds of at most ``max_bytes``.
 
     ``max_bytes`` is a multiple of `ALIGNMENT`.
 
-    Returns: for each round its bytes, aligned, and its pieces.
+    Yields: for each round, its aligned size in bytes and its pieces.
     """
     pieces, filled = list[_Piece](), 0
     for tensor, count in tensors_and_counts:

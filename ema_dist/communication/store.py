@@ -15,15 +15,15 @@ from ema_dist.sharding import world_store
 _connections: MutableMapping[object, Store] = WeakKeyDictionary()
 """The connection of this process, by world."""
 
-# A child shares the socket of its parent, and the answers to both would mix.
+# A forked child shares its parent's socket, so replies to one could be read by the other.
 os.register_at_fork(after_in_child=_connections.clear)
 
 
 def rendezvous_store() -> Store:
-    """The store of the default process group, over a connection of its own if it has connections.
+    """The store of the default process group, over a separate connection if the store uses connections.
 
     A connection serves one request at a time, and waiting is a request. NCCL's heartbeat polls the store through the
-    process group's own connection, which a wait of ours would block.
+    process group's own connection, which a waiting rendezvous would block.
     """
     world = dist.group.WORLD
     if world not in _connections:

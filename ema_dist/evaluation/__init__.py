@@ -1,5 +1,4 @@
-"""Averages in the model: the swap and its journal, serving without a swap, the ``with`` blocks of both, what is active.
+"""Puts averages into the model: the swap and its journal, serving without a swap, and the ``with`` blocks of both.
 
-How averages are stored and updated belongs to `averages`. May import `averages`, `communication` and lower
-levels.
+`averages` stores and updates the averages. May import `averages`, `communication` and lower levels.
 """

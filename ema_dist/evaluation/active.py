@@ -22,7 +22,7 @@ S = TypeVar("S", bound=HasLayout)
 class ActiveRegistry(Generic[S]):
     """Active swaps or servings, of any number of models; safe to use from several threads.
 
-    Without a lock: an exception between two bytecodes might keep it locked. Each change is one operation of a dict.
+    It has no lock, because an exception between two bytecodes could leave it locked. Each change is one dict operation.
     """
 
     def __init__(self) -> None:
@@ -39,6 +39,6 @@ class ActiveRegistry(Generic[S]):
         self._entries.pop(id(entry), None)
 
     def overlapping(self, model: nn.Module) -> list[S]:
-        """The entries whose model shares modules or parameters with ``model``, which may contain it."""
+        """The entries whose model shares modules or parameters with ``model``; either may contain the other."""
         entries = [reference() for reference in list(self._entries.values())]
         return [entry for entry in entries if entry is not None and entry.layout.shares_modules_with(model)]

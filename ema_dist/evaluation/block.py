@@ -32,9 +32,9 @@ class EvaluationBlock(AbstractContextManager[nn.Module], ContextDecorator, Gener
     The code inside runs in the caller's modes. If it raises and leaving fails too, its exception gets a note.
 
     Args:
-        model: what ``with ... as`` gives.
-        enter: starts what the block stands for, and returns it.
-        leave: ends that, and does nothing if it has ended. It gets the exception that ended the code inside, or None.
+        model: the value of ``with ... as``.
+        enter: starts the swap or serving, and returns it.
+        leave: ends the swap or serving, unless it has ended. Takes the exception that ended the code inside, or None.
         with_gradients: whether the code inside may record gradients, if the caller may.
     """
 

@@ -1,4 +1,4 @@
-"""A live model together with its averages: kept in step with each other, swapped, served and gathered."""
+"""A live model and its averages: keeps them consistent with each other, and swaps, serves and gathers the averages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ModelWithAverages:
         self._swap: Swap | None = None
         self._servings: dict[Track, Serving] = {}
         self._warned: set[Track] = set()
-        """Tracks for which a warning has reported that `serving` swaps."""
+        """Tracks for which `serving` has already warned that it swaps."""
 
     @property
     def swap(self) -> Swap | None:
@@ -57,8 +57,8 @@ class ModelWithAverages:
         """Finish pending updates, refresh the layout, and bind the averages to it; see `LiveModel.prepare`.
 
         Args:
-            compared: returns what ranks compare, once pending updates are finished.
-            for_loading: whether other averages will be loaded, so that an update need not be finished.
+            compared: called after pending updates are finished; returns the values that ranks compare.
+            for_loading: whether other averages will be loaded, so that an interrupted update need not be finished.
             used_track: the averages that ``call`` uses as the model's weights, to warn if they are the initial ones.
         """
         self._require_not_capturing(call)
@@ -72,7 +72,7 @@ class ModelWithAverages:
             problem = problem or (None if for_loading else error)
         try:
             self.tracks.drain()
-        except RuntimeError as error:  # reported to the other ranks, which would else wait for this one
+        except RuntimeError as error:  # reported to the other ranks, which would otherwise wait for this one
             problem = problem or error
         try:
             self.live.prepare(
@@ -102,7 +102,7 @@ class ModelWithAverages:
             self.tracks.bind_buffers(self.live.layout)
 
     def start_from(self, call: str) -> None:
-        """Note that ``call`` has replaced the averages, and the clock."""
+        """Record that ``call`` has replaced the averages and the clock."""
         self._updates.start_from(call)
         self.initial_weights.begin(are_loaded=call != "reset()")
 
@@ -122,14 +122,14 @@ class ModelWithAverages:
         return track.recombined(self.swap.averages_now(self.live.layout))
 
     def averages_to_save(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """The averages of every track by name; inside a swap copies, as DCP would load into the model's storage."""
+        """The averages of every track by name; copies inside a swap, else DCP would load into the model's storage."""
         current = {name: self.averages_now(track) for name, track in self.tracks.items()}
         if self.swap is None:
             return current
         return {name: self.tracks[name].without_shared_storage(averages) for name, averages in current.items()}
 
     def gather(self, call: str, track: Track, *, dtype: torch.dtype | None) -> Iterator[tuple[str, Any]]:
-        """See `ShardedEMA.gather`. Prepares at once, and not only when the first entry is read.
+        """See `ShardedEMA.gather`. Prepares immediately, not when the first entry is read.
 
         Args:
             call: the name of the user's call, for messages.
@@ -147,9 +147,9 @@ class ModelWithAverages:
     ) -> Iterator[tuple[str, Any]]:
         for entry in entries:
             if self.swap is not swap:
-                raise RuntimeError("swapped() was entered or left while gather() was under way; exhaust it before that")
+                raise RuntimeError("swapped() was entered or left during gather(): exhaust the iterator before that")
             if self.tracks.update_calls != update_calls:
-                raise RuntimeError("update() was called while gather() was under way; exhaust it before that")
+                raise RuntimeError("update() was called during gather(): exhaust the iterator before that")
             yield entry
 
     def swapped(self, track: Track) -> EvaluationBlock[Swap]:
@@ -162,15 +162,15 @@ class ModelWithAverages:
         """Put the averages of ``track`` into the model.
 
         Args:
-            is_checked: whether a warning about initial weights was due earlier in the same call.
+            is_checked: whether the same call has already checked for initial weights.
 
-        Raises: as `ShardedEMA.swapped`; the live weights are back, unless a second exception interrupts that, or one
-            interrupts the filling of replicas.
+        Raises: as `ShardedEMA.swapped`. The live weights are put back before, unless a second exception interrupts
+            that, or an exception interrupts the fill.
         """
         if self.swap is not None:
             raise RuntimeError(
                 "the averages are in the model already: leave swapped() before entering it again, "
-                "or call restore() on every rank if they could not leave it together"
+                "or call restore() on every rank if the ranks failed to leave it together"
             )
         call = self.describe_call("swapped", track)
         used_track = None if is_checked else track
@@ -179,7 +179,7 @@ class ModelWithAverages:
                 with deferred_signals():
                     self._prepare_to_enter(call, used_track)
                     swap = enter_together(self.live, call, lambda: self._write_parts(track), self._undo_entering)
-            except BaseException as error:  # perhaps of a signal that was deferred until the averages were in the model
+            except BaseException as error:  # perhaps from a signal deferred until the averages were in the model
                 if self.swap is not None and self.swap.stage is SwapStage.INSIDE:
                     leave_after(error, partial(self.leave_swap, self.swap))
                 raise
@@ -197,12 +197,13 @@ class ModelWithAverages:
     def leave_swap(self, swap: Swap, error: BaseException | None = None) -> None:
         """Put the live weights back; does nothing if ``swap`` has ended.
 
-        Errors of this rank's model are raised after that; a broken swap, and ranks that do not arrive, before.
+        Errors about this rank's model are raised after the live weights are back. Errors about a broken swap and about
+        absent ranks are raised before.
 
         Args:
             error: the exception that ended the block.
 
-        Raises: as `ShardedEMA.restore`; and when the block of another rank raised, unless this rank's raised too.
+        Raises: as `ShardedEMA.restore`; and when the block of another rank raised, unless this rank's block did, too.
         """
         if swap is not self.swap:
             return
@@ -220,8 +221,8 @@ class ModelWithAverages:
             problems.append(
                 RuntimeError(
                     f"parameters were written to inside swapped(): {abbreviated(swap.written)}. The live weights are "
-                    "back, but what was written is in the averages now; load them from a checkpoint, and train outside "
-                    "swapped()"
+                    "back, but the averages now hold the written values: load the averages from a checkpoint, and "
+                    "train outside swapped()"
                 )
             )
         if raised_in_block and not error:
@@ -255,8 +256,8 @@ class ModelWithAverages:
         if problem := self.live.refresh(only_if_moved=True):
             if self.live.layout.has_moved_parameters():
                 raise RuntimeError(
-                    f"{problem}. The live weights are not back, since parameters have other storage as well: undo the "
-                    "change, then call restore() on every rank"
+                    f"{problem}. The live weights are not back, because parameters have also moved to other storage: "
+                    "undo the change, then call restore() on every rank"
                 )
             problems.append(problem)
         self.live.layout.wait_for_device()
@@ -301,11 +302,11 @@ class ModelWithAverages:
             self.leave_swap(self.swap)
 
     def _require_not_capturing(self, call: str) -> None:
-        # A captured update would repeat one weight and one random seed for ever, and a captured swap would not happen.
+        # Replays of a captured update would all use one weight and one random seed, and a captured swap would not run.
         if self.tracks.streams.is_capturing:
             raise RuntimeError(
-                f"{call} while the current stream captures a CUDA graph: expected it outside of the capture. The graph "
-                "would record its writes instead of making them, and replays would repeat them without counting. Call "
+                f"{call} while the current stream captures a CUDA graph is not supported: the graph would record the "
+                "writes instead of making them, and each replay would repeat them without counting a step. Call "
                 "update() after each replay, without attach(); make other calls before the capture or after a replay"
             )
 
@@ -315,7 +316,7 @@ class ModelWithAverages:
         self.live.require_unbroken()
 
     def describe_call(self, name: str, track: Track, *, dtype: torch.dtype | None = None) -> str:
-        """The call with the arguments that must be equal on all ranks; the track only where there are several."""
+        """The call with the arguments that must be equal on all ranks; includes the track only if there are several."""
         names = [repr(self._name_of(track))] if len(self.tracks) > 1 else []
         arguments = [*names, *([f"dtype={dtype}"] if dtype else ())]
         return f"{name}({', '.join(arguments)})"
@@ -324,7 +325,7 @@ class ModelWithAverages:
         return next(name for name, candidate in self.tracks.items() if candidate is track)
 
     def require_inactive(self, call: str) -> None:
-        """Raise RuntimeError inside `swapped` or `serving`, also of another ShardedEMA of this model."""
+        """Raise RuntimeError inside `swapped` or `serving`, or inside `swapped` of another ShardedEMA of this model."""
         if self.swap is not None:
             raise RuntimeError(f"{call} inside swapped(): the model holds the averages there; call it after the block")
         if any(serving.is_active for serving in self._servings.values()):

@@ -23,7 +23,7 @@ _active_servings: ActiveRegistry[Serving] = ActiveRegistry()
 
 
 class _ServingSetup(NamedTuple):
-    """A substitution, and the substitutes that are copies: each as a shard, with the average that fills its part."""
+    """A substitution, and its substitutes that are copies, each with the average to copy into its averaged part."""
 
     substitution: Substitution
     copies: list[tuple[Shard, Tensor]]
@@ -46,7 +46,7 @@ class Serving:
 
     @property
     def mode(self) -> str:
-        """What forward passes read; if it differs between parameters, the costliest."""
+        """What forward passes read; if parameters differ, the costliest of their modes."""
         if reason := self.reason_to_swap:
             return f"swapped(), since {reason}"
         if any(shard.is_split for shard in self._copied_shards.values()):
@@ -59,7 +59,7 @@ class Serving:
 
     @torch.no_grad()
     def enter(self) -> None:
-        """From now on forward passes read the averages; requires no `reason_to_swap`.
+        """Make forward passes read the averages; allowed only if `reason_to_swap` is empty.
 
         Collective: over the replicas of split weights.
         Memory: a copy of the buffers, which is kept; until `leave`, copies of the parameters that `mode` describes.
@@ -73,7 +73,7 @@ class Serving:
             raise
 
     def leave(self) -> None:
-        """From now on forward passes read the live weights; does nothing unless `is_active`.
+        """Make forward passes read the live weights again; does nothing unless `is_active`.
 
         Raises: RuntimeError when parameters were written to, cast, moved, replaced or given gradients since `enter`.
         """
@@ -82,13 +82,13 @@ class Serving:
         changed, trained = self._leave_setup()
         if changed:
             raise RuntimeError(
-                f"parameters were written to, cast, moved or replaced inside serving(): {abbreviated(changed)}. What "
-                "was written may be in the averages, or under FSDP2 in the live weights: load them from a checkpoint"
+                f"parameters were written to, cast, moved or replaced inside serving(): {abbreviated(changed)}. The "
+                "averages, or under FSDP2 the live weights, may hold the written values: load both from a checkpoint"
             )
         if trained:
             raise RuntimeError(
-                f"backward() inside serving() gave gradients to {abbreviated(trained)}: with activation checkpointing "
-                "they may come from averages; call it after the block, or before"
+                f"backward() inside serving() gave gradients to {abbreviated(trained)}: with activation checkpointing, "
+                "they may be computed from the averages. Call backward() before or after the block"
             )
 
     @property
@@ -98,7 +98,7 @@ class Serving:
 
     @torch.no_grad()
     def _leave_setup(self) -> tuple[list[str], list[str]]:
-        """Leave the substitution; it can be repeated after an interruption. Returns: as `Substitution.leave`."""
+        """Leave the substitution; can be called again after an interruption. Returns: as `Substitution.leave`."""
         setup = self._entered_setup
         assert setup is not None
         # Cleared first: a setup whose leave() raises must not be entered again.
@@ -147,7 +147,7 @@ class Serving:
 
 
 def active_servings(model: nn.Module) -> list[Serving]:
-    """The active servings of ``model``, of its submodules, and of modules around it."""
+    """The active servings of ``model``, of its submodules, and of modules that contain it."""
     return _active_servings.overlapping(model)
 
 
@@ -155,6 +155,6 @@ def _can_substitute(average: Tensor, shard: Shard) -> bool:
     """Whether modules can use the average itself in place of the live shard."""
     if shard.is_split or (average.dtype, average.device) != (shard.local.dtype, shard.local.device):
         return False
-    # FSDP2 gathers a padded tensor: the storage of the average must be as long.
+    # FSDP2 gathers a padded tensor, so the storage of the average must include the padding.
     elements = average.untyped_storage().nbytes() // average.element_size() - average.storage_offset()
     return elements >= shard.padded_numel

@@ -1,7 +1,7 @@
-"""A swap of averages that replicas split: ranks enter and leave it together, and tell each other what went wrong.
+"""A swap of averages that replicas split: ranks enter and leave it together, and report errors to each other.
 
 Before replicas overwrite each other's weights, they have a rendezvous, at which each reports whether its own parts are
-in place. There every rank learns whether one cannot continue, and none waits for it in a collective.
+in place. If one rank cannot continue, every rank learns this there, and none waits for it in a collective.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 _ADVICE = (
     "if a rank is only slow, call restore() on every rank, and next time pass a larger "
     "ShardedEMA(..., timeout=seconds); if it has ended, its part of the live weights is lost: restart from a "
-    'checkpoint (replicas="copy" avoids this, as no rank needs another)'
+    'checkpoint (replicas="copy" avoids this, because then no rank needs another)'
 )
 
 
@@ -31,13 +31,13 @@ def enter_together(live: LiveModel, call: str, write_parts: Callable[[], Swap], 
     """Write this rank's parts of the averages, compare the replicas, and fill the model from all replicas' parts.
 
     Args:
-        live: its replicas have all arrived.
+        live: the model; its replicas have all arrived at ``call``.
         call: the user's call, for messages.
         write_parts: returns the swap after `Swap.write_parts`.
-        undo: puts this rank's parts back, also if ``write_parts`` raised.
+        undo: puts this rank's parts of the live weights back, even if ``write_parts`` raised.
 
     Collective: over the ranks of ``live``.
-    Raises: RendezvousError on every rank when replicas differ, or when ``write_parts`` raises on one; all is undone.
+    Raises: RendezvousError on every rank, after ``undo()``, when replicas differ or ``write_parts`` raises on one.
     """
     comparing = f"{call}, comparing replicas"
     drift = live.describe_drift()
@@ -68,11 +68,11 @@ def leave_together(
     """Put this rank's parts of the live weights back, and fill the model from all replicas' parts.
 
     Args:
-        error: the exception that ended this rank's block. It does not keep ranks from restoring together.
+        error: the exception that ended this rank's block, or None. Ranks restore the weights together in either case.
         restore_parts: calls `Swap.restore_parts`.
 
     Collective: over the ranks of ``live``.
-    Returns: the error that names the ranks whose blocks raised.
+    Returns: an error that names the ranks whose blocks raised; None if none did.
     Raises: RendezvousError when ranks do not arrive, or when ``restore_parts`` raises on one; ranks can try again.
     """
     problem = "" if error is None else f"{error!r} ended the block of swapped()"
@@ -96,7 +96,7 @@ def leave_together(
         try:
             live.rendezvous(call, compared=(), advice=_ADVICE)
         except RendezvousError as failure:
-            hint = "The model may hold live weights in part: call restore() on every rank before you use it"
+            hint = "The model may still hold some averages: call restore() on every rank before you use it"
             raise _with_hint(failure, hint) from None
         _fill_or_announce(live, swap, swap.fill_back)
     return raised_in_block
@@ -105,9 +105,9 @@ def leave_together(
 def announce_broken_swap(live: LiveModel, reason: str = "an exception") -> None:
     """Make every later call that needs other ranks raise: replicas were overwriting each other's weights."""
     live.announce_failure(
-        f"{reason} ended swapped() on rank {dist.get_rank()} while replicas filled each other's weights, so the live "
-        "weights are lost in part. Restart from a checkpoint; "
-        'with replicas="copy" no rank needs the weights of another'
+        f"{reason} ended swapped() on rank {dist.get_rank()} while replicas filled each other's weights, so part of "
+        "the live weights is lost. Restart from a checkpoint; "
+        'replicas="copy" avoids this, because then no rank needs the weights of another'
     )
 
 
@@ -115,13 +115,13 @@ def _fill_or_announce(live: LiveModel, swap: Swap, fill: Callable[[], None]) -> 
     try:
         fill()
     except BaseException as error:
-        if swap.stage not in (SwapStage.INSIDE, SwapStage.DONE):  # those come after the last collective
+        if swap.stage not in (SwapStage.INSIDE, SwapStage.DONE):  # these stages begin after the last collective
             announce_broken_swap(live, repr(error))
         raise
 
 
 def _report(live: LiveModel, call: str, error: BaseException) -> None:
-    """Tell the other ranks, which wait in ``call``, that ``error`` keeps this one from going on."""
+    """Report to the other ranks, which wait in ``call``, that this rank cannot continue because of ``error``."""
     _log_report(live, repr(error))
     with suppress(RendezvousError):  # the caller raises ``error``
         live.rendezvous(call, repr(error), compared=())

@@ -1,4 +1,4 @@
-"""The swap: averages and live weights change places in the model's own storage, and back, whatever interrupts it."""
+"""The swap: exchanges averages and live weights in the model's own storage, and can be undone after an interruption."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class SwapStage(Enum):
 
 
 class Swap:
-    """The averages of one track in the model, and a journal of what is where.
+    """Puts the averages of one track into the model, and keeps a journal of the writes so that they can be undone.
 
-    An exception may end each of its calls between any two bytecodes. `restore_parts` then puts this rank's averages
-    and its parts of the live weights back, bit-identical. An exception in `fill` or `fill_back` breaks the swap: other
-    ranks may wait for this one in a collective, and what they hold of its weights is unknown.
+    An exception may end any of its methods between two bytecodes. `restore_parts` then puts this rank's averages and
+    its parts of the live weights back, bit-identical. An exception in `fill` or `fill_back` breaks the swap: other
+    ranks may wait for this one in a collective, and it is unknown which of its weights they hold.
 
-    If an average and its live part have the same dtype and device, they exchange values. Another dtype would round the
-    average, and another device may have no memory for it. Then the average stays in its storage: the live part is
-    stashed on the device of the average, and a cast copy of the average is written into the model.
+    If an average and its live part have the same dtype and device, they exchange values. A different dtype would round
+    the average, and a different device may have no memory for it. In these cases the average stays in its storage: the
+    live part is stashed on the device of the average, and a cast copy of the average is written into the model.
     Finally, weights that replicas split are filled from every replica's part.
 
     Args:
@@ -55,7 +55,7 @@ class Swap:
         track: the averages.
 
     Memory: while it writes, one scratch of `ema_dist.kernels`, then those of `prepare_all_gather_parts`; from
-        construction on, for averages of another dtype or device, the live part beside them.
+        construction on, the stashed live parts.
     """
 
     def __init__(self, layout: Layout, track: Track) -> None:
@@ -64,7 +64,7 @@ class Swap:
         self.stage = SwapStage.NEW
         self._is_split = any(shard.is_split for shard in layout.shards)
         self._pairs = _pairs(layout, track)
-        """The averages and live parts that change places: those of entering, or those of leaving once it has begun."""
+        """The averages and live parts to exchange, as read on entering; read again when leaving begins."""
         stashed = {
             name: live
             for name, (average, live) in self._pairs.items()
@@ -78,7 +78,7 @@ class Swap:
         self._fill: Callable[[], None] | None = None
         self._versions: dict[str, tuple[object, ...]] = {}
         self.written: list[str] = []
-        """The parameters that were written to while the model held the averages; known once it is left."""
+        """The parameters that were written to while the model held the averages; known once leaving has begun."""
 
     @property
     def is_broken(self) -> bool:
@@ -87,7 +87,7 @@ class Swap:
 
     @property
     def has_filled(self) -> bool:
-        """Whether other replicas' weights are overwritten here, so that leaving needs these replicas."""
+        """Whether rows that other replicas own may be overwritten here, so that leaving needs those replicas."""
         return self._is_split and self.stage not in (SwapStage.NEW, SwapStage.ENTERING, SwapStage.DONE)
 
     def write_parts(self) -> None:
@@ -136,7 +136,7 @@ class Swap:
         if self.stage is not SwapStage.NEW:
             self._exchange.run_back()
             copy_pairs((self._pairs[name][1], stashed) for name, stashed in self._stash.items())
-            # An interrupted swap goes back in the storage in which it began; the model may have moved since.
+            # An interrupted swap is undone in the storage in which it began, from which the model may have moved since.
             copy_pairs(
                 (live, self._pairs[name][1])
                 for name, (_, live) in _pairs(layout, self.track).items()
@@ -215,12 +215,12 @@ class Swap:
 
 
 def active_swaps(model: nn.Module) -> list[Swap]:
-    """The active swaps of ``model``, of its submodules, and of modules around it."""
+    """The active swaps of ``model``, of its submodules, and of modules that contain it."""
     return [swap for swap in _active_swaps.overlapping(model) if swap.stage is not SwapStage.DONE]
 
 
 def require_live_weights(model: nn.Module, call: str) -> None:
-    """Raise RuntimeError while averages are in ``model``, in a part of it, or in a module around it."""
+    """Raise RuntimeError while averages are swapped into ``model``, a submodule, or a module that contains it."""
     if active_swaps(model):
         raise RuntimeError(
             f"{call}: a ShardedEMA has its averages in this model; leave its swapped() first, or call its restore()"
@@ -228,7 +228,7 @@ def require_live_weights(model: nn.Module, call: str) -> None:
 
 
 def _increment_other_versions(layout: Layout) -> None:
-    """Let autograd see the writes also through parameters that only share the memory of those written to."""
+    """Let autograd notice the writes in other parameters that share memory with the tensors written to."""
     for shard in layout.shards:
         shard.increment_other_versions()
 

@@ -1,8 +1,8 @@
 """Arithmetic on lists of plain local tensors: lerps, swaps, rounding, checksums and copies to the host.
 
 Code that knows names, modules, ranks, collectives or schedules does not belong here: kernels take tensors and
-numbers. An exchange, and an update that is given a `WriteLog`, can go on after an interruption. Modules here import
-torch, the standard library, each other and `signals`, and nothing else of `ema_dist`.
+numbers. An exchange, and an update that is given a `WriteLog`, can be continued after an interruption. Modules here
+import torch, the standard library, each other and `signals`, and nothing else of `ema_dist`.
 
 The tensors of one list have the same device and dtype. Lists correspond by position, and corresponding tensors have
 equal shapes.

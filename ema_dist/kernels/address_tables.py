@@ -15,14 +15,14 @@ Row = tuple[Tensor, ...]
 
 
 class AddressTables(NamedTuple):
-    """What a kernel reads to find the tensors. Tables hold addresses only: keep the tensors as long as the tables."""
+    """Tells a kernel where the tensors are. Tables hold addresses only: keep the tensors as long as the tables."""
 
     value_addresses: Tensor
     """The address of each tensor of live values."""
     average_addresses: Tensor
     """The other columns of the rows, one after the other: each track's averages, then each track's residuals."""
     sizes: Tensor
-    """Elements of each tensor."""
+    """The number of elements of each tensor."""
     block_tensors: Tensor
     """The index of each block's tensor, int32."""
     block_starts: Tensor
@@ -43,7 +43,7 @@ def make_address_tables(rows: Sequence[Row], *, block: int) -> AddressTables:
 
 
 class DenseRows(NamedTuple):
-    """Rows that one address and one size describe, and the indices of all rows."""
+    """Rows of tensors that an address and a size describe completely, and the indices of all rows."""
 
     rows: list[Row]
     """Flat views of the rows that have elements and are dense, with the same strides in all columns."""

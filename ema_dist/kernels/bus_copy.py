@@ -15,18 +15,18 @@ STAGING_BYTES = 32 * 2**20
 """Size of each of the two pinned buffers: large enough for a transfer to reach the bandwidth of the bus."""
 
 MIN_STAGED_BYTES = 2**20
-"""Fewer bytes take less time than the waits for two buffers."""
+"""For fewer bytes, waiting for the two buffers takes longer than a plain copy."""
 
 
 @torch.no_grad()
 def copy_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second tensor of each pair to the first; it returns once tensors of the host are written or read.
+    """Copy the second tensor of each pair to the first; returns once all host tensors are written or read.
 
-    Memory: between a device and the host, two pinned buffers of `STAGING_BYTES`, and where dtypes differ a scratch of
+    Memory: between a device and the host, two pinned buffers of `STAGING_BYTES`, and if dtypes differ, a scratch of
         that size on the device; torch keeps the buffers for the next call.
     """
     for targets, sources in _split_by_source_device(pairs):
-        device = _other_than_host(targets[0].device, sources[0].device)
+        device = _pinnable_device(targets[0].device, sources[0].device)
         if device is None or sum(source.nbytes for source in sources) < MIN_STAGED_BYTES:
             torch._foreach_copy_(targets, sources)
             continue
@@ -34,7 +34,7 @@ def copy_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         with module.device(device):
             try:
                 staging = _Staging.allocate(targets, sources, module)
-            except RuntimeError:  # a limit on page-locked memory: torch's own copies are slower, and need none
+            except RuntimeError:  # page-locked memory is limited; torch's own copies are slower, but need none
                 torch._foreach_copy_(targets, sources)
                 continue
             copy = _to_host if targets[0].device.type == "cpu" else _to_device
@@ -64,7 +64,7 @@ class _Staging(NamedTuple):
         *,
         pinned: bool = True,
     ) -> _Staging:
-        # A cast to the narrower dtype is made before the transfer, one to the wider dtype, which is exact, after it.
+        # A cast to a narrower dtype is made before the transfer; a cast to a wider dtype, which is exact, after it.
         dtype = min(targets[0].dtype, sources[0].dtype, key=lambda dtype: dtype.itemsize)
         numel = min(STAGING_BYTES // dtype.itemsize, sum(source.numel() for source in sources))
         first, second = (torch.empty(numel, dtype=dtype, device="cpu", pin_memory=pinned) for _ in range(2))
@@ -73,7 +73,7 @@ class _Staging(NamedTuple):
     def batches(
         self, targets: list[Tensor], sources: list[Tensor]
     ) -> Iterable[tuple[int, list[Tensor], list[Tensor], list[Tensor]]]:
-        """The index of each batch, its targets, its place in one of the buffers, and its sources."""
+        """The index of each batch, its targets, the views of one of the buffers to stage it in, and its sources."""
         max_bytes = self.buffers[0].numel() * targets[0].element_size()
         for index, (some_targets, some_sources) in enumerate(chunks(targets, sources, max_bytes=max_bytes)):
             yield index, some_targets, scratch_views(self.buffers[index % 2], some_targets), some_sources
@@ -87,7 +87,7 @@ class _Staging(NamedTuple):
 def _to_host(targets: list[Tensor], sources: list[Tensor], staging: _Staging) -> None:
     previous: tuple[Any, list[Tensor], list[Tensor]] | None = None
     for _, some_targets, staged, some_sources in staging.batches(targets, sources):
-        # Otherwise torch conjugates the copy of a lazily conjugated source on the host, before it has arrived.
+        # Otherwise torch conjugates the copy of a lazily conjugated source on the host, before the copy has arrived.
         resolved = [source.to(staged[0].dtype).resolve_conj().resolve_neg() for source in some_sources]
         torch._foreach_copy_(staged, resolved, non_blocking=True)
         # The host empties the other buffer during this transfer.
@@ -122,7 +122,7 @@ def _split_by_source_device(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tupl
     return [(targets, sources) for group in by_source_device.values() for targets, sources in group_rows(group)]
 
 
-def _other_than_host(*devices: torch.device) -> torch.device | None:
-    """The device of a copy between a device and the host that torch can pin memory for; None for other copies."""
+def _pinnable_device(*devices: torch.device) -> torch.device | None:
+    """The device, if the copy is between the host and a device for which torch can pin memory; else None."""
     others = [device for device in devices if device.type != "cpu"]
     return others[0] if len(others) == 1 and others[0].type in ("cuda", "xpu") else None

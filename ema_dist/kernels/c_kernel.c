@@ -20,7 +20,7 @@ static inline float of_bits(uint32_t bits) {
     memcpy(&x, &bits, sizeof x);
     return x;
 }
-/* One NaN only: adding to the bits of others could overflow into infinities or numbers. */
+/* Every NaN becomes this one: adding to the bits of other NaNs could overflow into infinities or numbers. */
 static inline uint32_t safe_bits_of(float x) { return x != x ? 0x7FC00000 : bits_of(x); }
 
 static inline float wide_float(float x) { return x; }
@@ -105,8 +105,9 @@ static void lerp_nonfinite(const Block block, WIDE weight) {
     }
 }
 
-/* Processes the blocks from begin to end. The arguments are the tables of address_tables.py, those of random_bits.py
- * (only STOCHASTIC reads them), the weight of each track, the number of the update, and the sizes of the tables. */
+/* Processes the blocks from begin to end. The arguments are the tables of address_tables.py, the tables of
+ * random_bits.py (only STOCHASTIC reads them), the weight of each track, the number of the update, and the sizes of the
+ * tables. */
 void lerp_tracks(const int64_t *value_addresses, const int64_t *average_addresses, const int64_t *sizes,
                  const int32_t *block_tensors, const int64_t *block_starts, const uint32_t *tensor_hashes,
                  const uint32_t *global_offsets, const uint32_t *track_seeds, const double *weights,

@@ -1,4 +1,4 @@
-"""All tensors and tracks in one call of a kernel that the machine's C compiler builds, once for all runs."""
+"""Updates all tensors and tracks in one call of a kernel that the machine's C compiler builds once for all runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCK = 2**15
 """Elements that all tracks process before the next block: few enough for the L2 cache, enough for prefetching."""
 
 MIN_THREAD_ELEMENTS = 2**18
-"""Fewer elements take less time than handing them to another thread."""
+"""Processing fewer elements takes less time than handing them to another thread."""
 
 SOURCE = Path(__file__).with_name("c_kernel.c")
 # Without -ffp-contract=off the compiler may fuse more operations than torch does, and the last bits may differ.
@@ -84,8 +84,8 @@ class CompiledKernel:
         dtypes = {track[0].dtype for track in tracks}
         if values[0].device.type != "cpu" or len(dtypes) > 1 or not {values[0].dtype, *dtypes} <= C_TYPES.keys():
             raise UnsupportedKernelError(
-                f"it moves tracks of one dtype on the CPU, among {[*C_TYPES]}; found {dtypes} that follow "
-                f"{values[0].dtype} on {values[0].device}"
+                f"it needs averages of one dtype on the CPU, and dtypes among {[*C_TYPES]}; found averages of {dtypes} "
+                f"and live weights of {values[0].dtype} on {values[0].device}"
             )
         types = C_TYPES[values[0].dtype], C_TYPES[dtypes.pop()]
         kernel = _compile(_compiler(), *types, *ROUNDING_MACROS[type(rounding)])
@@ -116,8 +116,8 @@ class CompiledKernel:
             # share_memory_() of an average gives it other storage; the kernel would write to freed memory.
             if list(map(Tensor.data_ptr, self._outputs)) != self._addresses:
                 self._set_tables()
-            # Autograd does not see writes by address. Here rather than after the kernel, which evicts the tensors'
-            # records from the caches of the processor.
+            # Autograd does not see writes by address. This runs before the kernel, because the kernel evicts the
+            # tensors' metadata from the caches of the processor.
             increment_version(self._outputs)
             all_tables = (*self._tables, *self._noise, self._weights)
             addresses = [None if table is None else table.data_ptr() for table in all_tables]

@@ -1,4 +1,4 @@
-"""float32 averages as bfloat16 plus an int16 residual: the model can take the bfloat16 part, and no bit is lost."""
+"""Stores float32 averages as bfloat16 plus an int16 residual: models can use the bfloat16 part, and no bit is lost."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _recombine_(high: Tensor, low: Tensor) -> Tensor:
 def _split_(bits: Tensor, high: Tensor) -> None:
     """Write the bfloat16 bits into ``high``, and replace the float32 ``bits`` with the residuals."""
     wide = bits.view(torch.float32)
-    # One NaN only: rounding the bits of others would give infinities, or overflow.
+    # Every NaN becomes the same one: rounding the bits of other NaNs would give infinities, or overflow.
     wide.masked_fill_(wide.isnan(), torch.nan)
     torch.add(bits, 0x8000, out=high).bitwise_right_shift_(16)
     bits.sub_(high, alpha=1 << 16)

@@ -17,10 +17,10 @@ TensorLists = tuple[list[Tensor], list[Tensor]]
 class Exchange:
     """Exchanges the contents of each pair of tensors, bit for bit, and exchanges them back.
 
-    An exception may end `run` or `run_back` between any two bytecodes. Call either of them again to go on from there.
+    An exception may end `run` or `run_back` between any two bytecodes. Call either of them again to continue.
 
     Args:
-        lists: as `group_pairs` makes them.
+        lists: the result of `group_pairs`.
         is_exchanged: whether the contents are exchanged already, so that only `run_back` has something to do.
 
     Memory: while it runs, one scratch for each device, of at most `CPU_SCRATCH_BYTES` or `DEVICE_SCRATCH_BYTES`; a
@@ -32,11 +32,11 @@ class Exchange:
         self._state = _State(chunk_list, exchanged=len(chunk_list) if is_exchanged else 0)
 
     def run(self) -> None:
-        """Exchange what is not exchanged yet. Raises: RuntimeError when no scratch can be allocated."""
+        """Exchange the chunks that are not exchanged yet. Raises: RuntimeError when no scratch can be allocated."""
         self._run(forward=True)
 
     def run_back(self) -> None:
-        """Exchange back what is exchanged. Raises: RuntimeError when no scratch can be allocated."""
+        """Exchange back the chunks that are exchanged. Raises: RuntimeError when no scratch can be allocated."""
         self._run(forward=False)
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class _OpenChunk(NamedTuple):
 
 
 class _State(NamedTuple):
-    """How far the exchange is. It is immutable and replaced as a whole, so that an exception finds it complete."""
+    """The progress of the exchange. It is replaced as a whole, so that it is consistent after any exception."""
 
     chunk_list: list[TensorLists]
     exchanged: int

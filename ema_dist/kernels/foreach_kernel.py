@@ -31,10 +31,11 @@ class ForeachKernel:
         rounding: Rounding | None = None,
     ) -> None:
         if rounding:
-            raise UnsupportedKernelError(f"torch rounds to nearest; found {type(rounding).__name__}")
+            raise UnsupportedKernelError(f"it rounds to nearest only; found {type(rounding).__name__}")
         if other_dtypes := {track[0].dtype for track in tracks if track} - {value.dtype for value in values[:1]}:
             raise UnsupportedKernelError(
-                f"torch lerps equal dtypes only; found averages of {other_dtypes} that follow {values[0].dtype}"
+                "it needs averages and live weights of the same dtype; found averages of "
+                f"{other_dtypes} and live weights of {values[0].dtype}"
             )
         self._tracks = tracks
         self._values = values

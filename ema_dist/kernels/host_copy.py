@@ -1,4 +1,4 @@
-"""Copies of many tensors in one buffer in host memory, by few transfers."""
+"""Copies many tensors into one buffer in host memory, in few transfers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class HostCopier:
 
 
 class HostBuffer:
-    """A host buffer; ``values`` are views of it, like the tensors that are copied there."""
+    """A host buffer; ``values`` are views of it, with the shapes and dtypes of the tensors that are copied there."""
 
     def __init__(
         self, values: list[Tensor], targets: Sequence[list[Tensor]], batch_copies: Sequence[_BatchCopy]
@@ -76,19 +76,19 @@ class HostBuffer:
             if batch_copy.packed:
                 torch._foreach_copy_(batch_copy.packed, batch_copy.values)
             sources = batch_copy.sources
-            if batch_copy.has_lazy_sources:  # torch conjugates their copies on the host, before they have arrived
+            if batch_copy.has_lazy_sources:  # else torch conjugates the copies on the host, before they have arrived
                 sources = [source.resolve_conj().resolve_neg() for source in sources]
             torch._foreach_copy_(targets, sources, non_blocking=sources[0].device in non_blocking)
 
 
 class _BatchCopy(NamedTuple):
-    """The tensors of one batch, and what is transferred for them."""
+    """The tensors of one batch, and the tensors that are transferred for them."""
 
     values: list[Tensor]
     packed: list[Tensor]
     """Views of the scratch into which they are packed; empty if they are transferred directly."""
     sources: list[Tensor]
-    """What is transferred to the host: the tensors themselves, or the scratch."""
+    """The tensors that are transferred to the host: the values themselves, or the scratch."""
     has_lazy_sources: bool = False
     """Whether sources are lazily conjugated or negated complex tensors."""
 
@@ -124,7 +124,7 @@ class _Batch(NamedTuple):
 
 
 def needs_packing(device: torch.device) -> bool:
-    """Whether each transfer from ``device`` has a cost of its own, however small it is."""
+    """Whether each transfer from ``device`` has a fixed cost, so that packing small tensors saves time."""
     return device.type != "cpu"
 
 

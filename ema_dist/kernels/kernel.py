@@ -1,4 +1,4 @@
-"""What a kernel is: the calls that every implementation supports."""
+"""The protocol of kernels: the calls that every implementation supports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Weight = float | Tensor
 """The weight of the live values, in [0, 1]: a number, or a 0-d tensor, which is never copied to the host."""
 
 UpdateIndex = int | Tensor
-"""The number of an update: a 0-d tensor on the device where a CUDA graph captures the kernel."""
+"""The number of an update: an int, or a 0-d tensor if the device counts updates or a CUDA graph captures the kernel."""
 
 
 class Kernel(Protocol):
-    """Lerps the tracks that it was made for at each call."""
+    """Each call lerps the tracks that the kernel was made for."""
 
     @property
     def name(self) -> str:
@@ -30,8 +30,8 @@ class Kernel(Protocol):
         """Lerp each track by its weight; only stochastic rounding reads ``update_index``.
 
         Args:
-            write_log: records the writes to averages. A call that was interrupted goes on from there if it is repeated
-                with the same log.
+            write_log: records the writes to averages. If an interrupted call is repeated with the same log, it skips
+                the writes that are recorded.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Lerp lists of averages once, without making a kernel first."""
+"""Lerps lists of averages once, without making a kernel first."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def lerp_tracks_(
         for track in tracks:
             torch._foreach_copy_(track, values)
         return
-    # On other devices than the CPU a chunk does not stay in the cache long enough to be worth the launches.
+    # On devices other than the CPU, a chunk does not stay in the cache long enough to be worth the launches.
     is_read_once = len(tracks) == 1 or values[0].device.type != "cpu"
     is_one_call = is_read_once and all(track[0].dtype == values[0].dtype for track in tracks)
     (ForeachKernel if is_one_call else ScratchKernel)(tracks, values, finite=finite)(weights)

@@ -32,7 +32,7 @@ def lerp_uniform_(
 
 
 def _lerp_nonfinite(averages: list[Tensor], values: list[Tensor], weight: Weight) -> list[Tensor]:
-    """The new averages; concatenated first, so that the number of launches does not depend on that of tensors."""
+    """The new averages. Concatenates the tensors first, so that their number does not change the number of launches."""
     average = torch.cat([tensor.reshape(-1) for tensor in averages])
     value = torch.cat([value.reshape(-1) for value in values])
     if isinstance(weight, Tensor):

@@ -1,4 +1,4 @@
-"""Builds shared libraries by the machine's C compiler, and caches them between runs."""
+"""Builds shared libraries with the machine's C compiler, and caches them between runs."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ COMPILER_SECONDS = 120.0
 """After this time the compiler counts as broken."""
 
 LOCK_SECONDS = 30.0
-"""How long a process waits for another one that compiles; after that it compiles, too."""
+"""How long a process waits for another one that is compiling; after that it compiles, too."""
 
 CPU_FIELDS = {"vendor_id", "cpu family", "model", "model name", "stepping", "flags", "cpu", "isa"}
 CPU_FIELDS |= {"Features", "CPU implementer", "CPU architecture", "CPU variant", "CPU part"}
-"""Fields of /proc/cpuinfo that say for which instructions ``-march=native`` compiles."""
+"""Fields of /proc/cpuinfo that determine which instructions ``-march=native`` uses."""
 
 
 def load_library(source: Path, *, compiler: str, flags: Sequence[str]) -> ctypes.CDLL:
     """The library that ``compiler`` builds from ``source``, from the cache if it was built before.
 
-    An entry of the cache holds for one source, flags, compiler with its version, and machine. It is read only if
-    nobody else can write to it. If the cache cannot be used, a line of the log says why, and every process compiles.
+    A cache entry is valid for one combination of source, flags, compiler version and machine. It is read only if no
+    other user can write to it. If the cache cannot be used, a warning is logged, and every process compiles.
 
     Raises: UnsupportedKernelError when the compiler fails, or the library cannot be loaded.
     """
@@ -51,7 +51,7 @@ def load_library(source: Path, *, compiler: str, flags: Sequence[str]) -> ctypes
     key = _cache_key(source, command)
     try:
         path = _cache_folder() / f"{source.stem}-{key}"
-    except (OSError, RuntimeError) as problem:  # Path.home() raises RuntimeError if there is no home
+    except (OSError, RuntimeError) as problem:  # Path.home() raises RuntimeError if there is no home folder
         _log.warning("compiled kernels are not cached: %s", problem)
         return _load_compiled(_compile(source, command), compiler)
     if library := _load_cached(path, key):
@@ -91,7 +91,7 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _load(content: bytes) -> ctypes.CDLL:
-    """Load a library from a private copy: nobody can change it after its checksum was compared."""
+    """Load a library from a private copy, so that nobody can change it after its checksum was compared."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "library.so")
         path.write_bytes(content)
@@ -99,13 +99,13 @@ def _load(content: bytes) -> ctypes.CDLL:
 
 
 def _load_cached(path: Path, key: str) -> ctypes.CDLL | None:
-    """The library in the cache; None if there is none. One that cannot be used is removed."""
+    """The library in the cache; None if there is none. An entry that cannot be used is removed."""
     try:
         return _load(_read(path, key))
     except FileNotFoundError:
         return None
     except OSError as problem:
-        _log.warning("a cached kernel is compiled again: %s", problem)
+        _log.warning("a cached kernel cannot be used and is compiled again: %s", problem)
         with suppress(OSError):
             path.unlink()
         return None
@@ -122,7 +122,7 @@ def _read(path: Path, key: str) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name first: readers find all of it, or nothing."""
+    """Write a file under a temporary name first, so that readers find a complete file or none."""
     with NamedTemporaryFile(dir=path.parent, prefix="writing-", delete=False) as file:
         temporary = Path(file.name)
         try:
@@ -137,11 +137,11 @@ def _write(path: Path, content: bytes) -> None:
 def _cache_folder() -> Path:
     """The folder of the cache, which is made if it does not exist.
 
-    Raises: OSError when it cannot be made, or others can write to it, or might on this system; RuntimeError when there
-        is no home.
+    Raises: OSError when it cannot be made, when other users can write to it, or when this system does not tell whether
+        they can; RuntimeError when there is no home folder.
     """
     if fcntl is None:
-        raise OSError("this system has no POSIX permissions, which say who can write to the cache")
+        raise OSError("this system has no POSIX permissions, so other users might be able to write to the cache")
     cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = (cache_home if cache_home.is_absolute() else Path.home() / ".cache") / "ema_dist"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def _cache_folder() -> Path:
 
 
 def _require_private(path: Path, status: os.stat_result) -> None:
-    """Raise PermissionError if users other than this one can write to a file or folder, or replace it by a link."""
+    """Raise PermissionError if users other than this one can write to a file or folder, or if it is a link."""
     is_ours = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not is_ours or stat.S_ISLNK(status.st_mode):
         raise PermissionError(
@@ -161,7 +161,7 @@ def _require_private(path: Path, status: os.stat_result) -> None:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold an advisory lock, so that ranks that start together compile once; the system releases it if we die."""
+    """Hold an advisory lock, so that ranks that start together compile once; a process that ends releases it."""
     with ExitStack() as stack:
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)
@@ -183,7 +183,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _digest(key: str, content: bytes) -> bytes:
-    """A checksum that also notices an entry under the name of another."""
+    """A checksum that includes the key, so that an entry stored under another entry's name is detected."""
     return sha256(key.encode() + content).digest()
 
 
@@ -204,7 +204,7 @@ def _compiler_version(command: tuple[str, ...]) -> str:
 
 @cache
 def _machine() -> str:
-    """The processor and the C library; where the processor is unknown, the name of the host."""
+    """The processor and the C library; if the processor is unknown, the name of the host."""
     parts = {platform.machine(), *platform.libc_ver()}
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

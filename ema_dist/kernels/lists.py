@@ -11,19 +11,19 @@ T = TypeVar("T", bound=Hashable)
 
 
 def group_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """The pairs as lists for one call each: of one device, and of one dtype on each side."""
+    """Groups pairs into lists that one call can process: all on one device, and of one dtype on each side."""
     return [(left, right) for left, right in group_rows(pairs)]
 
 
 def group_rows(rows: Iterable[Sequence[Tensor]]) -> list[list[list[Tensor]]]:
-    """Groups of rows, each as the lists of its columns: of one device, and of one dtype in each column."""
+    """Groups rows by device and by the dtype of each column; returns the columns of each group."""
     rows_by_index = dict(enumerate(rows))
     groups = [[rows_by_index[index] for index in indices] for indices in group_by_dtype(rows_by_index)]
     return [[list(column) for column in zip(*group, strict=True)] for group in groups]
 
 
 def group_by_dtype(rows: Mapping[T, Sequence[Tensor]]) -> list[list[T]]:
-    """The keys of rows that one call can take: of one device, and of one dtype in each column."""
+    """Groups the keys of rows that one call can process: all on one device, and of one dtype in each column."""
     groups: dict[object, list[T]] = {}
     for key, row in rows.items():
         groups.setdefault((row[0].device, *(tensor.dtype for tensor in row)), []).append(key)
@@ -31,7 +31,7 @@ def group_by_dtype(rows: Mapping[T, Sequence[Tensor]]) -> list[list[T]]:
 
 
 SMALL_NUMEL = 2**14
-"""Up to this size, the overhead of a call takes longer than the elements of a tensor."""
+"""Up to this size, the overhead of a call takes longer than processing the elements of a tensor."""
 
 
 def is_small(tensors: list[Tensor]) -> bool:
@@ -42,7 +42,7 @@ def is_small(tensors: list[Tensor]) -> bool:
 def chunks(*lists: list[Tensor], max_bytes: int) -> Iterator[tuple[list[Tensor], ...]]:
     """Split the lists into chunks of at most ``max_bytes`` bytes of the first list; large tensors become several views.
 
-    The pieces of a tensor come in row-major order: the elements of one follow those of the one before.
+    The pieces of a tensor are in row-major order: each piece begins where the previous one ends.
     """
     batch = _empty_lists(len(lists))
     filled = 0
@@ -60,7 +60,7 @@ def chunks(*lists: list[Tensor], max_bytes: int) -> Iterator[tuple[list[Tensor],
 
 
 def flat_chunks(*lists: list[Tensor], elements: int) -> Iterator[tuple[list[Tensor], ...]]:
-    """As `chunks`, of at most ``elements`` elements; tensors dense with equal strides in all lists are flat views."""
+    """As `chunks`, of at most ``elements`` elements; tensors that are dense with equal strides become flat views."""
     if lists[0]:
         rows = [flat_views(row) or row for row in zip(*lists, strict=True)]
         columns = [list(column) for column in zip(*rows, strict=True)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ema_dist.kernels.kernel import UpdateIndex
 from ema_dist.kernels.rounding import StochasticRounding
 
-# Of the known hashes with two multiplications, the one of least bias.
+# The constants of lowbias32, a hash with two multiplications and a low bias.
 SHIFTS = (16, 15, 16)
 FACTORS = (0x7FEB352D, 0x846CA68B)
 
@@ -31,7 +31,7 @@ def mix32(number: int) -> int:
 
 
 def track_key(seed: int, *, update_index: UpdateIndex, track: int) -> int | Tensor:
-    """The key of one track at one update: an int32, or an int32 tensor where ``update_index`` is a tensor."""
+    """The key of one track at one update: an int32, or an int32 tensor if ``update_index`` is a tensor."""
     seed_hash = to_int32(mix32(hash_int(seed) + track))
     if not isinstance(update_index, Tensor):
         return to_int32(mix32(update_index + seed_hash))
@@ -51,7 +51,7 @@ def mix32_(bits: Tensor, spare: Tensor) -> Tensor:
 
 
 def to_int32(number: int) -> int:
-    """The int32 of the same bits as ``number`` modulo 2**32."""
+    """The int32 with the same bits as ``number`` modulo 2**32."""
     return (number + 2**31) % 2**32 - 2**31
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class TensorOffset(NamedTuple):
-    """Which part of which full tensor a local tensor is: each element gets the same random bits on any rank."""
+    """The position of a local tensor in its full tensor, so that elements get the same random bits on any rank."""
 
     tensor_id: int
     """Different for each tensor of a model, and the same in every run."""
@@ -26,7 +26,7 @@ class StochasticRounding:
 
     Args:
         tensor_offsets: one for each tensor. Elements are counted in memory order if the tensor is dense.
-        seed: not negative.
+        seed: a non-negative integer.
     """
 
     tensor_offsets: Sequence[TensorOffset]

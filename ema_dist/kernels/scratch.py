@@ -12,17 +12,17 @@ DEVICE_SCRATCH_BYTES = 64 * 2**20
 """Largest scratch on other devices: large enough for few launches."""
 
 MIN_SCRATCH_BYTES = 4096
-"""Smallest scratch that is tried where memory is short."""
+"""Smallest scratch that is tried if memory is short."""
 
 
 def allocate_scratch(nbytes: int, device: torch.device) -> Tensor:
-    """A scratch of ``nbytes`` bytes; if there is no memory for them, of half as many, down to `MIN_SCRATCH_BYTES`.
+    """A scratch of ``nbytes`` bytes; if there is no memory for it, of half the size, down to `MIN_SCRATCH_BYTES`.
 
     Raises: RuntimeError when not even `MIN_SCRATCH_BYTES` can be allocated.
     """
     try:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    except (RuntimeError, MemoryError):  # torch.OutOfMemoryError on a device, its parent on the CPU
+    except (RuntimeError, MemoryError):  # torch.OutOfMemoryError on a device, its base class on the CPU
         if nbytes <= MIN_SCRATCH_BYTES:
             raise
         return allocate_scratch(max(MIN_SCRATCH_BYTES, nbytes // 2), device)

@@ -55,11 +55,11 @@ class _Chunk(NamedTuple):
     values: list[Tensor]
     tracks: list[list[Tensor]]
     sources: list[list[Tensor]]
-    """What each track is lerped towards: the values, or the scratch that holds them in the track's dtype."""
+    """The tensors that each track is lerped towards: the values, or the scratch with the values in its dtype."""
     packed: Tensor | None
-    """Where small values are concatenated first: one conversion of all is faster than one of each."""
+    """The scratch in which small values are concatenated first, as one large conversion is faster than many small."""
     conversions: list[tuple[list[Tensor], list[Tensor]]]
-    """Targets and sources of the conversion to each other dtype."""
+    """Targets and sources of the conversion to each dtype of tracks that is not the live dtype."""
 
 
 def _make_chunks(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> list[_Chunk]:

@@ -1,4 +1,4 @@
-"""The kernel named ``scratch``: for each rounding the one that needs nothing but torch, and supports all tensors."""
+"""Makes the kernel named ``scratch``, which needs only torch and supports all tensors; one class for each rounding."""
 
 from __future__ import annotations
 

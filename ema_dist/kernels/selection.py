@@ -33,7 +33,7 @@ KERNELS: dict[str, Callable[..., Kernel]] = {
 """Kernels by the names that users pass and summaries show."""
 
 AUTO = "auto"
-"""What users pass for the fastest kernel, also if it must be compiled by the C compiler."""
+"""The name that users pass for the fastest kernel, including the one that the C compiler must build."""
 
 MAX_MEASURED_NUMEL = 2**24
 """Limit on the elements of the tensors on which kernels are timed: more than a cache holds, but quick to process."""
@@ -42,7 +42,7 @@ MAX_MEASURED_NUMEL_ON_DEVICE = 2**26
 """The same for large tensors on a device: a GPU processes `MAX_MEASURED_NUMEL` in the time of a few launches."""
 
 MIN_MEASURED_NUMEL_ON_DEVICE = 2**20
-"""The fewest elements of large tensors on which kernels are timed where memory is short."""
+"""The fewest elements of large tensors on which kernels are timed if memory is short."""
 
 Agree = Callable[[str, str], str]
 """Takes a question and this rank's answer, and returns the answer that all ranks use."""
@@ -72,11 +72,12 @@ def make_kernel(
         values: the live weights, of one dtype, on the averages' device.
         finite: False where infinities may occur; see `lerp_`.
         kernel: a name in `KERNELS`. None selects the fastest kernel, timed once in a process for each combination of
-            device, dtypes, rounding, number of tracks, and number and size of tensors; no choice within one chunk.
-            `AUTO` may also select ``"compiled"`` for tensors on the CPU, where a C compiler works. If the kernel does
-            not support the tensors, another one replaces it with a warning; see its ``name``.
+            device, dtypes, rounding, number of tracks, and number and size of tensors. If the values fit into one
+            chunk, ``"foreach"`` and ``"scratch"`` are not compared. `AUTO` may also select ``"compiled"`` for tensors
+            on the CPU, if a C compiler works. If the kernel does not support the tensors, another one replaces it with
+            a warning; see its ``name``.
         rounding: how averages are rounded to bfloat16; None rounds to nearest.
-        agree: makes all ranks use one answer, where they hold the same averages and must update them alike.
+        agree: makes ranks that hold the same averages use one answer, because they must update them identically.
 
     Memory: while kernels are timed, as much as the tensors, at most 64 MiB on the CPU and 256 MiB on a device for each
         float32 track and for the values.
@@ -87,7 +88,7 @@ def make_kernel(
             f"expected a kernel among {', '.join(KERNELS)}, or {AUTO!r} or None for the fastest; found {kernel!r}"
         )
     if rounding and (other_dtypes := {average.dtype for track in tracks for average in track} - {torch.bfloat16}):
-        raise ValueError(f"{type(rounding).__name__} is for bfloat16 averages; found {other_dtypes}, which go without")
+        raise ValueError(f"{type(rounding).__name__} requires bfloat16 averages, found {other_dtypes}: omit rounding=")
     if not tracks or not values:
         return ForeachKernel([], [])
     torch_kernels = _torch_kernels(tracks, values, rounding)
@@ -107,7 +108,7 @@ def make_kernel(
         return KERNELS[kernel](tracks, values, finite=finite, rounding=rounding)
     except UnsupportedKernelError as reason:
         fallback = torch_kernels[0]
-        warnings.warn(f"{choice} cannot move these averages, {fallback!r} does: {reason}", stacklevel=2)
+        warnings.warn(f"{choice} does not support these averages, so {fallback!r} updates them: {reason}", stacklevel=2)
         return KERNELS[fallback](tracks, values, finite=finite, rounding=rounding)
 
 
@@ -116,7 +117,7 @@ class _Workload:
     """The properties of a group of tensors that decide which kernel is the fastest.
 
     Args:
-        elements: their number rounded down to a power of 2, because tensors that fit into a cache are read faster.
+        elements: their number, rounded down to a power of 2; tensors that fit into a cache are read faster.
     """
 
     device: torch.device
@@ -146,7 +147,7 @@ class _Workload:
         return [torch.zeros(numel, dtype=dtype, device=self.device) for _ in range(self.elements // numel)]
 
     def make_rounding(self, tensors: int) -> Rounding | None:
-        """The rounding of so many tensors, as kernels that round take several times longer than others."""
+        """A rounding for that many tensors, because kernels that round take several times longer than others."""
         if self.rounding is StochasticRounding:
             return StochasticRounding([TensorOffset(index) for index in range(tensors)])
         if self.rounding is CompensatedRounding:
@@ -165,7 +166,7 @@ def _torch_kernels(tracks: Sequence[list[Tensor]], values: list[Tensor], roundin
 
 def _with_compiled(torch_kernels: tuple[str, ...]) -> tuple[str, ...]:
     if problem := compiler_problem():
-        _log.info("kernel='auto' cannot be 'compiled': %s", problem)
+        _log.info("kernel='auto' does not consider 'compiled': %s", problem)
         return torch_kernels
     return (*torch_kernels, "compiled")
 
@@ -174,7 +175,7 @@ def _agreed_fastest(workload: _Workload, candidates: tuple[str, ...], agree: Agr
     fastest = _fastest(workload, candidates)
     if not agree:
         return fastest
-    # Without the index of the device, which differs between the ranks of a machine.
+    # The index of the device is left out, because it differs between the ranks of a machine.
     shared_workload = replace(workload, device=torch.device(workload.device.type))
     return agree(f"the fastest of {candidates} for {shared_workload}", fastest)
 
@@ -210,7 +211,7 @@ def _measure_fastest(workload: _Workload, names: tuple[str, ...]) -> str:
 
 
 def _seconds(kernel: Kernel, tracks: int, device: torch.device) -> float:
-    """The time of one call; on a device, of one call among several, which the launches of others hide."""
+    """The time of one call; on a device, the mean of several calls that are queued, so that launches take no time."""
     weights = [0.5] * tracks
     module = None if device.type == "cpu" else torch.get_device_module(device)
     if module is None or not hasattr(module, "Event") or not hasattr(module, "device"):

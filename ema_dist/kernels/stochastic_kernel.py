@@ -1,4 +1,4 @@
-"""bfloat16 averages whose updates are smaller than their precision: stochastic rounding keeps them unbiased."""
+"""Updates bfloat16 averages with stochastic rounding: they stay unbiased, even if updates are below their precision."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ class _Chunk(NamedTuple):
     tensor_hashes: Tensor
     """The hash of each piece's tensor."""
     counter_shifts: Tensor
-    """For each piece, what to add to an index in the chunk to get the index in the full tensor."""
+    """For each piece, the number to add to an index in the chunk to get the index in the full tensor."""
     sizes: Tensor
-    """Elements of each piece."""
+    """The number of elements of each piece."""
 
 
 def _round_(chunk: _Chunk, track_key: int | Tensor) -> None:
@@ -89,7 +89,7 @@ def _round_(chunk: _Chunk, track_key: int | Tensor) -> None:
     if len(keys) > 1:
         keys = keys.repeat_interleave(chunk.sizes, output_size=chunk.noise.numel())
     noise = mix32_(torch.add(chunk.element_indices, keys, out=chunk.noise), chunk.spare).bitwise_and_(0xFFFF)
-    # One NaN only: noise added to the bits of others could overflow into an infinity or a number.
+    # Every NaN becomes the same one: noise added to the bits of other NaNs could overflow into an infinity or a number.
     chunk.wide.masked_fill_(chunk.wide.isnan(), torch.nan)
     chunk.wide.view(torch.int32).add_(noise).bitwise_and_(-0x10000)
 

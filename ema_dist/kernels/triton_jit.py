@@ -1,4 +1,4 @@
-"""The functions that Triton compiles. `TritonKernel` imports this module only when it is made: it imports Triton."""
+"""The functions that Triton compiles. Only the constructor of `TritonKernel` imports this module: it imports Triton."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def lerp_tracks(  # noqa: PLR0913, PLR0917 - kernels take tensors and numbers on
     """Lerp one block of one tensor in all tracks; the tables give the tensor and the block.
 
     Args:
-        value_addresses: see `AddressTables`, and for the next four.
-        average_addresses: of averages, then of residuals.
-        sizes: of tensors.
-        block_tensors: of blocks.
-        block_starts: of blocks.
-        tensor_hashes: see `NoiseTables`, and for the next two; read for stochastic rounding only.
-        global_offsets: of tensors.
-        track_seeds: of tracks.
-        weights: of tracks, in float64.
+        value_addresses: see `AddressTables`, which has this table and the next four.
+        average_addresses: the addresses of averages, then of residuals.
+        sizes: the number of elements of each tensor.
+        block_tensors: the index of each block's tensor.
+        block_starts: the first element of each block.
+        tensor_hashes: see `NoiseTables`, which has this table and the next two; only STOCHASTIC reads them.
+        global_offsets: the offset of each tensor in the full tensor.
+        track_seeds: the seed of each track.
+        weights: the weight of each track, in float64.
         update_index: the number of the update.
         tensor_count: number of tensors.
         live: dtype of the values.
@@ -106,7 +106,7 @@ def _recombine(high: tl.tensor, low: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _float_bits(wide: tl.tensor) -> tl.tensor:
-    """The bits of a float32 number, with one NaN only: adding to the bits of others could overflow."""
+    """The bits of a float32 number; every NaN becomes the same one, as adding to the bits of others could overflow."""
     return tl.where(wide != wide, 0x7FC00000, wide.to(tl.uint32, bitcast=True))  # noqa: PLR0124 - true for NaN
 
 
@@ -146,7 +146,7 @@ def _store(pointers: tl.tensor, elements: tl.tensor, mask: tl.tensor, masked: tl
 
 @triton.jit
 def _lerp(average: tl.tensor, value: tl.tensor, weight: tl.tensor, finite: tl.constexpr) -> tl.tensor:
-    """The formula of `torch.lerp`, which starts from the nearer end; exact where the weight is 1."""
+    """The formula of `torch.lerp`, which starts from the nearer end; exact if the weight is 1."""
     difference = value - average
     result = tl.where(weight < 0.5, average + weight * difference, value - difference * (1 - weight))
     result = tl.where(weight < 1, result, value)

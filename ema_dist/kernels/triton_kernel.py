@@ -1,4 +1,4 @@
-"""All tensors and tracks in one launch of a Triton kernel, which reads each live value once, in its own dtype."""
+"""Updates all tensors and tracks in one launch of a Triton kernel, which reads each live value once, unconverted."""
 
 from __future__ import annotations
 
@@ -151,7 +151,8 @@ def _import_jit_module(tracks: Sequence[list[Tensor]], values: list[Tensor]) -> 
     dtypes = {track[0].dtype for track in tracks}
     if len(dtypes) > 1 or not {values[0].dtype, *dtypes} <= {*DTYPES}:
         raise UnsupportedKernelError(
-            f"it moves tracks of one dtype, among {DTYPES}; found {dtypes} that follow {values[0].dtype}"
+            f"it needs averages of one dtype, and dtypes among {DTYPES}; found averages of {dtypes} and live weights "
+            f"of {values[0].dtype}"
         )
     try:
         from ema_dist.kernels import triton_jit  # noqa: PLC0415 - optional, and slow to import

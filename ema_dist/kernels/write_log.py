@@ -1,4 +1,4 @@
-"""Records which writes of an update are made, so that an update which an exception interrupted can be run again."""
+"""Records which writes of an update are already made, so that an update that was interrupted can be run again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class WriteLog:
         self._position = 0
 
     def begin(self) -> None:
-        """Mark the update as begun; for kernels that keep a record of their own of which writes are made."""
+        """Mark the update as begun; for kernels that keep their own record of the writes."""
         self._has_begun = True
 
     def write(self, function: Callable[..., object], *arguments: Any) -> None:  # noqa: ANN401

@@ -1,4 +1,4 @@
-"""Averages chosen after training: any profile as a weighted sum of stored averages, found by least squares.
+"""Averages chosen after training: approximates a profile by a weighted sum of stored averages, by least squares.
 
 No module here knows a model, a tensor of weights or a checkpoint; ``ema-dist reconstruct`` reads snapshots and sums
 them. From the lowest level up: `equations`, `profiles` (which weight an average gives to each past value), `fitting`.

@@ -14,14 +14,14 @@ from torch import Tensor
 
 QUADRATURE_STEP = 1 / 16
 QUADRATURE_RANGE = 4.0
-"""The trapezoidal rule of `_integral` runs from minus this to this, where its weights are below 1e-30."""
+"""The trapezoidal rule of `_integral` covers [-4, 4]; at both ends its weights are below 1e-30."""
 
 NEGLIGIBLE_EXPONENT = 50.0
 """exp(-50) is below the rounding of a float64 sum."""
 
 
 def power_cumulative(times: Tensor, *, end: float, gamma: float) -> Tensor:
-    """Fraction of the total weight given to values up to each time by a power average.
+    """The fraction of its total weight that a power average gives to values up to each time.
 
     It is ``(time / end) ** (gamma + 1)``.
 
@@ -31,7 +31,7 @@ def power_cumulative(times: Tensor, *, end: float, gamma: float) -> Tensor:
 
 
 def half_life_cumulative(times: Tensor, *, end: float, rate: float) -> Tensor:
-    """Fraction of the total weight given to values up to each time, and the initial weights, by an exponential average.
+    """The fraction of its total weight that an exponential average gives to initial weights and values up to each time.
 
     Source: the product of ``exp(-rate * elapsed)`` over the updates from each time to ``end``.
     """
@@ -39,7 +39,7 @@ def half_life_cumulative(times: Tensor, *, end: float, rate: float) -> Tensor:
 
 
 def window_cumulative(times: Tensor, *, end: float, length: float) -> Tensor:
-    """Fraction of the total weight given to values up to each time by the mean over ``(end - length, end]``.
+    """The fraction of its total weight that the mean over ``(end - length, end]`` gives to values up to each time.
 
     Source: the integral of the constant density ``1 / length``.
     """
@@ -71,7 +71,7 @@ def half_life_inner_product(end_a: float, rate_a: float, end_b: float, rate_b: f
 def power_half_life_inner_product(power_end: float, gamma: float, half_life_end: float, rate: float) -> float:
     """The integral of the product of a power density and an exponential one, by quadrature.
 
-    With ``v`` the distance from the overlap's end as a fraction of it, the integrand is
+    With ``v`` the distance from the end of the overlap, as a fraction of the overlap, the integrand is
     ``(1 - v) ** gamma * exp(-x * v)``: Kummer's function M(1, gamma + 2, -x) / (gamma + 1), DLMF 13.4.1.
     """
     overlap = min(power_end, half_life_end)

@@ -1,4 +1,4 @@
-"""Finds the weighted sum of snapshots whose profile is closest to that of a target."""
+"""Finds the weighted sum of snapshots whose profile is closest to a target profile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIN_EIGENVALUE_RATIO = 1e-7
 Keeping them would give coefficients in the thousands, which amplify rounding by the same factor."""
 
 MIN_COEFFICIENT_SUM = 1e-7
-"""Below this sum of the coefficients, no snapshot overlaps the target."""
+"""If the coefficients sum to less than this, no snapshot overlaps the target."""
 
 LARGEST_INITIAL_MASS_WEIGHT = 1e3
 """The initial weights enter the inner product as a density of width ``w = max(1, end / 1000)``, so the product of their
@@ -33,7 +33,7 @@ distance, 20 halvings."""
 
 @dataclass(frozen=True)
 class Fit:
-    """A weighted sum of snapshots, and how far its profile is from that of the target."""
+    """A weighted sum of snapshots, and how far its profile is from the target profile."""
 
     coefficients: tuple[float, ...]
     """Coefficient of each snapshot, in the order given; they sum to 1."""
@@ -68,17 +68,18 @@ def fit(snapshots: Sequence[tuple[float, Schedule | float]], *, target: Schedule
     """Finds the weighted sum of snapshots whose profile is closest to ``target``.
 
     The coefficients minimize the squared distance of the profiles, and are then scaled to sum to 1. Times are in clock
-    units since averaging began. The initial weights count as the value of one more clock unit, or of a thousandth of
-    the time if that is more. Identical snapshots get identical coefficients. If ``target`` is itself a snapshot, only
+    units since averaging began. The initial weights count like values of one more clock unit, or of a thousandth of the
+    time if that is longer. Identical snapshots get identical coefficients. If ``target`` is itself a snapshot, only
     that snapshot is used.
 
     Args:
         snapshots: the time of the last update of each stored average, and its law: `Power`, `Uniform`, `HalfLife`
             without a ramp, or a constant decay applied once per clock unit.
         target: one of these laws, or a `Window`.
-        at: the time at which the target average is taken; usually that of the last snapshot.
+        at: the time at which the target average is taken; usually the time of the last snapshot.
 
-    Raises: TypeError if a time is not a number; ValueError for no or only later snapshots, or laws without a profile.
+    Raises: TypeError if a time is not a number; ValueError if there is no snapshot, if all snapshots are later than
+        ``at``, or if a law has no exact profile.
     Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), Alg. 3, and eq. 151 for power averages.
     """
     if not snapshots:
@@ -86,20 +87,22 @@ def fit(snapshots: Sequence[tuple[float, Schedule | float]], *, target: Schedule
     profiles = [profile_of(law, _checked_time("the time of a snapshot", time)) for time, law in snapshots]
     target_profile = profile_of(target, _checked_time("at", at))
     if at < (first := min(profile.end for profile in profiles)):
-        raise ValueError(f"the target time {at:g} is before the first snapshot, which is at {first:g}")
+        raise ValueError(
+            f"the target time {at:g} is before the first snapshot, which is at {first:g}: choose a later target time"
+        )
     return fit_profiles(profiles, target_profile)
 
 
 def fit_profiles(profiles: Sequence[Profile], target: Profile) -> Fit:
-    """As `fit`, of profiles. Raises: ValueError when no profile overlaps the target."""
+    """As `fit`, for profiles. Raises: ValueError when no profile overlaps the target."""
     if count := profiles.count(target):
-        # Itself, although other combinations come as close: the average is stored, and no rounding is amplified.
+        # Use that snapshot, even if other combinations come as close: a stored average amplifies no rounding error.
         return evaluate_coefficients(profiles, [float(profile == target) / count for profile in profiles], target)
     return evaluate_coefficients(profiles, _least_squares(profiles, target).tolist(), target)
 
 
 def evaluate_coefficients(profiles: Sequence[Profile], coefficients: Sequence[float], target: Profile) -> Fit:
-    """These coefficients, and how far the sum of profiles is from the target profile."""
+    """A `Fit` with these coefficients: measures how far the weighted sum of profiles is from the target profile."""
     return Fit(tuple(coefficients), _total_variation(profiles, coefficients, target), sum(map(abs, coefficients)))
 
 
@@ -120,7 +123,7 @@ def _least_squares(profiles: Sequence[Profile], target: Profile) -> Tensor:
     )
     masses = torch.tensor([profile.initial_mass for profile in (*profiles, target)], dtype=torch.float64)
     products += min(target.end, LARGEST_INITIAL_MASS_WEIGHT) * masses[:-1, None] * masses
-    # Profiles of norm 1: what is negligible must not depend on how wide they are.
+    # Profiles are scaled to norm 1, so that the eigenvalue threshold does not depend on their widths.
     norms = products.diagonal().sqrt()
     gram = products[:, :-1] / norms / norms[:, None]
     values, vectors = torch.linalg.eigh(gram)

@@ -55,7 +55,7 @@ class PowerProfile:
 
 @dataclass(frozen=True)
 class HalfLifeProfile:
-    """The profile of `HalfLife` and of a number: after the time 1 / ``rate``, 1/e of the old average is left."""
+    """The profile of `HalfLife` and of a constant decay: 1/e of the old average is left after the time 1 / ``rate``."""
 
     end: float
     rate: float
@@ -73,7 +73,7 @@ class HalfLifeProfile:
 
 @dataclass(frozen=True)
 class WindowProfile:
-    """The profile of a mean over the last ``length``."""
+    """The profile of a mean over the last ``length`` clock units."""
 
     end: float
     length: float
@@ -81,7 +81,7 @@ class WindowProfile:
 
     @property
     def begin(self) -> float:
-        """The time from which on values have a weight."""
+        """The time after which values have a weight."""
         return self.end - self.length
 
     def cumulative(self, times: Tensor) -> Tensor:
@@ -99,7 +99,10 @@ def profile_of(law: Schedule | float | Window, end: float) -> Profile:
     """
     if isinstance(law, Window):
         if law.length > end:
-            raise ValueError(f"a window of {law.length:g} reaches back beyond the {end:g} since averaging began")
+            raise ValueError(
+                f"a window of {law.length:g} is longer than the time since averaging began, {end:g}: choose a shorter "
+                "window"
+            )
         return WindowProfile(end, law.length)
     match as_schedule(law):
         case Power(exponent=gamma):
@@ -117,7 +120,7 @@ def profile_of(law: Schedule | float | Window, end: float) -> Profile:
 
 
 def inner_product(a: Profile, b: Profile) -> float:
-    """The integral of the product of two densities, without the shares of the starting weights."""
+    """The integral of the product of two densities, without the point masses for the initial weights."""
     match a, b:
         case PowerProfile(), PowerProfile():
             return power_inner_product(a.end, a.gamma, b.end, b.gamma)
@@ -126,7 +129,7 @@ def inner_product(a: Profile, b: Profile) -> float:
         case PowerProfile(), HalfLifeProfile():
             return power_half_life_inner_product(a.end, a.gamma, b.end, b.rate)
         case WindowProfile(), _:
-            # The mean density of the other one over the window.
+            # The mean density of ``b`` over the window.
             low, high = b.cumulative(torch.tensor([a.begin, a.end], dtype=torch.float64)).tolist()
             return (high - low) / a.length
     return inner_product(b, a)

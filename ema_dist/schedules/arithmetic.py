@@ -1,4 +1,4 @@
-"""Arithmetic on numbers and 0-d tensors alike.
+"""Arithmetic that works on both numbers and 0-d tensors.
 
 Python's ``min``, ``math.cos`` and ``if`` wait for the device when given a tensor. Operators (``+``, ``/``, ``**``) do
 not, and keep float64. On MPS, which has no float64, tensors are float32.
@@ -50,7 +50,7 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 def as_float64(count: Number) -> Number:
-    """Converts an integer tensor to float64; its quotient would have the default dtype, which may be bfloat16."""
+    """Converts an integer tensor to float64, because its quotient would have the default dtype, maybe bfloat16."""
     return count.to(widest_float(count.device)) if isinstance(count, Tensor) else count
 
 

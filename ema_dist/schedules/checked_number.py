@@ -20,11 +20,11 @@ def checked_number(
     """``value`` as a number from ``lowest`` to ``highest``; integers stay integers.
 
     Args:
-        name: of the argument, for the message.
+        name: the name of the argument, for the message.
         expected: describes valid values, for the message.
-        open_below: ``lowest`` itself is excluded.
-        open_above: ``highest`` itself is excluded.
-        hint: ends the message.
+        open_below: whether ``lowest`` itself is excluded.
+        open_above: whether ``highest`` itself is excluded.
+        hint: appended to the message.
 
     Raises: TypeError for anything but a number, ValueError out of range or for NaN.
     """

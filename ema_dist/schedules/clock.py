@@ -1,4 +1,4 @@
-"""Decides which steps update the averages and with which weight, also if only the device knows which were skipped."""
+"""Decides which steps update the averages and with which weight, even if only the device knows which were skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ema_dist.schedules.schedule import Schedule
 class Reading(NamedTuple):
     """Step counts, times and per-track shares at one step.
 
-    Values that depend on steps skipped only on the device are 0-d tensors on it.
+    If only the device knows which steps were skipped, values that depend on this are 0-d tensors on the device.
     """
 
     steps: Number
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
     @property
     def is_following(self) -> bool:
-        """Whether the last step, before `Clock.start`, copied the live weights. Reads the values."""
+        """Whether the last step was not after `Clock.start`, and so copied the weights. Waits for the device."""
         return bool(self.time > 0) and bool(self.start_time == self.time)
 
 
@@ -179,7 +179,7 @@ class Clock:
         self._readings = step.readings
 
     def _advance(self, now: Reading, elapsed: float, is_real_step: Truth) -> tuple[Reading, dict[str, Number]]:
-        """The clock after one more step, and the weight of the live values at it, by track."""
+        """The clock after one more step, and the weight of the live values at that step, by track."""
         # The same code handles numbers and tensors. It must not branch on the value of a tensor: that would wait for
         # the device.
         steps = now.steps + is_real_step

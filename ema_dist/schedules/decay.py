@@ -1,8 +1,8 @@
-"""The ``decay`` argument of users, and the ``decay`` entry of each track in a state.
+"""The ``decay`` argument that users pass, and the ``decay`` entry of each track in a state.
 
 The entry is ``{"kind": str, "value": str}``: the name of the law, and a JSON text with its fields and the clock.
-Earlier versions stored a number as the value. Both are one non-tensor leaf called ``decay.value``, because plain
-``dcp.load`` requests leaves by name.
+Earlier versions stored a number as the value. In both cases there is one non-tensor leaf called ``decay.value``,
+because plain ``dcp.load`` requests leaves by name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ UNRECORDED = "unrecorded"
 _KINDS = {law: kind for kind, law in LAWS.items()}
 _TIMES = ("steps", "time", "start_step", "start_time", "last_update")
 _MISSED_WRITES = "has_missed_writes"
-"""Recorded only where it is true; earlier versions ignore it."""
+"""Recorded only if it is true; earlier versions ignore it."""
 
 
 def as_schedule(decay: Schedule | float) -> Schedule:
@@ -65,7 +65,7 @@ def as_schedule(decay: Schedule | float) -> Schedule:
 def as_schedules(decay: Schedule | float | Mapping[str, Schedule | float]) -> dict[str, Schedule]:
     """The laws that a user's ``decay`` argument stands for, by track: `DEFAULT_TRACK` for a single one.
 
-    Raises: as `as_schedule`; ValueError for no track, or for a track name that is empty or contains a dot.
+    Raises: as `as_schedule`; ValueError for an empty mapping, or a track name that is empty or contains a dot.
     """
     if not isinstance(decay, Mapping):
         return {DEFAULT_TRACK: as_schedule(decay)}
@@ -82,7 +82,7 @@ class DecayRecord:
 
     Args:
         kind: a key of `LAWS`, or the class name of a user-defined law.
-        fields: of the law.
+        fields: the fields of the law.
         clock: the fields of `Reading` for this track; empty in states that recorded no clock.
     """
 
@@ -97,9 +97,9 @@ class DecayRecord:
 
     @classmethod
     def parse(cls, kind: object, value: object) -> DecayRecord:
-        """The record that a state holds.
+        """The record of the ``decay`` entry of a state.
 
-        Raises: ValueError if it is damaged. An unknown law or unknown fields are accepted here.
+        Raises: ValueError if the entry is damaged. An unknown law or unknown fields are accepted here.
         """
         if not isinstance(kind, str):
             raise ValueError(f"decay.kind must be a string, got {kind!r}")
@@ -145,11 +145,11 @@ class DecayRecord:
         return self.describe_fields() if law is None else repr(law)
 
     def describe_fields(self) -> str:
-        """As `describe`, from the fields alone: the law need not be known to this version."""
+        """As `describe`, but from the fields alone, so that it works for a law that this version does not know."""
         return describe(LAWS[self.kind].__name__ if self.kind in LAWS else self.kind, self.fields)
 
     def is_same_law(self, other: DecayRecord) -> bool:
-        """Whether both record one law with equal fields."""
+        """Whether both record the same law with equal fields."""
         mine, others = ({name: value for name, value in r.fields.items() if value is not None} for r in (self, other))
         return (self.kind, mine) == (other.kind, others)
 
@@ -191,7 +191,7 @@ def record_counts(law: Schedule | None, *, steps: int, start: int, has_average: 
 
 
 def describe_changed_laws(records: Mapping[str, DecayRecord], schedules: Mapping[str, Schedule]) -> str:
-    """The laws that differ, as ``saved -> current``; with their tracks where there are several."""
+    """The laws that differ, as ``saved -> current``; with the names of their tracks if there are several."""
     changed: list[str] = []
     for track, schedule in schedules.items():
         saved, current = records[track], DecayRecord.of_law(schedule)
@@ -205,15 +205,17 @@ def read_clock(records: Mapping[str, DecayRecord], *, steps: int, updates: int) 
     """The clock saved in a state.
 
     If the state has no clock, or its ``steps`` no longer matches the clock, assumes that averaging began at time 0 and
-    the last update was at ``steps``. The initial mass then follows from the counts for a half-life and a number; for
-    other laws it is assumed to be 1, which may be too much.
+    the last update was at ``steps``. The initial mass is then computed from the counts for a half-life and a constant
+    decay; for other laws it is assumed to be 1, which may be too large.
 
     Raises: ValueError when the clocks of tracks differ.
     """
     clocks = {track: _clock_of(record, steps, updates) for track, record in records.items()}
     times = {tuple(clock[name] for name in _TIMES) for clock in clocks.values()}
     if len(times) > 1:
-        raise ValueError(f"the tracks of this state have different clocks: {clocks}; the checkpoint is damaged")
+        raise ValueError(
+            f"all tracks of a state must have the same clock, got {clocks}: the checkpoint is damaged, load another one"
+        )
     (_, time, start_step, start_time, last_update), *_ = times
     masses = {track: clock["initial_mass"] for track, clock in clocks.items()}
     last_decays = {track: clock["last_decay"] for track, clock in clocks.items()}

@@ -1,8 +1,8 @@
-"""The averaging laws as equations, for numbers and 0-d tensors alike.
+"""The averaging laws as equations, for both numbers and 0-d tensors.
 
-Each returns the factor of the old average at one update. ``time`` is the time since averaging began, ``elapsed`` the
-time since the last update or since averaging began, ``step`` the number of optimizer steps since averaging began,
-before this one.
+Each returns the factor of the old average at one update. ``time`` is the time since averaging began; ``elapsed`` is the
+time since the last update, or since averaging began if there was none; ``step`` is the number of optimizer steps since
+averaging began, not counting this one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ema_dist.schedules.arithmetic import Number, cosine, exponential, maximum, 
 LARGEST_SIGMA_REL = 12**-0.5
 """The relative width of a uniform average."""
 SMALLEST_SIGMA_REL = 1e-9
-"""The equation for the exponent overflows at much smaller values; such an average would be the last live value."""
+"""The equation for the exponent overflows at much smaller values; such an average would equal the last live value."""
 
 
 def half_life_decay(*, elapsed: Number, half_life: Number) -> Number:
@@ -28,8 +28,9 @@ def half_life_decay(*, elapsed: Number, half_life: Number) -> Number:
 def ramped_half_life(*, time: Number, half_life: float, ramp: float) -> Number:
     """A half-life that grows with the time, ``min(half_life, ramp * time)``.
 
-    Source: EDM's ``ema_rampup_ratio`` (Karras et al. 2022, arXiv 2206.00364), there with the time before this update;
-    EDM2's ``phema.py`` with the time after it, as here; torchtitan's default is the ramp alone, in updates.
+    Source: EDM's ``ema_rampup_ratio`` (Karras et al. 2022, arXiv 2206.00364), which uses the time before this update;
+    EDM2's ``phema.py``, which uses the time after it, as here; torchtitan's default, which is the ramp alone, in
+    updates.
     """
     return minimum(ramp * time, half_life)
 
@@ -52,7 +53,7 @@ def uniform_decay(*, time: Number, elapsed: Number) -> Number:
 
 
 def inverse_gamma_decay(*, step: Number, decay: float, inv_gamma: float, power: float, min_decay: float) -> Number:
-    """Decay that grows as ``1 - (1 + step / inv_gamma) ** -power``, between two bounds; the first update copies.
+    """Decay that grows as ``1 - (1 + step / inv_gamma) ** -power``, between two bounds; 0 at the first update.
 
     Source: Crowson's k-diffusion; diffusers' ``EMAModel(use_ema_warmup=True)``, timm's ``ModelEmaV3(use_warmup=True)``,
     ema-pytorch's ``EMA``.
@@ -62,10 +63,10 @@ def inverse_gamma_decay(*, step: Number, decay: float, inv_gamma: float, power: 
 
 
 def warmup_decay(*, step: Number, decay: float) -> Number:
-    """Decay that grows as ``(1 + step) / (10 + step)`` up to a bound; the first update copies.
+    """Decay that grows as ``(1 + step) / (10 + step)`` up to a bound; 0 at the first update.
 
-    Source: TensorFlow's ``ExponentialMovingAverage(num_updates=...)``, which does not copy first; diffusers'
-    ``EMAModel``, which does.
+    Source: TensorFlow's ``ExponentialMovingAverage(num_updates=...)``, except that its decay is not 0 at the first
+    update; diffusers' ``EMAModel``.
     """
     return zero_at_first_step(step) * minimum((1 + step) / (10 + step), decay)
 
@@ -93,7 +94,7 @@ def zero_at_first_step(step: Number) -> Number:
 
 
 def decay_from_half_life(half_life: float, steps: float = 1) -> float:
-    """The decay over ``steps`` steps after which half of the old average is left every ``half_life`` steps.
+    """The decay over ``steps`` steps for which half of the old average is left after ``half_life`` steps.
 
     Source: `half_life_decay`; a half-life of 0 means no averaging.
     """
@@ -101,7 +102,7 @@ def decay_from_half_life(half_life: float, steps: float = 1) -> float:
 
 
 def half_life_from_decay(decay: float) -> float:
-    """The number of updates with this decay that leave half of the old average.
+    """The number of updates with this decay after which half of the old average is left.
 
     Source: the inverse of `decay_from_half_life`.
     """
@@ -119,13 +120,13 @@ def sigma_rel_from_gamma(gamma: float) -> float:
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """The exponent of the power profile of this relative width; the inverse of `sigma_rel_from_gamma`.
+    """The exponent of the power profile that has this relative width; the inverse of `sigma_rel_from_gamma`.
 
     Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), Alg. 2: the largest real root of
     ``g^3 + 7 g^2 + (16 - s) g + (12 - s)``, ``s = sigma_rel ** -2``.
     """
-    # Substituting g = x - 7/3 removes the square. The cubic has three real roots; the trigonometric formula with k = 0
-    # gives the largest.
+    # Substituting g = x - 7/3 removes the quadratic term. The cubic has three real roots; the trigonometric formula
+    # with k = 0 gives the largest.
     s = sigma_rel**-2
     p = (16 - s) - 49 / 3
     q = 2 * 343 / 27 - 7 * (16 - s) / 3 + (12 - s)

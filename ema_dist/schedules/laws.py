@@ -1,4 +1,4 @@
-"""The averaging laws as frozen objects that check themselves; `ema_dist.schedules.equations` has their formulas."""
+"""The averaging laws as frozen objects that check their arguments; `ema_dist.schedules.equations` has the formulas."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Law:
 
 
 def _argument(name: str) -> Any:  # noqa: ANN401  as dataclasses.field
-    """A field whose constructor argument is called ``name``: ``decay`` is already the method of every law."""
+    """A field whose constructor argument is called ``name``: a field cannot be called ``decay``, as the method is."""
     return field(metadata={ARGUMENT_NAME: name})
 
 
@@ -50,9 +50,9 @@ def _positive(name: str, value: float, expected: str) -> float:
 class HalfLife(_Law):
     """After this much time, half of the old average is left, however often the average is updated.
 
-    In steps it is Composer's ``half_life``; in samples or tokens, one half-life fits every batch size (Busbridge et al.
-    2023, arXiv 2307.13813). ``HalfLife(0)`` means no averaging (the average is the last live value),
-    ``HalfLife(math.inf)`` no update (the average is the first live value).
+    Counted in steps, it is Composer's ``half_life``. Counted in samples or tokens, one half-life fits every batch size
+    (Busbridge et al. 2023, arXiv 2307.13813). ``HalfLife(0)`` means no averaging (the average is the last live value),
+    ``HalfLife(math.inf)`` means no update (the average is the first live value).
 
     Args:
         value: the half-life, in optimizer steps or the unit of ``update(elapsed=)``.
@@ -100,7 +100,7 @@ class HalfLife(_Law):
 
 @dataclass(frozen=True, repr=False)
 class Constant(_Law):
-    """A constant decay per update, whatever the elapsed time; ``decay=0.999`` means ``Constant(0.999)``.
+    """A constant decay per update, independent of the elapsed time; ``decay=0.999`` means ``Constant(0.999)``.
 
     Known as torch's ``get_ema_multi_avg_fn`` (0.999), Lightning's ``EMAWeightAveraging`` (0.999) and timm's
     ``ModelEmaV3`` (0.9999).
@@ -130,8 +130,8 @@ class Power(_Law):
 
     Args:
         gamma: the exponent, at least 0.
-        sigma_rel: instead of it, the standard deviation of the profile as a fraction of the training time, from 1e-9 to
-            12 ** -0.5.
+        sigma_rel: the standard deviation of the profile as a fraction of the training time, from 1e-9 to 12 ** -0.5;
+            given instead of ``gamma``.
 
     Raises: TypeError if an argument is not a number, or unless exactly one is given; ValueError if it is out of range.
     """
@@ -139,7 +139,7 @@ class Power(_Law):
     gamma: float | None
     sigma_rel: float | None
     exponent: float = field(init=False, compare=False)
-    """The exponent, whichever of the two was given."""
+    """The exponent: ``gamma``, or computed from ``sigma_rel``."""
 
     def __init__(self, *, gamma: float | None = None, sigma_rel: float | None = None) -> None:
         if (gamma is None) == (sigma_rel is None):
@@ -173,15 +173,15 @@ class Uniform(_Law):
 
 @dataclass(frozen=True, repr=False, init=False)
 class InverseGamma(_Law):
-    """The decay grows as ``1 - (1 + step / inv_gamma) ** -power``, up to ``decay``; the first update copies.
+    """The decay grows as ``1 - (1 + step / inv_gamma) ** -power``, up to ``decay``; it is 0 at the first update.
 
-    Known as ``use_ema_warmup`` of diffusers' ``EMAModel`` and ``use_warmup`` of timm's ``ModelEmaV3``; ema-pytorch's
-    ``EMA`` always does so.
+    Known as ``use_ema_warmup`` of diffusers' ``EMAModel`` and ``use_warmup`` of timm's ``ModelEmaV3``; the law of
+    ema-pytorch's ``EMA``.
 
     Args:
         decay: the largest decay.
         inv_gamma: the larger, the slower the decay grows.
-        power: 2/3 suits a million steps and more, 3/4 fewer.
+        power: 2/3 suits a million steps or more, 3/4 suits fewer.
         min_decay: the smallest decay after the first update.
 
     Raises: TypeError if an argument is not a number, ValueError if it is out of range.
@@ -213,9 +213,10 @@ class InverseGamma(_Law):
 
 @dataclass(frozen=True, repr=False, init=False)
 class Warmup(_Law):
-    """The decay grows as ``(1 + step) / (10 + step)``, up to ``decay``; the first update copies.
+    """The decay grows as ``(1 + step) / (10 + step)``, up to ``decay``; it is 0 at the first update.
 
-    Known as the default of diffusers' ``EMAModel``, and TensorFlow's ``num_updates``, which does not copy first.
+    Known as the default of diffusers' ``EMAModel``, and as TensorFlow's ``num_updates``, except that TensorFlow's decay
+    is not 0 at the first update.
 
     Args:
         decay: the largest decay.

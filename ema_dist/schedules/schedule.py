@@ -17,8 +17,8 @@ ARGUMENT_NAME = "argument"
 class Schedule(Protocol):
     """An averaging law: how much of the old average an update keeps.
 
-    Times are in optimizer steps, or in the unit of ``update(elapsed=)``. Checkpoints record a user-defined law by the
-    name of its class and its fields, and compare these on load.
+    Times are in optimizer steps, or in the unit of ``update(elapsed=)``. Checkpoints record the class name and the
+    fields of a user-defined law; loading compares them.
     """
 
     def decay(self, *, time: Number, elapsed: Number, step: Number) -> Number:
@@ -28,15 +28,15 @@ class Schedule(Protocol):
         float64 tensors. Use arithmetic that works for numbers and tensors; an ``if`` waits for the device.
 
         Args:
-            time: since averaging began, up to and including this step. Averaging begins at ``start``.
-            elapsed: since the last update, or since averaging began; never more than ``time``.
-            step: the number of optimizer steps between the one at which averaging began and this one; 0 at the first.
+            time: the time since averaging began, up to and including this step. Averaging begins at ``start``.
+            elapsed: the time since the last update, or since averaging began; never more than ``time``.
+            step: the number of optimizer steps since averaging began, not counting this one; 0 at the first step.
         """
         ...
 
 
 def fields_of(law: object) -> dict[str, Any]:
-    """The fields of a law as JSON values; any other value as its name or `repr`."""
+    """The fields of a law as JSON values; a value that JSON does not have is replaced by its name or `repr`."""
     if dataclasses.is_dataclass(law):
         values = {
             field.metadata.get(ARGUMENT_NAME, field.name): getattr(law, field.name)

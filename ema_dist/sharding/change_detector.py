@@ -21,7 +21,7 @@ class ChangeDetector:
 
     Without it, updates would read a tensor that the model no longer uses (after ``.to()``, ``assign=True``, offloading,
     or when a module was replaced). Comparing addresses suffices, because the shards keep the old storage alive, so that
-    no other tensor can get its address. Submodules of a module that had none, and tensors registered where None was,
+    no other tensor can get its address. The first submodule of a module that had none, and a tensor that replaces None,
     are not detected here, but only when the model is read again.
     """
 
@@ -52,7 +52,7 @@ class ChangeDetector:
             return True
 
     def has_replaced_params(self) -> bool:
-        """Whether modules hold other parameter objects, perhaps with the same storage: a new optimizer steps these."""
+        """Whether modules hold other parameter objects, perhaps with the same storage; a new optimizer steps those."""
         return not all(map(is_, chain(self._plain.current(), self._dtensors.current()), self._live_tensors))
 
     @property
@@ -66,7 +66,7 @@ class ChangeDetector:
 
 
 class _RegistryReader:
-    """Reads registry entries; where all entries of a registry are wanted, it iterates over the registry itself."""
+    """Reads registry entries; if it must read all entries of a registry, it iterates over the registry itself."""
 
     def __init__(self, registry_entries: list[RegistryEntry]) -> None:
         # Names are keys, because a shared module lists its entries several times.

@@ -18,15 +18,15 @@ all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dis
 GATHERS_UNEVEN_STRIDED_SHARDS: bool = TorchVersion(torch.__version__) >= "2.11"
 """Whether DTensor gathers blocks that FSDP2 over tensor parallelism splits unevenly.
 
-torch 2.9.1 exchanges rows and leaves some zero, without an error; 2.7 refuses; 2.8 and 2.10 were not tried.
+torch 2.9.1 exchanges rows and leaves some zero, without an error; 2.7 raises an error; 2.8 and 2.10 were not tried.
 """
 
 
 def untraced(function: F) -> F:
-    """Decorates a function: ``torch.compile`` calls it as it is, and traces neither it nor what it calls.
+    """Decorates a function so that ``torch.compile`` traces neither it nor the functions that it calls.
 
-    The public ``torch.compiler.disable`` would load the compiler when it decorates, which takes seconds. This one loads
-    it when the function is first called; constructing an optimizer has loaded it before that.
+    The public ``torch.compiler.disable`` would load the compiler when it decorates, which takes seconds. This decorator
+    loads it when the function is first called; constructing an optimizer has already loaded it by then.
     """
     return cast("F", torch._disable_dynamo(function))
 

@@ -1,4 +1,4 @@
-"""What a tensor is wrapped in, and copies on the CPU that later writes to the originals do not change."""
+"""Copies tensors to the CPU with the wrapper that shards them, and tells which wrapper or subclass a tensor has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cpu_copy(tensor: Tensor, copy: Callable[[Tensor], Tensor] | None = None) -> 
     """A copy of this rank's part on the CPU, wrapped and sharded as ``tensor`` is.
 
     Args:
-        copy: copies a plain tensor to the CPU; None for torch's own way.
+        copy: copies a plain tensor to the CPU; None for ``Tensor.to``.
     """
     copy = copy or _copy
     if not isinstance(tensor, ShardedTensor):

@@ -1,4 +1,4 @@
-"""Notices that DDP wraps a model after it was read."""
+"""Detects that DDP wraps a model after the model was read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class DDPWrapDetector:
-    """Whether DDP has wrapped ``model``, a part of it, or a module around it since this object was made.
+    """Detects whether DDP has wrapped ``model``, a part of it, or a module that contains it since this object was made.
 
-    Another DDP around the module of one does not count: the ranks held the same weights before.
+    A second DDP around a module that is in DDP already does not count: its ranks held the same weights before.
 
-    DDP changes nothing in the module that it wraps, but it registers it as a submodule, for which torch calls a hook.
+    DDP does not change the module that it wraps, but registers it as a submodule, and torch calls a hook for that.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,7 +38,7 @@ class DDPWrapDetector:
 
 
 def _is_in_another_ddp(model: nn.Module, ddp: DistributedDataParallel) -> bool:
-    """Whether an older DDP than ``ddp`` contains all of ``model``. Modules do not know their parents: a slow search."""
+    """Whether an older DDP than ``ddp`` contains all of ``model``; slow, as modules do not know their parents."""
     modules = {*model.modules()}
     others = (other for other in gc.get_objects() if issubclass(type(other), DistributedDataParallel))
     return any(other is not ddp and modules <= {*other.modules()} for other in others)

@@ -1,4 +1,4 @@
-"""Which device a tensor is sent from: with its index, and of a type on which the process group communicates."""
+"""Chooses the device from which a tensor is sent: of a type on which the process group communicates, with its index."""
 
 from __future__ import annotations
 

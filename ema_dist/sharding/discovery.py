@@ -20,7 +20,7 @@ from ema_dist.sharding.shard import Shard
 from ema_dist.sharding.shard_factory import ShardFactory
 
 ReplicaPolicy: TypeAlias = Literal["shard", "copy"] | ProcessGroup
-"""How replicas store averages: ``"shard"`` or ``"copy"``; a process group holds the replicas of an unwrapped model."""
+"""How replicas store averages: ``"shard"``, ``"copy"``, or the process group of the replicas of an unwrapped model."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ModelTensor:
         return all(owner.is_buffer for owner in self.owners.values())
 
     def make_shard(self, fsdp2_units: FSDP2Units) -> Shard:
-        """The shard of the owner that decides what happens to the memory."""
+        """The shard, made from the owner that FSDP2 gathers or that the optimizer writes to, if there is one."""
         gathered_ids = fsdp2_units.fsdp_param_by_id
         # FSDP2 gathers the parameters that it knows, and an optimizer writes to those that require a gradient.
         owner, *others = sorted(
@@ -87,8 +87,8 @@ def find_tensors(
             value = resolve_live(registered)
             if getattr(value, "_fsdp_flattened", False):  # FSDP1 sets it on views of a flat parameter
                 raise ValueError(
-                    f"{parent.prefix + name!r} is a piece of a flat parameter of FSDP1, which is wrapped around this "
-                    "module: pass the FullyShardedDataParallel module itself"
+                    f"{parent.prefix + name!r} is a part of a flat parameter of an FSDP1 module that contains this "
+                    "module: pass that FullyShardedDataParallel module instead"
                 )
             if hasattr(value, "ds_id"):  # DeepSpeed sets it on parameters that ZeRO-3 partitions
                 raise ValueError(
@@ -113,7 +113,7 @@ def find_tensors(
 
 
 def _registered_tensors(module: nn.Module) -> Iterator[tuple[bool, dict[str, Any], str, Tensor]]:
-    # named_parameters() and named_buffers() do not tell which buffers are persistent, nor give the registries, in which
+    # named_parameters() and named_buffers() return neither which buffers are persistent nor the registries, in which
     # Layout looks up tensors later.
     for name, parameter in module._parameters.items():
         if parameter is not None and not isinstance(parameter, FlatParameter):

@@ -27,12 +27,12 @@ ElementRange = tuple[int, int]
 
 @dataclass(frozen=True)
 class FlatRanges:
-    """The range of one tensor's elements that each rank holds: ranks hold equal parts of the flat parameter.
+    """The range of one tensor's elements that each rank holds; all ranks hold parts of the flat parameter of one size.
 
     Args:
-        start: the first element of the tensor in the flat parameter.
-        numel: elements of the tensor.
-        shard_numel: elements of each rank's part.
+        start: the position of the tensor's first element in the flat parameter.
+        numel: the number of elements of the tensor.
+        shard_numel: the number of elements of each rank's part.
     """
 
     start: int
@@ -66,12 +66,12 @@ class FlatShard(Shard):
     """A range of the tensor's elements, one-dimensional and often empty.
 
     In checkpoints it becomes the few rectangles that it covers. They are views of the same storage unless
-    dimensions are permuted in memory. No communication is needed, and DCP reshards them like any other tensor.
+    dimensions are permuted in memory. Making them needs no communication, and DCP reshards them like any other tensor.
 
     Args:
         ranges: the ranges of the ranks of ``group``, by group rank.
-        stride: the strides of the full tensor, which is dense: FSDP1 flattens no others.
-        device: where FSDP1 computes and communicates; ``local`` may be offloaded from it.
+        stride: the strides of the full tensor, which is dense: FSDP1 flattens dense tensors only.
+        device: the device on which FSDP1 computes and communicates; ``local`` may be offloaded from it.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class FlatShard(Shard):
         blocks: list[Block] = []
         metadata: list[ShardMetadata] = []
         ranks, own_rank = group_ranks(self._group).ranks, self._group.rank()
-        # DCP wants a block of this rank even if it is empty; those of thousands of other ranks are left out.
+        # DCP needs a block of this rank even if it is empty. Empty blocks of other ranks, perhaps many, are left out.
         for group_rank in sorted({*self.ranges.holders, own_rank}):
             placement = f"rank:{ranks[group_rank]}/{local.device}"
             for start, offsets, sizes in self._rectangles(self.ranges.of_rank(group_rank)):
@@ -179,8 +179,8 @@ class FlatShard(Shard):
     def sharding_text(self) -> str:
         start, stop = self._own_range
         return (
-            f"{tuple(self._shape)}, strides {self.stride}, elements {start} to {stop} on this rank, "
-            f"flat over ranks {group_ranks(self._group).text}"
+            f"elements {start} to {stop} on this rank of a tensor of shape {tuple(self._shape)} and strides "
+            f"{self.stride}, flat over ranks {group_ranks(self._group).text}"
         )
 
     @property
@@ -199,7 +199,7 @@ class FlatShard(Shard):
         return ordered.permute([order.index(dim) for dim in range(len(order))]).contiguous()
 
     def _rectangles(self, element_range: ElementRange) -> list[Rectangle]:
-        """The rectangles that ``element_range`` covers, in the dimensions of the tensor; one without rows if empty."""
+        """The rectangles that cover ``element_range``, in the tensor's dimensions; if it is empty, one without rows."""
         start, stop = element_range
         if start == stop:  # DCP skips a tensor without blocks on this rank when saving, and requires it when loading
             return [Rectangle(start, [self._shape[0], *[0] * (len(self._shape) - 1)], [0, *self._shape[1:]])]
@@ -212,7 +212,7 @@ class FlatShard(Shard):
 
 
 def rectangles(element_range: ElementRange, shape: Sequence[int]) -> Iterator[Rectangle]:
-    """The fewest rectangles of a row-major tensor that together are ``element_range``.
+    """The fewest rectangles of a row-major tensor that together cover exactly ``element_range``.
 
     The complete rows are one rectangle; the parts of a row before and after them are divided recursively.
     """

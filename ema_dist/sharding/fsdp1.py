@@ -61,12 +61,12 @@ def handles(model: nn.Module) -> list[tuple[FullyShardedDataParallel, FlatParamH
 
 
 def flat_tensors(model: nn.Module) -> dict[int, dict[str, FlatTensor]]:
-    """Every original tensor in a flat parameter, by the id of its module and its own name in the module."""
+    """Every original tensor in a flat parameter, by the id of its module and its name in that module."""
     by_module: dict[int, dict[str, FlatTensor]] = defaultdict(dict)
     for unit, handle in handles(model):
         flat_param = handle.flat_param
         if any(extension is not None for extension in flat_param._param_extensions):
-            raise ValueError("FSDP1 around tensor-parallel parameters is not supported; use fully_shard (FSDP2) there")
+            raise ValueError("FSDP1 around tensor-parallel parameters is not supported: use fully_shard (FSDP2)")
         for index, (info, start) in enumerate(zip(flat_param._param_infos, _tensor_starts(flat_param), strict=True)):
             by_module[id(info.module)][info.param_name] = FlatTensor(
                 (id(flat_param), index), _shard_maker(unit, handle, index, start)
@@ -77,7 +77,7 @@ def flat_tensors(model: nn.Module) -> dict[int, dict[str, FlatTensor]]:
 
 
 def local_shard(handle: FlatParamHandle) -> Tensor:
-    """This rank's shard of a flat parameter, also while the parameter holds the gathered weights."""
+    """This rank's shard of a flat parameter, even while the parameter holds the gathered weights."""
     # Before the first forward pass there is no _local_shard, and the parameter itself is the shard.
     local: Tensor = getattr(handle.flat_param, "_local_shard", handle.flat_param)
     return local.detach()
@@ -99,7 +99,7 @@ def reshard(flat_handles: Iterable[FlatParamHandle]) -> None:
     """
     for handle in flat_handles:
         if handle._training_state == HandleTrainingState.SUMMON_FULL_PARAMS:
-            raise RuntimeError("inside FullyShardedDataParallel.summon_full_params(); leave it first")
+            raise RuntimeError("the model is inside FullyShardedDataParallel.summon_full_params(): leave it first")
         if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
             handle.reshard(free_unsharded_flat_param=True)
             handle.post_reshard()

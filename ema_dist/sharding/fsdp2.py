@@ -1,4 +1,4 @@
-"""FSDP2: drops weights that a forward pass left gathered, and makes it gather other tensors than the live shards."""
+"""FSDP2: drops weights that a forward pass left gathered, and makes FSDP2 gather substitutes for the live shards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONTEXT_ATTRIBUTES = ("iter_forward_root", "post_optim_event")
 class FSDP2Units:
     """The modules of one model that ``fully_shard`` was applied to, with their states and parameter groups.
 
-    The attributes are empty for a model without FSDP2, and where torch lacks one of the private attributes.
+    The attributes are empty for a model without FSDP2, and if torch lacks one of the private attributes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -63,14 +63,14 @@ class FSDP2Units:
     def first_parameter(self, module: nn.Module, name: str) -> Tensor | None:
         """The parameter that FSDP2 will also register as ``module.name``, because they are tied; None if there is none.
 
-        ``load_state_dict(assign=True)`` gives each name a parameter of its own. FSDP2 follows that of the first name,
-        and registers it under the others in the next forward pass.
+        ``load_state_dict(assign=True)`` gives each name a parameter of its own. FSDP2 uses the parameter of the first
+        name, and registers it under the other names in the next forward pass.
         """
         first_module, first_name = self._first_entries.get((id(module), name), (None, ""))
         return None if first_module is None else first_module._parameters.get(first_name)
 
     def reshard(self) -> None:
-        """Drop gathered weights, also unfinished gathers: the next forward pass gathers the shards as they are then."""
+        """Drop gathered weights and unfinished gathers, so that the next forward pass gathers the current shards."""
         if self.missing_attributes:
             for module in self._modules:
                 module.reshard()
@@ -86,8 +86,8 @@ class FSDP2Units:
         """Make the next forward pass gather after all earlier work on the current stream.
 
         After ``set_post_optim_event(event)`` FSDP2 gathers as soon as the optimizer's event has passed, and would read
-        shards to which a swap still writes. The current stream waits for the event here, and FSDP2, without an event,
-        for the current stream. That costs training only the overlap of one pass.
+        shards to which a swap still writes. So the current stream waits for the event here, and FSDP2, which then has
+        no event, waits for the current stream. Training loses only the overlap of one pass.
         """
         contexts: list[Any] = [getattr(state, "_state_ctx", None) for state in self.states]
         for context in contexts:
@@ -105,8 +105,8 @@ class FSDP2Units:
         groups = [] if self.missing_attributes else self.groups
         if any(not group.is_sharded and group._training_state.name != "IDLE" for group in groups):
             raise RuntimeError(
-                "FSDP2 is in the middle of a forward or backward pass, or an exception ended one: come back outside of "
-                "it, after a complete one"
+                "FSDP2 is in the middle of a forward or backward pass, or an exception ended one: make this call "
+                "outside of a pass, after a complete pass"
             )
         for group in () if self._is_initialized else groups:
             group.lazy_init()
@@ -114,7 +114,7 @@ class FSDP2Units:
         self.reshard()
 
     def abandon_pass(self) -> None:
-        """Reset FSDP2 after a pass that an exception ended: it would keep the gathered weights for the next pass."""
+        """Reset FSDP2 after an exception ended a pass, else it would keep the gathered weights for the next pass."""
         groups = [] if self.missing_attributes else self.groups
         if any(not group.is_sharded and group._training_state.name != "IDLE" for group in groups):
             idle = type(groups[0]._training_state).IDLE
@@ -131,7 +131,7 @@ class FSDP2Units:
 
     @property
     def has_gather_transforms(self) -> bool:
-        """Whether shards transform themselves before they are gathered (float8), so that no others can be."""
+        """Whether shards transform themselves before they are gathered (float8), so that they have no substitutes."""
         return any(
             hasattr(fsdp_param._sharded_local_tensor, "fsdp_pre_all_gather")
             for fsdp_param in self.fsdp_param_by_id.values()
@@ -139,7 +139,7 @@ class FSDP2Units:
 
 
 class GatherSubstitution:
-    """Between `enter` and `leave`, FSDP2 gathers other tensors than the live shards; the parameters do not change.
+    """Between `enter` and `leave`, FSDP2 gathers other tensors instead of the live shards; parameters do not change.
 
     A graph that was built before `enter` can run backward after `leave`. In between, passes that would mix averages
     into gradients raise a RuntimeError: a forward pass with gradients, and any backward pass.
@@ -164,7 +164,7 @@ class GatherSubstitution:
         """Whether `enter` has completed, and `leave` has not begun."""
 
     def enter(self) -> None:
-        """From now on FSDP2 gathers the replacements."""
+        """Make FSDP2 gather the replacements."""
         fsdp2_units = self._units
         contexts = list({id(state._state_ctx): state._state_ctx for state in fsdp2_units.states}.values())
         forward_orders = {
@@ -194,9 +194,9 @@ class GatherSubstitution:
         self._is_inside = True
 
     def leave(self) -> list[Tensor]:
-        """From now on FSDP2 gathers the live shards again; it can be repeated after an exception ended it or `enter`.
+        """Make FSDP2 gather the live shards again; can be called again if an exception interrupted it or `enter`.
 
-        Returns: the parameters that got other storage meanwhile.
+        Returns: the parameters that got other storage since `enter`.
         """
         was_inside, self._is_inside = self._is_inside, False
         for state in self._units.states:
@@ -205,7 +205,7 @@ class GatherSubstitution:
         # An exception may have ended a forward pass inside: the states must not remain in the middle of it.
         for owner, name, value in self._saved_attributes:
             setattr(owner, name, value)
-        # Backward passes prefetch in the order of forward passes: those inside must not count.
+        # Backward passes prefetch in the order of forward passes: forward passes inside the block must not count.
         for order, length in self._saved_lengths:
             del order[length:]
         with_other_storage: list[Tensor] = []
@@ -249,8 +249,8 @@ def _padded_view(fsdp_param: FSDPParam, local: Tensor) -> Tensor:
 def _refuse_grad_forward(root_pre_forward: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "a forward pass with gradients inside serving(): FSDP2 would run its backward with the live weights; "
-            "leave out torch.enable_grad(), or use swapped()"
+            "a forward pass with gradients inside serving() is not supported: FSDP2 would run its backward pass with "
+            "the live weights. Remove torch.enable_grad(), or use swapped()"
         )
     return root_pre_forward(*args, **kwargs)
 
@@ -258,5 +258,6 @@ def _refuse_grad_forward(root_pre_forward: Callable[P, R], *args: P.args, **kwar
 def _refuse_backward(state: FSDPState, training_state: TrainingState) -> NoReturn:
     state._training_state = training_state
     raise RuntimeError(
-        "backward() inside serving(): FSDP2 would gather averages for it; call it after the block, or before"
+        "backward() inside serving() is not supported: FSDP2 would gather averages for it. Call it before or after the "
+        "block"
     )

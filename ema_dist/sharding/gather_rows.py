@@ -11,19 +11,19 @@ from ema_dist.sharding.compat import all_gather
 from ema_dist.sharding.rank_sets import group_ranks
 
 MAX_BROADCAST_RANKS = 8
-"""Up to this number, CPUs broadcast their chunks in turn: gloo needs a second copy for an all-gather. NCCL does not."""
+"""Up to this many ranks, CPU chunks are broadcast in turn: gloo, unlike NCCL, needs a second copy for an all-gather."""
 
 MAX_PADDING_BYTES = 2**20
-"""The padding that the buffer of an all-gather may have, where the last chunks are short or empty."""
+"""The maximum padding in the buffer of an all-gather, for last chunks that are short or empty."""
 
 MIN_BROADCAST_BYTES = 2**20
-"""From this size on, a broadcast takes longer than it takes to start: a collective for each chunk is fast then."""
+"""From this size on, sending a chunk takes longer than starting a broadcast, so one collective per chunk is fast."""
 
 
 def gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Tensor:
     """Gather ``length`` slices along ``dim``; each rank of ``group`` holds the chunk that ``torch.chunk`` would make.
 
-    Small chunks with much padding, as of few rows over many ranks, are merged by an all-reduce: it sends each byte
+    Small chunks with much padding, such as few rows over many ranks, are merged by an all-reduce: it sends each byte
     twice, in one collective.
 
     Collective: over ``group``; the number of collectives depends on bytes, not on ranks.
@@ -34,15 +34,15 @@ def gather_dim(local: Tensor, dim: int, length: int, group: ProcessGroup) -> Ten
     chunk_size = max(1, -(-length // group.size()))
     row_bytes = shape.numel() * local.element_size()
     padded = chunk_size * group.size()
-    few_lengths = chunk_size * (MAX_BROADCAST_RANKS if local.device.type == "cpu" else 1)
-    if length > few_lengths and (padded - length) * row_bytes <= MAX_PADDING_BYTES:
+    max_broadcast_length = chunk_size * (MAX_BROADCAST_RANKS if local.device.type == "cpu" else 1)
+    if length > max_broadcast_length and (padded - length) * row_bytes <= MAX_PADDING_BYTES:
         gathered = local.new_empty((padded, *shape))
         padded_local = local
         if len(local) < chunk_size:
             padded_local = local.new_empty((chunk_size, *shape))
             padded_local[: len(local)] = local
         all_gather(as_bytes(gathered), as_bytes(padded_local), group=group)
-    elif length <= few_lengths or chunk_size * row_bytes >= MIN_BROADCAST_BYTES:
+    elif length <= max_broadcast_length or chunk_size * row_bytes >= MIN_BROADCAST_BYTES:
         gathered = local.new_empty((length, *shape))
         ranks = group_ranks(group).ranks
         for index, rows in enumerate(gathered.split(chunk_size)):
@@ -63,10 +63,10 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def merge_bytes(buffer: Tensor, group: ProcessGroup) -> None:
-    """Give every rank the bytes of all ranks; each byte is zero on all ranks but one.
+    """Give every rank the bytes of all ranks; each byte must be zero on all ranks but one.
 
     Collective: over ``group``, one all-reduce. Shape: ``buffer`` is contiguous uint8.
     """
-    # A sum, since NCCL has no bitwise operations; wider integers are added faster, and nothing is carried over.
+    # A sum, because NCCL has no bitwise operations. Wider integers are added faster, and no byte carries into the next.
     is_aligned = buffer.numel() % 4 == 0 and buffer.storage_offset() % 4 == 0
     dist.all_reduce(buffer.view(torch.int32) if is_aligned else buffer, group=group)

@@ -17,7 +17,7 @@ from ema_dist.sharding.discovery import ReplicaPolicy, find_tensors
 from ema_dist.sharding.fsdp2 import FSDP2Units
 from ema_dist.sharding.memory import distinct_elements, expanded_dims, find_shared_memory, memory_key
 from ema_dist.sharding.mesh_shard import local_tensor
-from ema_dist.sharding.rank_sets import group_ranks
+from ema_dist.sharding.rank_sets import RankSet, group_ranks
 from ema_dist.sharding.registries import RegistryEntry, replace_inference_buffers, resolve_live
 from ema_dist.sharding.shard import Shard
 
@@ -53,7 +53,9 @@ class Layout:
         for tensor in tensors:
             shard = tensor.make_shard(self.fsdp2_units)
             if shard.local.is_meta:
-                raise ValueError(f"{shard.name!r} is on the meta device; materialise the model first")
+                raise ValueError(
+                    f"{shard.name!r} is on the meta device: give it memory first, as with model.to_empty(device=...)"
+                )
             shard.padded_numel = self.fsdp2_units.padded_numel(shard.owner) or shard.padded_numel
             self.shards.append(shard)
             self.registry_entries[shard.name] = tensor.registry_entries
@@ -70,7 +72,8 @@ class Layout:
         rank_sets = {whole | part for whole, part in pairs}
         rank_sets |= {group_ranks(s.replica_group).as_set for s in self.shards if s.replica_group is not None}
         union = frozenset[int]().union(*rank_sets)
-        # If no group contains all others (DDP over TP, HYBRID_SHARD), ranks that this rank cannot see may be missing.
+        # If no set contains all others (DDP over TP, HYBRID_SHARD), ranks that this rank does not know of may be
+        # missing, so all ranks are taken.
         return sorted(union) if not union or union in rank_sets else list(range(dist.get_world_size()))
 
     @cached_property
@@ -88,7 +91,11 @@ class Layout:
         for group in dict.fromkeys(groups):
             if group is not None and [*group_ranks(group).ranks] == self.ranks:
                 return group
-        raise RuntimeError(f"the model is spread over ranks {self.ranks}, which have no process group of their own")
+        ranks = RankSet(tuple(self.ranks), (len(self.ranks),))
+        raise RuntimeError(
+            f"the model is spread over ranks {ranks.text}, but no process group of the model has exactly these ranks: "
+            "spread the model over all ranks"
+        )
 
     @property
     def summary(self) -> str:
@@ -107,9 +114,9 @@ class Layout:
         return [" and ".join(s.names) for s in self.shards if len({others[name].name for name in s.names}) > 1]
 
     def require_writable(self) -> None:
-        """Raise ValueError if averages cannot be written into the model and out of it again.
+        """Raise ValueError if averages cannot be swapped into the model and out of it again.
 
-        Tensors that share a part of their memory would overwrite each other there, and parameters that were made in
+        Tensors that share a part of their memory would overwrite each other, and parameters that were made in
         ``torch.inference_mode()`` cannot be written to outside of it.
         """
         for name, shard in self.parameters.items():
@@ -118,7 +125,7 @@ class Layout:
                     f"{name!r} was made in torch.inference_mode(), and can neither be trained nor swapped: construct "
                     "the model outside of it"
                 )
-        # The pieces of a flat parameter of FSDP1 are disjoint, and other tensors are owned by somebody.
+        # Tensors in a flat parameter of FSDP1 are disjoint; they alone have no registry entries.
         owned = [shard for shard in self.shards if self.registry_entries[shard.name]]
         if problem := find_shared_memory((shard.name, shard.owner) for shard in owned):
             raise ValueError(problem)
@@ -133,13 +140,13 @@ class Layout:
         return {name: shard for shard in self.shards for name in shard.names}
 
     def reshard(self) -> None:
-        """Drop weights that a forward pass left gathered, so that the next one reads the shards as they are then."""
+        """Drop weights that a forward pass left gathered, so that the next pass gathers the current shards."""
         self.fsdp2_units.clear_optim_events()
         self.fsdp2_units.reshard()
         fsdp1.reshard(self._flat_handles)
 
     def wait_for_device(self) -> None:
-        """Before weights in CPU memory are written to: wait for devices that may still copy them.
+        """Wait for devices that may still copy weights from CPU memory; call it before writing to these weights.
 
         FSDP copies offloaded weights to the device asynchronously. A write by the host would overtake such a copy, and
         the forward pass that was queued would compute with the new values. Does nothing for weights on the device.
@@ -150,7 +157,7 @@ class Layout:
             torch.accelerator.synchronize(device)
 
     def abandon_pass(self) -> None:
-        """Let the wrappers forget a forward or backward pass that an exception ended, and what it left gathered."""
+        """Reset the wrappers after an exception ended a forward or backward pass, and drop what it left gathered."""
         self.fsdp2_units.abandon_pass()
 
     def describe_changes(self, other: Layout) -> dict[str, tuple[str, str]]:
@@ -164,7 +171,7 @@ class Layout:
         return {name: (_description(name, here.get(name)), _description(name, there.get(name))) for name in differing}
 
     def has_moved(self) -> bool:
-        """Whether live weights got other storage than the shards view (``.to()``, ``assign=True``, offloading)."""
+        """Whether live weights have other storage than the shards (``.to()``, ``assign=True``, offloading)."""
         return self._change_detector.has_changed()
 
     def is_current(self, *, init_fsdp2: bool = False) -> bool:
@@ -193,7 +200,7 @@ class Layout:
         )
 
     def has_moved_parameters(self) -> bool:
-        """Whether a registered parameter has other storage than its shard views; those of FSDP1 are left out."""
+        """Whether a registered parameter has other storage than its shard; ignores flat parameters of FSDP1."""
         current = (
             (entry.registry.get(entry.name), shard)
             for name, shard in self.parameters.items()
@@ -210,7 +217,7 @@ class Layout:
         return self._change_detector.has_flat_parameters
 
     def refresh_buffers(self) -> bool:
-        """Use the buffers that are registered now, as modules may replace theirs. Returns: whether any was replaced."""
+        """Use the buffers that are registered now; modules may replace buffers. Returns: whether any was replaced."""
         replaced = self._replaced_buffers()
         for shard, buffers in replaced:
             (shard.owner_name, shard.owner), *others = buffers.items()
@@ -239,16 +246,16 @@ class Layout:
             owners: dict[int, tuple[str, Tensor]] = {}
             for own_name, buffer in zip(shard.names, buffers, strict=True):
                 if buffer is None or buffer.shape != shard.shape or expanded_dims(buffer) != expanded_dims(shard.owner):
-                    now = None if buffer is None else _describe_shape(buffer)
+                    now = "is None" if buffer is None else f"has {_describe_shape(buffer)}"
                     raise ValueError(
-                        f"buffer {own_name!r} had the shape {_describe_shape(shard.owner)} and now has {now}: "
+                        f"buffer {own_name!r} had the shape {_describe_shape(shard.owner)} and now {now}: "
                         "construct ShardedEMA again after such a change"
                     )
                 owners.setdefault(id(buffer), (own_name, buffer))
             if len({memory_key(buffer) for _, buffer in owners.values()}) > 1:
                 raise ValueError(
-                    f"the buffers {[*shard.names]} were one tensor, and a module has replaced one of them: let all be "
-                    "one tensor again, or construct ShardedEMA again"
+                    f"the buffers {[*shard.names]} were one tensor, but a module has replaced one of them: register "
+                    "one tensor under all of these names again, or construct ShardedEMA again"
                 )
             replaced.append((shard, dict(owners.values())))
         return replaced

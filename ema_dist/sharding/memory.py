@@ -1,4 +1,4 @@
-"""Which tensors share memory: tensors with identical extents are one tensor, partial overlaps are named."""
+"""Finds tensors that share memory: tensors with identical extents count as one, partial overlaps are reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # no pub
 from ema_dist.sharding.mesh_shard import dtensor_local
 
 MAX_STEPS = 100_000
-"""The steps of one exact comparison. Extents that need more count as overlapping."""
+"""The maximum number of steps of one exact comparison. Extents that need more count as overlapping."""
 
 
 class Extent(NamedTuple):
@@ -32,11 +32,11 @@ class Extent(NamedTuple):
 
 
 def memory_key(tensor: Tensor) -> Hashable:
-    """Equal for tensors that are one tensor: the same object, or identical extents of the same memory.
+    """A key that is equal for tensors that count as one: the same object, or identical extents of the same memory.
 
-    Wrapper subclasses are one only if they are the same object. Tensors without elements are never one, since their
-    addresses are all 0. An exception is a DTensor of which only this rank has no elements: the storage object decides
-    there, so that all ranks come to the same result.
+    Wrapper subclasses count as one only if they are the same object. So do tensors without elements, because their
+    addresses are all 0; except for DTensors with elements on other ranks: these count as one if they have the same
+    storage object, so that all ranks come to the same result.
     """
     local = dtensor_local(tensor) if isinstance(tensor, DTensor) else tensor
     if not _has_addressable_memory(local):
@@ -46,7 +46,7 @@ def memory_key(tensor: Tensor) -> Hashable:
         # The identity of a storage has no public name.
         return (local.untyped_storage()._cdata, placement) if tensor.numel() else id(tensor)
     strides = local.stride()
-    if 1 in local.shape:  # the stride of such a dimension reaches no element
+    if 1 in local.shape:  # the stride of a dimension of size 1 has no effect
         strides = tuple(step for step, size in zip(strides, local.shape, strict=True) if size > 1)
     return local.device, local.data_ptr(), local.dtype, local.shape, strides, placement
 
@@ -80,9 +80,9 @@ def has_equal_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def find_shared_memory(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Describes memory that tensors share, though they are not one tensor as by `memory_key`, and what to do about it.
+    """Describes memory shared by tensors that do not count as one by `memory_key`, and what to do about it.
 
-    Empty if there is none.
+    The text is empty if there is none.
 
     Extents on one device are sorted by address; only those whose address ranges intersect are compared exactly, so that
     interleaved views (``w[:, :3]`` and ``w[:, 3:]``) are distinguished from overlapping ones.
@@ -95,13 +95,13 @@ def find_shared_memory(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
         if not _has_addressable_memory(local):
             continue
         if (dims := expanded_dims(local)) and isinstance(tensor, DTensor):
-            return _overlapping_elements(name, "expand made the local tensor of this DTensor")
+            return _overlapping_elements(name, "the local tensor of this DTensor is expanded")
         local = distinct_elements(local, dims)
         if not local.numel():
             continue
         extent = _extent(local)
         if overlaps_itself(extent):
-            return _overlapping_elements(name, f"as_strided or unfold made it, with strides {local.stride()}")
+            return _overlapping_elements(name, f"it was made by as_strided or unfold, with strides {local.stride()}")
         extents_by_device.setdefault(local.device, []).append((extent, index))
     for extents in extents_by_device.values():
         for pair in _overlapping_pairs(extents):
@@ -122,7 +122,7 @@ def _overlapping_elements(name: str, reason: str) -> str:
 
 
 def overlaps(left: Extent, right: Extent) -> bool:
-    """Whether any byte belongs to both; also True if more than `MAX_STEPS` are needed to tell."""
+    """Whether any byte belongs to both; also True if more than `MAX_STEPS` are needed to decide."""
     # Tensors of one dtype are compared element by element: bytes would hide common divisors of their strides.
     unit = gcd(left.start - right.start, left.itemsize, right.itemsize, *left.strides, *right.strides)
     # left.start + sum(stride * index) + byte == right.start + sum(stride * index) + byte, with the indices of the right
@@ -137,7 +137,7 @@ def overlaps(left: Extent, right: Extent) -> bool:
 
 
 def overlaps_itself(extent: Extent) -> bool:
-    """Whether two elements of the tensor share a byte; also True if more than `MAX_STEPS` are needed to tell."""
+    """Whether two elements of the tensor share a byte; also True if more than `MAX_STEPS` are needed to decide."""
     dims = sorted(zip(extent.strides, extent.sizes, strict=True))
     inner_span = extent.itemsize
     for stride, size in dims:
@@ -157,12 +157,12 @@ def overlaps_itself(extent: Extent) -> bool:
 
 
 def _has_addressable_memory(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is strided and has storage: sparse and meta tensors, and wrapper subclasses, do not."""
+    """Whether ``tensor`` is strided and has storage; False for sparse and meta tensors, and for wrapper subclasses."""
     if is_wrapper_subclass(tensor):  # many report the address 0, and would be taken for one tensor
         return False
     try:
         return tensor.layout is torch.strided and not tensor.is_meta and tensor.data_ptr() >= 0
-    except (RuntimeError, ValueError):  # as uninitialized parameters do, and subclasses that cannot be flattened
+    except (RuntimeError, ValueError):  # from uninitialized parameters, and subclasses that cannot be flattened
         return False
 
 
@@ -187,19 +187,19 @@ def _overlapping_pairs(extents: list[tuple[Extent, int]]) -> Iterator[tuple[int,
 
 
 def _has_solution(terms: Iterable[tuple[int, int]], total: int) -> bool:
-    """Whether ``sum(step * count) == total`` with each count from 0 to its limit."""
+    """Whether ``sum(step * count) == total`` has a solution with each count from 0 to its limit."""
     limits: dict[int, int] = {}
     for step, limit in terms:
         if limit:
             limits[step] = limits.get(step, 0) + limit
     ordered = sorted(limits.items(), reverse=True)
-    # What the steps after each one can add at most, and the divisor of all that they can add.
-    rests = [(0, 0)]
+    # From each position on: the largest sum of the steps, and the divisor of all their sums.
+    bounds = [(0, 0)]
     for step, limit in reversed(ordered):
-        most, divisor = rests[-1]
-        rests.append((most + step * limit, gcd(divisor, step)))
-    rests.reverse()
-    stack = [iter((total,))]  # for each step that has a count, what remains after each count that is possible
+        most, divisor = bounds[-1]
+        bounds.append((most + step * limit, gcd(divisor, step)))
+    bounds.reverse()
+    stack = [iter((total,))]  # for each step whose count is chosen, what remains of the total after each possible count
     for _ in range(MAX_STEPS):
         index = len(stack) - 1
         remaining = next(stack[-1], None)
@@ -208,13 +208,13 @@ def _has_solution(terms: Iterable[tuple[int, int]], total: int) -> bool:
             if not stack:
                 return False
             continue
-        most, divisor = rests[index]
+        most, divisor = bounds[index]
         if not 0 <= remaining <= most or (divisor and remaining % divisor):
             continue
         if index == len(ordered):
             return True
         step, limit = ordered[index]
-        fewest = max(0, -((rests[index + 1][0] - remaining) // step))
+        fewest = max(0, -((bounds[index + 1][0] - remaining) // step))
         largest = min(limit, remaining // step)
         stack.append(iter(range(remaining - fewest * step, remaining - largest * step - 1, -step)))
     return True

@@ -93,9 +93,9 @@ class MeshShard(Shard):
 
     def wrap(self, local: Tensor) -> DTensor:
         mesh = self.mesh
-        if local.device.type != mesh.device_type:  # DTensor would communicate on a device that does not hold it
+        if local.device.type != mesh.device_type:  # else DTensor would communicate on a device that does not hold it
             mesh = _mesh_for_device_type(mesh, local.device.type)
-        # The public from_local() takes twice as long for each tensor: it goes through autograd, for a gradient.
+        # The public from_local() takes twice as long for each tensor, because it goes through autograd.
         spec = DTensorSpec(mesh, self.placements, tensor_meta=TensorMeta(self._shape, self.stride, local.dtype))
         return DTensor(local.view_as(local), spec, requires_grad=False)
 
@@ -134,7 +134,7 @@ class MeshShard(Shard):
             full = full.to(self.communication_device)
             replicated = DTensor.from_local(full, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
             return dtensor_local(replicated.redistribute(placements=self.placements))
-        # Not redistribute(): it makes the chunks of all ranks to return one.
+        # redistribute() would make the chunks of all ranks to return one of them.
         block = self._block()
         for dim, (start, size) in enumerate(zip(block.starts, block.sizes, strict=True)):
             full = full.narrow(dim, start, size)
@@ -184,13 +184,14 @@ class MeshShard(Shard):
         return f"{placements_text} over a mesh of {' x '.join(map(str, mesh_ranks(self.mesh).shape))} ranks"
 
     def sharding_key(self) -> tuple[object, ...]:
-        # With their types: in some versions of torch a strided placement equals one that is not.
+        # The types are included, because in some versions of torch a strided placement equals one that is not strided.
         typed_placements = tuple((type(placement), placement) for placement in self.placements)
         return tuple(self._shape), typed_placements, mesh_ranks(self.mesh)
 
     @property
     def sharding_text(self) -> str:
-        return f"{tuple(self._shape)}, placed {self.placements} over ranks {mesh_ranks(self.mesh).text}"
+        placements = ", ".join(map(repr, self.placements))
+        return f"a tensor of shape {tuple(self._shape)}, placed {placements} over ranks {mesh_ranks(self.mesh).text}"
 
 
 _meshes_by_device_type: MutableMapping[DeviceMesh, dict[str, DeviceMesh]] = WeakKeyDictionary()
@@ -198,7 +199,7 @@ _meshes_by_device_type: MutableMapping[DeviceMesh, dict[str, DeviceMesh]] = Weak
 
 
 def _mesh_for_device_type(mesh: DeviceMesh, device_type: str) -> DeviceMesh:
-    """The same mesh for tensors on another type of device: DCP reads ranks and coordinates from it, nothing else."""
+    """The same mesh for tensors on another type of device; DCP reads only ranks and coordinates from it."""
     by_device_type = _meshes_by_device_type.setdefault(mesh, {})
     if device_type not in by_device_type:
         by_device_type[device_type] = permute_mesh(mesh, range(mesh.ndim), device_type)
@@ -206,7 +207,7 @@ def _mesh_for_device_type(mesh: DeviceMesh, device_type: str) -> DeviceMesh:
 
 
 def permute_mesh(mesh: DeviceMesh, order: Sequence[int], device_type: str) -> DeviceMesh:
-    """The same ranks with dimensions in another order, on the existing groups: the constructor would make new ones."""
+    """The mesh with dimensions in another order, on its existing groups; the constructor would make new groups."""
     return DeviceMesh.from_group(
         [mesh.get_group(dim) for dim in order],
         device_type,
@@ -248,7 +249,7 @@ def split_rows(shard: Shard, mesh: DeviceMesh, placements: Sequence[Placement], 
 def _coordinate(mesh: DeviceMesh) -> Sequence[int]:
     """The index of this rank in each dimension of ``mesh``."""
     coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a rank holds a part of each DTensor that it has"
+    assert coordinate is not None, "a rank that has a DTensor is in its mesh"
     return coordinate
 
 

@@ -1,4 +1,4 @@
-"""Canonical names: those of the unwrapped model's ``state_dict()``, whatever wraps its modules."""
+"""Canonical names: the names in the unwrapped model's ``state_dict()``, whatever wraps its modules."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class NamedModule:
     """A module under one canonical name; a shared module has several names.
 
     Args:
-        prefix: what ``state_dict()`` puts before the names of the module's tensors: empty, or ending in a dot.
+        prefix: the prefix of the module's tensors in ``state_dict()``: empty, or ending in a dot.
         replica_group: DDP's process group, if the module is inside DDP.
-        ignored_ids: ids of the parameters and buffers that the user made DDP ignore.
+        ignored_ids: ids of the parameters and buffers that DDP was set to ignore.
     """
 
     module: nn.Module
@@ -67,7 +67,7 @@ def unwrap_once(module: nn.Module) -> nn.Module | None:
         return module.module
     if isinstance(module, ActivationWrapper):
         return module._checkpoint_wrapped_module
-    # Importing torch._dynamo takes a second, and a model cannot be compiled before something imported it.
+    # Importing torch._dynamo takes a second, and no model can be compiled before something has imported it.
     if (dynamo := sys.modules.get("torch._dynamo")) and isinstance(module, dynamo.OptimizedModule):
         return module._orig_mod
     for module_name, (name, attribute) in _WRAPPERS_BY_MODULE.items():
@@ -82,7 +82,7 @@ def uncompiled_name(name: str) -> str:
 
 
 def ddp_ignored_ids(ddp: DistributedDataParallel) -> frozenset[int]:
-    """Ids of the tensors that the user made DDP ignore, so that replicas may differ in them."""
+    """Ids of the tensors that DDP was set to ignore, so that replicas may differ in them."""
     ignored_names = set(getattr(ddp, "parameters_to_ignore", ()))
     named: list[tuple[str, Tensor]] = [*ddp.module.named_parameters(), *ddp.module.named_buffers()]
     return frozenset(id(resolve_live(tensor)) for name, tensor in named if name in ignored_names)

@@ -1,4 +1,4 @@
-"""Tensors that this rank holds in full: those of a plain model and of DDP, buffers, and expanded tensors."""
+"""Tensors that this rank holds in full: tensors of a plain model or DDP, buffers, and expanded tensors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PlainShard(Shard):
 
     def unwrap(self, value: Tensor) -> Tensor:
         if isinstance(value, (DTensor, ShardedTensor)):
-            raise ValueError(f"expected a plain tensor, got this rank's part of one ({type(value).__name__})")
+            raise ValueError(f"expected a full plain tensor, got a sharded tensor ({type(value).__name__})")
         return self.slice_full(value)
 
     def full(self, local: Tensor, copy_local: CopyFunction = Tensor.copy_) -> Tensor:  # noqa: ARG002
@@ -56,13 +56,13 @@ class PlainShard(Shard):
 
     @property
     def sharding_text(self) -> str:
-        return f"{tuple(self.shape)}, whole"
+        return f"a full tensor of shape {tuple(self.shape)}"
 
 
 class ExpandedShard(PlainShard):
     """A tensor made by `Tensor.expand`: ``local`` has its distinct elements, one along each of the expanded ``dims``.
 
-    The full tensor, and what DCP saves, have all elements. Replicas do not split it.
+    The full tensor and the tensor that DCP saves have all elements. Replicas do not split it.
     """
 
     def __init__(self, names: tuple[str, ...], local: Tensor, owner: Tensor, *, dims: tuple[int, ...]) -> None:
@@ -87,7 +87,7 @@ class ExpandedShard(PlainShard):
         distinct = distinct_elements(super().slice_full(full), self.dims)
         expanded = distinct.expand(self._shape)
         if not has_equal_bits(expanded, full):
-            raise ValueError(f"expected equal values along the expanded dimensions {list(self.dims)}, got others")
+            raise ValueError(f"expected equal values along the expanded dimensions {list(self.dims)}, got unequal ones")
         return distinct
 
     def local_state(self, state: Tensor) -> None:  # noqa: ARG002  torch cannot step an expanded parameter

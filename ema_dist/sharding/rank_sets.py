@@ -1,4 +1,4 @@
-"""The ranks of process groups and meshes, read once for each: reading them for each tensor is slow on many ranks."""
+"""The ranks of process groups and meshes, read once and cached: reading them for each tensor is slow on many ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RankSet:
 
     @cached_property
     def text(self) -> str:
-        """The ranks for messages, shortened where there are many."""
+        """The ranks for messages, shortened if there are many."""
         if len(self.ranks) <= MAX_RANKS_IN_TEXT:
             return str([*self.ranks] if len(self.shape) == 1 else _nested(self.ranks, self.shape))
         return f"{' x '.join(map(str, self.shape))} ranks, {self.ranks[0]} to {self.ranks[-1]}"
@@ -47,11 +47,11 @@ class RankSet:
 _by_group: MutableMapping[ProcessGroup, RankSet] = WeakKeyDictionary()
 _by_mesh: MutableMapping[DeviceMesh, RankSet] = WeakKeyDictionary()
 _groups_by_mesh: dict[int, tuple[ref[DeviceMesh], dict[int, ProcessGroup]]] = {}
-"""By the ids of living meshes: equal meshes may have other groups, as after the world was made again."""
+"""Keyed by the ids of living meshes: equal meshes may have different groups, if the world was initialized again."""
 
 
 def is_known_to_torch(group: ProcessGroup) -> bool:
-    """Whether torch.distributed can tell the ranks of ``group``: not if another package made it."""
+    """Whether torch.distributed knows the ranks of ``group``; it does not if another package made the group."""
     try:
         group_ranks(group)
     except KeyError:
@@ -70,7 +70,7 @@ def group_ranks(group: ProcessGroup) -> RankSet:
 
 def mesh_ranks(mesh: DeviceMesh) -> RankSet:
     """The global ranks of ``mesh``, in row-major order of its dimensions."""
-    # Equal meshes share them. The coordinate of this process is not kept here: another world may give it another rank.
+    # Equal meshes share one entry. It has no coordinate of this process, which may have another rank in another world.
     rank_set = _by_mesh.get(mesh)
     if rank_set is None:
         rank_set = _by_mesh[mesh] = RankSet(tuple(mesh.mesh.flatten().tolist()), tuple(mesh.mesh.shape))

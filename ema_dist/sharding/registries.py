@@ -26,7 +26,7 @@ class Substitute(NamedTuple):
     tensor: Tensor
 
     def assign(self, tensor: Tensor) -> None:
-        """Register ``tensor`` by ``setattr``, for modules that do more then: RNNs also keep a list of their weights."""
+        """Register ``tensor`` by ``setattr``, which does more in some modules: RNNs also update a list of weights."""
         setattr(self.entry.module, self.entry.name, tensor)
 
     @property
@@ -43,7 +43,7 @@ class RegistrySubstitution:
 
     Args:
         substitutes: at most one for each registry entry; the entries of a tied tensor have the same substitute.
-        modules: the modules that must not load weights meanwhile: those of the entries, and others.
+        modules: the modules, of the entries and others, whose ``load_state_dict()`` raises meanwhile.
 
     Memory: none.
     """
@@ -85,9 +85,9 @@ class RegistrySubstitution:
         self._is_inside = True
 
     def leave(self) -> list[Tensor]:
-        """Put the live tensors back; it can be repeated after an exception ended it or `enter`.
+        """Put the live tensors back; can be called again if an exception interrupted it or `enter`.
 
-        Returns: the live tensors whose substitutes had been replaced meanwhile.
+        Returns: the live tensors whose substitutes were replaced since `enter`.
         """
         was_inside, self._is_inside = self._is_inside, False
         for hooks in chain(self._state_pre_hooks, self._state_post_hooks, self._load_pre_hooks):
@@ -133,7 +133,7 @@ _HOOK_KEY = "ema_dist"
 
 
 def resolve_live(tensor: Tensor) -> Tensor:
-    """The live tensor that ``tensor`` replaces at the moment; ``tensor`` itself if it is not a substitute."""
+    """The live tensor that ``tensor`` currently replaces; ``tensor`` itself if it is not a substitute."""
     for substitution in tuple(_active):  # a copy: other threads may enter and leave
         tensor = substitution.live.get(id(tensor), tensor)
     return tensor
@@ -150,16 +150,16 @@ def _show_substitutes(module: nn.Module, *_: object) -> None:
 
 
 def _refuse_loading(*_: object) -> None:
-    if _active:  # deepcopy of a module also copies the hook
+    if _active:  # a deepcopy of a module has the hook, too, and keeps it after the block
         raise RuntimeError("load_state_dict() inside serving(): the modules hold averages there; load after the block")
 
 
 def replace_inference_buffers(model: nn.Module) -> None:
-    """Replace persistent buffers that were made in ``torch.inference_mode()`` by equal ones that can be written to.
+    """Replace persistent buffers that were made in ``torch.inference_mode()`` with copies that can be written to.
 
-    A module that assigns its buffers (``self.total = self.total + 1``) makes such a tensor in each evaluation.
+    A module that assigns its buffers (``self.total = self.total + 1``) makes such a buffer in each evaluation.
     """
-    replaced: dict[int, tuple[Tensor, Tensor]] = {}  # with the old buffers, as the ids of freed ones are used again
+    replaced: dict[int, tuple[Tensor, Tensor]] = {}  # keeps the old buffers, because ids of freed objects are reused
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is None or name in module._non_persistent_buffers_set or not buffer.is_inference():

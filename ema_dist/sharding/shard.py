@@ -15,10 +15,10 @@ CopyFunction = Callable[[Tensor, Tensor], object]
 
 
 class Shard(ABC):
-    """What this rank holds of one tensor, and how to wrap, gather and slice it.
+    """The part of one tensor that this rank holds, and how to wrap, gather and slice it.
 
     Args:
-        names: canonical names, those of the unwrapped model's ``state_dict()``; several when the tensor is tied.
+        names: canonical names (as in the unwrapped model's ``state_dict()``); several if the tensor is tied.
         local: this rank's plain tensor, detached: the model's own storage, not a copy.
         owner: the parameter or buffer that ``named_parameters()`` or ``named_buffers()`` returns for it.
         replica_group: the ranks that hold an identical ``local``, including this one; None if there are no others.
@@ -109,7 +109,7 @@ class Shard(ABC):
 
     @property
     def global_offset(self) -> int:
-        """The offset of ``local`` in the concatenated parts of all ranks; if these are rows, in the full tensor."""
+        """The offset of ``local`` in the concatenated parts of all ranks (the full tensor, if the parts are rows)."""
         return 0
 
     @property
@@ -196,7 +196,7 @@ class Shard(ABC):
     @property
     @abstractmethod
     def sharding_text(self) -> str:
-        """The shape and the ranks, for messages about two shards that differ; elsewhere `summary`."""
+        """The shape, sharding and ranks, for messages about two shards that differ; other messages use `summary`."""
 
 
 def memory_order(shape: Iterable[int], stride: Iterable[int]) -> list[int] | None:

@@ -22,18 +22,18 @@ from ema_dist.sharding.rank_sets import group_ranks, is_known_to_torch, mesh_ran
 from ema_dist.sharding.shard import Shard, has_contiguous_rows
 
 _meshes_by_model: MutableMapping[nn.Module, dict[object, DeviceMesh]] = WeakKeyDictionary()
-"""The meshes made for each model: they are the same whenever it is read again, so that shards are compared quickly.
+"""The meshes made for each model. They are reused when the model is read again, so that shards compare quickly.
 
-By model, because a mesh holds its process groups: by group, it would keep itself alive.
+Keyed by model: a mesh references its process groups, so a mesh keyed by its group would keep itself alive.
 """
 
 
 class _Replication(NamedTuple):
-    """How tensors of one mesh and placement are replicated: the same for all of them, and slow to find out for each."""
+    """How tensors with the same mesh and placements are replicated; found once, because finding it is slow."""
 
     group: ProcessGroup | None
     rows_mesh: DeviceMesh | None = None
-    """The mesh with the replicas as its last dimension, over which rows are split; None where they cannot be."""
+    """The mesh with the replicas as its last dimension, over which rows are split; None if rows cannot be split."""
     other_placements: tuple[Placement, ...] = ()
     """The placements over the other dimensions of `rows_mesh`."""
 
@@ -55,8 +55,8 @@ class ShardFactory:
             if self._split:
                 raise ValueError(
                     f"the model is replicated over a {type(replica_group).__name__}, a process group whose ranks "
-                    "torch.distributed does not know, as in torchft, where replicas come and go: averages cannot be "
-                    'split among them; pass replicas="copy"'
+                    "torch.distributed does not know (as in torchft, where replicas join and leave), so averages "
+                    'cannot be split among the replicas: pass replicas="copy"'
                 )
             replica_group = None
         if replica_group is not None and replica_group.size() == 1:
@@ -82,7 +82,10 @@ class ShardFactory:
         replication = self._replications.get(key)
         if replication is None:
             if partial := [placement for placement in placements if placement.is_partial()]:
-                raise ValueError(f"{names[0]!r} is placed {partial}: a sum still to be made is not a weight to average")
+                raise ValueError(
+                    f"{names[0]!r} is placed {partial}, a sum that is not computed yet, and cannot be averaged: "
+                    "redistribute it to Shard or Replicate placements first"
+                )
             replication = self._replications[key] = self._replication(mesh, placements, outer_group)
         shard = MeshShard(
             names,
@@ -98,8 +101,8 @@ class ShardFactory:
             dim, count = next(iter(uneven.items()))
             raise ValueError(
                 f"{names[0]!r} of shape {tuple(tensor.shape)}: FSDP2 over tensor parallelism splits dimension {dim} "
-                f"unevenly, and torch {torch.__version__} gathers and saves it wrongly: use a size that {count} "
-                "divides, or torch 2.11 or later"
+                f"unevenly, and torch {torch.__version__} gathers and saves it wrongly: use a size divisible by "
+                f"{count}, or torch 2.11 or later"
             )
         if replication.rows_mesh is not None and split and has_contiguous_rows(shard.local):
             shard.averaged_part = split_rows(

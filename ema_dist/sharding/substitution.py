@@ -1,4 +1,4 @@
-"""Makes the forward pass of a model compute with other tensors than its weights."""
+"""Makes the forward pass of a model compute with other tensors instead of its weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ema_dist.sharding.shard import Shard
 
 
 class Substitution:
-    """Between `enter` and `leave`, forward passes compute with other tensors than the model's weights.
+    """Between `enter` and `leave`, forward passes compute with other tensors instead of the model's weights.
 
     The live weights do not change.
 
     Args:
         layout: the live weights.
-        local_tensors: this rank's tensors by the first names of parameters and buffers, as `Shard.empty_local` makes
-            them.
+        local_tensors: this rank's tensors to compute with, by the first names of parameters and buffers; each is like
+            the result of `Shard.empty_local`.
 
     Memory: no storage, only an object for each tensor.
     """
@@ -92,7 +92,7 @@ class Substitution:
         self._gradient_versions: list[int] = []
         self._forward_syncs: list[bool] = []
         self._is_inside = False
-        """Whether `enter` has completed, and `leave` has not."""
+        """Whether `enter` has completed and `leave` has not."""
 
     def enter(self) -> None:
         """Put the tensors where forward passes read weights."""
@@ -110,10 +110,10 @@ class Substitution:
         return any(map(_requires_grad, self._substitutes.values()))
 
     def leave(self) -> tuple[list[str], list[str]]:
-        """Put the live weights back; it can be repeated after an exception ended it or `enter`.
+        """Put the live weights back; can be called again if an exception interrupted it or `enter`.
 
-        Returns: the names of parameters that were written to, moved or replaced meanwhile, and the names of those that
-            got gradients.
+        Returns: the names of parameters that were written to, moved or replaced since `enter`, and the names of
+            parameters that got gradients.
         """
         try:
             replaced = self._registry_substitution.leave()
@@ -167,7 +167,7 @@ def unsupported_reason(layout: Layout, names: Iterable[str]) -> str:
     owners = [layout.parameters[name].owner for name in names]
     not_gathered = [owner for owner in owners if layout.fsdp2_units.padded_numel(owner) is None]
     if types := sorted({type(owner).__name__ for owner in not_gathered if type(owner) not in (nn.Parameter, DTensor)}):
-        return f"parameters are of types of their own, {types}"
+        return f"parameters have custom types, {types}"
     if any(isinstance(module, torch.jit.ScriptModule) for module in layout.model.modules()):
         return "TorchScript has compiled parameters into the model"
     return ""

@@ -91,9 +91,9 @@ def test_lazily_conjugated_weights_are_resolved_on_the_device(monkeypatch: pytes
 
 def test_only_copies_between_the_host_and_a_gpu_are_staged() -> None:
     cpu, first, second = (torch.device(name) for name in ("cpu", "cuda:0", "cuda:1"))
-    assert bus_copy._other_than_host(cpu, second) == second  # noqa: SLF001
-    assert bus_copy._other_than_host(first, cpu) == first  # noqa: SLF001
-    assert [bus_copy._other_than_host(*pair) for pair in ((cpu, cpu), (first, second))] == [None, None]  # noqa: SLF001
+    assert bus_copy._pinnable_device(cpu, second) == second  # noqa: SLF001
+    assert bus_copy._pinnable_device(first, cpu) == first  # noqa: SLF001
+    assert [bus_copy._pinnable_device(*pair) for pair in ((cpu, cpu), (first, second))] == [None, None]  # noqa: SLF001
 
 
 def test_a_gpu_gets_two_pinned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_a_gpu_gets_two_pinned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[bool] = []
     empty = torch.empty
     monkeypatch.setattr(torch, "get_device_module", lambda _: device)
-    monkeypatch.setattr(bus_copy, "_other_than_host", lambda *_: torch.device("cuda", 1))
+    monkeypatch.setattr(bus_copy, "_pinnable_device", lambda *_: torch.device("cuda", 1))
 
     def recording_empty(*sizes: int, pin_memory: bool, **options: Any) -> Tensor:  # noqa: ANN401
         pinned.append(pin_memory)
@@ -124,7 +124,7 @@ def test_without_memory_to_pin_torch_copies(monkeypatch: pytest.MonkeyPatch) -> 
     device: Any = LateDevice(monkeypatch)
     device.device = lambda _: nullcontext()
     monkeypatch.setattr(torch, "get_device_module", lambda _: device)
-    monkeypatch.setattr(bus_copy, "_other_than_host", lambda *_: torch.device("cuda", 1))
+    monkeypatch.setattr(bus_copy, "_pinnable_device", lambda *_: torch.device("cuda", 1))
     monkeypatch.setattr(torch, "empty", fail)
     value, copied = torch.randn(2**18), torch.zeros(2**18)
     copy_pairs([(copied, value)])
