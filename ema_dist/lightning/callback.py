@@ -1,5 +1,7 @@
 """Lightning's EMA callback: averages are updated in training, swapped in for validation, and saved in checkpoints."""
 
+# ruff: noqa: ARG002  the signatures of hooks are Lightning's
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
@@ -43,7 +45,8 @@ class EMAWeightAveraging(Callback):
             A law's time is in optimizer steps since the first update.
         update_every_n_steps: update after the optimizer steps 1, 1 + n, 1 + 2n, ...; 0 for no update after a step.
         update_starting_at_step: no update after this many first steps: the averages stay at the initial weights.
-        update_starting_at_epoch: update at the end of each epoch too, from this one on, counted from 0.
+        update_starting_at_epoch: update at the end of each epoch too, from this one on, counted from 0; after the
+            checkpoints of the epoch are saved.
         start: the first update copies the live weights, and so do all before this time.
         dtype: as for `ShardedEMA`.
         rounding: as for `ShardedEMA`.
@@ -60,7 +63,7 @@ class EMAWeightAveraging(Callback):
     Source: ``lightning.pytorch.callbacks.EMAWeightAveraging`` of Lightning 2.6.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  Lightning's arguments and those of ShardedEMA
         self,
         device: torch.device | str | int | None = None,
         use_buffers: bool = True,  # noqa: FBT001, FBT002  as in Lightning
@@ -136,7 +139,7 @@ class EMAWeightAveraging(Callback):
             self._checkpoint = None
             wrap_save_hook(pl_module, trainer, self._save_weights)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the averages: the first hook at which the model is wrapped. FSDP loads a checkpoint after it."""
         self._is_fitting = True
         checkpoint, self._checkpoint = self._checkpoint, None
@@ -145,18 +148,20 @@ class EMAWeightAveraging(Callback):
         else:
             self.ema = load_averages(checkpoint, trainer, lambda: self._make_averages(trainer))
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the optimizer steps from here on."""
         self._progress.fill(trainer)
         optimizers = optimizers_of_averaged_parameters(trainer.optimizers, self._model(trainer), self._select)
         self._step_monitor = StepMonitor(optimizers, has_stepped=False)
-        # A checkpoint that was saved in the validation at the end of an epoch resumes after this epoch: Lightning does
-        # not call on_train_epoch_end for it.
-        self._update_after_epoch(trainer, trainer.current_epoch - 1)
+        self._update_after_epoch(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the update that was due at the end of the epoch before."""
+        self._update_after_epoch(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:  # noqa: ARG002  Lightning's signature
+    ) -> None:
         """Update the averages, once for all optimizers that have stepped in this batch."""
         monitor = self._require_begun(self._step_monitor)
         has_stepped, found_inf = monitor.consume()
@@ -171,32 +176,29 @@ class EMAWeightAveraging(Callback):
         if self.should_update(step_idx=self._progress.steps - 1):
             self._update(trainer, found_inf)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-        """Update the averages, if they are due at the end of this epoch."""
-        self._update_after_epoch(trainer, trainer.current_epoch)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the averages in, before the hooks of the LightningModule."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._swap_in()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the live weights in, before ModelCheckpoint saves."""
         self._swap_out()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Swap the live weights in, before ModelCheckpoint saves with ``save_on_exception``."""
         self._swap_out(exception)
         self._stop_counting()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the averages in the model."""
         ema = self._require_begun(self.ema)
+        self._update_after_epoch(trainer)
         self._stop_counting()
         ema.copy_to(self._model(trainer))
         self._is_fitting = False  # checkpoints after this have no live weights
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: ARG002
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the module its own hook back."""
         if stage == TrainerFn.FITTING:
             unwrap_save_hook(pl_module)
@@ -213,7 +215,7 @@ class EMAWeightAveraging(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        checkpoint: dict[str, Any],  # noqa: ARG002
+        checkpoint: dict[str, Any],
     ) -> None:
         """Make the averages the weights of the checkpoint, and add the live weights."""
         if not self._is_fitting:
@@ -226,7 +228,7 @@ class EMAWeightAveraging(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        checkpoint: dict[str, Any],  # noqa: ARG002
+        checkpoint: dict[str, Any],
     ) -> None:
         """Continue from the live weights and the averages of a checkpoint; outside of a fit, from its averages."""
         if trainer.state.fn != TrainerFn.FITTING:
@@ -262,8 +264,14 @@ class EMAWeightAveraging(Callback):
             )
         return value
 
-    def _update_after_epoch(self, trainer: pl.Trainer, epoch: int) -> None:
+    def _update_after_epoch(self, trainer: pl.Trainer) -> None:
+        """Update the averages, if that is due at the end of the last epoch and was not done.
+
+        Not in on_train_epoch_end: ModelCheckpoint saves there what the validation measured before. A checkpoint of the
+        end of an epoch is without this update, which `on_train_start` makes up for.
+        """
         self._require_begun(self.ema)
+        epoch = trainer.current_epoch - 1
         if epoch > self._progress.latest_epoch:
             if self.should_update(epoch_idx=epoch):
                 self._update(trainer, None)

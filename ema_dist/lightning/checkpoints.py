@@ -91,8 +91,8 @@ def load_averages(
     ema = make_averages()
     if AVERAGING_STATE not in checkpoint:
         rank_zero_warn(
-            "The checkpoint was saved without EMAWeightAveraging, or after the fit had ended. Both the live weights and "
-            "the averages start from its state_dict."
+            "The checkpoint was saved without EMAWeightAveraging, or after the fit had ended: the live weights and the "
+            "averages both start from its state_dict"
         )
         return ema
     if OURS not in checkpoint:
@@ -109,9 +109,13 @@ def load_averages(
 
 def _beside_weights(live: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
     """What is under ``state_dict`` of a sharded checkpoint beside the model's weights."""
-    has_tensors = any(entry[kind] for entry in tensors.values() for kind in KINDS)
-    # DCP would save an empty dictionary as a value, and not on every rank.
-    return {SHARDED_LIVE: live, **({OURS: tensors} if has_tensors else {})}
+    # Without empty dictionaries: DCP would save them as values, and not on every rank.
+    filled = {
+        track: {kind: values for kind, values in kinds.items() if values}
+        for track, kinds in tensors.items()
+        if any(kinds.values())
+    }
+    return {SHARDED_LIVE: live, **({OURS: filled} if filled else {})}
 
 
 def _shown(state: Mapping[str, Any]) -> str:

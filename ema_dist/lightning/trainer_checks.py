@@ -48,8 +48,8 @@ def require_supported(trainer: pl.Trainer, callback: Callback) -> None:
     strategy = trainer.strategy
     if not isinstance(strategy, SUPPORTED) or isinstance(strategy, UNSUPPORTED):
         raise MisconfigurationException(
-            f"EMAWeightAveraging does not support {type(strategy).__qualname__}: expected a single device, DDPStrategy, "
-            "FSDPStrategy or ModelParallelStrategy (FSDP2). DeepSpeed keeps weights and optimizers of its own; FSDP2 "
+            f"EMAWeightAveraging does not support {type(strategy).__qualname__}: expected a single device, "
+            "DDPStrategy, FSDPStrategy or ModelParallelStrategy. DeepSpeed has weights and optimizers of its own; FSDP "
             "shards them as ZeRO-3 does"
         )
 

@@ -1,7 +1,8 @@
-"""Runs of Lightning's real Trainer on a CPU: a small module, its data, its strategies, and a recorder of its weights."""
+"""Runs of Lightning's real Trainer on a CPU: a small module, its data, its strategies, and what its hooks see."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 on_ranks = partial(pytest.mark.world_size, timeout=180)
 
@@ -56,7 +59,7 @@ class Module(pl.LightningModule):
         self.losses.append(loss.item())
         self.log("val_loss", loss, sync_dist=True)
 
-    def test_step(self, batch: Any, _: int) -> None:  # noqa: ANN401
+    def test_step(self, batch: Any, _: int) -> None:  # noqa: ANN401, PT019  not a test
         self.log("test_loss", self.loss(batch), sync_dist=True)
 
     def loss(self, batch: Any) -> Tensor:  # noqa: ANN401
@@ -140,20 +143,71 @@ def make_trainer(layout: str, *callbacks: Callback, folder: Path, **settings: An
         )
 
 
-def make_loader(seed: int = 1) -> DataLoader[Any]:
-    """Inputs and their sums."""
-    inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(seed))
+def make_loader(seed: int = 1, *, samples: int = 64) -> DataLoader[Any]:
+    """Inputs and their sums, `samples` different ones."""
+    inputs = torch.randn(samples, 8, generator=torch.Generator().manual_seed(seed)).repeat(64 // samples, 1)
     return DataLoader(TensorDataset(inputs, inputs.sum(dim=1, keepdim=True)), batch_size=4)
 
 
-def fit(trainer: pl.Trainer, module: pl.LightningModule, **settings: Any) -> None:  # noqa: ANN401
-    """Train, and ignore the warnings of Lightning and torch."""
+def fit(trainer: pl.Trainer, module: pl.LightningModule, *, samples: int = 64, **settings: Any) -> None:  # noqa: ANN401
+    """Train, and ignore the warnings of Lightning and torch.
+
+    Pass samples=1 to resume inside of an epoch, where Lightning begins with the first batch of the loader again.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(module, make_loader(), make_loader(2), **settings)
+        trainer.fit(module, make_loader(samples=samples), make_loader(2), **settings)
+
+
+def validate(trainer: pl.Trainer, module: pl.LightningModule, **settings: Any) -> float:  # noqa: ANN401
+    """The validation loss, ignoring the warnings of Lightning and torch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return trainer.validate(module, make_loader(2), verbose=False, **settings)[0]["val_loss"]
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """Full copies of the tensors in the model by canonical name, on every rank."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     return {name: tensor.detach().clone() for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+
+
+class Recorder(Callback):
+    """Records full weights: the live ones after each batch with a step, and those in the model during validation."""
+
+    def __init__(self) -> None:
+        self.after_step: list[dict[str, Tensor]] = []
+        self.in_validation: list[dict[str, Tensor]] = []
+        self._step = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self.after_step.append(full_weights(trainer.strategy.model))
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        self.in_validation.append(full_weights(trainer.strategy.model))
+
+
+def lightning_average(weights: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
+    """The oracle: the average of floating tensors in float64, which begins with a copy."""
+    average: dict[str, Tensor] = {}
+    for full in weights:
+        for name, live in full.items():
+            if live.is_floating_point():
+                average[name] = average.get(name, live.double()) * decay + live.double() * (1 - decay)
+    return average
+
+
+def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    """Each floating tensor of `right` is in `left`, within the tolerance."""
+    for name, expected in right.items():
+        if expected.is_floating_point():
+            torch.testing.assert_close(left[name].double(), expected.double(), rtol=tolerance, atol=tolerance, msg=name)
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """The same names, and bit-identical tensors."""
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, different
