@@ -137,7 +137,7 @@ class EMAWeightAveraging(Callback):
             self._is_fitting = False  # also after a fit that an exception ended
             self._progress = Progress()
             self._checkpoint = None
-            wrap_save_hook(pl_module, trainer, self._save_weights)
+            wrap_save_hook(pl_module, trainer, self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the averages: the first hook at which the model is wrapped. FSDP loads a checkpoint after it."""
@@ -224,6 +224,11 @@ class EMAWeightAveraging(Callback):
         live, averages = self._both_weights(trainer, checkpoint[WEIGHTS])
         add_averages(checkpoint, ema, live=live, averages=averages)
 
+    def save_weights(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Make the averages the weights of a checkpoint with ``save_weights_only=True``, which has nothing else."""
+        if self._is_fitting:
+            _, checkpoint[WEIGHTS] = self._both_weights(trainer, checkpoint[WEIGHTS])
+
     def on_load_checkpoint(
         self,
         trainer: pl.Trainer,
@@ -296,10 +301,6 @@ class EMAWeightAveraging(Callback):
         if self._step_monitor is not None:
             self._step_monitor.remove()
         self._step_monitor = None
-
-    def _save_weights(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        if self._is_fitting:
-            _, checkpoint[WEIGHTS] = self._both_weights(trainer, checkpoint[WEIGHTS])
 
     def _both_weights(self, trainer: pl.Trainer, current: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The model's state with the live weights, and with the averages; ``current`` is that of the model as it is."""

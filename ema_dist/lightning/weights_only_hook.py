@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
-from weakref import WeakMethod, ref
+from typing import Any, Protocol
+from weakref import ref
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -13,16 +13,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 HOOK = "on_save_checkpoint"
 
 SaveHook = Callable[[dict[str, Any]], None]
-SaveWeights = Callable[[pl.Trainer, dict[str, Any]], None]
 
 
-def wrap_save_hook(module: pl.LightningModule, trainer: pl.Trainer, save_weights: SaveWeights) -> None:
-    """Call ``save_weights(trainer, checkpoint)`` before the module's ``on_save_checkpoint``, if no callback was called.
+class SavesWeights(Protocol):
+    """A callback that replaces the weights of a checkpoint."""
 
-    The module's hook is the only one that Lightning calls for these checkpoints.
+    def save_weights(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Replace the weights."""
+        ...
 
-    Args:
-        save_weights: a method; the module does not keep its object alive, and can be copied.
+
+def wrap_save_hook(module: pl.LightningModule, trainer: pl.Trainer, callback: SavesWeights) -> None:
+    """Call ``callback.save_weights`` before the module's ``on_save_checkpoint``, if no hook of callbacks was called.
+
+    The module's hook is the only one that Lightning calls for these checkpoints. It refers to the callback weakly, as a
+    copy of the module would otherwise copy the averages.
     """
     unwrap_save_hook(module)
     hook = getattr(module, HOOK, None)
@@ -31,7 +36,7 @@ def wrap_save_hook(module: pl.LightningModule, trainer: pl.Trainer, save_weights
             f"expected LightningModule.{HOOK}, which Lightning {pl.__version__} lacks: without it checkpoints with "
             "save_weights_only=True would hold the live weights; install another version of Lightning"
         )
-    setattr(module, HOOK, partial(_save, WeakMethod(save_weights), ref(trainer), hook))
+    setattr(module, HOOK, partial(_save, ref(callback), ref(trainer), hook))
 
 
 def unwrap_save_hook(module: pl.LightningModule) -> None:
@@ -42,9 +47,9 @@ def unwrap_save_hook(module: pl.LightningModule) -> None:
 
 
 def _save(
-    save_weights: WeakMethod[SaveWeights], trainer: ref[pl.Trainer], hook: SaveHook, checkpoint: dict[str, Any]
+    callback_ref: ref[SavesWeights], trainer_ref: ref[pl.Trainer], hook: SaveHook, checkpoint: dict[str, Any]
 ) -> None:
-    save, trainer_now = save_weights(), trainer()
-    if save is not None and trainer_now is not None and "callbacks" not in checkpoint:
-        save(trainer_now, checkpoint)
+    callback, trainer = callback_ref(), trainer_ref()
+    if callback is not None and trainer is not None and "callbacks" not in checkpoint:
+        callback.save_weights(trainer, checkpoint)
     hook(checkpoint)

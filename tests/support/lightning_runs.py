@@ -160,10 +160,22 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, *, samples: int = 64, *
 
 
 def validate(trainer: pl.Trainer, module: pl.LightningModule, **settings: Any) -> float:  # noqa: ANN401
-    """The validation loss, ignoring the warnings of Lightning and torch."""
+    """The validation loss."""
+    return _evaluate(trainer.validate, module, **settings)["val_loss"]
+
+
+def test(trainer: pl.Trainer, module: pl.LightningModule) -> float:
+    """The test loss, of the same data."""
+    return _evaluate(trainer.test, module)["test_loss"]
+
+
+test.__test__ = False  # type: ignore[attr-defined]  pytest does not collect it
+
+
+def _evaluate(evaluate: Any, module: pl.LightningModule, **settings: Any) -> dict[str, float]:  # noqa: ANN401
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return trainer.validate(module, make_loader(2), verbose=False, **settings)[0]["val_loss"]
+        return evaluate(module, make_loader(2), verbose=False, **settings)[0]
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
