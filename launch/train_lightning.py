@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ema_dist.lightning import EMAWeightAveraging
 from recipe.data import Images, load_images, shift_images
-from recipe.folders import require_checkpoint_dir
 from recipe.model import VisionTransformer
 from recipe.script import OptionParser, UsageError, positive_int, print_rank_0, run_script
 
@@ -94,7 +93,6 @@ def train(args: argparse.Namespace, ranks: int) -> None:
     pl.seed_everything(args.seed, verbose=False)
     callbacks: list[Callback] = [EMAWeightAveraging(decay=args.decay), Report()]
     if args.save_folder:
-        require_checkpoint_dir(args.save_folder, option="--save-folder")
         callbacks.append(ModelCheckpoint(args.save_folder, filename="{epoch}", save_top_k=-1, save_last="link"))
     strategy = DDPStrategy() if args.parallel == "ddp" else ModelParallelStrategy(ranks, 1)
     trainer = pl.Trainer(

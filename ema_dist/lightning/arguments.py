@@ -9,11 +9,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from ema_dist.averages.offload import Offloaded
+from ema_dist.sharding import is_wrapper_subclass, local_tensor
 
 
-def is_floating(_: str, parameter: Tensor) -> bool:
-    """The default of ``select``: as Lightning's callback, average frozen parameters too, as they may be unfrozen."""
-    return parameter.is_floating_point() or parameter.is_complex()
+def is_averaged_by_default(_: str, parameter: Tensor) -> bool:
+    """The default of ``select``: as in Lightning, frozen parameters too, as they may be unfrozen; not quantized ones."""
+    has_average = parameter.is_floating_point() or parameter.is_complex()
+    return parameter.requires_grad or (has_average and not is_wrapper_subclass(local_tensor(parameter)))
 
 
 def checked_count(name: str, value: int | None) -> int | None:

@@ -20,7 +20,7 @@ from ema_dist.averages.precision import Compensated, Precision, Stochastic
 from ema_dist.averages.step_monitor import StepMonitor
 from ema_dist.ema import ShardedEMA
 from ema_dist.evaluation.block import EvaluationBlock
-from ema_dist.lightning.arguments import checked_count, checked_device, is_floating, make_store
+from ema_dist.lightning.arguments import checked_count, checked_device, is_averaged_by_default, make_store
 from ema_dist.lightning.checkpoints import WEIGHTS, add_averages, copy_weights, load_averages
 from ema_dist.lightning.progress import Progress
 from ema_dist.lightning.trainer_checks import optimizers_of_averaged_parameters, require_supported
@@ -96,7 +96,7 @@ class EMAWeightAveraging(Callback):
                 f'decay: expected one of several tracks to be called "default", got {[*decay]}: that one is swapped '
                 "into the model for validation"
             )
-        self._select = select or is_floating
+        self._select = select or is_averaged_by_default
         self._settings: dict[str, Any] = {
             "decay": decay,
             "start": start,

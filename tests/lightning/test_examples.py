@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support import LAUNCH, ROOT
 from tests.support.injected_signals import TORCHRUN
@@ -20,7 +19,7 @@ pytest.importorskip("lightning", reason="needs lightning: tox -e frameworks")
 SCRIPT = LAUNCH / "train_lightning.py"
 TWO_RANKS = (*TORCHRUN, "--standalone", "--nproc-per-node", "2")
 EXAMPLES = re.compile(r'^```py title="(\w+\.py)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-SCORES = re.compile(r"^epoch .*$", re.MULTILINE)
+SCORES = re.compile(r"^(epoch .*): average loss [\d.]+, accuracy [\d.]+%$", re.MULTILINE)
 
 
 def output_of(*command: str | Path, folder: Path) -> str:
@@ -45,19 +44,12 @@ def test_the_scripts_of_the_page_run_and_resume(tmp_path: Path) -> None:
             assert f"{count} steps, accuracy of the averages" in output_of(*TWO_RANKS, name, folder=folder)
 
 
-@pytest.mark.parametrize(("parallel", "root"), [("ddp", None), ("fsdp2", "state_dict")])
-def test_the_launch_script_resumes_to_the_same_scores(parallel: str, root: str | None, tmp_path: Path) -> None:
-    """By torchrun first, and then by Lightning's launcher."""
-    options = (SCRIPT, "--device", "cpu", "--parallel", parallel, "--epochs", "2", "--save-folder")
+def test_the_launch_script_resumes_a_sharded_checkpoint_with_lightnings_launcher(tmp_path: Path) -> None:
+    options = (SCRIPT, "--device", "cpu", "--parallel", "fsdp2", "--epochs", "2", "--save-folder")
     scores = SCORES.findall(output_of(*TWO_RANKS, *options, tmp_path / "whole", folder=tmp_path))
-    assert [line.split(":")[0] for line in scores] == ["epoch 1, step 27", "epoch 2, step 54"]
-    (tmp_path / "resumed").mkdir()
-    first = tmp_path / "whole" / "epoch=0.ckpt"
-    (shutil.copytree if root else shutil.copy)(first, tmp_path / "resumed" / "last.ckpt")
+    assert scores == ["epoch 1, step 27", "epoch 2, step 54"]
+    shutil.copytree(tmp_path / "whole" / "epoch=0.ckpt", tmp_path / "resumed" / "last.ckpt")
     command = (sys.executable, *options, tmp_path / "resumed", "--resume", "--ranks", "2")
     resumed = output_of(*command, folder=tmp_path)
     assert "starting at step 27" in resumed
-    assert [line.split(":")[0] for line in SCORES.findall(resumed)] == ["epoch 2, step 54"]
-    if root is None:
-        saved = torch.load(first)
-        assert saved["state_dict"].keys() == saved["current_model_state"].keys()
+    assert SCORES.findall(resumed) == ["epoch 2, step 54"]
