@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ema_dist.lightning import EMAWeightAveraging
 from recipe.data import Images, load_images, shift_images
 from recipe.model import VisionTransformer
-from recipe.script import OptionParser, UsageError, positive_int, print_rank_0, run_script
+from recipe.script import OptionParser, UsageError, positive_int, run_script
 
 
 class Digits(pl.LightningModule):
@@ -66,11 +66,11 @@ class Report(Callback):
     """Prints the scores of the averages after each epoch, and what the run starts from."""
 
     def on_train_start(self, trainer: pl.Trainer, _: pl.LightningModule) -> None:
-        print_rank_0(f"starting at step {trainer.global_step}")
+        trainer.print(f"starting at step {trainer.global_step}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, _: pl.LightningModule) -> None:
         scores = trainer.callback_metrics
-        print_rank_0(
+        trainer.print(
             f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: "
             f"average loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.2%}"
         )
@@ -80,7 +80,6 @@ def main() -> None:
     args = parse_arguments()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning|torch")
-    os.environ.setdefault("RANK", os.environ.get("LOCAL_RANK", "0"))  # Lightning's launcher sets LOCAL_RANK alone
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", args.ranks))
     if args.batch_size % ranks:
         raise UsageError(f"a batch of {args.batch_size} images does not divide over {ranks} ranks: pass a multiple")
