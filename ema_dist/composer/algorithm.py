@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ema_dist.averages.full_weights import copy_into
 from ema_dist.averages.precision import Compensated, Precision, Stochastic
+from ema_dist.averages.step_monitor import StepMonitor
 from ema_dist.averages.tracks import BufferPolicy
 from ema_dist.composer.checkpoints import CheckpointHandler
 from ema_dist.composer.monolithic import transfer_averages
 from ema_dist.composer.schedule import DefaultHalfLife, UpdateSchedule
-from ema_dist.composer.step_monitor import StepMonitor
 from ema_dist.ema import ShardedEMA
 from ema_dist.evaluation.swap import active_swaps
 from ema_dist.sharding import Layout, ReplicaPolicy

@@ -1,4 +1,4 @@
-"""Whether optimizers have really stepped: a gradient scaler skips steps, and Composer's events do not show it."""
+"""Whether optimizers have really stepped: a gradient scaler skips steps, and the events of trainers do not show it."""
 
 from __future__ import annotations
 
