@@ -13,7 +13,7 @@ from ema_dist.sharding import is_wrapper_subclass, local_tensor
 
 
 def is_averaged_by_default(_: str, parameter: Tensor) -> bool:
-    """The default of ``select``: as in Lightning frozen parameters too, which may be unfrozen, but not quantized ones."""
+    """The default of ``select``: as in Lightning, also frozen parameters, which may be unfrozen; no quantized ones."""
     has_average = parameter.is_floating_point() or parameter.is_complex()
     return parameter.requires_grad or (has_average and not is_wrapper_subclass(local_tensor(parameter)))
 
