@@ -297,7 +297,7 @@ def test_a_model_that_is_wrapped_after_the_first_step_is_refused() -> None:
     ema = EMAModel(net)
     ema.step(net.parameters())
     wrap("fsdp2", net)
-    with pytest.raises(ValueError, match=r"blocks\.0\.module\.bias.*whole.*Shard"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.module\.bias.*full tensor.*Shard"):
         ema.step(net.parameters())
 
 
