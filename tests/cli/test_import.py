@@ -154,7 +154,7 @@ def test_buffers_stay_and_the_law_is_kept_without_a_reference(tmp_path: Path) ->
         (lambda _: {"state_dict_ema": Payload("harm")}, r"without running code: it holds .*Nothing in it was run"),
         (lambda _: {"n_averaged": torch.tensor(-1), "module.a": torch.ones(1)}, "n_averaged"),
         (lambda _: {"n_averaged": torch.tensor(1), "module.a": torch.ones(1).to_sparse()}, "'module.a'.*sparse"),
-        (lambda _: {"state_dict_ema": {}}, "'timm', but not one tensor"),
+        (lambda _: {"state_dict_ema": {}}, "'timm', but they hold no tensors"),
         (lambda net: DIFFUSERS | {"shadow_params": [*net.parameters()]}, r"lists 19 averages .*--reference"),
         (lambda _: {"state_dict": {}, "averaging_state": {}}, "averaging_state.n_averaged"),
         (lambda net: {"a": AveragedModel(net).state_dict(), "b": AveragedModel(net).state_dict()}, "holds 2 averages"),
