@@ -141,7 +141,7 @@ def _averages_of_ema(
     if not reference.marks_parameters:
         subset.notes.append(
             f"{reference.label} does not mark its parameters, so integer tensors and running statistics count "
-            "as buffers, and all others as trained parameters. If the model has other buffers or frozen parameters, save "
-            "the reference by torch.save(model.state_dict(keep_vars=True), ...)"
+            "as buffers, and all others as trained parameters. If the model has other buffers or frozen parameters, "
+            "save the reference by torch.save(model.state_dict(keep_vars=True), ...)"
         )
     return subset
