@@ -139,7 +139,9 @@ def test_buffers_stay_and_the_law_is_kept_without_a_reference(tmp_path: Path) ->
     model, ema = make_trained("plain", decay=HalfLife(3))
     expected = {name: value.clone() for name, value in ema.full_state_dict().items()}
     listed = [torch.full_like(parameter, 2.0) for parameter in model.parameters()]
-    checkpoint.import_averages(save(DIFFUSERS | {"shadow_params": listed, "min_decay": 0.5}, tmp_path / "e.pt"), ema)
+    source = save(DIFFUSERS | {"shadow_params": listed, "min_decay": 0.5}, tmp_path / "e.pt")
+    with pytest.warns(UserWarning, match=r"min_decay=0\.5\) -> HalfLife\(3\)"):
+        checkpoint.import_averages(source, ema)
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     expected |= {name: torch.full_like(expected[name], 2.0) for name in names}
     assert_bitwise_equal(ema.full_state_dict(), expected)
