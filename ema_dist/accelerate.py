@@ -101,7 +101,7 @@ class Registration:
         averages = Path(folder, self.name)
         if averages.is_dir():
             checkpoint.load({"ema": self.ema}, averages, timeout=self._timeout)
-        elif models:
+        elif any(_inner_module(model) is _inner_module(self.ema.model) for model in models):
             _reset_after_next_load(self.ema, folder)
         else:
             start_from_weights(self.ema, folder)  # FSDP: accelerate has loaded the weights already
@@ -127,5 +127,8 @@ def _reset_after_next_load(ema: ShardedEMA, folder: str) -> None:
         start_from_weights(ema, folder)
 
     # The inner module: accelerate loads into it or into its wrapper, and both call its hooks.
-    inner_module = extract_model_from_parallel(ema.model, keep_torch_compile=False)
-    handle = inner_module.register_load_state_dict_post_hook(reset)
+    handle = _inner_module(ema.model).register_load_state_dict_post_hook(reset)
+
+
+def _inner_module(model: nn.Module) -> nn.Module:
+    return extract_model_from_parallel(model, keep_torch_compile=False)

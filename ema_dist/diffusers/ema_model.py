@@ -94,6 +94,8 @@ class EMAModel:
         self._loaded: list[Tensor] | None = None
         """Full averages that were loaded, until `_ema` is constructed."""
         self._loaded_step = 0
+        self._trained: list[bool] = []
+        """Which parameters required gradients when `_ema` was constructed."""
         self._stored: dict[str, Tensor] | None = None
         """This rank's live parameters and buffers, kept from `store` to `restore`."""
 
@@ -145,7 +147,13 @@ class EMAModel:
         Raises: ValueError for parameters of another model, for a model that was changed or wrapped after the first
             call, and for parameters that DeepSpeed ZeRO-3 has partitioned.
         """
-        self._require_own([*parameters], "step")
+        own = self._require_own(parameters, "step")
+        trained = [parameter.requires_grad for parameter in own]
+        if self._ema is not None and trained != self._trained:
+            raise ValueError(
+                "parameters were frozen or unfrozen since the first step(): call state = ema.state_dict() before that, "
+                "and ema.load_state_dict(state) after it"
+            )
         if self._ema is None:
             ema = ShardedEMA(
                 self._model,
@@ -159,7 +167,7 @@ class EMAModel:
             )
             if self._loaded_step or self._loaded is not None:
                 load_averages(ema, self._loaded, self._settings, self._loaded_step)
-            self._ema, self._loaded, self._loaded_step = ema, None, 0
+            self._ema, self._loaded, self._loaded_step, self._trained = ema, None, 0, trained
         self._ema.update()
 
     def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -172,7 +180,7 @@ class EMAModel:
         Raises: ValueError for parameters that do not match the averages, before anything changes; RuntimeError when
             ranks of a sharded model do not arrive within ``timeout``.
         """
-        targets = [*parameters]
+        targets = _as_list(parameters)
         if not self._are_own(targets):
             self._copy_to_others(targets)
         elif self._ema is not None:
@@ -191,7 +199,7 @@ class EMAModel:
         Collective: no. Memory: the live parameters and buffers of this rank, on the CPU.
         Raises: ValueError for parameters of another model.
         """
-        self._require_own([*parameters], "store")
+        self._require_own(parameters, "store")
         self._stored = {shard.name: copy_to_host(shard.local) for shard in Layout(self._model, "copy").shards}
 
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -205,7 +213,7 @@ class EMAModel:
         """
         if self._stored is None:
             raise RuntimeError("restore() has nothing to restore: call store() first")
-        self._require_own([*parameters], "restore")
+        self._require_own(parameters, "restore")
         write(Layout(self._model, "copy"), self._stored)
         self._stored = None
 
@@ -276,7 +284,7 @@ class EMAModel:
         """
         settings = self._settings.updated(state_dict)
         step = state_dict.get("optimization_step", self.optimization_step)
-        if not isinstance(step, int) or step < 0:
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"optimization_step must be an integer >= 0, got {step!r}")
         tensors = state_dict.get("shadow_params")
         if tensors is not None:
@@ -332,12 +340,19 @@ class EMAModel:
     def _are_own(self, parameters: list[nn.Parameter]) -> bool:
         return [*map(id, parameters)] == [*map(id, self._model.parameters())]
 
-    def _require_own(self, parameters: list[nn.Parameter], method: str) -> None:
-        if not self._are_own(parameters):
+    def _require_own(self, parameters: Iterable[nn.Parameter] | nn.Module, method: str) -> list[nn.Parameter]:
+        given = _as_list(parameters)
+        if not self._are_own(given):
             own = {id(parameter) for parameter in self._model.parameters()}
-            shared = sum(id(parameter) in own for parameter in parameters)
+            shared = sum(id(parameter) in own for parameter in given)
             raise ValueError(
-                f"{method}() expected the {len(own)} parameters of the model given to EMAModel, got {len(parameters)}, "
+                f"{method}() expected the {len(own)} parameters of the model given to EMAModel, got {len(given)}, "
                 f"{shared} of them from that model. Pass parameters() of the same model; if it was rebuilt, construct "
                 "EMAModel again from the new one"
             )
+        return given
+
+
+def _as_list(parameters: Iterable[nn.Parameter] | nn.Module) -> list[nn.Parameter]:
+    """The parameters; diffusers' own methods also take the model itself."""
+    return [*(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)]

@@ -83,6 +83,8 @@ def shapes_of(model: nn.Module) -> list[torch.Size]:
 
 def require_shapes(tensors: list[Any], shapes: list[torch.Size], what: str) -> None:
     """Raise ValueError unless there is one tensor for each shape."""
+    if wrong := [tensor for tensor in tensors if not isinstance(tensor, Tensor)]:
+        raise ValueError(f"{what}: expected tensors, found a {type(wrong[0]).__name__}")
     if len(tensors) != len(shapes):
         raise ValueError(f"{what}: expected {len(shapes)} tensors, got {len(tensors)}")
     if different := [

@@ -26,7 +26,7 @@ from ema_dist.lightning.progress import Progress
 from ema_dist.lightning.trainer_checks import optimizers_of_averaged_parameters, require_supported
 from ema_dist.lightning.weights_only_hook import unwrap_save_hook, wrap_save_hook
 from ema_dist.schedules.clock import Clock
-from ema_dist.schedules.decay import as_schedules
+from ema_dist.schedules.decay import as_schedules, require_default_track
 from ema_dist.schedules.schedule import Schedule
 from ema_dist.sharding import ReplicaPolicy
 
@@ -89,13 +89,9 @@ class EMAWeightAveraging(Callback):
         try:  # now, not only when a fit begins
             Precision(dtype, rounding)
             Clock(as_schedules(decay), start=start, interval=1)
+            require_default_track(decay)
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"EMAWeightAveraging: {error}") from error
-        if isinstance(decay, Mapping) and len(decay) > 1 and "default" not in decay:
-            raise MisconfigurationException(
-                f'decay: expected one of several tracks to be called "default", got {[*decay]}: that one is swapped '
-                "into the model for validation"
-            )
         self._select = select or is_averaged_by_default
         self._settings: dict[str, Any] = {
             "decay": decay,

@@ -171,6 +171,14 @@ def record_decays(clock: Clock) -> dict[str, DecayRecord]:
     return records
 
 
+def require_default_track(decay: object) -> None:
+    """Raises: ValueError for several tracks of which none has the name that calls without a track use."""
+    if isinstance(decay, Mapping) and len(decay) > 1 and DEFAULT_TRACK not in decay:
+        raise ValueError(
+            f"expected one of several tracks to be called {DEFAULT_TRACK!r}, got {[*decay]}: evaluations use that one"
+        )
+
+
 def record_counts(law: Schedule | None, *, steps: int, start: int, has_average: bool) -> DecayRecord:
     """The record of averages by another package, with the clock that follows from its counts.
 

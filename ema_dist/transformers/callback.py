@@ -10,13 +10,17 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ema_dist import checkpoint
 from ema_dist.accelerate import save_averages, start_from_weights
 from ema_dist.averages.optimizer_hook import OptimizerHook
+from ema_dist.communication.rendezvous import rendezvous
 from ema_dist.ema import ShardedEMA
+from ema_dist.evaluation.swap import active_swaps
+from ema_dist.schedules.decay import require_default_track
 
 T = TypeVar("T")
 
@@ -41,6 +45,7 @@ class EMACallback(TrainerCallback):
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401  they are ShardedEMA's
         inspect.signature(ShardedEMA).bind(None, **settings)
+        require_default_track(settings.get("decay"))
         self.ema: ShardedEMA | None = None
         """The averages; each ``train()`` makes new ones at its start. None before the first."""
         self._settings = settings
@@ -49,7 +54,6 @@ class EMACallback(TrainerCallback):
         self._resumed_folder: Path | None = None
         self._run_folder: Path | None = None
         self._evaluates_live = False
-        self._is_swapped = False
 
     def bind(self, trainer: Trainer) -> EMACallback:
         """Add this callback to a `Trainer` or a subclass of it, before ``train()``; returns the callback.
@@ -73,7 +77,7 @@ class EMACallback(TrainerCallback):
         if any(callback is not self for callback in others):
             raise ValueError(
                 "this Trainer has another EMACallback, and both would put their averages into the model: use one with "
-                "several tracks, EMACallback(decay={'short': ..., 'long': ...})"
+                "several tracks, EMACallback(decay={'default': ..., 'long': ...})"
             )
         _require_supported(trainer)
         if self not in others:
@@ -165,6 +169,8 @@ class EMACallback(TrainerCallback):
         if resumed is True:
             resumed = get_last_checkpoint(str(trainer.args.output_dir))
         self._resumed_folder = Path(resumed) if resumed else None
+        if self not in trainer.callback_handler.callbacks:  # removed since bind()
+            self.ema = None
         try:
             return train(*args, **kwargs)
         finally:
@@ -194,27 +200,33 @@ class EMACallback(TrainerCallback):
 
     def _with_averages(self, call: Callable[[], T]) -> T:
         """Call it while the averages are in the model, if there are averages."""
-        # Not a context manager: with one, the warnings of swapped() would point to a line of contextlib.
-        if self.ema is None or self._is_swapped:
+        # No context manager of our own: warnings of swapped() would name a line of contextlib.
+        if self.ema is None or active_swaps(self.ema.model):
             return call()
-        self._wait_for_everyone()
+        self._meet_other_ranks()
         with self.ema.swapped():
-            self._is_swapped = True
-            try:
-                result = call()
-                self._wait_for_everyone()
-            finally:
-                self._is_swapped = False
+            result = call()
+            if self._ranks_wait:
+                self._require_trainer().accelerator.wait_for_everyone()
         return result
 
-    def _wait_for_everyone(self) -> None:
-        """Wait for all ranks, as long as the Trainer's own collectives do: one may be uploading, or writing the model.
+    @property
+    def _ranks_wait(self) -> bool:
+        """Whether ranks wait for each other; not with ``replicas="copy"``, so that one may work alone under DDP."""
+        return self._settings.get("replicas") != "copy" and dist.is_initialized()
 
-        The timeout of `ShardedEMA` is too short for that: it is meant to end all ranks soon after one raised. With
-        ``replicas="copy"`` ranks do not wait for each other, so that one rank may evaluate or save alone under DDP.
+    def _meet_other_ranks(self) -> None:
+        """Wait as long as the Trainer's own collectives do: another rank may be uploading, or writing the model.
+
+        The timeout of `ShardedEMA` is shorter, so that an exception on one rank soon ends all.
         """
-        if self._settings.get("replicas") != "copy":
-            self._require_trainer().accelerator.wait_for_everyone()
+        if self._ranks_wait:
+            rendezvous(
+                "evaluate(), predict(), save_model() or save_pretrained() with the averages of EMACallback",
+                [*range(dist.get_world_size())],
+                timeout=self._require_trainer().args.ddp_timeout,
+                advice='call it on every rank; EMACallback(replicas="copy") lets one rank work alone under DDP',
+            )
 
     def _load(self, ema: ShardedEMA, folder: Path) -> None:
         if (folder / FOLDER).is_dir():

@@ -301,6 +301,33 @@ def test_a_model_that_is_wrapped_after_the_first_step_is_refused() -> None:
         ema.step(net.parameters())
 
 
+@pytest.mark.world_size(1)
+def test_parameters_frozen_during_a_run_are_copied_as_by_diffusers() -> None:
+    net = make_net("plain")
+    ours, theirs = EMAModel(net, decay=0.5), training_utils.EMAModel(net.parameters(), decay=0.5)
+
+    def train() -> None:
+        for _ in range(3):
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.add_(torch.randn_like(parameter))
+            ours.step(net)  # the model itself, as diffusers takes it too
+            theirs.step(net.parameters())
+
+    train()
+    frozen = next(parameter for parameter in net.parameters() if parameter.requires_grad)
+    state = ours.state_dict()
+    frozen.requires_grad_(False)  # noqa: FBT003
+    with pytest.raises(ValueError, match=r"frozen or unfrozen.*load_state_dict"):
+        ours.step(net.parameters())
+    ours.load_state_dict(state)
+    train()
+    for mine, other in zip(ours.shadow_params, theirs.shadow_params, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="expected tensors, found a int"):
+        ours.load_state_dict({"shadow_params": [1] * len(state["shadow_params"])})
+
+
 @layouts("fsdp1")
 def test_a_model_that_fsdp1_flattens_later_is_refused(layout: str) -> None:
     """The module given is then inside the FSDP1 module, and its parameters are parts of a flat one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -281,6 +282,8 @@ class AddsLate(Recorder):
 def test_wrong_use_is_refused(layout: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="decy"):
         EMACallback(decy=0.9)
+    with pytest.raises(ValueError, match=r"'default'.*'short', 'long'"):
+        EMACallback(decay={"short": 0.5, "long": 0.9})
     trainer = make_trainer(layout, tmp_path, EMACallback(decay=DECAY))
     with pytest.raises(RuntimeError, match=r"not bound.*bind\(trainer\)"):
         trainer.train()
@@ -314,6 +317,27 @@ def test_wrong_use_is_refused(layout: str, tmp_path: Path) -> None:
     trainer.train()
     with pytest.raises(ValueError, match=r"checkpoint\.gather"):
         callback.save_pretrained(tmp_path / "averaged")
+
+
+@trainer_layouts("plain")
+def test_other_averages_and_no_averages_can_be_evaluated(layout: str, tmp_path: Path) -> None:
+    callback = EMACallback(decay={"default": HalfLife(math.inf), "long": 0.0})  # the initial weights, and the live ones
+    trainer = make_trainer(layout, tmp_path)
+    initial = trainer.evaluate()["eval_loss"]
+    callback.bind(trainer)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == initial
+    with callback.live_weights():
+        live = trainer.evaluate()["eval_loss"]
+    assert callback.ema is not None
+    with callback.ema.swapped("long"):
+        assert trainer.evaluate()["eval_loss"] == live != initial
+    trainer.remove_callback(callback)
+    trainer.train()
+    assert callback.ema is None
+    with callback.live_weights():
+        live = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == live
 
 
 class NotPretrained(torch.nn.Module):
