@@ -1,4 +1,4 @@
-"""Trains the digits of train.py with Lightning's Trainer: one import gives it averages that are sharded like the model.
+"""Trains the model of train.py with Lightning's Trainer, whose EMA callback is that of ema_dist.
 
     torchrun --nproc-per-node 2 launch/train_lightning.py                 # DDP, CPU or GPUs
     python launch/train_lightning.py --ranks 2 --parallel fsdp2           # Lightning's own launcher
@@ -63,7 +63,7 @@ class Digits(pl.LightningModule):
 
 
 class Report(Callback):
-    """Prints the scores of the averages after each epoch, and what the run starts from."""
+    """Prints the step at which the run starts, and the scores of the averages after each epoch."""
 
     def on_train_start(self, trainer: pl.Trainer, _: pl.LightningModule) -> None:
         trainer.print(f"starting at step {trainer.global_step}")
@@ -82,7 +82,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"lightning|torch")
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", args.ranks))
     if args.batch_size % ranks:
-        raise UsageError(f"a batch of {args.batch_size} images does not divide over {ranks} ranks: pass a multiple")
+        raise UsageError(f"a batch of {args.batch_size} images cannot be divided among {ranks} ranks: pass a multiple")
     train(args, ranks)
 
 
@@ -116,17 +116,17 @@ def train(args: argparse.Namespace, ranks: int) -> None:
 
 
 def batches(images: Images, size: int, *, shuffle: bool) -> DataLoader[Any]:
-    """Batches of one rank; Lightning gives each rank its part of the images."""
+    """Return a loader with batches of ``size`` on each rank; Lightning divides the images among the ranks."""
     return DataLoader(TensorDataset(images.pixels, images.labels), batch_size=size, shuffle=shuffle, drop_last=shuffle)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = OptionParser(__doc__)
     option = parser.option
-    option("--parallel", "how the model is sharded", choices=["ddp", "fsdp2"], default="ddp")
+    option("--parallel", "how the model is parallelized", choices=["ddp", "fsdp2"], default="ddp")
     device = "gpu" if torch.cuda.is_available() else "cpu"
-    option("--device", "the default is gpu if there is one", choices=["cpu", "gpu"], default=device)
-    option("--ranks", "processes that Lightning starts; torchrun's number under torchrun", type=positive_int, default=1)
+    option("--device", "gpu if there is one, by default", choices=["cpu", "gpu"], default=device)
+    option("--ranks", "processes that Lightning starts; ignored under torchrun", type=positive_int, default=1)
     option("--decay", "factor of the old average at each step", type=float, default=0.98)
     option("--epochs", "total epochs, including those before --resume", type=positive_int, default=24)
     option("--batch-size", "images in a batch, over all ranks together", type=positive_int, default=48)
@@ -138,7 +138,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.resume and not args.save_folder:
         parser.error("--resume needs --save-folder")
     if args.save_folder and not args.resume and (args.save_folder / "last.ckpt").exists():
-        parser.error(f"{args.save_folder} is of an earlier run: pass --resume to continue it or another --save-folder")
+        parser.error(f"{args.save_folder} holds an earlier run: pass --resume to continue it, or another --save-folder")
     return args
 
 

@@ -2,15 +2,15 @@
 
 Needs Lightning: ``pip install "lightning>=2.6"``.
 
-Code that knows Lightning's hooks, strategies or checkpoints belongs here and nowhere else. Code that another framework
-could use belongs on a lower level. May import `ema_dist.ema` and the levels below it.
+Only this package knows Lightning's hooks and strategies; `ema_dist.checkpoint.importing` also reads its checkpoints.
+Code that another framework could use belongs on a lower level. May import `ema_dist.ema` and the levels below it.
 """
 
 from importlib.util import find_spec
 
 if find_spec("lightning") is None:
     hint = (
-        "; the callback works with `import lightning.pytorch`, not with `import pytorch_lightning`"
+        "; the package pytorch_lightning is not enough: import the Trainer from lightning.pytorch"
         if find_spec("pytorch_lightning")
         else ""
     )

@@ -1,4 +1,4 @@
-"""Lightning's arguments, checked and translated to those of `ShardedEMA`."""
+"""Checks Lightning's arguments, and translates them to those of `ShardedEMA`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ema_dist.sharding import is_wrapper_subclass, local_tensor
 
 
 def is_averaged_by_default(_: str, parameter: Tensor) -> bool:
-    """The default of ``select``: as in Lightning, also frozen parameters, which may be unfrozen; no quantized ones."""
+    """The default of ``select``: also frozen parameters, which may be unfrozen later, unless they are quantized."""
     has_average = parameter.is_floating_point() or parameter.is_complex()
     return parameter.requires_grad or (has_average and not is_wrapper_subclass(local_tensor(parameter)))
 
 
 def checked_count(name: str, value: int | None) -> int | None:
-    """An integer of at least 0, or None.
+    """Return ``value`` if it is None or an integer of at least 0.
 
     Raises: MisconfigurationException for another value.
     """
@@ -33,25 +33,25 @@ def checked_count(name: str, value: int | None) -> int | None:
 
 
 def checked_device(device: torch.device | str | int | None, store: Offloaded | None) -> torch.device | None:
-    """The device for the averages.
+    """Return the device for the averages, None for that of the model.
 
-    Raises: MisconfigurationException when it is no device, or ``store`` is given as well.
+    Raises: MisconfigurationException when ``device`` is not a device, or ``store`` is given as well.
     """
     if device is None:
         return None
     if store is not None:
         raise MisconfigurationException(
-            f"expected device= or store=, got device={device!r} and store={store!r}; store=Offloaded() keeps the "
-            'averages in CPU memory, as device="cpu" does'
+            f"expected either device= or store=, got device={device!r} and store={store!r}; store=Offloaded() keeps "
+            'the averages in CPU memory, as device="cpu" does'
         )
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise MisconfigurationException(f"device: expected a torch.device, its name or index: {error}") from None
+        raise MisconfigurationException(f"device: expected a torch.device, a name or an index: {error}") from None
 
 
 def make_store(device: torch.device | None, store: Offloaded | None, model_device: torch.device) -> Offloaded | None:
-    """Where the averages of a model on ``model_device`` are stored: the ``store`` of `ShardedEMA`.
+    """Return the ``store`` argument of `ShardedEMA` for a model on ``model_device``.
 
     Raises: MisconfigurationException unless ``device`` is the model's or the CPU.
     """
@@ -60,6 +60,6 @@ def make_store(device: torch.device | None, store: Offloaded | None, model_devic
     if device.type == "cpu":
         return Offloaded()
     raise MisconfigurationException(
-        f'device: expected the device of the model, {model_device}, or "cpu", got {device}: each rank stores the '
-        "averages of the weights that it holds"
+        f'device: expected the device of the model, {model_device}, or "cpu", got {device}: the averages '
+        "cannot be stored on a third device"
     )

@@ -35,31 +35,33 @@ class EMAWeightAveraging(Callback):
     """Lightning's ``EMAWeightAveraging`` on every layout: plain, DDP, FSDP1, FSDP2. Change one import.
 
     Validation in a fit sees the averages, training the live weights; after the fit, the model holds the averages.
-    Checkpoints have the averages as the model's weights, and the live weights beside them.
+    Checkpoints hold the averages as the model's weights, and the live weights in an entry of their own.
 
     Args:
-        device: of the averages: ``"cpu"`` stores those of a model on a GPU in CPU memory, as ``store=Offloaded()``
-            does; None for the model's device.
-        use_buffers: whether floating buffers are averaged, or copied at each update; integer buffers are always copied.
+        device: where the averages are stored; None for the model's device. ``"cpu"`` keeps the averages of a model on a
+            GPU in CPU memory, as ``store=Offloaded()`` does.
+        use_buffers: True averages floating buffers, False copies them at each update. Integer ones are always copied.
         decay: the factor of the old average at each update, an averaging law, or several by name; as for `ShardedEMA`.
-            A law's time is in optimizer steps since the first update.
-        update_every_n_steps: update after the optimizer steps 1, 1 + n, 1 + 2n, ...; 0 for no update after a step.
-        update_starting_at_step: no update after this many first steps: the averages stay at the initial weights.
-        update_starting_at_epoch: update at the end of each epoch too, from this one on, counted from 0; after the
-            checkpoints of the epoch are saved.
-        start: the first update copies the live weights, and so do all before this time.
+            Laws count time in optimizer steps since the first update.
+        update_every_n_steps: update after the optimizer steps 1, 1 + n, 1 + 2n, ...; 0 turns updates after steps off.
+        update_starting_at_step: do not update after the first n optimizer steps; until then the averages stay at the
+            initial weights.
+        update_starting_at_epoch: also update at the end of each epoch from this one on, counted from 0. The update
+            follows the saving of the epoch's checkpoints.
+        start: updates up to this time copy the live weights; 1 makes only the first update a copy.
         dtype: as for `ShardedEMA`.
         rounding: as for `ShardedEMA`.
         replicas: as for `ShardedEMA`: ``"shard"`` splits the averages among the ranks of DDP.
-        select: as for `ShardedEMA`; None selects all floating parameters, frozen ones too.
+        select: as for `ShardedEMA`; None also selects frozen parameters, unless they are quantized.
         kernel: as for `ShardedEMA`.
         store: as for `ShardedEMA`.
         timeout: as for `ShardedEMA`.
 
     Collective: all ranks of a Trainer call the hooks together; updates do not communicate.
-    Memory: as `ShardedEMA`; while a checkpoint is saved, one copy of the model in CPU memory.
-    Raises: MisconfigurationException for settings that are out of range or contradict each other, and when a fit begins
-        with another averaging callback or an unsupported strategy.
+    Memory: as `ShardedEMA`. While a checkpoint is saved, CPU memory holds a copy of the weights: of this rank's shards
+        if the checkpoint is sharded; else of the full weights, on the first rank, which also holds the full averages.
+    Raises: MisconfigurationException for settings that are out of range or contradict each other, and when the
+        Trainer has another averaging callback or an unsupported strategy.
     Source: ``lightning.pytorch.callbacks.EMAWeightAveraging`` of Lightning 2.6.
     """
 
@@ -105,16 +107,16 @@ class EMAWeightAveraging(Callback):
             "timeout": timeout,
         }
         self.ema: ShardedEMA | None = None
-        """The averages of the last fit, from its ``on_fit_start`` on."""
+        """The averages of the current or last fit; None before the first ``on_fit_start``."""
         self._is_fitting = False
         self._progress = Progress()
         self._checkpoint: Mapping[str, Any] | None = None
-        """A checkpoint that Lightning loaded before it wrapped the model."""
+        """A checkpoint that Lightning loaded before it wrapped the model; `on_fit_start` takes the averages from it."""
         self._swap: EvaluationBlock[Any] | None = None
         self._step_monitor: StepMonitor | None = None
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether to update the averages after a step or an epoch; override it for another schedule.
+        """Return whether to update the averages now, after a step or an epoch. Override it to choose other times.
 
         Args:
             step_idx: the number of optimizer steps before this one; None at the end of an epoch.
@@ -127,7 +129,7 @@ class EMAWeightAveraging(Callback):
         return epoch_idx is not None and first_epoch is not None and epoch_idx >= first_epoch
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the Trainer."""
+        """Check the Trainer; for a fit, also wrap the module's hook that saves checkpoints."""
         require_supported(trainer, self)
         if stage == TrainerFn.FITTING:
             self._is_fitting = False  # also after a fit that an exception ended
@@ -136,7 +138,7 @@ class EMAWeightAveraging(Callback):
             wrap_save_hook(pl_module, trainer, self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the averages: the first hook at which the model is wrapped. FSDP loads a checkpoint after it."""
+        """Construct the averages: this is the first hook that sees the wrapped model. FSDP loads checkpoints later."""
         self._is_fitting = True
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is None:
@@ -145,26 +147,26 @@ class EMAWeightAveraging(Callback):
             self.ema = load_averages(checkpoint, trainer, lambda: self._make_averages(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the optimizer steps from here on."""
+        """Start counting optimizer steps; make the epoch's update that a loaded checkpoint lacks."""
         self._progress.fill(trainer)
         optimizers = optimizers_of_averaged_parameters(trainer.optimizers, self._model(trainer), self._select)
         self._step_monitor = StepMonitor(optimizers, has_stepped=False)
         self._update_after_epoch(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the update that was due at the end of the epoch before."""
+        """Make the update that was due at the end of the previous epoch."""
         self._update_after_epoch(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Update the averages, once for all optimizers that have stepped in this batch."""
-        monitor = self._require_begun(self._step_monitor)
+        """Update the averages once, however many optimizers stepped in this batch."""
+        monitor = self._require_fit_begun(self._step_monitor)
         has_stepped, found_inf = monitor.consume()
         if not has_stepped:
             return
         if found_inf is not None and not self._updates_after_every_step:
-            # Which steps are due depends on the number of steps before: wait for the device.
+            # Whether an update is due depends on how many steps were not skipped, so wait for the device to say.
             if found_inf.item():
                 return
             found_inf = None
@@ -187,24 +189,24 @@ class EMAWeightAveraging(Callback):
         self._stop_counting()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the averages in the model."""
-        ema = self._require_begun(self.ema)
+        """Copy the averages into the model, where they remain after the fit."""
+        ema = self._require_fit_begun(self.ema)
         self._update_after_epoch(trainer)
         self._stop_counting()
         ema.copy_to(self._model(trainer))
         self._is_fitting = False  # checkpoints after this have no live weights
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the module its own hook back."""
+        """Restore the module's own hook."""
         if stage == TrainerFn.FITTING:
             unwrap_save_hook(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The progress, which Lightning's own callback loads too."""
+        """Return the progress, in a form that Lightning's own callback can load."""
         return self._progress.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the progress, also of Lightning's own callback."""
+        """Load progress saved by this callback or by Lightning's own."""
         self._progress = Progress.load(state_dict)
 
     def on_save_checkpoint(
@@ -213,15 +215,15 @@ class EMAWeightAveraging(Callback):
         pl_module: pl.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Make the averages the weights of the checkpoint, and add the live weights."""
+        """Save the averages as the weights of the checkpoint, and add the live weights."""
         if not self._is_fitting:
             return
-        ema = self._require_begun(self.ema)
+        ema = self._require_fit_begun(self.ema)
         live, averages = self._both_weights(trainer, checkpoint[WEIGHTS])
         add_averages(checkpoint, ema, live=live, averages=averages)
 
     def save_weights(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-        """Make the averages the weights of a checkpoint with ``save_weights_only=True``, which has nothing else."""
+        """Save the averages as the weights of a checkpoint with ``save_weights_only=True``, without live weights."""
         if self._is_fitting:
             _, checkpoint[WEIGHTS] = self._both_weights(trainer, checkpoint[WEIGHTS])
 
@@ -231,7 +233,7 @@ class EMAWeightAveraging(Callback):
         pl_module: pl.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Continue from the live weights and the averages of a checkpoint; outside of a fit, from its averages."""
+        """In a fit, load the live weights and the averages; else keep the averages, which Lightning has loaded."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if not self._is_fitting:
@@ -257,21 +259,21 @@ class EMAWeightAveraging(Callback):
         assert model is not None
         return model
 
-    def _require_begun(self, value: Any) -> Any:  # noqa: ANN401
+    def _require_fit_begun(self, value: Any) -> Any:  # noqa: ANN401
         if value is None or not self._is_fitting:
             raise MisconfigurationException(
-                "EMAWeightAveraging was added after the fit had begun, so that it has no averages: pass it as "
+                "EMAWeightAveraging was added after the fit had begun, so it has no averages: pass it in "
                 "Trainer(callbacks=[...]), or return it from configure_callbacks()"
             )
         return value
 
     def _update_after_epoch(self, trainer: pl.Trainer) -> None:
-        """Update the averages, if that is due at the end of the last epoch and was not done.
+        """Make the update at the end of the last epoch, if it is due and was not made.
 
-        Not in on_train_epoch_end: ModelCheckpoint saves there what the validation measured before. A checkpoint of the
-        end of an epoch is without this update, which `on_train_start` makes up for.
+        It is not made in on_train_epoch_end, because ModelCheckpoint saves there and must save what the validation
+        measured. A checkpoint saved there lacks this update; when a run resumes, `on_train_start` makes it.
         """
-        self._require_begun(self.ema)
+        self._require_fit_begun(self.ema)
         epoch = trainer.current_epoch - 1
         if epoch > self._progress.latest_epoch:
             if self.should_update(epoch_idx=epoch):
@@ -284,7 +286,7 @@ class EMAWeightAveraging(Callback):
         self._progress.note_update(trainer)
 
     def _swap_in(self) -> None:
-        swap = self._require_begun(self.ema).swapped()
+        swap = self._require_fit_begun(self.ema).swapped()
         swap.__enter__()
         self._swap = swap
 
@@ -299,14 +301,14 @@ class EMAWeightAveraging(Callback):
         self._step_monitor = None
 
     def _both_weights(self, trainer: pl.Trainer, current: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The model's state with the live weights, and with the averages; ``current`` is that of the model as it is."""
+        """Return the model's state with the live weights, and with the averages; ``current`` is its state now."""
         holds_averages = self._swap is not None
-        with self._exchanged():
+        with self._other_weights_in_model():
             other = copy_weights(trainer)
         return (other, current) if holds_averages else (current, other)
 
     @contextmanager
-    def _exchanged(self) -> Iterator[None]:
+    def _other_weights_in_model(self) -> Iterator[None]:
         leave, enter = (self._swap_out, self._swap_in) if self._swap is not None else (self._swap_in, self._swap_out)
         leave()
         try:

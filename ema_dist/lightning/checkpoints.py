@@ -1,9 +1,11 @@
-"""Averages in Lightning's checkpoints: the model's weights there, with the live weights beside them.
+"""Saves averages in Lightning's checkpoints as the model's weights, with the live weights in an entry of their own.
 
-A monolithic checkpoint has the entries of Lightning's own callback: ``state_dict`` (averages), ``current_model_state``
-(live weights) and ``averaging_state``; and ``ema_dist``, a `consolidated_state_dict`. In a sharded one only what is in
-``state_dict`` is sharded, so the live weights are in there as ``ema_dist_live``, and averages that the model would
-round, because its weights have another dtype, as ``ema_dist``; the top-level ``ema_dist`` has no tensors.
+A full checkpoint has the entries of Lightning's own callback, ``state_dict`` (averages), ``current_model_state`` (live
+weights) and ``averaging_state``, and an entry ``ema_dist``, a `consolidated_state_dict`.
+
+In a sharded checkpoint, Lightning shards only what is in ``state_dict``. The live weights are therefore saved there, as
+``ema_dist_live``, and so are the averages that the model's weights cannot hold, as ``ema_dist``: those of another
+dtype, and those of tracks that are not swapped in. The top-level ``ema_dist`` then has no tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ KINDS = ("averages", "buffers")
 
 
 def copy_weights(trainer: pl.Trainer) -> dict[str, Any]:
-    """Copy what Lightning saves of the model to the CPU; empty on ranks that write nothing.
+    """Copy the state that Lightning saves of the model to the CPU; ``{}`` on ranks that write nothing.
 
     Collective: over all ranks, if the model is sharded.
     """
@@ -44,14 +46,14 @@ def copy_weights(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def has_shards(state: Mapping[str, Any]) -> bool:
-    """Whether each rank has its own parts of these tensors, so that each writes a part of the checkpoint."""
+    """Return whether tensors are sharded, so that each rank writes a part of the checkpoint."""
     return any(is_sharded(value) for value in state.values() if isinstance(value, Tensor))
 
 
 def add_averages(
     checkpoint: dict[str, Any], ema: ShardedEMA, *, live: dict[str, Any], averages: dict[str, Any]
 ) -> None:
-    """Make the averages the weights of a checkpoint, and add the live weights and the counts.
+    """Save the averages as the weights of a checkpoint, and add the live weights and the counts.
 
     Args:
         live: the model's state with the live weights.
@@ -63,17 +65,20 @@ def add_averages(
     if has_shards(live):
         state = ema.state_dict()
         tensors = {
-            track: {kind: _without_equals(entry[kind], averages if track == _shown(state) else {}) for kind in KINDS}
+            track: {
+                kind: _not_in_weights(entry[kind], averages if track == _swapped_in_track(state) else {})
+                for kind in KINDS
+            }
             for track, entry in state["tracks"].items()
         }
-        checkpoint[WEIGHTS] = {**averages, **_beside_weights(live, tensors)}
+        checkpoint[WEIGHTS] = {**averages, **_additional_entries(live, tensors)}
         checkpoint[OURS] = _without_tensors(state, tensors)
         return
     checkpoint[LIVE] = live
     if state := ema.consolidated_state_dict():
-        for kind in KINDS:  # one tensor in memory is one in the file
-            saved = state["tracks"][_shown(state)][kind]
-            saved |= {name: averages[name] for name in saved.keys() - _without_equals(saved, averages).keys()}
+        for kind in KINDS:  # torch.save writes a tensor once, however many entries refer to it
+            saved = state["tracks"][_swapped_in_track(state)][kind]
+            saved |= {name: averages[name] for name in saved.keys() - _not_in_weights(saved, averages).keys()}
         checkpoint[WEIGHTS] = averages
         checkpoint[OURS] = state
 
@@ -81,7 +86,7 @@ def add_averages(
 def load_averages(
     checkpoint: Mapping[str, Any], trainer: pl.Trainer, make_averages: Callable[[], ShardedEMA]
 ) -> ShardedEMA:
-    """Return the averages of a checkpoint of which Lightning has loaded the weights, and load the live weights.
+    """Return the averages of a checkpoint, and load its live weights; Lightning has loaded its ``state_dict`` before.
 
     Args:
         make_averages: makes averages that are copies of the model's weights.
@@ -107,8 +112,8 @@ def load_averages(
     return ema
 
 
-def _beside_weights(live: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What is under ``state_dict`` of a sharded checkpoint beside the model's weights."""
+def _additional_entries(live: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that ``state_dict`` of a sharded checkpoint has besides the model's weights."""
     # Without empty dictionaries: DCP would save them as values, and not on every rank.
     filled = {
         track: {kind: values for kind, values in kinds.items() if values}
@@ -118,20 +123,20 @@ def _beside_weights(live: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict
     return {SHARDED_LIVE: live, **({OURS: filled} if filled else {})}
 
 
-def _shown(state: Mapping[str, Any]) -> str:
-    """The track that is in the model during an evaluation."""
+def _swapped_in_track(state: Mapping[str, Any]) -> str:
+    """Return the name of the track that is swapped in for validation."""
     return "default" if "default" in state["tracks"] else next(iter(state["tracks"]))
 
 
-def _without_equals(tensors: Mapping[str, Tensor], averages: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The averages that the model's weights do not hold exactly, because these have another dtype."""
+def _not_in_weights(tensors: Mapping[str, Tensor], averages: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors that ``averages``, the model's state, lacks or has with another dtype."""
     return {
         name: tensor for name, tensor in tensors.items() if name not in averages or averages[name].dtype != tensor.dtype
     }
 
 
 def _without_tensors(state: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a state, and the names of the ``tensors`` that are saved apart."""
+    """Return the numbers of a state, with the names of ``tensors`` in place of the tensors."""
     tracks = {
         track: {"decay": dict(entry["decay"]), **{kind: [*tensors[track][kind]] for kind in KINDS}}
         for track, entry in state["tracks"].items()
@@ -147,7 +152,7 @@ def _load_full(live: Mapping[str, Any], trainer: pl.Trainer) -> None:
 
 
 def _load_sharded(saved: Mapping[str, Any], ema: ShardedEMA, trainer: pl.Trainer) -> None:
-    # Lightning reads the model's tensors only, and passes no others to on_load_checkpoint.
+    # Lightning reads only the model's own tensors, and passes no others to on_load_checkpoint.
     model = trainer.strategy.model
     live = get_model_state_dict(model)
     state = ema.state_dict(for_loading=True)
@@ -157,7 +162,7 @@ def _load_sharded(saved: Mapping[str, Any], ema: ShardedEMA, trainer: pl.Trainer
     }
     root = "model" if isinstance(trainer.strategy, FSDPStrategy) else WEIGHTS
     path = Path(trainer.strategy.broadcast(trainer.ckpt_path))
-    dcp.load({root: _beside_weights(live, tensors)}, checkpoint_id=path)
+    dcp.load({root: _additional_entries(live, tensors)}, checkpoint_id=path)
     tracks = {
         track: {
             "decay": entry["decay"],

@@ -1,4 +1,4 @@
-"""What the callback needs of a Trainer, checked when a fit begins."""
+"""Checks that the callback supports a Trainer and its optimizers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ema_dist.sharding import Layout
 
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 UNSUPPORTED = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
-"""Subclasses of the supported ones that keep weights or optimizers elsewhere."""
+"""Some are subclasses of supported strategies, but keep weights or optimizers elsewhere."""
 
 
 def require_supported(trainer: pl.Trainer, callback: Callback) -> None:
-    """Raise MisconfigurationException unless averages can be kept in this Trainer."""
+    """Raise MisconfigurationException unless the callback supports this Trainer, its strategy and its callbacks."""
     if not isinstance(trainer, pl.Trainer):
         raise MisconfigurationException(
             f"EMAWeightAveraging expected a lightning.pytorch.Trainer, got a {type(trainer).__module__}."
@@ -49,15 +49,15 @@ def require_supported(trainer: pl.Trainer, callback: Callback) -> None:
     if not isinstance(strategy, SUPPORTED) or isinstance(strategy, UNSUPPORTED):
         raise MisconfigurationException(
             f"EMAWeightAveraging does not support {type(strategy).__qualname__}: expected a single device, "
-            "DDPStrategy, FSDPStrategy or ModelParallelStrategy. DeepSpeed has weights and optimizers of its own; FSDP "
-            "shards them as ZeRO-3 does"
+            "DDPStrategy, FSDPStrategy or ModelParallelStrategy. In place of DeepSpeed ZeRO-3, use FSDPStrategy or "
+            "ModelParallelStrategy"
         )
 
 
 def optimizers_of_averaged_parameters(
     optimizers: list[Optimizer], model: nn.Module, select: Callable[[str, Tensor], bool]
 ) -> list[Optimizer]:
-    """The optimizers that step an averaged parameter, without Lightning's wrappers.
+    """Return the optimizers that step at least one averaged parameter, without Lightning's wrappers.
 
     Raises: MisconfigurationException when none does.
     """
@@ -72,7 +72,7 @@ def optimizers_of_averaged_parameters(
     ]
     if not found:
         raise MisconfigurationException(
-            f"expected an optimizer that steps averaged parameters, found {len(optimizers)} that step none of them: "
-            "return the optimizer of these parameters from configure_optimizers(), or select others with select="
+            f"expected an optimizer that steps averaged parameters, but none of the {len(optimizers)} optimizers does: "
+            "return one from configure_optimizers(), or select the parameters that are optimized with select="
         )
     return found

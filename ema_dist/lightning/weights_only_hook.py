@@ -1,4 +1,4 @@
-"""Puts the averages into checkpoints with ``save_weights_only=True``, for which Lightning calls no callback."""
+"""Saves the averages in checkpoints with ``save_weights_only=True``, for which Lightning calls no callback hook."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class SavesWeights(Protocol):
 
 
 def wrap_save_hook(module: pl.LightningModule, trainer: pl.Trainer, callback: SavesWeights) -> None:
-    """Call ``callback.save_weights`` before the module's ``on_save_checkpoint``, if no hook of callbacks was called.
+    """Make ``module.on_save_checkpoint`` call ``callback.save_weights`` first, in weights-only checkpoints.
 
-    The module's hook is the only one that Lightning calls for these checkpoints. It refers to the callback weakly, as a
-    copy of the module would otherwise copy the averages.
+    Lightning calls no other hook for these checkpoints. The new hook refers to the callback weakly, because copying the
+    module would otherwise copy the averages.
     """
     unwrap_save_hook(module)
     hook = getattr(module, HOOK, None)
@@ -50,6 +50,7 @@ def _save(
     callback_ref: ref[SavesWeights], trainer_ref: ref[pl.Trainer], hook: SaveHook, checkpoint: dict[str, Any]
 ) -> None:
     callback, trainer = callback_ref(), trainer_ref()
+    # Lightning adds the entry "callbacks" exactly when it also calls the hooks of callbacks.
     if callback is not None and trainer is not None and "callbacks" not in checkpoint:
         callback.save_weights(trainer, checkpoint)
     hook(checkpoint)

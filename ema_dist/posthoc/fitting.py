@@ -78,9 +78,9 @@ def fit(snapshots: Sequence[tuple[float, Schedule | float]], *, target: Schedule
         target: one of these laws, or a `Window`.
         at: the time at which the target average is taken; usually the time of the last snapshot.
 
+    Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), Alg. 3, and eq. 151 for power averages.
     Raises: TypeError if a time is not a number; ValueError if there is no snapshot, if all snapshots are later than
         ``at``, or if a law has no exact profile.
-    Source: Karras et al. 2024 (EDM2, arXiv 2312.02696), Alg. 3, and eq. 151 for power averages.
     """
     if not snapshots:
         raise ValueError("expected at least one snapshot, a pair of a time and a law, got none")

@@ -1,4 +1,4 @@
-"""Checkpoints by Lightning's own code: exact resumes, what the metric measured, and files of Lightning's callback."""
+"""Checkpoints that Lightning writes: exact resumes, averages as the weights, and files of Lightning's callback."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class SavingInValidation(pl.Callback):
 
 
 @lightning_layouts("ddp", "fsdp2")
-def test_a_save_in_a_validation_holds_the_same_as_one_after_it(layout: str, tmp_path: Path) -> None:
+def test_a_checkpoint_saved_during_validation_equals_one_saved_after_it(layout: str, tmp_path: Path) -> None:
     saving, saver = SavingInValidation(tmp_path / "inside"), ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
     _, unbroken = run(layout, EMAWeightAveraging(decay=0.7), saving, saver, folder=tmp_path)
     for path in (tmp_path / "inside", tmp_path / "step=4.ckpt"):

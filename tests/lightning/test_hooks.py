@@ -151,7 +151,7 @@ class Adding(Callback):
 
 
 class OwnAveraging(callbacks.WeightAveraging):
-    """Another class of Lightning's that averages."""
+    """A user's subclass of Lightning's base class, with another name than ours."""
 
 
 class Copying(Callback):
@@ -168,15 +168,17 @@ def test_a_module_can_be_copied_in_a_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("others", [[OwnAveraging()], [Adding()]], ids=["two", "added"])
-def test_another_averaging_callback_and_one_added_late_are_refused(others: list[Callback], tmp_path: Path) -> None:
+def test_a_second_averaging_callback_and_one_added_during_the_fit_are_refused(
+    others: list[Callback], tmp_path: Path
+) -> None:
     mine = [] if isinstance(others[0], Adding) else [EMAWeightAveraging()]
     with pytest.raises(MisconfigurationException, match="EMAWeightAveraging"):
         fit(make_trainer("plain", *mine, *others, folder=tmp_path), Module())
 
 
 @pytest.mark.parametrize("other", [EMAWeightAveraging, callbacks.EMAWeightAveraging], ids=["ours", "lightning"])
-def test_two_of_one_name_are_refused_by_lightning_and_by_us(other: type[Callback], tmp_path: Path) -> None:
-    """Lightning compares the keys of their states; a list that was changed after that is compared here."""
+def test_two_callbacks_of_one_name_are_refused_by_lightning_and_by_us(other: type[Callback], tmp_path: Path) -> None:
+    """`Trainer(...)` compares the keys of their states; we refuse one that is added to the list later."""
     with pytest.raises(RuntimeError, match="EMAWeightAveraging"):
         make_trainer("plain", EMAWeightAveraging(), other(), folder=tmp_path)
     trainer = make_trainer("plain", EMAWeightAveraging(), folder=tmp_path)
@@ -241,7 +243,7 @@ def test_without_lightning_the_import_says_what_to_install(hidden: list[str], ex
 
 
 @on_ranks(1)
-def test_the_averages_are_there_from_the_beginning_of_the_fit(tmp_path: Path) -> None:
+def test_the_averages_exist_from_on_fit_start_on(tmp_path: Path) -> None:
     class Looking(Callback):
         def on_fit_start(self, trainer: pl.Trainer, _: pl.LightningModule) -> None:
             assert isinstance(ema.ema, ShardedEMA)

@@ -64,7 +64,7 @@ class Unfreezing(Module):
         pytest.param("ddp", ARGUMENTS[2:4], {}, marks=on_ranks(2), id="ddp"),
     ],
 )  # fmt: skip
-def test_with_lightnings_arguments_the_averages_are_lightnings(
+def test_with_lightnings_arguments_the_averages_equal_those_of_lightnings_callback(
     layout: str, arguments: list[dict[str, Any]], trainer_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """In each validation, in the sanity check before, and in the model after the fit."""
@@ -153,7 +153,7 @@ def is_of_generator(name: str, _: Tensor) -> bool:
 
 @on_ranks(1)
 @pytest.mark.parametrize("select", [None, is_of_generator])
-def test_with_two_optimizers_each_batch_is_averaged_once_after_both(select: Any, tmp_path: Path) -> None:  # noqa: ANN401
+def test_with_two_optimizers_each_batch_makes_one_update_after_both_have_stepped(select: Any, tmp_path: Path) -> None:  # noqa: ANN401
     recorder, ema, module = Recorder(), EMAWeightAveraging(decay=0.7, select=select), Adversarial()
     fit(make_trainer("plain", ema, recorder, folder=tmp_path), module)
     averaged = recorder.after_step if select is None else recorder.after_step[1::2]
@@ -164,7 +164,7 @@ def test_with_two_optimizers_each_batch_is_averaged_once_after_both(select: Any,
 
 
 @on_ranks(2)
-def test_settings_of_sharded_ema_are_those_of_sharded_ema(tmp_path: Path) -> None:
+def test_arguments_of_sharded_ema_have_the_same_effect_here(tmp_path: Path) -> None:
     """A law's time is in optimizer steps, whatever the interval; several tracks, and bfloat16 with residuals."""
     recorder = Recorder()
     laws = {"default": HalfLife(4), "short": 0.5}

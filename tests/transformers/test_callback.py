@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
+from ema_dist import HalfLife
 from ema_dist.transformers import EMACallback
 from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 from tests.support.transformers_runs import (
