@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import runpy
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,16 @@ def test_a_model_that_is_wrapped_after_the_first_step_is_refused() -> None:
     wrap("fsdp2", net)
     with pytest.raises(ValueError, match=r"blocks\.0\.module\.bias.*full tensor.*Shard"):
         ema.step(net.parameters())
+
+
+def test_the_arguments_and_defaults_are_those_of_diffusers() -> None:
+    """`device` and the deprecated ones, which go to ``**kwargs`` there, are left out."""
+    theirs = inspect.signature(training_utils.EMAModel).parameters
+    ours = inspect.signature(EMAModel).parameters
+    assert next(iter(ours)) == "model"
+    shared = [name for name in theirs if name in ours]
+    assert [name for name in ours if ours[name].kind is not inspect.Parameter.KEYWORD_ONLY][1:] == shared
+    assert [ours[name].default for name in shared] == [theirs[name].default for name in shared]
 
 
 @pytest.mark.world_size(1)

@@ -322,7 +322,7 @@ def test_wrong_use_is_refused(layout: str, tmp_path: Path) -> None:
 
 @trainer_layouts("plain")
 def test_other_averages_and_no_averages_can_be_evaluated(layout: str, tmp_path: Path) -> None:
-    callback = EMACallback(decay={"default": HalfLife(math.inf), "long": 0.0})  # the initial weights, and the live ones
+    callback = EMACallback(decay={"default": HalfLife(math.inf), "long": HalfLife(0)})  # initial and live weights
     trainer = make_trainer(layout, tmp_path)
     initial = trainer.evaluate()["eval_loss"]
     callback.bind(trainer)
