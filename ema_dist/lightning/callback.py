@@ -22,9 +22,11 @@ from ema_dist.ema import ShardedEMA
 from ema_dist.evaluation.block import EvaluationBlock
 from ema_dist.lightning.arguments import checked_count, checked_device, is_averaged_by_default, make_store
 from ema_dist.lightning.checkpoints import WEIGHTS, add_averages, copy_weights, load_averages
+from ema_dist.lightning.failures import report_failure, wait_for_failure_of_all_ranks
 from ema_dist.lightning.progress import Progress
 from ema_dist.lightning.trainer_checks import optimizers_of_averaged_parameters, require_supported
 from ema_dist.lightning.weights_only_hook import unwrap_save_hook, wrap_save_hook
+from ema_dist.messages import add_note
 from ema_dist.schedules.clock import Clock
 from ema_dist.schedules.decay import as_schedules, require_default_track
 from ema_dist.schedules.schedule import Schedule
@@ -184,9 +186,19 @@ class EMAWeightAveraging(Callback):
         self._swap_out()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Swap the live weights in, before ModelCheckpoint saves with ``save_on_exception``."""
-        self._swap_out(exception)
+        """Swap the live weights in, before ModelCheckpoint saves with ``save_on_exception``.
+
+        If the fit has not failed on all ranks, raise the exception at once: a save would wait for the other ranks.
+        """
         self._stop_counting()
+        absence = wait_for_failure_of_all_ranks(self._settings["timeout"]) if self._is_fitting else None
+        if absence is None:
+            self._swap_out(exception)
+            return
+        report_failure(exception)
+        add_note(exception, f"The live weights may not be back, and no checkpoint is saved: {absence}")
+        if isinstance(exception, Exception):  # Lightning ends its processes after a KeyboardInterrupt
+            raise exception
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy the averages into the model, where they remain after the fit."""

@@ -36,8 +36,8 @@ class Progress:
     def fill(self, trainer: pl.Trainer) -> None:
         """Take the steps and epochs from the Trainer, unless a checkpoint set them.
 
-        ``trainer.global_step`` counts the steps of every optimizer, and those that a gradient scaler skipped. If optimizers
-        step unequally often, this is an approximation.
+        ``trainer.global_step`` counts the steps of every optimizer, and those that a gradient scaler skipped. If
+        optimizers step unequally often, the steps are approximate.
         """
         if not self.is_loaded:
             optimizers = max(1, len(trainer.optimizers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from ema_dist import Offloaded, ShardedEMA
-from ema_dist.lightning import EMAWeightAveraging
+from ema_dist.lightning import EMAWeightAveraging, failures
 from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 from tests.support.lightning_runs import (
     Module,
@@ -126,6 +127,37 @@ def test_after_an_exception_in_validation_the_model_and_the_file_hold_live_weigh
     fit(make_trainer(layout, resumed, ema, folder=tmp_path), make_module(layout), samples=1, ckpt_path=path)
     assert_same(resumed.after_step[-1], unbroken.after_step[-1])
     assert_same(resumed.in_validation[-1], unbroken.in_validation[-1])
+
+
+class FailsOnRank1First(Module):
+    """Raises on rank 1, and on rank 0 only after rank 1 has given up."""
+
+    file: Path
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        if self.trainer.global_step == 4:
+            while self.trainer.global_rank == 0 and not self.file.exists():
+                time.sleep(0.05)
+            raise ValueError("mine")
+        super().validation_step(batch, index)
+
+
+@on_ranks(2)
+def test_an_exception_on_one_rank_is_raised_without_waiting_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also with a checkpoint that is due then, which all ranks would have to save."""
+    monkeypatch.setattr(failures, "PATIENCE", 1.0)
+    saver = ModelCheckpoint(tmp_path / "files", save_on_exception=True, every_n_epochs=10)
+    module = FailsOnRank1First()
+    module.file = tmp_path / "gave up"
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"^mine\b") as raised:
+        fit(make_trainer("ddp", EMAWeightAveraging(decay=0.7), saver, folder=tmp_path), module, samples=1)
+    module.file.touch()
+    assert time.monotonic() - start < 100, "the timeout is 300 s"
+    assert "no checkpoint is saved" in raised.value.__notes__[0]
+    assert not (tmp_path / "files").exists()
 
 
 @on_ranks(1)
