@@ -94,8 +94,8 @@ class EMAModel:
         self._loaded: list[Tensor] | None = None
         """Full averages that were loaded, until `_ema` is constructed."""
         self._loaded_step = 0
-        self._trained: list[bool] = []
-        """Which parameters required gradients when `_ema` was constructed."""
+        self._trained: dict[int, bool] = {}
+        """Whether each parameter, by `id`, required gradients when `_ema` was constructed."""
         self._stored: dict[str, Tensor] | None = None
         """This rank's live parameters and buffers, kept from `store` to `restore`."""
 
@@ -148,8 +148,9 @@ class EMAModel:
             call, and for parameters that DeepSpeed ZeRO-3 has partitioned.
         """
         own = self._require_own(parameters, "step")
-        trained = [parameter.requires_grad for parameter in own]
-        if self._ema is not None and trained != self._trained:
+        if any(
+            self._trained.get(id(parameter), parameter.requires_grad) != parameter.requires_grad for parameter in own
+        ):
             raise ValueError(
                 "parameters were frozen or unfrozen since the first step(): call state = ema.state_dict() before that, "
                 "and ema.load_state_dict(state) after it"
@@ -167,7 +168,8 @@ class EMAModel:
             )
             if self._loaded_step or self._loaded is not None:
                 load_averages(ema, self._loaded, self._settings, self._loaded_step)
-            self._ema, self._loaded, self._loaded_step, self._trained = ema, None, 0, trained
+            self._ema, self._loaded, self._loaded_step = ema, None, 0
+            self._trained = {id(parameter): parameter.requires_grad for parameter in own}
         self._ema.update()
 
     def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -293,6 +295,7 @@ class EMAModel:
         elif self._ema is not None or self._loaded is not None:
             tensors = self.shadow_params
         self._settings, self._loaded_step, self._loaded, self._ema = settings, step, tensors, None
+        self._trained = {}
 
     def to(
         self,
