@@ -175,7 +175,8 @@ def require_default_track(decay: object) -> None:
     """Raises: ValueError for several tracks of which none has the name that calls without a track use."""
     if isinstance(decay, Mapping) and len(decay) > 1 and DEFAULT_TRACK not in decay:
         raise ValueError(
-            f"decay: expected one of several tracks to be called {DEFAULT_TRACK!r}, got {[*decay]}: evaluations use that one"
+            f"decay: expected one of several tracks to be called {DEFAULT_TRACK!r}, which evaluations use, got "
+            f"{[*decay]}"
         )
 
 
