@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
+from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.schedules.laws import Warmup
 from tests.attacks.payload import Payload
 from tests.support.cli_runs import load_exported, make_checkpoint, run, run_ok
@@ -276,3 +278,17 @@ def test_choices_that_exclude_each_other_are_refused(options: tuple[str, ...], t
     assert result.exit_code == 1
     assert options[2] in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_compressed_archive_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    """torch would map the compressed bytes as values."""
+    net = make_net("plain")
+    for path in (averaged(net, tmp_path / "source.pt"), save(net.state_dict(), tmp_path / "model.bin")):
+        with zipfile.ZipFile(path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+    run_ok("import", tmp_path / "source.pt", "-o", tmp_path / "out", "--reference", tmp_path / "model.bin")
+    assert_bitwise_equal(load_exported(tmp_path / "out"), state_of(net))
+    assert_bitwise_equal(dict(WeightReader(tmp_path / "model.bin")), net.state_dict())

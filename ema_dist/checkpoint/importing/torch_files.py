@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.weights.formats import can_be_mapped
 from ema_dist.messages import abbreviated
 
 PLACEHOLDER_NAMES = (
@@ -50,10 +50,9 @@ def load_torch_file(path: Path) -> Any:
     placeholders: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
     placeholders += [(_Placeholder, name) for name in PLACEHOLDER_NAMES]
     try:
-        is_zip = zipfile.is_zipfile(path)
         with torch.serialization.safe_globals(placeholders), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about the protocol of a pickle that is refused
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
     except OSError:
         raise
     except Exception as error:  # parsers raise all kinds of errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -205,8 +206,19 @@ class TorchFileWriter:
             raise OSError(f"cannot write {self._path}: {error}") from error
 
 
+def can_be_mapped(path: Path) -> bool:
+    """Whether torch can map a file by ``torch.save`` into memory: it takes the bytes of compressed entries as values.
+
+    Raises: as `zipfile.ZipFile` for a damaged archive.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
 def _open_torch(path: Path) -> OpenedFile:
-    entries = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    entries = torch.load(path, map_location="cpu", mmap=can_be_mapped(path), weights_only=True)
     if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
         found = f"a {type(entries).__name__}"
         if isinstance(entries, Mapping):
