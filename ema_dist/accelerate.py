@@ -29,24 +29,25 @@ from ema_dist.messages import warn_caller
 
 __all__ = ["Registration", "register"]
 
-# No value may refer to its accelerator, which would then never be freed.
+# A value must not refer to its key: the accelerator would never be freed.
 _registrations: WeakKeyDictionary[Accelerator, list[Registration]] = WeakKeyDictionary()
 
 
 def register(accelerator: Accelerator, ema: ShardedEMA, *, name: str = "ema", timeout: float = 600.0) -> Registration:
     """Makes ``accelerator.save_state`` save the averages, and ``accelerator.load_state`` load them.
 
-    They are in the folder ``name`` of each checkpoint, saved by `ema_dist.checkpoint.save`. They load on another number
-    of ranks and under another layout. If a checkpoint has no averages, they start from its weights, with a warning.
+    `ema_dist.checkpoint.save` writes the averages into the folder ``name`` of each checkpoint. They load on another
+    number of ranks and under another layout. If a checkpoint has no averages, they start from its weights, with a
+    warning. ``save_state`` raises a RuntimeError inside ``swapped()``.
 
     Args:
         ema: the averages of a model that ``accelerator.prepare`` returned.
-        name: the folder, for several averages with one accelerator.
-        timeout: seconds that ranks wait for each other before they save or load the averages.
+        name: the folder; each `ShardedEMA` of one accelerator needs its own.
+        timeout: most seconds that ranks wait for each other before they save or load the averages.
 
     Returns: an object whose ``remove()`` undoes this call.
 
-    Collective: no; ``save_state``, which raises inside ``swapped()``, and ``load_state`` are, over all ranks.
+    Collective: no. ``save_state`` and ``load_state`` are, over all ranks.
     Memory: as `ema_dist.checkpoint.save` and `ema_dist.checkpoint.load`.
     Raises: TypeError for arguments of other types; ValueError if these averages or this name are registered already, or
         if ``name`` is not the name of a folder.
@@ -62,7 +63,7 @@ def register(accelerator: Accelerator, ema: ShardedEMA, *, name: str = "ema", ti
     if any(other.ema is ema or other.name == name for other in registered):
         raise ValueError(
             f"these averages or the name {name!r} are registered with this accelerator already: register each "
-            "ShardedEMA once, with a name of its own, or call remove() on what register() returned first"
+            "ShardedEMA once, under its own name, or first call remove() on the object that register() returned"
         )
     registered.append(Registration(accelerator, ema, name=name, timeout=timeout))
     return registered[-1]
@@ -81,7 +82,7 @@ class Registration:
         ]
 
     def remove(self) -> None:
-        """Leave the averages out of the accelerator's checkpoints from now on."""
+        """Stop saving and loading these averages with the accelerator's state."""
         for handle in self._handles:
             handle.remove()
         for registered in _registrations.values():
@@ -107,7 +108,7 @@ class Registration:
 
 
 def save_averages(ema: ShardedEMA, folder: Path, *, step: int, timeout: float) -> None:
-    """Write one checkpoint of the averages, and replace an older one in the same folder. Collective: all ranks."""
+    """Write a checkpoint of the averages, replacing an older one in the same folder. Collective: over all ranks."""
     checkpoint.save({"ema": ema}, folder, step=step, keep=1, timeout=timeout)
 
 
@@ -119,7 +120,7 @@ def start_from_weights(ema: ShardedEMA, folder: str | os.PathLike[str]) -> None:
 
 
 def _reset_after_next_load(ema: ShardedEMA, folder: str) -> None:
-    """Restart the averages when accelerate has loaded the model, which it does after its last hook."""
+    """Restart the averages once accelerate has loaded the model, which it does after it has called all hooks."""
 
     def reset(_module: nn.Module, _incompatible_keys: object) -> None:
         handle.remove()

@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 launch/stream_weights.py                      # DDP, CPU or GPUs
     torchrun --nproc-per-node 2 launch/stream_weights.py --parallel fsdp2
 
-The engine is a stand-in: a process with its own copy of the model. It gets every tensor by name, compares it with what
-was sent by checksum, and scores the test images with its weights. At the end the trainer scores its averages, too.
+The engine is a stand-in: a process with its own copy of the model. It receives every tensor by name, compares its
+checksum with that of the tensor sent, and evaluates its weights on the test images. At the end the trainer evaluates
+its averages, too.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """The recipe: each epoch ends with an update of the engine's weights."""
+    """Train, and update the engine's weights after each epoch."""
     preemption = PreemptionHandler()
     torch.manual_seed(args.seed)
     training, test = load_images(device)
@@ -63,7 +64,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def stream(ema: ShardedEMA, engine: Engine | None, epoch: int) -> None:
-    """Update the engine's weights. Collective: every rank gathers; the first one sends each tensor as it gets it."""
+    """Update the engine's weights. Collective: every rank gathers; the first one sends each tensor at once."""
     entries = ema.gather()
     if engine is None:
         for _ in entries:  # the first rank's tensors need this rank's parts
@@ -74,7 +75,7 @@ def stream(ema: ShardedEMA, engine: Engine | None, epoch: int) -> None:
 
 
 def score(model: nn.Module) -> Scores:
-    """The engine's own use of its weights."""
+    """Evaluate the engine's model on the test images; runs in the engine's process."""
     return evaluate(model, load_images(torch.device("cpu"))[1])
 
 

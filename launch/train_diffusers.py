@@ -1,4 +1,4 @@
-"""Trains a small diffusion model as diffusers' train_unconditional.py does: one import gives it sharded averages.
+"""Trains a small diffusion model as diffusers' train_unconditional.py does, with one changed import for the averages.
 
     torchrun --nproc-per-node 2 launch/train_diffusers.py                          # DDP, CPU or GPUs
     torchrun --nproc-per-node 2 launch/train_diffusers.py --output-dir runs/ddpm --resume
@@ -35,11 +35,11 @@ UNET = {
 
 
 def make_images(count: int, seed: int) -> Tensor:
-    """Images in [-1, 1], each with one bright spot at a random place."""
+    """Images in [-1, 1], each with one bright spot at a random position."""
     generator = torch.Generator().manual_seed(seed)
-    places = 1 + (SIZE - 3) * torch.rand(count, 2, 1, 1, generator=generator)
+    positions = 1 + (SIZE - 3) * torch.rand(count, 2, 1, 1, generator=generator)
     row, column = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-    squared_distance = (row - places[:, 0]) ** 2 + (column - places[:, 1]) ** 2
+    squared_distance = (row - positions[:, 0]) ** 2 + (column - positions[:, 1]) ** 2
     return (2 * torch.exp(-squared_distance / 2) - 1).unsqueeze(1)
 
 
@@ -65,7 +65,7 @@ def main() -> None:
 
     for epoch in range(first_epoch, args.epochs):
         batches.set_epoch(epoch)
-        torch.manual_seed((args.seed + epoch) * accelerator.num_processes + accelerator.process_index)  # of the noise
+        torch.manual_seed((args.seed + epoch) * accelerator.num_processes + accelerator.process_index)  # for the noise
         unet.train()
         for (images,) in batches:
             with accelerator.accumulate(unet):
@@ -108,7 +108,7 @@ def register_hooks(accelerator: Accelerator, ema: EMAModel) -> None:
 
 
 def denoising_loss(unet: nn.Module, scheduler: DDPMScheduler, images: Tensor, seed: int | None = None) -> Tensor:
-    """The error of the noise that the model finds in noisy images, at random times."""
+    """The mean squared error of the noise that the model predicts, at random time steps."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     noise = torch.randn(images.shape, generator=generator).to(images.device)
     times = torch.randint(scheduler.config.num_train_timesteps, (len(images),), generator=generator)
@@ -118,13 +118,13 @@ def denoising_loss(unet: nn.Module, scheduler: DDPMScheduler, images: Tensor, se
 
 @torch.no_grad()
 def evaluate(unet: nn.Module, scheduler: DDPMScheduler, seed: int) -> float:
-    """The loss on other images than those of the training."""
+    """The loss on images that are not in the training data."""
     images = make_images(128, seed + 1).to(next(unet.parameters()).device)
     return denoising_loss(unet.eval(), scheduler, images, seed).item()
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The folders of checkpoints, the oldest first."""
+    """The checkpoint folders, oldest first."""
     return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 

@@ -1,4 +1,4 @@
-"""Trains a small language model with the Trainer of transformers: one line gives it averages, in DDP and FSDP2.
+"""Trains a small language model with the Trainer of transformers: one line adds averages, under DDP and FSDP2.
 
     torchrun --nproc-per-node 2 launch/train_transformers.py                     # DDP, CPU or GPUs
     torchrun --nproc-per-node 2 launch/train_transformers.py --parallel fsdp2    # GPUs
@@ -26,7 +26,7 @@ from recipe.parallelism import require_gpu
 from recipe.script import OptionParser, UsageError, positive_int, print_rank_0, run_script
 
 OUTPUT_DIR = Path("runs/transformers")
-TOKENS, LENGTH, EVALUATED = 29, 12, 128
+NUM_TOKENS, LENGTH, NUM_EVALUATED = 29, 12, 128
 FSDP_CONFIG = {
     "version": 2,
     "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -69,7 +69,7 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
     set_seed(args.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=TOKENS,
+            vocab_size=NUM_TOKENS,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,
@@ -99,17 +99,17 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
     return Trainer(
         model=model,
         args=arguments,
-        train_dataset=samples[EVALUATED:],
-        eval_dataset=samples[:EVALUATED],
+        train_dataset=samples[NUM_EVALUATED:],
+        eval_dataset=samples[:NUM_EVALUATED],
         callbacks=[PrintScores()],
     )
 
 
 def make_samples() -> list[dict[str, Tensor]]:
-    """Sequences that count by a constant stride, modulo the number of tokens, in random order."""
-    pairs = torch.cartesian_prod(torch.arange(TOKENS), torch.arange(1, TOKENS))  # the first token, and the stride
+    """All sequences that count up by a constant stride, modulo the number of tokens, in random order."""
+    pairs = torch.cartesian_prod(torch.arange(NUM_TOKENS), torch.arange(1, NUM_TOKENS))  # first token, stride
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))]
-    sequences = (pairs[:, :1] + pairs[:, 1:] * torch.arange(LENGTH)) % TOKENS
+    sequences = (pairs[:, :1] + pairs[:, 1:] * torch.arange(LENGTH)) % NUM_TOKENS
     return [{"input_ids": sequence, "labels": sequence} for sequence in sequences]
 
 
@@ -125,9 +125,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--batch-size", "sequences in a batch of each rank", type=positive_int, default=16)
     option("--learning-rate", "learning rate of AdamW", type=float, default=1e-2)
     option("--seed", "seed of the initial weights and of the order of samples", type=int, default=0)
-    option(
-        "--output-dir", "folder for checkpoints and the averaged model", type=Path, default=Path("runs/transformers")
-    )
+    option("--output-dir", "folder for checkpoints and the averaged model", type=Path, default=OUTPUT_DIR)
     option("--resume", "continue from the newest checkpoint, if there is one", action="store_true")
     args = parser.parse_args()
     if args.parallel == "fsdp2" and args.device == "cpu":

@@ -1,4 +1,4 @@
-"""diffusers' EMAModel, its arguments, methods and files, over a `ShardedEMA`."""
+"""An EMAModel with the arguments, methods and files of diffusers' own, implemented by a `ShardedEMA`."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ def _setting(name: str, meaning: str) -> Any:  # noqa: ANN401  as `property`
 class EMAModel:
     """diffusers' EMAModel on every layout: change the import, and pass the model instead of its parameters.
 
-    The averages are constructed at the first `step`, so the model may be wrapped in DDP or by ``fully_shard`` after
-    this. Until then they are the weights of the model, or those loaded by `load_state_dict`. Frozen parameters have
-    no average of their own: they are copied from the model.
+    The averages are constructed at the first `step`, so DDP or ``fully_shard`` may still wrap the model after this
+    constructor. Until the first `step`, the averages are the current weights of the model, or those that
+    `load_state_dict` loaded. Frozen parameters have no average: their values are copied from the model.
 
     Args:
         model: the model, before or after ``accelerator.prepare``. For FSDP1: what ``prepare`` returned.
         decay: the largest decay.
         min_decay: the smallest decay after the first update.
-        update_after_step: up to and including this step, and at the next one, the averages copy the weights.
+        update_after_step: steps 1 to ``update_after_step + 1`` copy the weights; averaging begins after them.
         use_ema_warmup: whether the decay grows as ``1 - (1 + step / inv_gamma) ** -power``. Otherwise it grows as
             ``(1 + step) / (10 + step)``.
-        inv_gamma: of the warm-up.
-        power: of the warm-up.
+        inv_gamma: see ``use_ema_warmup``.
+        power: see ``use_ema_warmup``.
         foreach: accepted for compatibility; updates always run on lists of tensors.
         model_cls: the model's class, for `save_pretrained`.
         model_config: the model's configuration, for `save_pretrained`.
         dtype: dtype of the averages, as for `ShardedEMA`.
         timeout: seconds that ranks wait for each other in a collective call, as for `ShardedEMA`.
 
-    Collective: the first `step`, over the ranks that hold a model that was wrapped before or is sharded. Under DDP
-        after this, no method communicates.
+    Collective: the first `step`, over the ranks that hold the model, if it is sharded or was wrapped before this
+        constructor. If DDP wraps the model afterwards, no method communicates.
     Memory: as `ShardedEMA` with ``replicas="copy"``.
     Raises: TypeError for an argument of a wrong type; ValueError for a number out of range.
     Source: ``diffusers.training_utils.EMAModel`` of diffusers 0.42.
@@ -95,11 +95,11 @@ class EMAModel:
         """Full averages that were loaded, until `_ema` is constructed."""
         self._loaded_step = 0
         self._stored: dict[str, Tensor] | None = None
-        """This rank's live parameters and buffers since `store`."""
+        """This rank's live parameters and buffers, kept from `store` to `restore`."""
 
     decay: float = _setting("decay", "The largest decay.")
     min_decay: float = _setting("min_decay", "The smallest decay after the first update.")
-    update_after_step: int = _setting("update_after_step", "The last step before averaging begins.")
+    update_after_step: int = _setting("update_after_step", "Steps up to this one, and the next, copy the weights.")
     use_ema_warmup: bool = _setting("use_ema_warmup", "Whether the decay grows by ``inv_gamma`` and ``power``.")
     inv_gamma: float = _setting("inv_gamma", "The inverse multiplicative factor of the warm-up.")
     power: float = _setting("power", "The exponent of the warm-up.")
@@ -139,11 +139,11 @@ class EMAModel:
         """Update the averages; call it on every rank after each optimizer step.
 
         Args:
-            parameters: ``model.parameters()``, of the model as it is wrapped now.
+            parameters: ``model.parameters()``, after any wrapping.
 
-        Collective: the first call; see the class. Later calls are not.
-        Raises: ValueError for parameters of another model, and when the model was changed or wrapped after the first
-            call, or is partitioned by DeepSpeed ZeRO-3.
+        Collective: the first call, as described at the class; later calls are not.
+        Raises: ValueError for parameters of another model, for a model that was changed or wrapped after the first
+            call, and for parameters that DeepSpeed ZeRO-3 has partitioned.
         """
         self._require_own([*parameters], "step")
         if self._ema is None:
@@ -152,7 +152,7 @@ class EMAModel:
                 decay=self._settings.make_law(),
                 start=self.update_after_step,
                 dtype=self._dtype,
-                replicas="copy",  # so that the main process may work alone
+                replicas="copy",  # the main process may then call copy_to() and save_pretrained() alone
                 buffers="copy",
                 store=self._store,
                 timeout=self._timeout,
@@ -166,7 +166,7 @@ class EMAModel:
         """Overwrite ``parameters`` with the averages.
 
         Args:
-            parameters: those of the model, or those of an unwrapped model like it, in the same order.
+            parameters: those of the model, or those of an unwrapped model of the same shapes, in the same order.
 
         Collective: no, except for a sharded model.
         Raises: ValueError for parameters that do not match the averages, before anything changes; RuntimeError when
@@ -195,16 +195,16 @@ class EMAModel:
         self._stored = {shard.name: copy_to_host(shard.local) for shard in Layout(self._model, "copy").shards}
 
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Put back what `store` kept, bit-identical.
+        """Write the values that `store` kept back into the model, bit-identical.
 
         Args:
             parameters: ``model.parameters()``.
 
         Collective: no.
-        Raises: RuntimeError without a `store` before; ValueError for parameters of another model.
+        Raises: RuntimeError if there is no stored copy; ValueError for parameters of another model.
         """
         if self._stored is None:
-            raise RuntimeError("restore() puts back what store() kept, and store() was not called: call it first")
+            raise RuntimeError("restore() has nothing to restore: call store() first")
         self._require_own([*parameters], "restore")
         write(Layout(self._model, "copy"), self._stored)
         self._stored = None
@@ -212,11 +212,12 @@ class EMAModel:
     def save_pretrained(self, path: str | PathLike[str]) -> None:
         """Write the averages and settings as a folder that diffusers' own `from_pretrained` loads.
 
-        The main process may call it alone, except for a sharded model: all of its ranks call it, the first one writes.
+        The main process may call it alone, unless the model is sharded: then all its ranks call it, and the first one
+        writes.
 
         Collective: over the ranks that hold a sharded model. Memory: a model on the CPU of the rank that writes.
-        Raises: ValueError if ``model_cls`` or ``model_config`` was not given; RuntimeError when the model that they
-            make has other parameters, and when ranks of a sharded model do not arrive within ``timeout``.
+        Raises: ValueError if ``model_cls`` or ``model_config`` was not given; RuntimeError if the model constructed
+            from them has other parameters, or if ranks of a sharded model do not arrive within ``timeout``.
         """
         for name in ("model_cls", "model_config"):
             if getattr(self, name) is None:
@@ -240,9 +241,10 @@ class EMAModel:
         model_cls: Any,  # noqa: ANN401
         foreach: bool = False,  # noqa: FBT001, FBT002  as diffusers has it
     ) -> EMAModel:
-        """An EMAModel with the averages and settings of a folder by `save_pretrained`, this class's or diffusers'.
+        """An EMAModel with the averages and settings in a folder that this class or diffusers' own has saved.
 
-        It has a model of its own. Load its `state_dict` into the EMAModel of the model that is trained.
+        Its model is a new one, not the trained one. To resume, pass its `state_dict` to `load_state_dict` of the
+        EMAModel that was constructed with the trained model.
 
         Args:
             path: the folder.
@@ -266,7 +268,7 @@ class EMAModel:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a state by this class or diffusers' own, settings included; what it lacks stays as it is.
+        """Load a state of this class or of diffusers' own, settings included; entries that it lacks do not change.
 
         Every rank passes the same state. The averages are copied and sharded at the next `step`.
 
@@ -292,8 +294,8 @@ class EMAModel:
     ) -> None:
         """Choose the dtype of the averages, before the first `step`; ``device`` is accepted for compatibility.
 
-        Averages are on the device of the live weights, or in CPU memory after `pin_memory`: the transfers of scripts
-        with ``--offload_ema`` are not needed.
+        Averages stay on the device of the live weights, or in CPU memory after `pin_memory`. Scripts with
+        ``--offload_ema`` need not move them.
 
         Raises: RuntimeError for another ``dtype`` after the first step.
         Warns: UserWarning for ``to("cpu")`` without `pin_memory`, if the live weights are on another device.
@@ -314,7 +316,7 @@ class EMAModel:
     def pin_memory(self) -> None:
         """Keep the averages in pinned CPU memory, as ``store=Offloaded()``; call it before the first `step`.
 
-        Raises: RuntimeError after the first step, unless they are there.
+        Raises: RuntimeError after the first step, unless the averages are already there.
         """
         if self._ema is not None and self._store is None:
             raise RuntimeError("pin_memory() after the first step: call it before")
@@ -336,6 +338,6 @@ class EMAModel:
             shared = sum(id(parameter) in own for parameter in parameters)
             raise ValueError(
                 f"{method}() expected the {len(own)} parameters of the model given to EMAModel, got {len(parameters)}, "
-                f"of which {shared} are its parameters. Pass parameters() of the same model; if it was rebuilt, "
-                "construct EMAModel again from the new one"
+                f"{shared} of them from that model. Pass parameters() of the same model; if it was rebuilt, construct "
+                "EMAModel again from the new one"
             )

@@ -24,12 +24,12 @@ def is_sharded(layout: Layout) -> bool:
 def gather_averages(
     ema: ShardedEMA | None, layout: Layout, call: str, *, timeout: float, is_destination: bool
 ) -> dict[str, Any]:
-    """The averaged model in full, by name, as stored or wider; the live one if ``ema`` is None.
+    """The full averaged model by name, in a dtype that holds the averages exactly; the live one if ``ema`` is None.
 
     Args:
         layout: of the live model.
-        call: the user's call, for messages.
-        is_destination: whether this rank gets tensors; otherwise the values are None.
+        call: the method that the user called, for messages.
+        is_destination: whether this rank gets the tensors; on other ranks the values are None.
 
     Collective: over the ranks that hold a sharded model.
     Raises: RuntimeError when they do not arrive within ``timeout`` seconds.
@@ -47,11 +47,11 @@ def gather_averages(
 
 
 def load_averages(ema: ShardedEMA, full: list[Tensor] | None, settings: DecaySettings, optimization_step: int) -> None:
-    """Continue ``ema`` after that many steps, from full averages in the order of the parameters.
+    """Load full averages and the number of steps into ``ema``.
 
     Args:
         ema: new, with the law of ``settings``.
-        full: equal on all ranks; None for the live weights.
+        full: the averages in the order of the parameters, equal on all ranks; None for the live weights.
 
     Collective: over the ranks that hold a sharded model.
     """
@@ -90,4 +90,4 @@ def require_shapes(tensors: list[Any], shapes: list[torch.Size], what: str) -> N
         for index, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True))
         if tensor.shape != shape
     ]:
-        raise ValueError(f"{what} have other shapes (expected, got): {abbreviated(different)}")
+        raise ValueError(f"{what}: shapes differ (expected, got): {abbreviated(different)}")

@@ -40,7 +40,7 @@ class DecaySettings:
         self.make_law()  # checks inv_gamma and power
 
     def updated(self, state: Mapping[str, Any]) -> DecaySettings:
-        """These settings, replaced by those in a state of EMAModel, which may be incomplete."""
+        """A copy with the settings in a state of EMAModel; settings that the state lacks do not change."""
         return DecaySettings(**{field.name: state.get(field.name, getattr(self, field.name)) for field in fields(self)})
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The Trainer's callback: averages are updated in training, swapped in for evaluation, and saved in checkpoints."""
+"""A callback for the Trainer: updates averages in training, swaps them in for evaluation, saves them in checkpoints."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ FOLDER = "ema"
 class EMACallback(TrainerCallback):
     """Averages the weights that a `Trainer` trains: ``ema = EMACallback(decay=...).bind(trainer)``.
 
-    Training sees the live weights, evaluation and prediction the averages. Each ``checkpoint-N`` has the live weights
-    as without this callback, and the averages in ``checkpoint-N/ema``; ``resume_from_checkpoint`` and
+    Training uses the live weights; evaluation and prediction use the averages. Each ``checkpoint-N`` has the live
+    weights as without this callback, and the averages in ``checkpoint-N/ema``; ``resume_from_checkpoint`` and
     ``load_best_model_at_end`` load both. ``trainer.save_model()`` and `save_pretrained` write the averages.
 
     Args:
@@ -42,7 +42,7 @@ class EMACallback(TrainerCallback):
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401  they are ShardedEMA's
         inspect.signature(ShardedEMA).bind(None, **settings)
         self.ema: ShardedEMA | None = None
-        """The averages; made anew at the start of each ``train()``, None before the first."""
+        """The averages; each ``train()`` makes new ones at its start. None before the first."""
         self._settings = settings
         self._trainer: Trainer | None = None
         self._optimizer_hook: OptimizerHook | None = None
@@ -54,8 +54,8 @@ class EMACallback(TrainerCallback):
     def bind(self, trainer: Trainer) -> EMACallback:
         """Add this callback to a `Trainer` or a subclass of it, before ``train()``; returns the callback.
 
-        It wraps the trainer's methods ``train``, ``evaluation_loop`` and ``save_model``: no event comes before an
-        evaluation or tells which checkpoint is resumed.
+        It wraps the trainer's methods ``train``, ``evaluation_loop`` and ``save_model``, because no event precedes an
+        evaluation or reports the checkpoint that is resumed.
 
         Collective: no.
         Raises: RuntimeError if it is bound already, or while the trainer is in ``train()``. ValueError if the trainer
@@ -63,11 +63,11 @@ class EMACallback(TrainerCallback):
             ``bf16_full_eval``, which cast the live weights.
         """
         if self._trainer is not None:
-            raise RuntimeError("this EMACallback is bound to a Trainer already: make another one for another Trainer")
+            raise RuntimeError("this EMACallback is bound to a Trainer already: construct one per Trainer")
         if trainer.is_in_train:
             raise RuntimeError(
                 "bind() was called after train() began, so the averages would lack the steps before: bind before "
-                "train(). After a train() that raised, make another Trainer"
+                "train(). If an earlier train() raised, construct a new Trainer"
             )
         others = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, EMACallback)]
         if any(callback is not self for callback in others):
@@ -123,9 +123,9 @@ class EMACallback(TrainerCallback):
         self._with_averages(save)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
-        # The first event at which the model is wrapped and, if training is resumed, has the weights of the checkpoint.
+        # The first event at which the model is wrapped and, on resuming, has the weights of the checkpoint.
         trainer = self._require_trainer()
-        self._detach()  # auto_find_batch_size begins again in the same train()
+        self._detach()  # auto_find_batch_size restarts training within one train()
         self.ema = None  # frees the averages of an earlier train() before new ones are made
         ema = ShardedEMA(trainer.model_wrapped, **self._settings)
         if self._resumed_folder is not None:
@@ -136,13 +136,13 @@ class EMACallback(TrainerCallback):
         self._correct_best_checkpoint(state)
 
     def on_step_begin(self, *_: object, **__: object) -> None:
-        self._require_trainer()  # one that was added after on_train_begin
+        self._require_trainer()  # raises for an unbound callback that was added after on_train_begin
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         assert self.ema is not None
         assert self._run_folder is not None
         folder = self._run_folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        # The first rank may have been writing the model until now: it may take as long as the Trainer's own barriers.
+        # The first rank may still be writing the model, so wait as long as the Trainer's own barriers do.
         save_averages(self.ema, folder / FOLDER, step=state.global_step, timeout=args.ddp_timeout)
         self._correct_best_checkpoint(state)
 
@@ -194,7 +194,7 @@ class EMACallback(TrainerCallback):
 
     def _with_averages(self, call: Callable[[], T]) -> T:
         """Call it while the averages are in the model, if there are averages."""
-        # No context manager of our own: warnings of swapped() would name a line of contextlib.
+        # Not a context manager: with one, the warnings of swapped() would point to a line of contextlib.
         if self.ema is None or self._is_swapped:
             return call()
         self._wait_for_everyone()
@@ -208,9 +208,9 @@ class EMACallback(TrainerCallback):
         return result
 
     def _wait_for_everyone(self) -> None:
-        """Wait as long as the Trainer's own collectives do: one rank may be uploading, or writing the model.
+        """Wait for all ranks, as long as the Trainer's own collectives do: one may be uploading, or writing the model.
 
-        The timeout of `ShardedEMA` is shorter, so that an exception on one rank soon ends all. With
+        The timeout of `ShardedEMA` is too short for that: it is meant to end all ranks soon after one raised. With
         ``replicas="copy"`` ranks do not wait for each other, so that one rank may evaluate or save alone under DDP.
         """
         if self._settings.get("replicas") != "copy":
@@ -223,9 +223,9 @@ class EMACallback(TrainerCallback):
             start_from_weights(ema, folder)
 
     def _correct_best_checkpoint(self, state: TrainerState) -> None:
-        """Make the best checkpoint that of the best step, if it was saved.
+        """Set ``state.best_model_checkpoint`` to the folder of the best step, if it was saved.
 
-        For FSDP with sharded checkpoints, the Trainer looks for the folder before it makes it, and keeps an older one.
+        With FSDP and sharded checkpoints, the Trainer looks for that folder before creating it, and keeps an older one.
         """
         assert self._run_folder is not None
         best = self._run_folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
@@ -241,18 +241,18 @@ class EMACallback(TrainerCallback):
 def _require_supported(trainer: Trainer) -> None:
     if trainer.is_deepspeed_enabled:
         raise ValueError(
-            "expected a Trainer with DDP or FSDP, got one with DeepSpeed, whose optimizer averages cannot follow and "
-            "whose ZeRO-3 leaves no weights to average: use FSDP2, TrainingArguments(fsdp=True)"
+            "expected a Trainer with DDP or FSDP, got one with DeepSpeed, which is not supported: its engine steps the "
+            "optimizer itself, and ZeRO-3 partitions the weights. Use FSDP2, TrainingArguments(fsdp=True)"
         )
     if trainer.args.fp16_full_eval or trainer.args.bf16_full_eval:
         raise ValueError(
-            "fp16_full_eval and bf16_full_eval cast the live weights in place, also those that training goes on from: "
-            "leave them out, and pass fp16=True or bf16=True, with which evaluation runs under autocast"
+            "fp16_full_eval and bf16_full_eval are not supported: an evaluation outside train() would cast the live "
+            "weights in place. Pass fp16=True or bf16=True instead; evaluation then runs under autocast"
         )
 
 
 def _saves_only_shards(trainer: Trainer) -> bool:
-    """Whether ``save_model`` writes nothing, since FSDP saves shards in checkpoints only."""
+    """Whether the Trainer's ``save_model`` writes nothing, because FSDP saves shards, and only in checkpoints."""
     return bool(trainer.is_fsdp_enabled) and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
 
 

@@ -1,10 +1,10 @@
-"""Measures what snapshots in bfloat16 cost the averages that are chosen from them after training.
+"""Measures how much bfloat16 snapshots change the averages that are chosen from them after training.
 
 python -m launch.cost.bfloat16_snapshots           # 24 epochs on the digits; prints the table of the docs
 python -m launch.cost.bfloat16_snapshots --quick   # a quick check with two epochs
 
 One process trains with the same averages twice: in float32, and in bfloat16 with stochastic rounding. After each epoch
-both are a snapshot. The errors are norms, relative to that of the live weights.
+it keeps a snapshot of both. The errors are norms, relative to that of the live weights.
 """
 
 import argparse
@@ -34,7 +34,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The weights of one track at one time, as one vector in float64."""
+    """The averages of one track at one time, each flattened to one float64 vector."""
 
     time: float
     track: str
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     epochs = 2 if parser.parse_args().quick else 24
-    # The averages of the first epochs are mostly the initial weights, and so are snapshots of them.
+    # Snapshots of the first epochs consist mostly of the initial weights, which is expected here.
     warnings.simplefilter("ignore", InitialWeightsWarning)
     torch.manual_seed(0)
     training, test = load_images(torch.device("cpu"))
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def train(model: nn.Module, training: Images, epochs: int) -> list[Snapshot]:
-    """Train as launch/choose.py does; the snapshots after each epoch."""
+    """Train as launch/choose.py does; returns the snapshots after each epoch."""
     batches = Batches(training, BATCH_SIZE, 0, 0, 1)
     optimizer = AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     lr_scheduler = LinearLR(optimizer, start_factor=0.1, total_iters=len(batches))

@@ -1,7 +1,7 @@
-"""Measures an update of an inference engine's weights by `gather()`, beside one by `full_state_dict()`.
+"""Measures how long `gather()` and `full_state_dict()` take to update an inference engine's weights, and their memory.
 
 python -m launch.cost.streaming --output-dir docs   # a minute or two; writes the lower half of docs/weight-streaming.md
-python -m launch.cost.streaming --quick             # the same on a tiny model: whether it works at all
+python -m launch.cost.streaming --quick             # a quick check with a tiny model
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from launch.recipe.weight_sync import Engine
 
 LAYOUTS: list[Parallel] = ["fsdp2", "ddp"]
 WHOLE = "full_state_dict(), then sent"
-"""First, so that the other is compared with it."""
+"""Listed first in `methods`, so the other method is compared with it."""
 STREAMED = "gather(), sent one by one"
 
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def measure_streaming(device: torch.device, *, case: Case, repeats: int) -> list[Record]:
-    """Seconds and extra memory of each way, by round. Collective: every rank."""
+    """Seconds and extra memory of each method, by round. Collective: every rank."""
     ema = ShardedEMA(case.build_model(device), decay=0.5)
     engine = Engine(case.shape.build, verifies=False) if is_first() else None
 

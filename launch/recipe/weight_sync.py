@@ -1,4 +1,4 @@
-"""Sends named weights to a stand-in for an inference engine, a process of its own that verifies each of them.
+"""Sends named weights to a stand-in for an inference engine: a separate process that verifies each tensor.
 
 A message is the header of a tensor, as JSON, followed by its bytes; nothing is unpickled.
 """
@@ -22,8 +22,8 @@ class Engine:
 
     Args:
         make_model: makes the engine's model, in its process.
-        answer: what the engine returns for its model after each update, as JSON values; called in its process.
-        verifies: whether every tensor is compared by checksum with what was sent.
+        answer: called with the engine's model after each update, in its process; returns JSON values.
+        verifies: whether the engine compares the checksum of every tensor with that of the tensor sent.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class Engine:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[int, Any]:
         """Send the weights one by one; returns the number of tensors that the engine has verified, and its answer.
 
-        Raises: RuntimeError when the engine holds other values than those sent, or lacks some.
+        Raises: RuntimeError when the engine's values differ from those sent, or some tensors were not sent.
         """
         for name, tensor in weights:
             send_tensor(self._connection, name, tensor, with_checksum=self._verifies)
         _send_json(self._connection, END)
         report = _receive_json(self._connection)
         if report["wrong"] or report["missing"]:
-            raise RuntimeError(f"the engine's weights are not those sent: {report}")
+            raise RuntimeError(f"the engine's weights differ from those sent: {report}")
         return report["verified"], report["answer"]
 
     def stop(self) -> None:
@@ -62,7 +62,7 @@ class Engine:
 def serve(
     connection: Connection, make_model: Callable[[], nn.Module], answer: Callable[[nn.Module], Any] | None
 ) -> None:
-    """The engine's process: receives updates until it is told to stop, or the trainer has ended."""
+    """Run the engine: receive updates until the trainer sends `STOP` or ends."""
     torch.set_num_threads(1)
     model = make_model()
     weights = model.state_dict()
@@ -74,7 +74,8 @@ def serve(
                 checksums[name] = checksum
         except EOFError:
             return
-        verified = [name for name, checksum in checksums.items() if checksum == sha256(weights[name])]
+        # None: the trainer sent no checksum, and `launch.cost.streaming` must not measure the hashing of all weights.
+        verified = [name for name, checksum in checksums.items() if checksum and checksum == sha256(weights[name])]
         report = {
             "verified": len(verified),
             "wrong": [name for name, checksum in checksums.items() if checksum and name not in verified],
@@ -95,7 +96,7 @@ def send_tensor(connection: Connection, name: str, tensor: Tensor, *, with_check
 def receive_tensors(connection: Connection) -> Iterator[tuple[str, Tensor, str | None]]:
     """The name, value and checksum of each tensor of one update.
 
-    Raises: EOFError when the other end has ended, or has sent `STOP`.
+    Raises: EOFError when the other process has ended, or has sent `STOP`.
     """
     while (header := _receive_json(connection)) != END:
         if header == STOP:

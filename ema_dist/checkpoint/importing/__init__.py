@@ -1,5 +1,5 @@
-"""Averages in the files of other packages, read without running anything in them, and written as this package's own.
+"""Reads averages from files of other packages, without running anything in them, and writes them as this package's own.
 
-`detection` tells the formats apart; `torch_formats` and `folder_formats` have one function for each. `resolution` pairs
+`detection` detects the format; `torch_formats` and `folder_formats` have one function for each. `resolution` pairs
 the averages with the tensors of a model, which `reference` describes.
 """

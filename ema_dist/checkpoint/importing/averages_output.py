@@ -1,4 +1,4 @@
-"""A folder of DCP with imported averages, which `checkpoint.load` takes as those of a `ShardedEMA`."""
+"""A DCP folder with imported averages, which `checkpoint.load` loads into a `ShardedEMA`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ema_dist.checkpoint.weighted_sum.weighted_sum import WeightedSum
 from ema_dist.schedules.decay import DEFAULT_TRACK
 
 EMA_KEY = "ema"
-"""The key under which `checkpoint.load` takes the averages."""
+"""The key under which `checkpoint.load` loads the averages."""
 
 
 class AveragesOutput(DCPOutput):
-    """A folder that `checkpoint.load` takes under the key ``ema``.
+    """A DCP folder that `checkpoint.load` loads under the key ``ema``.
 
     Args:
         weights: the averages and the buffers.

@@ -1,4 +1,4 @@
-"""Opens averages by another package, whose format it tells by the content of the file or folder."""
+"""Opens averages of another package; the format is detected from the content of the file or folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def open_averages(path: Path, kind: KindOrAuto = "auto") -> ForeignAverages:
     """Open the averages in a file or folder; nothing in it is run.
 
     Args:
-        kind: the format to read it as; ``"auto"`` for the one that its content shows.
+        kind: the format; ``"auto"`` detects it from the content.
 
     Raises: CheckpointError when it cannot be read or holds no averages in a known format; ValueError for an unknown
         ``kind``.
@@ -57,11 +57,11 @@ def open_averages(path: Path, kind: KindOrAuto = "auto") -> ForeignAverages:
     if len(found) > 1:
         raise CheckpointError(
             f"{path} holds {len(found)} averages, in the formats {abbreviated(it.kind for it in found)}: choose one "
-            "format by `kind` (--from), or save the averages that you mean into a file of their own"
+            "format by `kind` (--from), or save only the averages that you want in a separate file"
         )
     (averages,) = found
     if not averages.listed and not (averages.tensors and averages.tensors.meta):
-        raise CheckpointError(f"{path} holds averages in the format {averages.kind!r}, but not one tensor")
+        raise CheckpointError(f"{path} has averages in the format {averages.kind!r}, but they hold no tensors")
     return averages
 
 
@@ -72,7 +72,7 @@ def require_known(kind: str) -> None:
 
 
 def _in_content(content: Any, path: Path, kind: KindOrAuto) -> list[ForeignAverages]:
-    """The averages in the content of a file, or else in one of its entries: people save them beside other things."""
+    """The averages in the content of a file, or else in its entries: people save them in one file with other things."""
     entries = [*content.values()] if isinstance(content, Mapping) else [content]
     for mappings in ([content], entries):
         if found := [it for mapping in mappings for it in _in_mapping(mapping, path, kind)]:
@@ -99,12 +99,12 @@ def _describe_content(path: Path) -> str:
         index = StoredCheckpoint(path).index
         names = [f"{kind} {dotted_name(key_path)!r}" for key_path, kind in index.entries()]
         advice = "; ema-dist export and checkpoint.load read the averages of ShardedEMA as they are"
-        return f"a checkpoint by DCP with {abbreviated(names) or 'nothing'}{advice if index.averages else ''}"
+        return f"a DCP checkpoint with {abbreviated(names) or 'nothing'}{advice if index.averages else ''}"
     if path.is_dir():
         names = sorted(it.name for it in path.iterdir())
         return f"a folder with {abbreviated(names) or 'nothing'}, without averages of diffusers or torchtitan"
     if not is_torch_file(path):
-        return "a file that torch.save did not write (weights without averages, if it is of safetensors)"
+        return "a file that torch.save did not write (a safetensors file holds weights without averages)"
     content = load_torch_file(path)
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"

@@ -1,4 +1,4 @@
-"""The formats of averages that are folders, one function each: None for a folder of another format."""
+"""The formats that are folders, one function each; a function returns None for a folder of another format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TORCHTITAN_STEP = "train_state.step"
 
 
 def diffusers_folder(path: Path) -> ForeignAverages | None:
-    """A folder by ``save_pretrained`` of diffusers' ``EMAModel``: a model whose configuration has the counts."""
+    """A folder that diffusers' ``EMAModel.save_pretrained`` wrote: a model whose configuration has the counts."""
     try:
         settings = json.loads((path / CONFIG_FILE).read_bytes())
     except FileNotFoundError:
@@ -35,7 +35,7 @@ def diffusers_folder(path: Path) -> ForeignAverages | None:
 
 
 def torchtitan(path: Path) -> ForeignAverages | None:
-    """A folder by DCP of torchtitan with its ``EMAOptimizersContainer``, which averages parameters only."""
+    """A DCP folder of torchtitan with its ``EMAOptimizersContainer``, which averages parameters only."""
     if not (path / METADATA_FILE).exists():
         return None
     stored = StoredCheckpoint(path)

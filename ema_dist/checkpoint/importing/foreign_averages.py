@@ -18,12 +18,12 @@ Kind = Literal["averaged-model", "lightning", "timm", "diffusers", "ema-pytorch"
 
 @dataclass(frozen=True)
 class Counts:
-    """How many steps the averages have seen, and by which law."""
+    """How many steps the averages cover, and the law by which they were averaged."""
 
     steps: int = 0
     updates: int = 0
     start: int = 0
-    """The steps that only copied the live weights, if there have been so many."""
+    """The number of first steps that only copy the live weights; it may exceed `steps`."""
     law: Schedule | None = None
     """None if the file does not record it."""
     are_recorded: bool = True
@@ -47,16 +47,16 @@ class ForeignAverages:
     kind: Kind
     path: Path
     tensors: NamedTensors | None
-    """By the names of the unwrapped model; None if the file only lists them."""
+    """By the names of the unwrapped model; None if the file has no names."""
     listed: Sequence[Tensor] = ()
     """In the order of the model's parameters, if the file has no names."""
     counts: Counts = field(default_factory=lambda: Counts(are_recorded=False))
     buffers: frozenset[str] | None = None
-    """The names that are buffers, if the file tells them from parameters."""
+    """The names of buffers; None if the file does not distinguish them from parameters."""
 
     @property
     def notes(self) -> list[str]:
-        """What to know before training goes on from these averages."""
+        """What a user should know before resuming from these averages."""
         if self.counts.are_recorded:
             return []
         note = (

@@ -1,4 +1,4 @@
-"""Loads averages by another package into a `ShardedEMA`."""
+"""Loads averages of another package into a `ShardedEMA`."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def import_averages(
     """Load averages that another package has stored into ``ema``, with their counts, on any layout.
 
     Reads files of torch's ``AveragedModel``, Lightning, timm, diffusers, ema-pytorch, Composer, torchtitan and NeMo.
-    Nothing in them is run. The names, order, buffers and frozen parameters are those of the model. Live weights and the
-    averaging law of ``ema`` do not change. If the file does not record counts, steps and updates become 0.
+    Nothing in them is run. The model of ``ema`` determines names, order, buffers and frozen parameters. Live weights
+    and the averaging law of ``ema`` do not change. If the file does not record counts, steps and updates become 0.
 
     Args:
         source: a file or folder on the first rank; ignored on other ranks.
-        kind: its format; ``"auto"`` for the one that its content shows.
-        reference: weights of the model, for tensors that have no average in ``source``, such as buffers; without it,
-            buffers keep their values in ``ema``.
+        kind: its format; ``"auto"`` detects it from the content.
+        reference: a file with weights of the model, for tensors without an average in ``source``, such as buffers.
+            Without it, buffers keep their values in ``ema``.
 
     Collective: over all ranks that hold the model.
-    Memory: one full tensor, and a copy of this rank's averages; on the first rank the tensors of a file that torch
-        cannot map into memory.
-    Raises: RuntimeError on every rank, before anything changes, when the averages cannot be read or do not fit the
-        model, caused by a CheckpointError on the first rank; ValueError for an unknown ``kind``, and when ``ema`` has
-        several tracks.
+    Memory: one full tensor, and a copy of this rank's averages; on the first rank also the tensors of the file, if
+        torch cannot map it into memory.
+    Raises: RuntimeError on every rank, before anything changes, when the averages cannot be read or do not match the
+        model; on the first rank its cause is a CheckpointError. ValueError for an unknown ``kind``, and when ``ema``
+        has several tracks.
     """
     require_known(kind)
     if len(ema.tracks) != 1:
@@ -80,9 +80,9 @@ def import_averages(
 
 
 def _filled(names: list[str], reference: Path | None, model: Reference, buffers: Mapping[str, Tensor]) -> NamedTensors:
-    """Values for tensors without an average: of the reference, or of the buffers as they are.
+    """Values for tensors without an average: from the reference, or else the current buffers.
 
-    Raises: CheckpointError when there is no value, or one of another shape.
+    Raises: CheckpointError when a value is missing or has another shape.
     """
     stored = NamedTensors({}, lambda _names: iter(())) if reference is None else Reference.of_files(reference).tensors
     current = {name: buffer for name, buffer in buffers.items() if not is_sharded(buffer)}
@@ -125,7 +125,7 @@ class _Tensors(Mapping[str, Tensor]):
 
 
 class _State(Mapping[str, Any]):
-    """A state that is opened on access, which only the first rank does: an error there reaches every rank."""
+    """A state that is read on first access. Only the first rank accesses it, so an error there reaches every rank."""
 
     def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
         self._make = make

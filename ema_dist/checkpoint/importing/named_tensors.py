@@ -16,23 +16,23 @@ from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.sharding import uncompiled_name
 
 WRAPPER_PREFIX = "module."
-"""The prefix of names in a module that is wrapped, such as by ``AveragedModel`` or for data parallelism."""
+"""The prefix of names in a wrapped module, such as in ``AveragedModel`` or ``DistributedDataParallel``."""
 
 
 @dataclass(frozen=True)
 class NamedTensors:
-    """Tensors by name, in their order in a file; each of several tied names comes after the first of them."""
+    """Tensors by name, in the order of the file; in `ties`, the first name precedes the others."""
 
     meta: Mapping[str, Tensor]
     """Shapes and dtypes, on the meta device."""
     read: Callable[[Iterable[str]], Iterator[Tensor]]
-    """Yields the tensors of these names in this order, full and on the CPU."""
+    """Yields the full tensors of the given names, in the given order, on the CPU."""
     ties: Mapping[str, str] = field(default_factory=dict)
-    """The first name of each tied tensor by its other names, as far as the file tells."""
+    """The first name of each tied tensor by its other names, if the file shows which tensors are tied."""
 
     @classmethod
     def of_dictionary(cls, values: Mapping[Any, Any]) -> NamedTensors:
-        """The tensors in a dictionary, as if it were of a model that is not compiled; tied if they share all memory.
+        """The tensors in a dictionary, without the name segments of torch.compile; tied if they share all memory.
 
         Raises: CheckpointError for a tensor that is sparse or quantized.
         """
@@ -54,7 +54,7 @@ class NamedTensors:
 
     @classmethod
     def of_checkpoint(cls, stored: StoredCheckpoint, dcp_names: Mapping[str, str]) -> NamedTensors:
-        """Tensors in a folder by DCP, by the names that they get here."""
+        """Tensors in a DCP folder. ``dcp_names`` maps the names they get here to their names there."""
         index = stored.index
         meta = {
             name: torch.empty(index.shape(dcp_name), dtype=index.dtype(dcp_name), device="meta")
@@ -81,7 +81,7 @@ class NamedTensors:
         return self.renamed({name: name.removeprefix(prefix) for name in self.meta if name.startswith(prefix)})
 
     def unwrapped(self) -> NamedTensors:
-        """The same tensors, without ``module.`` if all names start with it: a child may be called ``module``, too."""
+        """Without ``module.`` if all names start with it. If only some do, it is the name of a child of the model."""
         is_wrapped = bool(self.meta) and all(name.startswith(WRAPPER_PREFIX) for name in self.meta)
         return self.without_prefix(WRAPPER_PREFIX) if is_wrapped else self
 

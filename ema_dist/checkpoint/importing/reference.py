@@ -21,7 +21,7 @@ RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class Reference:
-    """The tensors of a model, by which averages are checked and named, and what has no average is filled in."""
+    """The tensors of a model: they check and name averages, and provide values for tensors without an average."""
 
     label: str
     """Names the reference in messages."""
@@ -31,11 +31,11 @@ class Reference:
     """The first name of each tied tensor by its other names."""
     buffers: frozenset[str]
     frozen: frozenset[str] = frozenset()
-    """The parameters that are not trained, as far as it is known."""
+    """The parameters that are known to be frozen."""
     is_ordered: bool = True
     """Whether the tensors are in the order of the model's ``state_dict()``."""
     marks_parameters: bool = True
-    """Whether it tells parameters from buffers itself; if not, `buffers` follows from names and dtypes."""
+    """Whether the file distinguishes parameters from buffers; if not, `buffers` is guessed from names and dtypes."""
 
     @property
     def parameters(self) -> list[str]:
@@ -44,7 +44,7 @@ class Reference:
 
     @classmethod
     def of_files(cls, path: Path) -> Reference:
-        """The reference in a file by ``torch.save``, or in other files of weights, which have no order.
+        """The reference in a file by ``torch.save``, or in other weight files, which have no order.
 
         Raises: CheckpointError when it cannot be read or holds no tensors.
         """
@@ -81,7 +81,7 @@ class Reference:
 
     @classmethod
     def of_layout(cls, layout: Layout, averaged: set[str]) -> Reference:
-        """The reference that a live model is, without its values.
+        """A live model as the reference, without its values.
 
         Args:
             averaged: the names of the tensors that have an average.
@@ -89,14 +89,14 @@ class Reference:
         meta = {shard.name: torch.empty(shard.shape, dtype=shard.owner.dtype, device="meta") for shard in layout.shards}
 
         def read(names: object) -> Iterator[Tensor]:
-            raise AssertionError(f"{names} are read from elsewhere")
+            raise AssertionError(f"the values of {names} must not be read from the live model")
 
         frozen = frozenset(layout.parameters.keys() - averaged)
         return cls("the model", NamedTensors(meta, read), layout.ties, frozenset(layout.buffers), frozen)
 
 
 def _likely_buffers(meta: Mapping[str, Tensor]) -> set[str]:
-    """The tensors that are buffers by their dtype or their name."""
+    """The tensors whose dtype or name suggests that they are buffers."""
     return {
         name
         for name, tensor in meta.items()

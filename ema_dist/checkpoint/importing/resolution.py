@@ -18,15 +18,15 @@ from ema_dist.sharding import has_equal_bits
 
 @dataclass(frozen=True)
 class ResolvedAverages:
-    """Averages by the names of the model, checked against it as far as it is known."""
+    """Averages by the names of the model, checked against the reference if there is one."""
 
     meta: Mapping[str, Tensor]
     """The tensors of the result on the meta device, in the order of the model, each tied tensor once."""
     averages: NamedTensors
     filled: NamedTensors | None
-    """Where the other tensors of `meta` are read."""
+    """The source of the tensors in `meta` that have no average."""
     buffers: frozenset[str] | None
-    """The names of buffers; None if nothing tells them from parameters."""
+    """The names of buffers; None if neither the file nor a reference distinguishes them from parameters."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -40,9 +40,9 @@ class ResolvedAverages:
         return ResolvedAverages(meta, self.averages, self.filled, self.buffers, [*self.notes])
 
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
-        """Yield the tensors of these names in this order, in the dtypes of `meta` and in memory of their own.
+        """Yield copies of the tensors of these names, in this order and in the dtypes of `meta`.
 
-        Raises: CheckpointError for a value that its integer dtype cannot hold.
+        Raises: CheckpointError for a value that the integer dtype of its tensor cannot hold.
         """
         wanted = list(names)
         averages = self.averages.read([name for name in wanted if name in self.averages.meta])
@@ -54,9 +54,9 @@ class ResolvedAverages:
 
 
 def resolve(foreign: ForeignAverages, reference: Reference | None) -> ResolvedAverages:
-    """Pair averages with the tensors of ``reference``; what has no average is read from there.
+    """Pair averages with the tensors of ``reference``; tensors without an average are read from the reference.
 
-    Raises: CheckpointError when the averages do not fit, or have no names and there is no reference with an order.
+    Raises: CheckpointError when the averages do not match, or have no names and there is no reference with an order.
     """
     if reference is None:
         if foreign.tensors is None:
@@ -81,13 +81,13 @@ def resolve(foreign: ForeignAverages, reference: Reference | None) -> ResolvedAv
     resolved = ResolvedAverages(meta, averages, reference.tensors, buffers, _tie_notes(dropped))
     if (names := resolved.filled_names) and len(names) < len(meta):
         resolved.notes.append(
-            f"{len(names)} tensors have no average and are those of {reference.label}: {abbreviated(names)}"
+            f"{len(names)} tensors have no average and are taken from {reference.label}: {abbreviated(names)}"
         )
     return resolved
 
 
 def _keeps_dtype(average: Tensor | None, expected: Tensor) -> bool:
-    """Whether an average is written in its own dtype: an integer stays what it is in the model."""
+    """Whether an average is written in its own dtype; tensors that are integers in the model stay integers."""
     return average is not None and _is_inexact(expected)
 
 
@@ -100,14 +100,14 @@ def _name_by_position(foreign: ForeignAverages, reference: Reference) -> NamedTe
         )
     names = reference.parameters
     unmarked = (
-        "; the reference does not mark parameters, so that buffers may count as such: save "
+        "; the reference does not mark its parameters, so buffers may have been counted as parameters: save "
         "model.state_dict(keep_vars=True) instead"
     )
     hint = "" if reference.marks_parameters else unmarked
     if count != len(names):
         raise CheckpointError(
             f"{foreign.path} lists {count} averages without names, and {reference.label} has {len(names)} parameters "
-            f"and {len(reference.buffers)} buffers: they are of different models{hint}"
+            f"and {len(reference.buffers)} buffers: they belong to different models{hint}"
         )
     found = [tuple(tensor.shape) for tensor in foreign.listed]
     expected = [tuple(reference.tensors.meta[name].shape) for name in names]
@@ -125,7 +125,7 @@ def _name_by_position(foreign: ForeignAverages, reference: Reference) -> NamedTe
 
 
 def _with_prefix_of(reference: Reference, averages: NamedTensors) -> NamedTensors:
-    """The averages with ``module.`` put back, if a child of the model is called so, and no wrapper."""
+    """Restore the prefix ``module.`` if it is the name of a child of the model, not of a wrapper."""
     prefixed = {name: WRAPPER_PREFIX + name for name in averages.meta}
     known = {*reference.tensors.meta, *reference.ties}
     is_child = known.isdisjoint(prefixed) and known.issuperset(prefixed.values())
@@ -135,7 +135,7 @@ def _with_prefix_of(reference: Reference, averages: NamedTensors) -> NamedTensor
 def _by_first_names(
     foreign: ForeignAverages, averages: NamedTensors, reference: Reference
 ) -> tuple[NamedTensors, dict[str, str]]:
-    """The averages under the first names of tied tensors, and the first name of each that is left out."""
+    """The averages under the first names of tied tensors, and the first name of each name that is left out."""
     names = {name: name for name in averages.meta}
     dropped: dict[str, str] = {}
     for name, first in _ties(averages, reference).items():
@@ -147,7 +147,7 @@ def _by_first_names(
         if not has_equal_bits(*averages.read([name, first])):
             raise CheckpointError(
                 f"{foreign.path} has different averages for {name!r} and {first!r}, which are one tensor in "
-                f"{reference.label}: the reference is of another model"
+                f"{reference.label}: the reference is a different model"
             )
         del names[name]
         dropped[name] = first
@@ -155,7 +155,7 @@ def _by_first_names(
 
 
 def _ties(averages: NamedTensors, reference: Reference) -> dict[str, str]:
-    """The ties that the reference tells, and of the averages those with a name that the reference leaves out."""
+    """The ties of the reference, and those ties of the averages of which the reference has only one name."""
     known = reference.tensors.meta
     ties = dict(reference.ties)
     for name, first in averages.ties.items():
@@ -172,7 +172,7 @@ def _require_match(foreign: ForeignAverages, averages: NamedTensors, reference: 
     counts = f"{foreign.path} holds {len(found)} averages, {reference.label} {len(expected)} tensors"
     if found.keys() - expected.keys():
         difference = describe_difference("the file", found.keys(), "the model", expected.keys())
-        raise CheckpointError(f"{counts}, and they do not fit: {difference}")
+        raise CheckpointError(f"{counts}, and the names differ: {difference}")
     shapes = [
         f"{name} ({tuple(expected[name].shape)}, average {tuple(tensor.shape)})"
         for name, tensor in found.items()
@@ -191,17 +191,17 @@ def _require_match(foreign: ForeignAverages, averages: NamedTensors, reference: 
 
 
 def _tie_notes(dropped: Mapping[str, str]) -> list[str]:
-    pairs = [f"{name} (that of {first})" for name, first in dropped.items()]
+    pairs = [f"{name} (tied to {first})" for name, first in dropped.items()]
     return [f"second names of tied tensors are left out: {abbreviated(pairs)}"] if pairs else []
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of the tensor in ``dtype``, which differs from its own at most for integers that were cast to floats."""
+    """A copy of the tensor in ``dtype``; only integers that were stored as floats are cast."""
     if tensor.dtype == dtype:
         return tensor.detach().clone()
     if tensor.is_floating_point() and not dtype.is_floating_point:
         if not tensor.isfinite().all():
-            raise CheckpointError(f"{name!r} is {dtype} in the model, and its average has values that are not finite")
+            raise CheckpointError(f"{name!r} is {dtype} in the model, and its average is not finite")
         tensor = tensor.double().round()
     return tensor.detach().to(dtype)
 

@@ -1,4 +1,4 @@
-"""Files by ``torch.save``, read without running anything in them."""
+"""Reads files by ``torch.save`` without running anything in them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLACEHOLDER_NAMES = (
     "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
 )
-"""The names in other packages' files that torch does not load safely, and that no average needs."""
+"""Types in other packages' files that torch refuses to load safely; averages do not contain them."""
 
 CONVERSION = (
     "load it where its code is trusted and installed, torch.save the state_dict() of the averaged module as "
@@ -31,7 +31,7 @@ CONVERSION = (
 
 
 class _Placeholder:
-    """Stands for an object in a file; whatever the file says about the object is dropped."""
+    """Replaces an object in a file; the object's content is dropped."""
 
     def __init__(self, *_args: object, **_settings: object) -> None:
         pass
@@ -43,10 +43,10 @@ class _Placeholder:
 def load_torch_file(path: Path) -> Any:
     """Load a file by ``torch.save`` with its tensors on the CPU; nothing in the file is run.
 
-    Memory: the pages of the file that are in use, if torch can map it into memory; else its tensors.
+    Memory: the pages of the file that are in use, if torch can map it into memory; else all its tensors.
     Raises: CheckpointError when it cannot be read, or cannot be read without running code.
     """
-    # Under the names in the file there are placeholders, never the objects themselves.
+    # torch constructs a placeholder for each of these names, never the object itself.
     placeholders: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
     placeholders += [(_Placeholder, name) for name in PLACEHOLDER_NAMES]
     try:
@@ -62,13 +62,13 @@ def load_torch_file(path: Path) -> Any:
                 f"{CONVERSION}"
             ) from error
         raise CheckpointError(
-            f"{path} is damaged, or no file by torch.save that can be read without running code. Nothing in it was "
-            f"run. If it is a pickle of modules, as of EDM and StyleGAN: {CONVERSION}"
+            f"{path} is damaged, or is not a torch.save file that can be read without running code. Nothing in it was "
+            f"run. If it is a pickle of modules, such as those of EDM and StyleGAN, {CONVERSION}"
         ) from error
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether the file begins as files by ``torch.save``, or other pickles, do."""
+    """Whether the file begins like those of ``torch.save``, or like other pickles."""
     with path.open("rb") as file:
         start = file.read(4)
     return start[:1] == b"\x80" or start == b"PK\x03\x04"

@@ -1,6 +1,6 @@
 """The formats of averages that ``torch.save`` writes, one function each.
 
-Each takes the content of a file, and returns its averages, or None if it is of another format.
+Each function takes the content of a file. It returns the averages, or None if the file has another format.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ema_dist.checkpoint.importing.named_tensors import WRAPPER_PREFIX, NamedTen
 from ema_dist.schedules.diffusers_law import diffusers_law
 
 LARGEST_EXACT_FLOAT16 = 2048
-"""The number from which on float16 cannot hold every integer."""
+"""float16 holds every integer up to this one."""
 
 
 def averaged_model(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
@@ -32,7 +32,7 @@ def averaged_model(content: Mapping[str, Any], path: Path) -> ForeignAverages | 
 
 
 def lightning(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
-    """A checkpoint of Lightning with its callback ``WeightAveraging``, or the one of this package."""
+    """A checkpoint of Lightning with its callback ``WeightAveraging``, or with this package's callback."""
     averages, averaging_state = content.get("state_dict"), content.get("averaging_state")
     if not isinstance(averages, Mapping) or not isinstance(averaging_state, Mapping):
         return None
@@ -68,14 +68,14 @@ def ema_pytorch(content: Mapping[str, Any], path: Path) -> ForeignAverages | Non
     steps = int(name[1]) if name else read_count(step, "step", path)
     if is_snapshot and not name and steps > LARGEST_EXACT_FLOAT16:
         raise CheckpointError(
-            f"{path} holds its step as a {step.dtype}, {steps}, which is rounded: expected the name that PostHocEMA "
-            "gave to the file, such as 0.5000.pt, which ends with the step; give it back to the file"
+            f"{path} stores its step as {step.dtype}, {steps}, which may be rounded: restore the name that PostHocEMA "
+            "gave to the file, which ends with the step, such as 0.5000.pt"
         )
     return ForeignAverages("ema-pytorch", path, tensors, counts=Counts.of_each_step(steps))
 
 
 def composer(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
-    """A monolithic checkpoint of Composer with its algorithm ``EMA``, or the one of this package."""
+    """A monolithic checkpoint of Composer with its algorithm ``EMA``, or with this package's."""
     state = content.get("state")
     if not isinstance(state, Mapping):
         return None
@@ -94,14 +94,14 @@ def _composer_averages(
     buffers: Mapping[str, Any],
     path: Path,
 ) -> ForeignAverages:
-    # The model's names have no prefix of DDP, and a child of the model is often called `module`. Names that the model
-    # does not have are those of buffers that are not persistent.
+    # The names in `model` have no prefix of DDP. A child of the model is often called `module`, so only names that
+    # `model` lacks lose the prefix. Names that it lacks even then belong to buffers that are not persistent.
     unwrapped = {name: name if name in model else name.removeprefix(WRAPPER_PREFIX) for name in (*parameters, *buffers)}
     names = {name: known for name, known in unwrapped.items() if known in model}
     stored: Mapping[str, Any] = {**parameters, **buffers}
-    if ema.get("ema_weights_active", False):  # then these are the live weights, and the model holds the averages
+    if ema.get("ema_weights_active", False):  # then `stored` is the live weights, and `model` has the averages
         stored = {name: model[known] for name, known in names.items()}
-        if exact := ema.get("averages"):  # this package stores them besides where the model has rounded them
+        if exact := ema.get("averages"):  # this package also stores the averages that `model` holds rounded
             stored = {name: exact[known] for name, known in names.items()}
     averages = NamedTensors.of_dictionary({known: stored[name] for name, known in names.items()})
     counts = Counts(are_recorded=False)
@@ -139,7 +139,7 @@ def diffusers_counts(settings: Mapping[str, Any], path: Path) -> Counts:
             power=settings.get("power", 2 / 3),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the settings of its averages are damaged: {error}") from None
+        raise CheckpointError(f"{path}: the settings of the averages are damaged: {error}") from None
     return Counts.of_each_step(steps, start=start, law=law)
 
 

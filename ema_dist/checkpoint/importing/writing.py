@@ -1,4 +1,4 @@
-"""Writes imported averages into a new folder: files of weights, or a folder of DCP."""
+"""Writes imported averages into a new folder: weight files, or a DCP folder."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from ema_dist.messages import abbreviated
 ImportFormat = Literal["safetensors", "dcp"]
 
 RECORD_FILE = "import.json"
-"""Says where imported averages are from; it lies beside them."""
+"""The file in the folder of imported averages that records their source."""
 
 
 class ImportSource(WeightSource):
-    """Imported averages, and what fills in for tensors without one."""
+    """Imported averages, and the values of the reference for tensors without one."""
 
     def __init__(self, foreign: ForeignAverages, resolved: ResolvedAverages) -> None:
         super().__init__(foreign.path, foreign.counts.steps if foreign.counts.are_recorded else None, resolved.meta, ())
@@ -40,17 +40,17 @@ class ImportSource(WeightSource):
         return self._resolved.read(names)
 
     def extra_state(self, name: str) -> Any:
-        raise CheckpointError(f"{self.path}: {name!r} is no tensor")
+        raise CheckpointError(f"{self.path}: {name!r} is not a tensor")
 
 
 @dataclass(frozen=True)
 class Import:
-    """Averages of another package that are ready to be written.
+    """Averages of another package, ready to be written.
 
     Args:
         foreign: the averages as they are stored.
-        resolved: the same as tensors of the model.
-        file_format: ``"safetensors"``, or ``"dcp"`` for a folder that `checkpoint.load` takes under the key ``ema``.
+        resolved: the same averages under the names of the model.
+        file_format: ``"safetensors"``, or ``"dcp"`` for a folder that `checkpoint.load` loads under the key ``ema``.
     """
 
     foreign: ForeignAverages
@@ -61,8 +61,8 @@ class Import:
     def open(cls, source: Path, kind: KindOrAuto, reference: Path | None, file_format: ImportFormat) -> Import:
         """Open averages and check them against the reference model.
 
-        Raises: CheckpointError when they cannot be read, do not fit, or when the format needs to know more of the
-            model; ValueError for an unknown kind.
+        Raises: CheckpointError when they cannot be read, do not match, or need a reference that was not given;
+            ValueError for an unknown kind.
         """
         foreign = open_averages(source, kind)
         model = None if reference is None else Reference.of_files(reference)
@@ -85,7 +85,7 @@ class Import:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What `RECORD_FILE` says about the averages, beside the sources."""
+        """What `RECORD_FILE` says about the averages, in addition to the sources."""
         counts = self.foreign.counts
         return {
             "format": self.foreign.kind,
@@ -119,11 +119,11 @@ class Import:
 def _averages_of_ema(
     foreign: ForeignAverages, resolved: ResolvedAverages, reference: Reference | None
 ) -> ResolvedAverages:
-    """The tensors that a `ShardedEMA` of the model holds: no frozen parameters, as far as they are known."""
+    """The tensors that a `ShardedEMA` of the model holds: all but parameters that are known to be frozen."""
     if resolved.buffers is None:
         raise CheckpointError(
-            f"{foreign.path} does not tell parameters from buffers, and averages in a DCP folder are kept apart from "
-            "buffers: expected a reference model, model.state_dict() in a file by torch.save (--reference)"
+            f"{foreign.path} does not distinguish parameters from buffers, which a DCP folder stores separately: "
+            "expected a reference model, model.state_dict() in a file by torch.save (--reference)"
         )
     if reference is None:
         return resolved
@@ -140,8 +140,8 @@ def _averages_of_ema(
         )
     if not reference.marks_parameters:
         subset.notes.append(
-            f"{reference.label} does not mark its parameters, so that integer tensors and running statistics count as "
-            "buffers, all others as trained parameters. If the model has other buffers or frozen parameters, save the "
-            "reference by torch.save(model.state_dict(keep_vars=True), ...)"
+            f"{reference.label} does not mark its parameters, so integer tensors and running statistics count "
+            "as buffers, and all others as trained parameters. If the model has other buffers or frozen parameters, "
+            "save the reference by torch.save(model.state_dict(keep_vars=True), ...)"
         )
     return subset
