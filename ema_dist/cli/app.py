@@ -404,6 +404,15 @@ def import_averages(
         ImportFormatChoice,
         typer.Option(help="Files of weights, or a folder that checkpoint.load takes under the key `ema`."),
     ] = ImportFormatChoice.SAFETENSORS,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="How many steps the averages cover, if SOURCE does not record it.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write averages by another package into files of weights, or into a folder that a ShardedEMA resumes from.
@@ -420,4 +429,6 @@ def import_averages(
     """
     from ema_dist.cli.import_averages import import_averages as run  # noqa: PLC0415
 
-    run(source, out, kind=kind.value, reference=reference, file_format=format.value, as_json=as_json)
+    run(
+        source, out, kind=kind.value, reference=reference, file_format=format.value, steps=steps, as_json=as_json
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.checkpoint.weights.reader import WeightReader
-from ema_dist.schedules.laws import Warmup
+from ema_dist.schedules.laws import Uniform, Warmup
+from ema_dist.schedules.schedule import Schedule
 from tests.attacks.payload import Payload
 from tests.support.cli_runs import load_exported, make_checkpoint, run, run_ok
 from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, Net, assert_bitwise_equal, make_net, make_trained
@@ -294,3 +296,51 @@ def test_a_compressed_archive_is_read_as_it_was_saved(tmp_path: Path) -> None:
     run_ok("import", tmp_path / "source.pt", "-o", tmp_path / "out", "--reference", tmp_path / "model.bin")
     assert_bitwise_equal(load_exported(tmp_path / "out"), state_of(net))
     assert_bitwise_equal(dict(WeightReader(tmp_path / "model.bin")), net.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("decay", "start", "steps", "weight"),
+    [
+        (Warmup(0.999), 0, None, 1.0),
+        (Uniform(), 0, None, 1.0),
+        (HalfLife(1), 50, None, 1.0),
+        (HalfLife(1), 50, 20, 1.0),
+        (Warmup(0.999), 0, 890, 0.01),
+        (Uniform(), 0, 99, 0.01),
+        (Uniform(), 50, 99, 0.02),
+        (HalfLife(1), 0, None, 0.5),
+    ],
+)
+def test_averages_without_counts_are_not_replaced_silently(
+    decay: Schedule, start: int, steps: int | None, weight: float, tmp_path: Path
+) -> None:
+    """From a folder and from the source; `start` counts as in a run that was never interrupted."""
+    model = nn.Linear(3, 2)
+    imported = {name: value + 1 for name, value in model.state_dict().items()}
+    source, reference = save({"state_dict_ema": imported}, tmp_path / "a.pt"), tmp_path / "model.pt"
+    torch.save(model.state_dict(keep_vars=True), reference)
+    options = () if steps is None else ("--steps", steps)
+    run_ok("import", source, "-o", tmp_path / "out", "--format", "dcp", "--reference", reference, *options)
+    for target in ("folder", "source"):
+        ema = ShardedEMA(model, decay=decay, start=start)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if target == "folder":
+                checkpoint.load({"ema": ema}, tmp_path / "out")
+            else:
+                checkpoint.import_averages(source, ema, steps=steps)
+        assert ["--steps" in str(warning.message) for warning in caught] == [True] * (weight > 0.5)
+        assert (ema.steps, ema.updates) == (steps or 0, steps or 0)
+        ema.update()
+        distance = (ema.full_state_dict()["weight"] - model.weight).mean().item()
+        assert distance == pytest.approx(1 - weight, abs=1e-6)
+
+
+def test_steps_are_refused_where_the_source_records_them(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    source = averaged(model, tmp_path / "source.pt")
+    assert "cover 1 steps, got steps=7" in refusal(source, "--steps", 7)
+    with pytest.raises(RuntimeError, match="got steps=7"):
+        checkpoint.import_averages(source, ShardedEMA(model), steps=7)
+    with pytest.raises(ValueError, match="steps.*0"):
+        checkpoint.import_averages(source, ShardedEMA(model), steps=0)

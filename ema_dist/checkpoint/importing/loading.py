@@ -33,6 +33,7 @@ def import_averages(
     *,
     kind: KindOrAuto = "auto",
     reference: str | os.PathLike[str] | None = None,
+    steps: int | None = None,
 ) -> None:
     """Load averages that another package has stored into ``ema``, with their counts, on any layout.
 
@@ -45,15 +46,20 @@ def import_averages(
         kind: its format; ``"auto"`` detects it from the content.
         reference: a file with weights of the model, for tensors without an average in ``source``, such as buffers.
             Without it, buffers keep their values in ``ema``.
+        steps: how many steps the averages cover, for a source that does not record it. The steps up to ``start`` of
+            ``ema`` count as steps before averaging, unless the source records a start of its own.
 
     Collective: over all ranks that hold the model.
     Memory: one full tensor, and a copy of this rank's averages; on the first rank also the tensors of the file, if
         torch cannot map it into memory.
     Raises: RuntimeError on every rank, before anything changes, when the averages cannot be read or do not match the
-        model; on the first rank its cause is a CheckpointError. ValueError for an unknown ``kind``, and when ``ema``
-        has several tracks.
+        model; on the first rank its cause is a CheckpointError. ValueError for an unknown ``kind`` or
+        invalid ``steps``, and when ``ema`` has several tracks.
+    Warns: UserWarning on the first rank when the next update replaces most of the averages by the live weights.
     """
     require_known(kind)
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"expected steps to be an integer >= 1, got {steps!r}")
     if len(ema.tracks) != 1:
         raise ValueError(f"expected a ShardedEMA with one track, got the tracks {ema.tracks}: give it one")
     state = ema.state_dict(for_loading=True)
@@ -62,7 +68,7 @@ def import_averages(
     layout = Layout(ema.model, "copy")
 
     def read_state() -> Mapping[str, Any]:
-        foreign = open_averages(Path(source), kind)
+        foreign = open_averages(Path(source), kind).with_steps(steps)
         needed = [*track["averages"], *track["buffers"]]
         model = Reference.of_layout(layout, set(needed))
         resolved = resolve(foreign, model)

@@ -58,13 +58,24 @@ class Import:
     file_format: ImportFormat
 
     @classmethod
-    def open(cls, source: Path, kind: KindOrAuto, reference: Path | None, file_format: ImportFormat) -> Import:
+    def open(
+        cls,
+        source: Path,
+        kind: KindOrAuto,
+        reference: Path | None,
+        file_format: ImportFormat,
+        *,
+        steps: int | None = None,
+    ) -> Import:
         """Open averages and check them against the reference model.
+
+        Args:
+            steps: how many steps the averages cover, for a source that does not record it.
 
         Raises: CheckpointError when they cannot be read, do not match, or need a reference that was not given;
             ValueError for an unknown kind.
         """
-        foreign = open_averages(source, kind)
+        foreign = open_averages(source, kind).with_steps(steps)
         model = None if reference is None else Reference.of_files(reference)
         resolved = resolve(foreign, model)
         return cls(
