@@ -111,11 +111,7 @@ def load_state(
     if saved.keys() != tracks.keys():
         raise ValueError(f"expected a state with the tracks {[*tracks]}, got one with {[*saved]}")
     records = {track: DecayRecord.parse(kind, value) for track, (kind, value) in decays.items()}
-    reading = read_clock(records, steps=steps, updates=updates)
-    if is_import := any(record.kind == UNRECORDED for record in records.values()):
-        # Other packages do not record a start: the steps up to the one of `clock` count as steps before averaging.
-        start = min(clock.start, reading.time)
-        reading = reading._replace(start_step=min(int(clock.start), steps), start_time=start)
+    reading = read_clock(records, steps=steps, updates=updates, start=clock.start)
     loaded: list[tuple[Track, dict[str, Tensor]]] = []
     for track, (averages, buffers) in saved.items():
         parts = {name: layout.parameters[name].averaged_part for name in tracks[track].parameters}
@@ -132,7 +128,7 @@ def load_state(
             target.write(name, value)
     clock.restore(reading)
     tracks.bind_loaded(layout)
-    if warns and is_import:
+    if warns and any(record.kind == UNRECORDED for record in records.values()):
         _warn_if_replaced_soon(clock)
 
 
@@ -141,10 +137,10 @@ def _warn_if_replaced_soon(clock: Clock) -> None:
     for track, weight in clock.next_weights().items():
         if weight > 0.5 and clock.initial_mass(track) < 1:
             warn_caller(
-                f"the next update replaces {weight:.0%} of the imported averages by the live weights: expected averages "
-                f"of enough steps for {clock.schedules[track]!r} and start={clock.start}, found {clock.steps} steps. "
-                "Pass the number of steps that the averages cover (steps=N of import_averages, --steps N of ema-dist "
-                "import), or use a law that does not depend on it, such as HalfLife, without start="
+                f"the next update replaces {weight:.0%} of the imported averages by the live weights, because their "
+                f"number of steps, {clock.steps}, is low for {clock.schedules[track]!r} with start={clock.start}. If "
+                "the averages cover more steps, pass how many (steps=N of import_averages, --steps N of ema-dist "
+                "import); else use a law that does not depend on the step, such as HalfLife, without start="
             )
 
 

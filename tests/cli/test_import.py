@@ -15,9 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
+from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.schedules.laws import Uniform, Warmup
 from ema_dist.schedules.schedule import Schedule
@@ -41,6 +44,21 @@ DIFFUSERS = {
 def save(content: object, path: Path) -> Path:
     torch.save(content, path)
     return path
+
+
+def nested_tensor() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a prototype
+        return torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+
+
+def snapshot(step: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state of ema-pytorch's ``PostHocEMA`` in a file that was renamed."""
+    return {
+        "initted": torch.ones(1, dtype=torch.bool),
+        "step": torch.tensor(step, dtype=dtype),
+        "ema_model.a": torch.ones(1, dtype=dtype),
+    }
 
 
 def averaged(model: nn.Module, path: Path) -> Path:
@@ -160,6 +178,17 @@ def test_buffers_stay_and_the_law_is_kept_without_a_reference(tmp_path: Path) ->
         (lambda _: {"state_dict_ema": Payload("harm")}, r"without running code: it holds .*Nothing in it was run"),
         (lambda _: {"n_averaged": torch.tensor(-1), "module.a": torch.ones(1)}, "n_averaged"),
         (lambda _: {"n_averaged": torch.tensor(1), "module.a": torch.ones(1).to_sparse()}, "'module.a'.*sparse"),
+        (
+            lambda _: {"state_dict": {}, "averaging_state": {"n_averaged": torch.ones(1, device="meta")}},
+            "averaging_state.n_averaged, found .*meta",
+        ),
+        (lambda _: {"state_dict_ema": {"a": torch.ones(1, device="meta")}}, "'a'.*meta"),
+        (lambda _: {"state_dict_ema": {"a": nested_tensor()}}, "'a'.*nested"),
+        (lambda _: {"state_dict_ema": {"a": torch.ones(1).expand(2**40)}}, "'a'.*repeats 4 stored bytes"),
+        (lambda _: {"state_dict_ema": {"a": torch.ones(1), "_orig_mod.a": torch.zeros(1)}}, "two: '_orig_mod.a'"),
+        (lambda _: DIFFUSERS | {"shadow_params": [torch.ones(1, device="meta")]}, r"shadow_params\[0\].*meta"),
+        (lambda _: snapshot(2048.0, torch.float16), "float16, 2048, .*rounded"),
+        (lambda _: snapshot(256.0, torch.bfloat16), "bfloat16, 256, .*rounded"),
         (lambda _: {"state_dict_ema": {}}, "'timm', but they hold no tensors"),
         (lambda net: DIFFUSERS | {"shadow_params": [*net.parameters()]}, r"lists 19 averages .*--reference"),
         (lambda _: {"state_dict": {}, "averaging_state": {}}, "averaging_state.n_averaged"),
@@ -168,6 +197,16 @@ def test_buffers_stay_and_the_law_is_kept_without_a_reference(tmp_path: Path) ->
 )
 def test_files_without_averages_are_refused(make: Callable[[Net], Any], expected: str, tmp_path: Path) -> None:
     assert re.search(expected, refusal(save(make(make_net("plain")), tmp_path / "source.pt")))
+
+
+@pytest.mark.world_size(1)
+def test_the_shards_of_one_rank_are_refused(tmp_path: Path) -> None:
+    """By name and before any operation on them, which needs the process group: also in a reference."""
+    part = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])
+    assert re.search("'a'.*full tensors", refusal(save({"state_dict_ema": {"a": part}}, tmp_path / "source.pt")))
+    for name in ("model.pt", "model.bin"):
+        with pytest.raises(CheckpointError, match=r"'a'.*full tensors"):
+            dict(WeightReader(save({"a": part}, tmp_path / name)))
 
 
 def test_pickles_of_modules_are_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -274,7 +313,13 @@ def test_the_way_back_for_averaged_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [("--layout", "diffusers", "--name", "a.safetensors"), ("--layout", "averaged-model", "--weights", "live")],
+    [
+        ("--layout", "diffusers", "--name", "a.safetensors"),
+        ("--layout", "averaged-model", "--weights", "live"),
+        ("--layout", "averaged-model", "--max-shard-size", "5GiB"),
+        ("--layout", "averaged-model", "--format", "safetensors"),
+        ("--layout", "timm", "--max-shard-size", "1KiB"),
+    ],
 )
 def test_choices_that_exclude_each_other_are_refused(options: tuple[str, ...], tmp_path: Path) -> None:
     root, *_ = make_checkpoint(tmp_path / "root")
@@ -285,7 +330,7 @@ def test_choices_that_exclude_each_other_are_refused(options: tuple[str, ...], t
 
 
 def test_a_compressed_archive_is_read_as_it_was_saved(tmp_path: Path) -> None:
-    """torch would map the compressed bytes as values."""
+    """Torch would map the compressed bytes as values."""
     net = make_net("plain")
     for path in (averaged(net, tmp_path / "source.pt"), save(net.state_dict(), tmp_path / "model.bin")):
         with zipfile.ZipFile(path) as archive:
@@ -342,5 +387,27 @@ def test_steps_are_refused_where_the_source_records_them(tmp_path: Path) -> None
     assert "cover 1 steps, got steps=7" in refusal(source, "--steps", 7)
     with pytest.raises(RuntimeError, match="got steps=7"):
         checkpoint.import_averages(source, ShardedEMA(model), steps=7)
-    with pytest.raises(ValueError, match="steps.*0"):
+    with pytest.raises(ValueError, match=r"steps.*0"):
         checkpoint.import_averages(source, ShardedEMA(model), steps=0)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2047.0, 2047), (2048.0, 70000), (float("inf"), 70000)])
+def test_rounded_integers_are_those_of_the_reference(count: float, expected: int, tmp_path: Path) -> None:
+    """PostHocEMA stores them in float16."""
+    model = nn.BatchNorm1d(2)
+    stored = {name: value.half() for name, value in model.state_dict().items()}
+    stored["num_batches_tracked"] = torch.tensor(count).half()
+    source = save({"state_dict_ema": stored}, tmp_path / "source.pt")
+    model.num_batches_tracked.fill_(70000)
+    reference = save(model.state_dict(), tmp_path / "model.pt")
+    is_kept = expected == count
+    if is_kept:
+        run_ok("import", source, "-o", tmp_path / "alone")
+    else:
+        assert re.search("num_batches_tracked; .*--reference", refusal(source))
+    result = run("import", source, "-o", tmp_path / "out", "--reference", reference)
+    assert ("rounded" in result.stderr) is not is_kept
+    assert load_exported(tmp_path / "out")["num_batches_tracked"].tolist() == expected
+    ema = ShardedEMA(model)
+    checkpoint.import_averages(source, ema, steps=1)
+    assert ema.full_state_dict()["num_batches_tracked"].item() == expected

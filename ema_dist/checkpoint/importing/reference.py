@@ -15,7 +15,10 @@ from ema_dist.checkpoint.importing.named_tensors import NamedTensors
 from ema_dist.checkpoint.importing.torch_files import is_torch_file, load_torch_file
 from ema_dist.sharding import Layout, uncompiled_name
 
-RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+COUNTER = "num_batches_tracked"
+"""The name of the integer buffer of torch's BatchNorm."""
+
+RUNNING_STATISTICS = ("running_mean", "running_var", COUNTER)
 """The names of the buffers of torch's normalization layers."""
 
 

@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.values import unreadable_reason
 from ema_dist.checkpoint.weights.formats import FORMATS, INDEX_SUFFIX, SHARD_NUMBERS, OpenedFile, detect_format
 from ema_dist.messages import abbreviated
 
@@ -150,6 +150,6 @@ def _wrap_errors(path: Path) -> Iterator[None]:
 
 
 def _require_dense(path: Path, name: str, value: Any) -> Any:
-    if isinstance(value, Tensor) and (value.layout is not torch.strided or value.device.type != "cpu"):
-        raise CheckpointError(f"{path}: expected {name!r} to be a dense tensor, found {value.layout} on {value.device}")
+    if isinstance(value, Tensor) and (reason := unreadable_reason(value)):
+        raise CheckpointError(f"{path}: expected {name!r} to be a dense tensor, found {reason}")
     return value
