@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,12 +23,21 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.importing.torch_files import load_torch_file
 from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.schedules.laws import Uniform, Warmup
 from ema_dist.schedules.schedule import Schedule
 from tests.attacks.payload import Payload
 from tests.support.cli_runs import load_exported, make_checkpoint, run, run_ok
-from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, Net, assert_bitwise_equal, make_net, make_trained
+from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
+    LAYOUTS,
+    Net,
+    assert_bitwise_equal,
+    make_net,
+    make_trained,
+    wrap,
+)
 
 pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
@@ -192,7 +203,11 @@ def test_buffers_stay_and_the_law_is_kept_without_a_reference(tmp_path: Path) ->
         (lambda _: {"state_dict_ema": {}}, "'timm', but they hold no tensors"),
         (lambda net: DIFFUSERS | {"shadow_params": [*net.parameters()]}, r"lists 19 averages .*--reference"),
         (lambda _: {"state_dict": {}, "averaging_state": {}}, "averaging_state.n_averaged"),
-        (lambda net: {"a": AveragedModel(net).state_dict(), "b": AveragedModel(net).state_dict()}, "holds 2 averages"),
+        (lambda net: {"a": AveragedModel(net).state_dict(), "b": AveragedModel(net).state_dict()}, "'a'.*'b': save"),
+        (
+            lambda net: {"a": AveragedModel(net).state_dict(), "b": {"state_dict_ema": net.state_dict()}},
+            r"averaged-model under the key 'a', timm under the key 'b': choose one format by `kind` \(--from\)",
+        ),
     ],
 )
 def test_files_without_averages_are_refused(make: Callable[[Net], Any], expected: str, tmp_path: Path) -> None:
@@ -411,3 +426,56 @@ def test_rounded_integers_are_those_of_the_reference(count: float, expected: int
     ema = ShardedEMA(model)
     checkpoint.import_averages(source, ema, steps=1)
     assert ema.full_state_dict()["num_batches_tracked"].item() == expected
+
+
+def test_paths_among_the_hyperparameters_are_no_obstacle(tmp_path: Path) -> None:
+    content = {"state_dict_ema": {"a": torch.ones(1)}, "args": [tmp_path, PureWindowsPath("a"), PurePosixPath("b")]}
+    run_ok("import", save(content, tmp_path / "source.pt"), "-o", tmp_path / "out")
+
+
+def test_a_reference_of_a_wrapped_model_is_noted(tmp_path: Path) -> None:
+    net = make_net("plain")
+    reference = save({f"module.{name}": value for name, value in net.state_dict().items()}, tmp_path / "model.pt")
+    result = run("import", averaged(net, tmp_path / "a.pt"), "-o", tmp_path / "out", "--reference", reference)
+    assert "model.module.state_dict()" in result.stderr
+
+
+def test_a_model_without_trained_parameters_has_no_averages_to_resume_from(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2).requires_grad_(requires_grad=False)
+    source, reference = averaged(model, tmp_path / "a.pt"), tmp_path / "model.pt"
+    torch.save(model.state_dict(keep_vars=True), reference)
+    assert "are frozen" in refusal(source, "--format", "dcp", "--reference", reference)
+
+
+def test_the_averages_of_a_module_around_the_model_are_told(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    source = averaged(nn.ModuleDict({"net": model}), tmp_path / "a.pt")
+    with pytest.raises(RuntimeError, match=r"begin with 'net\.' match without it"):
+        checkpoint.import_averages(source, ShardedEMA(model))
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.world_size(LAYOUTS[name].ranks)) for name in ("plain", "fsdp2")]
+)
+def test_frozen_parameters_that_differ_are_named(layout: str, tmp_path: Path) -> None:
+    """On the first rank, which reads them."""
+    source = averaged(make_net(layout), tmp_path / f"{dist.get_rank()}.pt")
+    net = make_net(layout)
+    with torch.no_grad():
+        net.frozen.weight.add_(1)
+    for model, names in ((make_net(layout), []), (net, ["frozen.weight"])):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            checkpoint.import_averages(source, ShardedEMA(wrap(layout, model)))
+        found = [str(warning.message) for warning in caught if "frozen parameters" in str(warning.message)]
+        assert len(found) == (len(names) if dist.get_rank() == 0 else 0)
+        assert all(name in found[0] for name in names if found)
+
+
+def test_errors_do_not_advise_to_run_code(tmp_path: Path) -> None:
+    """As torch's own messages do."""
+    path = save({"a": Payload("harm")}, tmp_path / "a.pt")
+    for read in (load_torch_file, lambda it: dict(WeightReader(it))):
+        with pytest.raises(CheckpointError, match="without running code: it holds") as caught:
+            read(path)
+        assert "weights_only" not in "".join(traceback.format_exception(caught.value))

@@ -179,7 +179,7 @@ def _require_match(foreign: ForeignAverages, averages: NamedTensors, reference: 
     counts = f"{foreign.path} holds {len(found)} averages, {reference.label} {len(expected)} tensors"
     if found.keys() - expected.keys():
         difference = describe_difference("the file", found.keys(), "the model", expected.keys())
-        raise CheckpointError(f"{counts}, and the names differ: {difference}")
+        raise CheckpointError(f"{counts}, and the names differ: {difference}{_prefix_hint(found, expected)}")
     shapes = [
         f"{name} ({tuple(expected[name].shape)}, average {tuple(tensor.shape)})"
         for name, tensor in found.items()
@@ -195,6 +195,19 @@ def _require_match(foreign: ForeignAverages, averages: NamedTensors, reference: 
             raise CheckpointError(
                 f"{counts}, and the {what} of {len(mismatches)} differ: {abbreviated(mismatches, separator='; ')}"
             )
+
+
+def _prefix_hint(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What to do if the model is a child of the module that was averaged, such as of a LightningModule."""
+    first = next(iter(found))
+    for prefix in [first.removesuffix(name) for name in expected if first.endswith(f".{name}")]:
+        children = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
+        if children <= expected.keys():
+            return (
+                f". Names that begin with {prefix!r} match without it: torch.save a file with the averages under those "
+                "names, as docs/importing.md shows for EDM, and import that"
+            )
+    return ""
 
 
 def _rounded_integers(averages: NamedTensors, names: list[str]) -> list[str]:

@@ -78,6 +78,8 @@ class Import:
         foreign = open_averages(source, kind).with_steps(steps)
         model = None if reference is None else Reference.of_files(reference)
         resolved = resolve(foreign, model)
+        if model is not None:
+            resolved.notes.extend(model.notes)
         return cls(
             foreign,
             resolved if file_format == "safetensors" else _averages_of_ema(foreign, resolved, model),
@@ -144,6 +146,11 @@ def _averages_of_ema(
         if name in resolved.buffers
         or (name not in reference.frozen and (reference.marks_parameters or name in resolved.averages.meta))
     ]
+    if resolved.buffers.issuperset(trained):
+        raise CheckpointError(
+            f"all parameters in {reference.label} are frozen, so a ShardedEMA of the model has no averages to resume "
+            "from: expected a reference with parameters that require a gradient, or --format safetensors"
+        )
     subset = resolved.subset(trained)
     if frozen := [name for name in resolved.meta if name not in subset.meta]:
         subset.notes.append(

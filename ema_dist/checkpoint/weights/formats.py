@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from torch import Tensor
 from ema_dist.checkpoint.dcp.archive import byte_view
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.values import require_loadable
+from ema_dist.checkpoint.weights.torch_archive import can_be_mapped
 from ema_dist.messages import abbreviated
 from ema_dist.sharding import subclass_name
 
@@ -204,17 +204,6 @@ class TorchFileWriter:
             torch.save(self._entries, self._path)
         except RuntimeError as error:  # torch reports a full disk like this
             raise OSError(f"cannot write {self._path}: {error}") from error
-
-
-def can_be_mapped(path: Path) -> bool:
-    """Whether torch can map a file by ``torch.save`` into memory: it takes the bytes of compressed entries as values.
-
-    Raises: as `zipfile.ZipFile` for a damaged archive.
-    """
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def _open_torch(path: Path) -> OpenedFile:
