@@ -19,9 +19,9 @@ from ema_dist.averages.full_weights import dtype_kind
 from ema_dist.averages.track import Track
 from ema_dist.averages.tracks import Tracks
 from ema_dist.kernels import copy_to_host
-from ema_dist.messages import abbreviated, describe_difference
+from ema_dist.messages import abbreviated, describe_difference, warn_caller
 from ema_dist.schedules.clock import Clock
-from ema_dist.schedules.decay import DecayRecord, describe_changed_laws, read_clock, record_decays
+from ema_dist.schedules.decay import UNRECORDED, DecayRecord, describe_changed_laws, read_clock, record_decays
 from ema_dist.sharding import Layout, Shard, cpu_copy
 
 STATE_FORMAT = 1
@@ -111,7 +111,7 @@ def load_state(
     if saved.keys() != tracks.keys():
         raise ValueError(f"expected a state with the tracks {[*tracks]}, got one with {[*saved]}")
     records = {track: DecayRecord.parse(kind, value) for track, (kind, value) in decays.items()}
-    reading = read_clock(records, steps=steps, updates=updates)
+    reading = read_clock(records, steps=steps, updates=updates, start=clock.start)
     loaded: list[tuple[Track, dict[str, Tensor]]] = []
     for track, (averages, buffers) in saved.items():
         parts = {name: layout.parameters[name].averaged_part for name in tracks[track].parameters}
@@ -128,6 +128,20 @@ def load_state(
             target.write(name, value)
     clock.restore(reading)
     tracks.bind_loaded(layout)
+    if warns and any(record.kind == UNRECORDED for record in records.values()):
+        _warn_if_replaced_soon(clock)
+
+
+def _warn_if_replaced_soon(clock: Clock) -> None:
+    """Warn when the next update gives the live weights more weight than the imported averages."""
+    for track, weight in clock.next_weights().items():
+        if weight > 0.5 and clock.initial_mass(track) < 1:
+            warn_caller(
+                f"the next update replaces {weight:.0%} of the imported averages by the live weights, because their "
+                f"number of steps, {clock.steps}, is low for {clock.schedules[track]!r} with start={clock.start}. If "
+                "the averages cover more steps, pass how many (steps=N of import_averages, --steps N of ema-dist "
+                "import); else use a law that does not depend on the step, such as HalfLife, without start="
+            )
 
 
 def _local_tensors(kind: str, shards: Mapping[str, Shard], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:

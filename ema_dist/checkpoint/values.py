@@ -20,6 +20,25 @@ PACKED_MARKER = "ema_dist.packed"
 PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
 
 
+def unreadable_reason(value: Tensor) -> str:
+    """Why a tensor in a file of another program has no full values of its own; empty if it has.
+
+    It must be empty before anything else is done with the tensor: some operations end the process for other tensors.
+    """
+    if is_sharded(value):
+        return "the part of one rank of a sharded tensor: save full tensors, for example those of full_tensor()"
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        return f"{'a nested tensor' if value.is_nested else value.layout}, {value.dtype}"
+    if value.device.type != "cpu":
+        return f"a tensor on the device {value.device}, which has no values here"
+    if subclass := subclass_name(value):
+        return f"a {subclass}"
+    stored = value.untyped_storage().nbytes()
+    if value.numel() * value.itemsize > stored:
+        return f"a tensor of shape {tuple(value.shape)} that repeats {stored} stored bytes: save a copy by contiguous()"
+    return ""
+
+
 def pack_value(value: object, name: str) -> Any:
     """Return ``value`` in a form that DCP does not change; `unpack_value` is the inverse.
 

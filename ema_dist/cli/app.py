@@ -30,6 +30,7 @@ from ema_dist.cli.options import (
     TrackOption,
     WeightsChoice,
     WeightsOption,
+    check_shard_size,
     parse_coefficients,
 )
 from ema_dist.cli.terminal import print_stderr, report_errors
@@ -91,8 +92,18 @@ def export(  # noqa: PLR0913  one parameter for each option
     *,
     weights: WeightsOption = WeightsChoice.EMA,
     dtype: DtypeOption = None,
-    max_shard_size: ShardSizeOption = "5GiB",
-    format: Annotated[FormatChoice, typer.Option(help="What files to write.")] = FormatChoice.SAFETENSORS,  # noqa: A002
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            callback=check_shard_size,
+            metavar="SIZE",
+            help="The maximum size of a file, such as 500MiB; by default 5GiB.",
+            show_default=False,
+        ),
+    ] = None,
+    format: Annotated[  # noqa: A002
+        FormatChoice | None, typer.Option(help="What files to write; by default safetensors.", show_default=False)
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -144,7 +155,7 @@ def export(  # noqa: PLR0913  one parameter for each option
         Destination(
             out,
             max_shard_size,
-            format.value,
+            None if format is None else format.value,
             name=name,
             config=config,
             force=force,
@@ -404,6 +415,15 @@ def import_averages(
         ImportFormatChoice,
         typer.Option(help="Files of weights, or a folder that checkpoint.load takes under the key `ema`."),
     ] = ImportFormatChoice.SAFETENSORS,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="How many steps the averages cover, if SOURCE does not record it.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write averages by another package into files of weights, or into a folder that a ShardedEMA resumes from.
@@ -420,4 +440,4 @@ def import_averages(
     """
     from ema_dist.cli.import_averages import import_averages as run  # noqa: PLC0415
 
-    run(source, out, kind=kind.value, reference=reference, file_format=format.value, as_json=as_json)
+    run(source, out, kind=kind.value, reference=reference, file_format=format.value, steps=steps, as_json=as_json)

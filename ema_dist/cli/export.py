@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +21,9 @@ from ema_dist.checkpoint.weights.formats import FORMATS, FileFormat
 from ema_dist.checkpoint.weights.weight_writer import WeightWriter
 from ema_dist.cli.terminal import print_files, print_json, print_stderr, progress
 
+MAX_SHARD_SIZE = "5GiB"
+"""The default maximum size of files."""
+
 ONE_FILE = 2**62
 """A maximum size of files that no model reaches."""
 
@@ -30,8 +33,10 @@ class Destination:
     """Where weights are exported, and into what files."""
 
     folder: Path
-    max_shard_size: int | str = "5GiB"
-    file_format: FileFormat = "safetensors"
+    max_shard_size: int | str | None = None
+    """None for `MAX_SHARD_SIZE`, or for one file if the library reads only one."""
+    file_format: FileFormat | None = None
+    """None for safetensors, or for the format that the library reads."""
     name: str | None = None
     """The file name; if there are several files, they and their index are named after it. None for the format's."""
     config: Path | None = None
@@ -41,28 +46,36 @@ class Destination:
     layout: LayoutName | None = None
     """The library that will load the files; None for the Hugging Face layout."""
 
-    def for_layout(self) -> Destination:
-        """The same, with the format and the file name that the library expects.
+    @property
+    def expected(self) -> ExportLayout:
+        """What the library expects."""
+        return ExportLayout() if self.layout is None else LAYOUTS[self.layout]
 
-        Raises: ValueError when a file name is given as well.
-        """
+    @property
+    def actual_format(self) -> FileFormat:
+        """The format to write."""
+        return self.file_format or self.expected.file_format or "safetensors"
+
+    def require_consistent(self) -> None:
+        """Raise ValueError when an option was given that the layout decides."""
         if self.layout is None:
-            return self
-        if self.name is not None:
-            raise ValueError(f"--layout {self.layout} names the file: leave out --name {self.name}")
-        layout = LAYOUTS[self.layout]
-        file_format = layout.file_format or self.file_format
-        max_shard_size = self.max_shard_size if layout.file_format is None else ONE_FILE
-        return replace(self, file_format=file_format, name=layout.file_name(file_format), max_shard_size=max_shard_size)
+            return
+        decided = {
+            "--name": self.name,
+            "--max-shard-size": self.max_shard_size if self.expected.has_one_file else None,
+            "--format": self.file_format if self.expected.file_format else None,
+        }
+        if given := [f"{option} {value}" for option, value in decided.items() if value is not None]:
+            raise ValueError(f"--layout {self.layout} decides this itself: leave out {' and '.join(given)}")
 
     def open_writer(self, planned: Mapping[str, Tensor | None]) -> WeightWriter:
         """Return a writer of these entries. Raises: as `WeightWriter`, and CheckpointError without configuration."""
         return WeightWriter(
             self.folder,
             planned=planned,
-            max_shard_size=self.max_shard_size,
-            file_format=self.file_format,
-            name=self.name,
+            max_shard_size=self.max_shard_size or (ONE_FILE if self.expected.has_one_file else MAX_SHARD_SIZE),
+            file_format=self.actual_format,
+            name=self.name if self.layout is None else self.expected.file_name(self.actual_format),
             copied=[] if self.config is None else config_files(self.config),
             force=self.force,
         )
@@ -89,8 +102,8 @@ def export(
     Raises: CheckpointError when the checkpoint is damaged or has no such weights, OSError when the folder cannot be
         written; no file is left in it then. ValueError for choices that exclude each other.
     """
-    destination = destination.for_layout()
-    layout = ExportLayout() if destination.layout is None else LAYOUTS[destination.layout]
+    destination.require_consistent()
+    layout = destination.expected
     if layout.count_name and weights_kind == "live":
         raise ValueError(f"--layout {destination.layout} is for averages: leave out --weights live")
     stored = StoredCheckpoint(find_checkpoint(checkpoint, step))
@@ -99,7 +112,7 @@ def export(
     for caveat in source.caveats:
         print_stderr(caveat)
     weights = WeightedSum([Term(source, 1.0)])
-    keeps_non_tensors = FORMATS[destination.file_format].keeps_non_tensors
+    keeps_non_tensors = FORMATS[destination.actual_format].keeps_non_tensors
     counts = layout.counts(source.selection.averages.updates if source.selection.averages else 0)
     writer = destination.open_writer(
         {**{name: count.to("meta") for name, count in counts.items()}, **layout.renamed(weights.planned)}

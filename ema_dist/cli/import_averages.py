@@ -17,6 +17,7 @@ def import_averages(
     kind: KindOrAuto = "auto",
     reference: Path | None = None,
     file_format: ImportFormat = "safetensors",
+    steps: int | None = None,
     as_json: bool = False,
 ) -> None:
     """Prints what the averages are, writes them, and prints the files.
@@ -25,7 +26,7 @@ def import_averages(
         written; nothing is left there then.
     """
     require_new_folder(out)
-    opened = Import.open(source, kind, reference, file_format)
+    opened = Import.open(source, kind, reference, file_format, steps=steps)
     for note in opened.notes:
         print_stderr(f"note: {note}")
     if not as_json:

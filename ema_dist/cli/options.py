@@ -116,12 +116,14 @@ def parse_coefficients(text: str) -> list[float]:
         raise typer.BadParameter(f"{text!r} is not a list of numbers like 0.2,0.3,0.5") from None
 
 
-def check_shard_size(context: typer.Context, text: str) -> str:
-    """Returns the same text, a number of bytes or a size like ``"5GiB"``.
+def check_shard_size(context: typer.Context, text: str | None) -> str | None:
+    """Returns the same text, a number of bytes or a size like ``"5GiB"``; None if the option was not given.
 
     Raises: typer.BadParameter when it is not a size.
     """
-    if not context.resilient_parsing:  # shell completion parses options too, and must not import torch
+    if (
+        text is not None and not context.resilient_parsing
+    ):  # shell completion parses options too, and must not import torch
         from ema_dist.checkpoint.weights.sharded_files import size_in_bytes  # noqa: PLC0415
 
         try:

@@ -174,6 +174,18 @@ class Clock:
             return ClockStep(weights, Readings(after, after))
         return ClockStep(weights, Readings(after, self._advance(if_none_skipped, elapsed, is_real_step=True)[0]))
 
+    def next_weights(self) -> Mapping[str, Number]:
+        """The weight of the live values by track at the next step that changes the averages, if each takes time 1.
+
+        Assumes that no step was skipped if only the device knows.
+        """
+        reading, weights = self._advance(self.known, 1.0, is_real_step=True)
+        for _ in range(1, self.interval):
+            if any(weights.values()):
+                break
+            reading, weights = self._advance(reading, 1.0, is_real_step=True)
+        return weights
+
     def count(self, step: ClockStep) -> None:
         """Make the state after ``step`` current. Calling it again with the same step has no effect."""
         self._readings = step.readings

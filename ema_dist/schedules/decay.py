@@ -210,8 +210,12 @@ def describe_changed_laws(records: Mapping[str, DecayRecord], schedules: Mapping
     return ", ".join(changed)
 
 
-def read_clock(records: Mapping[str, DecayRecord], *, steps: int, updates: int) -> Reading:
+def read_clock(records: Mapping[str, DecayRecord], *, steps: int, updates: int, start: float = 0) -> Reading:
     """The clock saved in a state.
+
+    Args:
+        start: `Clock.start`, up to which the steps of imported averages count as steps before averaging if their file
+            records no law: then it records no start either.
 
     If the state has no clock, or its ``steps`` no longer matches the clock, assumes that averaging began at time 0 and
     the last update was at ``steps``. The initial mass is then computed from the counts for a half-life and a constant
@@ -226,6 +230,8 @@ def read_clock(records: Mapping[str, DecayRecord], *, steps: int, updates: int) 
             f"all tracks of a state must have the same clock, got {clocks}: the checkpoint is damaged, load another one"
         )
     (_, time, start_step, start_time, last_update), *_ = times
+    if any(record.kind == UNRECORDED for record in records.values()):
+        start_step, start_time = int(min(start, steps)), min(start, time)
     masses = {track: clock["initial_mass"] for track, clock in clocks.items()}
     last_decays = {track: clock["last_decay"] for track, clock in clocks.items()}
     missed = any(_MISSED_WRITES in clock for clock in clocks.values())

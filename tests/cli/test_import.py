@@ -5,21 +5,39 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import traceback
+import warnings
+import zipfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
-from ema_dist.schedules.laws import Warmup
+from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.importing.torch_files import load_torch_file
+from ema_dist.checkpoint.weights.reader import WeightReader
+from ema_dist.schedules.laws import Uniform, Warmup
+from ema_dist.schedules.schedule import Schedule
 from tests.attacks.payload import Payload
 from tests.support.cli_runs import load_exported, make_checkpoint, run, run_ok
-from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING, Net, assert_bitwise_equal, make_net, make_trained
+from tests.support.layouts import (
+    IGNORE_INITIAL_WEIGHTS_WARNING,
+    LAYOUTS,
+    Net,
+    assert_bitwise_equal,
+    make_net,
+    make_trained,
+    wrap,
+)
 
 pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
@@ -37,6 +55,21 @@ DIFFUSERS = {
 def save(content: object, path: Path) -> Path:
     torch.save(content, path)
     return path
+
+
+def nested_tensor() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a prototype
+        return torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+
+
+def snapshot(step: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state of ema-pytorch's ``PostHocEMA`` in a file that was renamed."""
+    return {
+        "initted": torch.ones(1, dtype=torch.bool),
+        "step": torch.tensor(step, dtype=dtype),
+        "ema_model.a": torch.ones(1, dtype=dtype),
+    }
 
 
 def averaged(model: nn.Module, path: Path) -> Path:
@@ -140,7 +173,10 @@ def test_buffers_stay_and_the_law_is_kept_without_a_reference(tmp_path: Path) ->
     expected = {name: value.clone() for name, value in ema.full_state_dict().items()}
     listed = [torch.full_like(parameter, 2.0) for parameter in model.parameters()]
     source = save(DIFFUSERS | {"shadow_params": listed, "min_decay": 0.5}, tmp_path / "e.pt")
-    with pytest.warns(UserWarning, match=r"min_decay=0\.5\) -> HalfLife\(3\)"):
+    with (
+        pytest.warns(UserWarning, match=r"min_decay=0\.5\) -> HalfLife\(3\)"),
+        pytest.warns(UserWarning, match=r"not imported: frozen\.weight, frozen\.bias"),
+    ):
         checkpoint.import_averages(source, ema)
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     expected |= {name: torch.full_like(expected[name], 2.0) for name in names}
@@ -156,14 +192,39 @@ def test_buffers_stay_and_the_law_is_kept_without_a_reference(tmp_path: Path) ->
         (lambda _: {"state_dict_ema": Payload("harm")}, r"without running code: it holds .*Nothing in it was run"),
         (lambda _: {"n_averaged": torch.tensor(-1), "module.a": torch.ones(1)}, "n_averaged"),
         (lambda _: {"n_averaged": torch.tensor(1), "module.a": torch.ones(1).to_sparse()}, "'module.a'.*sparse"),
+        (
+            lambda _: {"state_dict": {}, "averaging_state": {"n_averaged": torch.ones(1, device="meta")}},
+            "averaging_state.n_averaged, found .*meta",
+        ),
+        (lambda _: {"state_dict_ema": {"a": torch.ones(1, device="meta")}}, "'a'.*meta"),
+        (lambda _: {"state_dict_ema": {"a": nested_tensor()}}, "'a'.*nested"),
+        (lambda _: {"state_dict_ema": {"a": torch.ones(1).expand(2**40)}}, "'a'.*repeats 4 stored bytes"),
+        (lambda _: {"state_dict_ema": {"a": torch.ones(1), "_orig_mod.a": torch.zeros(1)}}, "two: '_orig_mod.a'"),
+        (lambda _: DIFFUSERS | {"shadow_params": [torch.ones(1, device="meta")]}, r"shadow_params\[0\].*meta"),
+        (lambda _: snapshot(2048.0, torch.float16), "float16, 2048, .*rounded"),
+        (lambda _: snapshot(256.0, torch.bfloat16), "bfloat16, 256, .*rounded"),
         (lambda _: {"state_dict_ema": {}}, "'timm', but they hold no tensors"),
         (lambda net: DIFFUSERS | {"shadow_params": [*net.parameters()]}, r"lists 19 averages .*--reference"),
         (lambda _: {"state_dict": {}, "averaging_state": {}}, "averaging_state.n_averaged"),
-        (lambda net: {"a": AveragedModel(net).state_dict(), "b": AveragedModel(net).state_dict()}, "holds 2 averages"),
+        (lambda net: {"a": AveragedModel(net).state_dict(), "b": AveragedModel(net).state_dict()}, "'a'.*'b': save"),
+        (
+            lambda net: {"a": AveragedModel(net).state_dict(), "b": {"state_dict_ema": net.state_dict()}},
+            r"averaged-model under the key 'a', timm under the key 'b': choose one format by `kind` \(--from\)",
+        ),
     ],
 )
 def test_files_without_averages_are_refused(make: Callable[[Net], Any], expected: str, tmp_path: Path) -> None:
     assert re.search(expected, refusal(save(make(make_net("plain")), tmp_path / "source.pt")))
+
+
+@pytest.mark.world_size(1)
+def test_the_shards_of_one_rank_are_refused(tmp_path: Path) -> None:
+    """By name and before any operation on them, which needs the process group: also in a reference."""
+    part = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])
+    assert re.search("'a'.*full tensors", refusal(save({"state_dict_ema": {"a": part}}, tmp_path / "source.pt")))
+    for name in ("model.pt", "model.bin"):
+        with pytest.raises(CheckpointError, match=r"'a'.*full tensors"):
+            dict(WeightReader(save({"a": part}, tmp_path / name)))
 
 
 def test_pickles_of_modules_are_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -270,7 +331,13 @@ def test_the_way_back_for_averaged_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [("--layout", "diffusers", "--name", "a.safetensors"), ("--layout", "averaged-model", "--weights", "live")],
+    [
+        ("--layout", "diffusers", "--name", "a.safetensors"),
+        ("--layout", "averaged-model", "--weights", "live"),
+        ("--layout", "averaged-model", "--max-shard-size", "5GiB"),
+        ("--layout", "averaged-model", "--format", "safetensors"),
+        ("--layout", "timm", "--max-shard-size", "1KiB"),
+    ],
 )
 def test_choices_that_exclude_each_other_are_refused(options: tuple[str, ...], tmp_path: Path) -> None:
     root, *_ = make_checkpoint(tmp_path / "root")
@@ -278,3 +345,140 @@ def test_choices_that_exclude_each_other_are_refused(options: tuple[str, ...], t
     assert result.exit_code == 1
     assert options[2] in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_compressed_archive_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    """Torch would map the compressed bytes as values."""
+    net = make_net("plain")
+    for path in (averaged(net, tmp_path / "source.pt"), save(net.state_dict(), tmp_path / "model.bin")):
+        with zipfile.ZipFile(path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+    run_ok("import", tmp_path / "source.pt", "-o", tmp_path / "out", "--reference", tmp_path / "model.bin")
+    assert_bitwise_equal(load_exported(tmp_path / "out"), state_of(net))
+    assert_bitwise_equal(dict(WeightReader(tmp_path / "model.bin")), net.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("decay", "start", "steps", "weight"),
+    [
+        (Warmup(0.999), 0, None, 1.0),
+        (Uniform(), 0, None, 1.0),
+        (HalfLife(1), 50, None, 1.0),
+        (HalfLife(1), 50, 20, 1.0),
+        (Warmup(0.999), 0, 890, 0.01),
+        (Uniform(), 0, 99, 0.01),
+        (Uniform(), 50, 99, 0.02),
+        (HalfLife(1), 0, None, 0.5),
+    ],
+)
+def test_averages_without_counts_are_not_replaced_silently(
+    decay: Schedule, start: int, steps: int | None, weight: float, tmp_path: Path
+) -> None:
+    """From a folder and from the source; `start` counts as in a run that was never interrupted."""
+    model = nn.Linear(3, 2)
+    imported = {name: value + 1 for name, value in model.state_dict().items()}
+    source, reference = save({"state_dict_ema": imported}, tmp_path / "a.pt"), tmp_path / "model.pt"
+    torch.save(model.state_dict(keep_vars=True), reference)
+    options = () if steps is None else ("--steps", steps)
+    run_ok("import", source, "-o", tmp_path / "out", "--format", "dcp", "--reference", reference, *options)
+    for target in ("folder", "source"):
+        ema = ShardedEMA(model, decay=decay, start=start)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if target == "folder":
+                checkpoint.load({"ema": ema}, tmp_path / "out")
+            else:
+                checkpoint.import_averages(source, ema, steps=steps)
+        assert ["--steps" in str(warning.message) for warning in caught] == [True] * (weight > 0.5)
+        assert (ema.steps, ema.updates) == (steps or 0, steps or 0)
+        ema.update()
+        distance = (ema.full_state_dict()["weight"] - model.weight).mean().item()
+        assert distance == pytest.approx(1 - weight, abs=1e-6)
+
+
+def test_steps_are_refused_where_the_source_records_them(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    source = averaged(model, tmp_path / "source.pt")
+    assert "cover 1 steps, got steps=7" in refusal(source, "--steps", 7)
+    with pytest.raises(RuntimeError, match="got steps=7"):
+        checkpoint.import_averages(source, ShardedEMA(model), steps=7)
+    with pytest.raises(ValueError, match=r"steps.*0"):
+        checkpoint.import_averages(source, ShardedEMA(model), steps=0)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2047.0, 2047), (2048.0, 70000), (float("inf"), 70000)])
+def test_rounded_integers_are_those_of_the_reference(count: float, expected: int, tmp_path: Path) -> None:
+    """PostHocEMA stores them in float16."""
+    model = nn.BatchNorm1d(2)
+    stored = {name: value.half() for name, value in model.state_dict().items()}
+    stored["num_batches_tracked"] = torch.tensor(count).half()
+    source = save({"state_dict_ema": stored}, tmp_path / "source.pt")
+    model.num_batches_tracked.fill_(70000)
+    reference = save(model.state_dict(), tmp_path / "model.pt")
+    is_kept = expected == count
+    if is_kept:
+        run_ok("import", source, "-o", tmp_path / "alone")
+    else:
+        assert re.search("num_batches_tracked; .*--reference", refusal(source))
+    result = run("import", source, "-o", tmp_path / "out", "--reference", reference)
+    assert ("rounded" in result.stderr) is not is_kept
+    assert load_exported(tmp_path / "out")["num_batches_tracked"].tolist() == expected
+    ema = ShardedEMA(model)
+    checkpoint.import_averages(source, ema, steps=1)
+    assert ema.full_state_dict()["num_batches_tracked"].item() == expected
+
+
+def test_paths_among_the_hyperparameters_are_no_obstacle(tmp_path: Path) -> None:
+    content = {"state_dict_ema": {"a": torch.ones(1)}, "args": [tmp_path, PureWindowsPath("a"), PurePosixPath("b")]}
+    run_ok("import", save(content, tmp_path / "source.pt"), "-o", tmp_path / "out")
+
+
+def test_a_reference_of_a_wrapped_model_is_noted(tmp_path: Path) -> None:
+    net = make_net("plain")
+    reference = save({f"module.{name}": value for name, value in net.state_dict().items()}, tmp_path / "model.pt")
+    result = run("import", averaged(net, tmp_path / "a.pt"), "-o", tmp_path / "out", "--reference", reference)
+    assert "model.module.state_dict()" in result.stderr
+
+
+def test_a_model_without_trained_parameters_has_no_averages_to_resume_from(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2).requires_grad_(requires_grad=False)
+    source, reference = averaged(model, tmp_path / "a.pt"), tmp_path / "model.pt"
+    torch.save(model.state_dict(keep_vars=True), reference)
+    assert "are frozen" in refusal(source, "--format", "dcp", "--reference", reference)
+
+
+def test_the_averages_of_a_module_around_the_model_are_told(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    source = averaged(nn.ModuleDict({"net": model}), tmp_path / "a.pt")
+    with pytest.raises(RuntimeError, match=r"begin with 'net\.' match without it"):
+        checkpoint.import_averages(source, ShardedEMA(model))
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.world_size(LAYOUTS[name].ranks)) for name in ("plain", "fsdp2")]
+)
+def test_frozen_parameters_that_differ_are_named(layout: str, tmp_path: Path) -> None:
+    """On the first rank, which reads them."""
+    source = averaged(make_net(layout), tmp_path / f"{dist.get_rank()}.pt")
+    net = make_net(layout)
+    with torch.no_grad():
+        net.frozen.weight.add_(1)
+    for model, names in ((make_net(layout), []), (net, ["frozen.weight"])):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            checkpoint.import_averages(source, ShardedEMA(wrap(layout, model)))
+        found = [str(warning.message) for warning in caught if "frozen parameters" in str(warning.message)]
+        assert len(found) == (len(names) if dist.get_rank() == 0 else 0)
+        assert all(name in found[0] for name in names if found)
+
+
+def test_errors_do_not_advise_to_run_code(tmp_path: Path) -> None:
+    """As torch's own messages do."""
+    path = save({"a": Payload("harm")}, tmp_path / "a.pt")
+    for read in (load_torch_file, lambda it: dict(WeightReader(it))):
+        with pytest.raises(CheckpointError, match="without running code: it holds") as caught:
+            read(path)
+        assert "weights_only" not in "".join(traceback.format_exception(caught.value))

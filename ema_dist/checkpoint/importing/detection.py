@@ -46,20 +46,22 @@ def open_averages(path: Path, kind: KindOrAuto = "auto") -> ForeignAverages:
     require_known(kind)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    found: list[ForeignAverages] = []
+    found: list[tuple[str, ForeignAverages]] = []
     if path.is_dir():
-        found = [it for name, read in _FOLDER_FORMATS if kind in ("auto", name) and (it := read(path))]
+        found = [("", it) for name, read in _FOLDER_FORMATS if kind in ("auto", name) and (it := read(path))]
     elif is_torch_file(path):
         found = _in_content(load_torch_file(path), path, kind)
     if not found:
         expected = "averages in a known format" if kind == "auto" else f"averages in the format {kind!r}"
         raise CheckpointError(f"expected {expected} in {path}, found {_describe_content(path)}")
     if len(found) > 1:
+        described = [f"{it.kind}{key and f' under the key {key!r}'}" for key, it in found]
+        choice = "choose one format by `kind` (--from), or " if len({it.kind for _, it in found}) > 1 else ""
         raise CheckpointError(
-            f"{path} holds {len(found)} averages, in the formats {abbreviated(it.kind for it in found)}: choose one "
-            "format by `kind` (--from), or save only the averages that you want in a separate file"
+            f"{path} holds {len(found)} averages, {abbreviated(described)}: {choice}save only the averages that you "
+            "want in a separate file"
         )
-    (averages,) = found
+    ((_, averages),) = found
     if not averages.listed and not (averages.tensors and averages.tensors.meta):
         raise CheckpointError(f"{path} has averages in the format {averages.kind!r}, but they hold no tensors")
     return averages
@@ -71,11 +73,14 @@ def require_known(kind: str) -> None:
         raise ValueError(f"expected kind to be one of {abbreviated(['auto', *get_args(Kind)])}, got {kind!r}")
 
 
-def _in_content(content: Any, path: Path, kind: KindOrAuto) -> list[ForeignAverages]:
-    """The averages in the content of a file, or else in its entries: people save them in one file with other things."""
-    entries = [*content.values()] if isinstance(content, Mapping) else [content]
-    for mappings in ([content], entries):
-        if found := [it for mapping in mappings for it in _in_mapping(mapping, path, kind)]:
+def _in_content(content: Any, path: Path, kind: KindOrAuto) -> list[tuple[str, ForeignAverages]]:
+    """The averages in the content of a file, or else in its entries, each with the key of its entry.
+
+    People save averages in one file with other things.
+    """
+    entries = content.items() if isinstance(content, Mapping) else ()
+    for candidates in ([("", content)], entries):
+        if found := [(str(key), it) for key, mapping in candidates for it in _in_mapping(mapping, path, kind)]:
             return found
     return []
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
+from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.importing.named_tensors import NamedTensors
 from ema_dist.schedules.decay import DecayRecord, record_counts
 from ema_dist.schedules.schedule import Schedule
@@ -60,7 +61,22 @@ class ForeignAverages:
         if self.counts.are_recorded:
             return []
         note = (
-            f"{self.path} does not record how many steps it has averaged, so steps and updates are 0, and a law that "
-            "depends on the step, such as Warmup, starts again"
+            f"{self.path} does not record how many steps its averages cover, so steps and updates are 0. The first "
+            "update by a law that depends on the step (Warmup, Uniform, Power, InverseGamma), or before start=, then "
+            "replaces the averages by the live weights: pass the number of steps (--steps N, steps=N)"
         )
         return [note]
+
+    def with_steps(self, steps: int | None) -> ForeignAverages:
+        """The same averages with this number of steps; None keeps the counts.
+
+        Raises: CheckpointError when the file records its number of steps.
+        """
+        if steps is None:
+            return self
+        if self.counts.are_recorded:
+            raise CheckpointError(
+                f"{self.path} records that its averages cover {self.counts.steps} steps, got steps={steps}: leave out "
+                "steps= (--steps)"
+            )
+        return replace(self, counts=Counts.of_each_step(steps))

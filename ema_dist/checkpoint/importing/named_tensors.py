@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
+from ema_dist.checkpoint.values import unreadable_reason
 from ema_dist.checkpoint.weights.reader import WeightReader
 from ema_dist.sharding import uncompiled_name
 
@@ -34,14 +35,21 @@ class NamedTensors:
     def of_dictionary(cls, values: Mapping[Any, Any]) -> NamedTensors:
         """The tensors in a dictionary, without the name segments of torch.compile; tied if they share all memory.
 
-        Raises: CheckpointError for a tensor that is sparse or quantized.
+        Raises: CheckpointError for a tensor without full values of its own, and for two tensors of one name.
         """
-        tensors = {
-            uncompiled_name(str(name)): value.detach() for name, value in values.items() if isinstance(value, Tensor)
-        }
-        for name, tensor in tensors.items():
-            if tensor.layout is not torch.strided or tensor.is_quantized:
-                raise CheckpointError(f"expected {name!r} to be a dense tensor, found {tensor.layout}, {tensor.dtype}")
+        tensors: dict[str, Tensor] = {}
+        for stored_name, value in values.items():
+            if not isinstance(value, Tensor):
+                continue
+            name = uncompiled_name(str(stored_name))
+            if reason := unreadable_reason(value):
+                raise CheckpointError(f"expected {name!r} to be a dense tensor, found {reason}")
+            if name in tensors:
+                raise CheckpointError(
+                    f"expected one tensor with the name {name!r}, found two: {stored_name!r} and one that differs "
+                    "only in segments that torch.compile adds; remove one of them from the file"
+                )
+            tensors[name] = value.detach()
         meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
         return cls(meta, lambda names: (tensors[name] for name in names), find_ties(tensors))
 
@@ -96,3 +104,8 @@ def find_ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
             if first != name:
                 ties[name] = first
     return ties
+
+
+def smallest_inexact(dtype: torch.dtype) -> float:
+    """The number from which on a stored value of this floating dtype may be a rounded integer."""
+    return 2 / torch.finfo(dtype).eps

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ema_dist.checkpoint.errors import CheckpointError
-from ema_dist.checkpoint.importing.named_tensors import NamedTensors
+from ema_dist.checkpoint.importing.named_tensors import WRAPPER_PREFIX, NamedTensors
 from ema_dist.checkpoint.importing.torch_files import is_torch_file, load_torch_file
 from ema_dist.sharding import Layout, uncompiled_name
 
-RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+COUNTER = "num_batches_tracked"
+"""The name of the integer buffer of torch's BatchNorm."""
+
+RUNNING_STATISTICS = ("running_mean", "running_var", COUNTER)
 """The names of the buffers of torch's normalization layers."""
 
 
@@ -41,6 +44,17 @@ class Reference:
     def parameters(self) -> list[str]:
         """The names of the parameters, in the order of the tensors."""
         return [name for name in self.tensors.meta if name not in self.buffers]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the names."""
+        if not self.tensors.meta or not all(name.startswith(WRAPPER_PREFIX) for name in self.tensors.meta):
+            return []
+        note = (
+            f"all names in {self.label} begin with {WRAPPER_PREFIX!r}, and so do those of the result. If it was saved "
+            "from a model wrapped by DDP, save model.module.state_dict() instead"
+        )
+        return [note]
 
     @classmethod
     def of_files(cls, path: Path) -> Reference:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.importing.foreign_averages import ForeignAverages
-from ema_dist.checkpoint.importing.named_tensors import WRAPPER_PREFIX, NamedTensors
-from ema_dist.checkpoint.importing.reference import Reference
+from ema_dist.checkpoint.importing.named_tensors import WRAPPER_PREFIX, NamedTensors, smallest_inexact
+from ema_dist.checkpoint.importing.reference import COUNTER, Reference
 from ema_dist.messages import abbreviated, describe_difference
 from ema_dist.sharding import has_equal_bits
 
@@ -40,17 +41,14 @@ class ResolvedAverages:
         return ResolvedAverages(meta, self.averages, self.filled, self.buffers, [*self.notes])
 
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
-        """Yield copies of the tensors of these names, in this order and in the dtypes of `meta`.
-
-        Raises: CheckpointError for a value that the integer dtype of its tensor cannot hold.
-        """
+        """Yield copies of the tensors of these names, in this order and in the dtypes of `meta`."""
         wanted = list(names)
         averages = self.averages.read([name for name in wanted if name in self.averages.meta])
         others = [name for name in wanted if name not in self.averages.meta]
         filled = self.filled.read(others) if self.filled and others else iter(())
         for name in wanted:
             tensor = next(averages if name in self.averages.meta else filled)
-            yield _converted(name, tensor, self.meta[name].dtype)
+            yield _converted(tensor, self.meta[name].dtype)
 
 
 def resolve(foreign: ForeignAverages, reference: Reference | None) -> ResolvedAverages:
@@ -67,19 +65,28 @@ def resolve(foreign: ForeignAverages, reference: Reference | None) -> ResolvedAv
         tensors = foreign.tensors.renamed(
             {name: name for name in foreign.tensors.meta if name not in foreign.tensors.ties}
         )
+        _require_exact_counts(foreign.path, tensors)
         return ResolvedAverages(tensors.meta, tensors, None, foreign.buffers, _tie_notes(foreign.tensors.ties))
     named = _name_by_position(foreign, reference) if foreign.tensors is None else foreign.tensors
+    known = reference.tensors.meta
     averages, dropped = _by_first_names(foreign, _with_prefix_of(reference, named), reference)
     _require_match(foreign, averages, reference)
+    rounded = _rounded_integers(averages, [name for name in averages.meta if not _is_inexact(known[name])])
+    averages = averages.renamed({name: name for name in averages.meta if name not in rounded})
     meta = {
         name: averages.meta[name] if _keeps_dtype(averages.meta.get(name), expected) else expected
-        for name, expected in reference.tensors.meta.items()
+        for name, expected in known.items()
     }
     buffers = reference.buffers
     if foreign.buffers is not None and not reference.marks_parameters:
         buffers = (buffers - averages.meta.keys()) | (foreign.buffers & averages.meta.keys())
     resolved = ResolvedAverages(meta, averages, reference.tensors, buffers, _tie_notes(dropped))
-    if (names := resolved.filled_names) and len(names) < len(meta):
+    if rounded:
+        resolved.notes.append(
+            f"integers whose average is a float that may be rounded, or is not finite, are taken from "
+            f"{reference.label}: {abbreviated(rounded)}"
+        )
+    if (names := [name for name in resolved.filled_names if name not in rounded]) and len(names) < len(meta):
         resolved.notes.append(
             f"{len(names)} tensors have no average and are taken from {reference.label}: {abbreviated(names)}"
         )
@@ -172,7 +179,7 @@ def _require_match(foreign: ForeignAverages, averages: NamedTensors, reference: 
     counts = f"{foreign.path} holds {len(found)} averages, {reference.label} {len(expected)} tensors"
     if found.keys() - expected.keys():
         difference = describe_difference("the file", found.keys(), "the model", expected.keys())
-        raise CheckpointError(f"{counts}, and the names differ: {difference}")
+        raise CheckpointError(f"{counts}, and the names differ: {difference}{_prefix_hint(found, expected)}")
     shapes = [
         f"{name} ({tuple(expected[name].shape)}, average {tuple(tensor.shape)})"
         for name, tensor in found.items()
@@ -190,18 +197,49 @@ def _require_match(foreign: ForeignAverages, averages: NamedTensors, reference: 
             )
 
 
+def _prefix_hint(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What to do if the model is a child of the module that was averaged, such as of a LightningModule."""
+    first = next(iter(found))
+    for prefix in [first.removesuffix(name) for name in expected if first.endswith(f".{name}")]:
+        children = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
+        if children <= expected.keys():
+            return (
+                f". Names that begin with {prefix!r} match without it: torch.save a file with the averages under those "
+                "names, as docs/importing.md shows for EDM, and import that"
+            )
+    return ""
+
+
+def _rounded_integers(averages: NamedTensors, names: list[str]) -> list[str]:
+    """Those of ``names`` that were integers, and whose stored floats do not tell which."""
+    stored = [name for name in names if averages.meta[name].is_floating_point()]
+    return [
+        name
+        for name, tensor in zip(stored, averages.read(stored), strict=True)
+        if not (tensor.double().abs() < smallest_inexact(tensor.dtype)).all()
+    ]
+
+
+def _require_exact_counts(path: Path, averages: NamedTensors) -> None:
+    """Raises: CheckpointError when a counter of torch's BatchNorm was stored as a float that may be rounded."""
+    counters = [name for name in averages.meta if name.rpartition(".")[2] == COUNTER]
+    if rounded := _rounded_integers(averages, counters):
+        raise CheckpointError(
+            f"{path} stores integers as floats that may be rounded, or are not finite: {abbreviated(rounded)}; "
+            "expected a reference model, whose values replace them (--reference)"
+        )
+
+
 def _tie_notes(dropped: Mapping[str, str]) -> list[str]:
     pairs = [f"{name} (tied to {first})" for name, first in dropped.items()]
     return [f"second names of tied tensors are left out: {abbreviated(pairs)}"] if pairs else []
 
 
-def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of the tensor in ``dtype``; only integers that were stored as floats are cast."""
     if tensor.dtype == dtype:
         return tensor.detach().clone()
     if tensor.is_floating_point() and not dtype.is_floating_point:
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{name!r} is {dtype} in the model, and its average is not finite")
         tensor = tensor.double().round()
     return tensor.detach().to(dtype)
 

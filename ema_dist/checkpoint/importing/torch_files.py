@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.weights.torch_archive import can_be_mapped, refused_names
 from ema_dist.messages import abbreviated
 
 PLACEHOLDER_NAMES = (
     "argparse.Namespace",  # timm: the command line's arguments
     "datetime.timedelta",  # Composer: the time trained
     "torch.torch_version.TorchVersion",
+    *(  # Lightning and timm: hyperparameters and arguments
+        f"pathlib{module}.{name}"
+        for module in ("", "._local")  # where Python 3.13 has them
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    ),
     "numpy.dtype",  # Composer: random states
     "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
@@ -50,22 +55,21 @@ def load_torch_file(path: Path) -> Any:
     placeholders: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
     placeholders += [(_Placeholder, name) for name in PLACEHOLDER_NAMES]
     try:
-        is_zip = zipfile.is_zipfile(path)
         with torch.serialization.safe_globals(placeholders), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about the protocol of a pickle that is refused
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
     except OSError:
         raise
-    except Exception as error:  # parsers raise all kinds of errors
-        if names := _refused_names(path, str(error)):
+    except Exception as error:  # noqa: BLE001  parsers raise all kinds of errors
+        if names := sorted({*refused_names(path, str(error))} - {*PLACEHOLDER_NAMES}):
             raise CheckpointError(
                 f"{path} cannot be read without running code: it holds {abbreviated(names)}. Nothing in it was run; "
                 f"{CONVERSION}"
-            ) from error
+            ) from None  # torch's own message recommends weights_only=False
         raise CheckpointError(
             f"{path} is damaged, or is not a torch.save file that can be read without running code. Nothing in it was "
             f"run. If it is a pickle of modules, such as those of EDM and StyleGAN, {CONVERSION}"
-        ) from error
+        ) from None if isinstance(error, UnpicklingError) else error
 
 
 def is_torch_file(path: Path) -> bool:
@@ -73,11 +77,3 @@ def is_torch_file(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(4)
     return start[:1] == b"\x80" or start == b"PK\x03\x04"
-
-
-def _refused_names(path: Path, message: str) -> list[str]:
-    try:
-        names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # noqa: BLE001  a damaged file, or one by an old version of torch
-        names = set(re.findall(r"GLOBAL (\S+) was not an allowed global", message))
-    return sorted(names - {*PLACEHOLDER_NAMES})

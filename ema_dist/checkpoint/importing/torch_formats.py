@@ -14,11 +14,9 @@ from torch import Tensor
 
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.importing.foreign_averages import Counts, ForeignAverages
-from ema_dist.checkpoint.importing.named_tensors import WRAPPER_PREFIX, NamedTensors
+from ema_dist.checkpoint.importing.named_tensors import WRAPPER_PREFIX, NamedTensors, smallest_inexact
+from ema_dist.checkpoint.values import unreadable_reason
 from ema_dist.schedules.diffusers_law import diffusers_law
-
-LARGEST_EXACT_FLOAT16 = 2048
-"""float16 holds every integer up to this one."""
 
 
 def averaged_model(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
@@ -53,8 +51,8 @@ def diffusers_state(content: Mapping[str, Any], path: Path) -> ForeignAverages |
     listed = content.get("shadow_params")
     if not isinstance(listed, list) or not all(isinstance(tensor, Tensor) for tensor in listed):
         return None
-    tensors = [tensor.detach() for tensor in listed]
-    return ForeignAverages("diffusers", path, None, tensors, counts=diffusers_counts(content, path))
+    named = NamedTensors.of_dictionary({f"shadow_params[{index}]": tensor for index, tensor in enumerate(listed)})
+    return ForeignAverages("diffusers", path, None, [*named.read(named.meta)], counts=diffusers_counts(content, path))
 
 
 def ema_pytorch(content: Mapping[str, Any], path: Path) -> ForeignAverages | None:
@@ -63,10 +61,10 @@ def ema_pytorch(content: Mapping[str, Any], path: Path) -> ForeignAverages | Non
         return None
     tensors = NamedTensors.of_dictionary(content).without_prefix("ema_model.").unwrapped()
     step = content["step"]
-    is_snapshot = isinstance(step, Tensor) and step.is_floating_point()
-    name = re.fullmatch(r"\d+\.(\d+)\.pt", path.name) if is_snapshot else None
+    is_rounded = isinstance(step, Tensor) and step.is_floating_point()
+    name = re.fullmatch(r"\d+\.(\d+)\.pt", path.name) if is_rounded else None
     steps = int(name[1]) if name else read_count(step, "step", path)
-    if is_snapshot and not name and steps > LARGEST_EXACT_FLOAT16:
+    if is_rounded and not name and steps >= smallest_inexact(step.dtype):
         raise CheckpointError(
             f"{path} stores its step as {step.dtype}, {steps}, which may be rounded: restore the name that PostHocEMA "
             "gave to the file, which ends with the step, such as 0.5000.pt"
@@ -145,8 +143,14 @@ def diffusers_counts(settings: Mapping[str, Any], path: Path) -> Counts:
 
 def read_count(value: object, name: str, path: Path) -> int:
     """A count in a file. Raises: CheckpointError unless it is a whole number that is not negative."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    is_readable = isinstance(value, Tensor) and not unreadable_reason(value) and value.numel() == 1
+    number = value.item() if is_readable else value
     is_whole = isinstance(number, int | float) and not isinstance(number, bool) and number == number // 1
     if not is_whole or not 0 <= number < 2**53:
-        raise CheckpointError(f"{path}: expected a number of steps in {name}, found {value!r}")
+        raise CheckpointError(f"{path}: expected a number of steps in {name}, found {_describe(value)}")
     return int(number)
+
+
+def _describe(value: object) -> str:
+    reason = unreadable_reason(value) if isinstance(value, Tensor) else ""
+    return reason or repr(value)

@@ -58,15 +58,28 @@ class Import:
     file_format: ImportFormat
 
     @classmethod
-    def open(cls, source: Path, kind: KindOrAuto, reference: Path | None, file_format: ImportFormat) -> Import:
+    def open(
+        cls,
+        source: Path,
+        kind: KindOrAuto,
+        reference: Path | None,
+        file_format: ImportFormat,
+        *,
+        steps: int | None = None,
+    ) -> Import:
         """Open averages and check them against the reference model.
+
+        Args:
+            steps: how many steps the averages cover, for a source that does not record it.
 
         Raises: CheckpointError when they cannot be read, do not match, or need a reference that was not given;
             ValueError for an unknown kind.
         """
-        foreign = open_averages(source, kind)
+        foreign = open_averages(source, kind).with_steps(steps)
         model = None if reference is None else Reference.of_files(reference)
         resolved = resolve(foreign, model)
+        if model is not None:
+            resolved.notes.extend(model.notes)
         return cls(
             foreign,
             resolved if file_format == "safetensors" else _averages_of_ema(foreign, resolved, model),
@@ -133,6 +146,11 @@ def _averages_of_ema(
         if name in resolved.buffers
         or (name not in reference.frozen and (reference.marks_parameters or name in resolved.averages.meta))
     ]
+    if resolved.buffers.issuperset(trained):
+        raise CheckpointError(
+            f"all parameters in {reference.label} are frozen, so a ShardedEMA of the model has no averages to resume "
+            "from: expected a reference with parameters that require a gradient, or --format safetensors"
+        )
     subset = resolved.subset(trained)
     if frozen := [name for name in resolved.meta if name not in subset.meta]:
         subset.notes.append(

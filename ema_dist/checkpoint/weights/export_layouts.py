@@ -24,6 +24,8 @@ class ExportLayout:
     """The suffix of the file; None for the format's own."""
     file_format: FileFormat | None = None
     """The only format that the library reads; None for any."""
+    has_one_file: bool = False
+    """Whether the library reads one file only."""
     prefix: str = ""
     """Precedes the name of each tensor."""
     count_name: str = ""
@@ -46,8 +48,13 @@ class ExportLayout:
 LAYOUTS: dict[LayoutName, ExportLayout] = {
     "transformers": ExportLayout(),
     "diffusers": ExportLayout(stem="diffusion_pytorch_model"),
-    "timm": ExportLayout(),
+    "timm": ExportLayout(has_one_file=True),  # of several files, it reads the first one
     "averaged-model": ExportLayout(
-        stem="averaged_model", suffix=".pt", file_format="torch", prefix="module.", count_name="n_averaged"
+        stem="averaged_model",
+        suffix=".pt",
+        file_format="torch",
+        has_one_file=True,
+        prefix="module.",
+        count_name="n_averaged",
     ),
 }

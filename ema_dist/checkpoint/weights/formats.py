@@ -18,6 +18,7 @@ from torch import Tensor
 from ema_dist.checkpoint.dcp.archive import byte_view
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.values import require_loadable
+from ema_dist.checkpoint.weights.torch_archive import can_be_mapped
 from ema_dist.messages import abbreviated
 from ema_dist.sharding import subclass_name
 
@@ -206,7 +207,7 @@ class TorchFileWriter:
 
 
 def _open_torch(path: Path) -> OpenedFile:
-    entries = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    entries = torch.load(path, map_location="cpu", mmap=can_be_mapped(path), weights_only=True)
     if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
         found = f"a {type(entries).__name__}"
         if isinstance(entries, Mapping):

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ema_dist.checkpoint.errors import CheckpointError
+from ema_dist.checkpoint.values import unreadable_reason
 from ema_dist.checkpoint.weights.formats import FORMATS, INDEX_SUFFIX, SHARD_NUMBERS, OpenedFile, detect_format
+from ema_dist.checkpoint.weights.torch_archive import refused_names
 from ema_dist.messages import abbreviated
 
 
@@ -145,11 +147,15 @@ def _wrap_errors(path: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
+    except UnpicklingError as error:  # torch's own message recommends weights_only=False
+        refused = abbreviated(refused_names(path, str(error)))
+        found = f"it holds {refused}" if refused else "it is damaged, or no file by torch.save"
+        raise CheckpointError(f"{path} cannot be read without running code: {found}. Nothing in it was run") from None
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error!r}") from error
 
 
 def _require_dense(path: Path, name: str, value: Any) -> Any:
-    if isinstance(value, Tensor) and (value.layout is not torch.strided or value.device.type != "cpu"):
-        raise CheckpointError(f"{path}: expected {name!r} to be a dense tensor, found {value.layout} on {value.device}")
+    if isinstance(value, Tensor) and (reason := unreadable_reason(value)):
+        raise CheckpointError(f"{path}: expected {name!r} to be a dense tensor, found {reason}")
     return value

@@ -537,7 +537,7 @@ class Payload:
 def test_a_crafted_torch_file_runs_nothing(tmp_path: Path, name: str) -> None:
     crafted = tmp_path / name
     torch.save({"a": torch.zeros(2), "b": Payload(tmp_path / "ran")}, crafted)
-    with pytest.raises(CheckpointError, match=rf"{name}.*UnpicklingError"):
+    with pytest.raises(CheckpointError, match=rf"{name}.*without running code: it holds"):
         dict(WeightReader(crafted))
     assert not (tmp_path / "ran").exists()
     torch.load(crafted, weights_only=False)
@@ -606,8 +606,8 @@ def test_an_index_and_its_files_must_agree(tmp_path: Path, weight_map: object, m
     [
         ([torch.ones(2)], r"model\.pt.*\blist\b"),
         ({3: torch.ones(2)}, r"\bname\b.*model\.pt.*\b3\b"),
-        ({"a": torch.ones(2, device="meta")}, r"'a'.*torch\.strided.*\bmeta\b"),
-        ({"a": torch.ones(2).to_sparse()}, r"'a'.*torch\.sparse_coo.*\bcpu\b"),
+        ({"a": torch.ones(2, device="meta")}, r"'a'.*\bmeta\b"),
+        ({"a": torch.ones(2).to_sparse()}, r"'a'.*torch\.sparse_coo"),
     ],
 )
 def test_a_torch_file_with_something_else_is_refused(tmp_path: Path, value: object, message: str) -> None:
