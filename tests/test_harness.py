@@ -281,8 +281,12 @@ def test_body():
 
 
 @pytest.mark.parametrize("world_size", ["", "@pytest.mark.world_size(1)"])
-def test_gpu_tests_let_pass_what_torch_warns_of_there(world_size: str, session: Session) -> None:
+def test_gpu_tests_let_pass_what_torch_warns_of_there(
+    world_size: str, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """CUDA is pretended here; in a world of ranks, gloo on the CPU stands for the shared GPU."""
+    for name in ("is_available", "device_count", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, getattr(torch.cuda, name))  # undoes what the session sets in this process
     result = session(f"""
 import torch
 torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, lambda _: None
