@@ -60,6 +60,6 @@ def _swap_and_save(layout: FakeLayout, ranks: int) -> list[int]:
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2", "hsdp", "tp"])
 def test_calls_do_not_grow_with_the_number_of_ranks(layout: FakeLayout) -> None:
-    _swap_and_save(layout, 2)  # calls that are made once in a process, such as imports
+    _swap_and_save(layout, 16)  # calls that are made once in a process, such as imports
     few, many = _swap_and_save(layout, 128), _swap_and_save(layout, 2048)
     assert [more / less for less, more in zip(few, many, strict=True)] == pytest.approx([1] * len(few), rel=0.1)
