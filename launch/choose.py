@@ -39,7 +39,7 @@ WIDTHS = (0.014, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.13, 0.17, 0.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SNAPSHOTS = "snapshots"
 TOLERANCE = 0.05
-"""Of the total variation; profiles beyond it are drawn hollow. `ema-dist reconstruct` refuses them by default."""
+"""Limit of the total variation. Averages above it are drawn hollow; `ema-dist reconstruct` refuses them by default."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ def main() -> None:
     args = parse_arguments()
     with checkpoint_errors_as_script_errors(), process_group(args.device) as device:
         claim_output_dir(args.output_dir, new_run_id(), option="--output-dir")
-        if (args.output_dir / SNAPSHOTS).exists():  # those of another run would be taken for this one's
+        if (args.output_dir / SNAPSHOTS).exists():  # old ones would be mistaken for this run's
             raise UsageError(f"{args.output_dir} holds {SNAPSHOTS} of another run; pass another --output-dir")
         test, live = train(args, device)
         choose(args.output_dir, test, live)
 
 
 def train(args: argparse.Namespace, device: torch.device) -> tuple[Images, Scores]:
-    """Train, and save both tracks every so many steps; the test images, and the scores of the live weights."""
+    """Train, and save snapshots of both tracks. Returns the test images, and the scores of the live weights."""
     preemption = PreemptionHandler()
     torch.manual_seed(args.seed)
     training, test = load_images(device)
@@ -89,7 +89,7 @@ def train(args: argparse.Namespace, device: torch.device) -> tuple[Images, Score
             lr_scheduler.step()
             ema.update()
             if ema.steps % snapshot_interval == 0 or ema.steps == steps:
-                # The averages alone, and all of them: neither the optimizer nor the live weights are needed later.
+                # keep=None: every snapshot is needed later, but neither the optimizer nor the live weights are.
                 checkpoint.save({"ema": ema}, args.output_dir / SNAPSHOTS, step=ema.steps, keep=None)
     return test, evaluate(model, test)
 

@@ -40,11 +40,11 @@ def distill(args: argparse.Namespace, device: torch.device) -> None:
     labelled_batches = Batches(labelled, args.labels, args.seed, *rank_and_size)  # one step an epoch
     batches = Batches(training, args.batch_size, args.seed, *rank_and_size)  # the labels are not used
     net = VisionTransformer()
-    law = HalfLife(args.half_life, ramp=0.1)  # the teacher forgets the first weights at once
+    law = HalfLife(args.half_life, ramp=0.1)  # the ramp makes the teacher forget the initial weights soon
     print_rank_0(describe_run(args.parallel, device.type, net, law))
     model = wrap(net, args.parallel, device)
     optimizer = AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.05)
-    # Each replica keeps complete averages, because the teacher predicts at each step: nothing is gathered for it.
+    # Each replica keeps full averages: the teacher predicts at each step, and need not gather them.
     ema = ShardedEMA(model, decay=law, replicas="copy")
     print_rank_0(f"results are only printed; teaching from {ema.serving_mode}")
     torch.manual_seed(args.seed + dist.get_rank())  # each rank draws its own noise

@@ -70,7 +70,7 @@ def train(args: argparse.Namespace, device: torch.device, tensorboard: TensorBoa
 
     def stop_if_preempted() -> None:
         if preemption.should_stop():
-            checkpoints.save(ema.steps, block=True)  # inside swapped() too: the same is saved
+            checkpoints.save(ema.steps, block=True)  # also inside swapped(): the checkpoint is the same
             saved = f"saved in {args.checkpoint_dir}" if args.checkpoint_dir else "nothing saved: no --checkpoint-dir"
             bar.console.print(f"stopped by a signal at step {ema.steps}, {saved}")
             raise Preempted(0 if args.checkpoint_dir else 1)
@@ -78,7 +78,7 @@ def train(args: argparse.Namespace, device: torch.device, tensorboard: TensorBoa
     step_time, update_time = stopwatch(device), stopwatch(device)
     with progress_bar(dist.get_rank()) as bar:
         bar.console.print(resume_or_start(checkpoints, ema, resume=args.resume, start_from=args.start_from))
-        # After resume(), which loads the run's identifier: by it the run recognizes its own results.
+        # Only after resume(), which loads the run's identifier: a run recognizes its own results by the identifier.
         claim_output_dir(args.output_dir, progress.run_id, option="--output-dir")
         task = bar.add_task("steps", total=args.epochs * len(batches), completed=ema.steps)
         bar.console.print(HEADING)

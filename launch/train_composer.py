@@ -63,7 +63,7 @@ class LiveEvaluation(Callback):
     def eval_after_all(self, state: State, logger: Logger) -> None:  # noqa: ARG002
         live, average = scores(state, LIVE_LABEL), scores(state, AVERAGE_LABEL)
         epoch, batch = state.timestamp.epoch.value, state.timestamp.batch.value
-        line_break = "\n" if sys.stderr.isatty() else ""  # Composer leaves the cursor on its line
+        line_break = "\n" if sys.stderr.isatty() else ""  # Composer's progress bar leaves the cursor on its line
         print_rank_0(f"{line_break}epoch {epoch}, batch {batch}: live {live}; average {average}")
 
 
@@ -82,21 +82,21 @@ class SettingsCheck(Callback):
         self.is_checked = True
 
     def require_checked(self) -> None:
-        """Raise a UsageError if Composer found no settings in the checkpoint: it only warns of that."""
+        """Raise a UsageError if Composer found no settings in the checkpoint: Composer itself only warns."""
         if not self.is_checked:
             require_same_settings(self.settings, {}, "the checkpoint")
 
 
 @contextmanager
 def loading_errors_as_script_errors(folder: Path | None) -> Iterator[None]:
-    """Raise what Composer raises while it loads a checkpoint from `folder` as a ScriptError."""
+    """Turn exceptions that Composer raises while it loads a checkpoint from `folder` into a ScriptError."""
     try:
         yield
     except (EOFError, KeyError, OSError, RuntimeError, ValueError, UnpicklingError, CheckpointException) as error:
         modules = {frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__)}
         if folder is None or LOADING_MODULE not in modules or isinstance(error, ScriptError):
             raise
-        # The lines before are the tracebacks of a CheckpointException.
+        # In a CheckpointException, all lines before the last one are tracebacks.
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
         raise ScriptError(
             f"cannot resume from {folder / LATEST_CHECKPOINT} ({type(error).__name__}: {reason}): the checkpoint may "
@@ -172,8 +172,8 @@ def make_trainer(
         save_folder=str(args.save_folder) if args.save_folder else None,
         save_interval="1ep",
         autoresume=args.resume,
-        # Composer saves the progress bar, and a sharded checkpoint with one loads only into a Trainer that has one too:
-        # so there is always one, without a terminal it writes to the null device.
+        # Composer saves the progress bar's state, and a sharded checkpoint that has it loads only into a Trainer with a
+        # progress bar. So there always is one; without a terminal, it writes to the null device.
         console_stream=sys.stderr if sys.stderr.isatty() else Path(os.devnull).open("w"),
     )
 

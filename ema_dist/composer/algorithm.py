@@ -29,7 +29,7 @@ CHECKPOINT_EVENTS = (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT, Event.ITERA
 
 
 class SwapPhase(Enum):
-    """The reason why the averages are swapped in; its value is the events at which they stay in the model."""
+    """Why the averages are swapped in; the value of a member is the set of events at which they stay swapped in."""
 
     EVALUATION = frozenset(
         {Event.EVAL_BATCH_START, Event.EVAL_BEFORE_FORWARD, Event.EVAL_AFTER_FORWARD, Event.EVAL_BATCH_END}
@@ -44,32 +44,32 @@ class SwapPhase(Enum):
 
 
 class EMA(Algorithm):
-    """Composer's EMA on every layout: DDP, FSDP1, FSDP2, HSDP. Change one import.
+    """A replacement for Composer's EMA algorithm under DDP, FSDP1, FSDP2 and HSDP; only the import changes.
 
-    Evaluation and prediction see the averages, training the live weights. A checkpoint by ``CheckpointSaver`` has the
-    averages as the model's weights, one by ``trainer.save_checkpoint()`` the live ones; from either, training goes on
-    from the live weights and the exact averages.
+    Evaluation and prediction use the averages; training uses the live weights. A checkpoint that ``CheckpointSaver``
+    writes holds the averages as the model's weights; one that ``trainer.save_checkpoint()`` writes holds the live
+    weights. Training resumes from either with the live weights and the exact averages.
 
     Args:
-        half_life: after this many batches (``"1000ba"``) or epochs (``"2ep"``), half of the old average is left;
-            ``"0ba"`` turns averaging off.
+        half_life: the number of batches (``"1000ba"``) or epochs (``"2ep"``) after which half of the old average
+            remains; ``"0ba"`` turns averaging off.
         smoothing: instead of a half-life, the factor of the old average at each update, in [0, 1].
-        ema_start: the part of the training before the averages begin: ``"0.1dur"``, ``"100ba"``, ``"1ep"``.
+        ema_start: when averaging starts: ``"0.1dur"`` (a fraction of the training), ``"100ba"``, ``"1ep"``.
         update_interval: batches or epochs between updates; a half-life accounts for it, a smoothing does not. None:
             each batch, or each epoch if the half-life is in epochs.
         train_with_ema_weights: whether training continues from the averages after each update (experimental).
-        dtype: of the averages; None: float32 for weights narrower than float32, else the weight's own dtype.
-        rounding: of bfloat16 averages: `Stochastic`, or `Compensated`.
-        replicas: ``"shard"`` shards the averages of replicated weights over the replicas, ``"copy"`` keeps a whole
+        dtype: the dtype of the averages; None: float32 for weights narrower than float32, else the weight's own dtype.
+        rounding: how bfloat16 averages are rounded: `Stochastic` or `Compensated`.
+        replicas: ``"shard"`` shards the averages of replicated weights over the replicas, ``"copy"`` keeps a full
             copy on each. None: ``"copy"`` with sharded checkpoints, for which Composer saves the first replica only;
             else ``"shard"``.
         buffers: ``"average"`` or ``"copy"`` for floating buffers; integer buffers are always copied.
         select: ``(name, parameter) -> bool``; None selects the parameters that require a gradient.
-        timeout: seconds that ranks wait for each other before a collective call fails; Composer's own default.
+        timeout: seconds that ranks wait for each other before a collective call fails; the default is Composer's.
 
-    Collective: updates are not, except the first, which constructs the averages. All ranks of a `Trainer` make all
-        other calls together.
-    Memory: as `ShardedEMA`.
+    Collective: all calls except updates, over all ranks of a `Trainer`. The first update is collective too, because
+        it constructs the averages.
+    Memory: as for `ShardedEMA`.
     Raises: ValueError for settings that contradict each other or are out of range.
     Source: ``composer.algorithms.EMA`` of Composer 0.32, and ``train_with_ema_weights`` of its first version.
     """
@@ -113,17 +113,17 @@ class EMA(Algorithm):
 
     @property
     def ema(self) -> ShardedEMA | None:
-        """The averages; None until they begin."""
+        """The averages; None until averaging starts."""
         return self._ema
 
     @property
     def ema_started(self) -> bool:
-        """Whether the averages have begun."""
+        """Whether averaging has started."""
         return self._ema is not None
 
     @property
     def ema_weights_active(self) -> bool:
-        """Whether the averages are in the model."""
+        """Whether the averages are swapped into the model."""
         return self._phase is not None
 
     def __repr__(self) -> str:
@@ -190,9 +190,11 @@ class EMA(Algorithm):
         return algorithm_state | self._checkpoints.make_state(self._ema, live)
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:  # noqa: FBT001, FBT002, ARG002
-        """Keep the algorithm's part of a checkpoint, by this EMA or any version of Composer's, until `AFTER_LOAD`.
+        """Keep the algorithm's part of a checkpoint until `AFTER_LOAD`.
 
-        Raises: ValueError then, for a checkpoint of another model.
+        The checkpoint may come from this EMA or from any version of Composer's.
+
+        Raises: ValueError at `AFTER_LOAD`, if the checkpoint was saved from a different model.
         """
         self._require_checkpoints().keep_state(state)
 
@@ -200,10 +202,10 @@ class EMA(Algorithm):
         """Overwrite the parameters and buffers of a model with the averages, and return the model.
 
         Args:
-            model: the trainer's model, one wrapped the same way, or an unwrapped one on every rank.
+            model: the trainer's model, a model wrapped the same way, or an unwrapped model on every rank.
 
         Collective: over all ranks that hold the averages.
-        Raises: ValueError while the averages are in the trainer's model, and before they have begun.
+        Raises: ValueError while the averages are swapped into the trainer's model, and before averaging starts.
         """
         if self.ema_weights_active:
             raise ValueError("The ema weight are currently contained in the composer model.")
@@ -220,8 +222,8 @@ class EMA(Algorithm):
             model: as for `get_ema_model`; in the trainer's own model, the averages are swapped out.
 
         Collective: over all ranks that hold the model.
-        Memory: one full tensor on each rank, for another model that is sharded differently.
-        Raises: ValueError unless the averages are in the trainer's model.
+        Memory: one full tensor on each rank, if ``model`` is sharded differently from the trainer's model.
+        Raises: ValueError unless the averages are swapped into the trainer's model.
         """
         if not self.ema_weights_active:
             raise ValueError("The training weights are currently contained in the composer model.")
@@ -243,7 +245,7 @@ class EMA(Algorithm):
                 f"expected one EMA among the algorithms, found {len(emas)}: {emas}; their averages would be exchanged "
                 "with each other's, and overwrite each other's in checkpoints"
             )
-        if self._step_monitor is not None:  # of an earlier Trainer
+        if self._step_monitor is not None:  # it belongs to an earlier Trainer
             self._step_monitor.remove()
         self._step_monitor = None
         self._ema = None
@@ -270,7 +272,7 @@ class EMA(Algorithm):
         return ShardedEMA(model, decay=self.smoothing, replicas=replicas, **self._settings)
 
     def _follow_rewrapping(self, state: State) -> None:
-        """Shard the averages as the model is now: Composer wraps it in DDP only after loading a checkpoint."""
+        """Reshard the averages if the model has been wrapped: Composer wraps it in DDP after loading a checkpoint."""
         if self._ema is not None and self._ema.model is not state.model:
             self._ema = transfer_averages(self._ema, self._make_averages(state.model))
 
@@ -328,13 +330,13 @@ class EMA(Algorithm):
         try:
             self._ema.restore()
         finally:
-            if not active_swaps(self._ema.model):  # else ranks did not swap out together; the next event tries again
+            if not active_swaps(self._ema.model):  # else the ranks did not leave together; the next event tries again
                 self._phase = None
                 self._swap_stack.close()
                 self._require_checkpoints().release()
 
     def _copy_live_weights(self) -> Mapping[str, Tensor]:
-        """Copy the live weights as a state of the model, while the averages are swapped in."""
+        """Copy the model's state with the live weights, while the averages are swapped in."""
         phase = self._phase
         self._swap_out()
         try:

@@ -1,4 +1,4 @@
-"""Saves the averages in Composer's checkpoints, and takes them over when one has been loaded."""
+"""Saves the averages in Composer's checkpoints, and restores them after Composer has loaded one."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ AveragesFactory = Callable[[nn.Module], ShardedEMA]
 
 
 class CheckpointHandler:
-    """The checkpoints of one State.
+    """Saves and restores the averages in the checkpoints of one State.
 
-    Monolithic checkpoints hold full tensors in the algorithm's part; sharded ones hold tensors for DCP, in an attribute
-    that is added to State. Either holds the averages. While these are swapped in, a checkpoint holds the live weights
-    instead, and only those averages that the model, with weights of another dtype, would round.
+    Monolithic checkpoints hold full tensors in the algorithm's part. Sharded checkpoints hold tensors for DCP, in an
+    attribute that is added to State. These tensors are the averages. While the averages are swapped in, they are in
+    the checkpoint already, as the model's weights. The handler then saves the live weights instead, and the averages
+    only if the model rounds them because its weights have a different dtype.
 
     Args:
-        before_save: called each time that Composer collects the model's weights.
+        before_save: called each time Composer collects the model's weights.
     """
 
     def __init__(self, state: State, before_save: Callable[[], None]) -> None:
@@ -51,7 +52,7 @@ class CheckpointHandler:
 
     @property
     def is_loading(self) -> bool:
-        """Whether Composer is loading: it then asks for a state in order to read into it."""
+        """Whether Composer is loading: it then calls `EMA.state_dict` for the tensors to read into."""
         return self._planner_override is not None
 
     def before_load(self) -> None:
@@ -64,7 +65,7 @@ class CheckpointHandler:
 
         Collective: over all ranks.
         Memory: with sharded checkpoints, two sets of averages and a copy of the live weights.
-        Raises: ValueError for a checkpoint of another model.
+        Raises: ValueError if the checkpoint was saved from a different model.
         """
         found_paths = self._planner_override.restore_config() if self._planner_override is not None else set()
         loaded = getattr(self._state, ATTRIBUTE)
@@ -116,7 +117,7 @@ class CheckpointHandler:
         return algorithm_state
 
     def copy_model_state(self) -> dict[str, Any]:
-        """Copy the model's state, as Composer saves it, to the CPU; empty on ranks that write nothing.
+        """Return a CPU copy of the model's state as Composer saves it; empty on ranks that write nothing.
 
         Collective: over all ranks.
         """

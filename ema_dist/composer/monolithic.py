@@ -1,8 +1,9 @@
-"""Averages in Composer's monolithic checkpoints, as full tensors: made in its format, parsed also in older formats.
+"""Averages in Composer's monolithic checkpoints, as full tensors: saved in Composer's format, read in older ones too.
 
 In Composer's format, ``ema_model`` holds ``named_parameters_dict`` and ``named_buffers_dict`` of the averages, or of
-the live weights while the averages are swapped in (``ema_weights_active``). This package adds the step counts, and
-``averages`` if they have another dtype than the weights, because the model would round them.
+the live weights while the averages are swapped in (``ema_weights_active``). This package adds the step counts. While
+the averages are swapped in, it also adds ``averages`` if their dtype differs from that of the weights, because the
+model rounds them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class MonolithicState:
     """The contents of the algorithm's part of a monolithic checkpoint, by canonical name.
 
     Args:
-        averages: full tensors; empty if the checkpoint's model holds the averages.
+        averages: full tensors; empty if only the checkpoint's model holds the averages.
         live: full tensors, if the checkpoint's model holds the averages.
     """
 
@@ -60,7 +61,7 @@ def make_state(ema: ShardedEMA, live: Mapping[str, Tensor] | None, *, prefix: st
 def transfer_averages(ema: ShardedEMA, target: ShardedEMA) -> ShardedEMA:
     """Copy the averages and step counts of ``ema`` to ``target``, whatever their layouts, and return ``target``.
 
-    Collective: over all ranks that hold either.
+    Collective: over all ranks that hold either model.
     """
     averages = _gather_exact(ema, ema.state_dict()["tracks"]["default"])
     target.load_state_dict(target.state_dict() | {"steps": ema.steps, "updates": ema.updates})
@@ -76,7 +77,7 @@ def parse_state(
     parameters: list[str],
     buffers: list[str],
 ) -> MonolithicState:
-    """Parse the algorithm's part of a checkpoint, by this package or any version of Composer's EMA.
+    """Parse the algorithm's part of a checkpoint that this package or any version of Composer's EMA saved.
 
     Args:
         averaged_names: canonical names of the tensors with an average.

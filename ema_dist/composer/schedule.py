@@ -13,7 +13,7 @@ START_UNITS = (TimeUnit.DURATION, TimeUnit.BATCH, TimeUnit.EPOCH)
 
 
 class DefaultHalfLife(str):
-    """The default half-life: equal to the same text, but its type shows that the user gave no half-life."""
+    """The default half-life: equal to the same string, but its type shows that the user gave no half-life."""
 
     __slots__ = ()
 
@@ -72,7 +72,7 @@ class UpdateSchedule:
         return self.start <= state.timestamp.get(self.start.unit)
 
     def is_mid_interval(self, state: State) -> bool:
-        """Whether batches have been trained since an average was last due."""
+        """Whether batches have been trained since an update was last due."""
         if self.interval.unit == TimeUnit.EPOCH and state.timestamp.batch_in_epoch > 0:
             return True
         return not self.is_due(state)

@@ -1,6 +1,7 @@
-"""Averages in Composer's sharded checkpoints: an attribute of its State, whose tensors DCP saves and reshards.
+"""Averages in Composer's sharded checkpoints, as an attribute of Composer's State: DCP saves and reshards its tensors.
 
-The result of `Algorithm.state_dict` is one opaque object there, so that every rank would load the first rank's shard.
+The result of `Algorithm.state_dict` cannot hold them: DCP saves it as one opaque object, so that every rank would load
+the first rank's shard.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from ema_dist.ema import ShardedEMA
 from ema_dist.messages import describe_difference
 
 ATTRIBUTE = "ema_dist"
-"""The attribute of State that holds our part of a sharded checkpoint, to be saved or just loaded."""
+"""The attribute of State that holds this package's part of a sharded checkpoint, before a save or after a load."""
 
 ATTRIBUTE_PATH = ("state", ATTRIBUTE)
 
 KINDS = ("averages", "buffers")
 """The keys of a track's tensors in the state of `ShardedEMA`."""
 
-# As in `ema_dist.checkpoint.values`, whose package needs an extra that this one does without.
+# Repeats `ema_dist.checkpoint.values.KeyPath`: that package needs an extra, which this one does not.
 KeyPath: TypeAlias = tuple[str | int, ...]
 """The keys that lead to a value in nested dictionaries."""
 
@@ -37,8 +38,8 @@ class ShardedState:
     """The contents of a sharded checkpoint.
 
     Args:
-        ema: the state for `ShardedEMA.load_state_dict`; the averages in it are the initial ones if the checkpoint's
-            model holds the averages and does not round them.
+        ema: the state for `ShardedEMA.load_state_dict`. Averages that only the checkpoint's model holds have their
+            initial values in it.
         live: the live weights, if the checkpoint's model holds the averages; else empty.
     """
 
@@ -71,12 +72,12 @@ def parse_state(
     found_paths: set[KeyPath],
     initial: Mapping[str, Any],
 ) -> ShardedState:
-    """Parse the two parts of a checkpoint, as `make_state` makes them.
+    """Parse the two parts of a checkpoint, as `make_state` returns them.
 
     Args:
-        loaded: the value of `ATTRIBUTE`; values that the checkpoint lacks are those from before the load.
+        loaded: the value of `ATTRIBUTE`; the load has not changed the values that the checkpoint lacks.
         found_paths: the paths below `ATTRIBUTE` that the checkpoint has.
-        initial: the state of new averages of the model; its averages are replaced by those found.
+        initial: the state of newly constructed averages; those in the checkpoint replace them.
 
     Raises: ValueError when the checkpoint was saved from another model.
     """
@@ -107,7 +108,7 @@ class PlannerOverride:
     """Puts a `PartialLoadPlanner` into the FSDP configuration while Composer may load a sharded checkpoint.
 
     Composer collects all tensors to read into before it opens the checkpoint, and DCP raises if the checkpoint lacks
-    one. But not every checkpoint holds averages, so the planner leaves out those of our tensors that are missing.
+    one. But not every checkpoint holds averages, so the planner skips the tensors of this package that are missing.
     """
 
     def __init__(self, state: State) -> None:
@@ -121,7 +122,7 @@ class PlannerOverride:
         state.fsdp_config = config
 
     def require_own_planner(self) -> None:
-        """Raise ValueError where the user has chosen another planner."""
+        """Raise ValueError if the user has chosen another planner."""
         if self._user_config.load_planner is not None:
             raise ValueError(
                 f"expected no load_planner in the FSDP configuration, found {self._user_config.load_planner!r}: EMA "

@@ -27,11 +27,11 @@ from launch.benchmark.run import Run, argument_parser, make_console, parse
 
 @dataclass(frozen=True)
 class Section:
-    """One page of results, and the rounds that it takes.
+    """One page of results, and how to measure it.
 
     Args:
-        rewrite: makes the page again of what its JSON has.
-        skip_reason: why it cannot be measured on a type of device.
+        rewrite: makes the page again from its recorded JSON.
+        skip_reason: returns why the page cannot be measured on a device type, or None.
     """
 
     measure: Callable[[Run], Page]

@@ -150,7 +150,7 @@ def _cpu_targets(results: Results) -> Iterator[Target]:
             yield Target(f"{update_case(four)}: update() over that of one", 2.6, ratio, "x")
     for swap in results["swaps"]:
         what, has = f"{swap['case']}: serving()", SERVING in swap["seconds_in"]
-        if swap["case"].parallel == "ddp":  # there it must gather
+        if swap["case"].parallel == "ddp":  # under DDP, it must gather
             continue
         if isinstance(swap["case"].shape, SmallTensors):
             seconds = zip(swap["seconds_in"].get(SERVING, ()), swap["seconds_out"].get(SERVING, ()), strict=True)

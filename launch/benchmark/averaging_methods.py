@@ -1,7 +1,7 @@
 """All averaging methods that the benchmark compares: ours, and those that a user could choose instead.
 
-Each is set up as its own documentation does it, with its fastest setting, an average in float32 and a constant decay.
-Its package is imported only when it is made: a missing package is a row of the table that says so.
+Each is set up as its documentation describes, with its fastest settings, float32 averages and a constant decay. Its
+package is imported only when the averages are made, so that a missing package becomes a row of the table.
 """
 
 import copy
@@ -54,8 +54,8 @@ class Averager:
     """Averages of one model.
 
     Args:
-        averages: those of each track by name, in float32.
-        swapped: a block inside which the model computes with the first track; None if not supported.
+        averages: returns the averages of each track by name, in float32.
+        swapped: a context manager inside which the model uses the first track; None if not supported.
         shares_live_reads: whether all tracks share one read of the live weights.
     """
 
@@ -66,7 +66,7 @@ class Averager:
 
 
 Make = Callable[[nn.Module, Sequence[float]], Averager]
-"""Makes the averages of a model, one for each decay."""
+"""Makes the averages of a model, one track for each decay."""
 
 
 def sharded_ema(
@@ -125,7 +125,7 @@ def timm(model: nn.Module, decay: float) -> Averager:
     package = find_spec("timm")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("No module named 'timm'")
-    # Without its package, which imports torchvision: that does not load beside every build of torch.
+    # Run the file without importing timm: timm imports torchvision, which does not load with every build of torch.
     model_ema = run_path(str(Path(package.origin).with_name("utils") / "model_ema.py"))
     net = unwrap_ddp(model)
     ema = model_ema["ModelEmaV3"](net, decay=decay, dtype=torch.float32)
@@ -137,7 +137,7 @@ def ema_pytorch(model: nn.Module, decay: float) -> Averager:
 
     net = unwrap_ddp(model)
     is_narrow = any(parameter.dtype != torch.float32 for parameter in net.parameters())
-    # It warms its decay up; these settings make it constant from the first step.
+    # By default, its decay warms up; these settings make the decay constant from the first step.
     constant = {"beta": decay, "min_value": decay, "update_after_step": -2, "update_every": 1}
     ema = EMA(net, use_foreach=True, coerce_dtype=is_narrow, **constant)
     ema.ema_model.float()
@@ -216,13 +216,13 @@ PEER_METHODS: dict[str, Make] = {
     LIGHTNING: one_per_track(lightning),
     COMPOSER: one_per_track(composer_formula),
 }
-"""They keep a second model, or a second list of its parameters."""
+"""Methods that keep a second model, or a second list of its parameters."""
 SWAPPING_PEERS = [DIFFUSERS, LIGHTNING]
-"""They can copy the averages into the model; the others evaluate their second model."""
+"""Methods that can copy the averages into the model; the others evaluate their second model."""
 
 
 def averaging_methods(case: Case) -> dict[str, Make]:
-    """All of them for a case, by name; the first is the lower bound."""
+    """All methods for a case, by name; the first one is the lower bound."""
     methods: dict[str, Make] = {FOREACH: one_per_track(foreach), OURS: sharded_ema}
     methods[OURS_AUTO] = partial(sharded_ema, kernel="auto")
     if case.parallel == "ddp":

@@ -1,4 +1,4 @@
-"""What the benchmark measures on: models of two shapes, wrapped in several ways, in either dtype."""
+"""The models that the benchmark measures: two shapes, wrapped in several ways, in either dtype."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,7 +38,8 @@ class SmallTensors:
 class Transformer:
     """The blocks and the head of GPT-2 small.
 
-    The head, the largest tensor, comes last: when it is gathered, everything before it is there, and the peak shows.
+    The head is the largest tensor. It comes last, so that all other tensors are in memory while it is gathered: the
+    memory then peaks.
     """
 
     blocks: int = 12
@@ -55,7 +56,7 @@ class Transformer:
 
 @dataclass(frozen=True)
 class Case:
-    """One model, wrapped one way, on this many ranks; its averages are float32 whatever `live` is."""
+    """A model, wrapped in one way, on some ranks. `live` is the dtype of its weights; its averages are float32."""
 
     parallel: Parallel
     ranks: int
@@ -91,13 +92,13 @@ class Case:
 
 @torch.no_grad()
 def scale_weights(model: nn.Module, *, factor: float) -> None:
-    """Write to every weight, as an optimizer does just before an update; by a factor of 1 they stay what they are."""
+    """Write to every weight, as an optimizer does just before an update; a factor of 1 keeps the values."""
     weights: list[Tensor] = list(model.parameters())
     torch._foreach_mul_(weights, factor)
 
 
 def unwrap_ddp(model: nn.Module) -> nn.Module:
-    """The module that a training script has wrapped in DDP, as it hands it to whatever copies it."""
+    """The module inside DDP, which a training script passes to methods that copy the model."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -106,7 +107,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Collective: over the ranks that hold it."""
+    """The full tensor. Collective: over the ranks that hold it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

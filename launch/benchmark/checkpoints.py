@@ -1,7 +1,7 @@
-"""What it costs to save and load a model and its averages, and to write the averages into files of weights.
+"""Measures saving and loading a model and its averages, and writing the averages to weight files.
 
-Other tools get the same tensors ready-made, so that only their own work is timed. Functions called `..._costs` run on
-every rank of a case; times are the slowest rank's, bytes the largest one's.
+Other tools get the same tensors, already collected, so that only the tools' own work is timed. Functions named
+`..._costs` run on every rank of a case. Times and bytes are maxima over ranks.
 """
 
 import io
@@ -34,7 +34,7 @@ EXPORT, EXPORT_SMALL = "ema-dist export", "ema-dist export, small files"
 
 
 class TrainingState:
-    """A model and its averages, and the same as other tools take it."""
+    """A model and its averages, as objects for `ema_dist.checkpoint` and as tensors for other tools."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.model = case.build_model(device)
@@ -53,7 +53,7 @@ class TrainingState:
         return {"model": get_model_state_dict(self.model, options=options), "ema": self.ema.full_state_dict()}
 
     def load_full(self, full: Mapping[str, Any]) -> None:
-        """The reverse of `full`."""
+        """Load the result of `full` on all ranks."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(self.model, full["model"], options=options)
         self.ema.load_full_state_dict(full["ema"])
@@ -62,7 +62,7 @@ class TrainingState:
         torch._foreach_zero_(self._locals)
 
     def assert_restored(self) -> None:
-        """A method that loads something else fails the run."""
+        """Fail the run if a method has loaded other values."""
         assert self._compute_sums() == self._sums
 
     def _compute_sums(self) -> list[float]:
@@ -70,7 +70,7 @@ class TrainingState:
 
 
 def checkpoint_costs(device: torch.device, *, case: Case, repeats: int, folder: Path) -> list[Record]:
-    """Of saving into `folder`, where the checkpoints stay, and of loading them."""
+    """Costs of saving to `folder`, where the checkpoints are kept, and of loading them."""
     state = TrainingState(case, device)
     about: Record = {"case": case, "saved": case, "total_bytes": state.total_bytes, "allowed_bytes": {}}
     records = [{"what": "save"} | about | measure_files(_save_methods(state, folder), repeats=repeats, device=device)]
@@ -81,7 +81,7 @@ def checkpoint_costs(device: torch.device, *, case: Case, repeats: int, folder: 
 
 
 def reshard_costs(device: torch.device, *, case: Case, saved: Case, repeats: int, folder: Path) -> list[Record]:
-    """Of loading what `checkpoint_costs` left in `folder` for another case."""
+    """Costs of loading the checkpoints of another case, `saved`, that `checkpoint_costs` kept in `folder`."""
     state = TrainingState(case, device)
     methods = _load_methods(state, folder)
     del methods[TORCH_LOAD]
@@ -96,7 +96,7 @@ def reshard_costs(device: torch.device, *, case: Case, saved: Case, repeats: int
 
 
 def gather_costs(device: torch.device, *, case: Case, repeats: int, folder: Path) -> list[Record]:
-    """Of writing the averages of all ranks from the first rank."""
+    """Costs of gathering the averages of all ranks on the first rank, which writes them."""
     ema = TrainingState(case, device).ema
     total, small, largest = _sizes(tensor for tensor in ema.full_shapes().values() if tensor is not None)
 
@@ -119,7 +119,7 @@ def gather_costs(device: torch.device, *, case: Case, repeats: int, folder: Path
 
 
 def export_costs(device: torch.device, *, case: Case, saved: Case, repeats: int, folder: Path) -> list[Record]:
-    """Of writing the averages that `checkpoint_costs` left in `folder` for another case, in one process."""
+    """Costs of exporting, in one process, the averages of another case, `saved`, that `checkpoint_costs` kept."""
     averages = TrainingState(case, device).ema.full_state_dict()
     total, small, largest = _sizes(averages.values())
 
@@ -185,7 +185,7 @@ def _load_methods(state: TrainingState, folder: Path) -> dict[str, FileMethod]:
 
 
 def _sizes(tensors: Iterable[Tensor]) -> tuple[int, int, int]:
-    """Bytes of all tensors, of small files, and of the largest tensor. A method may take one file and one tensor."""
+    """Bytes of all tensors, of small files, and of the largest tensor. A method may hold a file and a tensor."""
     sizes = [tensor.nbytes for tensor in tensors]
     return sum(sizes), max(sum(sizes) // 8, *sizes), max(sizes)
 
@@ -199,7 +199,7 @@ def _save_file(tensors: Mapping[str, Tensor], folder: Path, *, sync: bool) -> No
 
 
 def _assert_files_equal(folders: list[Path], expected: Mapping[str, Any]) -> None:
-    """A method that writes something else fails the run."""
+    """Fail the run if a method has written other values."""
     for folder in folders:
         found = WeightReader(folder)
         assert found.keys() == expected.keys(), folder

@@ -30,7 +30,7 @@ SAVE_LAYOUTS: list[tuple[Parallel, int]] = [("plain", 1), ("ddp", 2), ("fsdp2", 
 RESHARD_SOURCE: tuple[Parallel, int] = ("fsdp2", 2)
 RESHARD_TARGETS: list[tuple[Parallel, int]] = [("fsdp2", 1), ("fsdp2", 4), ("ddp", 2)]
 LARGE_TRANSFORMER = Transformer(blocks=76)
-"""2.15 GiB, which must be gathered in a few hundred MiB of memory."""
+"""A model of 2.15 GiB, which must be gathered in a few hundred MiB of memory."""
 OURS = ("checkpoint.", "ema-dist ")
 LIMITS = {"save": (SAVE, 1.1), "load": (LOAD, 1.1), "export": (EXPORT, 1.5)}
 
@@ -96,7 +96,7 @@ def _summary(costs: list[Record]) -> Iterator[str]:
 
 
 def _is_source(it: Record) -> bool:
-    """Whether it was saved and loaded in the layout from which other layouts load."""
+    """Whether a record was saved and loaded in the layout from which other layouts load."""
     return it["case"] == it["saved"] and (it["case"].parallel, it["case"].ranks) == RESHARD_SOURCE
 
 
@@ -136,7 +136,7 @@ def _table(title: str, costs: list[Record], belongs: Callable[[Record], bool]) -
 
 
 def _case(it: Record) -> str:
-    """Such as `FSDP2, 2 ranks -> DDP, 2 ranks, cold`."""
+    """The name of a case, such as `FSDP2, 2 ranks -> DDP, 2 ranks, cold`."""
     origin = f"{it['saved'].layout} -> " if it["saved"] != it["case"] else ""
     layout = "one process" if it["what"] == "export" else it["case"].layout
     return f"{origin}{layout}{', cold' if it['cold'] else ''}"

@@ -1,7 +1,7 @@
 """What an update costs in Composer's Trainer: by `ema_dist.composer.EMA` and by Composer's own algorithm, side by side.
 
-Both are algorithms of one real Trainer and get its events. After a few real batches, at the update event of the last,
-they take turns. Times are the slowest rank's, bytes the largest one's.
+Both are algorithms of one real Trainer and receive its events. Their updates take turns at the update event of the last
+of a few real batches. Times and bytes are maxima over ranks.
 """
 
 import os
@@ -38,7 +38,7 @@ PARALLELISM_CONFIGS: dict[Parallel, Any] = {"ddp": None, "fsdp1": {"fsdp": FSDP1
 
 
 class ComposerEMA(composer.algorithms.EMA):
-    """Composer's own. Ours refuses to run beside it by its own name; here nothing exchanges weights."""
+    """Composer's own EMA, renamed: ours refuses to run with another EMA. Here they can: neither swaps weights."""
 
     def averages(self) -> dict[str, Tensor]:
         assert self.ema_model is not None
@@ -46,7 +46,7 @@ class ComposerEMA(composer.algorithms.EMA):
 
 
 class BenchmarkModel(ComposerModel):
-    """A transformer, under the only name of an attribute with which Composer's own algorithm runs under FSDP1."""
+    """A transformer in the attribute `module`; with another name, Composer's own algorithm fails under FSDP1."""
 
     def __init__(self, shape: Transformer) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def measure_composer(run: Run) -> Page:
 
 
 def trainer_costs(device: torch.device, *, case: Case, repeats: int) -> list[Record]:
-    """Of an update by either algorithm, Composer's own first; `collectives` are the calls in one update."""
+    """Costs of an update by each algorithm, Composer's own first; `collectives` are the calls in one update."""
     assert isinstance(case.shape, Transformer)
     records: list[Record] = []
     model = BenchmarkModel(case.shape)
@@ -96,7 +96,7 @@ def trainer_costs(device: torch.device, *, case: Case, repeats: int) -> list[Rec
 
     # Composer asks CUDA for the current device when it prepares FSDP1, also on a CPU.
     with patch.object(torch.cuda, "current_device", return_value=device), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are about the Trainer and the settings of wrappers
+        warnings.simplefilter("ignore")  # all about the Trainer and the wrappers' settings
         _trainer(case, model, [ours, theirs], LastBatchCallback(measure)).fit()
     return records
 
@@ -104,12 +104,12 @@ def trainer_costs(device: torch.device, *, case: Case, repeats: int) -> list[Rec
 def _update_costs(
     state: State, logger: Logger, algorithms: Mapping[str, Algorithm], *, device: torch.device, repeats: int
 ) -> Record:
-    """Of the algorithms' updates in turn, each after a step of the optimizer."""
+    """Costs of the algorithms' updates, which take turns; an optimizer step precedes each update."""
     updates = {name: partial(_update, algorithm, state, logger) for name, algorithm in algorithms.items()}
     (optimizer,) = state.optimizers
     scale_weights(state.model, factor=1.5)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # a step reads gradients and writes weights, but does not change them: averages stay alike
+        group["lr"] = 0.0  # a step then writes the weights without changing them: the averages stay equal
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def step(_: str) -> None:
@@ -134,7 +134,7 @@ def _update_costs(
 
 
 def _update(algorithm: Algorithm, state: State, logger: Logger) -> None:
-    """As Composer's engine calls it."""
+    """Call the algorithm as Composer's engine does."""
     assert algorithm.match(Event.BATCH_END, state)
     algorithm.apply(Event.BATCH_END, state, logger)
 
@@ -177,10 +177,10 @@ def _local_tensors(tensor: Tensor) -> list[Tensor]:
 
 
 def _assert_averages_close(full: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    """An algorithm that computes something else fails the run. `full` is empty on all ranks but the first."""
+    """Fail the run if the algorithms' averages differ. `full` is empty on all ranks but the first."""
     if dist.get_rank() == 0:
         by_name = {name.replace("_fsdp_wrapped_module.", ""): average for name, average in theirs.items()}
-        prefix = "module." if len(by_name.keys() & full.keys()) < len(full) else ""  # DDP's
+        prefix = "module." if len(by_name.keys() & full.keys()) < len(full) else ""  # DDP's prefix
         torch.testing.assert_close(
             {name.removeprefix(prefix): average for name, average in by_name.items()}, dict(full), rtol=1e-4, atol=1e-6
         )

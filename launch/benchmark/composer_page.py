@@ -12,7 +12,7 @@ from launch.pictures.charts import bar_chart
 
 OURS, THEIRS = "ema_dist.composer.EMA", "composer.algorithms.EMA"
 LIMITS: dict[Parallel, float] = {"ddp": 0.4, "fsdp1": 0.1}
-"""The limits of the time of our update, relative to Composer's own."""
+"""Limits of the time of our update, relative to that of Composer's own."""
 
 
 def composer_page(

@@ -1,6 +1,6 @@
 """What averages cost, as formulas: memory and traffic of one rank, by parameters, ranks, replicas, tracks and dtypes.
 
-Arithmetic only. docs/cost.md derives it; `launch.cost` compares it with measurements and projects it to large models.
+docs/cost.md derives the formulas; `launch.cost` compares them with measurements and applies them to large models.
 """
 
 import math
@@ -12,12 +12,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Sharding:
-    """A model over `shards * replicas` ranks: `shards` of them hold it together, `replicas` such groups hold it alike.
+    """A model on `shards * replicas` ranks: each of `replicas` groups holds it all, sharded over `shards` ranks.
 
     DDP has one shard, FSDP2 one replica, HSDP several of both.
 
     Args:
-        split: whether the averages are split among the replicas, or whole on each (``replicas="copy"``).
+        split: whether the averages are split among the replicas, or complete on each (``replicas="copy"``).
     """
 
     shards: int = 1
@@ -31,7 +31,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class ElementSizes:
-    """What is kept of each element: bytes of the live weight, bytes of an average of it, and how many averages."""
+    """Memory of one element: bytes of the live weight, bytes of an average, and the number of averages."""
 
     live_itemsize: int = 4
     average_itemsize: int = 4
@@ -43,9 +43,9 @@ class TrainingStep:
     """A training step of the whole job.
 
     Args:
-        tokens: in a batch, over all ranks.
-        flops_per_second: that a rank reaches.
-        memory_bandwidth: that an update reaches, in bytes per second.
+        tokens: the number in a batch, over all ranks.
+        flops_per_second: what one rank reaches.
+        memory_bandwidth: what an update reaches, in bytes per second.
     """
 
     tokens: float
@@ -56,19 +56,19 @@ class TrainingStep:
 def chunk_rows_of(rows: int, parts: int, index: int) -> int:
     """Rows of one part: all parts have ``ceil(rows / parts)``, the last ones fewer or none.
 
-    Source: `torch.Tensor.chunk`, by which FSDP2 and `ema_dist` cut.
+    Source: `torch.Tensor.chunk`, which FSDP2 and `ema_dist` use to shard.
     """
     rows_per_part = math.ceil(rows / parts)
     return max(0, min(rows_per_part, rows - index * rows_per_part))
 
 
 def live_elements(shapes: Iterable[Shape], sharding: Sharding, rank: int = 0) -> int:
-    """Elements of live weights on a rank; none has more than the first."""
+    """Elements of live weights on a rank; no rank has more than the first."""
     return sum(_shard_rows(shape, sharding, rank) * _row_elements(shape) for shape in shapes)
 
 
 def average_elements(shapes: Iterable[Shape], sharding: Sharding, rank: int = 0) -> int:
-    """Elements of one track's averages on a rank; none has more than the first. A scalar is whole on every rank."""
+    """Elements of one track's averages on a rank; no rank has more than the first. A scalar is whole on every rank."""
     parts = sharding.replicas if sharding.split else 1
     return sum(
         chunk_rows_of(_shard_rows(shape, sharding, rank), parts, rank // sharding.shards % parts) * _row_elements(shape)
@@ -79,22 +79,22 @@ def average_elements(shapes: Iterable[Shape], sharding: Sharding, rank: int = 0)
 
 
 def average_bytes(elements: int, element_sizes: ElementSizes) -> int:
-    """Memory for the averages of so many elements."""
+    """Memory of the averages of this many elements."""
     return elements * element_sizes.tracks * element_sizes.average_itemsize
 
 
 def update_bytes(elements: int, element_sizes: ElementSizes) -> int:
-    """What an update of the averages of so many elements moves: each live weight is read once for all tracks."""
+    """Bytes that an update of this many elements reads and writes; it reads a live weight once for all tracks."""
     return elements * (element_sizes.live_itemsize + 2 * element_sizes.average_itemsize * element_sizes.tracks)
 
 
 def swap_network_bytes(shapes: Sequence[Shape], sharding: Sharding, element_sizes: ElementSizes, rank: int = 0) -> int:
-    """Payload of the collectives in which averages go into the model; their leaving takes the same less the checksums.
+    """Payload of the collectives that swap averages in; swapping out takes the same, without the checksums.
 
-    Each replica sends its part of every tensor to the others, so all parts pass each rank, its own on the way out.
-    Parts are padded to that of the first replica. Where this would more than double the bytes, tensors are sent as
-    they are, by an all-reduce; its payload counts once, although a ring sends each byte of it twice. First the replicas
-    compare 16 bytes for each tensor.
+    Each replica sends its part of every tensor to the others, so that a rank sends its own part and receives all other
+    parts. Parts are padded to the size of the first replica's. If the padding would more than double the bytes, an
+    all-reduce sends the tensor without it; the payload of the all-reduce counts once, although a ring sends each byte
+    twice. At the beginning, the replicas compare a checksum of 16 bytes for each tensor.
     """
     if not sharding.split or sharding.replicas == 1:
         return 0
@@ -111,10 +111,10 @@ def swap_network_bytes(shapes: Sequence[Shape], sharding: Sharding, element_size
 
 
 def update_time_ratio(sharding: Sharding, element_sizes: ElementSizes, step: TrainingStep) -> float:
-    """Time of an update over the time of the rest of a training step, when one rank's memory is what limits it.
+    """Time of an update over the time of the rest of a training step, if memory bandwidth limits the update.
 
-    A step takes 6 floating-point operations for each parameter and token (Kaplan et al. 2020, section 2.1). Ranks share
-    both, so their number cancels, unless replicas average the same rows again.
+    A step takes 6 floating-point operations for each parameter and token (Kaplan et al. 2020, section 2.1). The ranks
+    divide both among them, so that their number cancels, unless each replica averages all rows.
     """
     redundancy = 1 if sharding.split else sharding.replicas
     update = update_bytes(1, element_sizes) * redundancy / step.memory_bandwidth
@@ -123,7 +123,7 @@ def update_time_ratio(sharding: Sharding, element_sizes: ElementSizes, step: Tra
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder-only transformer with gated MLPs and grouped queries, by the sizes that its authors publish."""
+    """A decoder-only transformer with gated MLPs and grouped-query attention, by the sizes that its authors publish."""
 
     name: str
     layers: int
@@ -149,7 +149,7 @@ def _shard_rows(shape: Shape, sharding: Sharding, rank: int) -> int:
 
 
 def _aligned(size: int) -> int:
-    """Bytes up to the next multiple of 16, at which the rows of the next replica begin."""
+    """The size rounded up to a multiple of 16 bytes, where the rows of the next replica begin."""
     return math.ceil(size / 16) * 16
 
 

@@ -1,4 +1,4 @@
-"""How the benchmark measures: calls that take turns, the memory of a process, and methods that write and read files."""
+"""The benchmark's tools: timing of calls that take turns, memory of a process, and timing of file input and output."""
 
 import ctypes
 import gc
@@ -18,14 +18,14 @@ from launch.recipe.stopwatch import HostStopwatch, stopwatch
 
 K = TypeVar("K", bound=Hashable)
 Record = dict[str, Any]
-"""What was measured of one case, as it is written to JSON; most entries are by the name of the method."""
+"""The measurements of one case, as they are written to JSON; most are dictionaries by the name of the method."""
 MEMORY_TURNS = 3
 
 
 class HostMemory:
-    """The most memory that this process had resident at once since `reset()`, beyond what it had then.
+    """Peak resident memory of this process since `reset()`, beyond the memory that was resident at `reset()`.
 
-    Linux with glibc. Memory freed before goes back to the system first, so that taking it again counts.
+    Needs Linux with glibc. `reset()` first returns freed memory to the system, so that allocating it again counts.
     """
 
     def reset(self) -> None:
@@ -39,7 +39,7 @@ class HostMemory:
 
 
 class CudaMemory:
-    """The most memory that this process had allocated on its GPU at once since `reset()`, beyond what it had then."""
+    """Peak GPU memory that this process allocated since `reset()`, beyond the memory allocated at `reset()`."""
 
     def reset(self) -> None:
         torch.cuda.synchronize()
@@ -59,22 +59,22 @@ def peak_memory(device: torch.device) -> HostMemory | CudaMemory:
 
 @dataclass(frozen=True)
 class Samples(Generic[K]):
-    """What the turns of each call took, of the slowest or largest rank."""
+    """Time and memory of each call; all are maxima over ranks."""
 
     seconds: dict[K, list[float]]
-    """On the device, one a round."""
+    """Time on the device in each round."""
     host_seconds: dict[K, float]
-    """The fewest until the call returned, whatever the device still had to do."""
+    """The shortest time until the call returned, even if the device was still working."""
     extra_bytes: dict[K, int]
-    """The most memory beyond what was resident before; 0 where it was not measured."""
+    """Peak memory beyond that before the call; 0 if it was not measured."""
 
 
 @dataclass(frozen=True)
 class Turns(Generic[K]):
-    """Calls that are compared. Each round runs all of them once, in random order: drifting load hits all alike.
+    """Calls to compare. Each round runs all of them once, in random order, so that a drifting load affects all alike.
 
     Args:
-        before: gets the key of a call before its turn, as `after` does after it; neither is timed.
+        before: called with the key of a call before its turn. `after` is called after the turn; neither is timed.
     """
 
     calls: Mapping[K, Callable[[], object]]
@@ -83,7 +83,7 @@ class Turns(Generic[K]):
     after: Callable[[K], object] = lambda _: None
 
     def take(self, rounds: int, memory: HostMemory | CudaMemory | None = None) -> Samples[K]:
-        """All ranks start each turn together, after `before`. Collective: every rank."""
+        """Run the rounds; all ranks start each turn together, after `before`. Collective: every rank."""
         order, watch, host_watch = random.Random(0), stopwatch(self.device), HostStopwatch()
         seconds: dict[K, list[float]] = {key: [] for key in self.calls}
         host_seconds, extra_bytes = dict.fromkeys(self.calls, float("inf")), dict.fromkeys(self.calls, 0)
@@ -109,19 +109,19 @@ class Turns(Generic[K]):
         )
 
     def take_memory(self) -> Samples[K]:
-        """Memory is measured in turns of its own: memory that was given back to the system takes time to get again."""
+        """Measure memory, in separate turns: allocating memory again that was returned to the system takes time."""
         return self.take(MEMORY_TURNS, peak_memory(self.device))
 
 
 def highest(values: Sequence[float], device: torch.device) -> list[float]:
-    """The highest of all ranks at each index. Collective: every rank."""
+    """The maximum over ranks at each index. Collective: every rank."""
     worst = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return worst.tolist()
 
 
 def highest_by_key(values: Mapping[K, int], device: torch.device) -> dict[K, int]:
-    """The highest of all ranks for each key. Collective: every rank."""
+    """The maximum over ranks for each key. Collective: every rank."""
     return dict(zip(values, map(int, highest([*values.values()], device)), strict=True))
 
 
@@ -158,13 +158,14 @@ class FileMethod:
 def measure_files(
     methods: Mapping[str, FileMethod], *, repeats: int, device: torch.device, evicted: Path | None = None
 ) -> Record:
-    """Seconds by round and extra bytes of each method, after one turn of each that does not count.
+    """Seconds of each round and extra bytes of each method, after one turn of each that does not count.
 
-    The disk has nothing left to write when a turn begins. A method's old files are removed just before it writes new
-    ones: otherwise the first to get pages that a virtual machine has never touched would pay for the host's work, too.
+    All writes have reached the disk when a turn begins. A method's old files are removed just before it writes new
+    ones: otherwise the first method to use pages that a virtual machine has never touched would be charged for the
+    host's work, too.
 
     Args:
-        evicted: a folder whose files leave the system's cache before each turn.
+        evicted: a folder whose files are removed from the system's cache before each turn.
     """
 
     def before(name: str) -> None:
@@ -195,7 +196,7 @@ def is_first() -> bool:
 
 
 def evict_from_cache(folder: Path) -> None:
-    """Drop the files in `folder`, which are on the disk, from the system's cache: they are read from the disk next."""
+    """Remove files that are on the disk from the system's cache, so that the next read comes from the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -203,7 +204,7 @@ def evict_from_cache(folder: Path) -> None:
 
 
 def file_system(folder: Path) -> str:
-    """The kind of the file system that `folder` is on."""
+    """The type of the file system that `folder` is on."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     above = [(mount, kind) for mount, kind in mounts if folder.resolve().is_relative_to(mount)]
     return max(above, key=lambda found: len(found[0]))[1]

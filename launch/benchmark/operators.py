@@ -1,4 +1,4 @@
-"""What a block of code asks of torch: operators, the bytes that they read and write, and those that ranks send."""
+"""Counts the operators that a block of code runs, the bytes that they read and write, and the bytes that ranks send."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,12 +13,13 @@ WRITES_ONLY = {"copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_"}
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counts what runs inside its `with` block on plain tensors, whatever they are wrapped in.
+    """Counts operators on plain tensors inside its `with` block, including the local tensors of DTensors.
 
-    Views and empty tensors are no work and do not count. What a compiled kernel does inside is not seen.
+    Views and new uninitialized tensors do not count, because they move no bytes. Work inside a compiled kernel is not
+    seen.
 
     Args:
-        tensors: only bytes in the storage of these tensors count; None for those of all tensors.
+        tensors: only bytes in the storage of these tensors count; None counts the bytes of all tensors.
     """
 
     def __init__(self, tensors: Iterable[Tensor] | None = None) -> None:
@@ -37,7 +38,7 @@ class OperatorCounter(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it will be seen again, on the local tensors
+            return NotImplemented  # torch calls this again for the local tensors
         result = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
             self.bytes_sent += sum(tensor.nbytes for tensor in _tensors(args[0]))
@@ -49,7 +50,7 @@ class OperatorCounter(TorchDispatchMode):
     def _accessed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: object) -> Iterator[Tensor]:  # noqa: ANN401
         """Each tensor that is read, and each that is written to."""
         name = func.overloadpacket.__name__
-        for index, argument in enumerate(func._schema.arguments):  # noqa: SLF001 - how torch says what is written to
+        for index, argument in enumerate(func._schema.arguments):  # noqa: SLF001 - says which arguments are written to
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             if is_written:
@@ -64,14 +65,14 @@ class OperatorCounter(TorchDispatchMode):
 
 
 def count_operators(call: Callable[[], object], *, tensors: Iterable[Tensor] | None = None) -> OperatorCounter:
-    """What one call asks of torch."""
+    """The operators that one call runs."""
     with OperatorCounter(tensors) as operators:
         call()
     return operators
 
 
 def _is_counted(func: Any) -> bool:  # noqa: ANN401
-    """Neither a view nor memory that nobody has written to yet."""
+    """Whether the operator neither makes a view nor only allocates memory."""
     returns = func._schema.returns  # noqa: SLF001
     is_view = bool(returns) and all(
         returned.alias_info is not None and not returned.alias_info.is_write for returned in returns

@@ -21,14 +21,14 @@ from launch.pictures.canvas import Canvas
 
 MIB = 2**20
 RecordColumn = Callable[[Record], str]
-"""Text of a cell."""
+"""The text of a cell."""
 MethodColumn = Callable[[Record, str], str]
-"""Text of a cell for a method, by its name."""
+"""The text of a cell for a method, by the method's name."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What is needed to run the same measurement again. `load` is the system's load average over the minute before."""
+    """What is needed to repeat a measurement. `load` is the system's load average over the preceding minute."""
 
     date: str
     command: str
@@ -138,11 +138,11 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Page:
-    """Everything that one run measured of one kind.
+    """All results of one section of a run.
 
     Args:
         not_measured: cases that were left out.
-        data: what else goes into the JSON.
+        data: further entries of the JSON.
         notes: sentences on how this was measured.
         summary: the main results, as sentences in Markdown; they come first on the page.
     """

@@ -1,4 +1,4 @@
-"""Pictures of times and memory, with a bar for each method, and the names of methods in them."""
+"""Pictures of times and memory, with a bar for each method, and texts that the pages share."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence

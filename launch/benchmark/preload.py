@@ -1,4 +1,4 @@
-"""Imports what every rank would otherwise import by itself, for seconds each: peers, and what the programs import."""
+"""Imports slow modules once, in the server that forks the ranks: each rank would otherwise spend seconds on them."""
 
 from contextlib import suppress
 from importlib import import_module
@@ -7,5 +7,5 @@ PEER_MODULES = ("diffusers.training_utils", "ema_pytorch", "pytorch_lightning.ca
 OWN_MODULES = ("ema_dist.cli.export", "matplotlib.figure", "rich.table", "sklearn.datasets")
 
 for name in (*PEER_MODULES, *OWN_MODULES):
-    with suppress(Exception):  # whoever asks for it gets to know why it cannot be had
+    with suppress(Exception):  # the code that needs the module reports why it cannot be imported
         import_module(name)

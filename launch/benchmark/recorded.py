@@ -1,4 +1,4 @@
-"""Results of an earlier run, as its JSON has them."""
+"""Results of an earlier run, read from its JSON."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from launch.benchmark.page import Environment
 
 @dataclass(frozen=True)
 class Recorded:
-    """Everything that `Page.as_json` has written; cases are `Case`s again."""
+    """Everything that `Page.as_json` wrote, with cases as `Case` objects."""
 
     environment: Environment
     not_measured: list[str]
@@ -26,7 +26,7 @@ class Recorded:
         return self.data[key]
 
 
-def _with_case(entry: dict[str, Any]) -> Any:  # noqa: ANN401 - entries that are no cases are any
+def _with_case(entry: dict[str, Any]) -> Any:  # noqa: ANN401 - only some entries are cases
     if "shape" in entry and "parallel" in entry:
         shape = entry["shape"]
         return Case(**entry | {"shape": SmallTensors(**shape) if "count" in shape else Transformer(**shape)})

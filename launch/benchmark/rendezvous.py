@@ -49,10 +49,10 @@ class Result:
     """One process's part of a measurement.
 
     Args:
-        seconds: of each rendezvous to which all ranks arrived, until the last thread has left it.
-        requests: of each rank, in one of them.
-        missing_seconds: of the rendezvous to which one rank did not arrive.
-        missing_requests: of all ranks together, in that one.
+        seconds: time of each rendezvous with all ranks, until the last thread has left it.
+        requests: number of requests by each rank, in one such rendezvous.
+        missing_seconds: time after the timeout, in a rendezvous at which one rank does not arrive.
+        missing_requests: number of requests by all ranks of this process together, in that rendezvous.
     """
 
     seconds: list[float]

@@ -1,4 +1,4 @@
-"""One run of a program that measures: its command line, its ranks, and which cases it had to leave out."""
+"""A run of a measuring program: its command line, its ranks, and the cases that it skipped."""
 
 import argparse
 import os
@@ -48,7 +48,7 @@ class Run:
     not_measured: list[str] = field(default_factory=list)
 
     def measure(self, costs: Callable[..., list[Record]], case: Case, **settings: Any) -> list[Record]:  # noqa: ANN401
-        """What `costs` returns for a case, on ranks of its own; nothing where there are too few GPUs."""
+        """Run `costs` for a case on new ranks, and return its records; empty if there are too few GPUs."""
         if self.device_type == "cuda" and case.ranks > torch.cuda.device_count():
             self.not_measured.append(f"{case} (needs {case.ranks} GPUs)")
             return []
@@ -64,7 +64,7 @@ class Run:
 
 
 def argument_parser(program: str, description: str | None, *, output_dir: str) -> argparse.ArgumentParser:
-    """With the options that all programs share."""
+    """A parser with the options that all measuring programs share."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,13 +89,13 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def on_ranks(measure: Callable[[torch.device], T], ranks: int, device_type: str) -> T:
-    """What `measure` returns on the first of so many ranks, each a fresh process that shares the CPU's cores fairly.
+    """Run `measure` on new ranks, and return the result of the first; each rank has an equal share of the CPU's cores.
 
     Args:
         measure: runs on every rank, inside a process group; it and its result are sent by pickle.
     """
     forkserver.set_forkserver_preload(PRELOADED)
-    # Python 3.11 does not tell the server where this script looks for modules, and it skips those it does not find.
+    # Python 3.11 does not pass `sys.path` to the server, which silently skips modules that it cannot find.
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         forkserver.ensure_running()
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)

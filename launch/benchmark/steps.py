@@ -1,6 +1,6 @@
-"""What averages add to training steps: beside a step of `train.py`, and inside a step or behind the next one.
+"""Measures how much longer training steps take with averages, updated inside a step or overlapping the next one.
 
-Functions called `..._costs` run on every rank of a case; times are the slowest rank's.
+Functions named `..._costs` run on every rank of a case. Times are those of the slowest rank.
 """
 
 import statistics
@@ -23,7 +23,7 @@ BATCH_SIZE = 48
 """The default of `train.py`."""
 NO_AVERAGES, ATTACHED, OVERLAPPED = "no averages", "attach(optimizer)", "attach(optimizer, overlap=True)"
 STEPS_PER_TURN = 4
-"""No step of a turn waits for the last update of the turn."""
+"""With overlap, no step of a turn waits for the turn's last update."""
 INPUT_SHAPES = {"cuda": (8, 512), "cpu": (1, 16)}
 """Number of sequences, and their length."""
 
@@ -31,7 +31,7 @@ INPUT_SHAPES = {"cuda": (8, 512), "cpu": (1, 16)}
 def step_share_costs(device: torch.device, *, case: Case, repeats: int) -> list[Record]:
     """Seconds of each step of `train.py` without averages, and of an update after it by each method.
 
-    Only the layout of `case` is used: the model is that of `train.py`. `shares` are those of the median update in a
+    Only the layout of `case` is used: the model is that of `train.py`. `shares` are the median update's fractions of a
     step that includes it.
     """
     model = wrap(VisionTransformer(), case.parallel, device)
@@ -68,7 +68,7 @@ def step_share_costs(device: torch.device, *, case: Case, repeats: int) -> list[
 
 
 def overlap_costs(device: torch.device, *, case: Case, repeats: int) -> list[Record]:
-    """Seconds of a step without averages, updated in the step, and updated behind the next one.
+    """Seconds of a step without averages, with an update inside it, and with an update that overlaps the next step.
 
     `longer` are the ratios to the step without averages.
     """
@@ -94,7 +94,7 @@ def overlap_costs(device: torch.device, *, case: Case, repeats: int) -> list[Rec
             optimizer.step()
 
     turns = Turns(dict.fromkeys((NO_AVERAGES, ATTACHED, OVERLAPPED), steps), device, before, after)
-    turns.take(1)  # the optimizer makes its state in the first step, and a device its streams
+    turns.take(1)  # the first step creates the optimizer's state and the device's streams
     seconds = {name: [turn / STEPS_PER_TURN for turn in own] for name, own in turns.take(repeats).seconds.items()}
     elements = sum(parameter.numel() for parameter in model.parameters())
     return [{"case": case, "elements": elements, "seconds": seconds, "longer": times_reference(seconds)}]

@@ -1,6 +1,6 @@
-"""What it costs to compute with the averages, and to gather them.
+"""Measures swapping averages into the model and back, and gathering them.
 
-Functions called `..._costs` run on every rank of a case; times are the slowest rank's, bytes the largest one's.
+Functions named `..._costs` run on every rank of a case. Times and bytes are maxima over ranks.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ Swap = Callable[[], AbstractContextManager[object]]
 
 
 def swap_costs(device: torch.device, *, case: Case, repeats: int) -> list[Record]:
-    """Of a block in which the model computes with the averages: `seconds_in` to enter it, `seconds_out` to leave it.
+    """Costs of a block in which the model uses the averages: `seconds_in` to enter it, `seconds_out` to leave it.
 
-    `extra_bytes` is the most memory inside, `failures` as in `update_costs`.
+    `extra_bytes` is the peak memory until the block is left; `failures` is as in `update_costs`.
     """
     model = case.build_model(device)
     factories = {SWAPPED: sharded_ema, SERVING: partial(sharded_ema, serving=True)} | {
@@ -69,7 +69,7 @@ def swap_costs(device: torch.device, *, case: Case, repeats: int) -> list[Record
 
 
 def full_state_costs(device: torch.device, *, case: Case, repeats: int) -> list[Record]:
-    """Of `full_state_dict()`: `extra_bytes` beyond its result on the first rank, `others_bytes` on any other rank."""
+    """Costs of `full_state_dict()`: `extra_bytes` beyond its result on the first rank, `others_bytes` on the others."""
     ema = ShardedEMA(case.build_model(device), decay=DECAY)
     watch, memory, is_first = stopwatch(device), peak_memory(device), dist.get_rank() == 0
     seconds: list[float] = []
@@ -99,7 +99,7 @@ def full_state_costs(device: torch.device, *, case: Case, repeats: int) -> list[
 
 @torch.no_grad()
 def _assert_outputs_close(swaps: dict[str, Swap], model: nn.Module, case: Case, device: torch.device) -> None:
-    """A method that computes something else fails the run."""
+    """Fail the run if the methods' outputs differ."""
     width = case.shape.side if isinstance(case.shape, SmallTensors) else case.shape.width
     inputs = torch.randn(1, 2, width, device=device, dtype=LIVE_DTYPES[case.live])
     outputs: dict[str, Tensor] = {}

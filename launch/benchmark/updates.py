@@ -1,6 +1,6 @@
-"""What an update costs, by each method to average: time, memory, operators, beside a copy of as many bytes.
+"""Measures an update by each averaging method: its time, compared with a copy of as many bytes, memory and operators.
 
-Functions called `..._costs` run on every rank of a case; times are the slowest rank's, bytes the largest one's.
+Functions named `..._costs` run on every rank of a case. Times and bytes are maxima over ranks.
 """
 
 import io
@@ -27,11 +27,11 @@ MAX_COPY_BYTES = 512 * 2**20
 """The most bytes that one turn of the copy reads and writes; times of more bytes are extrapolated."""
 DECAYS = (DECAY, 0.99, 0.9, 0.5)
 MethodAndTracks = tuple[str, int]
-"""A method to average, and how many tracks it keeps."""
+"""The name of an averaging method, and its number of tracks."""
 
 
 class CopyBaseline:
-    """Copies half of `size` bytes, so that `size` are read or written in all; at most `MAX_COPY_BYTES`."""
+    """Copies `size / 2` bytes, so that `size` bytes are read or written in total; at most `MAX_COPY_BYTES`."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         elements = max(1, min(size, MAX_COPY_BYTES) // 8)
@@ -46,17 +46,17 @@ class CopyBaseline:
         self._target.copy_(self._source)
 
     def scaled(self, seconds: Sequence[float]) -> list[float]:
-        """The times of a copy of all bytes."""
+        """Extrapolates times to a copy of all bytes."""
         return [self._scale * sample for sample in seconds]
 
 
 def update_costs(device: torch.device, *, case: Case, repeats: int, tracks: Sequence[int] = (1,)) -> list[Record]:
     """A record for each number of tracks, all measured in the same rounds.
 
-    `seconds` begin with those of a copy of as many bytes as an update moves that reads each live weight on the rank
-    once, and reads and writes an average of each. `moved_bytes` are those that the operators of an update read and
-    write; for ours those of the formula, which `launch.cost` holds against the operators. `failures` has the messages
-    of methods that are not in the other entries.
+    The first entry of `seconds` is a copy of as many bytes as an update moves that averages all live weights on the
+    rank, and reads them once for all tracks. `moved_bytes` are the bytes that the operators of an update read and
+    write; if an `Averager` shares the reads of live weights, they come from the formula, which `launch.cost` checks.
+    `failures` has the messages of the methods that failed; the other entries lack these methods.
     """
     model = case.build_model(device)
     records: dict[int, Record] = {}
@@ -103,7 +103,7 @@ def _take_turns(
     device: torch.device,
     repeats: int,
 ) -> tuple[Samples[MethodAndTracks], Samples[MethodAndTracks]]:
-    """Of updates and copies, timed; and of updates, in turns for memory."""
+    """Times of updates and copies; and memory of updates, from separate turns."""
 
     def before(key: MethodAndTracks) -> None:
         scale_weights(model, factor=1.0)
@@ -118,7 +118,7 @@ def _take_turns(
 def update_numbers(
     averager: Averager, live_weights: Sequence[Tensor], element_sizes: ElementSizes, *, scratch_in_cache: bool
 ) -> dict[str, int]:
-    """The results that need no repetition. A scratch that stays in the cache moves no bytes."""
+    """The results that need no repetition. With `scratch_in_cache`, accesses to temporary buffers move no bytes."""
     held = [[local(average) for average in track.values()] for track in averager.averages()]
     tensors = [*live_weights, *chain.from_iterable(held)] if scratch_in_cache else None
     operators = count_operators(averager.update, tensors=tensors)
@@ -135,7 +135,7 @@ def make_or_explain(
 ) -> Averager | str:
     """The averages after two updates that do not change them (the first may only copy), or how the method fails.
 
-    Collective: every rank. A method that fails on one rank has failed on all. With `swap` it must be able to swap, too.
+    Collective: every rank. A method that fails on one rank counts as failed on all. With `swap`, swapping is tried too.
     """
     averager, failure, captured = None, "", io.StringIO()
     try:
@@ -157,7 +157,7 @@ def make_or_explain(
 
 
 def _assert_averages_close(averagers: Mapping[str, Averager]) -> None:
-    """A method that computes something else fails the run. Collective: every rank."""
+    """Fail the run if the methods' averages differ. Collective: every rank."""
     (first_name, first), *others = averagers.items()
     for name, averager in others:
         for expected, track in zip(first.averages(), averager.averages(), strict=True):

@@ -26,11 +26,14 @@ LAYOUTS: list[tuple[Parallel, int, bool]] = [
     ("hsdp", 4, True),
     ("hsdp", 4, False),
 ]
-"""The last item of each: whether replicas split the averages."""
+"""Layouts, numbers of ranks, and whether the replicas split the averages."""
 DTYPES_AND_TRACKS: list[tuple[LiveDtype, int]] = [("float32", 1), ("bfloat16", 1), ("bfloat16", 2)]
-"""Dtypes of live weights, and numbers of tracks. Several float32 tracks may find float32 weights in the cache."""
+"""Dtypes of live weights, and numbers of tracks.
+
+float32 weights have one track only: for several, a kernel may be selected that reads them from a cache for each track.
+"""
 MEASURED_MODEL = Transformer(blocks=2, width=770)
-"""770 rows do not divide by 4, nor do the 50257 of the head by 2."""
+"""770 rows are not divisible by 4, nor are the 50257 rows of the head by 2."""
 
 
 def main() -> None:

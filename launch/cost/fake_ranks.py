@@ -1,8 +1,8 @@
-"""One rank's own time in every call, with many ranks that torch's fake process group stands for.
+"""Measures the host time of every call on one rank of many; torch's fake process group stands in for the others.
 
-The process runs as rank 0 of so many. Collectives return at once and move nothing, and ranks do
-not wait for each other. What is left is what the host of a rank does by itself: Python, and operators on its own
-tensors. The time is that of the processor, so that other processes matter less, and without garbage collections.
+The process runs as rank 0. Collectives return at once and transfer nothing, and ranks do not wait for each other. What
+remains is the work of a rank's own host: Python, and operators on local tensors. The time is CPU time, so that other
+processes matter less, and excludes garbage collection.
 """
 
 import gc
@@ -44,7 +44,7 @@ ALL_GATHERS = (
 
 @dataclass(frozen=True)
 class FakeCase:
-    """A model of small matrices, as the first of so many ranks holds it."""
+    """A model of small matrices, as the first of `ranks` ranks holds it."""
 
     layout: FakeLayout
     ranks: int
@@ -59,7 +59,7 @@ class FakeCase:
 def measure_in_subprocess(case: FakeCase) -> Record:
     """Median seconds of each call, measured in a process of its own."""
     forkserver.set_forkserver_preload([__name__])
-    # Python 3.11 does not tell the server where this script looks for modules, and it skips those it does not find.
+    # Python 3.11 does not pass `sys.path` to the server, which silently skips modules that it cannot find.
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         forkserver.ensure_running()
     with get_context("forkserver").Pool(1) as pool:
@@ -72,7 +72,7 @@ def _measure(case: FakeCase) -> Record:
         model, other = build(case), build(case)
         gc.collect()
         gc.freeze()
-        # The first round does what is done once: kernels are selected, FSDP2 initializes itself.
+        # The first round includes one-time work: the selection of kernels, and FSDP2's initialization.
         rounds = [_times(model, other) for _ in range(case.repeats + 1)][1:]
     seconds = {call: statistics.median(times[call] for times in rounds) for call in rounds[0]}
     return {"case": asdict(case), "seconds": seconds}
@@ -84,7 +84,7 @@ def _times(model: nn.Module, other: nn.Module) -> Mapping[str, float]:
 
     def timed(call: str, run: Callable[[], object]) -> None:
         gc.collect()
-        gc.disable()  # as timeit does: a collection takes longer than a call, and may fall into any of them
+        gc.disable()  # as timeit does: a collection takes longer than a call, and may happen during any call
         start = time.process_time()
         run()
         times[call] = time.process_time() - start
@@ -114,7 +114,7 @@ def _times(model: nn.Module, other: nn.Module) -> Mapping[str, float]:
 
 @contextmanager
 def fake_ranks(ranks: int) -> Iterator[None]:
-    """Inside, this process is the first of so many ranks, which neither communicate nor wait."""
+    """Inside the block, this process is the first of many ranks, which neither communicate nor wait."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with ExitStack() as stack:
@@ -127,7 +127,7 @@ def fake_ranks(ranks: int) -> Iterator[None]:
 
 
 def _issue_only(_gathered: Tensor, part: Tensor, *, group: ProcessGroup) -> None:
-    """Another collective in place of an all-gather: the fake one fills its result rank by rank, in milliseconds."""
+    """Replaces an all-gather by another collective: the fake all-gather takes milliseconds to fill its result."""
     dist.all_reduce(part, group=group)
 
 

@@ -1,4 +1,4 @@
-"""What the averages of one model take on each rank, measured, beside what `launch.benchmark.formulas` predicts."""
+"""Measures the cost of one model's averages on each rank, next to the predictions of `launch.benchmark.formulas`."""
 
 import math
 from dataclasses import replace
@@ -15,11 +15,11 @@ from launch.benchmark.updates import DECAYS, CopyBaseline
 
 
 def measure_costs(device: torch.device, *, case: Case, split: bool, tracks: int, repeats: int) -> list[Record]:
-    """`held_bytes`, `moved_bytes` and `swap_sent_bytes` are by formula and measured, one for each rank.
+    """`held_bytes`, `moved_bytes` and `swap_sent_bytes` have a predicted and a measured number for each rank.
 
-    `update_sent_bytes` pass a rank's network in an update, and `process_growth_bytes` are those by which the process
-    grew when the averages were made, both the most of all ranks. `seconds` are of updates, of the slowest rank, and
-    `seconds_copy` of a copy of as many bytes.
+    `update_sent_bytes` is the payload of collectives in an update, and `process_growth_bytes` the growth of the process
+    while the averages were made; both are maxima over ranks. `seconds` are the times of updates on the slowest rank,
+    and `seconds_copy` those of a copy of as many bytes.
     """
     model = case.build_model(device)
     sharding, element_sizes = sharding_of(case, split=split), replace(case.element_sizes, tracks=tracks)

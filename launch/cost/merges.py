@@ -95,7 +95,7 @@ def copy(sources: list[Path], out: Path) -> Run:
 
 
 def run_process(command: list[str]) -> Run:
-    """Runs a command and measures it; processor seconds are those of user and system."""
+    """Runs a command and measures it; processor seconds include user and system time."""
     before = os.times()
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     after = os.times()
@@ -104,7 +104,7 @@ def run_process(command: list[str]) -> Run:
 
 
 def print_table(runs: dict[str, list[Run]], *, startup: Run) -> None:
-    """Prints medians; the time that Python takes to start and import is not counted in that of a merge."""
+    """Prints medians; Python's time to start and import is subtracted from the times of merges."""
     print("| | seconds | processor seconds |\n|---|---|---|")
     for name, used in runs.items():
         seconds = statistics.median(run.seconds for run in used)

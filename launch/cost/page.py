@@ -37,9 +37,9 @@ SHARDINGS = [
 ]
 BF16 = ElementSizes(live_itemsize=2)
 MEMORY_BANDWIDTH = 0.9 * 3.35e12
-"""Bytes per second: 90 % of that of an H100 SXM. Source: NVIDIA's data sheet."""
+"""Bytes per second: 90 % of the bandwidth of an H100 SXM. Source: NVIDIA's data sheet."""
 FLOPS_PER_SECOND = 0.4 * 989e12
-"""40 % of those of an H100 SXM in bfloat16 without sparsity. Source: NVIDIA's data sheet."""
+"""40 % of the peak of an H100 SXM in bfloat16 without sparsity. Source: NVIDIA's data sheet."""
 STEP = TrainingStep(tokens=4e6, flops_per_second=FLOPS_PER_SECOND, memory_bandwidth=MEMORY_BANDWIDTH)
 GPU_BYTES = 80e9
 CHECKED_COLUMNS = [
@@ -96,7 +96,7 @@ def _targets(costs: list[Record]) -> Iterator[Target]:
 
 
 def _checked_row(it: Record) -> Sequence[str]:
-    """What the ranks have, and whether each has what the formula predicts."""
+    """The measured values of all ranks, and whether they equal those of the formula."""
     held, moved, sent = (
         (
             _sizes(it[key]["measured"]),

@@ -87,7 +87,7 @@ def measure_saves(device: torch.device, *, folder: Path, tensors: int, repeats: 
         "`checkpoint.save`, planned": FileMethod(
             lambda: save(targets[2], **{f"round {next(rounds)}": True}), targets[2]
         ),
-        # A save that is not timed makes a plan that the timed one can reuse.
+        # An untimed save first makes a plan that the timed save can reuse.
         "`checkpoint.save`, plan reused": FileMethod(
             partial(save, targets[3]), targets[3], before=partial(save, targets[4])
         ),

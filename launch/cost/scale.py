@@ -19,11 +19,11 @@ RANKS = (16, 1024, 8192)
 TARGET_LAYOUTS = ("ddp", "fsdp2", "hsdp", "tp")
 TENSORS = 300
 MAX_GROWTH = 1.5
-"""Time on the most ranks over that on the fewest."""
+"""Limit of the time on the most ranks, relative to that on the fewest."""
 NEGLIGIBLE_SECONDS = 0.002
 """Shorter times are not compared: noise dominates their ratio."""
 LARGE_MODEL = (1024, 720)
-"""Ranks and tensors of the model whose times have limits of their own."""
+"""Ranks and tensors of the model to whose times `LIMITS` applies."""
 LIMITS = {
     "swapped(), in and out": (("swapped(), in", "swapped(), out"), 0.15),
     "state_dict()": (("state_dict()",), 0.05),

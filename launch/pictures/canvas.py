@@ -7,7 +7,7 @@ from typing import Literal
 
 Anchor = Literal["start", "middle", "end"]
 FONT_PX = 16
-"""12 pt. On a phone, pictures shrink to three quarters, and then scroll: 9 pt."""
+"""12 pt. On a phone, pictures shrink to no less than three quarters, which makes 9 pt, and then scroll."""
 CHARACTER_PX = 8.8
 """Mean width of a character in a wide font (DejaVu Sans)."""
 LIGHT = {
@@ -50,7 +50,7 @@ DARK = {
 
 @dataclass
 class Canvas:
-    """A picture of a size in px, with a description for those who cannot see it."""
+    """A picture with its size in px, and a description for readers who cannot see it."""
 
     width: int
     height: int
@@ -108,7 +108,7 @@ class Canvas:
             self.text(x, y + 22 * number, line, color=color)
 
     def as_svg(self) -> str:
-        """A file whose background is part of it, so that it can be read on a page of the other scheme, too."""
+        """The SVG file. It includes the background, so that it is readable on a page with the other scheme, too."""
         light, dark = (";".join(f"--{name}:{value}" for name, value in colors.items()) for colors in (LIGHT, DARK))
         style = (
             f"svg{{{light}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}"
@@ -129,5 +129,5 @@ class Canvas:
 
 
 def text_width(text: str) -> float:
-    """About, in px."""
+    """The approximate width of a text in px."""
     return CHARACTER_PX * len(text)

@@ -12,10 +12,10 @@ BAR_HEIGHT = 26
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values with ticks, and what they count.
+    """A range of values with ticks, and a label.
 
     Args:
-        log: whether equal distances are equal ratios; then the range is positive.
+        log: whether the scale is logarithmic; the range must then be positive.
     """
 
     label: str
@@ -26,7 +26,7 @@ class Axis:
     log: bool = False
 
     def fraction(self, value: float) -> float:
-        """The position of a value, limited to the axis: 0 at its begin, 1 at its end."""
+        """The position of a value, limited to the axis: 0 at its start, 1 at its end."""
         value = min(max(value, self.first), self.last)
         if self.log:
             return math.log(value / self.first) / math.log(self.last / self.first)
@@ -56,7 +56,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where on the canvas a chart is: its plot without labels."""
+    """The area of a chart's plot on the canvas, without labels."""
 
     left: float
     top: float
@@ -93,7 +93,7 @@ def line_chart(canvas: Canvas, frame: Frame, title: str, lines: Sequence[Line], 
 
 
 def bar_chart(canvas: Canvas, top: float, title: str, bars: Sequence[Bar], *, label_width: float) -> float:
-    """Horizontal bars, from the left edge of the canvas to its right; returns the height below them."""
+    """Draw horizontal bars over the width of the canvas; returns the y coordinate below them."""
     canvas.text(16, top + 16, title, bold=True)
     text = max(text_width(bar.text) for bar in bars) + 14
     longest = max(bar.value or 0.0 for bar in bars)
@@ -110,8 +110,8 @@ def bar_chart(canvas: Canvas, top: float, title: str, bars: Sequence[Bar], *, la
 
 
 def spread(heights: Sequence[float], distance: float, *, lowest: float = math.inf) -> list[float]:
-    """Sorted heights, moved apart as little as it takes to keep the distance, and none beyond `lowest`."""
-    groups: list[tuple[float, int]] = []  # the mean of the heights in a group, and how many these are
+    """Move sorted heights as little as needed to be at least `distance` apart, and none beyond `lowest`."""
+    groups: list[tuple[float, int]] = []  # the mean of the heights in a group, and their number
     for height in heights:
         groups.append((height, 1))
         while len(groups) > 1 and groups[-1][0] - groups[-2][0] < distance * (groups[-1][1] + groups[-2][1]) / 2:

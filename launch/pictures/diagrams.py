@@ -8,7 +8,7 @@ from launch.pictures.canvas import Canvas
 RANKS, ROWS = 4, 8
 ROW_HEIGHT, COLUMN, RANK_WIDTH = 13, 28, 76
 Block = tuple[int, int, float, float]
-"""First row, rows, and from where to where across the columns, as fractions."""
+"""First row, number of rows, and the start and end of the columns as fractions of the width."""
 Holds = Callable[[int], Block]
 
 
@@ -75,7 +75,7 @@ def _matrix(canvas: Canvas, x: float, y: float, held: Block, color: str) -> None
 
 
 def swap_picture() -> Canvas:
-    """The weights of two DDP replicas while averages go into the model; each state is two halves of rows on a rank."""
+    """The weights of two DDP replicas during a swap; in each state, a rank's model is drawn as two halves of rows."""
     canvas = Canvas(680, 620, "A swap under DDP on two ranks: exchange, fill, evaluate, and back")
     for rank in range(2):
         x = 16 + rank * 176
@@ -131,7 +131,7 @@ def swap_picture() -> Canvas:
 
 
 def _wrapped(lines: list[str]) -> list[str]:
-    """Text of the right column in lines that fit there."""
+    """Wrap text to the width of the right column."""
     wrapped, words = [""], " ".join(lines).split()
     for word in words:
         if len(wrapped[-1]) + len(word) > 31:
@@ -146,7 +146,7 @@ def _box(canvas: Canvas, x: float, y: float, what: str) -> None:
 
 
 def checkpoint_picture() -> Canvas:
-    """The tree of a root of checkpoints, saved by two ranks."""
+    """The file tree of a folder of checkpoints that two ranks saved."""
     canvas = Canvas(680, 380, "What a folder of checkpoints holds")
     rows = [
         (0, "checkpoints/", "the root: what save() and load() take"),

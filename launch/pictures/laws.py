@@ -31,7 +31,7 @@ MERGED = 10
 
 
 def run(law: Schedule | float) -> tuple[list[float], list[float], list[float]]:
-    """The weight of the live value and the initial mass at each step, and each step's share of the last average."""
+    """By step: weight of the live value, share of the initial weights, and the step's share of the final average."""
     clock = Clock(as_schedules(law), start=0, interval=1)
     weights: list[float] = []
     masses: list[float] = []

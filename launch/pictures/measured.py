@@ -9,7 +9,7 @@ from launch.pictures.charts import Axis, Frame, Line, line_chart
 
 MIB = 2**20
 FIRST_EPOCH = 3
-"""Of the curves. In the first two the accuracy is far lower, and would hide the differences of later ones."""
+"""The first epoch of the curves. Accuracies before it are far lower, and would hide the differences after it."""
 
 
 def curves_picture(record: Path) -> Canvas:

@@ -20,7 +20,7 @@ LAWS: dict[str, Callable[[float, int], Schedule]] = {
     "exponential-warmup": lambda half_life, _: ExponentialWarmup(_decay(half_life), tau=2 * half_life),
     "cosine": lambda half_life, steps: Cosine(_decay(half_life), 1, steps),
 }
-"""By name; each takes the half-life in steps, and the number of steps of the run."""
+"""Constructors of the laws, by name. Each takes the half-life in steps and the number of steps of the run."""
 
 DEFAULT_LAW = "ramped"
 DEFAULT_HALF_LIFE = 60.0
@@ -33,7 +33,7 @@ def make_law(name: str, half_life: float | None, steps: int) -> Schedule:
     Args:
         name: a key of `LAWS`.
         half_life: in steps; None for `DEFAULT_HALF_LIFE`.
-        steps: of the run.
+        steps: the number of steps of the run.
 
     Raises: UsageError for a half-life that is out of range, or that this law does not have.
     """

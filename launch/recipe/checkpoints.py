@@ -86,28 +86,28 @@ def resume_or_start(checkpoints: Checkpoints, ema: ShardedEMA, *, resume: bool, 
     """Resume from the newest checkpoint; if there is none, start from the weights in `start_from`.
 
     Returns a message that says where the run starts. Collective: every rank. Raises: as `Checkpoints.resume`, and
-    UsageError if the weights are of another model.
+    UsageError if the weights do not fit the model.
     """
     message = checkpoints.resume(is_requested=resume)
     return _start_from(start_from, ema) if start_from and not ema.steps else message
 
 
 def _start_from(folder: Path, ema: ShardedEMA) -> str:
-    """Replace live weights and averages by the weights in a folder of DCP or in weight files, on every layout."""
+    """Replace live weights and averages with those in a DCP checkpoint or in weight files, on every layout."""
     try:
         if (folder / ".metadata").exists():
             checkpoint.load({"model": ema.model}, folder)
         else:
             checkpoint.scatter(ema, folder)
             ema.copy_to(ema.model)
-    except RuntimeError as error:  # RendezvousError and CheckpointError too
+    except RuntimeError as error:  # includes RendezvousError and CheckpointError
         raise UsageError(f"--start-from {folder} does not fit this model: {error}") from error
     ema.reset()
     return f"starting from the weights in {folder}"
 
 
 def saved_settings(training: Images, args: argparse.Namespace) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that saved, by option."""
+    """The settings, by option, that a resumed run must share with the run that saved the checkpoint."""
     return {
         "--batch-size": args.batch_size,
         "--seed": args.seed,
@@ -117,7 +117,7 @@ def saved_settings(training: Images, args: argparse.Namespace) -> dict[str, Any]
 
 
 def require_same_settings(expected: Mapping[str, Any], found: Mapping[str, Any], checkpoint_name: str) -> None:
-    """Raise a UsageError that names the settings that differ from those saved in a checkpoint, or are not saved."""
+    """Raise a UsageError that names the settings that a checkpoint lacks, or that differ from those saved in it."""
     if missing := [name for name in expected if name not in found]:
         raise UsageError(
             f"{checkpoint_name} holds no {', '.join(missing)} to compare with this run: an older version of this "
@@ -144,7 +144,7 @@ def _load_settings(root: Path) -> tuple[dict[str, Any], str]:
 
 
 def _raise_unless_mismatch(error: RendezvousError) -> None:
-    """Raise a ScriptError unless `checkpoint.load` reports that names or shapes differ: some ranks did not arrive."""
+    """Raise a ScriptError if ranks did not arrive, but not if `checkpoint.load` found that names or shapes differ."""
     if not error.same_call:
         raise ScriptError(str(error)) from error
 

@@ -10,7 +10,7 @@ from .script import UsageError
 
 METRICS, CURVES, RUN_ID = "metrics.csv", "curves.png", "run-id.txt"
 RESULTS = (METRICS, CURVES, "*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json")
-"""Patterns of the files that a run writes, or that would keep it from writing its own."""
+"""Patterns of the files that a run writes, and of files that would prevent it from writing them."""
 
 
 def new_run_id() -> str:
@@ -23,8 +23,8 @@ def new_run_id() -> str:
 def claim_output_dir(folder: Path, run_id: str, *, option: str) -> None:
     """Write `run_id` to `folder`, where the first rank will write its results.
 
-    Collective: every rank. Raises: UsageError on every rank if that fails or `folder` holds results of another run;
-    it names the `option` that sets the folder.
+    Collective: every rank. Raises: UsageError on every rank if `folder` cannot be written to or holds results of
+    another run; the message names the `option` that sets the folder.
     """
     problem = None
     if dist.get_rank() == 0 and not (problem := _create(folder, option)):
@@ -40,7 +40,7 @@ def claim_output_dir(folder: Path, run_id: str, *, option: str) -> None:
 def require_checkpoint_dir(folder: Path, *, option: str) -> None:
     """Create `folder`.
 
-    Collective: every rank. Raises: UsageError on every rank if any rank cannot write to it, or if it is one checkpoint.
+    Collective: every rank. Raises: UsageError on every rank if any rank cannot write to it, or if it is a checkpoint.
     """
     problem = _create(folder, option)
     if not problem and (folder / ".metadata").exists():
@@ -49,12 +49,12 @@ def require_checkpoint_dir(folder: Path, *, option: str) -> None:
 
 
 def describe_checkpoint_dir(folder: Path | None) -> str:
-    """For the line that a script prints before it trains."""
+    """Returns the text on checkpoints that a script prints before it trains."""
     return f"checkpoints in {folder}" if folder else "no checkpoints"
 
 
 def _create(folder: Path, option: str) -> str | None:
-    """Create the folder, and return why it cannot be written to and what to do."""
+    """Create the folder; returns an error message if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -28,7 +28,7 @@ LIVE_COLOR, AVERAGE_COLOR = "#b0572c", "#1f5fa8"
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """Test scores after an epoch, the distance of the average, and the share of step time spent in update()."""
+    """Test scores after an epoch, the average's distance from the live weights, and update()'s share of step time."""
 
     epoch: int
     step: int
@@ -87,7 +87,7 @@ class TensorBoard:
             self._writer = SummaryWriter(str(folder))
 
     def add(self, row: EpochMetrics, others: Mapping[str, float]) -> None:
-        """Write the numbers of an epoch, and others, which are known by their tags."""
+        """Write the metrics of an epoch, and `others` under their tags."""
         if self._writer is not None:
             for tag, value in {**row.scalars(), **others}.items():
                 self._writer.add_scalar(tag, value, row.step)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the projections' width sets the number of heads: tensor parallelism splits it."""
+    """Multi-head self-attention. The number of heads follows from the projections, which tensor parallelism shards."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -76,14 +76,14 @@ def wrap(model: VisionTransformer, parallel: str, device: torch.device) -> nn.Mo
 
 
 def describe_run(parallel: str, device: str, model: nn.Module, law: object) -> str:
-    """The line that a script prints before it trains; `model` is not wrapped yet, and `law` is that of its average."""
+    """The line that a script prints before it trains; `model` is not wrapped yet, and `law` is its averaging law."""
     ranks, parameters = dist.get_world_size(), sum(parameter.numel() for parameter in model.parameters())
     layout = f"layout {parallel}, {ranks} rank{'s' * (ranks > 1)}, device {device}"
     return f"{layout}; {parameters:,} parameters; EMA schedule {law}"
 
 
 def data_rank_and_size(parallel: str) -> tuple[int, int]:
-    """This rank's part of each batch, and the number of parts; tensor parallelism gives all ranks the whole."""
+    """The index of this rank's part of a batch, and the number of parts; under TP, every rank gets the full batch."""
     if parallel == "tp":
         return 0, 1
     return dist.get_rank(), dist.get_world_size()

@@ -59,7 +59,7 @@ def print_rank_0(*lines: str) -> None:
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Runs `main` and ends the process; under torchrun, the report of a failed run has the exception of `main`."""
+    """Runs `main` and ends the process; torchrun's report of a failed run shows the exception of `main`."""
     exit_code = 0
     try:
         record(main, _ScriptErrorHandler())()
@@ -75,8 +75,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         _print_line(f"error: {error}")
         if not _is_first_local_rank():
             time.sleep(30)  # torchrun kills all ranks once one exits: wait until the first rank has printed
-    # Without the interpreter's own shutdown, which gloo's threads sometimes abort (torch 2.13: "terminate called
-    # without an active exception"): torchrun would report a failed run.
+    # Skip the interpreter's own shutdown: gloo's threads sometimes abort it (torch 2.13: "terminate called without an
+    # active exception"), and torchrun would then report a failed run.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
@@ -88,7 +88,7 @@ def _print_line(text: str) -> None:
 
 
 class _ScriptErrorHandler(ErrorHandler):
-    """Gives torchrun the message of a ScriptError, and of other exceptions the traceback too."""
+    """Reports to torchrun the message of a ScriptError, or the message and traceback of any other exception."""
 
     def record_exception(self, e: BaseException) -> None:
         if not isinstance(e, ScriptError):

@@ -1,4 +1,4 @@
-"""The time that a block of code takes on its device, measured without a wait of the host for the device."""
+"""The time that a block of code takes on its device, measured without making the host wait for the device."""
 
 from __future__ import annotations
 

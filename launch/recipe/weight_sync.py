@@ -18,12 +18,12 @@ STOP = "stop"
 
 
 class Engine:
-    """The trainer's end of an engine: a process that holds its own copy of the model.
+    """The trainer's connection to an engine, a process that holds its own copy of the model.
 
     Args:
         make_model: makes the engine's model, in its process.
         answer: called with the engine's model after each update, in its process; returns JSON values.
-        verifies: whether the engine compares the checksum of every tensor with that of the tensor sent.
+        verifies: whether the engine compares the checksum of every tensor received with that of the tensor sent.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ def serve(
                 checksums[name] = checksum
         except EOFError:
             return
-        # None: the trainer sent no checksum, and `launch.cost.streaming` must not measure the hashing of all weights.
+        # A checksum of None is not verified: `launch.cost.streaming` must not measure the hashing of the weights.
         verified = [name for name, checksum in checksums.items() if checksum and checksum == sha256(weights[name])]
         report = {
             "verified": len(verified),

@@ -50,7 +50,7 @@ def make_dcp_checkpoint(folder: Path, **settings: Any) -> tuple[Path, ShardedEMA
 
 def make_checkpoint(root: Path, step: int = 3, **entries: Any) -> tuple[Path, nn.Module, ShardedEMA]:  # noqa: ANN401
     """Saves a trained model, averages and `entries` with `ema_dist.checkpoint`; returns root, model and averages."""
-    model, ema = make_trained("plain", decay=HalfLife(0.75))  # after three steps, the commands have nothing to note
+    model, ema = make_trained("plain", decay=HalfLife(0.75))  # after three steps, the commands print no notes
     checkpoint.save({"model": model, "ema": ema, **entries}, root, step=step)
     return root, model, ema
 

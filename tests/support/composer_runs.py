@@ -51,7 +51,7 @@ def composer_layouts(*names: str) -> pytest.MarkDecorator:
 
 
 class Classifier(ComposerClassifier):
-    """A `Net` under an attribute that is not called `module`, as `ComposerClassifier` would call it."""
+    """A `Net` in the attribute `net`, not in `module` as in `ComposerClassifier`."""
 
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)

@@ -20,7 +20,7 @@ exec {compiler} "$@"
 
 
 class FakeCompiler:
-    """The machine's C compiler as ``CC``, with an empty cache, in a process that has compiled nothing yet."""
+    """Wraps the machine's C compiler and sets ``CC``; the cache is empty, and this process has compiled nothing."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, *, seconds: float = 0) -> None:
         self._path, self._log, self._seconds = folder / "fake-cc", folder / "runs", seconds
@@ -33,7 +33,7 @@ class FakeCompiler:
         self.restart()
 
     def set_version(self, version: str) -> None:
-        """What it answers to ``--version`` from now on."""
+        """Set the answer to ``--version``."""
         script = SCRIPT.format(version=version, log=self._log, seconds=self._seconds, compiler=self._compiler)
         new = self._path.with_name(f"{self._path.name}-{version}-{os.getpid()}")  # several ranks write it at once
         new.write_text(script)
@@ -57,7 +57,7 @@ class FakeCompiler:
         return sorted(self.cache.iterdir()) if self.cache.exists() else []
 
     def use(self) -> None:
-        """Update an average by the compiled kernel, as a process that starts now."""
+        """Update an average with the compiled kernel, as a newly started process would."""
         self.restart()
         averages = [torch.zeros(3)]
         lerp = make_kernel([averages], [torch.ones(3)], kernel="compiled")
@@ -67,6 +67,6 @@ class FakeCompiler:
 
 
 def prefer(patch: pytest.MonkeyPatch, name: str) -> None:
-    """Let measurements find the kernel called ``name`` to be the fastest."""
+    """Make measurements find that the kernel ``name`` is the fastest."""
     patch.setattr(selection, "_seconds", lambda lerp, *_: float(lerp.name != name))
     selection._fastest.cache_clear()  # noqa: SLF001

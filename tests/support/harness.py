@@ -44,7 +44,7 @@ _forkserver_context.set_forkserver_preload(
         "torch.distributed.fsdp",
         "torch.distributed.checkpoint",
         "ema_dist.checkpoint",
-        # The server ignores what cannot be imported where a framework is not installed.
+        # If a framework is not installed, the server ignores the module that cannot be imported.
         "ema_dist.composer",
         "ema_dist.lightning",
         "ema_dist.transformers",
@@ -104,7 +104,7 @@ class Outcome:
 
 
 class RanksFailed(Failed):
-    """Shows the tracebacks of the ranks instead of one from here, and the example that hypothesis adds as a note."""
+    """Shows the tracebacks of the ranks, not that of this process, and the example that hypothesis adds as a note."""
 
     def __str__(self) -> str:
         """The ranks' report, then the example."""
@@ -146,7 +146,7 @@ class _RankProcess:
         write_end.close()  # else `recv` would wait for this copy after the rank has died
 
     def outcome(self) -> Outcome:
-        """Returns the outcome that the rank sends, or how it ended without sending one. Blocks until then."""
+        """Waits until the rank sends its outcome or ends; returns the outcome, or how it ended without one."""
         try:
             outcome: Outcome = self.pipe.recv()
         except EOFError:
@@ -161,7 +161,7 @@ class _RankProcess:
         return Outcome("died", f"{reason}, without an answer\n{stacks}")
 
     def end(self) -> None:
-        """Kill the rank if it is still there, and print what it printed."""
+        """Kill the rank if it is still running, and print its output."""
         self.process.kill()
         self.process.join()
         self.pipe.close()
@@ -217,7 +217,7 @@ def _rank_main(test: RemoteTest, world: World, rank: int, directory: Path, pipe:
 
 
 def _save_coverage() -> None:
-    """Write what coverage.py measured in this process, before the outcome is sent and the process killed for it."""
+    """Write coverage.py's data of this process. Do so before sending the outcome, as the process may then be killed."""
     coverage: Any = sys.modules.get("coverage")
     measurement = coverage.Coverage.current() if coverage else None
     if measurement:

@@ -12,7 +12,7 @@ import ema_dist
 
 
 class Interruption(BaseException):
-    """What a signal handler raises."""
+    """Stands for the exception that a signal handler raises."""
 
 
 class Interrupter:
@@ -20,7 +20,7 @@ class Interrupter:
 
     Args:
         modules: patterns of their paths in the package.
-        points: numbers of the bytecodes, from 1, before which it raises.
+        points: numbers of the bytecodes before which it raises, counted from 1.
     """
 
     def __init__(self, modules: tuple[str, ...], *points: int) -> None:
@@ -31,7 +31,7 @@ class Interrupter:
         self._points = {*points}
         self.count = 0
         self.raised = 0
-        """How often it has raised."""
+        """How many times it has raised `Interruption`."""
 
     def run(self, call: Callable[[], object]) -> None:
         """Run ``call``, and catch the exception with which it is interrupted."""

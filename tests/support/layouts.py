@@ -25,7 +25,10 @@ from tests.support.torch_2_7 import FSDP2_TP_ROWS
 
 
 class Block(nn.Module):
-    """Seven rows, which 2 to 4 ranks cannot share evenly; one row, so that ranks have none; a child called `module`."""
+    """A residual block with awkward shapes, and a child called `module`.
+
+    Seven rows cannot be sharded evenly over 2 to 4 ranks. One row leaves all ranks but the first empty.
+    """
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -73,7 +76,7 @@ class LayoutSpec:
 
     wrap: Callable[[nn.Module], nn.Module]
     ranks: int = 2
-    hidden: int = 7  # tensor parallelism needs an even split: with 6 rows over 2, FSDP2 still shards 3 unevenly
+    hidden: int = 7  # TP needs an even split: of 6 rows, each of 2 ranks has 3, which FSDP2 still shards unevenly
 
 
 def _mesh(net: nn.Module, shape: tuple[int, ...], names: tuple[str, ...] | None = None) -> DeviceMesh:
@@ -181,9 +184,9 @@ LAYOUTS = {
 STORAGE_LAYOUTS = (
     *("plain", "ddp", "fsdp1", "fsdp1-flat", "fsdp1-hybrid", "fsdp1-no-shard", "fsdp2-3", "hsdp", "tp", "fsdp2-tp"),
 )
-"""One layout for each way to store live weights and averages, for what depends on nothing else.
+"""One layout for each way to store live weights and averages, for tests of what depends on nothing else.
 
-Compilation and activation checkpointing change names and the forward pass, other world sizes the number of rows.
+Compilation and activation checkpointing change names and the forward pass; other world sizes change the number of rows.
 """
 
 IGNORE_INITIAL_WEIGHTS_WARNING = pytest.mark.filterwarnings("ignore::ema_dist.InitialWeightsWarning")

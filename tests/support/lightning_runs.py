@@ -28,7 +28,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 on_ranks = partial(pytest.mark.world_size, timeout=180)
 
 LAYOUTS = ("plain", "ddp", "fsdp1", "fsdp2", "fsdp2-full")
-"""Those whose checkpoints can be saved on a CPU: full ones of FSDP1 crash in torch there."""
+"""Layouts whose checkpoints can be saved on a CPU: torch crashes there when it saves full checkpoints of FSDP1."""
 
 
 def lightning_layouts(*names: str) -> pytest.MarkDecorator:
@@ -71,7 +71,7 @@ class Module(pl.LightningModule):
 
 
 class ShardedModule(Module):
-    """The same with FSDP2, which ModelParallelStrategy wants wrapped in `configure_model`."""
+    """The same under FSDP2: ModelParallelStrategy expects `configure_model` to wrap the module."""
 
     def configure_model(self) -> None:
         if isinstance(self.net, nn.Sequential) and not hasattr(self.net, "unshard"):
@@ -81,7 +81,7 @@ class ShardedModule(Module):
 
 
 class CPUFSDPStrategy(FSDPStrategy):
-    """FSDP1 on a CPU: Lightning refuses the class itself there, and passes no device that torch accepts."""
+    """FSDP1 on a CPU: Lightning refuses only FSDPStrategy itself there, and passes no device that torch accepts."""
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         original = FullyShardedDataParallel.__init__
@@ -144,7 +144,7 @@ def make_trainer(layout: str, *callbacks: Callback, folder: Path, **settings: An
 
 
 def make_loader(seed: int = 1, *, samples: int = 64) -> DataLoader[Any]:
-    """Inputs and their sums, `samples` different ones."""
+    """A loader of 64 inputs and their sums, of which `samples` are different."""
     inputs = torch.randn(samples, 8, generator=torch.Generator().manual_seed(seed)).repeat(64 // samples, 1)
     return DataLoader(TensorDataset(inputs, inputs.sum(dim=1, keepdim=True)), batch_size=4)
 
@@ -152,7 +152,7 @@ def make_loader(seed: int = 1, *, samples: int = 64) -> DataLoader[Any]:
 def fit(trainer: pl.Trainer, module: pl.LightningModule, *, samples: int = 64, **settings: Any) -> None:  # noqa: ANN401
     """Train, and ignore the warnings of Lightning and torch.
 
-    Pass samples=1 to resume inside of an epoch, where Lightning begins with the first batch of the loader again.
+    Pass samples=1, which makes all batches equal, to resume inside an epoch: Lightning restarts the loader there.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -165,7 +165,7 @@ def validate(trainer: pl.Trainer, module: pl.LightningModule, **settings: Any) -
 
 
 def test(trainer: pl.Trainer, module: pl.LightningModule) -> float:
-    """The test loss, of the same data."""
+    """The test loss, on the same data."""
     return _evaluate(trainer.test, module)["test_loss"]
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 
 def timm(file: str, name: str) -> Callable[..., Optimizer]:
-    """Makes an optimizer of timm, in the test's process or on a rank."""
+    """Returns a constructor of an optimizer of timm, for the test's process or a rank."""
 
     def make(*arguments: Any, **settings: Any) -> Optimizer:  # noqa: ANN401
         return _timm_class(file, name)(*arguments, **settings)
@@ -25,7 +25,7 @@ def timm(file: str, name: str) -> Callable[..., Optimizer]:
 
 
 def schedule_free(name: str, **settings: Any) -> Callable[[Any], Any]:  # noqa: ANN401
-    """Makes an optimizer of schedulefree that is in its training mode."""
+    """Returns a constructor of an optimizer of schedulefree, which is then in training mode."""
 
     def make(arguments: Any) -> Any:  # noqa: ANN401
         optimizer = getattr(pytest.importorskip("schedulefree"), name)(arguments, **settings)
@@ -37,7 +37,7 @@ def schedule_free(name: str, **settings: Any) -> Callable[[Any], Any]:  # noqa: 
 
 @cache
 def _timm_class(file: str, name: str) -> type[Optimizer]:
-    """A class of timm, without `import timm`: that imports torchvision, which does not load beside every torch."""
+    """A class of timm without `import timm`, which imports torchvision: not every build of torch can load it."""
     package = find_spec("timm")
     if package is None or package.origin is None:
         pytest.skip("timm is not installed")

@@ -40,7 +40,7 @@ def _signature(value: object) -> str:
         return ""
     try:
         parameters = inspect.signature(value).parameters.values()
-    except ValueError:  # of a class without a constructor of its own
+    except ValueError:  # the class has no constructor of its own
         return "(...)"
     return str(inspect.Signature([parameter.replace(annotation=parameter.empty) for parameter in parameters]))
 

@@ -1,4 +1,4 @@
-"""A tensor subclass that stands for those of quantization libraries."""
+"""A tensor subclass like those of quantization libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages of the documentation quote what the library prints; tests compare them, or write the quotations again.
+"""Pages of the documentation quote what the library prints; tests compare the quotations, or rewrite them.
 
 A quotation is a block of text below a comment: ``<!-- message: NAME -->``.
 """
@@ -16,7 +16,7 @@ def quotations(page: Path, kind: str) -> dict[str, str]:
 
 
 def quoted(page: Path, kind: str, name: str, text: str) -> str:
-    """What the page quotes under a name; with ``RECORD=1``, `text`, which then is on the page."""
+    """The text that a page quotes under a name; with ``RECORD=1``, `text` is first written to the page."""
     if os.environ.get("RECORD"):
         block = f"<!-- {kind}: {name} -->\n\n```text\n{text}\n```"
         page.write_text(_pattern(kind, name).sub(lambda _: block, page.read_text()))

@@ -1,4 +1,4 @@
-"""Modules of timm without its package, which imports torchvision: that does not load beside every build of torch."""
+"""Modules of timm without its package: that imports torchvision, which does not load with every build of torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 @contextmanager
 def timm_module(name: str) -> Iterator[ModuleType]:
-    """A module of ``timm.utils`` or ``timm.models``; what is imported for it is forgotten afterwards."""
+    """A module of ``timm.utils`` or ``timm.models``; the modules imported for it are removed again at exit."""
     spec = find_spec("timm")
     if spec is None or spec.submodule_search_locations is None:
         pytest.skip("timm is not installed")

@@ -20,7 +20,7 @@ IS_BEFORE_TORCH_2_7 = VERSION < (2, 7)
 IS_BEFORE_TORCH_2_8 = VERSION < (2, 8)
 
 WARNINGS = (
-    *(["ignore:TypedStorage is deprecated:UserWarning"] if VERSION < (2, 13) else ()),  # of DCP, about its own code
+    *(["ignore:TypedStorage is deprecated:UserWarning"] if VERSION < (2, 13) else ()),  # by DCP, about its own code
     *(
         [
             "ignore:DTensor random operators may not have complete support:UserWarning",
@@ -35,7 +35,7 @@ WARNINGS = (
 FSDP2_TP_ROWS = 4 if VERSION < (2, 11) else 6
 """Rows of a layer under FSDP2 and tensor parallelism together.
 
-torch 2.7 refuses an uneven split over four ranks, and we refuse it up to torch 2.10, as torch 2.9 gathers it wrongly.
+torch 2.7 refuses an uneven split over four ranks. We refuse it up to torch 2.10: torch 2.9 gathers it incorrectly.
 """
 
 needs_stable_storage = pytest.mark.skipif(
@@ -54,7 +54,7 @@ def apply_workarounds(device: str) -> None:
 
 
 def _delay_group_destruction() -> None:
-    """`destroy_process_group` waits for threads that wait for the interpreter to free the tensors that they sent."""
+    """Delay `destroy_process_group`: it waits for threads that need the interpreter to free the tensors they sent."""
     destroy = dist.destroy_process_group
 
     def destroy_after_delay(group: ProcessGroup | None = None) -> None:
@@ -65,7 +65,7 @@ def _delay_group_destruction() -> None:
 
 
 def _let_fsdp2_train() -> None:
-    """FSDP2 in torch 2.6 trained on GPUs only: the streams of CPUs lack methods, and gathering counted as a write."""
+    """Make FSDP2 of torch 2.6 train on CPUs: CPU streams lack methods, and autograd sees the all-gather as a write."""
 
     def do_nothing(*_: object) -> None:
         pass

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).parents[2]
-# `sys.path` as `train.py` would have it, and the root for `tests`; not the folder of this script.
+# The `sys.path` that `train.py` would have, and the root for `tests`, but not the folder of this script.
 sys.path[0:1] = [str(ROOT / "launch"), str(ROOT)]
 
 import train  # noqa: E402
@@ -24,7 +24,7 @@ from tests.support.injected_signals import InjectedSignal  # noqa: E402
 
 
 def profiler(injected: InjectedSignal) -> Callable[[FrameType, str, object], None]:
-    """Counts calls of the function, then all events of its thread, and sends the signal."""
+    """Returns a profiler that counts calls of the function, then all events of its thread, and sends the signal."""
     calls, events, thread = injected.call_number, injected.events_after, 0
 
     def profile(frame: FrameType, event: str, _argument: object) -> None:

@@ -56,7 +56,7 @@ def start_accelerate(layout: str) -> None:
 
 
 def set_environment(layout: str) -> None:
-    """Set the variables that accelerate reads beside those of torchrun; for one process, remove those."""
+    """Set the variables that accelerate reads in addition to torchrun's; for one process, remove torchrun's."""
     if layout == "plain":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
@@ -65,13 +65,13 @@ def set_environment(layout: str) -> None:
 
 
 def allow_sharding(layout: str) -> None:
-    """Make accelerate shard on CPUs: on several CPUs it ignores FSDP without a word, and it asks for no XPU."""
+    """Make accelerate shard on CPUs as if they were XPUs: on several CPUs, it silently ignores FSDP."""
     if layout.startswith("fsdp"):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # noqa: SLF001  has no public setting
 
 
 def make_model(seed: int = 0, **settings: Any) -> LlamaForCausalLM:  # noqa: ANN401  of LlamaConfig
-    """Two layers, with tied embeddings."""
+    """A model of two layers, with tied embeddings."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -139,7 +139,7 @@ def make_trainer(
         "seed": 17,
     }
     arguments = arguments_class(output_dir=str(folder), **defaults | FSDP_SETTINGS.get(layout, {}) | settings)
-    assert arguments.device.type == "cpu"  # the first look at it resets accelerate's state
+    assert arguments.device.type == "cpu"  # the first access resets accelerate's state
     allow_sharding(layout)
     given = {"train_dataset": make_samples(24), "eval_dataset": make_samples(8, seed=8)} | (trainer_settings or {})
     return trainer_class(model=model or make_model(), args=arguments, callbacks=[*callbacks], **given)
