@@ -186,7 +186,7 @@ def training_batches(images: Images, args: argparse.Namespace) -> DataSpec:
     """This rank's part of each batch; shuffled anew in each epoch, each image randomly shifted."""
     ranks = dist.get_world_size()
     if args.batch_size % ranks:
-        raise UsageError(f"a batch of {args.batch_size} images does not divide over {ranks} ranks: pass a multiple")
+        raise UsageError(f"expected a --batch-size divisible by the {ranks} ranks, found {args.batch_size}")
     data = TensorDataset(images.pixels, images.labels)
     sampler = dist.get_sampler(data, shuffle=True, drop_last=True, seed=args.seed)
     loader = DataLoader(data, batch_size=args.batch_size // ranks, sampler=sampler, drop_last=True)
@@ -222,7 +222,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.resume and not args.save_folder:
         parser.error("--resume needs --save-folder")
     if args.save_folder and not args.resume and os.path.lexists(args.save_folder / LATEST_CHECKPOINT):
-        parser.error(f"{args.save_folder} is of an earlier run: pass --resume to continue it or another --save-folder")
+        parser.error(f"{args.save_folder} holds checkpoints of an earlier run: pass --resume to continue it, or another --save-folder")
     if args.parallel == "fsdp1" and args.device == "cpu":
         parser.error("--parallel fsdp1 needs a GPU: Composer asks CUDA for one when it wraps; pass --parallel fsdp2")
     return args

@@ -153,11 +153,12 @@ def _only_one(path: Path, folders: list[Path]) -> Path:
 
 
 def _refuse_weights(path: Path) -> None:
-    """Raises: CheckpointError when the path is a file of full weights, or a folder that holds such files."""
-    suffixes = {suffix for file_format in FORMATS.values() for suffix in file_format.suffixes}
+    """Raises: CheckpointError when the path is a file, or a folder that holds files, of weights or of Lightning."""
+    suffixes = {".ckpt", *(suffix for file_format in FORMATS.values() for suffix in file_format.suffixes)}
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     if names := [file.name for file in files if file.suffix in suffixes and file.is_file()]:
         raise CheckpointError(
-            f"expected a checkpoint at {path}, found full weights ({names[0]}{', ...' if len(names) > 1 else ''}); to "
-            "compare full weights, use ema-dist diff"
+            f"expected a folder that torch.distributed.checkpoint wrote at {path}, found the file "
+            f"{abbreviated(names, limit=1)}; ema-dist diff compares full weights, and ema-dist import reads averages "
+            "by other packages, also from files of Lightning"
         )

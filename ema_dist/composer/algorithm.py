@@ -211,7 +211,7 @@ class EMA(Algorithm):
             raise ValueError("The ema weight are currently contained in the composer model.")
         self._require_checkpoints()
         if self._ema is None:
-            raise ValueError(f"there are no averages before ema_start, {_time_string(self.ema_start)}")
+            raise ValueError(f"expected averages, found none: averaging starts at ema_start, {_time_string(self.ema_start)}")
         self._ema.copy_to(model)
         return model
 
@@ -242,8 +242,8 @@ class EMA(Algorithm):
         emas = [algorithm for algorithm in state.algorithms if type(algorithm).__qualname__ == "EMA"]
         if len(emas) > 1:
             raise ValueError(
-                f"expected one EMA among the algorithms, found {len(emas)}: {emas}; their averages would be exchanged "
-                "with each other's, and overwrite each other's in checkpoints"
+                f"expected one EMA among the algorithms, found {len(emas)}: {emas}; at an evaluation each would swap "
+                "the averages of the other, and in checkpoints one would overwrite the other. Remove all but one"
             )
         if self._step_monitor is not None:  # it belongs to an earlier Trainer
             self._step_monitor.remove()
@@ -262,8 +262,8 @@ class EMA(Algorithm):
     def _require_copy_replicas(self) -> None:
         if self._require_checkpoints().is_sharded and self._replicas not in (None, "copy"):
             raise ValueError(
-                f"replicas={self._replicas!r} is not to be had with sharded checkpoints: Composer saves the first "
-                'replica alone; leave it out, or pass replicas="copy"'
+                f"expected replicas=None or 'copy' with sharded checkpoints, found {self._replicas!r}: Composer saves "
+                "the shards of the first replica only, which would then hold a part of the averages"
             )
 
     def _make_averages(self, model: nn.Module) -> ShardedEMA:
@@ -286,8 +286,8 @@ class EMA(Algorithm):
         """Start the averages now, if the checkpoint has none and ``ema_start`` has passed."""
         if self._ema is None and self._require_checkpoints().lacks_averages and self._schedule.has_started(state):
             warnings.warn(
-                f"training goes on at {_time_string(state.timestamp.batch)} from a checkpoint without averages, which "
-                f"begin at {_time_string(self.ema_start)}: they start from the weights as they are now",
+                f"the checkpoint has no averages although averaging starts at {_time_string(self.ema_start)} and training "
+                f"continues at {_time_string(state.timestamp.batch)}: the averages start from the current weights",
                 stacklevel=2,
             )
             self._ema = self._make_averages(state.model)

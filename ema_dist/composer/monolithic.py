@@ -132,8 +132,8 @@ def _name_by_position(values: Iterable[Tensor], names: list[str], kind: str) -> 
     tensors = list(values)
     if len(tensors) != len(names):
         raise ValueError(
-            f"the checkpoint lists {len(tensors)} averaged {kind} without names, and the model has {len(names)}: it is "
-            "of another model"
+            f"expected averages of the {len(names)} {kind} of the model, found a checkpoint that lists {len(tensors)} "
+            "without their names: load it into the model that it was saved from"
         )
     return dict(zip(names, tensors, strict=True))
 
@@ -146,5 +146,5 @@ def _select_averages(values: Mapping[str, Tensor], names: list[str], ignored_nam
     if difference := describe_difference(
         "the model", {*names} - unprefixed.keys(), "the checkpoint", unprefixed.keys() - {*names} - ignored_names
     ):
-        raise ValueError(f"the checkpoint holds the averages of another model: {difference}")
+        raise ValueError(f"the checkpoint was saved from another model: {difference}")
     return {name: unprefixed[name] for name in names}

@@ -93,7 +93,7 @@ def _parse_interval(update_interval: str | None, half_life: Time | None) -> Time
     if half_life is not None and half_life.unit != interval.unit:
         raise ValueError(f"Units of half_life and update_interval must match, got {half_life} and {interval}.")
     if interval.value < 1:
-        raise ValueError(f"update_interval is 1 or more, got {update_interval!r}")
+        raise ValueError(f"update_interval must be at least 1, got {update_interval!r}")
     return interval
 
 

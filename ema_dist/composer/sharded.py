@@ -100,7 +100,7 @@ def parse_state(
     if difference := describe_difference(
         "the model", missing | (expected_names - saved_names), "the checkpoint", saved_names - expected_names
     ):
-        raise ValueError(f"the checkpoint holds the averages of another model: {difference}")
+        raise ValueError(f"the checkpoint was saved from another model: {difference}")
     return ShardedState(state, live if is_active else {})
 
 
@@ -126,7 +126,8 @@ class PlannerOverride:
         if self._user_config.load_planner is not None:
             raise ValueError(
                 f"expected no load_planner in the FSDP configuration, found {self._user_config.load_planner!r}: EMA "
-                "needs its own, as not every checkpoint holds averages; leave it out, or load without EMA"
+                "needs a planner of its own, because some checkpoints hold no averages; remove load_planner, or load "
+                "without EMA"
             )
 
     def restore_config(self) -> set[KeyPath]:

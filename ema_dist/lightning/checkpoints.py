@@ -4,8 +4,9 @@ A full checkpoint has the entries of Lightning's own callback, ``state_dict`` (a
 weights) and ``averaging_state``, and an entry ``ema_dist``, a `consolidated_state_dict`.
 
 In a sharded checkpoint, Lightning shards only what is in ``state_dict``. The live weights are therefore saved there, as
-``ema_dist_live``, and so are the averages that the model's weights cannot hold, as ``ema_dist``: those of another
-dtype, and those of tracks that are not swapped in. The top-level ``ema_dist`` then has no tensors.
+``ema_dist_live``, and so is the rest of the averages' state, as ``ema_dist``: its numbers, and the averages that the
+model's weights cannot hold, which are those of another dtype and those of tracks that are not swapped in. The top-level
+``ema_dist`` has the numbers too, because Lightning does not read additional entries of ``state_dict``.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
+from ema_dist.checkpoint.dcp.checkpoint_index import LIGHTNING_LIVE, LIGHTNING_STATE
 from ema_dist.ema import ShardedEMA
 from ema_dist.sharding import cpu_copy, is_sharded
 
 WEIGHTS = "state_dict"
 LIVE = "current_model_state"
 AVERAGING_STATE = "averaging_state"
-OURS = "ema_dist"
-SHARDED_LIVE = "ema_dist_live"
+OURS = LIGHTNING_STATE
 KINDS = ("averages", "buffers")
 """The keys of a track's tensors in the state of `ShardedEMA`."""
 
@@ -71,8 +72,10 @@ def add_averages(
             }
             for track, entry in state["tracks"].items()
         }
-        checkpoint[WEIGHTS] = {**averages, **_additional_entries(live, tensors)}
-        checkpoint[OURS] = _without_tensors(state, tensors)
+        names = {track: {kind: [*values] for kind, values in kinds.items()} for track, kinds in tensors.items()}
+        remaining = _replace_tensors(state, _filled(tensors))
+        checkpoint[WEIGHTS] = {**averages, LIGHTNING_LIVE: live, LIGHTNING_STATE: remaining}
+        checkpoint[OURS] = _replace_tensors(state, names)
         return
     checkpoint[LIVE] = live
     if state := ema.consolidated_state_dict():
@@ -112,15 +115,19 @@ def load_averages(
     return ema
 
 
-def _additional_entries(live: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries that ``state_dict`` of a sharded checkpoint has besides the model's weights."""
-    # Without empty dictionaries: DCP would save them as values, and not on every rank.
-    filled = {
-        track: {kind: values for kind, values in kinds.items() if values}
-        for track, kinds in tensors.items()
-        if any(kinds.values())
+def _filled(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the tracks without empty dictionaries: DCP would save these as values, and not on every rank."""
+    filled = {track: {kind: values for kind, values in kinds.items() if values} for track, kinds in tensors.items()}
+    return {track: kinds for track, kinds in filled.items() if kinds}
+
+
+def _replace_tensors(state: Mapping[str, Any], replacements: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the numbers of a state, with other entries in place of the tensors of each track."""
+    tracks = {
+        track: {"decay": dict(entry["decay"]), **replacements.get(track, {})}
+        for track, entry in state["tracks"].items()
     }
-    return {SHARDED_LIVE: live, **({OURS: filled} if filled else {})}
+    return {"format": state["format"], "steps": state["steps"], "updates": state["updates"], "tracks": tracks}
 
 
 def _swapped_in_track(state: Mapping[str, Any]) -> str:
@@ -133,15 +140,6 @@ def _not_in_weights(tensors: Mapping[str, Tensor], averages: Mapping[str, Any]) 
     return {
         name: tensor for name, tensor in tensors.items() if name not in averages or averages[name].dtype != tensor.dtype
     }
-
-
-def _without_tensors(state: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers of a state, with the names of ``tensors`` in place of the tensors."""
-    tracks = {
-        track: {"decay": dict(entry["decay"]), **{kind: [*tensors[track][kind]] for kind in KINDS}}
-        for track, entry in state["tracks"].items()
-    }
-    return {"format": state["format"], "steps": state["steps"], "updates": state["updates"], "tracks": tracks}
 
 
 def _load_full(live: Mapping[str, Any], trainer: pl.Trainer) -> None:
@@ -162,7 +160,9 @@ def _load_sharded(saved: Mapping[str, Any], ema: ShardedEMA, trainer: pl.Trainer
     }
     root = "model" if isinstance(trainer.strategy, FSDPStrategy) else WEIGHTS
     path = Path(trainer.strategy.broadcast(trainer.ckpt_path))
-    dcp.load({root: _additional_entries(live, tensors)}, checkpoint_id=path)
+    filled = _filled(tensors)
+    averages = {LIGHTNING_STATE: {"tracks": filled}} if filled else {}
+    dcp.load({root: {LIGHTNING_LIVE: live, **averages}}, checkpoint_id=path)
     tracks = {
         track: {
             "decay": entry["decay"],

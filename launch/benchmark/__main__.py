@@ -108,11 +108,11 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argument_parser("launch.benchmark", __doc__, output_dir="runs/benchmark")
     option = parser.add_argument
-    option("--only", choices=SECTIONS, nargs="+", help="one of the pages, or some; everything otherwise")
-    option("--repeats", type=int, help="rounds of each case, 2 or more; 20 otherwise, 7 for checkpoints")
-    option("--rewrite", action="store_true", help="measure nothing: write the pages again from their JSON")
-    option("--size", choices=SIZES, default="100M", help="parameters of the large model whose averages are measured")
-    option("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to save on; 8 GB")
+    option("--only", choices=SECTIONS, nargs="+", help="pages to measure (default: all)")
+    option("--repeats", type=int, help="rounds of each case, at least 2 (default: 20, for checkpoints 7)")
+    option("--rewrite", action="store_true", help="write the pages again from their JSON, without measuring")
+    option("--size", choices=SIZES, default="100M", help="number of parameters of the large model")
+    option("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder on the disk that checkpoints are saved to; needs 8 GB")
     args = parse(parser)
     for name in (args.only or ()) if not args.rewrite else ():
         if skip_reason := SECTIONS[name].skip_reason(args.device):

@@ -70,8 +70,8 @@ def argument_parser(program: str, description: str | None, *, output_dir: str) -
     )
     option = parser.add_argument
     option("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    option("--quick", action="store_true", help="on tiny models, whose times and memory say nothing")
-    option("--output-dir", type=Path, default=Path(output_dir), help="where pages and their JSON go")
+    option("--quick", action="store_true", help="use tiny models: this shows whether the benchmark works, not what anything costs")
+    option("--output-dir", type=Path, default=Path(output_dir), help="folder for the pages and their JSON")
     return parser
 
 

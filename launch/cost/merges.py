@@ -1,4 +1,4 @@
-"""Measures merging beside `cp` of the same files: seconds, processor seconds and peak memory, warm.
+"""Measures merging beside `cp` of the same files: seconds, CPU seconds and peak memory, warm.
 
 python -m launch.cost.merges                       # 8 checkpoints of 1 GiB; prints a table for docs
 python -m launch.cost.merges --quick               # a quick check with tiny tensors
@@ -95,7 +95,7 @@ def copy(sources: list[Path], out: Path) -> Run:
 
 
 def run_process(command: list[str]) -> Run:
-    """Runs a command and measures it; processor seconds include user and system time."""
+    """Runs a command and measures it; CPU seconds include user and system time."""
     before = os.times()
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     after = os.times()
@@ -105,7 +105,7 @@ def run_process(command: list[str]) -> Run:
 
 def print_table(runs: dict[str, list[Run]], *, startup: Run) -> None:
     """Prints medians; Python's time to start and import is subtracted from the times of merges."""
-    print("| | seconds | processor seconds |\n|---|---|---|")
+    print("| | seconds | CPU seconds |\n|---|---|---|")
     for name, used in runs.items():
         seconds = statistics.median(run.seconds for run in used)
         processor = statistics.median(run.processor_seconds for run in used)

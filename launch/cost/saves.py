@@ -28,7 +28,7 @@ PLAIN = "`dcp.save`"
 
 def main() -> None:
     parser = argument_parser("launch.cost.saves", __doc__, output_dir="runs/saves")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, 2 or more")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, at least 2")
     args = parse(parser)
     console = make_console()
     environment = Environment.here("cpu")

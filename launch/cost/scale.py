@@ -33,7 +33,7 @@ LIMITS = {
 
 def main() -> None:
     parser = argument_parser("launch.cost.scale", __doc__, output_dir="runs/scale")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of each case, 2 or more")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of each case, at least 2")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     args = parse(parser)
     console = make_console()

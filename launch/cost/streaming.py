@@ -24,7 +24,7 @@ STREAMED = "gather(), sent one by one"
 
 def main() -> None:
     parser = argument_parser("launch.cost.streaming", __doc__, output_dir="runs/streaming")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds of each case, 2 or more")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds of each case, at least 2")
     args = parse(parser)
     run = Run(args.device, args.repeats, make_console())
     shape = Transformer(1, 18, 97) if args.quick else Transformer()

@@ -62,8 +62,7 @@ class Batches:
             raise UsageError(f"--batch-size: expected 1 to {len(self.images)} images, got {self.batch_size}")
         if self.batch_size % self.data_world_size:
             raise UsageError(
-                f"a batch of {self.batch_size} images does not divide over {self.data_world_size} data-parallel ranks: "
-                f"pass a multiple of {self.data_world_size}"
+                f"--batch-size: expected a multiple of the {self.data_world_size} data-parallel ranks, got {self.batch_size}"
             )
 
     def __len__(self) -> int:

@@ -43,14 +43,19 @@ class Engine:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[int, Any]:
         """Send the weights one by one; returns the number of tensors that the engine has verified, and its answer.
 
-        Raises: RuntimeError when the engine's values differ from those sent, or some tensors were not sent.
+        Raises: RuntimeError when the engine has no weight of that name, dtype and shape, when its values differ from
+        those sent, when some tensors were not sent, and when its process has ended.
         """
-        for name, tensor in weights:
-            send_tensor(self._connection, name, tensor, with_checksum=self._verifies)
-        _send_json(self._connection, END)
-        report = _receive_json(self._connection)
-        if report["wrong"] or report["missing"]:
-            raise RuntimeError(f"the engine's weights differ from those sent: {report}")
+        try:
+            for name, tensor in weights:
+                send_tensor(self._connection, name, tensor, with_checksum=self._verifies)
+            _send_json(self._connection, END)
+            report = _receive_json(self._connection)
+        except (ConnectionError, EOFError) as error:
+            self._process.join(timeout=10)
+            raise RuntimeError(f"the engine's process has ended with exit code {self._process.exitcode}") from error
+        if faults := {kind: report[kind] for kind in ("refused", "wrong", "missing") if report[kind]}:
+            raise RuntimeError(f"expected the engine to hold every weight that was sent, found {faults}")
         return report["verified"], report["answer"]
 
     def stop(self) -> None:
@@ -68,9 +73,15 @@ def serve(
     weights = model.state_dict()
     while True:
         checksums: dict[str, str | None] = {}
+        refused = []
         try:
             for name, tensor, checksum in receive_tensors(connection):
-                weights[name].copy_(tensor)
+                weight = weights.get(name)
+                if weight is None or (weight.dtype, weight.shape) != (tensor.dtype, tensor.shape):
+                    expected = "no such weight" if weight is None else describe(weight)
+                    refused.append(f"{name}: expected {expected}, received {describe(tensor)}")
+                    continue
+                weight.copy_(tensor)
                 checksums[name] = checksum
         except EOFError:
             return
@@ -78,6 +89,7 @@ def serve(
         verified = [name for name, checksum in checksums.items() if checksum and checksum == sha256(weights[name])]
         report = {
             "verified": len(verified),
+            "refused": refused,
             "wrong": [name for name, checksum in checksums.items() if checksum and name not in verified],
             "missing": [name for name in weights if name not in checksums],
             "answer": answer(model) if answer else None,
@@ -105,6 +117,11 @@ def receive_tensors(connection: Connection) -> Iterator[tuple[str, Tensor, str |
         if tensor.numel():
             connection.recv_bytes_into(_bytes_of(tensor))
         yield header["name"], tensor, header["sha256"]
+
+
+def describe(tensor: Tensor) -> str:
+    """The dtype and shape of a tensor, for messages."""
+    return f"{tensor.dtype} {[*tensor.shape]}"
 
 
 def sha256(tensor: Tensor) -> str:

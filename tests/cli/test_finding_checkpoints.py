@@ -75,10 +75,10 @@ def test_several_candidates_are_named(other: str, saved: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_full_weights_are_called_so(command: str, tmp_path: Path) -> None:
+def test_files_of_weights_are_named(command: str, tmp_path: Path) -> None:
     path, _ = make_dcp_checkpoint(tmp_path / "dcp")
     run_ok("export", path, tmp_path / "out")
     for weights in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
         result = run(command, weights)
         assert result.exit_code == 1
-        assert re.search(r"full weights \(model\.safetensors\)", result.stderr)
+        assert re.search(r"found the file model\.safetensors; ema-dist diff", result.stderr)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from launch.recipe.weight_sync import END, STOP, receive_tensors, send_tensor, serve, sha256
+from launch.recipe.weight_sync import END, STOP, Engine, receive_tensors, send_tensor, serve, sha256
 from tests.support import LAUNCH, ROOT
 from tests.support.injected_signals import TORCHRUN
 
@@ -40,17 +40,26 @@ def test_the_engine_has_the_averages_of_the_trainer() -> None:
     assert updates[0][2] != updates[1][2]
 
 
-def test_the_engine_reports_wrong_and_missing_tensors() -> None:
-    """Of three tensors, one arrives with other bytes than its checksum says, and one does not arrive."""
+def test_the_engine_reports_refused_wrong_and_missing_tensors() -> None:
+    """Of the engine's three tensors, one arrives with other bytes than its checksum says, and one in another dtype.
+
+    A fourth tensor has a name that the engine does not know.
+    """
     ours, theirs = multiprocessing.Pipe()
     engine = threading.Thread(target=serve, args=(theirs, lambda: nn.Sequential(nn.Linear(2, 2), nn.PReLU()), None))
     engine.start()
     send_tensor(ours, "0.weight", torch.eye(2), with_checksum=True)
+    send_tensor(ours, "1.weight", torch.ones(1, dtype=torch.bfloat16), with_checksum=True)
+    send_tensor(ours, "2.weight", torch.ones(1), with_checksum=True)
     header = {"name": "0.bias", "dtype": "float32", "shape": [2], "sha256": sha256(torch.zeros(2))}
     for message in (json.dumps(header).encode(), bytes([0, 0, 0, 0, 0, 0, 0, 1]), json.dumps(END).encode()):
         ours.send_bytes(message)
     assert json.loads(ours.recv_bytes()) == {
         "verified": 1,
+        "refused": [
+            "1.weight: expected torch.float32 [1], received torch.bfloat16 [1]",
+            "2.weight: expected no such weight, received torch.float32 [1]",
+        ],
         "wrong": ["0.bias"],
         "missing": ["1.weight"],
         "answer": None,
@@ -58,6 +67,16 @@ def test_the_engine_reports_wrong_and_missing_tensors() -> None:
     ours.send_bytes(json.dumps(STOP).encode())
     engine.join(timeout=60)
     assert not engine.is_alive()
+
+
+def end_process() -> nn.Module:
+    sys.exit(3)
+
+
+def test_an_engine_whose_process_has_ended_is_named() -> None:
+    engine = Engine(end_process)
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        engine.update_weights([("weight", torch.zeros(2**20))])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])

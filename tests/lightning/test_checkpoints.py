@@ -11,11 +11,13 @@ pytest.importorskip("lightning", reason="needs lightning: tox -e frameworks")
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from ema_dist import Compensated
+from ema_dist.checkpoint.stored_checkpoint import StoredCheckpoint
 from ema_dist.lightning import EMAWeightAveraging
 from tests.support.layouts import IGNORE_INITIAL_WEIGHTS_WARNING
 from tests.support.lightning_runs import (
@@ -94,6 +96,34 @@ def test_a_resumed_run_equals_an_unbroken_one(
             assert_same(resumed.ema.full_state_dict(track=track), ema.ema.full_state_dict(track=track))
     measured = validate(trainer, trainer.lightning_module, ckpt_path=best.best_model_path)
     assert measured == pytest.approx(best.best_model_score.item(), abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"decay": 0.7}, {"decay": {"default": 0.7, "long": 0.9}}, {"decay": 0.7, "dtype": torch.bfloat16}],
+    ids=["default", "tracks", "bf16"],
+)
+@lightning_layouts("fsdp1", "fsdp2")
+def test_other_programs_read_the_averages_of_a_sharded_checkpoint(
+    layout: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each track, the live weights, the counts and the laws, without Lightning."""
+    recorder, saver = Recorder(), ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
+    ema, module = EMAWeightAveraging(**arguments), make_module(layout)
+    fit(make_trainer(layout, ema, recorder, saver, folder=tmp_path), module)
+    assert ema.ema is not None
+    stored = StoredCheckpoint(tmp_path / "step=8.ckpt")
+    (averages,) = stored.averages.values()
+    assert (averages.steps, averages.updates) == (ema.ema.steps, ema.ema.updates)
+    for track in ema.ema.tracks:
+        assert averages.decays[track].decay_per_unit == (0.9 if track == "long" else 0.7)
+        expected = ema.ema.full_state_dict(track=track)
+        selected = stored.weights("ema", track=track)
+        assert not selected.without_average
+        if dist.get_rank() == 0:
+            assert_same(dict(stored.read_weights(selected)), expected)
+    live = dict(stored.read_weights(stored.weights("live")))
+    assert_same(live, recorder.after_step[-1])
 
 
 @pytest.mark.parametrize("layout", [pytest.param("plain", marks=on_ranks(1)), pytest.param("ddp", marks=on_ranks(2))])

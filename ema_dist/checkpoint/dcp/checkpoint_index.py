@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +14,12 @@ from ema_dist.checkpoint.values import KeyPath
 
 EXTRA_STATE_SUFFIX = "_extra_state"
 """The end of the name under which torch saves the result of a module's ``get_extra_state``."""
+
+LIGHTNING_LIVE = "ema_dist_live"
+"""The key of the live weights among the model's weights, in a sharded checkpoint that `ema_dist.lightning` saved."""
+
+LIGHTNING_STATE = "ema_dist"
+"""The key, there, of the averages' state without the tensors that are the model's weights in that checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class CheckpointIndex:
         """The path of each DCP name in the dictionary that was saved."""
         # Only planner_data keeps the order of the dictionary; DCP orders the entries by the ranks that wrote them.
         stored = self.metadata.state_dict_metadata
-        return {name: path for name, path in self.metadata.planner_data.items() if name in stored}
+        paths = {name: path for name, path in self.metadata.planner_data.items() if name in stored}
+        return {**paths, **self._lightning_averages(paths)}
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -161,6 +168,23 @@ class CheckpointIndex:
     def num_chunks(self, name: str) -> int:
         """The number of chunks in which a tensor is stored."""
         return len(self.tensors[name].chunks)
+
+    def _lightning_averages(self, paths: Mapping[str, KeyPath]) -> dict[str, KeyPath]:
+        """Where averages belong in the state of `ShardedEMA`, if the checkpoint holds them as the model's weights."""
+        known = set(paths.values())
+        averages: dict[str, KeyPath] = {}
+        for root in dict.fromkeys(path[:-2] for path in known if path[-2:-1] == (LIGHTNING_LIVE,)):
+            tracks_path = (*root, LIGHTNING_STATE, "tracks")
+            tracks = [path[len(tracks_path)] for path in paths.values() if path[: len(tracks_path)] == tracks_path]
+            if not tracks:
+                continue
+            track_path = (*tracks_path, "default" if "default" in tracks else tracks[0])
+            for name, path in paths.items():
+                is_weight = path[:-1] == root and (*root, LIGHTNING_LIVE, path[-1]) in known
+                # An average of another dtype than its weight is stored in the state as well.
+                if is_weight and not known & {(*track_path, kind, path[-1]) for kind in ("averages", "buffers")}:
+                    averages[name] = (*track_path, "averages", path[-1])
+        return averages
 
     def _same_shapes(self, averaged: dict[str, str], tensors: dict[str, str]) -> bool:
         shared = averaged.keys() & tensors.keys()
