@@ -222,7 +222,9 @@ def parse_arguments() -> argparse.Namespace:
     if args.resume and not args.save_folder:
         parser.error("--resume needs --save-folder")
     if args.save_folder and not args.resume and os.path.lexists(args.save_folder / LATEST_CHECKPOINT):
-        parser.error(f"{args.save_folder} holds checkpoints of an earlier run: pass --resume to continue it, or another --save-folder")
+        parser.error(
+            f"{args.save_folder} belongs to an earlier run: pass --resume to continue it, or another --save-folder"
+        )
     if args.parallel == "fsdp1" and args.device == "cpu":
         parser.error("--parallel fsdp1 needs a GPU: Composer asks CUDA for one when it wraps; pass --parallel fsdp2")
     return args

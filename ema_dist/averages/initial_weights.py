@@ -8,7 +8,7 @@ from ema_dist.averages.live_model import LiveModel
 from ema_dist.averages.live_writes import ATTACHING, BEGINNING, LiveWrites
 from ema_dist.averages.optimizer_hook import OptimizerHook
 from ema_dist.messages import warn_caller
-from ema_dist.schedules.clock import Clock, Reading
+from ema_dist.schedules.clock import Clock, ClockState
 
 LARGEST_SHARE = 0.1
 """The largest share of the initial weights in an average for which there is no warning."""
@@ -131,17 +131,17 @@ class InitialWeights:
         return None
 
 
-def describe_stored(reading: Reading, track: str, law: str) -> str:
+def describe_stored(clock: ClockState, track: str, law: str) -> str:
     """Says how much of the stored averages is still the initial weights; empty if at most 10 % is."""
-    mass, updates = float(reading.initial_masses[track]), int(reading.updates)
+    mass, updates = float(clock.initial_masses[track]), int(clock.updates)
     if mass <= LARGEST_SHARE:
         return ""
-    if reading.is_following:
+    if clock.is_following:
         return f"the averages of track {track!r} are copies of the live weights: averaging has not begun (start)"
     if updates:
         share, count = describe_share(mass), _count(updates, "update")
         return f"{share} of the averages of track {track!r} is still the initial weights after {count} by {law}"
-    steps = f" in {_count(int(reading.steps), 'step')}" if reading.steps else ""
+    steps = f" in {_count(int(clock.steps), 'step')}" if clock.steps else ""
     return f"the averages of track {track!r} were never updated{steps}: they are still the initial weights"
 
 

@@ -111,7 +111,7 @@ def load_state(
     if saved.keys() != tracks.keys():
         raise ValueError(f"expected a state with the tracks {[*tracks]}, got one with {[*saved]}")
     records = {track: DecayRecord.parse(kind, value) for track, (kind, value) in decays.items()}
-    reading = read_clock(records, steps=steps, updates=updates, start=clock.start)
+    clock_state = read_clock(records, steps=steps, updates=updates, start=clock.start)
     loaded: list[tuple[Track, dict[str, Tensor]]] = []
     for track, (averages, buffers) in saved.items():
         parts = {name: layout.parameters[name].averaged_part for name in tracks[track].parameters}
@@ -126,7 +126,7 @@ def load_state(
     for target, values in loaded:
         for name, value in values.items():
             target.write(name, value)
-    clock.restore(reading)
+    clock.restore(clock_state)
     tracks.bind_loaded(layout)
     if warns and any(record.kind == UNRECORDED for record in records.values()):
         _warn_if_replaced_soon(clock)

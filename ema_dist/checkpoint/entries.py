@@ -300,9 +300,9 @@ def _warn_of_initial_weights(key: str, contents: Contents) -> None:
         return contents.plain_values[names[path]]
 
     record = DecayRecord.parse(*(stored("tracks", track, "decay", part) for part in ("kind", "value")))
-    reading = read_clock({track: record}, steps=int(stored("steps")), updates=int(stored("updates")))
+    clock_state = read_clock({track: record}, steps=int(stored("steps")), updates=int(stored("updates")))
     is_first = not dist.is_initialized() or dist.get_rank() == 0
-    if is_first and (note := describe_stored(reading, track, record.describe())):
+    if is_first and (note := describe_stored(clock_state, track, record.describe())):
         warn_caller(f"checkpoint.load(): {key!r}: {note}", InitialWeightsWarning)
 
 

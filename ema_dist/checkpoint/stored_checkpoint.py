@@ -22,7 +22,7 @@ from ema_dist.checkpoint.values import KeyPath, unflatten, unpack_value
 from ema_dist.checkpoint.weights.casts import cast
 from ema_dist.kernels import checksum
 from ema_dist.messages import abbreviated
-from ema_dist.schedules.clock import Reading
+from ema_dist.schedules.clock import ClockState
 from ema_dist.schedules.decay import DecayRecord, read_clock
 from ema_dist.schedules.equations import decay_from_half_life, half_life_from_decay
 from ema_dist.schedules.laws import Constant, HalfLife
@@ -46,7 +46,7 @@ class StoredDecay:
     """The number of units after which half of the old average is left; None for a law that has no half-life."""
 
     @classmethod
-    def create(cls, record: DecayRecord, track: str, clock: Reading) -> StoredDecay:
+    def create(cls, record: DecayRecord, track: str, clock: ClockState) -> StoredDecay:
         """The law that a track records, while the clock shows ``clock``."""
         match record.make_law():
             case HalfLife(value=float() | int() as half_life, ramp=None):
@@ -62,7 +62,7 @@ class StoredAverages:
     """A state of `ShardedEMA` in a checkpoint."""
 
     key_path: KeyPath
-    clock: Reading
+    clock: ClockState
     tracks: dict[str, TrackNames]
     decays: dict[str, StoredDecay]
 

@@ -211,7 +211,9 @@ class EMA(Algorithm):
             raise ValueError("The ema weight are currently contained in the composer model.")
         self._require_checkpoints()
         if self._ema is None:
-            raise ValueError(f"expected averages, found none: averaging starts at ema_start, {_time_string(self.ema_start)}")
+            raise ValueError(
+                f"there are no averages yet: averaging starts at ema_start, {_time_string(self.ema_start)}"
+            )
         self._ema.copy_to(model)
         return model
 
@@ -286,8 +288,8 @@ class EMA(Algorithm):
         """Start the averages now, if the checkpoint has none and ``ema_start`` has passed."""
         if self._ema is None and self._require_checkpoints().lacks_averages and self._schedule.has_started(state):
             warnings.warn(
-                f"the checkpoint has no averages although averaging starts at {_time_string(self.ema_start)} and training "
-                f"continues at {_time_string(state.timestamp.batch)}: the averages start from the current weights",
+                f"the checkpoint has no averages, although averaging starts at {_time_string(self.ema_start)} and "
+                f"training goes on at {_time_string(state.timestamp.batch)}: the averages start from the current weights",
                 stacklevel=2,
             )
             self._ema = self._make_averages(state.model)

@@ -13,7 +13,7 @@ from ema_dist.schedules.checked_number import checked_number
 from ema_dist.schedules.schedule import Schedule
 
 
-class Reading(NamedTuple):
+class ClockState(NamedTuple):
     """Step counts, times and per-track shares at one step.
 
     If only the device knows which steps were skipped, values that depend on this are 0-d tensors on the device.
@@ -44,11 +44,11 @@ class Reading(NamedTuple):
         return bool(self.time > 0) and bool(self.start_time == self.time)
 
 
-class Readings(NamedTuple):
+class ClockStates(NamedTuple):
     """The actual state of the clock, and its state if no step was skipped, which the host can read without waiting."""
 
-    actual: Reading
-    if_none_skipped: Reading
+    actual: ClockState
+    if_none_skipped: ClockState
 
 
 class ClockStep(NamedTuple):
@@ -56,13 +56,13 @@ class ClockStep(NamedTuple):
 
     weights: Mapping[str, Number]
     """The weight of the live value by track: 0 leaves the average unchanged, 1 replaces it by the live value."""
-    readings: Readings
+    states: ClockStates
     """The clock after this step."""
 
     @property
     def update_index(self) -> int | Tensor:
         """The number of this update: a tensor on the device if some were counted there."""
-        updates = self.readings.actual.updates
+        updates = self.states.actual.updates
         return updates if isinstance(updates, Tensor) else int(updates)
 
 
@@ -90,50 +90,50 @@ class Clock:
     @property
     def steps(self) -> int:
         """Number of optimizer steps, excluding skipped ones. Waits for the device if some were counted there."""
-        return int(self._readings.actual.steps)
+        return int(self._states.actual.steps)
 
     @property
     def updates(self) -> int:
         """Number of updates. Waits for the device if some were counted there."""
-        return int(self._readings.actual.updates)
+        return int(self._states.actual.updates)
 
     @property
     def time(self) -> float:
         """Elapsed time. Waits for the device if some steps were counted there."""
-        return float(self._readings.actual.time)
+        return float(self._states.actual.time)
 
     def initial_mass(self, track: str) -> float:
         """The share of an average that is still the weights at which averaging began.
 
         Waits for the device if some steps were counted there.
         """
-        return float(self._readings.actual.initial_masses[track])
+        return float(self._states.actual.initial_masses[track])
 
     @property
     def is_known(self) -> bool:
         """Whether the host can read the actual state of the clock without waiting for a device."""
-        steps = self._readings.actual.steps
+        steps = self._states.actual.steps
         return not isinstance(steps, Tensor) or steps.device.type == "cpu"
 
     @property
-    def known(self) -> Reading:
+    def known(self) -> ClockState:
         """The actual state if `is_known`, else the state if no step was skipped on the device. Never waits."""
-        return self._readings.actual if self.is_known else self._readings.if_none_skipped
+        return self._states.actual if self.is_known else self._states.if_none_skipped
 
     def note_write(self) -> None:
         """Record that the live weights were written to. No effect once a step was counted."""
         if self.known.steps == 0:
-            reading = Reading(*self.known[:-1], has_missed_writes=True)
-            self._readings = Readings(reading, reading)
+            state = ClockState(*self.known[:-1], has_missed_writes=True)
+            self._states = ClockStates(state, state)
 
     def last_decay(self, track: str) -> float:
         """The decay at the last update; 0 if it copied the live weights. Waits like `initial_mass`."""
-        return float(self._readings.actual.last_decays[track])
+        return float(self._states.actual.last_decays[track])
 
-    def read_on_host(self) -> Reading:
+    def read_on_host(self) -> ClockState:
         """The current state as Python numbers. Waits for the device if some steps were counted there."""
-        steps, updates, time, start_step, start_time, last_update, masses, decays, missed = self._readings.actual
-        return Reading(
+        steps, updates, time, start_step, start_time, last_update, masses, decays, missed = self._states.actual
+        return ClockState(
             int(steps),
             int(updates),
             float(time),
@@ -145,14 +145,14 @@ class Clock:
             missed,
         )
 
-    def restore(self, reading: Reading) -> None:
-        """Replace the current state by ``reading``, which holds Python numbers."""
-        self._readings = Readings(reading, reading)
+    def restore(self, state: ClockState) -> None:
+        """Replace the current state by ``state``, which holds Python numbers."""
+        self._states = ClockStates(state, state)
 
     def reset(self) -> None:
         """Return to step 0 and time 0, with an initial mass of 1."""
         masses, decays = dict.fromkeys(self.schedules, 1.0), dict.fromkeys(self.schedules, 0.0)
-        self.restore(Reading(0, 0, 0.0, 0, 0.0, 0.0, masses, decays))
+        self.restore(ClockState(0, 0, 0.0, 0, 0.0, 0.0, masses, decays))
 
     def next_step(self, elapsed: float = 1.0, found_inf: Tensor | None = None) -> ClockStep:
         """The next optimizer step; pass it to `count` once its update is done.
@@ -167,30 +167,30 @@ class Clock:
         expected = "a positive, finite number of steps, samples or tokens"
         hint = "; pass .item()" if isinstance(elapsed, Tensor) else ""
         elapsed = float(checked_number("elapsed", elapsed, expected, open_below=True, open_above=True, hint=hint))
-        actual, if_none_skipped = self._readings
+        actual, if_none_skipped = self._states
         is_real_step = True if found_inf is None else (found_inf == 0).reshape(())
         after, weights = self._advance(actual, elapsed, is_real_step)
         if found_inf is None and actual is if_none_skipped:
-            return ClockStep(weights, Readings(after, after))
-        return ClockStep(weights, Readings(after, self._advance(if_none_skipped, elapsed, is_real_step=True)[0]))
+            return ClockStep(weights, ClockStates(after, after))
+        return ClockStep(weights, ClockStates(after, self._advance(if_none_skipped, elapsed, is_real_step=True)[0]))
 
     def next_weights(self) -> Mapping[str, Number]:
         """The weight of the live values by track at the next step that changes the averages, if each takes time 1.
 
         Assumes that no step was skipped if only the device knows.
         """
-        reading, weights = self._advance(self.known, 1.0, is_real_step=True)
+        state, weights = self._advance(self.known, 1.0, is_real_step=True)
         for _ in range(1, self.interval):
             if any(weights.values()):
                 break
-            reading, weights = self._advance(reading, 1.0, is_real_step=True)
+            state, weights = self._advance(state, 1.0, is_real_step=True)
         return weights
 
     def count(self, step: ClockStep) -> None:
         """Make the state after ``step`` current. Calling it again with the same step has no effect."""
-        self._readings = step.readings
+        self._states = step.states
 
-    def _advance(self, now: Reading, elapsed: float, is_real_step: Truth) -> tuple[Reading, dict[str, Number]]:
+    def _advance(self, now: ClockState, elapsed: float, is_real_step: Truth) -> tuple[ClockState, dict[str, Number]]:
         """The clock after one more step, and the weight of the live values at that step, by track."""
         # The same code handles numbers and tensors. It must not branch on the value of a tensor: that would wait for
         # the device.
@@ -206,7 +206,7 @@ class Clock:
             mass = now.initial_masses[track]
             masses[track] = where(is_due, mass * decay, where(is_following, 1.0, mass))
             last_decays[track] = where(is_due, decay, where(is_following, 0.0, now.last_decays[track]))
-        after = Reading(
+        after = ClockState(
             steps,
             now.updates + is_due,
             time,
@@ -229,7 +229,7 @@ class Clock:
             is_due = is_due & (steps % self.interval == 0)
         return is_following, is_due
 
-    def _decays(self, now: Reading, steps: Number, time: Number) -> dict[str, Number]:
+    def _decays(self, now: ClockState, steps: Number, time: Number) -> dict[str, Number]:
         arguments = {
             "time": time - now.start_time,
             "elapsed": time - now.last_update,

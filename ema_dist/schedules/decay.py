@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ema_dist.schedules.clock import Clock, Reading
+from ema_dist.schedules.clock import Clock, ClockState
 from ema_dist.schedules.laws import (
     Constant,
     Cosine,
@@ -83,7 +83,7 @@ class DecayRecord:
     Args:
         kind: a key of `LAWS`, or the class name of a user-defined law.
         fields: the fields of the law.
-        clock: the fields of `Reading` for this track; empty in states that recorded no clock.
+        clock: the fields of `ClockState` for this track; empty in states that recorded no clock.
     """
 
     kind: str
@@ -160,12 +160,12 @@ class DecayRecord:
 
 def record_decays(clock: Clock) -> dict[str, DecayRecord]:
     """The records of a state, by track. Waits for the device if some steps were counted there."""
-    reading = clock.read_on_host()
-    times = {name: getattr(reading, name) for name in _TIMES}
+    state = clock.read_on_host()
+    times = {name: getattr(state, name) for name in _TIMES}
     records: dict[str, DecayRecord] = {}
     for track, schedule in clock.schedules.items():
-        shown = times | {"initial_mass": reading.initial_masses[track], "last_decay": reading.last_decays[track]}
-        shown |= {_MISSED_WRITES: 1} if reading.has_missed_writes else {}
+        shown = times | {"initial_mass": state.initial_masses[track], "last_decay": state.last_decays[track]}
+        shown |= {_MISSED_WRITES: 1} if state.has_missed_writes else {}
         law = DecayRecord.of_law(schedule)
         records[track] = DecayRecord(law.kind, law.fields, shown)
     return records
@@ -210,7 +210,7 @@ def describe_changed_laws(records: Mapping[str, DecayRecord], schedules: Mapping
     return ", ".join(changed)
 
 
-def read_clock(records: Mapping[str, DecayRecord], *, steps: int, updates: int, start: float = 0) -> Reading:
+def read_clock(records: Mapping[str, DecayRecord], *, steps: int, updates: int, start: float = 0) -> ClockState:
     """The clock saved in a state.
 
     Args:
@@ -235,7 +235,7 @@ def read_clock(records: Mapping[str, DecayRecord], *, steps: int, updates: int, 
     masses = {track: clock["initial_mass"] for track, clock in clocks.items()}
     last_decays = {track: clock["last_decay"] for track, clock in clocks.items()}
     missed = any(_MISSED_WRITES in clock for clock in clocks.values())
-    return Reading(steps, updates, time, int(start_step), start_time, last_update, masses, last_decays, missed)
+    return ClockState(steps, updates, time, int(start_step), start_time, last_update, masses, last_decays, missed)
 
 
 def _clock_of(record: DecayRecord, steps: int, updates: int) -> Mapping[str, float]:

@@ -1,7 +1,7 @@
 """What an update costs in Composer's Trainer: by `ema_dist.composer.EMA` and by Composer's own algorithm, side by side.
 
-Both are algorithms of one real Trainer and receive its events. Their updates take turns at the update event of the last
-of a few real batches. Times and bytes are maxima over ranks.
+Both are algorithms of one real Trainer and receive its events. Their updates are interleaved at the update event of
+the last of a few real batches. Times and bytes are maxima over ranks.
 """
 
 import os
@@ -27,7 +27,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from ema_dist.composer import EMA
 from launch.benchmark.cases import Case, Parallel, Transformer, local, nbytes, scale_weights
 from launch.benchmark.composer_page import LIMITS, OURS, THEIRS, composer_page
-from launch.benchmark.measure import Record, Turns, highest_by_key, times_reference
+from launch.benchmark.measure import InterleavedCalls, Record, highest_by_key, times_reference
 from launch.benchmark.page import Environment, Page
 from launch.benchmark.run import Run
 from launch.recipe.model import Block
@@ -104,7 +104,7 @@ def trainer_costs(device: torch.device, *, case: Case, repeats: int) -> list[Rec
 def _update_costs(
     state: State, logger: Logger, algorithms: Mapping[str, Algorithm], *, device: torch.device, repeats: int
 ) -> Record:
-    """Costs of the algorithms' updates, which take turns; an optimizer step precedes each update."""
+    """Costs of the algorithms' updates, interleaved; an optimizer step precedes each update."""
     updates = {name: partial(_update, algorithm, state, logger) for name, algorithm in algorithms.items()}
     (optimizer,) = state.optimizers
     scale_weights(state.model, factor=1.5)
@@ -117,8 +117,8 @@ def _update_costs(
         assert all(gradient is not None for gradient in gradients), "without gradients a step does nothing"
         optimizer.step()
 
-    turns = Turns(updates, device, before=step)
-    seconds, extra_bytes = turns.take(repeats).seconds, turns.take_memory().extra_bytes
+    interleaved = InterleavedCalls(updates, device, before=step)
+    seconds, extra_bytes = interleaved.measure(repeats).seconds, interleaved.measure_memory().extra_bytes
     collectives: dict[str, int] = {}
     for name, update in updates.items():
         step(name)

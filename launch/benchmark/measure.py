@@ -1,4 +1,4 @@
-"""The benchmark's tools: timing of calls that take turns, memory of a process, and timing of file input and output."""
+"""The benchmark's tools: timing of interleaved calls, memory of a process, and timing of file input and output."""
 
 import ctypes
 import gc
@@ -19,7 +19,7 @@ from launch.recipe.stopwatch import HostStopwatch, stopwatch
 K = TypeVar("K", bound=Hashable)
 Record = dict[str, Any]
 """The measurements of one case, as they are written to JSON; most are dictionaries by the name of the method."""
-MEMORY_TURNS = 3
+MEMORY_ROUNDS = 3
 
 
 class HostMemory:
@@ -70,11 +70,11 @@ class Samples(Generic[K]):
 
 
 @dataclass(frozen=True)
-class Turns(Generic[K]):
+class InterleavedCalls(Generic[K]):
     """Calls to compare. Each round runs all of them once, in random order, so that a drifting load affects all alike.
 
     Args:
-        before: called with the key of a call before its turn. `after` is called after the turn; neither is timed.
+        before: called with the key of a call before it, and `after` after it; neither is timed.
     """
 
     calls: Mapping[K, Callable[[], object]]
@@ -82,8 +82,8 @@ class Turns(Generic[K]):
     before: Callable[[K], object]
     after: Callable[[K], object] = lambda _: None
 
-    def take(self, rounds: int, memory: HostMemory | CudaMemory | None = None) -> Samples[K]:
-        """Run the rounds; all ranks start each turn together, after `before`. Collective: every rank."""
+    def measure(self, rounds: int, memory: HostMemory | CudaMemory | None = None) -> Samples[K]:
+        """Run the rounds; all ranks start each call together, after `before`. Collective: every rank."""
         order, watch, host_watch = random.Random(0), stopwatch(self.device), HostStopwatch()
         seconds: dict[K, list[float]] = {key: [] for key in self.calls}
         host_seconds, extra_bytes = dict.fromkeys(self.calls, float("inf")), dict.fromkeys(self.calls, 0)
@@ -108,9 +108,9 @@ class Turns(Generic[K]):
             highest_by_key(extra_bytes, self.device),
         )
 
-    def take_memory(self) -> Samples[K]:
-        """Measure memory, in separate turns: allocating memory again that was returned to the system takes time."""
-        return self.take(MEMORY_TURNS, peak_memory(self.device))
+    def measure_memory(self) -> Samples[K]:
+        """Measure memory, in separate rounds: allocating memory again that was returned to the system takes time."""
+        return self.measure(MEMORY_ROUNDS, peak_memory(self.device))
 
 
 def highest(values: Sequence[float], device: torch.device) -> list[float]:
@@ -158,14 +158,14 @@ class FileMethod:
 def measure_files(
     methods: Mapping[str, FileMethod], *, repeats: int, device: torch.device, evicted: Path | None = None
 ) -> Record:
-    """Seconds of each round and extra bytes of each method, after one turn of each that does not count.
+    """Seconds of each round and extra bytes of each method, after one round that does not count.
 
-    All writes have reached the disk when a turn begins. A method's old files are removed just before it writes new
+    All writes have reached the disk when a call begins. A method's old files are removed just before it writes new
     ones: otherwise the first method to use pages that a virtual machine has never touched would be charged for the
     host's work, too.
 
     Args:
-        evicted: a folder whose files are removed from the system's cache before each turn.
+        evicted: a folder whose files are removed from the system's cache before each call.
     """
 
     def before(name: str) -> None:
@@ -179,9 +179,9 @@ def measure_files(
         method.before()
 
     calls = {name: method.run for name, method in methods.items()}
-    turns = Turns(calls, device, before, after=lambda name: methods[name].after())
-    turns.take(1)
-    samples = turns.take(repeats, HostMemory())
+    interleaved = InterleavedCalls(calls, device, before, after=lambda name: methods[name].after())
+    interleaved.measure(1)
+    samples = interleaved.measure(repeats, HostMemory())
     return {
         "seconds": samples.seconds,
         "extra_bytes": samples.extra_bytes,

@@ -12,8 +12,8 @@ from torch.optim import AdamW
 from ema_dist import ShardedEMA
 from launch.benchmark.averaging_methods import Averager, averaging_methods
 from launch.benchmark.cases import DECAY, LIVE_DTYPES, Case, Transformer
-from launch.benchmark.measure import Record, Turns, highest, times_reference
-from launch.benchmark.updates import make_or_explain
+from launch.benchmark.measure import InterleavedCalls, Record, highest, times_reference
+from launch.benchmark.updates import make_or_describe_failure
 from launch.recipe.data import Batches, load_images
 from launch.recipe.model import VisionTransformer
 from launch.recipe.parallelism import data_rank_and_size, wrap
@@ -22,8 +22,8 @@ from launch.recipe.stopwatch import stopwatch
 BATCH_SIZE = 48
 """The default of `train.py`."""
 NO_AVERAGES, ATTACHED, OVERLAPPED = "no averages", "attach(optimizer)", "attach(optimizer, overlap=True)"
-STEPS_PER_TURN = 4
-"""With overlap, no step of a turn waits for the turn's last update."""
+STEPS_PER_CALL = 4
+"""Steps in one timed call. With overlap, none of them waits for the last update of the call."""
 INPUT_SHAPES = {"cuda": (8, 512), "cpu": (1, 16)}
 """Number of sequences, and their length."""
 
@@ -48,11 +48,13 @@ def step_share_costs(device: torch.device, *, case: Case, repeats: int) -> list[
             optimizer.step()
         seconds_step.append(watch.read())
 
-    made = {name: make_or_explain(make, model, [DECAY], device) for name, make in averaging_methods(case).items()}
+    made = {
+        name: make_or_describe_failure(make, model, [DECAY], device) for name, make in averaging_methods(case).items()
+    }
     step()  # the first step creates the optimizer's state
     seconds_step.clear()
     updates = {name: averager.update for name, averager in made.items() if isinstance(averager, Averager)}
-    seconds = Turns(updates, device, before=step).take(repeats).seconds
+    seconds = InterleavedCalls(updates, device, before=step).measure(repeats).seconds
     seconds_step = highest(seconds_step, device)
     medians = {name: statistics.median(samples) for name, samples in seconds.items()}
     return [
@@ -88,13 +90,15 @@ def overlap_costs(device: torch.device, *, case: Case, repeats: int) -> list[Rec
             handles.pop().remove()
 
     def steps() -> None:
-        for _ in range(STEPS_PER_TURN):
+        for _ in range(STEPS_PER_CALL):
             optimizer.zero_grad()
             model(inputs).square().mean().backward()
             optimizer.step()
 
-    turns = Turns(dict.fromkeys((NO_AVERAGES, ATTACHED, OVERLAPPED), steps), device, before, after)
-    turns.take(1)  # the first step creates the optimizer's state and the device's streams
-    seconds = {name: [turn / STEPS_PER_TURN for turn in own] for name, own in turns.take(repeats).seconds.items()}
+    interleaved = InterleavedCalls(dict.fromkeys((NO_AVERAGES, ATTACHED, OVERLAPPED), steps), device, before, after)
+    interleaved.measure(1)  # the first step creates the optimizer's state and the device's streams
+    seconds = {
+        name: [call / STEPS_PER_CALL for call in own] for name, own in interleaved.measure(repeats).seconds.items()
+    }
     elements = sum(parameter.numel() for parameter in model.parameters())
     return [{"case": case, "elements": elements, "seconds": seconds, "longer": times_reference(seconds)}]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ema_dist import ShardedEMA
 from launch.benchmark.averaging_methods import OURS, PEER_METHODS, SERVING, SWAPPING_PEERS, sharded_ema
 from launch.benchmark.cases import DECAY, LIVE_DTYPES, Case, SmallTensors, local, nbytes, scale_weights
-from launch.benchmark.measure import Record, Turns, highest, highest_by_key, peak_memory
-from launch.benchmark.updates import make_or_explain
+from launch.benchmark.measure import InterleavedCalls, Record, highest, highest_by_key, peak_memory
+from launch.benchmark.updates import make_or_describe_failure
 from launch.recipe.stopwatch import stopwatch
 
 SWAPPED = f"{OURS}.swapped()"
@@ -35,7 +35,7 @@ def swap_costs(device: torch.device, *, case: Case, repeats: int) -> list[Record
     held_bytes: dict[str, int] = {}
     failures: dict[str, str] = {}
     for name, make in factories.items():
-        averager = make_or_explain(make, model, [DECAY], device, swap=True)
+        averager = make_or_describe_failure(make, model, [DECAY], device, swap=True)
         if isinstance(averager, str):
             failures[name] = averager
             continue
@@ -54,13 +54,13 @@ def swap_costs(device: torch.device, *, case: Case, repeats: int) -> list[Record
         seconds_out[name].append(watch.read())
 
     calls = {name: lambda swap=swap: stack.enter_context(swap()) for name, swap in swaps.items()}
-    turns = Turns(calls, device, before=lambda _: scale_weights(model, factor=1.0), after=leave)
-    seconds_in = turns.take(repeats).seconds
+    interleaved = InterleavedCalls(calls, device, before=lambda _: scale_weights(model, factor=1.0), after=leave)
+    seconds_in = interleaved.measure(repeats).seconds
     return [
         {
             "case": case,
             "held_bytes": highest_by_key(held_bytes, device),
-            "extra_bytes": turns.take_memory().extra_bytes,
+            "extra_bytes": interleaved.measure_memory().extra_bytes,
             "seconds_in": seconds_in,
             "seconds_out": {name: highest(samples[:repeats], device) for name, samples in seconds_out.items()},
             "failures": failures,

@@ -17,14 +17,14 @@ from torch.distributed.tensor import DTensor
 from launch.benchmark.averaging_methods import OURS, OURS_AUTO, OURS_COPY, Averager, Make, averaging_methods
 from launch.benchmark.cases import DECAY, Case, full, local, nbytes, scale_weights
 from launch.benchmark.formulas import ElementSizes, update_bytes
-from launch.benchmark.measure import Record, Samples, Turns, highest, highest_by_key, times_reference
+from launch.benchmark.measure import InterleavedCalls, Record, Samples, highest, highest_by_key, times_reference
 from launch.benchmark.operators import count_operators
 
 COPY = "copy of as many bytes"
 NOT_INSTALLED = "not installed"
 """The beginning of the failure text of a method whose package is missing."""
 MAX_COPY_BYTES = 512 * 2**20
-"""The most bytes that one turn of the copy reads and writes; times of more bytes are extrapolated."""
+"""The most bytes that one run of the copy reads and writes; times of more bytes are extrapolated."""
 DECAYS = (DECAY, 0.99, 0.9, 0.5)
 MethodAndTracks = tuple[str, int]
 """The name of an averaging method, and its number of tracks."""
@@ -73,7 +73,7 @@ def update_costs(device: torch.device, *, case: Case, repeats: int, tracks: Sequ
         element_sizes = replace(case.element_sizes, tracks=count)
         copies[count] = CopyBaseline(update_bytes(sum(live.numel() for live in live_weights), element_sizes), device)
         for name, make in averaging_methods(case).items():
-            averager = make_or_explain(make, model, DECAYS[:count], device)
+            averager = make_or_describe_failure(make, model, DECAYS[:count], device)
             if isinstance(averager, str):
                 record["failures"][name] = averager
                 continue
@@ -103,7 +103,7 @@ def _take_turns(
     device: torch.device,
     repeats: int,
 ) -> tuple[Samples[MethodAndTracks], Samples[MethodAndTracks]]:
-    """Times of updates and copies; and memory of updates, from separate turns."""
+    """Times of updates and copies; and memory of updates, from separate rounds."""
 
     def before(key: MethodAndTracks) -> None:
         scale_weights(model, factor=1.0)
@@ -111,8 +111,8 @@ def _take_turns(
             copies[key[1]].warm_source()
 
     copy_runs: dict[MethodAndTracks, Callable[[], object]] = {(COPY, count): it.run for count, it in copies.items()}
-    timed = Turns(copy_runs | updates, device, before).take(repeats)
-    return timed, Turns(updates, device, before).take_memory()
+    timed = InterleavedCalls(copy_runs | updates, device, before).measure(repeats)
+    return timed, InterleavedCalls(updates, device, before).measure_memory()
 
 
 def update_numbers(
@@ -130,7 +130,7 @@ def update_numbers(
     }
 
 
-def make_or_explain(
+def make_or_describe_failure(
     make: Make, model: nn.Module, decays: Sequence[float], device: torch.device, *, swap: bool = False
 ) -> Averager | str:
     """The averages after two updates that do not change them (the first may only copy), or how the method fails.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from launch.benchmark.averaging_methods import sharded_ema
 from launch.benchmark.cases import Case, local, nbytes, scale_weights
 from launch.benchmark.formulas import Sharding, average_bytes, average_elements, swap_network_bytes, update_bytes
-from launch.benchmark.measure import Record, Turns, highest, peak_memory
+from launch.benchmark.measure import InterleavedCalls, Record, highest, peak_memory
 from launch.benchmark.operators import count_operators
 from launch.benchmark.updates import DECAYS, CopyBaseline
 
@@ -40,7 +40,7 @@ def measure_costs(device: torch.device, *, case: Case, split: bool, tracks: int,
         scale_weights(model, factor=1.0)
         copy.warm_source()
 
-    seconds = Turns({"copy": copy.run, "update": ema.update}, device, before).take(repeats).seconds
+    seconds = InterleavedCalls({"copy": copy.run, "update": ema.update}, device, before).measure(repeats).seconds
     assert ema.swapped is not None
     swap = ema.swapped()
     swap_sent_bytes = count_operators(swap.__enter__).bytes_sent

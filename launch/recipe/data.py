@@ -62,7 +62,8 @@ class Batches:
             raise UsageError(f"--batch-size: expected 1 to {len(self.images)} images, got {self.batch_size}")
         if self.batch_size % self.data_world_size:
             raise UsageError(
-                f"--batch-size: expected a multiple of the {self.data_world_size} data-parallel ranks, got {self.batch_size}"
+                f"--batch-size: expected a multiple of {self.data_world_size}, the number of data-parallel ranks, "
+                f"got {self.batch_size}"
             )
 
     def __len__(self) -> int:

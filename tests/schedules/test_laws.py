@@ -75,7 +75,7 @@ def test_the_initial_mass_if_no_step_is_skipped_is_a_lower_bound_if_steps_are_eq
     for number in range(40):
         clock.count(clock.next_step(2, torch.tensor(float(number % 5 == 0))))
         for name in LAWS:
-            assert clock._readings.if_none_skipped.initial_masses[name] <= clock.initial_mass(name) + 1e-15  # noqa: SLF001
+            assert clock._states.if_none_skipped.initial_masses[name] <= clock.initial_mass(name) + 1e-15  # noqa: SLF001
 
 
 class Operators(TorchDispatchMode):
