@@ -313,7 +313,12 @@ class EMAModel:
         """
         if dtype is not None and dtype != self._dtype:
             if self._ema is not None:
-                raise RuntimeError(f"to(dtype={dtype}) after the first step: call it before, or pass EMAModel(dtype=)")
+                averages = self._ema.state_dict()["tracks"]["default"]["averages"]
+                if stored := {average.dtype for average in averages.values()} - {dtype}:
+                    raise RuntimeError(
+                        f"to(dtype={dtype}) came after the first step, and the averages are {', '.join(map(str, stored))}: "
+                        "call it before, or pass EMAModel(dtype=)"
+                    )
             self._dtype = dtype
         if device is not None and self._store is None and torch.device(device).type == "cpu":
             live = next(self._model.parameters()).device.type

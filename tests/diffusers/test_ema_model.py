@@ -271,7 +271,7 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
     for late in (ema.pin_memory, lambda: ema.to(dtype=torch.float64)):
         with pytest.raises(RuntimeError, match="first step"):
             late()
-    ema.to("cpu")
+    ema.to("cpu", dtype=torch.float32)  # what they are
     net.embed.weight = nn.Parameter(torch.zeros(5, 6))  # as rebuilding the model does
     with pytest.raises(ValueError, match=r"embed\.weight.*\(5, 6\)"):
         ema.step(net.parameters())
