@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed import Store
 
+from ema_dist.communication.process_exit import delay_process_exit
 from ema_dist.sharding import world_store
 
 _connections: MutableMapping[object, Store] = WeakKeyDictionary()
@@ -27,6 +28,7 @@ def rendezvous_store() -> Store:
     """
     world = dist.group.WORLD
     if world not in _connections:
+        delay_process_exit()
         store = world_store()
         # torch 2.7 cannot clone. Stores in files and in memory have no connection.
         can_clone = hasattr(store, "clone") and isinstance(_without_prefix(store), dist.TCPStore)
