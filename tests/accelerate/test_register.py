@@ -157,12 +157,20 @@ def test_two_averages_of_one_model_have_two_folders(layout: str, tmp_path: Path)
         run.accelerator.save_state()
 
 
-@trainer_layouts("ddp", "fsdp2")
-def test_registering_for_checkpointing_is_refused(layout: str, tmp_path: Path) -> None:
-    """The file would have the averages of the main process alone."""
+@trainer_layouts("plain", "ddp", "fsdp2")
+def test_registering_for_checkpointing_is_refused_on_several_ranks(layout: str, tmp_path: Path) -> None:
+    """The file would have the averages of the main process alone; of one process, it has all."""
     run = Run(layout)
     run.accelerator.register_for_checkpointing(run.ema)
-    if run.accelerator.is_main_process:
+    if layout == "plain":
+        run.train(0, 2)
+        run.accelerator.save_state(str(tmp_path))
+        resumed = Run(layout, seed=1)
+        resumed.accelerator.register_for_checkpointing(resumed.ema)
+        resumed.accelerator.load_state(str(tmp_path))
+        assert resumed.ema.steps == 2
+        assert_same(resumed.ema.full_state_dict(), run.ema.full_state_dict())
+    elif run.accelerator.is_main_process:
         with pytest.raises(TypeError, match=r"ema_dist\.accelerate\.register"):
             run.accelerator.save_state(str(tmp_path))
     else:

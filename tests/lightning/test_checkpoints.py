@@ -144,7 +144,7 @@ def test_files_interchange_with_lightnings_own_callback(layout: str, tmp_path: P
 @on_ranks(1)
 @pytest.mark.parametrize("interval", [0, 3])
 def test_files_interchange_although_epochs_end_with_an_update(interval: int, tmp_path: Path) -> None:
-    """Except that Lightning's callback leaves out the update that a file of ours, saved at the end of an epoch, lacks."""
+    """Except that Lightning's callback leaves out the update that our file of the end of an epoch lacks."""
     arguments = {"decay": 0.7, "update_every_n_steps": interval, "update_starting_at_epoch": 1}
     types = {"lightning": callbacks.EMAWeightAveraging, "ours": EMAWeightAveraging}
     _, expected = run("plain", types["lightning"](**arguments), folder=tmp_path, max_epochs=4)
