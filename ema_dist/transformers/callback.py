@@ -212,7 +212,7 @@ class EMACallback(TrainerCallback):
 
     @property
     def _ranks_wait(self) -> bool:
-        """Whether ranks wait for each other; not with ``replicas="copy"``, so that one may work alone under DDP."""
+        """Whether ranks wait for each other; not with ``replicas="copy"``, so that one may save alone under DDP."""
         return self._settings.get("replicas") != "copy" and dist.is_initialized()
 
     def _meet_other_ranks(self) -> None:
@@ -225,7 +225,7 @@ class EMACallback(TrainerCallback):
                 "evaluate(), predict(), save_model() or save_pretrained() with the averages of EMACallback",
                 [*range(dist.get_world_size())],
                 timeout=self._require_trainer().args.ddp_timeout,
-                advice='call it on every rank; EMACallback(replicas="copy") lets one rank work alone under DDP',
+                advice='call it on every rank; EMACallback(replicas="copy") lets one rank save alone under DDP',
             )
 
     def _load(self, ema: ShardedEMA, folder: Path) -> None:

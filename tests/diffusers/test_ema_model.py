@@ -239,6 +239,20 @@ def test_bfloat16_weights_have_float32_averages(tmp_path: Path) -> None:
         assert_close(averages, theirs.shadow_params)
 
 
+@pytest.mark.world_size(1)
+def test_averages_in_cpu_memory_are_those_of_diffusers() -> None:
+    unet = make_unet()
+    ema, theirs = EMAModel(unet, decay=0.9), training_utils.EMAModel(unet.parameters(), decay=0.9)
+    ema.pin_memory()
+    for step in range(4):
+        change_weights(unet, step)
+        ema.step(unet.parameters())
+        theirs.step(unet.parameters())
+    assert ema.ema is not None
+    assert "Offloaded" in repr(ema.ema)
+    assert_close(ema.shadow_params, theirs.shadow_params)
+
+
 def test_wrong_use_is_refused(tmp_path: Path) -> None:
     net, other = Net(), Net()
     with pytest.raises(TypeError, match=r"generator.*EMAModel\(unet"):

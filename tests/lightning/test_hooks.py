@@ -18,7 +18,7 @@ import pytorch_lightning
 import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceXLAStrategy, XLAStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -40,6 +40,7 @@ from tests.support.lightning_runs import (
     test,
     validate,
 )
+from tests.support.quantized import Quantized
 
 pytestmark = IGNORE_INITIAL_WEIGHTS_WARNING
 
@@ -222,12 +223,26 @@ def test_two_callbacks_of_one_name_are_refused_by_lightning_and_by_us(other: typ
 def test_unsupported_strategies_and_trainers_are_refused(tmp_path: Path) -> None:
     ema = EMAWeightAveraging()
     trainer = make_trainer("plain", ema, folder=tmp_path)
-    trainer.strategy.__class__ = DeepSpeedStrategy  # which cannot be constructed without deepspeed
-    with pytest.raises(MisconfigurationException, match="DeepSpeedStrategy"):
-        ema.setup(trainer, Module(), "fit")
+    for strategy in (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy):
+        trainer.strategy.__class__ = strategy  # which cannot be constructed without deepspeed or torch_xla
+        with pytest.raises(MisconfigurationException, match=strategy.__name__):
+            ema.setup(trainer, Module(), "fit")
     other = pytorch_lightning.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
     with pytest.raises(MisconfigurationException, match=r"lightning\.pytorch\.Trainer.*pytorch_lightning"):
         ema.setup(other, Module(), "fit")
+
+
+@on_ranks(1)
+def test_frozen_weights_have_averages_unless_they_are_quantized(tmp_path: Path) -> None:
+    module = Module()
+    module.net[2].requires_grad_(requires_grad=False)
+    module.quantized = torch.nn.Parameter(Quantized(torch.ones(2, 2, dtype=torch.int8)), requires_grad=False)
+    ema = EMAWeightAveraging()
+    fit(make_trainer("plain", ema, folder=tmp_path), module)
+    assert ema.ema is not None
+    assert {*ema.ema.state_dict()["tracks"]["default"]["averages"]} == {
+        name for name, _ in module.named_parameters() if name != "quantized"
+    }
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ def allow_sharding(layout: str) -> None:
     """Make accelerate shard on CPUs as if they were XPUs: on several CPUs, it silently ignores FSDP."""
     if layout.startswith("fsdp"):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU  # noqa: SLF001  has no public setting
+    if layout == "fsdp1":
+        PartialState().device = torch.device("cpu")  # torch's FSDP1 refuses accelerate's cpu:0
 
 
 def make_model(seed: int = 0, **settings: Any) -> LlamaForCausalLM:  # noqa: ANN401  of LlamaConfig

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -205,6 +207,23 @@ def test_a_checkpoint_without_averages_starts_them_from_its_weights(layout: str,
     assert_averages(callback, reference_average([saved, *recorder.weights], DECAY))
 
 
+@trainer_layouts("ddp")
+def test_with_copied_averages_the_main_process_saves_and_swaps_alone(layout: str, tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = make_trainer(layout, tmp_path, recorder)
+    callback = EMACallback(decay=DECAY, replicas="copy", timeout=2).bind(trainer)
+    trainer.train()
+    if is_first_rank():
+        callback.save_pretrained(tmp_path / "averaged")
+        trainer.save_model(str(tmp_path / "saved"))
+        for folder in ("averaged", "saved"):
+            assert_same(LlamaForCausalLM.from_pretrained(tmp_path / folder).state_dict(), averages_of(callback))
+        assert callback.ema is not None
+        with callback.ema.swapped():
+            assert_same({**trainer.accelerator.unwrap_model(trainer.model).state_dict()}, averages_of(callback))
+    assert_same(full_tensors(trainer.model), recorder.weights[-1])
+
+
 @pytest.mark.world_size(2, timeout=60)
 def test_a_model_that_transformers_shards_when_it_loads_it(tmp_path: Path) -> None:
     """Tensor parallelism without accelerate's wrappers; the Trainer cannot resume such a run."""
@@ -260,6 +279,42 @@ def test_subclasses_of_the_trainer(layout: str, tmp_path: Path) -> None:
     assert not (checkpoint / "optimizer.pt").exists()
     assert_same(LlamaForCausalLM.from_pretrained(checkpoint).state_dict(), recorder.weights[-1])
     assert [path.name for path in (checkpoint / "ema").iterdir()] == ["step-0000000008"]
+
+
+class FakeHub:
+    """The two calls of the hub's API that the Trainer makes; keeps the weights of each upload."""
+
+    def __init__(self) -> None:
+        self.uploads: list[tuple[str, dict[str, Tensor]]] = []
+        self.push_in_progress = Future[str]()
+
+    def create_repo(self, name: str, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, *, folder_path: str, commit_message: str, **_: object) -> Future[str]:
+        self.uploads.append((commit_message, full_tensors(LlamaForCausalLM.from_pretrained(folder_path))))
+        self.push_in_progress = Future()
+        self.push_in_progress.set_result(commit_message)
+        return self.push_in_progress
+
+
+@trainer_layouts("plain")
+def test_uploads_during_training_are_of_live_weights_and_later_ones_of_averages(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = FakeHub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    recorder = Recorder()
+    trainer = make_trainer(layout, tmp_path, recorder, push_to_hub=True, hub_always_push=True, **EVERY_FOUR_STEPS)
+    callback = EMACallback(decay=DECAY).bind(trainer)
+    trainer.train()
+    trainer.push_to_hub()
+    trainer.save_model(str(tmp_path / "saved"))
+    averages = averages_of(callback)
+    expected = [recorder.weights[3], recorder.weights[7], averages, averages]
+    for (message, uploaded), weights in zip(hub.uploads, expected, strict=True):
+        assert message.startswith("Training in progress") == (weights is not averages)
+        assert_same(uploaded, weights)
 
 
 TRAINERS: list[Trainer] = []

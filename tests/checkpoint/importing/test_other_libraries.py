@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -95,4 +96,19 @@ def test_timm_loads_an_export(tmp_path: Path) -> None:
     loaded = make_net("plain", seed=1)
     with timm_module("timm.models._helpers") as helpers:
         helpers.load_checkpoint(loaded, str(tmp_path / "out" / "model.safetensors"))
+    assert_bitwise_equal(loaded.state_dict(), ema.full_state_dict())
+
+
+def test_timm_creates_a_model_from_an_export_with_its_configuration(tmp_path: Path) -> None:
+    """By ``create_model("local-dir:FOLDER", pretrained=True)``."""
+    size = {"img_size": 32, "depth": 1, "embed_dim": 8, "num_heads": 2}
+    with timm_module("timm.models.vision_transformer"):
+        create_model = import_module("timm.models._factory").create_model
+        model = create_model("vit_tiny_patch16_224", num_classes=3, **size)
+        (tmp_path / "base").mkdir()
+        save_config = import_module("timm.models._hub").save_config_for_hf
+        save_config(model, str(tmp_path / "base" / "config.json"), model_args=size)
+        ema = average(model, tmp_path / "root")
+        run_ok("export", tmp_path / "root", tmp_path / "out", "--layout", "timm", "--config", tmp_path / "base")
+        loaded = create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert_bitwise_equal(loaded.state_dict(), ema.full_state_dict())
