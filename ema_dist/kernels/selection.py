@@ -101,10 +101,7 @@ def make_kernel(
         elif is_auto and values[0].device.type == "cpu":
             candidates = _with_compiled(torch_kernels)
         workload = _Workload.from_tensors(tracks, values, finite=finite, rounding=rounding)
-        fastest = _fastest(workload, candidates) if len(candidates) > 1 else candidates[0]
-        if agree and len(candidates) > 1:
-            fastest = agree(f"{choice}: the fastest for {workload.shared_by_ranks()}", fastest)
-        kernel = fastest
+        kernel = candidates[0] if len(candidates) == 1 else _agreed_fastest(workload, candidates, choice, agree)
         if is_auto:
             _log.info("kernel='auto' selects %r among %s for %s", kernel, candidates, workload)
         choice = f"{kernel!r}, found to be the fastest,"
@@ -177,6 +174,12 @@ def _with_compiled(torch_kernels: tuple[str, ...]) -> tuple[str, ...]:
         _log.info("kernel='auto' does not consider 'compiled': %s", problem)
         return torch_kernels
     return (*torch_kernels, "compiled")
+
+
+def _agreed_fastest(workload: _Workload, candidates: tuple[str, ...], choice: str, agree: Agree | None) -> str:
+    fastest = _fastest(workload, candidates)
+    # Without the candidates: if one rank has less than a chunk, it has other ones.
+    return agree(f"{choice}: the fastest for {workload.shared_by_ranks()}", fastest) if agree else fastest
 
 
 @cache
