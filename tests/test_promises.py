@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ema_dist import HalfLife, ShardedEMA, checkpoint
-from tests.support.layouts import assert_bitwise_equal, make_trained
+from tests.support.layouts import assert_bitwise_equal, evaluate, make_trained
 
 EVERYTHING_WITHOUT_SOCKETS = """
 import sys
@@ -74,6 +74,26 @@ def run_python(code: str, folder: Path) -> str:
 
 def test_one_process_opens_no_socket(tmp_path: Path) -> None:
     assert run_python(EVERYTHING_WITHOUT_SOCKETS, tmp_path).endswith("done\n")
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_ranks_open_no_socket_beside_the_process_group(layout: str, tmp_path: Path) -> None:
+    """The process group of torch communicates without Python's sockets."""
+    model, ema = make_trained(layout, decay=HalfLife(0.75))
+    events: list[str] = []
+    # A hook cannot be removed; this process runs no other test.
+    sys.addaudithook(lambda event, _: events.append(event) if event.startswith("socket.") else None)
+    ema.update()
+    with ema.swapped(), torch.no_grad():
+        evaluate(model)
+    with ema.serving(), torch.no_grad():
+        evaluate(model)
+    checkpoint.save({"model": model, "ema": ema}, tmp_path / "root", step=4)
+    checkpoint.load({"model": model, "ema": ema}, tmp_path / "root")
+    checkpoint.gather(ema, tmp_path / "gathered")
+    checkpoint.scatter(ema, tmp_path / "gathered")
+    assert {*events} <= {"socket.gethostname"}
 
 
 def test_averages_work_without_modules_that_only_posix_systems_have(tmp_path: Path) -> None:

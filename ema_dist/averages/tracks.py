@@ -261,10 +261,9 @@ class Tracks(Mapping[str, Track]):
                     TensorOffset(crc32(name.encode()), shards[name].averaged_part.global_offset) for name in names
                 ]
                 rounding = StochasticRounding(tensor_offsets, self._seed)
+            agree = self._agree and partial(_agree_on_full_sizes, self._agree, [shards[name].shape for name in names])
             kernels.append(
-                make_kernel(
-                    tracks, live_values, finite=finite, kernel=self._kernel, rounding=rounding, agree=self._agree
-                )
+                make_kernel(tracks, live_values, finite=finite, kernel=self._kernel, rounding=rounding, agree=agree)
             )
         return kernels
 
@@ -304,6 +303,11 @@ class CopyKernel:
         write_log = write_log or WriteLog()
         for targets, values in self._lists:
             write_log.write(torch._foreach_copy_, targets, values)
+
+
+def _agree_on_full_sizes(agree: Agree, shapes: Sequence[torch.Size], question: str, answer: str) -> str:
+    """The answer of all ranks whose parts are of tensors that have these sizes in full: their own sizes may differ."""
+    return agree(f"{question}, {len(shapes)} tensors of {sum(map(torch.Size.numel, shapes))} elements", answer)
 
 
 def _is_inexact(dtype: torch.dtype) -> bool:

@@ -229,5 +229,6 @@ def diff(
         raise typer.Exit(1)
 
 
-for name, command in {"merge": merge, "reconstruct": reconstruct, "import": import_averages}.items():
-    app.command(name=name)(command)
+app.command(name="merge")(merge)
+app.command(name="reconstruct")(reconstruct)
+app.command(name="import")(import_averages)

@@ -77,7 +77,8 @@ def make_kernel(
             on the CPU, if a C compiler works. If the kernel does not support the tensors, another one replaces it with
             a warning; see its ``name``.
         rounding: how averages are rounded to bfloat16; None rounds to nearest.
-        agree: makes ranks that hold the same averages use one answer, because they must update them identically.
+        agree: makes the ranks of a model use one answer, because those that hold the same averages must update them
+            identically. The question does not contain the sizes of the tensors, which differ if shards are uneven.
 
     Memory: while kernels are timed, as much as the tensors, at most 64 MiB on the CPU and 256 MiB on a device for each
         float32 track and for the values.
@@ -100,7 +101,7 @@ def make_kernel(
         elif is_auto and values[0].device.type == "cpu":
             candidates = _with_compiled(torch_kernels)
         workload = _Workload.from_tensors(tracks, values, finite=finite, rounding=rounding)
-        kernel = _agreed_fastest(workload, candidates, agree) if len(candidates) > 1 else candidates[0]
+        kernel = candidates[0] if len(candidates) == 1 else _agreed_fastest(workload, candidates, choice, agree)
         if is_auto:
             _log.info("kernel='auto' selects %r among %s for %s", kernel, candidates, workload)
         choice = f"{kernel!r}, found to be the fastest,"
@@ -141,6 +142,10 @@ class _Workload:
         rounding_type = type(rounding) if rounding else None
         return cls(device, values[0].dtype, averages, is_small(values), elements, finite, rounding_type)
 
+    def shared_by_ranks(self) -> _Workload:
+        """The workload without the index of the device and the sizes, which differ between ranks of one model."""
+        return replace(self, device=torch.device(self.device.type), is_small=False, elements=0)
+
     def make_tensors(self, dtype: torch.dtype) -> list[Tensor]:
         """Tensors of ``dtype`` on which kernels are timed for this workload."""
         numel = min(SMALL_NUMEL // 4 if self.is_small else self.elements // 4, self.elements)
@@ -171,13 +176,10 @@ def _with_compiled(torch_kernels: tuple[str, ...]) -> tuple[str, ...]:
     return (*torch_kernels, "compiled")
 
 
-def _agreed_fastest(workload: _Workload, candidates: tuple[str, ...], agree: Agree | None) -> str:
+def _agreed_fastest(workload: _Workload, candidates: tuple[str, ...], choice: str, agree: Agree | None) -> str:
     fastest = _fastest(workload, candidates)
-    if not agree:
-        return fastest
-    # The index of the device is left out, because it differs between the ranks of a machine.
-    shared_workload = replace(workload, device=torch.device(workload.device.type))
-    return agree(f"the fastest of {candidates} for {shared_workload}", fastest)
+    # Without the candidates: if one rank has less than a chunk, it has other ones.
+    return agree(f"{choice}: the fastest for {workload.shared_by_ranks()}", fastest) if agree else fastest
 
 
 @cache

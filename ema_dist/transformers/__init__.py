@@ -8,10 +8,10 @@ Code that knows the `Trainer` belongs here and nowhere else; code for any loop w
 
 from importlib.util import find_spec
 
-if missing := [name for name in ("transformers", "accelerate") if find_spec(name) is None]:
+if _missing := [name for name in ("transformers", "accelerate") if find_spec(name) is None]:
     raise ModuleNotFoundError(
-        f'ema_dist.transformers needs {" and ".join(missing)}: pip install "transformers>=5" "accelerate>=1.10"',
-        name=missing[0],
+        f'ema_dist.transformers needs {" and ".join(_missing)}: pip install "transformers>=5" "accelerate>=1.10"',
+        name=_missing[0],
     )
 
 from ema_dist.transformers.callback import EMACallback

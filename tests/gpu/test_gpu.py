@@ -108,8 +108,10 @@ def test_average_swap_and_gather_on_the_device(layout: str, dtype: torch.dtype) 
 
 @pytest.mark.gpu
 @pytest.mark.world_size(1)
-def test_a_swap_takes_a_constant_amount_of_device_memory() -> None:
-    model = nn.Linear(16384, 16384, bias=False, device="cuda")
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float32, torch.float64]], ids=len)
+def test_a_swap_takes_a_constant_amount_of_device_memory(dtypes: list[torch.dtype]) -> None:
+    """Weights of several dtypes share one scratch."""
+    model = nn.Sequential(*(nn.Linear(16384, 8192, bias=False, device="cuda", dtype=dtype) for dtype in dtypes))
     ema = ShardedEMA(model)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -84,6 +84,20 @@ def test_ranks_agree_on_a_kernel() -> None:
     assert kernels_by_rank == [kernels] * 3
 
 
+@pytest.mark.world_size(2)
+def test_ranks_with_uneven_shards_agree_on_a_kernel() -> None:
+    """Two rows on one rank and one on the other. Each rank may also hold some parameters in full."""
+    best = ["foreach", "scratch"][dist.get_rank()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scratch, "CPU_SCRATCH_BYTES", 8)
+        patch.setattr(selection, "_seconds", lambda lerp, *_: float(lerp.name != best))
+        model = fully_shard(nn.Linear(8, 3), mesh=init_device_mesh("cpu", (2,)))
+        kernel = ShardedEMA(model, decay={"short": 0.5, "long": 0.9}).update_kernel
+    kernels_by_rank = [""] * 2
+    dist.all_gather_object(kernels_by_rank, kernel)
+    assert kernels_by_rank == [kernel] * 2
+
+
 def test_nothing_is_measured_where_there_is_no_choice(measured: list[int]) -> None:
     assert make_kernel(ones(1), [torch.zeros(3)]).name == "foreach"
     assert make_kernel([[torch.ones(2)]] * 2, [torch.zeros(2)]).name == "foreach"  # one chunk
