@@ -12,6 +12,7 @@ import griffe
 API_PAGES = Path(__file__).parent / "api"
 
 LABEL = re.compile(r"(?:^|(?<=\.) )(Collective|Memory|Shape|Raises|Warns|Source): ", re.MULTILINE)
+FOR_MAINTAINERS = re.compile(r"\bMay import\b|^No module here")
 NAME = re.compile(r"(?<!`)`(\w+)`(?!`)")
 
 
@@ -31,10 +32,17 @@ class Contracts(griffe.Extension):
                 if obj.path in rewritten:  # inherited by two classes, or in the __all__ of two modules
                     continue
                 rewritten.add(obj.path)
+                if obj.is_module and obj.docstring is not None:
+                    obj.docstring.value = for_users(obj.docstring.value)
                 if obj.docstring is None:
                     griffe.logger.warning("%s is public and has no docstring", path)
                 else:
                     obj.docstring.value = linked(labelled(obj.docstring.value), paths | own_paths, own_name=obj.name)
+
+
+def for_users(docstring: str) -> str:
+    """The docstring of a package without the paragraph about what belongs there and what it may import."""
+    return "\n\n".join(paragraph for paragraph in docstring.split("\n\n") if not FOR_MAINTAINERS.search(paragraph))
 
 
 def labelled(docstring: str) -> str:
