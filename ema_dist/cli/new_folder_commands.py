@@ -184,7 +184,7 @@ def import_averages(
             "--from",
             metavar="FORMAT",
             help="averaged-model, lightning, timm, diffusers, ema-pytorch, composer, torchtitan or nemo; by default it "
-            "is told by the content.",
+            "is detected from the content.",
         ),
     ] = ImportChoice.AUTO,
     reference: Annotated[

@@ -127,6 +127,7 @@ class EMACallback(TrainerCallback):
         self._with_averages(save)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
+        """Constructs the averages, or loads those of the checkpoint that the Trainer resumes from."""
         # The first event at which the model is wrapped and, on resuming, has the weights of the checkpoint.
         trainer = self._require_trainer()
         self._detach()  # auto_find_batch_size restarts training within one train()
@@ -140,9 +141,11 @@ class EMACallback(TrainerCallback):
         self._correct_best_checkpoint(state)
 
     def on_step_begin(self, *_: object, **__: object) -> None:
+        """Raises: RuntimeError if the callback was never bound."""
         self._require_trainer()  # raises for an unbound callback that was added after on_train_begin
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
+        """Saves the averages beside the files of the Trainer, in ``checkpoint-N/ema``."""
         assert self.ema is not None
         assert self._run_folder is not None
         folder = self._run_folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -151,6 +154,7 @@ class EMACallback(TrainerCallback):
         self._correct_best_checkpoint(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
+        """Loads the averages of the best checkpoint, if the Trainer has loaded its live weights."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             assert self.ema is not None
             self._load(self.ema, Path(state.best_model_checkpoint))  # the Trainer has loaded the live weights
