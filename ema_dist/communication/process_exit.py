@@ -16,7 +16,7 @@ def delay_process_exit() -> None:
 
     After a collective, a thread of gloo frees the tensors that were sent, which takes Python's global lock. If the
     interpreter is shutting down by then, torch aborts the process ("terminate called without an active exception"), and
-    torchrun reports a run that has ended well as failed (pytorch issue 190489). `destroy_process_group` does not prevent
-    it while a wrapped model refers to the group.
+    torchrun reports a run that has ended well as failed (pytorch issue 190489). `destroy_process_group` does not
+    prevent it while a wrapped model refers to the group.
     """
     atexit.register(time.sleep, DELAY)
