@@ -316,8 +316,8 @@ class EMAModel:
                 averages = self._ema.state_dict()["tracks"]["default"]["averages"]
                 if stored := {average.dtype for average in averages.values()} - {dtype}:
                     raise RuntimeError(
-                        f"to(dtype={dtype}) came after the first step, and the averages are {', '.join(map(str, stored))}: "
-                        "call it before, or pass EMAModel(dtype=)"
+                        f"to(dtype={dtype}) came after the first step, and the averages are "
+                        f"{', '.join(map(str, stored))}: call it before, or pass EMAModel(dtype=)"
                     )
             self._dtype = dtype
         if device is not None and self._store is None and torch.device(device).type == "cpu":
