@@ -53,9 +53,9 @@ def _summarize(stored: StoredCheckpoint) -> dict[str, Any]:
     entries = {
         dotted_name(key_path): {
             "kind": kind,
-            **_totals(index, [name for name in index.names_under(key_path) if name in index.tensors]),
+            **_totals(index, [name for name in names if name in index.tensors]),
         }
-        for key_path, kind in index.entries()
+        for key_path, kind, names in index.names_by_entry()
     }
     return {
         "path": str(stored.folder),

@@ -4,9 +4,10 @@ A full checkpoint has the entries of Lightning's own callback, ``state_dict`` (a
 weights) and ``averaging_state``, and an entry ``ema_dist``, a `consolidated_state_dict`.
 
 In a sharded checkpoint, Lightning shards only what is in ``state_dict``. The live weights are therefore saved there, as
-``ema_dist_live``, and so is the rest of the averages' state, as ``ema_dist``: its numbers, and the averages that the
-model's weights cannot hold, which are those of another dtype and those of tracks that are not swapped in. The top-level
-``ema_dist`` has the numbers too, because Lightning does not read additional entries of ``state_dict``.
+``ema_dist_live``, except those without an average, which ``state_dict`` holds anyway. So is the rest of the averages'
+state, as ``ema_dist``: its numbers, the buffers, and the averages that the model's weights cannot hold, which are those
+of another dtype and those of tracks that are not swapped in. The top-level ``ema_dist`` has the numbers too, because
+Lightning does not read additional entries of ``state_dict``.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ema_dist.checkpoint.dcp.checkpoint_index import LIGHTNING_LIVE, LIGHTNING_STATE
 from ema_dist.ema import ShardedEMA
-from ema_dist.sharding import cpu_copy, is_sharded
+from ema_dist.sharding import Layout, cpu_copy, is_sharded
 
 WEIGHTS = "state_dict"
 LIVE = "current_model_state"
 AVERAGING_STATE = "averaging_state"
 OURS = LIGHTNING_STATE
+WITHOUT_AVERAGE = "without_average"
+"""The key, in the top-level ``ema_dist``, of the names of parameters without an average."""
 KINDS = ("averages", "buffers")
 """The keys of a track's tensors in the state of `ShardedEMA`."""
 
@@ -65,17 +68,20 @@ def add_averages(
     checkpoint[AVERAGING_STATE] = {"n_averaged": torch.tensor(ema.steps)}
     if has_shards(live):
         state = ema.state_dict()
+        swapped_in = _swapped_in_track(state)
         tensors = {
             track: {
-                kind: _not_in_weights(entry[kind], averages if track == _swapped_in_track(state) else {})
-                for kind in KINDS
+                "averages": _not_in_weights(entry["averages"], averages if track == swapped_in else {}),
+                "buffers": entry["buffers"],
             }
             for track, entry in state["tracks"].items()
         }
         names = {track: {kind: [*values] for kind, values in kinds.items()} for track, kinds in tensors.items()}
         remaining = _replace_tensors(state, _filled(tensors))
-        checkpoint[WEIGHTS] = {**averages, LIGHTNING_LIVE: live, LIGHTNING_STATE: remaining}
-        checkpoint[OURS] = _replace_tensors(state, names)
+        without_average = _without_average(ema, state["tracks"][swapped_in])
+        changed = {name: value for name, value in live.items() if name not in without_average}
+        checkpoint[WEIGHTS] = {**averages, LIGHTNING_LIVE: changed, LIGHTNING_STATE: remaining}
+        checkpoint[OURS] = {**_replace_tensors(state, names), WITHOUT_AVERAGE: [*without_average]}
         return
     checkpoint[LIVE] = live
     if state := ema.consolidated_state_dict():
@@ -130,6 +136,12 @@ def _replace_tensors(state: Mapping[str, Any], replacements: Mapping[str, Mappin
     return {"format": state["format"], "steps": state["steps"], "updates": state["updates"], "tracks": tracks}
 
 
+def _without_average(ema: ShardedEMA, track: Mapping[str, Any]) -> set[str]:
+    """Return the names of the parameters that a track does not average."""
+    layout = Layout(ema.model, "copy")
+    return {name for shard in layout.parameters.values() if shard.name not in track["averages"] for name in shard.names}
+
+
 def _swapped_in_track(state: Mapping[str, Any]) -> str:
     """Return the name of the track that is swapped in for validation."""
     return "default" if "default" in state["tracks"] else next(iter(state["tracks"]))
@@ -162,7 +174,9 @@ def _load_sharded(saved: Mapping[str, Any], ema: ShardedEMA, trainer: pl.Trainer
     path = Path(trainer.strategy.broadcast(trainer.ckpt_path))
     filled = _filled(tensors)
     averages = {LIGHTNING_STATE: {"tracks": filled}} if filled else {}
-    dcp.load({root: {LIGHTNING_LIVE: live, **averages}}, checkpoint_id=path)
+    without_average = {*saved[WITHOUT_AVERAGE]}
+    changed = {name: value for name, value in live.items() if name not in without_average}
+    dcp.load({root: {LIGHTNING_LIVE: changed, **averages}}, checkpoint_id=path)
     tracks = {
         track: {
             "decay": entry["decay"],
@@ -170,5 +184,6 @@ def _load_sharded(saved: Mapping[str, Any], ema: ShardedEMA, trainer: pl.Trainer
         }
         for track, entry in saved["tracks"].items()
     }
-    ema.load_state_dict({**saved, "tracks": tracks})
+    counts = {key: saved[key] for key in ("format", "steps", "updates")}
+    ema.load_state_dict({**counts, "tracks": tracks})
     set_model_state_dict(model, live)

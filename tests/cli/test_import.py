@@ -266,6 +266,12 @@ def test_another_reference_is_refused(
     assert re.search(expected, refusal(averaged(net, tmp_path / "source.pt"), "--reference", reference))
 
 
+def test_averages_are_no_reference(tmp_path: Path) -> None:
+    """Their counter and their prefix would become tensors and names of the model."""
+    source = averaged(make_net("plain"), tmp_path / "source.pt")
+    assert "'averaged-model'" in refusal(source, "--reference", source)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -53,6 +53,11 @@ def run(
     return trainer, [recorder.after_step[-1], full_weights(module)]
 
 
+def is_not_first(name: str, _: Tensor) -> bool:
+    """Leaves one matrix out."""
+    return name != "net.0.weight"
+
+
 def make_savers(folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
     """One saves the best, after validation; the other, in the middle of an epoch as well, all."""
     return (
@@ -66,7 +71,7 @@ def make_savers(folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
     [
         ({"decay": 0.7, "update_every_n_steps": 2, "update_starting_at_epoch": 0}, "32-true"),
         ({"decay": {"default": 0.7, "long": 0.9}, "dtype": torch.bfloat16, "rounding": Compensated()}, "32-true"),
-        ({"decay": 0.7}, "bf16-true"),
+        ({"decay": 0.7, "select": is_not_first}, "bf16-true"),
     ],
     ids=["lightning", "tracks", "bf16"],
 )
@@ -100,30 +105,43 @@ def test_a_resumed_run_equals_an_unbroken_one(
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"decay": 0.7}, {"decay": {"default": 0.7, "long": 0.9}}, {"decay": 0.7, "dtype": torch.bfloat16}],
-    ids=["default", "tracks", "bf16"],
+    [
+        {"decay": 0.7, "select": is_not_first},
+        {"decay": {"default": 0.7, "long": 0.9}},
+        {"decay": 0.7, "dtype": torch.bfloat16},
+    ],
+    ids=["select", "tracks", "bf16"],
 )
 @lightning_layouts("fsdp1", "fsdp2")
 def test_other_programs_read_the_averages_of_a_sharded_checkpoint(
     layout: str, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Each track, the live weights, the counts and the laws, without Lightning."""
+    """Each track, the live weights, the buffers, the counts and the laws, without Lightning."""
     recorder, saver = Recorder(), ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
-    ema, module = EMAWeightAveraging(**arguments), make_module(layout)
+    ema, module = EMAWeightAveraging(**arguments), make_module(layout, has_statistics=True)
     fit(make_trainer(layout, ema, recorder, saver, folder=tmp_path), module)
     assert ema.ema is not None
+    original = Module(has_statistics=True)
     stored = StoredCheckpoint(tmp_path / "step=8.ckpt")
     (averages,) = stored.averages.values()
     assert (averages.steps, averages.updates) == (ema.ema.steps, ema.ema.updates)
     for track in ema.ema.tracks:
         assert averages.decays[track].decay_per_unit == (0.9 if track == "long" else 0.7)
-        expected = ema.ema.full_state_dict(track=track)
+        assert averages.tracks[track].buffers.keys() == dict(original.named_buffers()).keys()
+        full = ema.ema.full_state_dict(track=track)
         selected = stored.weights("ema", track=track)
-        assert not selected.without_average
+        assert selected.without_average == (["net.0.weight"] if "select" in arguments else [])
         if dist.get_rank() == 0:
-            assert_same(dict(stored.read_weights(selected)), expected)
+            assert_same_but_statistics(dict(stored.read_weights(selected)), full)
     live = dict(stored.read_weights(stored.weights("live")))
-    assert_same(live, recorder.after_step[-1])
+    assert_same_but_statistics(live, recorder.after_step[-1])
+    assert [*live] == [*original.state_dict()]
+
+
+def assert_same_but_statistics(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """DCP saves the statistics of one rank, and each rank has its own."""
+    assert left.keys() == right.keys()
+    assert_same(*({name: it for name, it in full.items() if "running" not in name} for full in (left, right)))
 
 
 @lightning_layouts("plain", "ddp")

@@ -16,7 +16,9 @@ EXTRA_STATE_SUFFIX = "_extra_state"
 """The end of the name under which torch saves the result of a module's ``get_extra_state``."""
 
 LIGHTNING_LIVE = "ema_dist_live"
-"""The key of the live weights among the model's weights, in a sharded checkpoint that `ema_dist.lightning` saved."""
+"""The key of the live weights among the model's weights, in a sharded checkpoint that `ema_dist.lightning` saved.
+
+Live weights without an average are the model's weights there, and are not repeated under this key."""
 
 LIGHTNING_STATE = "ema_dist"
 """The key, there, of the averages' state without the tensors that are the model's weights in that checkpoint."""
@@ -51,7 +53,7 @@ class CheckpointIndex:
         # Only planner_data keeps the order of the dictionary; DCP orders the entries by the ranks that wrote them.
         stored = self.metadata.state_dict_metadata
         paths = {name: path for name, path in self.metadata.planner_data.items() if name in stored}
-        return {**paths, **self._lightning_averages(paths)}
+        return {**(moved := self._lightning_paths(paths)), **paths, **moved}  # in the order of `moved`
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -127,13 +129,17 @@ class CheckpointIndex:
 
     def entries(self) -> Iterator[tuple[KeyPath, str]]:
         """The path and kind of every model, optimizer and state of averages, and the first key of everything else."""
+        return ((path, kind) for path, kind, _ in self.names_by_entry())
+
+    def names_by_entry(self) -> Iterator[tuple[KeyPath, str, list[str]]]:
+        """The path and kind of each of `entries`, and the DCP names in it that are in no deeper entry."""
         kinds = {**dict.fromkeys(self.models, "model"), **dict.fromkeys(self.optimizers, "optimizer")}
         kinds |= dict.fromkeys(self.averages, "averages")
         deepest = sorted(kinds, key=len, reverse=True)
-        entry_paths = dict.fromkeys(
-            next((entry for entry in deepest if _is_under(path, [entry])), path[:1]) for path in self.key_paths.values()
-        )
-        return ((path, kinds.get(path, "other")) for path in entry_paths)
+        entries: defaultdict[KeyPath, list[str]] = defaultdict(list)
+        for name, path in self.key_paths.items():
+            entries[next((entry for entry in deepest if _is_under(path, [entry])), path[:1])].append(name)
+        return ((path, kinds.get(path, "other"), names) for path, names in entries.items())
 
     def extra_states(self, model: KeyPath) -> dict[str, dict[KeyPath, str]]:
         """The extra states in a model, by name: the DCP names of their parts by path."""
@@ -169,22 +175,31 @@ class CheckpointIndex:
         """The number of chunks in which a tensor is stored."""
         return len(self.tensors[name].chunks)
 
-    def _lightning_averages(self, paths: Mapping[str, KeyPath]) -> dict[str, KeyPath]:
-        """Where averages belong in the state of `ShardedEMA`, if the checkpoint holds them as the model's weights."""
-        known = set(paths.values())
-        averages: dict[str, KeyPath] = {}
-        for root in dict.fromkeys(path[:-2] for path in known if path[-2:-1] == (LIGHTNING_LIVE,)):
+    def _lightning_paths(self, paths: Mapping[str, KeyPath]) -> dict[str, KeyPath]:
+        """The paths of tensors that a sharded checkpoint of Lightning holds as the model's weights.
+
+        These are averages, which belong in the state of `ShardedEMA`, and live weights without an average. Live weights
+        are in the order of the model.
+        """
+        names = {path: name for name, path in paths.items()}
+        result: dict[str, KeyPath] = {}
+        for root in dict.fromkeys(path[:-2] for path in names if path[-2:-1] == (LIGHTNING_LIVE,)):
             tracks_path = (*root, LIGHTNING_STATE, "tracks")
-            tracks = [path[len(tracks_path)] for path in paths.values() if path[: len(tracks_path)] == tracks_path]
+            depth = len(tracks_path)
+            tracks = [path[depth] for path in names if len(path) > depth and path[:depth] == tracks_path]
             if not tracks:
                 continue
             track_path = (*tracks_path, "default" if "default" in tracks else tracks[0])
-            for name, path in paths.items():
-                is_weight = path[:-1] == root and (*root, LIGHTNING_LIVE, path[-1]) in known
-                # An average of another dtype than its weight is stored in the state as well.
-                if is_weight and not known & {(*track_path, kind, path[-1]) for kind in ("averages", "buffers")}:
-                    averages[name] = (*track_path, "averages", path[-1])
-        return averages
+            for key, name in {path[-1]: name for path, name in names.items() if path and path[:-1] == root}.items():
+                live_path = (*root, LIGHTNING_LIVE, key)
+                if live_path not in names:
+                    result[name] = live_path
+                    continue
+                result[names[live_path]] = live_path
+                # Buffers, and averages of another dtype than their weights, are stored in the state as well.
+                if not names.keys() & {(*track_path, kind, key) for kind in ("averages", "buffers")}:
+                    result[name] = (*track_path, "averages", key)
+        return result
 
     def _same_shapes(self, averaged: dict[str, str], tensors: dict[str, str]) -> bool:
         shared = averaged.keys() & tensors.keys()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ema_dist.checkpoint.errors import CheckpointError
 from ema_dist.checkpoint.importing.named_tensors import WRAPPER_PREFIX, NamedTensors
 from ema_dist.checkpoint.importing.torch_files import is_torch_file, load_torch_file
+from ema_dist.checkpoint.importing.torch_formats import averaged_model, ema_pytorch
 from ema_dist.sharding import Layout, uncompiled_name
 
 COUNTER = "num_batches_tracked"
@@ -75,6 +76,11 @@ class Reference:
 
     @classmethod
     def _of_state_dict(cls, content: Mapping[str, Any], path: Path) -> Reference:
+        if averages := averaged_model(content, path) or ema_pytorch(content, path):
+            raise CheckpointError(
+                f"expected the weights of the model in {path}, found averages in the format {averages.kind!r}: pass a "
+                "file with model.state_dict()"
+            )
         all_tensors = NamedTensors.of_dictionary(content)
         if not all_tensors.meta:
             raise CheckpointError(
