@@ -131,16 +131,16 @@ class EMAWeightAveraging(Callback):
         return epoch_idx is not None and first_epoch is not None and epoch_idx >= first_epoch
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the Trainer; for a fit, also wrap the module's hook that saves checkpoints."""
+        """Check the Trainer, and forget an earlier fit."""
         require_supported(trainer, self)
         if stage == TrainerFn.FITTING:
             self._is_fitting = False  # also after a fit that an exception ended
             self._progress = Progress()
             self._checkpoint = None
-            wrap_save_hook(pl_module, trainer, self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Construct the averages: this is the first hook that sees the wrapped model. FSDP loads checkpoints later."""
+        wrap_save_hook(pl_module, trainer, self)  # not in setup(), which a callback added after it does not get
         self._is_fitting = True
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is None:

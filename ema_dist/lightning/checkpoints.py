@@ -12,7 +12,7 @@ Lightning does not read additional entries of ``state_dict``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from ema_dist.checkpoint.dcp.checkpoint_index import LIGHTNING_LIVE, LIGHTNING_STATE
 from ema_dist.ema import ShardedEMA
+from ema_dist.messages import describe_difference
 from ema_dist.sharding import Layout, cpu_copy, is_sharded
 
 WEIGHTS = "state_dict"
@@ -166,6 +167,8 @@ def _load_sharded(saved: Mapping[str, Any], ema: ShardedEMA, trainer: pl.Trainer
     model = trainer.strategy.model
     live = get_model_state_dict(model)
     state = ema.state_dict(for_loading=True)
+    without_average = _without_average(ema, state["tracks"][_swapped_in_track(state)])
+    _require_same_averages(saved, state["tracks"].keys(), without_average)
     tensors = {
         track: {kind: {name: state["tracks"][track][kind][name] for name in entry[kind]} for kind in KINDS}
         for track, entry in saved["tracks"].items()
@@ -174,7 +177,6 @@ def _load_sharded(saved: Mapping[str, Any], ema: ShardedEMA, trainer: pl.Trainer
     path = Path(trainer.strategy.broadcast(trainer.ckpt_path))
     filled = _filled(tensors)
     averages = {LIGHTNING_STATE: {"tracks": filled}} if filled else {}
-    without_average = {*saved[WITHOUT_AVERAGE]}
     changed = {name: value for name, value in live.items() if name not in without_average}
     dcp.load({root: {LIGHTNING_LIVE: changed, **averages}}, checkpoint_id=path)
     tracks = {
@@ -187,3 +189,13 @@ def _load_sharded(saved: Mapping[str, Any], ema: ShardedEMA, trainer: pl.Trainer
     counts = {key: saved[key] for key in ("format", "steps", "updates")}
     ema.load_state_dict({**counts, "tracks": tracks})
     set_model_state_dict(model, live)
+
+
+def _require_same_averages(saved: Mapping[str, Any], tracks: Collection[str], without_average: set[str]) -> None:
+    """Raise ValueError unless a checkpoint has the same tracks, and averages of the same parameters, as this fit."""
+    if saved["tracks"].keys() != {*tracks}:
+        raise ValueError(
+            f"expected a checkpoint with the tracks {[*tracks]} (decay=), got one with {[*saved['tracks']]}"
+        )
+    if difference := describe_difference("the checkpoint", {*saved[WITHOUT_AVERAGE]}, "this fit", without_average):
+        raise ValueError(f"the parameters without an average (select=) differ: {difference}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -37,7 +37,7 @@ def require_supported(trainer: pl.Trainer, callback: Callback) -> None:
     others = [
         other
         for other in trainer.callbacks
-        if other is not callback and isinstance(other, (WeightAveraging, type(callback)))
+        if other is not callback and isinstance(other, (WeightAveraging, StochasticWeightAveraging, type(callback)))
     ]
     if others:
         raise MisconfigurationException(

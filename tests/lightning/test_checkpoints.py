@@ -196,6 +196,16 @@ def test_save_weights_only_saves_the_averages(layout: str, tmp_path: Path) -> No
     assert "on_save_checkpoint" not in vars(module)
 
 
+@lightning_layouts("ddp", "fsdp2")
+def test_a_checkpoint_with_other_averages_is_refused(layout: str, tmp_path: Path) -> None:
+    """Other tracks, and averages of other parameters."""
+    saved: dict[str, Any] = {"decay": {"default": 0.7, "long": 0.9}, "select": is_not_first}
+    run(layout, EMAWeightAveraging(**saved), ModelCheckpoint(tmp_path, filename="{step}"), folder=tmp_path)
+    for change, expected in (({"decay": 0.7}, "tracks.*long"), ({"select": None}, "net.0.weight")):
+        with pytest.raises(ValueError, match=expected):
+            run(layout, EMAWeightAveraging(**saved | change), folder=tmp_path, resume=tmp_path / "step=8.ckpt")
+
+
 class SavingInValidation(pl.Callback):
     """Saves while the averages are in the model."""
 

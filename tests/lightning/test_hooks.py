@@ -200,7 +200,26 @@ def test_a_module_can_be_copied_in_a_fit(tmp_path: Path) -> None:
     fit(make_trainer("plain", EMAWeightAveraging(), Copying(), folder=tmp_path), Module())
 
 
-@pytest.mark.parametrize("others", [[OwnAveraging()], [Adding()]], ids=["two", "added"])
+class AddingEarly(Callback):
+    """Adds a callback that gets no `setup`."""
+
+    def on_fit_start(self, trainer: pl.Trainer, _: pl.LightningModule) -> None:
+        trainer.callbacks.append(EMAWeightAveraging(decay=0.7))
+
+
+def test_a_callback_added_when_the_fit_starts_saves_averages(tmp_path: Path) -> None:
+    """Also with ``save_weights_only``, for which Lightning calls only the module's hook."""
+    recorder, saver = Recorder(), ModelCheckpoint(tmp_path, filename="{step}", save_weights_only=True)
+    fit(make_trainer("plain", AddingEarly(), recorder, saver, folder=tmp_path), Module())
+    saved = torch.load(tmp_path / "step=8.ckpt")["state_dict"]
+    assert_close(saved, lightning_average(recorder.after_step, 0.7))
+
+
+@pytest.mark.parametrize(
+    "others",
+    [[OwnAveraging()], [callbacks.StochasticWeightAveraging(swa_lrs=0.1)], [Adding()]],
+    ids=["two", "swa", "added"],
+)
 def test_a_second_averaging_callback_and_one_added_during_the_fit_are_refused(
     others: list[Callback], tmp_path: Path
 ) -> None:
