@@ -264,8 +264,8 @@ class EMA(Algorithm):
     def _require_copy_replicas(self) -> None:
         if self._require_checkpoints().is_sharded and self._replicas not in (None, "copy"):
             raise ValueError(
-                f"expected replicas=None or 'copy' with sharded checkpoints, found {self._replicas!r}: Composer saves "
-                "the shards of the first replica only, which would then hold a part of the averages"
+                f"replicas={self._replicas!r} cannot be used with sharded checkpoints: Composer saves the first "
+                'replica alone, which would hold a part of the averages. Leave it out, or pass replicas="copy"'
             )
 
     def _make_averages(self, model: nn.Module) -> ShardedEMA:

@@ -146,5 +146,5 @@ def _select_averages(values: Mapping[str, Tensor], names: list[str], ignored_nam
     if difference := describe_difference(
         "the model", {*names} - unprefixed.keys(), "the checkpoint", unprefixed.keys() - {*names} - ignored_names
     ):
-        raise ValueError(f"the checkpoint was saved from another model: {difference}")
+        raise ValueError(f"the checkpoint holds averages of another model: {difference}")
     return {name: unprefixed[name] for name in names}

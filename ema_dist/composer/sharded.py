@@ -100,7 +100,7 @@ def parse_state(
     if difference := describe_difference(
         "the model", missing | (expected_names - saved_names), "the checkpoint", saved_names - expected_names
     ):
-        raise ValueError(f"the checkpoint was saved from another model: {difference}")
+        raise ValueError(f"the checkpoint holds averages of another model: {difference}")
     return ShardedState(state, live if is_active else {})
 
 

@@ -16,13 +16,13 @@ from ema_dist.cli.app import app
 from tests.support import ROOT
 
 FRAMEWORKS = {
-    "ema_dist.accelerate": "accelerate",
-    "ema_dist.composer": "composer",
-    "ema_dist.diffusers": "diffusers",
-    "ema_dist.lightning": "lightning",
-    "ema_dist.transformers": "transformers",
+    "ema_dist.accelerate": ("accelerate",),
+    "ema_dist.composer": ("composer",),
+    "ema_dist.diffusers": ("diffusers",),
+    "ema_dist.lightning": ("lightning",),
+    "ema_dist.transformers": ("transformers", "accelerate"),
 }
-"""The package that a public module needs, beside those of the extra ``cli``."""
+"""The packages that a public module needs, beside those of the extra ``cli``."""
 
 MODULES = ("ema_dist", "ema_dist.checkpoint", "ema_dist.posthoc", *FRAMEWORKS)
 COMMAND = "ema-dist"
@@ -33,7 +33,7 @@ FILE = ROOT / "tests" / "public_api.txt"
 
 def is_available(section: str) -> bool:
     """Whether the packages are installed that this module needs."""
-    return section not in FRAMEWORKS or find_spec(FRAMEWORKS[section]) is not None
+    return None not in map(find_spec, FRAMEWORKS.get(section, ()))
 
 
 def describe(section: str) -> list[str]:
