@@ -289,7 +289,8 @@ class EMA(Algorithm):
         if self._ema is None and self._require_checkpoints().lacks_averages and self._schedule.has_started(state):
             warnings.warn(
                 f"the checkpoint has no averages, although averaging starts at {_time_string(self.ema_start)} and "
-                f"training goes on at {_time_string(state.timestamp.batch)}: they start from the current weights",
+                f"training goes on at {_time_string(state.timestamp.batch)}. The averages start from the current "
+                "weights",
                 stacklevel=2,
             )
             self._ema = self._make_averages(state.model)

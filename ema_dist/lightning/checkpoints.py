@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
-from ema_dist.checkpoint.dcp.checkpoint_index import LIGHTNING_LIVE, LIGHTNING_STATE
+from ema_dist.checkpoint.dcp.checkpoint_index import LIGHTNING_LIVE, LIGHTNING_STATE, swapped_in_track
 from ema_dist.ema import ShardedEMA
 from ema_dist.messages import describe_difference
 from ema_dist.sharding import Layout, cpu_copy, is_sharded
@@ -69,7 +69,7 @@ def add_averages(
     checkpoint[AVERAGING_STATE] = {"n_averaged": torch.tensor(ema.steps)}
     if has_shards(live):
         state = ema.state_dict()
-        swapped_in = _swapped_in_track(state)
+        swapped_in = swapped_in_track(state["tracks"])
         tensors = {
             track: {
                 "averages": _not_in_weights(entry["averages"], averages if track == swapped_in else {}),
@@ -87,7 +87,7 @@ def add_averages(
     checkpoint[LIVE] = live
     if state := ema.consolidated_state_dict():
         for kind in KINDS:  # torch.save writes a tensor once, however many entries refer to it
-            saved = state["tracks"][_swapped_in_track(state)][kind]
+            saved = state["tracks"][swapped_in_track(state["tracks"])][kind]
             saved |= {name: averages[name] for name in saved.keys() - _not_in_weights(saved, averages).keys()}
         checkpoint[WEIGHTS] = averages
         checkpoint[OURS] = state
@@ -143,11 +143,6 @@ def _without_average(ema: ShardedEMA, track: Mapping[str, Any]) -> set[str]:
     return {name for shard in layout.parameters.values() if shard.name not in track["averages"] for name in shard.names}
 
 
-def _swapped_in_track(state: Mapping[str, Any]) -> str:
-    """Return the name of the track that is swapped in for validation."""
-    return "default" if "default" in state["tracks"] else next(iter(state["tracks"]))
-
-
 def _not_in_weights(tensors: Mapping[str, Tensor], averages: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors that ``averages``, the model's state, lacks or has with another dtype."""
     return {
@@ -167,7 +162,7 @@ def _load_sharded(saved: Mapping[str, Any], ema: ShardedEMA, trainer: pl.Trainer
     model = trainer.strategy.model
     live = get_model_state_dict(model)
     state = ema.state_dict(for_loading=True)
-    without_average = _without_average(ema, state["tracks"][_swapped_in_track(state)])
+    without_average = _without_average(ema, state["tracks"][swapped_in_track(state["tracks"])])
     _require_same_averages(saved, state["tracks"].keys(), without_average)
     tensors = {
         track: {kind: {name: state["tracks"][track][kind][name] for name in entry[kind]} for kind in KINDS}
@@ -179,15 +174,12 @@ def _load_sharded(saved: Mapping[str, Any], ema: ShardedEMA, trainer: pl.Trainer
     averages = {LIGHTNING_STATE: {"tracks": filled}} if filled else {}
     changed = {name: value for name, value in live.items() if name not in without_average}
     dcp.load({root: {LIGHTNING_LIVE: changed, **averages}}, checkpoint_id=path)
-    tracks = {
-        track: {
-            "decay": entry["decay"],
-            **{kind: {**state["tracks"][track][kind], **tensors[track][kind]} for kind in KINDS},
-        }
-        for track, entry in saved["tracks"].items()
+    # Lightning has loaded the averages that are the model's weights.
+    loaded = {
+        track: {kind: {**state["tracks"][track][kind], **kinds[kind]} for kind in KINDS}
+        for track, kinds in tensors.items()
     }
-    counts = {key: saved[key] for key in ("format", "steps", "updates")}
-    ema.load_state_dict({**counts, "tracks": tracks})
+    ema.load_state_dict(_replace_tensors(saved, loaded))
     set_model_state_dict(model, live)
 
 

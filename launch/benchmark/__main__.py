@@ -112,12 +112,8 @@ def parse_arguments() -> argparse.Namespace:
     option("--repeats", type=int, help="rounds of each case, at least 2 (default: 20, for checkpoints 7)")
     option("--rewrite", action="store_true", help="write the pages again from their JSON, without measuring")
     option("--size", choices=SIZES, default="100M", help="number of parameters of the large model")
-    option(
-        "--scratch",
-        type=Path,
-        default=Path(tempfile.gettempdir()),
-        help="where checkpoints are saved; needs 8 GB",
-    )
+    scratch = Path(tempfile.gettempdir())
+    option("--scratch", type=Path, default=scratch, help="where checkpoints are saved; needs 8 GB")
     args = parse(parser)
     for name in (args.only or ()) if not args.rewrite else ():
         if skip_reason := SECTIONS[name].skip_reason(args.device):

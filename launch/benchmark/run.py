@@ -70,11 +70,7 @@ def argument_parser(program: str, description: str | None, *, output_dir: str) -
     )
     option = parser.add_argument
     option("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    option(
-        "--quick",
-        action="store_true",
-        help="use tiny models, to see whether the benchmark works",
-    )
+    option("--quick", action="store_true", help="use tiny models, to see whether the benchmark works")
     option("--output-dir", type=Path, default=Path(output_dir), help="folder for the pages and their JSON")
     return parser
 

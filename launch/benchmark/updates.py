@@ -84,19 +84,19 @@ def update_costs(device: torch.device, *, case: Case, repeats: int, tracks: Sequ
                 record[key][name] = number
     scale_weights(model, factor=1.5)
     updates = {key: averager.update for key, averager in averagers.items()}
-    timed, in_memory_turns = _take_turns(updates, copies, model, device, repeats)
+    timed, in_memory_rounds = _measure(updates, copies, model, device, repeats)
     for (name, count), seconds in timed.seconds.items():
         records[count]["seconds"][name] = copies[count].scaled(seconds) if name == COPY else seconds
     for name, count in averagers:
-        records[count]["host_seconds"][name] = in_memory_turns.host_seconds[name, count]
-        records[count]["extra_bytes"][name] = in_memory_turns.extra_bytes[name, count]
+        records[count]["host_seconds"][name] = in_memory_rounds.host_seconds[name, count]
+        records[count]["extra_bytes"][name] = in_memory_rounds.extra_bytes[name, count]
     for count, record in records.items():
         record["times_reference"] = times_reference(record["seconds"])
         _assert_averages_close({name: averager for (name, own), averager in averagers.items() if own == count})
     return [*records.values()]
 
 
-def _take_turns(
+def _measure(
     updates: dict[MethodAndTracks, Callable[[], object]],
     copies: Mapping[int, CopyBaseline],
     model: nn.Module,

@@ -27,11 +27,11 @@ def test_the_memory_of_a_merge_is_a_few_tensors_whatever_the_number_of_sources(t
     """Four sources of eight matrices of 16 MiB in bfloat16: the sum of one in float32, one as it is, and a batch."""
     make_checkpoints(tmp_path / "root", 4, 8, 2896)
     make_checkpoints(tmp_path / "tiny", 1, 1, 1)
-    # The smaller of two, with room for one matrix more: on a busy machine memory is returned later.
+    # The smallest of three: on a busy machine memory is returned later.
     idle, peak = (
-        min(int(merge(sources, tmp_path / f"{name}-{run}").output) for run in range(2))
+        min(int(merge(sources, tmp_path / f"{name}-{run}").output) for run in range(3))
         for name, sources in (("idle", [tmp_path / "tiny"]), ("merged", sorted((tmp_path / "root").iterdir())))
     )
     peak -= idle
     matrix = 2896 * 2896 * 2 / 2**10
-    assert 2 * matrix < peak < 4 * matrix + 2 * 16 * 2**10, "KiB"
+    assert 2 * matrix < peak < 3 * matrix + 2 * 16 * 2**10, "KiB"

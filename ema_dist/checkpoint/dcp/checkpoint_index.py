@@ -53,7 +53,8 @@ class CheckpointIndex:
         # Only planner_data keeps the order of the dictionary; DCP orders the entries by the ranks that wrote them.
         stored = self.metadata.state_dict_metadata
         paths = {name: path for name, path in self.metadata.planner_data.items() if name in stored}
-        return {**(moved := self._lightning_paths(paths)), **paths, **moved}  # in the order of `moved`
+        in_lightning = self._lightning_paths(paths)  # first, because they are in the order of the model
+        return in_lightning | {name: path for name, path in paths.items() if name not in in_lightning}
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -186,11 +187,14 @@ class CheckpointIndex:
         for root in dict.fromkeys(path[:-2] for path in names if path[-2:-1] == (LIGHTNING_LIVE,)):
             tracks_path = (*root, LIGHTNING_STATE, "tracks")
             depth = len(tracks_path)
-            tracks = [path[depth] for path in names if len(path) > depth and path[:depth] == tracks_path]
+            tracks = [str(path[depth]) for path in names if len(path) > depth and path[:depth] == tracks_path]
             if not tracks:
                 continue
-            track_path = (*tracks_path, "default" if "default" in tracks else tracks[0])
-            for key, name in {path[-1]: name for path, name in names.items() if path and path[:-1] == root}.items():
+            track_path = (*tracks_path, swapped_in_track(tracks))
+            for path, name in names.items():
+                if not path or path[:-1] != root:
+                    continue
+                key = path[-1]
                 live_path = (*root, LIGHTNING_LIVE, key)
                 if live_path not in names:
                     result[name] = live_path
@@ -204,6 +208,12 @@ class CheckpointIndex:
     def _same_shapes(self, averaged: dict[str, str], tensors: dict[str, str]) -> bool:
         shared = averaged.keys() & tensors.keys()
         return all(self.shape(averaged[name]) == self.shape(tensors[name]) for name in shared)
+
+
+def swapped_in_track(tracks: Iterable[str]) -> str:
+    """The track that Lightning's checkpoints hold as the model's weights: ``default``, or else the first one."""
+    names = [*tracks]
+    return "default" if "default" in names else names[0]
 
 
 def dotted_name(path: Sequence[str | int]) -> str:
